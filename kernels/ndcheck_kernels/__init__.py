@@ -1,0 +1,1 @@
+"""Batch-invariant kernels: a result never depends on the batch around it."""
