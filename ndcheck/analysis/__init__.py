@@ -1,0 +1,1 @@
+"""Pure functions on samples: counts, first divergences, the divergence tree, statistics."""

@@ -1,0 +1,25 @@
+"""Errors a user can act on; each carries the exit code the command line ends with."""
+
+
+class NdcheckError(Exception):
+    """One clear line for the user: what was wrong and what is accepted."""
+
+    exit_code = 4
+
+
+class UsageError(NdcheckError):
+    """The request itself cannot be carried out as asked: an option, a file, a configuration."""
+
+    exit_code = 2
+
+
+class BackendError(NdcheckError):
+    """The environment failed: the model cannot be loaded, the device or the server is gone."""
+
+    exit_code = 4
+
+
+class TrialError(NdcheckError):
+    """One trial failed and the next may not: recorded as samples with an error, never dropped."""
+
+    exit_code = 4

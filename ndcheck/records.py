@@ -1,0 +1,195 @@
+"""The plain data that flows from plan to report: frozen, slotted, and free of behaviour.
+
+One-way data flow: ``Probe + Decoding + Load -> Trial -> Sample``. Every word follows the
+project's vocabulary: a *trial* is one batch and the unit of evidence, a *sample* is one
+completion of a probe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Arm = Literal["stock", "invariant"]
+Axis = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
+CacheState = Literal["whole", "chunked", "prefix"]
+FinishReason = Literal["stop", "length", "error"]
+Mode = Literal["copies", "mixed"]
+
+ARMS: tuple[Arm, ...] = ("stock", "invariant")
+AXES: tuple[Axis, ...] = ("run-to-run", "batch-size", "slot", "neighbours", "cache")
+"""The five invariance properties, each with its own verdict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A prompt being measured."""
+
+    probe_id: str
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How a completion is drawn from logits.
+
+    ``temperature`` 0 is greedy (ties by lowest token id). Above 0, token t is the argmax of
+    ``logits / temperature + gumbel(seed, t)``: a function of seed, position and logits only, so
+    two samples can differ only where their logits do.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How the probe's rows are batched.
+
+    ``slots`` are the rows that hold the probe (all of them in mode ``copies``); the other rows
+    hold fillers of ``filler_lengths`` tokens, in row order, with contents drawn from
+    ``filler_seed``. ``cache_state`` says how the prompt enters the KV cache: ``whole`` in one
+    forward pass, ``chunked`` in several, or on top of a ``prefix`` computed alone beforehand.
+    """
+
+    batch_size: int
+    slots: tuple[int, ...] = (0,)
+    filler_lengths: tuple[int, ...] = ()
+    filler_seed: int = 0
+    cache_state: CacheState = "whole"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A planted fault: the control that a sound measurement must catch.
+
+    At generated token ``fork_at`` the runner-up is lifted above the winner, and at
+    ``latent_at`` (before it) the winner's logit moves by one unit in the last place.
+    """
+
+    latent_at: int
+    fork_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One execution of one load: one batch.
+
+    ``baseline`` is the trial that differs from this one along ``axis`` only; None for the
+    reference, which is the probe alone (batch size 1). ``first_sample_id`` numbers the samples
+    in plan order, one per slot.
+    """
+
+    trial_id: int
+    arm: Arm
+    probe_id: str
+    axis: Axis
+    load: Load
+    first_sample_id: int
+    baseline: int | None = None
+    fault: Fault | None = None
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.load.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """Evidence of the batch that really ran; None where the backend gives none.
+
+    ``achieved_batch_size`` is the smallest number of rows any forward pass of the trial had.
+    """
+
+    achieved_batch_size: int | None
+    prefill_calls: int | None = None
+    decode_calls: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion of a probe.
+
+    Per generated token t: ``token_ids[t]``; ``token_texts[t]`` (their concatenation is the
+    completion's text); ``logprobs[t]``, the chosen token's log-probability, an exact fp32 value
+    held as a float; ``margins[t]``, top-1 minus top-2 logit; ``row_digests[t]``, 16 hexadecimal
+    digits over the bits of the full logits row. The last three are empty where the backend does
+    not give them. A sample with ``error`` has no tokens and no part in any count of completions.
+    """
+
+    sample_id: int
+    trial_id: int
+    arm: Arm
+    probe_id: str
+    axis: Axis
+    baseline: int | None
+    load: Load
+    slot: int
+    witness: Witness
+    token_ids: tuple[int, ...]
+    token_texts: tuple[str, ...]
+    finish_reason: FinishReason
+    elapsed_s: float
+    logprobs: tuple[float, ...] = ()
+    margins: tuple[float, ...] = ()
+    row_digests: tuple[str, ...] = ()
+    fault: Fault | None = None
+    error: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.token_texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Hardware, software and numeric flags; two runs are comparable where ``must_match`` agrees.
+
+    Values are JSON scalars; unknown is None, never 0.
+    """
+
+    hardware: dict[str, Any] = field(default_factory=dict)
+    software: dict[str, Any] = field(default_factory=dict)
+    numeric_flags: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """Everything needed to repeat a run."""
+
+    model: str
+    probes: tuple[Probe, ...]
+    decoding: Decoding
+    batch_sizes: tuple[int, ...]
+    axes: tuple[Axis, ...]
+    mode: Mode
+    n_samples: int
+    """Samples of each probe in each arm, the reference included, controls not."""
+    arms: tuple[Arm, ...] = ("stock",)
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "auto"
+    trust_remote_code: bool = False
+    target_rate: float | None = None
+    confidence: float = 0.95
+    stop_on_divergence: bool = False
+    allow_latent: bool = False
+    answer_pattern: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What run.json holds: the spec to repeat it, where it ran, and how it ended."""
+
+    run_id: str
+    ndcheck_version: str
+    spec: RunSpec
+    environment: Environment
+    started_at: str
+    status: Literal["running", "finished", "interrupted", "failed"] = "running"
+    n_trials_planned: int = 0
+    elapsed_s: float = 0.0
+    stop_reason: str | None = None
