@@ -15,6 +15,7 @@ Axis = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "c
 CacheState = Literal["whole", "chunked", "prefix"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
+RunStatus = Literal["running", "finished", "interrupted", "failed"]
 
 ARMS: tuple[Arm, ...] = ("stock", "invariant")
 AXES: tuple[Axis, ...] = ("run-to-run", "batch-size", "slot", "neighbours", "cache")
@@ -172,6 +173,7 @@ class RunSpec:
     dtype: str = "auto"
     device: str = "auto"
     attention: str = "auto"
+    chat: bool = False
     trust_remote_code: bool = False
     target_rate: float | None = None
     confidence: float = 0.95
@@ -189,7 +191,7 @@ class Run:
     spec: RunSpec
     environment: Environment
     started_at: str
-    status: Literal["running", "finished", "interrupted", "failed"] = "running"
+    status: RunStatus = "running"
     n_trials_planned: int = 0
     elapsed_s: float = 0.0
     stop_reason: str | None = None

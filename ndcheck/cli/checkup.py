@@ -1,0 +1,50 @@
+"""The doctor's visit: environment, numeric flags, self-test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import typer
+
+from ndcheck import environment
+from ndcheck.reports.untrusted import visible
+from ndcheck.selftest import run_cases
+
+FAILED = 4
+
+
+def check_up(*, as_json: bool) -> int:
+    """Print the environment and run the self-test. Returns the exit code."""
+    here = environment.capture(model={})
+    advice = environment.advice(here.numeric_flags, has_gpu=here.hardware["gpu"] is not None)
+    results = list(run_cases())
+    code = FAILED if any(failure for _, failure in results) else 0
+    if as_json:
+        document = {
+            **dataclasses.asdict(here),
+            "advice": advice,
+            "selftest": [
+                {"behaviour": case.behaviour, "claim": case.claim, "failure": failure}
+                for case, failure in results
+            ],
+        }
+        typer.echo(json.dumps(document, indent=2))
+        return code
+    for title, fields in (
+        ("Hardware", here.hardware),
+        ("Software", here.software),
+        ("Numeric flags", here.numeric_flags),
+    ):
+        typer.echo(title)
+        for name, value in fields.items():
+            if value is not None:
+                typer.echo(f"  {name:<42}{visible(str(value))}")
+    for line in advice:
+        typer.echo(f"\nNote: {line}")
+    typer.echo("\nSelf-test: planted faults through plan, sampler, store, analysis and verdict")
+    for case, failure in results:
+        typer.echo(f"  {'FAILED' if failure else 'ok':<8}{case.claim}")
+        if failure:
+            typer.echo(f"          {failure}")
+    return code

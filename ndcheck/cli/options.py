@@ -1,0 +1,132 @@
+"""The options of `ndcheck run`: a flag wins over its NDCHECK_* variable, that over the default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ndcheck.records import ARMS, AXES
+from ndcheck.request import DEFAULTS
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="builtin, a directory, a hub id, or scripted:NAME.",
+        envvar="NDCHECK_MODEL",
+        metavar="MODEL",
+    ),
+]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(help="A probe; may be given several times.", metavar="TEXT"),
+]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(help="Probes, one a line (.txt) or as JSON lines (.jsonl).", metavar="FILE"),
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")]
+MaxTokens = Annotated[
+    int,
+    typer.Option(help="Tokens per completion.", envvar="NDCHECK_MAX_TOKENS", metavar="N"),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(help="0 is greedy; above, a Gumbel draw seeded by --seed.", metavar="T"),
+]
+Seed = Annotated[
+    int, typer.Option(help="Of fillers, slots and draws.", envvar="NDCHECK_SEED", metavar="N")
+]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        help=f"Arms to run, interleaved: {', '.join(ARMS)}.",
+        envvar="NDCHECK_KERNELS",
+        metavar="ARMS",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (as stored), bf16, fp16, fp32.", envvar="NDCHECK_DTYPE", metavar="DTYPE"
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(help="auto, cpu, cuda, cuda:1, ...", envvar="NDCHECK_DEVICE", metavar="DEVICE"),
+]
+Attention = Annotated[
+    str,
+    typer.Option(
+        "--attn",
+        help="transformers' attention implementation: auto, eager, sdpa, ...",
+        envvar="NDCHECK_ATTN",
+        metavar="NAME",
+    ),
+]
+Loads = Annotated[str, typer.Option(help="Batch sizes.", envvar="NDCHECK_LOADS", metavar="1,2,...")]
+Axes = Annotated[
+    str,
+    typer.Option(
+        help=f"What varies: all, or some of {', '.join(AXES)}.",
+        envvar="NDCHECK_AXES",
+        metavar="AXES",
+    ),
+]
+LoadMode = Annotated[
+    str,
+    typer.Option(
+        help="copies: rows are copies of the probe, each a sample. "
+        "mixed: one probe row among fillers.",
+        envvar="NDCHECK_MODE",
+        metavar="MODE",
+    ),
+]
+Samples = Annotated[
+    int,
+    typer.Option(
+        "--samples",
+        "-n",
+        help="Samples of each probe in each arm.",
+        envvar="NDCHECK_SAMPLES",
+        metavar="N",
+    ),
+]
+TargetRate = Annotated[
+    float | None,
+    typer.Option(
+        help="Choose the number of trials so that none diverging excludes this rate.",
+        metavar="P",
+    ),
+]
+Confidence = Annotated[float, typer.Option(help="Of all bounds.", metavar="LEVEL")]
+StopOnDivergence = Annotated[
+    bool, typer.Option("--stop-on-divergence", help="End at the first diverged trial.")
+]
+AllowLatent = Annotated[
+    bool, typer.Option("--allow-latent", help="Judge tokens alone: equal tokens, other bits pass.")
+]
+AnswerPattern = Annotated[
+    str | None,
+    typer.Option(help="Regular expression of the answer in a completion (TARa@N).", metavar="RE"),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="New or empty directory [default: ndcheck-runs/TIME-MODEL].", metavar="DIR"),
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(help="Go on with an interrupted run, as it was.", metavar="DIR"),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a screen.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the model's repository run its code.")
+]
+
+LOADS_DEFAULT = ",".join(map(str, DEFAULTS.batch_sizes))
+KERNELS_DEFAULT = ",".join(DEFAULTS.arms)

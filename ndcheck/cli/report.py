@@ -1,0 +1,21 @@
+"""`ndcheck report`: render a finished run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ndcheck.cli import options as o
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(help="A run's directory.", metavar="DIR")],
+    json: o.Json = False,
+) -> None:
+    """Render a run's reports again from its samples: no model and no GPU needed."""
+    from ndcheck.cli import session
+    from ndcheck.store import read_run
+
+    raise typer.Exit(session.report(directory, read_run(directory), as_json=json))

@@ -1,0 +1,204 @@
+"""A run from validated spec to exit code: open -> plan -> measure -> report."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+import typer
+
+from ndcheck import __version__, environment
+from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.statistics import trials_needed
+from ndcheck.cli.progress import ProgressLine
+from ndcheck.errors import NdcheckError, UsageError
+from ndcheck.load import plan_trials
+from ndcheck.records import Run, RunSpec, Sample, Trial
+from ndcheck.reports.document import make_document
+from ndcheck.reports.terminal import print_report
+from ndcheck.reports.write import write_reports
+from ndcheck.request import DEFAULTS
+from ndcheck.runner import run_trials
+from ndcheck.samplers.base import Sampler, open_sampler
+from ndcheck.store import RunDirectory, SampleReader
+from ndcheck.verdict import EXIT_CODES, judge
+
+INTERRUPTED = 130
+RUNS_DIRECTORY = Path("ndcheck-runs")
+
+
+def start(spec: RunSpec, out: Path | None, *, as_json: bool, quiet: bool) -> int:
+    """Measure from the beginning. Returns the exit code."""
+    note(f"loading {spec.model}", quiet=quiet)
+    sampler = open_sampler(spec)
+    trials = plan(spec, sampler)
+    now = datetime.now(UTC)
+    path = out or free_path(RUNS_DIRECTORY / f"{now:%Y%m%d-%H%M%S}-{slug(spec.model)}")
+    run = Run(
+        run_id=path.name,
+        ndcheck_version=__version__,
+        spec=spec,
+        environment=environment.capture(sampler.describe()),
+        started_at=now.isoformat(timespec="seconds"),
+        n_trials_planned=len(trials),
+    )
+    if spec.target_rate:
+        n_trials = trials_needed(spec.target_rate, spec.confidence)
+        note(
+            f"{n_trials} trials of each probe and arm: if none diverges, a rate of "
+            f"{spec.target_rate:g} is excluded at {spec.confidence:.0%}",
+            quiet=quiet,
+        )
+    with closing(RunDirectory.create(path, run)) as directory:
+        return measure(directory, trials, sampler, [], as_json=as_json, quiet=quiet)
+
+
+def resume(path: Path, *, as_json: bool, quiet: bool) -> int:
+    """Go on with a run as it was. Returns the exit code."""
+    directory, finished = RunDirectory.resume(path)
+    with closing(directory):
+        spec = directory.run.spec
+        note(f"loading {spec.model}", quiet=quiet)
+        sampler = open_sampler(spec)
+        here = environment.capture(sampler.describe())
+        changed = environment.differences(directory.run.environment, here)
+        if changed:
+            raise UsageError(
+                f"--resume {path}: this is not the environment it began in "
+                f"({'; '.join(changed)}): start a new run"
+            )
+        trials = plan(spec, sampler)
+        return measure(directory, trials, sampler, finished, as_json=as_json, quiet=quiet)
+
+
+def measure(
+    directory: RunDirectory,
+    trials: list[Trial],
+    sampler: Sampler,
+    finished: list[Sample],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Run the trials and report, also on what there is when something ends the run early."""
+    failure: NdcheckError | None = None
+    try:
+        with ProgressLine(quiet=quiet) as progress:
+            run_trials(trials, sampler, directory, finished, progress.show)
+    except KeyboardInterrupt:
+        report(directory.path, directory.run, as_json=as_json)
+        note(f"interrupted; go on with: ndcheck run --resume {directory.path}", quiet=False)
+        return INTERRUPTED
+    except NdcheckError as error:
+        failure = error
+    code = report(directory.path, directory.run, as_json=as_json)
+    if failure is not None:
+        note(
+            f"finished trials are kept; go on with: ndcheck run --resume {directory.path}",
+            quiet=False,
+        )
+        raise failure
+    return code
+
+
+def report(path: Path, run: Run, *, as_json: bool) -> int:
+    """Write the reports of a run and show one. Returns the verdict's exit code."""
+    from rich.console import Console
+
+    samples = SampleReader(path)
+    summary = summarise(samples, run.spec)
+    for line in samples.bad_lines:
+        note(line, quiet=False)
+    judgement = judge(run, summary)
+    write_reports(path, run, samples, summary, judgement, DEFAULTS)
+    if as_json:
+        typer.echo(json.dumps(make_document(run, summary, judgement), indent=2, allow_nan=False))
+    else:
+        print_report(Console(highlight=False), run, summary, judgement, DEFAULTS, str(path))
+    return EXIT_CODES[judgement.verdict.outcome]
+
+
+def print_plan(spec: RunSpec) -> int:
+    """Print the trials that a run would execute, and what they cost. Returns the exit code."""
+    sampler = open_sampler(spec, load_weights=False)
+    trials = plan(spec, sampler)
+    header = ("trial", "arm", "probe", "axis", "batch", "slots", "fillers", "cache", "baseline")
+    rows = [header, *(plan_row(trial) for trial in trials)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
+    n_rows = sum(trial.load.batch_size for trial in trials)
+    counts = Counter(trial.axis for trial in trials)
+    typer.echo(
+        f"\n{len(trials)} trials ({', '.join(f'{n} {axis}' for axis, n in counts.items())}), "
+        f"{sum(t.n_samples for t in trials if t.axis != 'control')} samples; up to "
+        f"{len(trials) * spec.decoding.max_tokens} decode steps and "
+        f"{n_rows * spec.decoding.max_tokens} generated tokens"
+    )
+    return 0
+
+
+def plan_row(trial: Trial) -> tuple[str, ...]:
+    """One trial as cells; long lists are shown by their ends."""
+    load = trial.load
+    lengths = sorted(set(load.filler_lengths))
+    fillers = f"{len(load.filler_lengths)} of {lengths[0]}-{lengths[-1]}" if lengths else ""
+    slots = f"{load.slots[0]}-{load.slots[-1]}" if len(load.slots) > 1 else str(load.slots[0])
+    return (
+        str(trial.trial_id),
+        trial.arm,
+        trial.probe_id,
+        trial.axis,
+        str(load.batch_size),
+        slots,
+        fillers,
+        load.cache_state,
+        "" if trial.baseline is None else str(trial.baseline),
+    )
+
+
+def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
+    """The run's trials. Raises UsageError where a prompt is empty or too long for the model."""
+    lengths = {probe.probe_id: sampler.count_tokens(probe.prompt) for probe in spec.probes}
+    for probe_id, length in lengths.items():
+        if length == 0:
+            raise UsageError(f"prompt {probe_id} has no tokens")
+    n_trials = trials_needed(spec.target_rate, spec.confidence) if spec.target_rate else None
+    return plan_trials(spec, lengths, sampler.context, n_trials)
+
+
+def free_path(path: Path) -> Path:
+    """``path``, or the first of path-2, path-3, ... that does not exist."""
+    candidate, n = path, 1
+    while candidate.exists():
+        n += 1
+        candidate = path.with_name(f"{path.name}-{n}")
+    return candidate
+
+
+def slug(model: str) -> str:
+    """The end of a model's name, in characters that every file system takes."""
+    name = model.rstrip("/").rpartition("/")[2]
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:40] or "model"
+
+
+def refuse_other_options(context: typer.Context, allowed: set[str]) -> None:
+    """Raise UsageError if the command line holds an option beside ``--resume`` that it ignores."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in allowed and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(
+                f"--resume goes on with the run as it was: --{name.replace('_', '-')} "
+                "cannot be changed; start a new run for that"
+            )
+
+
+def note(line: str, *, quiet: bool) -> None:
+    """One line on stderr."""
+    from ndcheck.reports.untrusted import visible
+
+    if not quiet:
+        typer.echo(f"ndcheck: {visible(line)}", err=True)

@@ -1,0 +1,143 @@
+"""From what a user typed to a RunSpec; everything wrong with it is one clear line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar, get_args
+
+from ndcheck.errors import UsageError
+from ndcheck.records import ARMS, AXES, Arm, Axis, Decoding, Mode, Probe, RunSpec
+
+DEFAULTS = RunSpec(
+    model="builtin",
+    probes=(Probe("p1", "Return a list of"),),
+    decoding=Decoding(max_tokens=100),
+    batch_sizes=(1, 2, 4, 8, 16),
+    axes=AXES,
+    mode="copies",
+    n_samples=200,
+)
+
+Name = TypeVar("Name", bound=str)
+
+
+def parse_batch_sizes(text: str) -> tuple[int, ...]:
+    """``"1,2,4"`` as batch sizes. Raises UsageError on anything but distinct numbers >= 1."""
+    sizes: list[int] = []
+    for part in text.split(","):
+        part = part.strip()
+        if not part.isdecimal() or int(part) < 1:
+            raise UsageError(f"--loads: {part!r} is not a batch size; give numbers of 1 or more")
+        if int(part) in sizes:
+            raise UsageError(f"--loads: {int(part)} is given twice")
+        sizes.append(int(part))
+    return tuple(sizes)
+
+
+def parse_axes(text: str) -> tuple[Axis, ...]:
+    """``"slot,cache"`` as invariance properties, in their usual order; ``all`` for every one."""
+    return AXES if text == "all" else _parse_names("--axes", text, AXES)
+
+
+def parse_arms(text: str) -> tuple[Arm, ...]:
+    """``"stock,invariant"`` as kernel sets."""
+    return _parse_names("--kernels", text, ARMS)
+
+
+def parse_mode(text: str) -> Mode:
+    """``copies`` or ``mixed``."""
+    for mode in get_args(Mode):
+        if text == mode:
+            return mode  # type: ignore[no-any-return]
+    raise UsageError(f"--mode {text}: choose from {', '.join(get_args(Mode))}")
+
+
+def make_probes(prompts: Sequence[str], file: Path | None) -> tuple[Probe, ...]:
+    """Probes p1, p2, ... from prompts given one by one and from a file.
+
+    The file is UTF-8, one prompt a line; with the suffix .jsonl each line is a JSON string or an
+    object with ``prompt`` and optionally ``id``. Raises UsageError for an empty prompt, a
+    repeated id, or a file that cannot be read.
+    """
+    entries: list[tuple[str | None, str]] = [(None, prompt) for prompt in prompts]
+    if file is not None:
+        entries += _read_prompts(file)
+    if file is None and not prompts:
+        return DEFAULTS.probes
+    probes = [Probe(name or f"p{i}", prompt) for i, (name, prompt) in enumerate(entries, 1)]
+    if not probes:
+        raise UsageError(f"--prompts-file {file}: it holds no prompt")
+    for probe in probes:
+        if not probe.prompt.strip():
+            raise UsageError(f"prompt {probe.probe_id} is empty")
+        if any("\ud800" <= character <= "\udfff" for character in probe.prompt):
+            raise UsageError(f"prompt {probe.probe_id} is not valid UTF-8")
+    if len({probe.probe_id for probe in probes}) < len(probes):
+        raise UsageError(f"--prompts-file {file}: two prompts have the same id")
+    return tuple(probes)
+
+
+def check(spec: RunSpec) -> None:
+    """Raise UsageError naming the option that is out of range."""
+    decoding = spec.decoding
+    checks = (
+        (spec.n_samples >= 1, f"--samples {spec.n_samples}: give 1 or more"),
+        (decoding.max_tokens >= 1, f"--max-tokens {decoding.max_tokens}: give 1 or more"),
+        (
+            0 <= decoding.temperature < float("inf"),
+            f"--temperature {decoding.temperature}: give 0 (greedy) or a positive number",
+        ),
+        (0 <= spec.seed < 2**63, f"--seed {spec.seed}: give 0 up to 2^63 - 1"),
+        (
+            spec.target_rate is None or 0 < spec.target_rate < 1,
+            f"--target-rate {spec.target_rate}: give a rate between 0 and 1, such as 0.01",
+        ),
+        (
+            0 < spec.confidence < 1,
+            f"--confidence {spec.confidence}: give a level between 0 and 1, such as 0.95",
+        ),
+    )
+    for is_fine, message in checks:
+        if not is_fine:
+            raise UsageError(message)
+    if spec.answer_pattern is not None:
+        try:
+            re.compile(spec.answer_pattern)
+        except re.error as error:
+            raise UsageError(f"--answer-pattern {spec.answer_pattern!r}: {error}") from error
+
+
+def _parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Name, ...]:
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in accepted:
+            raise UsageError(f"{option}: {name!r} is unknown; choose from {', '.join(accepted)}")
+    return tuple(name for name in accepted if name in names)
+
+
+def _read_prompts(file: Path) -> list[tuple[str | None, str]]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts-file {file}: {error}") from error
+    if file.suffix != ".jsonl":
+        return [(None, line) for line in lines if line.strip()]
+    entries: list[tuple[str | None, str]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"--prompts-file {file} line {number}: {error}") from error
+        fields = {"prompt": value} if isinstance(value, str) else value
+        if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+            raise UsageError(
+                f'--prompts-file {file} line {number}: give a string or {{"prompt": "..."}}'
+            )
+        name = fields.get("id")
+        entries.append((None if name is None else str(name), fields["prompt"]))
+    return entries

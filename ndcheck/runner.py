@@ -1,0 +1,116 @@
+"""plan -> sampler -> store, one trial at a time, each kept before the next starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from ndcheck.errors import TrialError
+from ndcheck.load import plant_fault
+from ndcheck.records import Arm, Run, RunStatus, Sample, Trial
+from ndcheck.samplers.base import Sampler
+from ndcheck.store import RunDirectory, failed_samples
+
+
+@dataclass(slots=True)
+class Progress:
+    """What is known so far; ``unique`` counts each arm's completions over all its probes."""
+
+    n_trials: int
+    n_done: int = 0
+    unique: dict[Arm, int] = field(default_factory=dict)
+    first_divergence: int | None = None
+    elapsed_s: float = 0.0
+    _references: dict[tuple[Arm, str], tuple[int, ...]] = field(default_factory=dict)
+    _completions: set[tuple[Arm, str, int]] = field(default_factory=set)
+
+    def add(self, samples: Sequence[Sample]) -> bool:
+        """Take one trial in; True if its tokens diverged from the reference."""
+        self.n_done += 1
+        diverged = False
+        for sample in samples:
+            if sample.error is not None or sample.axis == "control":
+                continue
+            reference = self._references.setdefault((sample.arm, sample.probe_id), sample.token_ids)
+            key = (sample.arm, sample.probe_id, hash(sample.token_ids))
+            if key not in self._completions:
+                self._completions.add(key)
+                self.unique[sample.arm] = self.unique.get(sample.arm, 0) + 1
+            position = first_divergence(sample.token_ids, reference)
+            if position is not None:
+                diverged = True
+                if self.first_divergence is None or position < self.first_divergence:
+                    self.first_divergence = position
+        return diverged
+
+
+def run_trials(
+    trials: Sequence[Trial],
+    sampler: Sampler,
+    directory: RunDirectory,
+    finished: Sequence[Sample] = (),
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Run:
+    """Execute the trials that ``finished`` does not hold yet, and close the run's record.
+
+    A trial that fails alone is kept as samples with its error. KeyboardInterrupt and
+    BackendError end the run, keep what is finished, and are raised again.
+    """
+    run = directory.run
+    probes = {probe.probe_id: probe for probe in run.spec.probes}
+    progress = Progress(len(trials), elapsed_s=run.elapsed_s)
+    reference_lengths: dict[tuple[Arm, str], int] = {}
+    elapsed_before_s, started = run.elapsed_s, time.perf_counter()
+
+    def close(status: RunStatus, stop_reason: str | None = None) -> Run:
+        elapsed_s = elapsed_before_s + time.perf_counter() - started
+        directory.save(
+            replace(run, status=status, stop_reason=stop_reason, elapsed_s=round(elapsed_s, 3))
+        )
+        return directory.run
+
+    def take_in(samples: Sequence[Sample]) -> bool:
+        for sample in samples:
+            if sample.axis == "reference" and sample.baseline is None:
+                reference_lengths[sample.arm, sample.probe_id] = len(sample.token_ids)
+        diverged = progress.add(samples)
+        progress.elapsed_s = elapsed_before_s + time.perf_counter() - started
+        return diverged
+
+    by_trial: dict[int, list[Sample]] = {}
+    for sample in finished:
+        by_trial.setdefault(sample.trial_id, []).append(sample)
+    try:
+        for trial in trials:
+            if trial.trial_id in by_trial:
+                diverged = take_in(by_trial[trial.trial_id])
+            else:
+                if trial.axis == "control":
+                    fault = plant_fault(reference_lengths[trial.arm, trial.probe_id])
+                    trial = replace(trial, fault=fault)
+                trial_started = time.perf_counter()
+                try:
+                    samples = sampler.sample(trial, probes[trial.probe_id], run.spec.decoding)
+                except TrialError as error:
+                    elapsed_s = time.perf_counter() - trial_started
+                    samples = failed_samples(trial, str(error), elapsed_s)
+                directory.append(samples)
+                diverged = take_in(samples)
+                on_progress(progress)
+            if diverged and run.spec.stop_on_divergence:
+                return close("finished", "stopped at the first divergence, as asked")
+    except KeyboardInterrupt:
+        close("interrupted")
+        raise
+    except BaseException:
+        close("failed")
+        raise
+    return close("finished")
+
+
+def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
+    for position, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return position
+    return None if len(a) == len(b) else min(len(a), len(b))

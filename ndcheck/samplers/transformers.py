@@ -1,0 +1,256 @@
+"""In-process sampling with transformers, under exactly the batch that a trial asks for.
+
+`generate()` is not used: it may change the batch's shape as rows finish. Here every row decodes
+to the end of the trial, a finished row's further tokens are dropped, and the batch never changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+
+from ndcheck.builtin import MODEL_DIRECTORY
+from ndcheck.errors import BackendError, TrialError, UsageError
+from ndcheck.load import filler_text, fit_to_length
+from ndcheck.records import Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
+from ndcheck.samplers.batch import ExactBatch
+from ndcheck.samplers.selection import Stream, choose_tokens, plant
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+
+
+class TransformersSampler:
+    """Samples from a hub id, a local directory, or the embedded model.
+
+    Raises UsageError for a model or option that cannot be used as asked, and BackendError where
+    loading fails.
+    """
+
+    def __init__(self, spec: RunSpec, *, load_weights: bool = True) -> None:
+        self._name = spec.model
+        source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
+        self._device = choose_device(spec.device)
+        if spec.dtype != "auto" and spec.dtype not in DTYPES:
+            raise UsageError(f"--dtype {spec.dtype}: choose from auto, {', '.join(DTYPES)}")
+        options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+        transformers.utils.logging.disable_progress_bar()
+        with _one_line_errors(source):
+            config = transformers.AutoConfig.from_pretrained(source, **options)
+        self._tokenizer = _load_tokenizer(source, options)
+        self._chat = spec.chat
+        if spec.chat and not self._tokenizer.chat_template:
+            raise UsageError(f"--chat: {source} has no chat template")
+        self._text_config = config.get_text_config(decoder=True)
+        self._model: Any = None
+        if load_weights:
+            self._model = _load_model(source, spec, self._device, options)
+            self._stop_ids = _stop_ids(self._model)
+
+    @property
+    def context(self) -> int:
+        limit = getattr(self._text_config, "max_position_embeddings", None)
+        return int(limit) if limit else 1 << 20
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(self._encode(prompt))
+
+    def describe(self) -> dict[str, Any]:
+        parameter = next(self._model.parameters())
+        return {
+            "name": self._name,
+            "class": type(self._model).__name__,
+            "parameters": sum(p.numel() for p in self._model.parameters()),
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "device": str(parameter.device),
+            "attention": self._model.config._attn_implementation,
+            "vocabulary": self._text_config.vocab_size,
+            "digest": digest_weights(self._model),
+        }
+
+    @torch.inference_mode()
+    def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
+        started = time.perf_counter()
+        rows = self._rows(trial.load, probe)
+        try:
+            streams, witness = self._decode(trial, rows, decoding)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise self._out_of_memory(trial.load) from error
+        except RuntimeError as error:
+            if "memory" in str(error):
+                raise self._out_of_memory(trial.load) from error
+            raise TrialError(f"{type(error).__name__}: {_first_line(error)}") from error
+        elapsed_s = time.perf_counter() - started
+        return [
+            Sample(
+                sample_id=trial.first_sample_id + i,
+                trial_id=trial.trial_id,
+                arm=trial.arm,
+                probe_id=probe.probe_id,
+                axis=trial.axis,
+                baseline=trial.baseline,
+                load=trial.load,
+                slot=slot,
+                witness=witness,
+                token_ids=tuple(stream.token_ids),
+                token_texts=self._token_texts(tuple(stream.token_ids)),
+                finish_reason=stream.finish_reason,
+                elapsed_s=elapsed_s,
+                logprobs=tuple(stream.logprobs),
+                margins=tuple(stream.margins),
+                row_digests=tuple(stream.row_digests),
+                fault=trial.fault,
+            )
+            for i, (slot, stream) in enumerate(zip(trial.load.slots, streams, strict=True))
+        ]
+
+    def _rows(self, load: Load, probe: Probe) -> list[list[int]]:
+        """Token ids of every row of the batch: probes at their slots, fillers elsewhere."""
+        probe_ids = self._encode(probe.prompt)
+        fillers = iter(enumerate(load.filler_lengths))
+        rows = []
+        for row in range(load.batch_size):
+            if row in load.slots:
+                rows.append(probe_ids)
+            else:
+                i, length = next(fillers)
+                text = filler_text(load.filler_seed + i, length)
+                rows.append(fit_to_length(self._tokenizer(text)["input_ids"], length))
+        return rows
+
+    def _encode(self, prompt: str) -> list[int]:
+        if not self._chat:
+            return list(self._tokenizer(prompt)["input_ids"])
+        message = [{"role": "user", "content": prompt}]
+        encoded = self._tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  one sampler lives as long as the process
+    def _token_texts(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+        """What each token adds to the decoded text; "" inside a character of several tokens."""
+        texts: list[str] = []
+        shown = start = 0
+        for end in range(1, len(token_ids) + 1):
+            text = self._tokenizer.decode(token_ids[start:end])
+            if text.endswith("\ufffd") and end < len(token_ids):
+                texts.append("")
+                continue
+            texts.append(text[shown:])
+            # Keep a few tokens as context: some tokenizers drop a leading space after none.
+            start = max(start, end - 4)
+            shown = len(self._tokenizer.decode(token_ids[start:end]))
+        return tuple(texts)
+
+    def _decode(
+        self, trial: Trial, rows: list[list[int]], decoding: Decoding
+    ) -> tuple[list[Stream], Witness]:
+        batch = ExactBatch(self._model, self._device, rows, decoding.max_tokens)
+        logits = batch.prefill(trial.load.cache_state)
+        prefill_calls = len(batch.row_counts)
+        streams = [Stream() for _ in trial.load.slots]
+        slots = torch.tensor(trial.load.slots, device=self._device)
+        for position in range(decoding.max_tokens):
+            if trial.fault:
+                logits = plant(logits, position, trial.fault)
+            token_ids, margins = choose_tokens(logits, position, decoding)
+            if torch.isnan(margins[slots]).any():
+                raise TrialError(f"the probe's logits hold NaN at token {position + 1}")
+            for stream, slot in zip(streams, trial.load.slots, strict=True):
+                stream.record(
+                    logits[slot], int(token_ids[slot]), float(margins[slot]), self._stop_ids
+                )
+            if position + 1 == decoding.max_tokens or all(s.is_finished for s in streams):
+                break
+            logits = batch.step(token_ids)
+        achieved = min(batch.row_counts)
+        return streams, Witness(achieved, prefill_calls, len(batch.row_counts) - prefill_calls)
+
+    def _out_of_memory(self, load: Load) -> TrialError:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return TrialError(
+            f"out of memory at batch size {load.batch_size} on {self._device}: "
+            "use smaller --loads or --max-tokens"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one. Raises UsageError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} is not available: {_first_line(error)}") from error
+    return device
+
+
+def digest_weights(model: Any) -> str:
+    """16 hexadecimal digits over every parameter's name, shape, dtype and 4096 of its elements.
+
+    Evenly spaced elements keep this fast at any size; a fine-tune changes some of them.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in sorted(model.state_dict().items()):
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // 4096)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _one_line_errors(source: str) -> Iterator[None]:
+    """Loading fails in many ways; each becomes one line that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(
+            f"--model {source}: {_first_line(error)} "
+            "(accepted: builtin, a directory with config.json and safetensors, or a hub id)"
+        ) from error
+    except RuntimeError as error:
+        raise BackendError(f"cannot load {source}: {_first_line(error)}") from error
+
+
+def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
+    with _one_line_errors(source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    if not tokenizer("a")["input_ids"]:
+        raise UsageError(f"--model {source}: it has no tokenizer that gives tokens")
+    return tokenizer
+
+
+def _load_model(source: str, spec: RunSpec, device: torch.device, options: dict[str, Any]) -> Any:
+    if spec.attention != "auto":
+        options = {**options, "attn_implementation": spec.attention}
+    with _one_line_errors(source):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES.get(spec.dtype, "auto"),
+            use_safetensors=True,
+            **options,
+        )
+    return model.to(device).eval()
+
+
+def _stop_ids(model: Any) -> set[int]:
+    stop = model.generation_config.eos_token_id
+    return set(stop if isinstance(stop, list) else [] if stop is None else [stop])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,280 @@
+"""The run directory: run.json and an append-only samples.jsonl, flushed after every trial.
+
+Schema history (a reader accepts every version up to its own; changes only add):
+
+1. 2026-11: first version.
+
+Per-token values that must survive bit for bit are hexadecimal strings of fixed width per token:
+``logprob_bits`` 8 digits (big-endian fp32), ``row_digests`` 16 digits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from ndcheck.errors import BackendError, UsageError
+from ndcheck.records import (
+    Decoding,
+    Environment,
+    Fault,
+    Load,
+    Probe,
+    Run,
+    RunSpec,
+    Sample,
+    Trial,
+    Witness,
+)
+
+SCHEMA_VERSION = 1
+RUN_FILE = "run.json"
+SAMPLES_FILE = "samples.jsonl"
+
+
+class RunDirectory:
+    """One run on disk, held by one process at a time."""
+
+    def __init__(self, path: Path, run: Run, handle: IO[bytes]) -> None:
+        self.path = path
+        self.run = run
+        self._handle = handle
+
+    @classmethod
+    def create(cls, path: Path, run: Run) -> RunDirectory:
+        """Start a run in a new or empty directory. Raises UsageError if it is neither."""
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file: choose a new or empty directory for --out")
+        if path.exists() and any(path.iterdir()):
+            raise UsageError(
+                f"{path} is not empty: choose another --out, or continue it with --resume {path}"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            directory = cls(path, run, _open_locked(path / SAMPLES_FILE, path))
+            directory.save(run)
+        except OSError as error:
+            raise _write_failure(path, error) from error
+        return directory
+
+    @classmethod
+    def resume(cls, path: Path) -> tuple[RunDirectory, list[Sample]]:
+        """Continue a run: its finished trials are returned, a half-written one is cut off.
+
+        Raises UsageError if ``path`` holds no run or another process is writing it.
+        """
+        run = read_run(path)
+        try:
+            handle = _open_locked(path / SAMPLES_FILE, path)
+            finished, end = _finished_trials(path)
+            handle.truncate(end)
+        except OSError as error:
+            raise _write_failure(path, error) from error
+        return cls(path, run, handle), finished
+
+    def append(self, samples: Iterable[Sample]) -> None:
+        """Write one trial's samples and flush. Raises BackendError if the disk refuses."""
+        lines = b"".join(_encode(sample) for sample in samples)
+        try:
+            self._handle.write(lines)
+            self._handle.flush()
+        except OSError as error:
+            raise _write_failure(self.path, error) from error
+
+    def save(self, run: Run) -> None:
+        """Replace run.json as a whole. Raises BackendError if the disk refuses."""
+        self.run = run
+        document = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(run)}
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            write_atomically(self.path / RUN_FILE, text.encode())
+        except OSError as error:
+            raise _write_failure(self.path, error) from error
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A reader sees the old file or the new one, never a part. Raises OSError."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_run(path: Path) -> Run:
+    """Read run.json. Raises UsageError if it is missing, unreadable or of a newer schema."""
+    file = path / RUN_FILE
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        version = document.pop("schema_version")
+        if version > SCHEMA_VERSION:
+            raise UsageError(
+                f"{file} has schema version {version}; this ndcheck reads up to "
+                f"{SCHEMA_VERSION}: upgrade ndcheck"
+            )
+        spec = document.pop("spec")
+        return Run(
+            spec=RunSpec(
+                **{
+                    **_tupled(spec),
+                    "probes": tuple(Probe(**probe) for probe in spec["probes"]),
+                    "decoding": Decoding(**spec["decoding"]),
+                }
+            ),
+            environment=Environment(**document.pop("environment")),
+            **document,
+        )
+    except FileNotFoundError:
+        raise UsageError(f"{path} holds no run: {RUN_FILE} is missing") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error
+
+
+class SampleReader:
+    """Streams samples.jsonl; lines that cannot be read are skipped and named in ``bad_lines``."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path / SAMPLES_FILE
+        self.bad_lines: list[str] = []
+
+    def __iter__(self) -> Iterator[Sample]:
+        self.bad_lines.clear()
+        try:
+            with self._file.open("rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    try:
+                        yield _decode(line)
+                    except (ValueError, TypeError, KeyError, struct.error) as error:
+                        self.bad_lines.append(
+                            f"{self._file.name} line {number} is ignored: {_why(error)}"
+                        )
+        except OSError as error:
+            raise UsageError(f"{self._file} cannot be read: {error.strerror}") from error
+
+
+def failed_samples(trial: Trial, message: str, elapsed_s: float) -> list[Sample]:
+    """What a failed trial leaves behind: one sample with the error for each slot."""
+    return [
+        Sample(
+            sample_id=trial.first_sample_id + i,
+            trial_id=trial.trial_id,
+            arm=trial.arm,
+            probe_id=trial.probe_id,
+            axis=trial.axis,
+            baseline=trial.baseline,
+            load=trial.load,
+            slot=slot,
+            witness=Witness(None),
+            token_ids=(),
+            token_texts=(),
+            finish_reason="error",
+            elapsed_s=elapsed_s,
+            fault=trial.fault,
+            error=message,
+        )
+        for i, slot in enumerate(trial.load.slots)
+    ]
+
+
+def _open_locked(file: Path, path: Path) -> IO[bytes]:
+    handle = file.open("ab")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise UsageError(f"another ndcheck is writing {path}: wait for it, or stop it") from None
+    return handle
+
+
+def _finished_trials(path: Path) -> tuple[list[Sample], int]:
+    """Samples of the complete trials at the head of the file, and the offset where they end."""
+    finished: list[Sample] = []
+    pending: list[Sample] = []
+    end = offset = 0
+    with (path / SAMPLES_FILE).open("rb") as lines:
+        for line in lines:
+            offset += len(line)
+            try:
+                sample = _decode(line)
+            except (ValueError, TypeError, KeyError, struct.error) as error:
+                if next(lines, None) is None:
+                    break
+                # Cutting here would lose finished trials, so this is the user's to decide.
+                raise UsageError(
+                    f"{path / SAMPLES_FILE} is damaged before its end ({_why(error)}): "
+                    f"`ndcheck report {path}` reads the rest, a resume cannot"
+                ) from error
+            pending.append(sample)
+            if len(pending) == len(sample.load.slots):
+                finished += pending
+                pending = []
+                end = offset
+    return finished, end
+
+
+def _write_failure(path: Path, error: OSError) -> BackendError:
+    return BackendError(f"cannot write to {path}: {error.strerror or error}")
+
+
+def _why(error: Exception) -> str:
+    return f"no field {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _tupled(fields: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def _encode(sample: Sample) -> bytes:
+    fields = {name: getattr(sample, name) for name in Sample.__dataclass_fields__}
+    load, witness = fields.pop("load"), fields.pop("witness")
+    logprobs = fields.pop("logprobs")
+    document = {
+        **fields,
+        **dataclasses.asdict(load),
+        **dataclasses.asdict(witness),
+        "fault": dataclasses.asdict(sample.fault) if sample.fault else None,
+        "logprob_bits": struct.pack(f">{len(logprobs)}f", *logprobs).hex(),
+        "margins": [m if math.isfinite(m) else None for m in sample.margins],
+        "row_digests": "".join(sample.row_digests),
+    }
+    # One line whatever the text holds: JSON escapes line feeds, and lone surrogates become \\uXXXX.
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii") + b"\n"
+
+
+_LOAD_FIELDS = tuple(Load.__dataclass_fields__)
+_WITNESS_FIELDS = tuple(Witness.__dataclass_fields__)
+
+
+def _decode(line: bytes) -> Sample:
+    fields = _tupled(json.loads(line))
+    load = Load(**{name: fields.pop(name) for name in _LOAD_FIELDS})
+    witness = Witness(**{name: fields.pop(name) for name in _WITNESS_FIELDS})
+    bits = bytes.fromhex(fields.pop("logprob_bits"))
+    digests = fields.pop("row_digests")
+    fault = fields.pop("fault")
+    margins = fields.pop("margins")
+    return Sample(
+        load=load,
+        witness=witness,
+        fault=Fault(**fault) if fault else None,
+        logprobs=struct.unpack(f">{len(bits) // 4}f", bits),
+        margins=tuple(math.inf if m is None else m for m in margins),
+        row_digests=tuple(digests[i : i + 16] for i in range(0, len(digests), 16)),
+        **fields,
+    )

@@ -1,0 +1,82 @@
+"""Tiny models made from configs: no download, no network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+FAMILIES = ("qwen3", "llama", "gemma3")
+
+
+def _tiny_config(family: str, vocabulary: int):
+    import transformers
+
+    common = {
+        "vocab_size": vocabulary,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    if family == "qwen3":
+        return transformers.Qwen3Config(**common)
+    if family == "llama":
+        return transformers.LlamaConfig(**common)
+    return transformers.Gemma3TextConfig(
+        **common,
+        sliding_window=16,
+        query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+
+
+def write_tiny_model(directory: Path, family: str, dtype: str = "bfloat16") -> Path:
+    import tokenizers
+    import torch
+    import transformers
+
+    directory.mkdir(parents=True, exist_ok=True)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        ["tell me about the order of a sum"],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=300,
+            initial_alphabet=alphabet,
+            special_tokens=["<|end|>"],
+            show_progress=False,
+        ),
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": "<|end|>",
+                "pad_token": "<|end|>",
+            }
+        )
+    )
+    torch.manual_seed(0)
+    config = _tiny_config(family, tokenizer.get_vocab_size())
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A directory for each of FAMILIES, bf16, random weights."""
+    root = tmp_path_factory.mktemp("models")
+    return {family: write_tiny_model(root / family, family) for family in FAMILIES}

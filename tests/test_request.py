@@ -1,0 +1,104 @@
+"""Everything a user can type wrong is one clear line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ndcheck import request
+from ndcheck.errors import UsageError
+from ndcheck.records import AXES, Decoding
+from ndcheck.request import DEFAULTS
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "a", "", "1,,2", "1.5", "1,2,1", "²"])
+def test_bad_batch_sizes(text):
+    with pytest.raises(UsageError, match="--loads"):
+        request.parse_batch_sizes(text)
+
+
+def test_batch_sizes():
+    assert request.parse_batch_sizes(" 1, 2,16") == (1, 2, 16)
+
+
+def test_axes():
+    assert request.parse_axes("all") == AXES
+    assert request.parse_axes("cache,slot") == ("slot", "cache")
+    with pytest.raises(UsageError, match="'speed' is unknown; choose from run-to-run"):
+        request.parse_axes("slot,speed")
+
+
+def test_arms_and_mode():
+    assert request.parse_arms("invariant,stock") == ("stock", "invariant")
+    assert request.parse_mode("mixed") == "mixed"
+    with pytest.raises(UsageError, match="choose from copies, mixed"):
+        request.parse_mode("both")
+
+
+def test_probes_from_options_and_files(tmp_path):
+    text = tmp_path / "prompts.txt"
+    text.write_text("one\n\ntwo \u202e\n", encoding="utf-8")
+    probes = request.make_probes(["zero"], text)
+    assert [(p.probe_id, p.prompt) for p in probes] == [
+        ("p1", "zero"),
+        ("p2", "one"),
+        ("p3", "two \u202e"),
+    ]
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('"a"\n{"id": "x", "prompt": "b\\nc"}\n')
+    probes = request.make_probes([], lines)
+    assert [(p.probe_id, p.prompt) for p in probes] == [("p1", "a"), ("x", "b\nc")]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [([""], "prompt p1 is empty"), (["a", " \n"], "prompt p2 is empty"), (["\udcff"], "UTF-8")],
+)
+def test_bad_prompts(prompts, message):
+    with pytest.raises(UsageError, match=message):
+        request.make_probes(prompts, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no prompt"),
+        (b"\xff\xfe", "decode"),
+        (b"{broken", "line 1"),
+        (b'{"text": "a"}', "line 1: give a string"),
+        (b'{"id":"a","prompt":"x"}\n{"id":"a","prompt":"y"}', "same id"),
+    ],
+)
+def test_bad_prompt_files(tmp_path, content, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        request.make_probes([], file)
+
+
+def test_missing_prompts_file(tmp_path):
+    with pytest.raises(UsageError, match="--prompts-file"):
+        request.make_probes([], tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("changed", "option"),
+    [
+        ({"n_samples": 0}, "--samples 0"),
+        ({"decoding": Decoding(0)}, "--max-tokens 0"),
+        ({"decoding": Decoding(1, temperature=-1.0)}, "--temperature"),
+        ({"decoding": Decoding(1, temperature=float("nan"))}, "--temperature"),
+        ({"seed": -1}, "--seed"),
+        ({"target_rate": 0.0}, "--target-rate"),
+        ({"confidence": 1.0}, "--confidence"),
+        ({"answer_pattern": "("}, "--answer-pattern"),
+    ],
+)
+def test_numbers_out_of_range(changed, option):
+    with pytest.raises(UsageError, match=option):
+        request.check(replace(DEFAULTS, **changed))
+
+
+def test_defaults_are_in_range():
+    assert request.check(DEFAULTS) is None
