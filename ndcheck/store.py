@@ -1,4 +1,4 @@
-"""The run directory: run.json and an append-only samples.jsonl, flushed after every trial.
+"""The run directory: run.json and an append-only samples.jsonl, written after every trial.
 
 Schema history (a reader accepts every version up to its own; changes only add):
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import io
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.records import (
@@ -43,7 +44,7 @@ SAMPLES_FILE = "samples.jsonl"
 class RunDirectory:
     """One run on disk, held by one process at a time."""
 
-    def __init__(self, path: Path, run: Run, handle: IO[bytes]) -> None:
+    def __init__(self, path: Path, run: Run, handle: io.FileIO) -> None:
         self.path = path
         self.run = run
         self._handle = handle
@@ -72,20 +73,25 @@ class RunDirectory:
         Raises UsageError if ``path`` holds no run or another process is writing it.
         """
         run = read_run(path)
+        handle = None
         try:
             handle = _open_locked(path / SAMPLES_FILE, path)
             finished, end = _finished_trials(path)
             handle.truncate(end)
-        except OSError as error:
-            raise _write_failure(path, error) from error
+        except (OSError, UsageError) as error:
+            if handle is not None:
+                handle.close()
+            if isinstance(error, OSError):
+                raise _write_failure(path, error) from error
+            raise
         return cls(path, run, handle), finished
 
     def append(self, samples: Iterable[Sample]) -> None:
-        """Write one trial's samples and flush. Raises BackendError if the disk refuses."""
-        lines = b"".join(_encode(sample) for sample in samples)
+        """Write one trial's samples, unbuffered. Raises BackendError if the disk refuses."""
+        rest = b"".join(_encode(sample) for sample in samples)
         try:
-            self._handle.write(lines)
-            self._handle.flush()
+            while rest:
+                rest = rest[self._handle.write(rest) :]
         except OSError as error:
             raise _write_failure(self.path, error) from error
 
@@ -191,8 +197,8 @@ def failed_samples(trial: Trial, message: str, elapsed_s: float) -> list[Sample]
     ]
 
 
-def _open_locked(file: Path, path: Path) -> IO[bytes]:
-    handle = file.open("ab")
+def _open_locked(file: Path, path: Path) -> io.FileIO:
+    handle = file.open("ab", buffering=0)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,0 +1,99 @@
+"""Token choice and bit records: exact, and independent of the rows beside it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ndcheck.records import Decoding, Fault
+from ndcheck.samplers.selection import (
+    Stream,
+    choose_tokens,
+    digest_row,
+    gumbel_noise,
+    lowest_argmax,
+    plant,
+)
+
+GREEDY = Decoding(8)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def random_logits(rows=16, vocabulary=300, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, vocabulary, generator=generator) * 8).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_go_to_the_lowest_id(dtype):
+    logits = torch.zeros(3, 7, dtype=dtype)
+    logits[0, 2] = logits[0, 5] = 4
+    logits[1, 6] = 1
+    token_ids, margins = choose_tokens(logits, 0, GREEDY)
+    assert token_ids.tolist() == [2, 6, 0]
+    assert margins.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_choice_does_not_depend_on_the_batch(dtype, temperature):
+    logits = random_logits(dtype=dtype)
+    decoding = Decoding(8, temperature, seed=3)
+    together, margins = choose_tokens(logits, 5, decoding)
+    for row in range(logits.shape[0]):
+        alone, margin = choose_tokens(logits[row : row + 1], 5, decoding)
+        assert (alone[0], margin[0]) == (together[row], margins[row])
+
+
+def test_gumbel_draws_follow_the_softmax():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    draws = [
+        int(choose_tokens(logits, position, Decoding(1, temperature=1.0, seed=1))[0])
+        for position in range(4000)
+    ]
+    shares = torch.bincount(torch.tensor(draws), minlength=3) / len(draws)
+    assert torch.allclose(shares, torch.softmax(logits[0], 0), atol=0.03)
+
+
+def test_gumbel_noise_is_a_function_of_seed_and_position():
+    assert torch.equal(gumbel_noise(1, 2, 50), gumbel_noise(1, 2, 50))
+    assert not torch.equal(gumbel_noise(1, 2, 50), gumbel_noise(1, 3, 50))
+    assert not torch.equal(gumbel_noise(1, 2, 50), gumbel_noise(2, 2, 50))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_digest_sees_one_bit(dtype):
+    row = random_logits(1, dtype=dtype)[0]
+    integers = {2: torch.int16, 4: torch.int32}[row.element_size()]
+    flipped = row.clone()
+    flipped.view(integers)[17] ^= 1
+    assert digest_row(row) == digest_row(row.clone())
+    assert digest_row(row) != digest_row(flipped)
+    assert digest_row(torch.stack([row, row])[1]) == digest_row(row)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_planted_fault_moves_one_ulp_then_swaps_the_winner(dtype):
+    logits = random_logits(dtype=dtype)
+    fault = Fault(latent_at=1, fork_at=4)
+    before = lowest_argmax(logits)
+    assert plant(logits, 0, fault) is logits
+    latent = plant(logits, 1, fault)
+    assert torch.equal(lowest_argmax(latent), before)
+    assert (latent != logits).sum(dim=-1).tolist() == [1] * logits.shape[0]
+    integers = {2: torch.int16, 4: torch.int32}[logits.element_size()]
+    assert (latent.view(integers) - logits.view(integers)).abs().max() == 1
+    assert (lowest_argmax(plant(logits, 4, fault)) != before).all()
+
+
+def test_stream_ends_at_a_stop_token_and_ignores_the_rest():
+    stream = Stream()
+    logits = random_logits(1)[0]
+    for token_id in (5, 7, 9):
+        stream.record(logits, token_id, 1.0, stop_ids={7})
+    assert stream.token_ids == [5, 7]
+    assert stream.finish_reason == "stop"
+    expected = float(torch.log_softmax(logits.double(), 0)[5])
+    assert math.isclose(stream.logprobs[0], expected, rel_tol=1e-5)

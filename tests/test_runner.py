@@ -1,0 +1,110 @@
+"""Trials run in order, each kept before the next; failures and interruptions lose nothing."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+
+from ndcheck.errors import BackendError
+from ndcheck.load import plan_trials
+from ndcheck.records import Decoding, Environment, Run
+from ndcheck.request import DEFAULTS
+from ndcheck.runner import first_divergence, run_trials
+from ndcheck.samplers.scripted import ScriptedSampler
+from ndcheck.store import RunDirectory, SampleReader, read_run
+
+SPEC = replace(DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 4), n_samples=60)
+TRIALS = plan_trials(SPEC, {"p1": 4}, 1000)
+
+
+def run(path, behaviour, spec=SPEC, **options):
+    with closing(RunDirectory.create(path, Run("r", "0", spec, Environment(), ""))) as directory:
+        return run_trials(TRIALS, ScriptedSampler(behaviour), directory, **options)
+
+
+class Interrupting(ScriptedSampler):
+    def __init__(self, behaviour, after):
+        super().__init__(behaviour)
+        self.after = after
+
+    def sample(self, trial, probe, decoding):
+        if trial.trial_id == self.after:
+            raise KeyboardInterrupt
+        return super().sample(trial, probe, decoding)
+
+
+def without_times(path):
+    return [replace(sample, elapsed_s=0.0) for sample in SampleReader(path)]
+
+
+def test_every_planned_sample_is_stored_in_order(tmp_path):
+    finished = run(tmp_path, "clean")
+    assert finished.status == "finished"
+    assert read_run(tmp_path) == finished
+    samples = list(SampleReader(tmp_path))
+    assert [s.sample_id for s in samples] == list(range(len(samples)))
+    assert sum(s.axis != "control" for s in samples) == SPEC.n_samples
+
+
+def test_control_is_planted_within_the_reference(tmp_path):
+    run(tmp_path, "clean")
+    (control,) = [s for s in SampleReader(tmp_path) if s.axis == "control"]
+    assert (control.fault.latent_at, control.fault.fork_at) == (2, 4)
+
+
+def test_failing_loads_are_recorded_not_dropped(tmp_path):
+    assert run(tmp_path, "out-of-memory").status == "finished"
+    samples = list(SampleReader(tmp_path))
+    assert len(samples) == sum(t.n_samples for t in TRIALS)
+    for sample in samples:
+        assert (sample.error is not None) == (sample.load.batch_size >= 4)
+
+
+def test_a_dead_backend_ends_the_run_and_keeps_what_is_finished(tmp_path):
+    with pytest.raises(BackendError):
+        run(tmp_path, "dies")
+    assert read_run(tmp_path).status == "failed"
+    assert len({s.trial_id for s in SampleReader(tmp_path)}) == 5
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 7, len(TRIALS) - 1])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, after):
+    run(tmp_path / "whole", "batch-dependent")
+    path = tmp_path / "parts"
+    with closing(RunDirectory.create(path, Run("r", "0", SPEC, Environment(), ""))) as directory:
+        with pytest.raises(KeyboardInterrupt):
+            run_trials(TRIALS, Interrupting("batch-dependent", after), directory)
+        assert directory.run.status == "interrupted"
+    directory, finished = RunDirectory.resume(path)
+    with closing(directory):
+        run_trials(TRIALS, ScriptedSampler("batch-dependent"), directory, finished)
+    assert without_times(path) == without_times(tmp_path / "whole")
+
+
+def test_stop_on_divergence(tmp_path):
+    finished = run(tmp_path, "batch-dependent", replace(SPEC, stop_on_divergence=True))
+    samples = list(SampleReader(tmp_path))
+    assert "first divergence" in finished.stop_reason
+    assert samples[-1].load.batch_size == 4
+    assert all(s.load.batch_size == 1 for s in samples[:-4])
+
+
+def test_progress_counts(tmp_path):
+    seen = []
+    run(
+        tmp_path,
+        "batch-dependent",
+        on_progress=lambda p: seen.append((p.n_done, dict(p.unique), p.first_divergence)),
+    )
+    assert [n for n, _, _ in seen] == list(range(1, len(TRIALS) + 1))
+    assert seen[0][1:] == ({"stock": 1}, None)
+    assert seen[-1][1:] == ({"stock": 2}, 3)
+
+
+def test_first_divergence():
+    assert first_divergence((1, 2), (1, 2)) is None
+    assert first_divergence((1, 2), (1, 3)) == 1
+    assert first_divergence((1,), (1, 3)) == 1
+    assert first_divergence((), ()) is None
