@@ -1,0 +1,91 @@
+"""The divergence tree as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ndcheck.analysis.summary import ProbeSummary
+from ndcheck.analysis.tree import Branch, Fork
+from ndcheck.reports.phrases import count
+from ndcheck.reports.untrusted import quoted, quoted_tail
+
+_INDENT = "    "
+_MIN_TEXT_WIDTH = 16
+_REFERENCE = " (reference)"
+
+
+def tree_lines(probe: ProbeSummary, width: int, max_completions: int) -> list[str]:
+    """The most frequent completions, from what they share to where each goes its own way.
+
+    Always among them are the reference and the first fork, where the divergence begins; forks
+    between completions that are not shown are left out.
+    """
+    if not probe.completions:
+        return []
+    shared = "".join(probe.completions[0].token_texts[: probe.common_prefix_tokens])
+    label = f"{count(probe.common_prefix_tokens, 'token')} in common: "
+    text_width = max(_MIN_TEXT_WIDTH, width - len(label))
+    if probe.tree is None:
+        return [label + quoted(shared, text_width)]
+    reference = _reference_id(probe)
+    shown = set(range(1, min(max_completions, len(probe.completions)) + 1))
+    shown |= {branch.completion_ids[0] for branch in probe.tree.branches[:2]}
+    shown |= set() if reference is None else {reference}
+    lines = [label + quoted_tail(shared, text_width) if shared else "no token in common"]
+    lines += _fork_lines(probe.tree, shown, reference, "", width)
+    if len(shown) < len(probe.completions):
+        rest = probe.n_samples - sum(probe.completions[i - 1].count for i in shown)
+        n_more = len(probe.completions) - len(shown)
+        lines.append(f"and {n_more} more, {rest} of {probe.n_samples} samples")
+    return lines
+
+
+def _reference_id(probe: ProbeSummary) -> int | None:
+    """The completion that does not diverge from the reference: its own."""
+    if not probe.n_trials:  # without a reference nothing diverges from it
+        return None
+    return next((c.completion_id for c in probe.completions if c.first_divergence is None), None)
+
+
+def _fork_lines(
+    fork: Fork, shown: set[int], reference: int | None, indent: str, width: int
+) -> Iterator[str]:
+    margin = "" if fork.margin is None else f" (top-2 margin {fork.margin:.2g})"
+    yield f"{indent}at token {fork.position + 1}{margin}:"
+    branches = _shown_branches(fork, shown)
+    digits = len(str(branches[0].count))
+    for branch in branches:
+        below = shown.intersection(branch.completion_ids)
+        text, next_fork = _until_shown_fork(branch, below)
+        label = f"{indent}  {branch.count:>{digits}}  "
+        mark = _REFERENCE if below == {reference} else ""
+        if branch.token_id is None:
+            yield f"{label}ends here{mark}"
+        else:
+            text_width = width - len(label) - len(mark)
+            yield label + quoted(text, max(_MIN_TEXT_WIDTH, text_width)) + mark
+        if next_fork is not None:
+            yield from _fork_lines(next_fork, below, reference, indent + _INDENT, width)
+
+
+def _shown_branches(fork: Fork, shown: set[int]) -> list[Branch]:
+    """The branches that lead to ``shown``, all of which are below the fork."""
+    found: list[Branch] = []
+    missing = set(shown)
+    for branch in fork.branches:
+        if not missing:  # each of a million branches would be built to be looked at
+            break
+        if not missing.isdisjoint(branch.completion_ids):
+            found.append(branch)
+            missing.difference_update(branch.completion_ids)
+    return found
+
+
+def _until_shown_fork(branch: Branch, shown: set[int]) -> tuple[str, Fork | None]:
+    """The branch's text up to the next fork that parts two completions of ``shown``."""
+    texts = [branch.continuation]
+    fork = branch.fork
+    while fork is not None and len(branches := _shown_branches(fork, shown)) == 1:
+        texts.append(branches[0].continuation)
+        fork = branches[0].fork
+    return "".join(texts), fork

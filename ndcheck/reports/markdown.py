@@ -1,0 +1,233 @@
+"""The report of a run as Markdown, for an issue, a pull request or a wiki."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+
+from ndcheck.analysis.summary import ProbeSummary, Summary
+from ndcheck.records import Arm, Run, RunSpec
+from ndcheck.reports import phrases
+from ndcheck.reports.branches import tree_lines
+from ndcheck.reports.claims import claims, exclusions
+from ndcheck.reports.document import published
+from ndcheck.reports.remedies import remedies
+from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
+from ndcheck.reports.untrusted import code_block, code_cell, code_span, markdown_text, quoted
+from ndcheck.verdict import Judgement, ProbeVerdict
+
+MAX_COMPLETIONS = 20
+TEXT_WIDTH = 60
+BLOCK_WIDTH = 100
+METRIC_MEANINGS = {
+    "TARr@N": "all N completions agree (1) or not (0); Atil et al. 2024",
+    "TARa@N": "the same for the answers parsed from them; Atil et al. 2024",
+    "Div_Index": "mean first-divergence position (from 0) over diverged samples; Yuan et al. 2025",
+    "Avg_Std@top1_prob": "spread of the chosen token's probability on the shared prefix; "
+    "Yuan et al. 2025",
+    "k1_kl": "estimate of KL(reference, sample) on shared prefixes, in nats per token",
+    "k3_kl": "the same by rho - 1 - ln rho, never negative",
+    "flip_rate_per_step": "first divergences per decode step at risk",
+}
+
+
+def markdown_report(run: Run, summary: Summary, judgement: Judgement, defaults: RunSpec) -> str:
+    """The whole report; a function of its arguments alone, so it renders to the same bytes."""
+    verdicts = {(verdict.arm, verdict.probe_id): verdict for verdict in judgement.probes}
+    parts = [
+        f"# ndcheck: {judgement.verdict.outcome}",
+        *_verdict(summary, judgement, verdicts),
+        *_reproduction(run, defaults),
+        *_next_steps(run, summary, judgement, defaults),
+        *(part for probe in summary.probes for part in _probe(probe, run, summary, verdicts)),
+        "## Claims",
+        _bullets(claims(run, summary)),
+        "Not claimed:",
+        _bullets(exclusions(run)),
+        *_environment(run),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _verdict(
+    summary: Summary, judgement: Judgement, verdicts: Mapping[tuple[Arm, str], ProbeVerdict]
+) -> Iterator[str]:
+    lines = []
+    for probe in summary.probes:
+        verdict = verdicts[probe.arm, probe.probe_id].verdict
+        subject = markdown_text(phrases.subject(probe, summary))
+        line = f"**{verdict.outcome}** {subject + ': ' if subject else ''}{phrases.outcome(probe)}"
+        lines.append(line)
+        lines += [f"  - {markdown_text(reason)}" for reason in verdict.reasons]
+    if summary.fisher_p is not None:
+        lines.append(f"Stock against invariant: p = {summary.fisher_p:.2g} (Fisher's exact test)")
+    if not lines:
+        lines += [markdown_text(reason) for reason in judgement.verdict.reasons]
+    yield "\n".join(line if line.startswith(" ") else f"- {line}" for line in lines)
+
+
+def _reproduction(run: Run, defaults: RunSpec) -> Iterator[str]:
+    command = wrapped_command(run.spec, defaults, BLOCK_WIDTH)
+    yield "To repeat this run:"
+    yield code_block("\n".join(command), "sh")
+    if prompts_file(run.spec, defaults) is not None:
+        yield f"`{PROMPTS_FILE}` lies beside this report."
+    yield f"{code_span(phrases.environment(run))}: {phrases.workload(run)}."
+
+
+def _next_steps(
+    run: Run, summary: Summary, judgement: Judgement, defaults: RunSpec
+) -> Iterator[str]:
+    found = remedies(run, summary, judgement, defaults, "", BLOCK_WIDTH)
+    if found:
+        yield "## Next"
+    for remedy in found:
+        yield f"{remedy.reason}:" if remedy.command else f"{remedy.reason}."
+        if remedy.command:
+            yield code_block("\n".join(remedy.command), "sh")
+
+
+def _probe(
+    probe: ProbeSummary,
+    run: Run,
+    summary: Summary,
+    verdicts: Mapping[tuple[Arm, str], ProbeVerdict],
+) -> Iterator[str]:
+    subject = phrases.subject(probe, summary)
+    yield f"## Findings: {markdown_text(subject)}" if subject else "## Findings"
+    prompt = next((p.prompt for p in run.spec.probes if p.probe_id == probe.probe_id), None)
+    if prompt is not None:
+        yield f"Prompt: {code_span(quoted(prompt, BLOCK_WIDTH * 10))}"
+    control = probe.control
+    caught = f"Planted fault caught in {control.n_caught} of {control.n_trials} controls"
+    errors = f"{phrases.count(probe.n_errors, 'sample')} failed"
+    completions = f"{phrases.count(probe.n_samples, 'completion')}, {probe.n_unique} unique"
+    yield f"{completions}. {caught}; {errors}."
+    if probe.axes:
+        yield _properties(probe, verdicts[probe.arm, probe.probe_id])
+    if probe.loads:
+        yield _loads(probe)
+    if probe.completions:
+        yield _completions(probe)
+        yield "Divergence tree, with the number of samples on each branch:"
+        yield code_block("\n".join(tree_lines(probe, BLOCK_WIDTH, MAX_COMPLETIONS)), "text")
+        yield _metrics(probe)
+
+
+def _properties(probe: ProbeSummary, verdict: ProbeVerdict) -> str:
+    confidence = phrases.percent(probe.confidence)
+    rows = [
+        (
+            finding.axis,
+            verdict.axes[finding.axis].outcome if finding.axis in verdict.axes else "not asked for",
+            f"{finding.diverged_trials} of {finding.n_trials}",
+            phrases.rate(finding),
+            f"{finding.latent_trials} of {finding.n_trials}",
+            phrases.token(finding.first_divergence_min),
+            ", ".join(map(str, finding.batch_sizes_diverged)),
+        )
+        for finding in probe.axes
+    ]
+    return _table(
+        "Property | Verdict | Trials diverged | "
+        f"Rate ({confidence} %) | Latent | First at token | At batch sizes",
+        rows,
+    )
+
+
+def _loads(probe: ProbeSummary) -> str:
+    rows = [
+        (
+            phrases.load(load),
+            str(load.batch_size),
+            "all" if load.slot is None else str(load.slot),
+            f"{load.n_diverged_trials} of {load.n_trials}",
+            f"{load.n_unique} of {load.n_samples}",
+            phrases.token(load.first_divergence_min),
+            f"{load.latent} of {load.n_trials}",
+            phrases.speed(load.tokens_per_s),
+        )
+        for load in probe.loads
+    ]
+    header = "Load | Batch | Slot | Trials diverged | Unique | First at token | Latent | Tokens/s"
+    return _table(header, rows)
+
+
+def _completions(probe: ProbeSummary) -> str:
+    rows = [
+        (
+            str(completion.completion_id),
+            f"{completion.count} of {probe.n_samples}",
+            phrases.token(completion.first_divergence),
+            _token_text(completion.divergent_token),
+            _token_text(completion.reference_token),
+            "" if completion.margin is None else f"{completion.margin:.3g}",
+            str(completion.n_tokens),
+        )
+        for completion in islice(probe.completions, MAX_COMPLETIONS)
+    ]
+    header = (
+        "Completion | Samples | First divergence at token | Its token | Reference's token | "
+        "Top-2 margin | Tokens"
+    )
+    table = _table(header, rows)
+    hidden = len(probe.completions) - len(rows)
+    return f"{table}\n\nand {hidden} more in `completions.csv`." if hidden else table
+
+
+def _token_text(text: str | None) -> str:
+    return "" if text is None else code_cell(quoted(text, TEXT_WIDTH))
+
+
+def _metrics(probe: ProbeSummary) -> str:
+    metrics = published(probe.metrics)
+    rows = [
+        (f"`{name}`", "unknown" if value is None else f"{value:.6g}", METRIC_MEANINGS[name])
+        for name, value in metrics.items()
+    ]
+    rows.append(
+        (
+            "modal share",
+            f"{probe.modal_count} of {probe.n_samples}",
+            "samples that are the most frequent completion",
+        )
+    )
+    if probe.unseen_mass is not None:
+        meaning = "probability that the next trial brings a completion not seen yet (Good-Turing)"
+        rows.append(("unseen mass", f"{probe.unseen_mass:.6g}", meaning))
+    if probe.chao1 is not None:
+        rows.append(("Chao1", f"{probe.chao1:.6g}", "at least so many completions exist"))
+    if probe.slowdown_vs_stock is not None:
+        meaning = "median over loads of the time against stock's"
+        rows.append(("slowdown", f"{probe.slowdown_vs_stock:.3g}", meaning))
+    return _table("Metric | Value | Meaning", rows)
+
+
+def _environment(run: Run) -> Iterator[str]:
+    yield "## Environment"
+    where = run.environment
+    groups = {
+        "hardware": where.hardware,
+        "software": where.software,
+        "numeric flags": where.numeric_flags,
+        "model": where.model,
+    }
+    rows = [
+        (group, markdown_text(name), code_cell(str(value)))
+        for group, facts in groups.items()
+        for name, value in facts.items()
+        if value is not None
+    ]
+    rows.append(("run", "id", code_cell(run.run_id)))
+    rows.append(("run", "started", code_cell(run.started_at)))
+    rows.append(("run", "ndcheck", code_cell(run.ndcheck_version)))
+    yield _table("Part | Fact | Value", rows)
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(header: str, rows: Iterable[tuple[str, ...]]) -> str:
+    rule = "|".join(" --- " for _ in header.split("|"))
+    return "\n".join([f"| {header} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)])

@@ -1,0 +1,106 @@
+"""The sentences that the screen, the Markdown report and the JSON document share."""
+
+from __future__ import annotations
+
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
+
+from ndcheck.analysis.summary import AxisFinding, LoadFinding, ProbeSummary, Summary
+from ndcheck.records import Run
+from ndcheck.reports.untrusted import visible
+
+
+def percent(share: float, rounding: str = ROUND_HALF_EVEN) -> str:
+    """Three significant digits: "0.8", "99.7", "100". The caller gives the denominator."""
+    rounded = Context(prec=3, rounding=rounding).create_decimal_from_float(100 * share)
+    digits = f"{rounded:f}"
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def interval(low: float, high: float) -> str:
+    """Rounded outwards: a bound must not get tighter by printing it."""
+    return f"{percent(low, ROUND_FLOOR)}-{percent(high, ROUND_CEILING)} %"
+
+
+def upper_bound(high: float) -> str:
+    return f"< {percent(high, ROUND_CEILING)} %"
+
+
+def rate(finding: ProbeSummary | AxisFinding) -> str:
+    """What the trials say of the rate of divergence; empty where there was no trial."""
+    if finding.rate_ci_high is None:
+        return ""
+    if finding.diverged_trials and finding.rate_ci_low is not None:
+        return interval(finding.rate_ci_low, finding.rate_ci_high)
+    return upper_bound(finding.rate_ci_high)
+
+
+def outcome(probe: ProbeSummary) -> str:
+    """The sentence beside the verdict."""
+    if probe.divergence_rate is None:
+        return "no trial gave a completion to compare"
+    sentence = f"{probe.diverged_trials} of {count(probe.n_trials, 'trial')} diverged"
+    confidence = f"{percent(probe.confidence)} %"
+    if probe.diverged_trials:
+        share = percent(probe.divergence_rate)
+        sentence += f" ({share} %, {confidence} CI {rate(probe)})"
+        if probe.n_errors:
+            sentence += f"; {count(probe.n_errors, 'sample')} failed"
+    else:
+        sentence += f"; rate {rate(probe)} at {confidence}"
+        if probe.latent_trials:
+            sentence += f"; {probe.latent_trials} latent (bits only)"
+    return sentence
+
+
+def subject(probe: ProbeSummary, summary: Summary) -> str:
+    """What tells this arm and probe from the others in the run; empty if it is the only one."""
+    arms = {other.arm for other in summary.probes}
+    probes = {other.probe_id for other in summary.probes}
+    parts = [probe.arm] if len(arms) > 1 else []
+    return " ".join(parts + ([visible(probe.probe_id)] if len(probes) > 1 else []))
+
+
+def token(position: int | None) -> str:
+    """Prose counts tokens from 1, data from 0."""
+    return "" if position is None else str(position + 1)
+
+
+def load(finding: LoadFinding) -> str:
+    return finding.cache_state if finding.axis == "cache" else finding.axis
+
+
+def speed(tokens_per_s: float | None) -> str:
+    if tokens_per_s is None:
+        return ""
+    if tokens_per_s >= 99_999.5:
+        return f"{tokens_per_s / 1000:.0f}k"
+    return f"{tokens_per_s:.0f}" if tokens_per_s >= 10 else f"{tokens_per_s:.1f}"
+
+
+def environment(run: Run) -> str:
+    """The model and what it ran on, in one line."""
+    where = run.environment
+    device = str(where.model.get("device") or run.spec.device)
+    torch = where.software.get("torch")
+    facts = (
+        run.spec.model,
+        where.model.get("dtype") or run.spec.dtype,
+        device,
+        torch and f"torch {torch}",
+        where.hardware.get("gpu" if device.startswith("cuda") else "cpu"),
+    )
+    return ", ".join(visible(str(fact)) for fact in facts if fact and fact != "auto")
+
+
+def workload(run: Run) -> str:
+    """What was decoded and how it was batched, in one line."""
+    spec = run.spec
+    loads = ", ".join(map(str, spec.batch_sizes))
+    return (
+        f"{spec.decoding.max_tokens} tokens at temperature {spec.decoding.temperature:g}, "
+        f"batch sizes {loads} ({spec.mode})"
+    )

@@ -1,0 +1,97 @@
+"""What to do next, derived from what was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ndcheck.analysis.summary import Summary
+from ndcheck.records import AXES, Probe, Run, RunSpec
+from ndcheck.reports.phrases import percent
+from ndcheck.reports.reproduction import argument, wrapped_command
+from ndcheck.verdict import Judgement
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """A reason to act and the command, in lines that a shell reads as one, if there is one."""
+
+    reason: str
+    command: tuple[str, ...]
+
+
+def remedies(
+    run: Run,
+    summary: Summary,
+    judgement: Judgement,
+    defaults: RunSpec,
+    directory: str,
+    width: int,
+) -> list[Remedy]:
+    """The next commands, most urgent first; ``directory`` is the run's, or empty: not named."""
+    spec = run.spec
+    found: list[Remedy] = []
+
+    def suggest(reason: str, wanted: RunSpec) -> None:
+        found.append(Remedy(reason, tuple(wrapped_command(wanted, defaults, width, directory))))
+
+    if run.status != "finished" and directory:
+        found.append(Remedy("Go on", (f"ndcheck run --resume {argument(directory)}",)))
+    if any(probe.n_errors for probe in summary.probes):
+        found.append(Remedy("Why samples failed is in the error column of samples.csv", ()))
+        failed = {load.batch_size for p in summary.probes for load in p.loads if load.n_errors}
+        rest = tuple(size for size in spec.batch_sizes if size not in failed)
+        if 0 < len(rest) < len(spec.batch_sizes):
+            suggest("Leave out the batch sizes that failed", replace(spec, batch_sizes=rest))
+    if any(probe.control.n_caught < probe.control.n_trials for probe in summary.probes):
+        found.append(Remedy("A planted fault went unseen; test this set-up", ("ndcheck doctor",)))
+    narrower = _narrower(spec, summary)
+    if narrower is not None:
+        if narrower != spec:
+            axis, size = narrower.axes[0], narrower.batch_sizes[0]
+            suggest(
+                f"Narrow it down to {axis} at the smallest batch that diverged, {size}", narrower
+            )
+        if "invariant" not in spec.arms:
+            suggest("Try batch-invariant kernels", replace(spec, arms=("stock", "invariant")))
+    elif any(probe.latent_trials for probe in summary.probes) and not spec.allow_latent:
+        suggest(
+            "Bits differ but no token did; judge tokens alone", replace(spec, allow_latent=True)
+        )
+    elif judgement.verdict.outcome == "PASS" and (rate := _next_rate(summary)) is not None:
+        confidence = f"{percent(spec.confidence)} %"
+        reason = f"Exclude a rate of {percent(rate)} % at {confidence}"
+        suggest(reason, replace(spec, target_rate=rate))
+    return found
+
+
+def _narrower(spec: RunSpec, summary: Summary) -> RunSpec | None:
+    """The most basic property that failed, alone, at the smallest batch size where it did."""
+    for axis in AXES:
+        failed = [
+            (min(finding.batch_sizes_diverged), probe)
+            for probe in summary.probes
+            for finding in probe.axes
+            if finding.axis == axis and finding.batch_sizes_diverged
+        ]
+        if failed:
+            batch_size, worst = min(failed, key=lambda pair: pair[0])
+            return replace(
+                spec,
+                axes=(axis,),
+                batch_sizes=(batch_size,),
+                arms=(worst.arm,),
+                probes=tuple(
+                    Probe("p1", probe.prompt)
+                    for probe in spec.probes
+                    if probe.probe_id == worst.probe_id
+                ),
+            )
+    return None
+
+
+def _next_rate(summary: Summary) -> float | None:
+    """The next power of ten below the weakest bound that the run reached."""
+    bounds = [probe.rate_ci_high for probe in summary.probes if probe.rate_ci_high is not None]
+    if not bounds:
+        return None
+    return next((rate for rate in (0.1, 0.01, 0.001, 0.0001) if rate < max(bounds)), None)

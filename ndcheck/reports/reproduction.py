@@ -1,0 +1,113 @@
+"""The command that repeats a run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable
+from pathlib import PurePath
+
+from ndcheck.records import Probe, RunSpec
+
+PROMPTS_FILE = "prompts.jsonl"
+_MAX_PROMPTS = 4
+
+
+def reproduce_command(spec: RunSpec, defaults: RunSpec, directory: str = "") -> str:
+    """``ndcheck run`` with only the options that differ from the defaults.
+
+    ``directory`` is the run's, which may hold the prompts: see `prompts_file`.
+    """
+    return " ".join(("ndcheck run", *_options(spec, defaults, directory)))
+
+
+def wrapped_command(spec: RunSpec, defaults: RunSpec, width: int, directory: str = "") -> list[str]:
+    """The same over several lines that a shell still reads as one, where options fit the width."""
+    lines = ["ndcheck run"]
+    for option in _options(spec, defaults, directory):
+        if len(lines[-1]) + len(option) + 3 > width:
+            lines[-1] += " \\"
+            lines.append(" ")
+        lines[-1] += f" {option}"
+    return lines
+
+
+def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
+    pairs: list[tuple[str, object, object]] = [
+        ("--model", spec.model, defaults.model),
+        ("--loads", _commas(spec.batch_sizes), _commas(defaults.batch_sizes)),
+        ("--axes", _commas(spec.axes), _commas(defaults.axes)),
+        ("--mode", spec.mode, defaults.mode),
+        ("--max-tokens", spec.decoding.max_tokens, defaults.decoding.max_tokens),
+        ("--temperature", spec.decoding.temperature, defaults.decoding.temperature),
+        ("--seed", spec.seed, defaults.seed),
+        ("--dtype", spec.dtype, defaults.dtype),
+        ("--device", spec.device, defaults.device),
+        ("--attn", spec.attention, defaults.attention),
+        ("--kernels", _commas(spec.arms), _commas(defaults.arms)),
+        ("--confidence", spec.confidence, defaults.confidence),
+        ("--target-rate", spec.target_rate, defaults.target_rate),
+        ("--answer-pattern", spec.answer_pattern, defaults.answer_pattern),
+    ]
+    if spec.target_rate is None:  # a target rate chooses the number of samples
+        pairs.insert(4, ("-n", spec.n_samples, defaults.n_samples))
+    switches = [
+        ("--chat", spec.chat),
+        ("--trust-remote-code", spec.trust_remote_code),
+        ("--stop-on-divergence", spec.stop_on_divergence),
+        ("--allow-latent", spec.allow_latent),
+    ]
+    return [
+        *(_prompts(spec.probes, directory) if spec.probes != defaults.probes else []),
+        *(
+            f"{name} {argument(str(value))}"
+            for name, value, default in pairs
+            if value is not None and value != default
+        ),
+        *(name for name, wanted in switches if wanted),
+    ]
+
+
+def prompts_file(spec: RunSpec, defaults: RunSpec) -> str | None:
+    """What the file holds that the command names; None if the command names none."""
+    if spec.probes == defaults.probes or _fit_options(spec.probes):
+        return None
+    lines = ({"id": probe.probe_id, "prompt": probe.prompt} for probe in spec.probes)
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _prompts(probes: tuple[Probe, ...], directory: str) -> list[str]:
+    if not _fit_options(probes):
+        return [f"--prompts-file {argument(str(PurePath(directory, PROMPTS_FILE)))}"]
+    return [f"--prompt {argument(probe.prompt)}" for probe in probes]
+
+
+def _fit_options(probes: tuple[Probe, ...]) -> bool:
+    """Ids have to be p1, p2, ..., which options get: the fillers' contents depend on them."""
+    return (
+        len(probes) <= _MAX_PROMPTS
+        and not any("\0" in probe.prompt for probe in probes)
+        and all(probe.probe_id == f"p{i}" for i, probe in enumerate(probes, 1))
+    )
+
+
+def _commas(values: Iterable[object]) -> str:
+    return ",".join(map(str, values))
+
+
+def argument(text: str) -> str:
+    """A shell argument on one line without control characters; bash and zsh read it back."""
+    if text.isprintable():
+        return shlex.quote(text)
+    return f"$'{''.join(map(_ansi_c, text))}'"
+
+
+def _ansi_c(character: str) -> str:
+    if character in "\\'":
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    if character == "\n":
+        return r"\n"
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x80 else f"\\U{code:08x}"

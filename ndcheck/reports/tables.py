@@ -1,0 +1,209 @@
+"""The CSV exports as data frames: one contract with users, so columns are only ever appended.
+
+Unknown is empty, never 0; integers stay integers beside it. Text that a spreadsheet would run as
+a formula gets an apostrophe in front.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from ndcheck.analysis.summary import Completion, LoadFinding, ProbeSummary, Summary
+from ndcheck.records import Run, Sample
+from ndcheck.reports.untrusted import csv_text
+from ndcheck.verdict import Judgement
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROWS_PER_TABLE = 20_000
+"""Bounds the memory of a large export; the file is the same whatever the number."""
+
+_Columns = dict[str, str]
+_TEXT, _INT, _FLOAT = "object", "Int64", "float64"
+
+SAMPLE_COLUMNS: _Columns = {
+    "run_id": _TEXT,
+    "arm": _TEXT,
+    "probe_id": _TEXT,
+    "trial_id": _INT,
+    "sample_id": _INT,
+    "batch_size": _INT,
+    "achieved_batch_size": _INT,
+    "slot": _INT,
+    "filler_lengths": _TEXT,
+    "cache_state": _TEXT,
+    "n_tokens": _INT,
+    "finish_reason": _TEXT,
+    "completion_id": _INT,
+    "first_divergence": _INT,
+    "margin": "float32",
+    "latent_divergence": _INT,
+    "max_abs_dlogprob": "float32",
+    "elapsed_s": _FLOAT,
+    "error": _TEXT,
+    "text": _TEXT,
+}
+COMPLETION_COLUMNS: _Columns = {
+    "arm": _TEXT,
+    "probe_id": _TEXT,
+    "completion_id": _INT,
+    "count": _INT,
+    "share": _FLOAT,
+    "first_divergence": _INT,
+    "divergent_token": _TEXT,
+    "reference_token": _TEXT,
+    "n_tokens": _INT,
+    "sha256": _TEXT,
+    "text": _TEXT,
+}
+LOAD_COLUMNS: _Columns = {
+    "arm": _TEXT,
+    "probe_id": _TEXT,
+    "axis": _TEXT,
+    "batch_size": _INT,
+    "slot": _INT,
+    "n_trials": _INT,
+    "n_samples": _INT,
+    "n_unique": _INT,
+    "n_diverged_trials": _INT,
+    "first_divergence_min": _INT,
+    "first_divergence_median": _FLOAT,
+    "latent": _INT,
+    "elapsed_s": _FLOAT,
+    "tokens_per_s": _FLOAT,
+}
+SUMMARY_COLUMNS: _Columns = {
+    "arm": _TEXT,
+    "probe_id": _TEXT,
+    "n_trials": _INT,
+    "n_samples": _INT,
+    "n_unique": _INT,
+    "modal_count": _INT,
+    "common_prefix_tokens": _INT,
+    "diverged_trials": _INT,
+    "divergence_rate": _FLOAT,
+    "rate_ci_low": _FLOAT,
+    "rate_ci_high": _FLOAT,
+    "confidence": _FLOAT,
+    "unseen_mass": _FLOAT,
+    "chao1": _FLOAT,
+    "tokens_per_s": _FLOAT,
+    "slowdown_vs_stock": _FLOAT,
+    "verdict": _TEXT,
+    "reasons": _TEXT,
+}
+
+
+def sample_tables(
+    run: Run, samples: Iterable[Sample], summary: Summary, rows: int = ROWS_PER_TABLE
+) -> Iterator[pd.DataFrame]:
+    """samples.csv in tables of at most ``rows`` rows; controls are left out.
+
+    ``samples`` are all of the run's, controls too, in the order that ``summary.samples`` has.
+    """
+    return _frames(SAMPLE_COLUMNS, _sample_rows(run, samples, summary), rows)
+
+
+def _sample_rows(
+    run: Run, samples: Iterable[Sample], summary: Summary
+) -> Iterator[tuple[Any, ...]]:
+    columns = summary.samples
+    outcomes = zip(
+        columns.completion_id.tolist(),
+        columns.first_divergence.tolist(),
+        columns.margin,  # iterated as float32: a float64 would print digits that were never there
+        columns.latent_divergence.tolist(),
+        columns.max_abs_dlogprob,
+        strict=True,
+    )
+    for sample, outcome in zip(samples, outcomes, strict=True):
+        completion_id, first_divergence, margin, latent_divergence, max_abs_dlogprob = outcome
+        if sample.axis == "control":
+            continue
+        failed = sample.error is not None
+        yield (
+            run.run_id,
+            sample.arm,
+            sample.probe_id,
+            sample.trial_id,
+            sample.sample_id,
+            sample.load.batch_size,
+            sample.witness.achieved_batch_size,
+            sample.slot,
+            " ".join(map(str, sample.load.filler_lengths)),
+            sample.load.cache_state,
+            None if failed else len(sample.token_ids),
+            sample.finish_reason,
+            _known(completion_id),
+            _known(first_divergence),
+            margin,
+            _known(latent_divergence),
+            max_abs_dlogprob,
+            sample.elapsed_s,
+            sample.error,
+            None if failed else sample.text,
+        )
+
+
+def _known(number: int) -> int | None:
+    return None if number < 0 else number
+
+
+def completion_tables(summary: Summary, rows: int = ROWS_PER_TABLE) -> Iterator[pd.DataFrame]:
+    """completions.csv in tables of at most ``rows`` rows."""
+    found = ((probe, item) for probe in summary.probes for item in probe.completions)
+    return _frames(COMPLETION_COLUMNS, _item_rows(COMPLETION_COLUMNS, found), rows)
+
+
+def loads_table(summary: Summary) -> pd.DataFrame:
+    found = ((probe, item) for probe in summary.probes for item in probe.loads)
+    return _frame(LOAD_COLUMNS, list(_item_rows(LOAD_COLUMNS, found)))
+
+
+def _item_rows(
+    columns: _Columns, found: Iterable[tuple[ProbeSummary, Completion | LoadFinding]]
+) -> Iterator[tuple[Any, ...]]:
+    names = list(columns)[2:]
+    for probe, item in found:
+        yield (probe.arm, probe.probe_id, *(getattr(item, name) for name in names))
+
+
+def summary_table(summary: Summary, judgement: Judgement) -> pd.DataFrame:
+    verdicts = {(p.arm, p.probe_id): p.verdict for p in judgement.probes}
+    rows = []
+    for probe in summary.probes:
+        verdict = verdicts[probe.arm, probe.probe_id]
+        facts = (getattr(probe, name) for name in list(SUMMARY_COLUMNS)[:-2])
+        rows.append((*facts, verdict.outcome, "; ".join(verdict.reasons)))
+    return _frame(SUMMARY_COLUMNS, rows)
+
+
+def _frames(
+    columns: _Columns, found: Iterator[tuple[Any, ...]], rows: int
+) -> Iterator[pd.DataFrame]:
+    """At least one frame, so that an empty file has its header."""
+    yield _frame(columns, list(islice(found, rows)))
+    while chunk := list(islice(found, rows)):
+        yield _frame(columns, chunk)
+
+
+def _frame(columns: _Columns, rows: list[tuple[Any, ...]]) -> pd.DataFrame:
+    import pandas as pd
+
+    series = {}
+    for index, (name, kind) in enumerate(columns.items()):
+        values = [_cell(row[index], kind) for row in rows]
+        series[name] = pd.Series(values, dtype=kind)
+    return pd.DataFrame(series)
+
+
+def _cell(value: Any, kind: str) -> Any:
+    if kind == _TEXT:
+        return None if value is None else csv_text(str(value))
+    if kind == _INT:
+        return value
+    return math.nan if value is None or not math.isfinite(value) else value

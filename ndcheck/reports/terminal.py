@@ -1,0 +1,297 @@
+"""The result of a run on one screen, and the one-line progress of a run under way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ndcheck.analysis.summary import LoadFinding, ProbeSummary, Summary
+from ndcheck.records import ARMS, AXES, Arm, Run, RunSpec
+from ndcheck.reports import phrases
+from ndcheck.reports.branches import tree_lines
+from ndcheck.reports.remedies import remedies
+from ndcheck.reports.reproduction import argument, wrapped_command
+from ndcheck.reports.untrusted import quoted, visible
+from ndcheck.verdict import Judgement, Outcome, ProbeVerdict
+
+MAX_VERDICTS = 8
+MAX_LOADS = 10
+MAX_COMPLETIONS = 5
+MAX_COMMAND_LINES = 4
+MIN_PROMPT_WIDTH = 16
+MIN_WIDTH_SIDE_BY_SIDE = 80
+STYLES: dict[Outcome, str] = {
+    "FAIL": "bold red",
+    "INCONCLUSIVE": "bold yellow",
+    "PASS": "bold green",
+}
+Verdicts = Mapping[tuple[Arm, str], ProbeVerdict]
+
+
+def print_report(
+    console: Console,
+    run: Run,
+    summary: Summary,
+    judgement: Judgement,
+    defaults: RunSpec,
+    directory: str = "",
+) -> None:
+    """Print the screen; ``directory`` is the run's, as the user named it."""
+    width = console.width
+    verdicts = {(verdict.arm, verdict.probe_id): verdict for verdict in judgement.probes}
+    ranked = sorted(
+        summary.probes,
+        key=lambda probe: list(STYLES).index(verdicts[probe.arm, probe.probe_id].verdict.outcome),
+    )
+    # The details of one probe fill a screen: the worst one's; report.md has them all.
+    detailed = [probe for probe in ranked if probe.probe_id == ranked[0].probe_id]
+    detailed.sort(key=lambda probe: ARMS.index(probe.arm))
+    groups = [detailed] if width >= MIN_WIDTH_SIDE_BY_SIDE else [[probe] for probe in detailed]
+    sections: list[Sequence[RenderableType]] = [
+        [_verdicts(ranked, summary, judgement, verdicts)],
+        [_setting(run, detailed, defaults, directory, width)],
+        *([*_heading(group, detailed), *_axes(group, verdicts)] for group in groups),
+        *([*_heading(group, detailed), *_loads(group)] for group in groups),
+        [*_comparison(summary)],
+        [*_trees(detailed, width)],
+        [*_next_steps(run, summary, judgement, defaults, directory, width)],
+    ]
+    for index, section in enumerate(section for section in sections if section):
+        if index:
+            console.print()
+        for part in section:
+            _print_without_padding(console, part)
+
+
+def _heading(
+    group: Sequence[ProbeSummary], detailed: Sequence[ProbeSummary]
+) -> Iterator[RenderableType]:
+    if len(group) < len(detailed):
+        yield Text(group[0].arm, style="bold")
+
+
+def _print_without_padding(console: Console, part: RenderableType) -> None:
+    for line in console.render_lines(part, pad=False):
+        text = Text.assemble(*((segment.text, segment.style or "") for segment in line))
+        text.rstrip()
+        console.print(text)
+
+
+def _verdicts(
+    ranked: Sequence[ProbeSummary], summary: Summary, judgement: Judgement, verdicts: Verdicts
+) -> Table:
+    """One line for each probe and arm, the worst first."""
+    rows: list[tuple[Outcome, str, list[str]]] = []
+    explained = {r for verdict in verdicts.values() for r in verdict.verdict.reasons}
+    unexplained = [r for r in judgement.verdict.reasons if r not in explained]
+    if unexplained or not ranked:
+        rows.append((judgement.verdict.outcome, "", unexplained))
+    for probe in ranked[:MAX_VERDICTS]:
+        verdict = verdicts[probe.arm, probe.probe_id].verdict
+        sentences = [phrases.outcome(probe)]
+        if verdict.outcome == "INCONCLUSIVE":
+            of_axes = {
+                r
+                for axis in verdicts[probe.arm, probe.probe_id].axes.values()
+                for r in axis.reasons
+            }
+            sentences += [reason for reason in verdict.reasons if reason not in of_axes]
+        elif verdict.outcome == "FAIL" and not probe.diverged_trials:
+            sentences += verdict.reasons[:1]
+        rows.append((verdict.outcome, phrases.subject(probe, summary), sentences))
+    with_subject = any(subject for _, subject, _ in rows)
+    grid = _grid(3 if with_subject else 2)
+    for outcome, subject, sentences in rows:
+        label = Text(outcome, style=STYLES[outcome])
+        reasons = Text("\n".join(map(visible, sentences)))
+        grid.add_row(label, *([Text(subject)] if with_subject else []), reasons)
+    if len(ranked) > MAX_VERDICTS:
+        grid.add_row("", "", f"and {len(ranked) - MAX_VERDICTS} more in summary.csv")
+    return grid
+
+
+def _setting(
+    run: Run, detailed: Sequence[ProbeSummary], defaults: RunSpec, directory: str, width: int
+) -> Table:
+    """Where and what was measured, and the command that does it again."""
+    grid = _grid(2)
+    width -= len("decoding  ")
+    grid.add_row("model", Text(phrases.environment(run)))
+    grid.add_row("decoding", Text(phrases.workload(run)))
+    shown = {probe.probe_id for probe in detailed}
+    for probe in run.spec.probes:
+        if probe.probe_id in shown:
+            label = f"{visible(probe.probe_id)}: " if len(run.spec.probes) > 1 else ""
+            text_width = max(MIN_PROMPT_WIDTH, width - cell_len(label))
+            grid.add_row("prompt", Text(label + quoted(probe.prompt, text_width)))
+    grid.add_row("repeat", _command(wrapped_command(run.spec, defaults, width, directory), width))
+    return grid
+
+
+def _command(lines: Sequence[str], width: int) -> Text:
+    """A command that can be copied; one that the screen would break in the middle is not shown."""
+    if len(lines) > MAX_COMMAND_LINES or max(map(cell_len, lines)) > width:
+        return Text("the command is too long for the screen: see report.md")
+    return Text("\n".join(lines), style="cyan")
+
+
+def _axes(detailed: Sequence[ProbeSummary], verdicts: Verdicts) -> list[Table]:
+    """Each property with its own verdict, arms below one another."""
+    with_arm = len(detailed) > 1
+    table = _table("property", *(["arm"] if with_arm else []), "verdict")
+    confidence = phrases.percent(detailed[0].confidence) if detailed else ""
+    for name in ("diverged", f"rate ({confidence} %)", "latent", "at token"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for axis in AXES:
+        label: str = axis
+        for probe in detailed:
+            finding = next((finding for finding in probe.axes if finding.axis == axis), None)
+            verdict = verdicts[probe.arm, probe.probe_id].axes.get(axis)
+            if finding is None or verdict is None:
+                continue
+            table.add_row(
+                label,
+                *([probe.arm] if with_arm else []),
+                Text(verdict.outcome, style=STYLES[verdict.outcome].removeprefix("bold ")),
+                f"{finding.diverged_trials}/{finding.n_trials}",
+                phrases.rate(finding),
+                str(finding.latent_trials),
+                phrases.token(finding.first_divergence_min),
+            )
+            label = ""
+    return [table] if table.row_count else []
+
+
+def _comparison(summary: Summary) -> Iterator[Text]:
+    """What the invariant arm costs, and whether the arms differ at all."""
+    for probe in summary.probes:
+        if probe.slowdown_vs_stock is not None:
+            subject = phrases.subject(probe, summary)
+            yield Text(f"{subject} takes {probe.slowdown_vs_stock:.2f}x the time of stock")
+    if summary.fisher_p is not None:
+        yield Text(f"stock against invariant: p = {summary.fisher_p:.2g} (Fisher's exact test)")
+
+
+def _loads(detailed: Sequence[ProbeSummary]) -> list[RenderableType]:
+    """The loads, arms side by side: those that diverged go before those that did not."""
+    by_load: dict[tuple[object, ...], dict[str, LoadFinding]] = {}
+    for probe in detailed:
+        for load in probe.loads:
+            key = (load.axis, load.batch_size, load.slot, load.cache_state)
+            by_load.setdefault(key, {})[probe.arm] = load
+    rows = list(by_load.values())
+    shown = sorted((row for row in rows if min(_load_rank(row)) == 0), key=_load_rank)
+    shown = (shown or rows)[:MAX_LOADS]
+    # Two arms just fit 80 columns.
+    table = _table("load", gap=1 if len(detailed) > 1 else 2)
+    for name in ("batch", "slot"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for probe in detailed:
+        arm = f"{probe.arm}\n" if len(detailed) > 1 else ""
+        for name in ("unique", "token", "latent", "tok/s"):
+            table.add_column(f"{arm}{name}", justify="right", no_wrap=True)
+            arm = "\n" if arm else ""
+    for row in rows:
+        if row in shown:
+            load = next(iter(row.values()))
+            cells = [cell for probe in detailed for cell in _load_cells(row.get(probe.arm))]
+            slot = "all" if load.slot is None else str(load.slot)
+            table.add_row(phrases.load(load), str(load.batch_size), slot, *cells)
+    if not rows:
+        return []
+    hidden = [load for row in rows if row not in shown for load in row.values()]
+    if not hidden:
+        return [table]
+    diverged = sum(load.n_diverged_trials for load in hidden)
+    trials = phrases.count(sum(load.n_trials for load in hidden), "trial")
+    rest = f"{len(rows) - len(shown)} more in loads.csv: {diverged} of {trials} diverged"
+    return [table, Text(rest)]
+
+
+def _load_rank(row: Mapping[str, LoadFinding]) -> tuple[bool, bool]:
+    diverged = any(load.n_diverged_trials for load in row.values())
+    plain = any(load.axis in ("reference", "batch-size") for load in row.values())
+    return not diverged, not plain
+
+
+def _load_cells(load: LoadFinding | None) -> list[str]:
+    if load is None:
+        return [""] * 4
+    if not load.n_samples:
+        return ["failed", "", "", ""]
+    return [
+        str(load.n_unique),
+        phrases.token(load.first_divergence_min),
+        str(load.latent),
+        phrases.speed(load.tokens_per_s),
+    ]
+
+
+def _grid(n_columns: int) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for _ in range(n_columns):
+        grid.add_column(overflow="fold")
+    return grid
+
+
+def _table(*names: str, gap: int = 2) -> Table:
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def _trees(detailed: Sequence[ProbeSummary], width: int) -> Iterator[Text]:
+    for probe in detailed:
+        if not probe.completions:
+            continue
+        arm = f"{probe.arm}: " if len(detailed) > 1 else ""
+        unique = f"{probe.n_unique} unique" if probe.n_unique > 1 else "all the same"
+        yield Text(f"{arm}{phrases.count(probe.n_samples, 'completion')}, {unique}", style="bold")
+        for line in tree_lines(probe, width - 2, MAX_COMPLETIONS):
+            yield Text(f"  {line}")
+
+
+def _next_steps(
+    run: Run,
+    summary: Summary,
+    judgement: Judgement,
+    defaults: RunSpec,
+    directory: str,
+    width: int,
+) -> Iterator[RenderableType]:
+    width -= 2
+    for remedy in remedies(run, summary, judgement, defaults, directory, width):
+        yield Text(f"{remedy.reason}:" if remedy.command else remedy.reason)
+        if remedy.command:
+            yield Padding(_command(remedy.command, width), (0, 0, 0, 2))
+    if directory:
+        yield Text("Show this again, or open report.md and the CSV files there:")
+        yield Padding(_command([f"ndcheck report {argument(directory)}"], width), (0, 0, 0, 2))
+
+
+def progress_line(
+    done: int,
+    total: int,
+    unique: Mapping[str, int],
+    first_divergence: int | None,
+    eta_s: float | None,
+    width: int = 80,
+) -> str:
+    """Trials, unique completions by arm and the earliest divergence so far, and the time left."""
+    parts = [f"{done}/{total} trials"]
+    if unique:
+        counts = ", ".join(f"{arm} {count}" for arm, count in unique.items())
+        parts.append(f"unique: {counts}")
+    if first_divergence is not None:
+        parts.append(f"diverged at token {first_divergence + 1}")
+    if eta_s is not None:
+        minutes, seconds = divmod(round(eta_s), 60)
+        parts.append(f"{minutes}:{seconds:02d} left")
+    line = "  ".join(parts)
+    return line if cell_len(line) <= width else set_cell_size(line, width)

@@ -1,0 +1,71 @@
+"""The one module that writes reports: each file appears whole or not at all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from ndcheck.analysis.summary import Summary
+from ndcheck.records import Run, RunSpec, Sample
+from ndcheck.reports.markdown import markdown_report
+from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file
+from ndcheck.reports.tables import completion_tables, loads_table, sample_tables, summary_table
+from ndcheck.verdict import Judgement
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def write_reports(
+    directory: Path,
+    run: Run,
+    samples: Iterable[Sample],
+    summary: Summary,
+    judgement: Judgement,
+    defaults: RunSpec,
+) -> list[Path]:
+    """Write report.md, the CSV files, and the prompts if report.md's command needs them in a file.
+
+    All bytes depend on the arguments alone.
+    ``samples`` are all of the run's, controls too, in the order that ``summary.samples`` has; they
+    are read once, as a stream. Raises OSError where the disk refuses.
+    """
+    tables: dict[str, Iterable[pd.DataFrame]] = {
+        "samples.csv": sample_tables(run, samples, summary),
+        "completions.csv": completion_tables(summary),
+        "loads.csv": [loads_table(summary)],
+        "summary.csv": [summary_table(summary, judgement)],
+    }
+    for name, parts in tables.items():
+        with _replacing(directory / name) as file:
+            for index, part in enumerate(parts):
+                # RFC 4180 ends lines with CR LF.
+                part.to_csv(file, index=False, header=index == 0, lineterminator="\r\n")
+    texts = {"report.md": markdown_report(run, summary, judgement, defaults)}
+    prompts = prompts_file(run.spec, defaults)
+    if prompts is not None:
+        texts[PROMPTS_FILE] = prompts
+    for name, text in texts.items():
+        with _replacing(directory / name) as file:
+            file.write(text)
+    return [directory / name for name in (*texts, *tables)]
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A file that takes the place of ``path`` once all of it is written."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        temporary = Path(file.name)
+        try:
+            yield file  # type: ignore[misc]
+            file.close()
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from ndcheck.records import Load, Sample, Witness
+from ndcheck.reports import tables
+
+
+def samples_of(example, rows=20_000):
+    return list(tables.sample_tables(example.run, example.samples, example.summary, rows))
+
+
+SAMPLES = (
+    "run_id,arm,probe_id,trial_id,sample_id,batch_size,achieved_batch_size,slot,filler_lengths,"
+    "cache_state,n_tokens,finish_reason,completion_id,first_divergence,margin,latent_divergence,"
+    "max_abs_dlogprob,elapsed_s,error,text"
+)
+COMPLETIONS = (
+    "arm,probe_id,completion_id,count,share,first_divergence,divergent_token,reference_token,"
+    "n_tokens,sha256,text"
+)
+LOADS = (
+    "arm,probe_id,axis,batch_size,slot,n_trials,n_samples,n_unique,n_diverged_trials,"
+    "first_divergence_min,first_divergence_median,latent,elapsed_s,tokens_per_s"
+)
+SUMMARY = (
+    "arm,probe_id,n_trials,n_samples,n_unique,modal_count,common_prefix_tokens,diverged_trials,"
+    "divergence_rate,rate_ci_low,rate_ci_high,confidence,unseen_mass,chao1,tokens_per_s,"
+    "slowdown_vs_stock,verdict,reasons"
+)
+
+
+def test_columns_are_those_of_the_contract(failing) -> None:
+    summary = failing.summary
+    assert ",".join(samples_of(failing)[0]) == SAMPLES
+    assert ",".join(next(tables.completion_tables(summary))) == COMPLETIONS
+    assert ",".join(tables.loads_table(summary)) == LOADS
+    assert ",".join(tables.summary_table(summary, failing.judgement)) == SUMMARY
+
+
+def test_one_row_per_sample_and_counts_that_add_up(failing) -> None:
+    (samples,) = samples_of(failing)
+    (completions,) = tables.completion_tables(failing.summary)
+    assert len(samples) == completions["count"].sum() == 1000
+    assert samples["completion_id"].value_counts().to_dict() == {1: 992, 2: 8}
+
+
+def test_unknown_is_missing_and_integers_stay_integers(inconclusive) -> None:
+    (samples,) = samples_of(inconclusive)
+    failed = samples[samples["error"].notna()]
+    assert len(failed) == 100
+    for column in ("achieved_batch_size", "n_tokens", "completion_id", "first_divergence"):
+        assert samples[column].dtype == "Int64"
+        assert failed[column].isna().all()
+    assert failed[["margin", "max_abs_dlogprob", "text"]].isna().all(axis=None)
+
+
+def test_floats_print_the_digits_that_were_measured(failing) -> None:
+    (samples,) = samples_of(failing)
+    rows = csv.DictReader(io.StringIO(samples.to_csv(index=False), newline=""))
+    assert {row["margin"] for row in rows} == {"", "0.1"}
+
+
+def test_infinite_margins_are_empty(failing) -> None:
+    columns = replace(failing.summary.samples, margin=np.full(1000, np.inf, np.float32))
+    example = replace(failing, summary=replace(failing.summary, samples=columns))
+    assert samples_of(example)[0]["margin"].isna().all()
+
+
+def test_controls_are_left_out_but_keep_their_place(failing) -> None:
+    control = Sample(
+        sample_id=-7,
+        trial_id=1,
+        arm="stock",
+        probe_id="p1",
+        axis="control",
+        baseline=0,
+        load=Load(1),
+        slot=0,
+        witness=Witness(1),
+        token_ids=(1,),
+        token_texts=("x",),
+        finish_reason="stop",
+        elapsed_s=0.1,
+    )
+    old = failing.summary.samples
+    columns = replace(
+        old,
+        **{
+            name: np.insert(getattr(old, name), 1, np.zeros(1, getattr(old, name).dtype))
+            for name in old.__dataclass_fields__
+        },
+    )
+    example = replace(
+        failing,
+        samples=[failing.samples[0], control, *failing.samples[1:]],
+        summary=replace(failing.summary, samples=columns),
+    )
+    pd.testing.assert_frame_equal(samples_of(example)[0], samples_of(failing)[0])
+
+
+def test_tables_in_parts_hold_the_same(failing) -> None:
+    parts = samples_of(failing, rows=300)
+    assert [len(part) for part in parts] == [300, 300, 300, 100]
+    whole = pd.concat(parts, ignore_index=True)
+    pd.testing.assert_frame_equal(whole, samples_of(failing)[0])
+
+
+def test_an_empty_run_has_empty_tables_with_headers(empty) -> None:
+    assert [len(part) for part in samples_of(empty)] == [0]
+    assert [len(part) for part in tables.completion_tables(empty.summary)] == [0]
+    assert tables.loads_table(empty.summary).empty
+    assert tables.summary_table(empty.summary, empty.judgement).empty
+
+
+def test_hostile_text_is_neutralised_and_numbers_are_not(hostile) -> None:
+    (samples,) = samples_of(hostile)
+    assert set(samples["probe_id"]) == {r"'=p\x1b[1m", "'-p2"}
+    assert samples["error"].dropna().tolist() == [r"'=cmd(): out of memory\x1b[31m at batch 64"]
+    columns = replace(hostile.summary.samples, margin=np.full(13, -0.5, np.float32))
+    example = replace(hostile, summary=replace(hostile.summary, samples=columns))
+    text = samples_of(example)[0].to_csv(index=False)
+    assert {row["margin"] for row in csv.DictReader(io.StringIO(text, newline=""))} == {"-0.5"}

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from ndcheck.records import RunSpec
+from ndcheck.reports import write
+from ndcheck.request import make_probes
+
+EXAMPLES = [
+    "failing",
+    "two_arms",
+    "passing",
+    "inconclusive",
+    "empty",
+    "all_errors",
+    "many",
+    "hostile",
+]
+
+
+def write_reports(path, example):
+    return write.write_reports(
+        path,
+        example.run,
+        iter(example.samples),
+        example.summary,
+        example.judgement,
+        example.defaults,
+    )
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_second_rendering_is_byte_identical(name, tmp_path, request) -> None:
+    example = request.getfixturevalue(name)
+    first = {path.name: path.read_bytes() for path in write_reports(tmp_path, example)}
+    again = {path.name: path.read_bytes() for path in write_reports(tmp_path, example)}
+    assert first == again
+    assert {path.name for path in tmp_path.iterdir()} == set(first)
+    assert set(first) - {"prompts.jsonl"} == {
+        "report.md",
+        "samples.csv",
+        "completions.csv",
+        "loads.csv",
+        "summary.csv",
+    }
+    assert all(str(tmp_path).encode() not in content for content in first.values())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_csv_files_are_rfc_4180(name, tmp_path, request) -> None:
+    for path in write_reports(tmp_path, request.getfixturevalue(name)):
+        if path.suffix != ".csv":
+            continue
+        text = path.read_bytes().decode("utf-8")
+        assert text.endswith("\r\n")
+        rows = list(csv.reader(text.splitlines(keepends=True), strict=True))
+        assert {len(row) for row in rows} == {len(rows[0])}
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        assert frame.to_numpy().tolist() == rows[1:]
+
+
+def test_samples_csv_reads_back_as_it_was(two_arms, tmp_path) -> None:
+    write_reports(tmp_path, two_arms)
+    frame = pd.read_csv(tmp_path / "samples.csv")
+    assert len(frame) == 400
+    assert frame["text"].tolist() == [sample.text for sample in two_arms.samples]
+    assert frame["achieved_batch_size"].tolist() == [3] * 400
+
+
+def test_hostile_text_comes_back_as_text(hostile, tmp_path) -> None:
+    write_reports(tmp_path, hostile)
+    content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert not any(byte in content for byte in (b"\x1b", b"\0", "\u202e".encode()))
+    with (tmp_path / "completions.csv").open(encoding="utf-8", newline="") as file:
+        tokens = [row["reference_token"] for row in csv.DictReader(file)]
+    assert tokens == ["", "'=1+1", "'=1+1"] * 2
+
+
+def test_prompts_that_no_option_can_hold_are_written_for_the_command(hostile, tmp_path) -> None:
+    paths = write_reports(tmp_path, hostile)
+    assert tmp_path / "prompts.jsonl" in paths
+    assert make_probes([], tmp_path / "prompts.jsonl") == hostile.run.spec.probes
+
+
+def test_files_are_replaced_whole_or_not_at_all(passing, tmp_path, monkeypatch) -> None:
+    write_reports(tmp_path, passing)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_reports(tmp_path, passing)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_samples_that_do_not_fit_the_summary_are_refused(passing, tmp_path) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        write_reports(tmp_path, replace(passing, samples=passing.samples[1:]))
+
+
+def test_the_command_is_the_runs_and_not_the_machines(failing, tmp_path) -> None:
+    spec: RunSpec = failing.run.spec
+    write_reports(tmp_path, failing)
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert spec.arms == ("stock",)
+    assert "ndcheck run --loads 1,2,4,8,16,32 -n 1000 --kernels stock" in report
+    assert json.dumps(str(tmp_path)) not in report
