@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 from ndcheck.analysis.summary import ProbeSummary
 from ndcheck.analysis.tree import Branch, Fork
@@ -12,13 +13,15 @@ from ndcheck.reports.untrusted import quoted, quoted_tail
 _INDENT = "    "
 _MIN_TEXT_WIDTH = 16
 _REFERENCE = " (reference)"
+_MAX_SEARCHED = 1000
+"""Completions are built when looked at; going through a million for a mark takes a minute."""
 
 
 def tree_lines(probe: ProbeSummary, width: int, max_completions: int) -> list[str]:
     """The most frequent completions, from what they share to where each goes its own way.
 
-    Always among them are the reference and the first fork, where the divergence begins; forks
-    between completions that are not shown are left out.
+    Among them are the reference, if it is not a rare one, and the first fork, where the divergence
+    begins; forks between completions that are not shown are left out.
     """
     if not probe.completions:
         return []
@@ -41,10 +44,11 @@ def tree_lines(probe: ProbeSummary, width: int, max_completions: int) -> list[st
 
 
 def _reference_id(probe: ProbeSummary) -> int | None:
-    """The completion that does not diverge from the reference: its own."""
+    """The completion that does not diverge from the reference, its own, if it is a frequent one."""
     if not probe.n_trials:  # without a reference nothing diverges from it
         return None
-    return next((c.completion_id for c in probe.completions if c.first_divergence is None), None)
+    frequent = islice(probe.completions, _MAX_SEARCHED)
+    return next((c.completion_id for c in frequent if c.first_divergence is None), None)
 
 
 def _fork_lines(

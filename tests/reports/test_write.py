@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -112,3 +114,9 @@ def test_the_command_is_the_runs_and_not_the_machines(failing, tmp_path) -> None
     assert spec.arms == ("stock",)
     assert "ndcheck run --loads 1,2,4,8,16,32 -n 1000 --kernels stock" in report
     assert json.dumps(str(tmp_path)) not in report
+
+
+def test_pandas_is_not_imported_before_a_table_is_made() -> None:
+    modules = "ndcheck.reports.terminal, ndcheck.reports.write, ndcheck.reports.document"
+    check = f"import sys, {modules}; sys.exit('pandas' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
