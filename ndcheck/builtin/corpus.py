@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ndcheck.errors import UsageError
+
 EXCLUDED_FOLDERS = frozenset(
     {
         "site-packages",  # not CPython
@@ -23,10 +25,6 @@ EXCLUDED_FOLDERS = frozenset(
 )  # fmt: skip
 TABLE_LINES = 30
 HELD_OUT_ONE_IN = 20
-
-
-class CorpusError(ValueError):
-    """The directory is not a standard library that can be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class Document:
 def read_corpus(stdlib: Path) -> list[Document]:
     """Every document of a standard-library directory, in a fixed order, without duplicates."""
     if not (stdlib / "pydoc_data" / "topics.py").is_file():
-        raise CorpusError(f"{stdlib} is no standard library: it has no pydoc_data/topics.py")
+        raise UsageError(f"{stdlib} is no standard library: it has no pydoc_data/topics.py")
     documents: dict[str, Document] = {}
     for group, name, text in (*read_topics(stdlib), *read_modules(stdlib)):
         if text.strip():
@@ -102,7 +100,7 @@ def parse(path: Path) -> tuple[ast.Module, str]:
             source = file.read()
             return ast.parse(source), source
     except (SyntaxError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path} cannot be read by this Python: {error}") from error
+        raise UsageError(f"{path} cannot be read by this Python: {error}") from error
 
 
 def drop_tables(tree: ast.Module, source: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,3 +25,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=PADDING, model_max_length=2048
     )
+
+
+def encode_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    """All texts as one row of tokens, each text followed by the end token."""
+    rows = tokenizer(texts, verbose=False)["input_ids"]
+    return torch.tensor([token for row in rows for token in (*row, tokenizer.eos_token_id)])
