@@ -1,0 +1,57 @@
+"""The command line as a user has it: a real subprocess in an empty directory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def environment():
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NDCHECK_")}
+    return {**kept, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+
+
+@pytest.fixture
+def ndcheck(tmp_path, environment):
+    """Runs ``ndcheck ARGUMENTS`` in ``tmp_path`` and returns the finished process."""
+
+    def run(*arguments, **options):
+        return subprocess.run(
+            [sys.executable, "-m", "ndcheck", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**environment, **options.pop("env", {})},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture
+def started(tmp_path, environment):
+    """Starts ``ndcheck ARGUMENTS`` and returns the running process; it is killed at the end."""
+    processes = []
+
+    def start(*arguments):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ndcheck", *map(str, arguments)],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,120 @@
+"""Bad input: one clear line on stderr, exit code 2 or 4, no traceback."""
+
+from __future__ import annotations
+
+import json
+import resource
+
+import pytest
+
+SCRIPTED = ("--model", "scripted:clean", "--max-tokens", "8")
+
+
+def assert_one_line(done, code, *parts):
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("ndcheck: ")
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--loads", "0"), ("--loads", "'0'")),
+        (("--loads", "-1"), ("--loads", "'-1'")),
+        (("--loads", "two"), ("--loads", "'two'")),
+        (("--loads", "2,2"), ("--loads", "twice")),
+        (("--axes", "speed"), ("--axes", "'speed'", "run-to-run")),
+        (("--mode", "both"), ("--mode", "copies, mixed")),
+        (("--kernels", "fast"), ("--kernels", "stock")),
+        (("-n", "0"), ("--samples 0",)),
+        (("-n", "many"), ("-n", "integer")),
+        (("--max-tokens", "200000"), ("context of 100000",)),
+        (("--max-tokens", "0"), ("--max-tokens 0",)),
+        (("--temperature", "-1"), ("--temperature",)),
+        (("--prompt", ""), ("prompt p1 is empty",)),
+        (("--prompts-file", "missing.txt"), ("missing.txt",)),
+        (("--answer-pattern", "("), ("--answer-pattern",)),
+        (("--target-rate", "2"), ("--target-rate",)),
+        (("--model", "scripted:none"), ("scripted", "batch-dependent")),
+        (("--bogus",), ("--bogus",)),
+        (("--resume", "missing"), ("--model",)),
+    ],
+)
+def test_options(ndcheck, tmp_path, options, parts):
+    assert_one_line(ndcheck("run", "--quiet", *SCRIPTED, *options), 2, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_command_and_missing_argument(ndcheck):
+    assert_one_line(ndcheck("meassure"), 2, "meassure")
+    assert_one_line(ndcheck("report"), 2, "DIR")
+
+
+@pytest.mark.parametrize("model", ["missing/model", "./empty"])
+def test_models_that_are_not_there(ndcheck, tmp_path, model):
+    (tmp_path / "empty").mkdir()
+    done = ndcheck("run", "--quiet", "--model", model)
+    assert_one_line(done, 2, "--model", model, "accepted: builtin")
+
+
+def test_model_without_tokenizer(ndcheck, tmp_path, tiny_models):
+    for file in tiny_models["llama"].iterdir():
+        if not file.name.startswith("tokenizer"):
+            (tmp_path / file.name).symlink_to(file)
+    assert_one_line(ndcheck("run", "--quiet", "--model", "."), 2, "tokenizer")
+
+
+def test_prompt_longer_than_the_context(ndcheck, tiny_models):
+    options = ("--model", tiny_models["llama"], "--prompt", "a b c " * 100, "--max-tokens", "8")
+    assert_one_line(ndcheck("run", "--quiet", *options), 2, "exceeds the model's context of 256")
+
+
+def test_directory_in_use(ndcheck, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    assert_one_line(ndcheck("run", "--quiet", *SCRIPTED, "--out", "full"), 2, "is not empty")
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+
+
+def test_unwritable_directory(ndcheck):
+    done = ndcheck("run", "--quiet", *SCRIPTED, "--out", "/proc/ndcheck/run")
+    assert_one_line(done, 4, "cannot write to /proc/ndcheck/run")
+
+
+def test_full_disk_keeps_finished_trials(ndcheck, tmp_path):
+    def limit_file_size():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    options = ("--quiet", *SCRIPTED, "--out", "run")
+    done = ndcheck("run", *options, preexec_fn=limit_file_size)
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+    assert "cannot write to run: File too large" in done.stderr
+    resumed = ndcheck("run", "--quiet", "--resume", "run")
+    assert resumed.returncode == 0, resumed.stderr
+
+
+def test_damaged_samples_are_named_and_the_rest_reported(ndcheck, tmp_path):
+    ndcheck("run", "--quiet", *SCRIPTED, "--out", "run")
+    file = tmp_path / "run" / "samples.jsonl"
+    content = file.read_bytes()
+    lines = content.splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:5], b"oops\n", *lines[6:-1], lines[-1][:50]]))
+    done = ndcheck("report", "run")
+    assert done.returncode == 0
+    assert "line 6 is ignored" in done.stderr
+    assert f"line {len(lines)} is ignored" in done.stderr
+
+
+def test_newer_schema(ndcheck, tmp_path):
+    ndcheck("run", "--quiet", *SCRIPTED, "--out", "run")
+    file = tmp_path / "run" / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "schema_version": 2}))
+    assert_one_line(ndcheck("report", "run"), 2, "schema version 2", "upgrade ndcheck")
+
+
+def test_report_of_nothing(ndcheck, tmp_path):
+    assert_one_line(ndcheck("report", "nowhere"), 2, "nowhere holds no run")

@@ -1,0 +1,80 @@
+"""kill -9, Ctrl-C, resume: nothing finished is lost, and the result is the same."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+OPTIONS = ("--model", "scripted:slow", "--max-tokens", "8", "--loads", "1,4", "-n", "80")
+
+
+def wait_for_samples(process, path, n_lines):
+    for _ in range(600):
+        if path.exists() and path.read_bytes().count(b"\n") >= n_lines:
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    raise AssertionError("no samples appeared")
+
+
+def samples_without_times(run):
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    return [{**json.loads(line), "elapsed_s": None} for line in lines]
+
+
+def test_killed_and_resumed_equals_uninterrupted(ndcheck, started, tmp_path):
+    assert ndcheck("run", *OPTIONS, "--out", "whole").returncode == 0
+    process = started("run", *OPTIONS, "--out", "parts")
+    wait_for_samples(process, tmp_path / "parts" / "samples.jsonl", 10)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    n_before = len(samples_without_times(tmp_path / "parts"))
+    resumed = ndcheck("run", "--resume", "parts")
+    assert resumed.returncode == 0, resumed.stderr
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert 10 <= n_before < len(samples_without_times(parts))
+    assert samples_without_times(parts) == samples_without_times(whole)
+    assert (parts / "completions.csv").read_bytes() == (whole / "completions.csv").read_bytes()
+
+
+def test_interrupt_reports_what_there_is(ndcheck, started, tmp_path):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        out = f"run-{number}"
+        process = started("run", *OPTIONS, "--out", out)
+        wait_for_samples(process, tmp_path / out / "samples.jsonl", 5)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert stdout.startswith("INCONCLUSIVE")
+        assert f"ndcheck run --resume {out}" in stderr
+        assert "Traceback" not in stderr
+        assert (tmp_path / out / "report.md").exists()
+        assert json.loads((tmp_path / out / "run.json").read_text())["status"] == "interrupted"
+        assert ndcheck("run", "--resume", out).returncode == 0
+
+
+def test_second_process_is_refused(ndcheck, started, tmp_path):
+    process = started("run", *OPTIONS, "--out", "run")
+    wait_for_samples(process, tmp_path / "run" / "samples.jsonl", 1)
+    done = ndcheck("run", "--resume", "run", "--quiet")
+    assert done.returncode == 2
+    assert "another ndcheck is writing run" in done.stderr
+
+
+def test_a_finished_run_resumes_to_itself(ndcheck, tmp_path):
+    ndcheck("run", "--model", "scripted:clean", "--max-tokens", "8", "--out", "run")
+    before = (tmp_path / "run" / "samples.jsonl").read_bytes()
+    assert ndcheck("run", "--resume", "run").returncode == 0
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before
+
+
+def test_resume_in_another_environment_is_refused(ndcheck, tmp_path):
+    ndcheck("run", "--model", "scripted:clean", "--max-tokens", "8", "--out", "run")
+    file = tmp_path / "run" / "run.json"
+    document = json.loads(file.read_text())
+    document["environment"]["software"]["torch"] = "1.0"
+    file.write_text(json.dumps(document))
+    done = ndcheck("run", "--resume", "run", "--quiet")
+    assert done.returncode == 2
+    assert "software.torch: 1.0, now" in done.stderr

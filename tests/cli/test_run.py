@@ -1,0 +1,122 @@
+"""`ndcheck run`: verdicts, exit codes, files."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+FAST = ("--max-tokens", "8", "--loads", "1,4", "-n", "60", "--quiet")
+
+
+def read_csv(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "verdict"),
+    [
+        ("clean", 0, "PASS"),
+        ("batch-dependent", 1, "FAIL"),
+        ("latent", 1, "FAIL"),
+        ("never-batches", 3, "INCONCLUSIVE"),
+        ("out-of-memory", 3, "INCONCLUSIVE"),
+        ("dies", 4, "INCONCLUSIVE"),
+    ],
+)
+def test_exit_codes_follow_the_verdict(ndcheck, behaviour, code, verdict):
+    done = ndcheck("run", "--model", f"scripted:{behaviour}", *FAST, "--out", "run")
+    assert done.returncode == code, done.stderr
+    assert done.stdout.startswith(verdict)
+    assert "Traceback" not in done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_latent_divergence_may_be_allowed(ndcheck):
+    done = ndcheck("run", "--model", "scripted:latent", *FAST, "--allow-latent")
+    assert done.returncode == 0
+
+
+def test_files_agree_with_each_other(ndcheck, tmp_path):
+    done = ndcheck("run", "--model", "scripted:slot-dependent", *FAST, "--out", "run", "--json")
+    document = json.loads(done.stdout)
+    samples = read_csv(tmp_path / "run" / "samples.csv")
+    completions = read_csv(tmp_path / "run" / "completions.csv")
+    (summary,) = read_csv(tmp_path / "run" / "summary.csv")
+    assert len(samples) == 60 == sum(int(row["count"]) for row in completions)
+    assert {row["achieved_batch_size"] for row in samples} == {"1", "4"}
+    assert all(row["achieved_batch_size"] == row["batch_size"] for row in samples)
+    assert len(completions) == 2 == int(summary["n_unique"])
+    diverged = {row["slot"] for row in samples if row["first_divergence"] == "3"}
+    assert diverged == {"1", "2", "3"}
+    assert all(row["first_divergence"] == "" for row in samples if row["slot"] == "0")
+    assert document["verdict"] == "FAIL" == summary["verdict"]
+
+
+def test_stdout_holds_the_result_and_stderr_the_progress(ndcheck):
+    done = ndcheck("run", "--model", "scripted:clean", *FAST[:-1])
+    assert "trials  unique" in done.stderr
+    assert "trials  unique" not in done.stdout
+    quiet = ndcheck("run", "--model", "scripted:clean", *FAST)
+    assert quiet.stderr == ""
+
+
+def test_dry_run_prints_the_plan_and_runs_nothing(ndcheck, tmp_path):
+    done = ndcheck("run", "--model", "scripted:clean", *FAST, "--dry-run")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[:4] == ["trial", "arm", "probe", "axis"]
+    assert "60 samples" in lines[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_environment_variables_are_defaults(ndcheck):
+    options = ("run", "--dry-run", "--max-tokens", "8")
+    variables = {"NDCHECK_MODEL": "scripted:clean", "NDCHECK_SAMPLES": "20"}
+    assert "20 samples" in ndcheck(*options, env=variables).stdout
+    assert "30 samples" in ndcheck(*options, "-n", "30", env=variables).stdout
+
+
+def test_target_rate_says_how_many_trials_up_front(ndcheck):
+    options = ("--model", "scripted:clean", "--loads", "1,2", "--max-tokens", "4")
+    done = ndcheck("run", *options, "--target-rate", "0.05", "--out", "run")
+    assert "59 trials of each probe and arm" in done.stderr
+    assert "0 of 59 trials diverged; rate < 4.9" in done.stdout
+
+
+def test_stop_on_divergence(ndcheck, tmp_path):
+    options = ("--model", "scripted:batch-dependent", "--stop-on-divergence")
+    done = ndcheck("run", *FAST, *options, "--out", "run")
+    assert done.returncode == 1
+    assert len(read_csv(tmp_path / "run" / "samples.csv")) < 60
+
+
+def test_several_probes(ndcheck, tmp_path):
+    options = ("--model", "scripted:clean", "--prompt", "one two", "--prompt", "three")
+    done = ndcheck("run", *FAST, *options, "--out", "run")
+    assert done.returncode == 0
+    rows = read_csv(tmp_path / "run" / "summary.csv")
+    assert [(row["probe_id"], row["n_samples"]) for row in rows] == [("p1", "60"), ("p2", "60")]
+
+
+def test_hostile_completions_and_prompts_stay_text(ndcheck, tmp_path):
+    prompt = "[red]x[/red] \x1b[31m \u202e =1+1 🧪\n| a |"
+    options = ("--model", "scripted:hostile", "--prompt", prompt, "--out", "run")
+    done = ndcheck("run", *FAST, "--max-tokens", "40", *options)
+    assert done.returncode == 0
+    for text in (done.stdout, (tmp_path / "run" / "report.md").read_text(encoding="utf-8")):
+        assert not {"\x1b", "\x00", "\x07", "\u202e"} & set(text)
+    (completion,) = read_csv(tmp_path / "run" / "completions.csv")
+    assert "[red]markup[/red]" in completion["text"]
+    for file in (tmp_path / "run").glob("*.csv"):
+        for row in read_csv(file):
+            for cell in row.values():
+                assert not cell.startswith(("=", "+", "@", "\t", "\r")), (file.name, cell)
+
+
+def test_default_directory_is_named_by_time_and_model(ndcheck, tmp_path):
+    ndcheck("run", "--model", "scripted:clean", *FAST)
+    (run,) = (tmp_path / "ndcheck-runs").iterdir()
+    assert run.name.endswith("-scripted-clean")

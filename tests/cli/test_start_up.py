@@ -1,0 +1,63 @@
+"""What start-up imports, and what works without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import ndcheck as package
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers", "triton", "tokenizers", "safetensors"):
+    sys.modules[name] = None
+from ndcheck.cli.app import run_command_line
+sys.exit(run_command_line(sys.argv[1:]))
+"""
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from ndcheck.cli.app import run_command_line; run_command_line(['--help']);"
+        "print(*sorted(set(sys.modules) & {'torch', 'transformers', 'pandas', 'numpy', 'scipy',"
+        " 'triton', 'matplotlib'}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == ""
+    assert "Exit codes: 0 pass" in " ".join(done.stdout.split())
+
+
+def test_version(ndcheck):
+    assert ndcheck("--version").stdout == f"ndcheck {package.__version__}\n"
+
+
+def test_report_is_byte_identical_and_needs_no_torch(ndcheck, tmp_path, environment):
+    first = ndcheck("run", "--model", "scripted:flaky", "--max-tokens", "8", "--out", "run", "-q")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    for file in (tmp_path / "run").glob("*.csv"):
+        file.unlink()
+    again = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, "report", "run"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 1, again.stderr
+    assert again.stdout == first.stdout
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+
+
+def test_current_directory_shadows_nothing(ndcheck, tmp_path):
+    """`python -m ndcheck` from a directory with files named like dependencies."""
+    for name in ("rich.py", "numpy.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit('shadowed')")
+    assert ndcheck("run", "--model", "scripted:clean", "--dry-run").returncode == 0
+
+
+def test_doctor_catches_every_planted_fault(ndcheck):
+    done = ndcheck("doctor")
+    assert done.returncode == 0, done.stdout
+    assert "FAILED" not in done.stdout
+    assert done.stdout.count("\n  ok ") == 8
