@@ -12,6 +12,8 @@ from ndcheck.reports.untrusted import visible
 def percent(share: float, rounding: str = ROUND_HALF_EVEN) -> str:
     """Three significant digits: "0.8", "99.7", "100". The caller gives the denominator."""
     rounded = Context(prec=3, rounding=rounding).create_decimal_from_float(100 * share)
+    if rounded == 100 and share < 1 and rounding == ROUND_HALF_EVEN:
+        return f"{100 * share:.10g}"  # almost all is not all
     digits = f"{rounded:f}"
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
@@ -102,5 +104,10 @@ def workload(run: Run) -> str:
     loads = ", ".join(map(str, spec.batch_sizes))
     return (
         f"{spec.decoding.max_tokens} tokens at temperature {spec.decoding.temperature:g}, "
-        f"batch sizes {loads} ({spec.mode})"
+        f"batch sizes {loads} ({spec.mode}){_ending(run)}"
     )
+
+
+def _ending(run: Run) -> str:
+    ending = "" if run.status == "finished" else f"; {run.status}"
+    return ending + (f"; {visible(run.stop_reason)}" if run.stop_reason else "")
