@@ -19,7 +19,7 @@ class Progress:
 
     n_trials: int
     n_done: int = 0
-    unique: dict[Arm, int] = field(default_factory=dict)
+    unique: dict[str, int] = field(default_factory=dict)
     first_divergence: int | None = None
     elapsed_s: float = 0.0
     _references: dict[tuple[Arm, str], tuple[int, ...]] = field(default_factory=dict)

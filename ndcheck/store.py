@@ -15,12 +15,12 @@ import fcntl
 import io
 import json
 import math
-import os
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.records import (
@@ -63,7 +63,7 @@ class RunDirectory:
             directory = cls(path, run, _open_locked(path / SAMPLES_FILE, path))
             directory.save(run)
         except OSError as error:
-            raise _write_failure(path, error) from error
+            raise write_failure(path, error) from error
         return directory
 
     @classmethod
@@ -82,7 +82,7 @@ class RunDirectory:
             if handle is not None:
                 handle.close()
             if isinstance(error, OSError):
-                raise _write_failure(path, error) from error
+                raise write_failure(path, error) from error
             raise
         return cls(path, run, handle), finished
 
@@ -93,33 +93,38 @@ class RunDirectory:
             while rest:
                 rest = rest[self._handle.write(rest) :]
         except OSError as error:
-            raise _write_failure(self.path, error) from error
+            raise write_failure(self.path, error) from error
 
     def save(self, run: Run) -> None:
         """Replace run.json as a whole. Raises BackendError if the disk refuses."""
         self.run = run
         document = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(run)}
-        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            write_atomically(self.path / RUN_FILE, text.encode())
+            with replacing(self.path / RUN_FILE) as file:
+                json.dump(document, file, indent=2, ensure_ascii=False, allow_nan=False)
+                file.write("\n")
         except OSError as error:
-            raise _write_failure(self.path, error) from error
+            raise write_failure(self.path, error) from error
 
     def close(self) -> None:
         self._handle.close()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, never a part. Raises OSError."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A file that takes the place of ``path`` once all of it is written. Raises OSError."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        temporary = Path(file.name)
+        try:
+            yield file  # type: ignore[misc]
+            file.close()
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def read_run(path: Path) -> Run:
@@ -233,7 +238,8 @@ def _finished_trials(path: Path) -> tuple[list[Sample], int]:
     return finished, end
 
 
-def _write_failure(path: Path, error: OSError) -> BackendError:
+def write_failure(path: Path, error: OSError) -> BackendError:
+    """The one line that a user sees when the disk refuses."""
     return BackendError(f"cannot write to {path}: {error.strerror or error}")
 
 

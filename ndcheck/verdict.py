@@ -9,6 +9,11 @@ from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
 from ndcheck.records import Arm, Axis, Run, RunSpec
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+STATUS_REASONS = {
+    "running": "the run is still going on, or its process was killed",
+    "interrupted": "the run was interrupted before it finished",
+    "failed": "the run failed before it finished",
+}
 EXIT_CODES: dict[Outcome, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 
 
@@ -57,7 +62,7 @@ def judge(run: Run, summary: Summary) -> Judgement:
     if not probes:
         outcomes = [Verdict("INCONCLUSIVE", ("no sample was taken",))]
     if run.status != "finished":
-        outcomes.append(Verdict("INCONCLUSIVE", (f"the run is {run.status}, not finished",)))
+        outcomes.append(Verdict("INCONCLUSIVE", (STATUS_REASONS[run.status],)))
     outcome = worst([v.outcome for v in outcomes])
     for verdict in outcomes:
         if verdict.outcome == outcome:
@@ -116,15 +121,15 @@ def _lacks_control(probe: ProbeSummary) -> str | None:
 def _lacks_witness(probe: ProbeSummary) -> str | None:
     if probe.unwitnessed_trials:
         return (
-            f"in {probe.unwitnessed_trials} trials the batch that ran was not the batch asked for, "
-            "or nothing witnessed it"
+            "trials whose batch was not witnessed at the size asked for: "
+            f"{probe.unwitnessed_trials} of {probe.n_trials}"
         )
     return None
 
 
 def _has_errors(probe: ProbeSummary) -> str | None:
     if probe.n_errors:
-        return f"{probe.n_errors} samples ended in an error"
+        return f"samples that ended in an error: {probe.n_errors}"
     return None
 
 

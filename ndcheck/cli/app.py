@@ -52,6 +52,9 @@ def run_command_line(arguments: list[str]) -> int:
     """The exit code; an error the user can act on becomes one line on stderr."""
     # A CI job that is cancelled should leave the same partial report as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        # Completions hold any character; a terminal or a pipe may be limited to ASCII.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = typer.main.get_command(app).main(arguments, "ndcheck", standalone_mode=False)
         return int(code or 0)

@@ -23,7 +23,7 @@ from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import run_trials
 from ndcheck.samplers.base import Sampler, open_sampler
-from ndcheck.store import RunDirectory, SampleReader
+from ndcheck.store import RunDirectory, SampleReader, write_failure
 from ndcheck.verdict import EXIT_CODES, judge
 
 INTERRUPTED = 130
@@ -113,7 +113,10 @@ def report(path: Path, run: Run, *, as_json: bool) -> int:
     for line in samples.bad_lines:
         note(line, quiet=False)
     judgement = judge(run, summary)
-    write_reports(path, run, samples, summary, judgement, DEFAULTS)
+    try:
+        write_reports(path, run, samples, summary, judgement, DEFAULTS)
+    except OSError as error:
+        raise write_failure(path, error) from error
     if as_json:
         typer.echo(json.dumps(make_document(run, summary, judgement), indent=2, allow_nan=False))
     else:

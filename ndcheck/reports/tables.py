@@ -75,6 +75,7 @@ LOAD_COLUMNS: _Columns = {
     "latent": _INT,
     "elapsed_s": _FLOAT,
     "tokens_per_s": _FLOAT,
+    "cache_state": _TEXT,
 }
 SUMMARY_COLUMNS: _Columns = {
     "arm": _TEXT,

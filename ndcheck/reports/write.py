@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from ndcheck.analysis.summary import Summary
 from ndcheck.records import Run, RunSpec, Sample
 from ndcheck.reports.markdown import markdown_report
 from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file
 from ndcheck.reports.tables import completion_tables, loads_table, sample_tables, summary_table
+from ndcheck.store import replacing
 from ndcheck.verdict import Judgement
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def write_reports(
         "summary.csv": [summary_table(summary, judgement)],
     }
     for name, parts in tables.items():
-        with _replacing(directory / name) as file:
+        with replacing(directory / name) as file:
             for index, part in enumerate(parts):
                 # RFC 4180 ends lines with CR LF.
                 part.to_csv(file, index=False, header=index == 0, lineterminator="\r\n")
@@ -49,23 +48,6 @@ def write_reports(
     if prompts is not None:
         texts[PROMPTS_FILE] = prompts
     for name, text in texts.items():
-        with _replacing(directory / name) as file:
+        with replacing(directory / name) as file:
             file.write(text)
     return [directory / name for name in (*texts, *tables)]
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    """A file that takes the place of ``path`` once all of it is written."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        temporary = Path(file.name)
-        try:
-            yield file  # type: ignore[misc]
-            file.close()
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise

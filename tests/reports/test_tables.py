@@ -26,7 +26,7 @@ COMPLETIONS = (
 )
 LOADS = (
     "arm,probe_id,axis,batch_size,slot,n_trials,n_samples,n_unique,n_diverged_trials,"
-    "first_divergence_min,first_divergence_median,latent,elapsed_s,tokens_per_s"
+    "first_divergence_min,first_divergence_median,latent,elapsed_s,tokens_per_s,cache_state"
 )
 SUMMARY = (
     "arm,probe_id,n_trials,n_samples,n_unique,modal_count,common_prefix_tokens,diverged_trials,"

@@ -57,7 +57,7 @@ def test_the_verdict_comes_first(failing, passing, inconclusive) -> None:
     assert screen(passing).startswith("PASS  0 of 299 trials diverged; rate < 0.997 % at 95 %\n")
     lines = screen(inconclusive).splitlines()
     assert lines[0] == "INCONCLUSIVE  0 of 28 trials diverged; rate < 10.2 % at 95 %"
-    assert "100 samples ended in an error" in lines[1]
+    assert "samples that ended in an error: 100" in lines[1]
 
 
 def test_the_tree_counts_tokens_from_one(failing) -> None:

@@ -1,0 +1,140 @@
+"""PASS needs evidence and a control; FAIL needs one divergence; everything else is INCONCLUSIVE."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ndcheck.analysis.accumulate import summarise
+from ndcheck.load import plan_trials, plant_fault
+from ndcheck.records import Decoding, Environment, Run, Witness
+from ndcheck.request import DEFAULTS
+from ndcheck.runner import first_divergence
+from ndcheck.samplers.scripted import ScriptedSampler
+from ndcheck.selftest import CASES, check, judge_sampler
+from ndcheck.verdict import judge, worst
+
+SPEC = replace(DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40)
+
+
+def samples_of(behaviour="clean", spec=SPEC, arm_behaviours=None):
+    """What the run would store; ``arm_behaviours`` gives arms different samplers."""
+    found = []
+    for trial in plan_trials(spec, {"p1": 4}, 1000):
+        sampler = ScriptedSampler((arm_behaviours or {}).get(trial.arm, behaviour))
+        if trial.axis == "control":
+            trial = replace(trial, fault=plant_fault(8))
+        found += sampler.sample(trial, spec.probes[0], spec.decoding)
+    return found
+
+
+def judged(samples, spec=SPEC, status="finished"):
+    run = Run("r", "0", spec, Environment(), "", status=status)
+    return judge(run, summarise(samples, spec))
+
+
+def test_clean_evidence_passes():
+    judgement = judged(samples_of())
+    assert judgement.verdict.outcome == "PASS"
+    assert "batch-size: 0 of" in " ".join(judgement.verdict.reasons)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda s: replace(s, witness=Witness(None)), "not witnessed"),
+        (lambda s: replace(s, error="boom", token_ids=()) if s.slot == 2 else s, "error: "),
+    ],
+)
+def test_clean_results_with_doubts_are_inconclusive(spoil, reason):
+    judgement = judged([spoil(s) if s.axis == "batch-size" else s for s in samples_of()])
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert reason in " ".join(judgement.verdict.reasons)
+
+
+def test_without_a_control_nothing_passes():
+    judgement = judged([s for s in samples_of() if s.axis != "control"])
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert "no control ran" in judgement.verdict.reasons[0]
+
+
+def test_a_control_that_goes_unseen_is_inconclusive():
+    reference = samples_of()[0]
+    blind = [
+        replace(
+            s,
+            token_ids=reference.token_ids,
+            logprobs=reference.logprobs,
+            row_digests=reference.row_digests,
+        )
+        if s.axis == "control"
+        else s
+        for s in samples_of()
+    ]
+    judgement = judged(blind)
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert "caught in 0 of 1" in judgement.verdict.reasons[0]
+
+
+def test_an_axis_that_was_not_tried_is_inconclusive():
+    judgement = judged([s for s in samples_of() if s.axis != "neighbours"])
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert "neighbours: no trial compared it" in judgement.verdict.reasons
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
+def test_an_unfinished_run_does_not_pass(status):
+    assert judged(samples_of(), status=status).verdict.outcome == "INCONCLUSIVE"
+    assert judged(samples_of("fork"), status=status).verdict.outcome == "FAIL"
+
+
+def test_no_samples_at_all():
+    assert judged([]).verdict.outcome == "INCONCLUSIVE"
+
+
+def test_a_failure_outweighs_doubts():
+    samples = [replace(s, witness=Witness(None)) for s in samples_of("batch-dependent")]
+    assert judged(samples).verdict.outcome == "FAIL"
+
+
+def test_latent_divergence_fails_unless_allowed():
+    samples = samples_of("latent")
+    assert judged(samples).verdict.outcome == "FAIL"
+    assert judged(samples, replace(SPEC, allow_latent=True)).verdict.outcome == "PASS"
+
+
+def test_stock_is_the_invariant_arms_control():
+    both = replace(SPEC, arms=("stock", "invariant"))
+    fixed = samples_of(spec=both, arm_behaviours={"stock": "batch-dependent"})
+    judgement = judged(fixed, both)
+    outcomes = {probe.arm: probe.verdict.outcome for probe in judgement.probes}
+    assert outcomes == {"stock": "FAIL", "invariant": "PASS"}
+    assert judgement.verdict.outcome == "FAIL"
+    unproven = judged(samples_of(spec=both), both)
+    outcomes = {probe.arm: probe.verdict.outcome for probe in unproven.probes}
+    assert outcomes == {"stock": "PASS", "invariant": "INCONCLUSIVE"}
+    assert "the stock arm, its control, did not fail" in unproven.verdict.reasons[0]
+
+
+def test_worst():
+    assert worst(["PASS", "INCONCLUSIVE"]) == "INCONCLUSIVE"
+    assert worst(["PASS", "FAIL", "INCONCLUSIVE"]) == "FAIL"
+    assert worst(["PASS"]) == "PASS"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.behaviour)
+def test_selftest_cases_are_judged_rightly(case):
+    assert check(case, *judge_sampler(ScriptedSampler(case.behaviour))) is None
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.behaviour)
+def test_selftest_cases_can_fail(case):
+    """Each case given another behaviour's samples must be seen as wrong."""
+    other = "flaky" if case.behaviour == "clean" else "clean"
+    assert check(case, *judge_sampler(ScriptedSampler(other))) is not None
+
+
+def test_scripted_behaviours_fork_where_they_say():
+    clean, forked = samples_of()[-1], samples_of("fork")[-1]
+    assert first_divergence(forked.token_ids, clean.token_ids) == 3
