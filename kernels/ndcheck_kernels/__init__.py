@@ -1,1 +1,29 @@
 """Batch-invariant kernels: a result never depends on the batch around it."""
+
+from ndcheck_kernels.attention_interface import register_attention
+from ndcheck_kernels.mode import (
+    OP_GROUPS,
+    Scope,
+    UncoveredOpError,
+    UnsupportedCallError,
+    accept,
+    active_scope,
+    covered_ops,
+    implements,
+    implements_pointwise,
+    invariant_kernels,
+)
+
+__all__ = [
+    "OP_GROUPS",
+    "Scope",
+    "UncoveredOpError",
+    "UnsupportedCallError",
+    "accept",
+    "active_scope",
+    "covered_ops",
+    "implements",
+    "implements_pointwise",
+    "invariant_kernels",
+    "register_attention",
+]

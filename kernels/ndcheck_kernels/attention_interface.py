@@ -1,0 +1,178 @@
+"""Attention as an op of its own, the spans that say who sees whom, and its transformers names.
+
+`torch.ops.ndcheck_kernels.attention` has no kernel of its own: inside `invariant_kernels()` it goes
+to the implementation registered for the device, and outside it fails. A query sees one contiguous
+run of keys, so an int32 tensor of *spans* replaces the mask:
+
+- [B, 1, 2], causal: (start, end). Query i of Q sees the keys in [start, end - (Q - 1 - i)).
+- [B, Q, 3], any: (origin, begin, end). The query sees the keys in [begin, end).
+
+Splits of the keys are counted from the row's own first token, at column `start` or `origin`, which
+is negative if a sliding cache has dropped it. So padding shifts nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ndcheck_kernels.mode import UnsupportedCallError, active_scope
+
+NAME = "ndcheck_invariant"
+
+_library = torch.library.Library("ndcheck_kernels", "DEF")
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale, "
+    "float softcap=0.0) -> Tensor"
+)
+attention_op = torch.ops.ndcheck_kernels.attention.default
+
+
+def _refuse_outside_scope(*args: Any) -> torch.Tensor:
+    raise RuntimeError(
+        f"attn_implementation='{NAME}' only runs inside ndcheck_kernels.invariant_kernels(); "
+        "for stock kernels call model.set_attn_implementation('sdpa')"
+    )
+
+
+_library.impl("attention", _refuse_outside_scope, "CompositeExplicitAutograd")
+
+
+def causal_spans(batch: int, length: int, device: torch.device | str) -> torch.Tensor:
+    """Every row starts at column 0 and its last query sees all `length` keys."""
+    return torch.tensor([0, length], dtype=torch.int32, device=device).expand(batch, 1, 2)
+
+
+def spans_from_mask(visible: torch.Tensor, origin: torch.Tensor | None = None) -> torch.Tensor:
+    """Spans of a boolean mask [B, Q, KV]; without `origin` [B], rows start at their first key."""
+    length = visible.shape[-1]
+    count = visible.sum(-1)
+    begin = visible.int().argmax(-1)
+    end = begin + count
+    last = length - visible.flip(-1).int().argmax(-1)
+    sees = count > 0
+    if not bool(((end == last) | ~sees).all()):
+        raise UnsupportedCallError("a query sees keys with gaps between them")
+    if origin is None:
+        first = torch.where(sees, begin, length).amin(-1)
+        if not bool(((begin == first[:, None]) | ~sees).all()):
+            raise UnsupportedCallError(
+                "queries of one row start at different keys (a sliding window or packed "
+                f"sequences): use attn_implementation='{NAME}'"
+            )
+        origin = first
+    return torch.stack([origin[:, None].expand_as(begin), begin, end], -1).to(torch.int32)
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="ndcheck_invariant"` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    AttentionInterface.register(NAME, _attention_forward)
+    AttentionMaskInterface.register(NAME, _mask_maker(causal_mask_function, sdpa_mask))
+
+
+def _attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What a transformers attention module calls; the mask comes from `_mask_maker`."""
+    used = [name for name in ("position_bias", "s_aux", "cache") if kwargs.get(name) is not None]
+    if used or dropout:
+        raise RuntimeError(f"'{NAME}' attention has no {', '.join(used) or 'dropout'}")
+    if active_scope() is None:
+        _refuse_outside_scope()
+    batch, _, length, width = query.shape
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        spans = attention_mask[:, 0]
+    elif attention_mask is None and (is_causal is None and getattr(module, "is_causal", True)):
+        key, value = (key, value) if length == 1 else (key[:, :, :length], value[:, :, :length])
+        spans = causal_spans(batch, key.shape[2], query.device)
+    else:
+        spans = spans_from_any(attention_mask, bool(is_causal), query, key)
+    scale = width**-0.5 if scaling is None else scaling
+    out = attention_op(query, key, value, spans, scale, softcap or 0.0)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def spans_from_any(
+    mask: torch.Tensor | None, is_causal: bool, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor:
+    """Spans of what scaled_dot_product_attention takes; a causal mask is aligned top left."""
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    if is_causal:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
+    if mask is None:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    if mask.dim() == 4:
+        if mask.shape[1] != 1:
+            raise UnsupportedCallError("another mask for every head")
+        mask = mask[:, 0]
+    if mask.dtype != torch.bool:
+        lowest = torch.finfo(mask.dtype).min
+        if not bool(((mask == 0) | (mask <= lowest)).all()):
+            raise UnsupportedCallError("a bias is added to the scores")
+        mask = mask == 0
+    return spans_from_mask(mask.expand(batch, queries, keys))
+
+
+def _mask_maker(
+    causal: Callable[..., Any], sdpa_mask: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
+    """The mask function for transformers: spans, as a 4-dimensional tensor that models pass on."""
+
+    def make(
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int | torch.Tensor = 0,
+        kv_offset: int = 0,
+        mask_function: Callable[..., Any] = causal,
+        attention_mask: torch.Tensor | None = None,
+        device: torch.device | str = "cpu",
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        first = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        if attention_mask is not None:
+            first = attention_mask.int().argmax(-1)
+        origin = first - kv_offset
+        end = q_offset + q_length - kv_offset
+        if mask_function is causal and _has_no_gaps(attention_mask, first, q_offset + q_length):
+            return torch.stack([origin, torch.zeros_like(origin) + end], -1)[:, None, None].int()
+        kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        visible = sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            device=device,
+            **kwargs,
+        )
+        return spans_from_mask(visible[:, 0], origin)[:, None]
+
+    return make
+
+
+def _has_no_gaps(
+    attention_mask: torch.Tensor | None, first: torch.Tensor, stop: int | torch.Tensor
+) -> bool:
+    """Whether each row is padded on the left only, up to column `stop`."""
+    if attention_mask is None:
+        return True
+    if attention_mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True  # Nothing can be read during capture; the warm-up runs have been checked.
+    column = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
+    own = (column >= first[:, None]) & (column < stop)
+    return bool((attention_mask.bool() | ~own).all())

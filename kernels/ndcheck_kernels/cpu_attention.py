@@ -1,0 +1,152 @@
+"""Batch-invariant attention on CPU, one arithmetic for prefill, chunked prefill and decode.
+
+Computes: softmax(scale * q k^T, capped if asked) v, per query head, in float32 (float64 for
+    float64), rounded once. A query that sees nothing gives 0.
+Reduction order: keys in splits of `SPLIT`, counted from the row's own first token. Scores by `bmm`
+    of fixed (head_dim, SPLIT); the maximum is exact in any order; each split's exponentials are
+    summed, and multiplied with its values, by kernels of fixed (SPLIT, head_dim); splits are added
+    in ascending order. A hidden key counts as exactly 0, so whole hidden splits change no bit.
+Depends on: the query, the row's own keys and values that it sees, head_dim, dtype, the CPU and
+    torch's build. Never on batch, padding, neighbours, the cache's length or how many of the row's
+    queries come at once.
+Dtypes: float64, float32, bfloat16, float16.
+Not claimed: equal results if the row itself holds infinite or NaN values after the query.
+"""
+
+import torch
+
+from ndcheck_kernels.attention_interface import attention_op, spans_from_any
+from ndcheck_kernels.cpu_gemm import bmm
+from ndcheck_kernels.cpu_pointwise import pointwise
+from ndcheck_kernels.cpu_reductions import sum_rows
+from ndcheck_kernels.mode import UnsupportedCallError, implements
+
+aten = torch.ops.aten
+
+SPLIT = 128
+# Scores held at a time: queries beyond that are computed in turns, which no result depends on.
+_SCORES = 2**20
+_NEVER = 2**31  # The first key of a query that sees none.
+
+
+@implements(attention_op, device="cpu")
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """[B, H, Q, D] x [B, H_kv, KV, D] -> [B, H, Q, D_v]; spans as in `attention_interface`."""
+    batch, heads, queries, width = query.shape
+    kv_heads = key.shape[1]
+    out = query.new_zeros(batch, heads, queries, value.shape[-1])
+    begin, end, shift, splits = _grid(spans, queries)
+    if splits == 0 or out.numel() == 0:
+        return out
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    used = torch.stack([shift, begin.amin(-1), end.amax(-1)], -1).tolist()
+    keys = _on_grid(key, used, splits, compute)
+    values = _on_grid(value, used, splits, compute)
+    column = torch.arange(splits * SPLIT)
+    turn = max(1, _SCORES // (batch * heads * splits * SPLIT))
+    for first in range(0, queries, turn):
+        part = slice(first, first + turn)
+        rows = query[:, :, part].to(compute) * scale
+        rows = rows.reshape(batch * kv_heads, -1, width)
+        visible = (column >= begin[:, part, None]) & (column < end[:, part, None])
+        result = _attend(rows, keys, values, visible, heads // kv_heads, softcap)
+        out[:, :, part] = result.view(batch, heads, -1, value.shape[-1])
+    return out
+
+
+def _attend(
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor,
+    group: int,
+    softcap: float,
+) -> torch.Tensor:
+    """rows [B * H_kv, group * Q, D]; keys, values [B * H_kv, splits * SPLIT, D]; visible [B, Q,
+    splits * SPLIT].
+    """
+    splits = [slice(s, s + SPLIT) for s in range(0, keys.shape[1], SPLIT)]
+    scores = torch.cat([bmm(rows, keys[:, s].transpose(1, 2)) for s in splits], -1)
+    if softcap:
+        scores = pointwise(aten.tanh.default, scores / softcap) * softcap
+    batch, queries, columns = visible.shape
+    grouped = scores.view(batch, -1, group, queries, columns)
+    grouped.masked_fill_(~visible[:, None, None], -torch.inf)
+    top = scores.amax(-1, keepdim=True)
+    top.masked_fill_(top == -torch.inf, 0)
+    weights = pointwise(aten.exp.default, scores.sub_(top))
+    acc = rows.new_zeros(*rows.shape[:-1], values.shape[-1])
+    total = rows.new_zeros(*rows.shape[:-1], 1)
+    for s in splits:
+        part = weights[..., s].contiguous()
+        acc += bmm(part, values[:, s])
+        total += sum_rows(part.view(-1, SPLIT)).view_as(total)
+    return acc / total.masked_fill_(total == 0, 1)
+
+
+def _grid(
+    spans: torch.Tensor, queries: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """begin and end [B, Q] counted from column `shift` [B], and the number of splits there."""
+    if spans.shape[-1] == 2:
+        origin, last = spans.long().unbind(-1)  # [B, 1]
+        end = last - torch.arange(queries - 1, -1, -1)
+        begin = origin.expand_as(end)
+    else:
+        origins, begin, end = spans.long().unbind(-1)
+        origin = origins[:, :1]
+        if not bool((origins == origin).all()):
+            raise UnsupportedCallError("queries of one row with different first tokens")
+    sees = end > begin
+    # Splits before the first key that is seen are left out, whole.
+    first = torch.where(sees, begin, _NEVER).amin(-1, keepdim=True)
+    shift = torch.where(sees.any(-1, keepdim=True), first - (first - origin) % SPLIT, origin)
+    begin, end = torch.where(sees, begin - shift, _NEVER), torch.where(sees, end - shift, 0)
+    splits = -(-int(end.max()) // SPLIT) if end.numel() else 0
+    return begin, end, shift[:, 0], splits
+
+
+def _on_grid(
+    cache: torch.Tensor, used: list[list[int]], splits: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """[B, H, KV, D] -> [B * H, splits * SPLIT, D]: each row's used keys, counted from its shift.
+
+    `used` is (shift, first, stop) by row. Other columns are 0: a hidden key may hold anything, and
+    0 * NaN is not 0.
+    """
+    batch, heads, _, width = cache.shape
+    grid = cache.new_empty(batch, heads, splits * SPLIT, width, dtype=dtype)
+    alike = all(row == used[0] for row in used)
+    for i, (shift, first, stop) in enumerate(used[:1] if alike else used):
+        rows = slice(None) if alike else slice(i, i + 1)
+        grid[rows, :, :first] = 0
+        grid[rows, :, first:stop] = cache[rows, :, first + shift : stop + shift]
+        grid[rows, :, stop:] = 0
+    return grid.flatten(0, 1)
+
+
+@implements(aten.scaled_dot_product_attention.default, device="cpu")
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """torch's attention; it refuses masks from which a row's first token cannot be told."""
+    if dropout_p or query.dim() != 4:
+        raise UnsupportedCallError("dropout, or tensors that are not 4-dimensional")
+    spans = spans_from_any(attn_mask, is_causal, query, key)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    return attention(query, key, value, spans, factor)

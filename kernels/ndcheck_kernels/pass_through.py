@@ -1,0 +1,67 @@
+"""The ops that cannot make one row depend on another, on any device, in any order of evaluation.
+
+They move or draw data without arithmetic, or compute every element by one correctly rounded
+operation of its own inputs (IEEE 754 fixes the result of +, -, *, / and square root, so a vector
+lane, a scalar loop tail and a GPU thread agree), or they only compare, select or round.
+"""
+
+from typing import Any
+
+from torch._ops import OpOverload
+
+_MOVES = """
+cat stack hstack vstack clone contiguous copy copy_ _to_copy lift lift_fresh lift_fresh_copy
+detach_ empty empty_like empty_strided empty_permuted zeros zeros_like ones ones_like full
+full_like new_empty new_empty_strided new_zeros new_ones new_full arange scalar_tensor eye
+tril_indices triu_indices fill fill_ zero_ resize_ embedding index index_select gather
+take_along_dim index_copy index_copy_ masked_scatter masked_scatter_ masked_select index_fill
+index_fill_ slice_scatter select_scatter constant_pad_nd pad repeat repeat_interleave roll flip
+tril tril_ triu triu_ nonzero nonzero_static one_hot _unsafe_view _reshape_alias view_copy
+slice_copy select_copy expand_copy _local_scalar_dense item is_nonzero equal isin searchsorted
+bucketize unbind_copy unfold_copy rand rand_like randint randn uniform_ exponential_ normal_
+bernoulli_ random_ randperm _assert_async _assert_scalar sym_size sym_numel sym_stride size numel
+dim is_same_size
+"""
+
+# Not `pow`, `exp`, `rsqrt`, ...: libm, vector libraries and their loop tails round differently.
+_ROUNDS_ONCE = """
+abs neg add sub rsub mul div true_divide floor_divide reciprocal sqrt relu relu6 clamp clamp_min
+clamp_max clip maximum minimum fmax fmin floor ceil trunc sign sgn signbit where masked_fill
+positive copysign isnan isinf isfinite isposinf isneginf eq ne lt le gt ge logical_and logical_or
+logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not bitwise_left_shift
+bitwise_right_shift __and__ __or__ __xor__ __iand__ __ior__ __ixor__ __lshift__ __rshift__
+threshold hardtanh nan_to_num
+"""
+
+_EXACT = frozenset(_MOVES.split()) | {
+    name + suffix for name in _ROUNDS_ONCE.split() for suffix in ("", "_")
+}
+_SCATTERS = frozenset({"scatter", "scatter_"})
+_INDEX_PUTS = frozenset({"index_put", "index_put_", "_unsafe_index_put"})
+
+_known: dict[OpOverload, bool] = {}
+
+
+def is_exact(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether torch may compute this call itself, whatever the device."""
+    known = _known.get(op)
+    if known is None:
+        known = _known[op] = _is_exact(op)
+    if not known:
+        return _writes_once(op, args, kwargs)
+    # add(x, y, alpha=a) is a * y + x: two roundings in a scalar loop, one in a vector lane (FMA).
+    return "alpha" not in kwargs
+
+
+def _is_exact(op: OpOverload) -> bool:
+    name = op._schema.name.removeprefix("aten::")
+    return op.namespace in ("aten", "prim") and (op.is_view or name in _EXACT)
+
+
+def _writes_once(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Scatters that overwrite; those that accumulate add in an order nobody promises."""
+    name = op._schema.name.removeprefix("aten::")
+    if name in _SCATTERS:
+        return op._overloadname in ("src", "value")
+    accumulate = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
+    return name in _INDEX_PUTS and not accumulate
