@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,11 @@ from ndcheck.records import Arm, Axis, CacheState
 class Completion:
     """One distinct completion by token ids; ``completion_id`` counts from 1, most frequent first.
 
-    ``first_divergence`` is against the reference (None for the reference's own completion and
-    where one has ended: see ``token`` None). ``divergent_token`` and ``reference_token`` are the
-    competing token texts there, empty where one side had ended.
+    ``n_trials`` counts the batches it was seen in, the reference's included. ``first_divergence``
+    is against the reference: None for the reference's own completion, and where there is no
+    reference. ``divergent_token`` and ``reference_token`` are the competing token texts there,
+    empty where one side had ended; ``margin`` is the reference's. ``finish_reason`` is that of
+    the first sample; ``sha256`` is of the token ids as little-endian 32-bit integers.
     """
 
     completion_id: int
@@ -61,7 +64,12 @@ class AxisFinding:
 
 @dataclass(frozen=True, slots=True)
 class LoadFinding:
-    """All trials of one kind of load, compared with the reference."""
+    """All trials of one kind of load, compared with the reference.
+
+    ``slot`` is None where the load has several. The first divergences are over trials, each at
+    its earliest row; ``latent`` counts trials. ``elapsed_s`` is the sum over trials;
+    ``tokens_per_s`` counts the probe's tokens, not the fillers'.
+    """
 
     axis: Axis
     batch_size: int
@@ -82,7 +90,13 @@ class LoadFinding:
 
 @dataclass(frozen=True, slots=True)
 class ControlFinding:
-    """Did the planted fault show where it was planted?"""
+    """Did the planted fault show where it was planted?
+
+    A control is caught if nothing differs from its baseline before the planted latent divergence,
+    that shows exactly where it was planted, and so does the fork. Where the backend records no
+    bits, the fork alone decides. Failed controls are not counted; those that hold no fault, or
+    whose baseline failed, are not caught.
+    """
 
     n_trials: int
     n_caught: int
@@ -111,7 +125,19 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class ProbeSummary:
-    """One probe in one arm. ``divergence_rate`` is of trials, against the reference."""
+    """One probe in one arm; controls count in ``control`` only, failed samples in ``n_errors``.
+
+    ``divergence_rate`` is of trials, against the reference: the probe alone in its batch. Trials
+    that are only a baseline of others are no evidence in it, though their samples count. Without
+    a reference nothing can be compared, so ``n_trials`` is 0.
+
+    ``unseen_mass`` and ``chao1`` take trials as draws, the reference's included, since the rows of
+    one batch are one draw: a completion's frequency is the number of trials it was seen in.
+    They are None at one unique completion, of which they say nothing.
+
+    ``slowdown_vs_stock`` is the median, over the loads that both arms ran, of the ratio of their
+    mean elapsed times. ``tokens_per_s`` counts the probe's tokens, not the fillers'.
+    """
 
     arm: Arm
     probe_id: str
@@ -133,7 +159,7 @@ class ProbeSummary:
     elapsed_s: float
     tokens_per_s: float | None
     slowdown_vs_stock: float | None
-    completions: tuple[Completion, ...]
+    completions: Sequence[Completion]
     axes: tuple[AxisFinding, ...]
     loads: tuple[LoadFinding, ...]
     control: ControlFinding
@@ -143,7 +169,12 @@ class ProbeSummary:
 
 @dataclass(frozen=True, slots=True)
 class SampleColumns:
-    """Per-sample outcomes in file order; -1 (integers) and NaN (floats) mean none."""
+    """Per-sample outcomes in file order; -1 (integers) and NaN (floats) mean none.
+
+    Against the reference, which itself has none, like errors and controls. ``margin`` is the
+    reference's at the first divergence, in logits; ``max_abs_dlogprob`` is in nats, over the
+    tokens shared with the reference.
+    """
 
     completion_id: NDArray[np.int32]
     first_divergence: NDArray[np.int32]

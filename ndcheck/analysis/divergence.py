@@ -1,0 +1,74 @@
+"""Where two completions part: in their tokens, and before that in their bits."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndcheck.records import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What a sample recorded per generated token, as arrays of shape [T].
+
+    Arrays that the backend did not give are empty; ``margins`` are logits, ``logprobs`` nats.
+    """
+
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    margins: NDArray[np.float32]
+    row_digests: NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The completion that the others are compared with: the probe alone in its batch.
+
+    ``number`` is its completion's, by order of arrival.
+    """
+
+    trial_id: int
+    number: int
+    stream: Stream
+
+
+def read_stream(sample: Sample) -> Stream:
+    digests = bytes.fromhex("".join(sample.row_digests))
+    return Stream(
+        np.frombuffer(array("i", sample.token_ids), np.int32),
+        np.frombuffer(array("f", sample.logprobs), np.float32),
+        np.frombuffer(array("f", sample.margins), np.float32),
+        np.frombuffer(digests, np.uint64),
+    )
+
+
+def first_divergence(a: NDArray[Any], b: NDArray[Any]) -> int | None:
+    """First index at which two sequences differ, or None; a strict prefix differs at its end."""
+    n_shared = min(len(a), len(b))
+    if n_shared:
+        at = int((a[:n_shared] != b[:n_shared]).argmax())
+        if a[at] != b[at]:
+            return at
+    return None if len(a) == len(b) else n_shared
+
+
+def latent_divergence(a: Stream, b: Stream, n_shared: int) -> int | None:
+    """First of the ``n_shared`` equal tokens at which any recorded bit differs, or None.
+
+    Bits are compared, not values: a NaN equals itself and 0.0 differs from -0.0. What only one
+    of the two streams recorded is no evidence.
+    """
+    first = n_shared
+    for bits_a, bits_b in (
+        (a.logprobs.view(np.int32), b.logprobs.view(np.int32)),
+        (a.row_digests, b.row_digests),
+    ):
+        n = min(first, len(bits_a), len(bits_b))
+        at = first_divergence(bits_a[:n], bits_b[:n])
+        first = first if at is None else at
+    return first if first < n_shared else None

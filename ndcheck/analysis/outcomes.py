@@ -1,0 +1,214 @@
+"""One pass over a stream of samples: a row of numbers for each, and a group for each probe and arm.
+
+The rows (about 90 bytes each), the distinct completions and the references are all that is kept.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndcheck.analysis.divergence import (
+    Reference,
+    Stream,
+    first_divergence,
+    latent_divergence,
+    read_stream,
+)
+from ndcheck.analysis.metrics import LogprobSums
+from ndcheck.analysis.unique import Interner
+from ndcheck.records import Arm, Axis, CacheState, Fault, RunSpec, Sample
+
+AXIS_CODES: tuple[Axis, ...] = get_args(Axis)
+
+OUTCOME = np.dtype(
+    [
+        ("index", np.int64),  # place in the stream
+        ("group", np.int32),
+        ("trial", np.int64),
+        ("baseline", np.int64),  # -1: none
+        ("axis", np.int8),  # index in AXIS_CODES
+        ("slot", np.int32),
+        ("achieved", np.int32),  # batch size that ran; -1: unknown
+        ("elapsed_s", np.float64),  # of the trial
+        ("batch_size", np.int32),
+        ("kind", np.int32),  # number of its LoadKind in the group
+        ("load", np.int64),  # equal for equal loads
+        ("completion", np.int32),  # by order of arrival; -1: error or control
+        ("latent", np.int32),  # first latent divergence from the reference; -1: none
+        ("dlogprob", np.float32),  # largest absolute difference from the reference, in nats
+        ("logprobs", np.int64),  # fingerprint of all bits; 0: not recorded
+        ("row_digests", np.int64),  # the same
+    ]
+)
+
+
+class LoadKind(NamedTuple):
+    """What is reported together; ``slot`` is None where a load has several."""
+
+    axis: Axis
+    batch_size: int
+    slot: int | None
+    cache_state: CacheState
+
+
+Groups = dict[tuple[Arm, str], "Group"]
+"""By arm and probe id; a group's number is its place."""
+
+
+def collect(samples: Iterable[Sample], spec: RunSpec) -> tuple[NDArray[np.void], Groups]:
+    """Read all samples: their OUTCOME rows, and the groups, the spec's first.
+
+    The rows are sorted by group, then completions before errors and controls, then by trial and
+    slot, so that what belongs together is a slice and need not be copied.
+    """
+    groups: Groups = {}
+    for probe in spec.probes:
+        for arm in spec.arms:
+            groups[arm, probe.probe_id] = Group(len(groups))
+    # Log-probabilities of minus infinity are legal; their differences are NaN.
+    with np.errstate(invalid="ignore", over="ignore"):
+        rows = np.fromiter(_read(samples, groups), OUTCOME)
+    order = np.lexsort((rows["slot"], rows["trial"], rows["completion"] < 0, rows["group"]))
+    return rows[order], groups
+
+
+def _read(samples: Iterable[Sample], groups: Groups) -> Iterator[tuple[Any, ...]]:
+    for index, sample in enumerate(samples):
+        key = sample.arm, sample.probe_id
+        group = groups.get(key) or groups.setdefault(key, Group(len(groups)))
+        yield from group.read(index, sample)
+    for group in groups.values():
+        yield from group.read_waiting()
+
+
+class Group:
+    """What one probe in one arm has shown so far.
+
+    The reference comes first in a run; samples before it wait, so that any order gives the same.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.interner = Interner()
+        self.first_divergences = array("i")
+        """From the reference, by completion in order of arrival; -1: none."""
+        self.reference: Reference | None = None
+        self.logprob_sums: LogprobSums | None = None
+        self.controls: dict[int, bool] = {}
+        """Whether the planted fault was caught, by trial."""
+        self.kinds: dict[LoadKind, int] = {}
+        self._waiting: list[tuple[int, Sample]] | None = []
+        self._trial: int | None = None
+        self._load_columns: tuple[int, ...] = ()
+
+    def read(self, index: int, sample: Sample) -> Iterator[tuple[Any, ...]]:
+        """OUTCOME rows of this sample and of those that waited for it; none if it has to wait."""
+        if self._waiting is None:
+            yield self._outcome(index, sample)
+            return
+        self._waiting.append((index, sample))
+        if sample.axis == "reference" and sample.baseline is None:
+            if sample.error is None:
+                self._set_reference(sample)
+            yield from self.read_waiting()
+
+    def read_waiting(self) -> Iterator[tuple[Any, ...]]:
+        waiting, self._waiting = self._waiting or [], None
+        for index, sample in waiting:
+            yield self._outcome(index, sample)
+
+    def _set_reference(self, sample: Sample) -> None:
+        stream = read_stream(sample)
+        number = self._intern(sample, stream)
+        self.reference = Reference(sample.trial_id, number, stream)
+        self.logprob_sums = LogprobSums(stream.logprobs)
+
+    def _intern(self, sample: Sample, stream: Stream) -> int:
+        number = self.interner.add(sample, stream)
+        if number == len(self.first_divergences):
+            at = None
+            if self.reference is not None:
+                at = first_divergence(self.reference.stream.token_ids, stream.token_ids)
+            self.first_divergences.append(-1 if at is None else at)
+        return number
+
+    def _outcome(self, index: int, sample: Sample) -> tuple[Any, ...]:
+        if sample.trial_id != self._trial:
+            self._trial = sample.trial_id
+            self._load_columns = self._read_load(sample)
+        achieved = sample.witness.achieved_batch_size
+        origin = (
+            index,
+            self.number,
+            sample.trial_id,
+            -1 if sample.baseline is None else sample.baseline,
+            AXIS_CODES.index(sample.axis),
+            sample.slot,
+            -1 if achieved is None else achieved,
+            sample.elapsed_s,
+            *self._load_columns,
+        )
+        if sample.error is not None:
+            return (*origin, -1, -1, np.nan, 0, 0)
+        stream = read_stream(sample)
+        if sample.axis == "control":
+            self._judge_control(sample, stream)
+            return (*origin, -1, -1, np.nan, 0, 0)
+        number = self._intern(sample, stream)
+        return (
+            *origin,
+            number,
+            *self._compare(sample, stream, number),
+            _fingerprint(stream.logprobs),
+            _fingerprint(stream.row_digests),
+        )
+
+    def _read_load(self, sample: Sample) -> tuple[int, int, int]:
+        """The columns ``batch_size``, ``kind`` and ``load``."""
+        load = sample.load
+        slot = load.slots[0] if len(load.slots) == 1 else None
+        kind = LoadKind(sample.axis, load.batch_size, slot, load.cache_state)
+        return load.batch_size, self.kinds.setdefault(kind, len(self.kinds)), hash(load)
+
+    def _compare(self, sample: Sample, stream: Stream, number: int) -> tuple[int, float]:
+        """The columns ``latent`` and ``dlogprob``."""
+        if self.reference is None or self.logprob_sums is None:
+            return -1, np.nan
+        if sample.trial_id == self.reference.trial_id:
+            return -1, np.nan
+        at = self.first_divergences[number]
+        n_shared = at if at >= 0 else len(stream.token_ids)
+        latent = latent_divergence(self.reference.stream, stream, n_shared)
+        dlogprob = self.logprob_sums.add(stream.logprobs, n_shared)
+        return -1 if latent is None else latent, dlogprob
+
+    def _judge_control(self, sample: Sample, stream: Stream) -> None:
+        """Without a fault, or without the baseline, which is the reference, nothing is caught."""
+        caught = (
+            sample.fault is not None
+            and self.reference is not None
+            and self.reference.trial_id == sample.baseline
+            and is_caught(sample.fault, self.reference.stream, stream)
+        )
+        self.controls[sample.trial_id] = self.controls.get(sample.trial_id, True) and caught
+
+
+def is_caught(fault: Fault, baseline: Stream, stream: Stream) -> bool:
+    """Does the planted fault show exactly where it was planted, and nothing before it?"""
+    if first_divergence(baseline.token_ids, stream.token_ids) != fault.fork_at:
+        return False
+    has_bits = (len(baseline.logprobs) and len(stream.logprobs)) or (
+        len(baseline.row_digests) and len(stream.row_digests)
+    )
+    latent = latent_divergence(baseline, stream, fault.fork_at)
+    return latent == fault.latent_at if has_bits else True
+
+
+def _fingerprint(bits: NDArray[Any]) -> int:
+    """64 bits that stand for all of them, within this process; 0 for none."""
+    return hash(bits.tobytes())

@@ -1,0 +1,99 @@
+# ruff: noqa: A005 - always imported as `ndcheck.analysis.statistics`, never run as a script
+"""Exact statistics on trials, and the published estimators on completions.
+
+A *trial* is one batch: its rows are one draw, so trials are what gets counted here, not rows.
+SciPy is imported where it is used, because importing it takes longer than most calls.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def clopper_pearson(n_events: int, n_trials: int, confidence: float) -> tuple[float, float]:
+    """Exact interval for a rate of which ``n_events`` were seen in ``n_trials``.
+
+    With alpha = 1 - confidence: two-sided from the beta quantiles at alpha/2 and 1 - alpha/2
+    (Clopper and Pearson, Biometrika 1934). At ``n_events`` 0 the whole of alpha goes to the upper
+    end, 1 - alpha^(1/n): the exact form of the "rule of three" (3/n at 95 %); the lower end is 0.
+    """
+    alpha = 1 - confidence
+    if n_trials == 0:
+        return 0.0, 1.0
+    if n_events == 0:
+        return 0.0, 1 - alpha ** (1 / n_trials)
+    from scipy.special import betaincinv  # type: ignore[import-untyped]
+
+    low = betaincinv(n_events, n_trials - n_events + 1, alpha / 2)
+    if n_events == n_trials:
+        return float(low), 1.0
+    return float(low), float(betaincinv(n_events + 1, n_trials - n_events, 1 - alpha / 2))
+
+
+def trials_needed(rate: float, confidence: float) -> int:
+    """Clean trials that exclude a rate of ``rate`` or more: ceil(ln alpha / ln(1 - rate)).
+
+    0 < ``rate`` < 1. It is `clopper_pearson` at 0 events, solved for n: 299 for 1 % at 95 %.
+    """
+    n_trials = math.log(1 - confidence) / math.log1p(-rate)
+    # Rounding keeps a whole number that floating point missed by a hair from being raised by one.
+    return math.ceil(round(n_trials, 9))
+
+
+def fisher_exact(events_a: int, n_a: int, events_b: int, n_b: int) -> float:
+    """Two-sided p-value that two groups of trials share one rate (Fisher's exact test).
+
+    The sum of the hypergeometric probabilities, given both margins, of every table that is no
+    likelier than the one seen; 1 where a group is empty.
+    """
+    from scipy.special import gammaln
+
+    def log_choose(n: int, k: NDArray[np.int64]) -> NDArray[np.float64]:
+        log: NDArray[np.float64] = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
+        return log
+
+    n_events = events_a + events_b
+    k = np.arange(max(0, n_events - n_b), min(n_a, n_events) + 1)  # events in a, every table
+    log_weight = log_choose(n_a, k) + log_choose(n_b, n_events - k)
+    weight = np.exp(log_weight - log_weight.max())
+    seen = weight[events_a - k[0]]
+    # Tables exactly as likely as the one seen count too: the slack is for their rounding error.
+    return float(min(1.0, weight[weight <= seen * (1 + 1e-7)].sum() / weight.sum()))
+
+
+def good_turing_unseen_mass(n_novel: int, n_draws: int) -> float:
+    """Estimated probability that one more draw shows something not seen so far: f1 / N.
+
+    ``n_novel`` counts the draws that showed something no other draw showed (Good, Biometrika
+    1953: the leave-one-out estimate). It says nothing where only one kind was ever seen.
+    """
+    return n_novel / n_draws
+
+
+def chao1(n_seen: int, n_once: int, n_twice: int, n_draws: int) -> float:
+    """Lower bound on the number of kinds, seen and unseen.
+
+    Bias-corrected: U + ((N - 1) / N) f1 (f1 - 1) / (2 (f2 + 1)), of which ``n_once`` = f1 and
+    ``n_twice`` = f2 kinds were seen in exactly one and two of ``n_draws`` = N draws (Chao,
+    Scandinavian Journal of Statistics 1984). It says nothing where only one kind was ever seen.
+    """
+    return n_seen + (n_draws - 1) / n_draws * n_once * (n_once - 1) / (2 * (n_twice + 1))
+
+
+def k1_kl(reference: NDArray[np.float32], sample: NDArray[np.float32]) -> float:
+    """KL(reference || sample) by the k1 estimator: the mean of -ln rho, in nats per token.
+
+    Both hold the log-probabilities of the same tokens, shape [T] with T >= 1;
+    rho = p_sample / p_reference (Schulman, "Approximating KL divergence", 2020). The estimator is
+    unbiased for tokens drawn from the reference; of greedy tokens it is a plain mean.
+    """
+    return float((reference.astype(np.float64) - sample).mean())
+
+
+def k3_kl(reference: NDArray[np.float32], sample: NDArray[np.float32]) -> float:
+    """The same by the k3 estimator, rho - 1 - ln rho: never negative, of lower variance."""
+    log_rho = sample.astype(np.float64) - reference
+    return float((np.expm1(log_rho) - log_rho).mean())
