@@ -7,10 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.summary import ProbeSummary
 from ndcheck.records import AXES, Decoding, Load, Probe, RunSpec, Sample, Witness
+
+# How long an example takes on a shared machine says nothing about the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 LOGPROB = -0.5
 ULP = 2.0**-24
