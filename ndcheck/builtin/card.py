@@ -80,12 +80,13 @@ python -m ndcheck.builtin.train{" ".join(["", *changed_options(recipe)])}
 under CPython {platform.python_version()} (or any Python with `--stdlib` naming that version's
 library), seed {recipe.seed}. {recipe.steps} likelihood steps of
 {recipe.batch_rows * recipe.context_tokens:,} tokens, then {recipe.rounds} rounds of
-sequence-level unlikelihood training
-([Welleck et al., 2019](https://arxiv.org/abs/1908.04319)): the model writes
-{recipe.round_rows} texts of {recipe.round_tokens} tokens greedily and unlearns the tokens that
-repeat an {recipe.repeat_tokens}-gram. Made on one {training["hardware"]} with torch
-{training["torch"]}. The same command on the same machine repeats the run; other hardware rounds
-differently and gives slightly different weights.
+distillation against loops: the model writes {recipe.round_rows} texts of {recipe.round_tokens}
+tokens greedily and learns, on its own text, what the model after the likelihood stage predicts
+with those tokens struck out that would repeat a {recipe.repeat_tokens}-gram
+(the problem: [Welleck et al., 2019](https://arxiv.org/abs/1908.04319)). Made on one
+{training["hardware"]} with torch {training["torch"]}.
+The same command on the same machine repeats the run; other hardware rounds differently and gives
+slightly different weights.
 
 ## Samples
 Greedy, {GREEDY_TOKENS} tokens, bf16 on the CPU, batch size 1. The prompt is in the first line of

@@ -27,13 +27,12 @@ class Recipe:
     weight_decay: float = choice(0.1, "AdamW's weight decay, on matrices only")
     learning_rate: float = choice(3e-3, "peak learning rate of the likelihood stage")
     steps: int = choice(3000, "likelihood steps: predict the next token of the corpus")
-    rounds: int = choice(60, "unlikelihood rounds: write greedily, unlearn what repeats")
-    round_rows: int = choice(256, "texts written in a round")
+    rounds: int = choice(120, "rounds against loops: write greedily, unlearn what repeats")
+    round_rows: int = choice(128, "texts written in a round")
     round_tokens: int = choice(256, "tokens written for each text")
     round_steps: int = choice(4, "optimiser steps that share a round's texts")
-    round_learning_rate: float = choice(3e-4, "learning rate of the first round; falls to zero")
-    repeat_tokens: int = choice(8, "length of the n-grams that must not repeat")
-    unlikelihood_weight: float = choice(1.0, "weight of the unlikelihood loss; likelihood has 1")
+    round_learning_rate: float = choice(1e-3, "learning rate of the first round; falls to zero")
+    repeat_tokens: int = choice(5, "length of the n-grams that must not repeat")
 
     def __post_init__(self) -> None:
         """Refuses what would fail later with a longer message."""

@@ -1,8 +1,11 @@
 """The training state of the embedded model, and the two kinds of step that advance it.
 
-Likelihood steps predict the next token of the corpus. Unlikelihood rounds let the model write
-greedily and unlearn what it repeats. What a step draws follows from the recipe and the step's
-number alone, so a killed run continues to the weights that an uninterrupted one reaches.
+Likelihood steps predict the next token of the corpus. Then the model as it is becomes a teacher:
+in rounds, its pupil (which starts as its copy) writes greedily and learns the teacher's prediction
+at every place of its own text, with the tokens struck out that would repeat an n-gram.
+
+What a step draws follows from the recipe and the step's number alone, so a killed run continues to
+the weights that an uninterrupted one reaches.
 """
 
 import copy
@@ -21,13 +24,15 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ndcheck.builtin.corpus import Document, corpus_sha256
 from ndcheck.builtin.recipe import Recipe
-from ndcheck.builtin.repetition import unlikelihood_loss
+from ndcheck.builtin.repetition import complete_repeats
 from ndcheck.builtin.vocabulary import encode_stream, train_tokenizer
 from ndcheck.errors import UsageError
 
 
 class Trainer:
     """The model, its optimiser and the data, with the two kinds of step."""
+
+    teacher: Any = None
 
     def __init__(self, recipe: Recipe, documents: list[Document], device: str) -> None:
         self.recipe = recipe
@@ -36,7 +41,7 @@ class Trainer:
         training_texts = [document.text for document in documents if not document.held_out]
         self.tokenizer = train_tokenizer(training_texts, recipe.vocabulary_size)
         self.tokens_N = encode_stream(self.tokenizer, training_texts).to(device)
-        self.done = 0  # likelihood steps plus unlikelihood rounds
+        self.done = 0  # likelihood steps plus rounds
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe, self.tokenizer).to(device)
         # Compiled where it pays: on a GPU these layers are too small to keep it busy otherwise.
@@ -80,11 +85,13 @@ class Trainer:
         return loss
 
     def unlearn_repeats(self) -> float:
-        """One round: continue pieces of the corpus greedily, then unlearn the repeats.
+        """One round: continue pieces of the corpus greedily, then learn to go on otherwise.
 
         Likelihood steps go on beside it, or the model would unlearn the language too.
         """
         recipe = self.recipe
+        if self.teacher is None:
+            self.teacher = copy.deepcopy(self.model).eval()
         prompt_length = int(2 ** torch.randint(2, 7, ()))  # short and long prompts: 4 to 64 tokens
         prompts_B_T = self.draw_windows(recipe.round_rows, prompt_length)
         self.model.eval()
@@ -99,13 +106,23 @@ class Trainer:
         loss = 0.0
         for rows_B_T in tokens_B_T.chunk(recipe.round_steps):
             likelihood = self.likelihood_loss(self.model)
-            with self.autocast():
-                logits_B_T_V = self.model(input_ids=rows_B_T).logits
-            unlikelihood = unlikelihood_loss(
-                logits_B_T_V, rows_B_T, recipe.repeat_tokens, prompt_length
-            )
-            loss = self.update(likelihood + recipe.unlikelihood_weight * unlikelihood)
+            loss = self.update(likelihood + self.distillation_loss(rows_B_T, prompt_length))
         return loss
+
+    def distillation_loss(self, tokens_B_T: torch.Tensor, prompt_length: int) -> torch.Tensor:
+        """Cross-entropy to the teacher's prediction without the tokens that repeat an n-gram."""
+        written = slice(prompt_length - 1, -1)  # the places whose next token the model wrote
+        with self.autocast():
+            logits_B_T_V = self.model(input_ids=tokens_B_T).logits[:, written].float()
+        with torch.no_grad(), self.autocast():
+            teacher_B_T_V = self.teacher(input_ids=tokens_B_T).logits[:, written].float()
+        next_B_T_1 = tokens_B_T[:, prompt_length:, None]
+        repeats_B_T = complete_repeats(tokens_B_T, self.recipe.repeat_tokens)[:, prompt_length:]
+        struck_B_T_1 = teacher_B_T_V.gather(-1, next_B_T_1).masked_fill(
+            repeats_B_T[..., None], -torch.inf
+        )
+        target_B_T_V = teacher_B_T_V.scatter(-1, next_B_T_1, struck_B_T_1).softmax(-1)
+        return F.cross_entropy(logits_B_T_V.flatten(0, 1), target_B_T_V.flatten(0, 1))
 
     def draw_windows(self, rows: int, length: int) -> torch.Tensor:
         """Rows of consecutive corpus tokens from random places."""
@@ -136,6 +153,9 @@ class Trainer:
             tensors[f"weight.{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
+        if self.teacher is not None:
+            for name, parameter in self.teacher.named_parameters():
+                tensors[f"teacher.{name}"] = parameter.detach()
         metadata = {"done": str(self.done), "run": self.identity()}
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, metadata=metadata)
@@ -155,6 +175,10 @@ class Trainer:
                     )
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
+            if self.done > self.recipe.steps:
+                self.teacher = copy.deepcopy(self.model).eval()
+                for name, parameter in self.teacher.named_parameters():
+                    parameter.data.copy_(file.get_tensor(f"teacher.{name}"))
 
     def identity(self) -> str:
         """What two runs must share for one to continue the other."""

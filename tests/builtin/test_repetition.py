@@ -1,8 +1,12 @@
-"""Repeats are found exactly, and the loss falls only on them."""
+"""Repeats are found exactly, and distillation strikes out nothing else."""
 
+import pytest
 import torch
 
-from ndcheck.builtin.repetition import mask_repeats, repeated_share, unlikelihood_loss
+from ndcheck.builtin.corpus import Document
+from ndcheck.builtin.recipe import Recipe
+from ndcheck.builtin.repetition import complete_repeats, repeated_share
+from ndcheck.builtin.trainer import Trainer
 
 
 def test_a_loop_scores_near_one_and_fresh_text_zero():
@@ -10,25 +14,46 @@ def test_a_loop_scores_near_one_and_fresh_text_zero():
     assert repeated_share(list(range(200)), 8) == 0
 
 
-def test_only_the_second_occurrence_is_marked():
+def test_the_token_that_completes_the_second_occurrence_is_marked():
     tokens_B_T = torch.tensor([[5, 1, 2, 3, 9, 1, 2, 3, 7]])
-    assert mask_repeats(tokens_B_T, 3).tolist() == [[False] * 5 + [True] * 3 + [False]]
+    assert complete_repeats(tokens_B_T, 3).tolist() == [[False] * 7 + [True, False]]
 
 
 def test_rows_do_not_see_each_other():
-    assert not mask_repeats(torch.tensor([[1, 2, 3], [1, 2, 3]]), 3).any()
+    assert not complete_repeats(torch.tensor([[1, 2, 3], [1, 2, 3]]), 3).any()
 
 
-def test_the_loss_falls_on_repeated_generated_tokens_only():
+@pytest.fixture
+def trainer():
+    recipe = Recipe(
+        vocabulary_size=300,
+        layers=1,
+        hidden_size=32,
+        head_size=16,
+        intermediate_size=32,
+        dropout=0.0,
+        repeat_tokens=2,
+    )
+    trainer = Trainer(recipe, [Document("a", "Return a list of files. " * 200, False)], "cpu")
+    trainer.teacher = trainer.model
+    return trainer
+
+
+def test_a_pupil_equal_to_its_teacher_moves_only_where_it_repeats(trainer):
     tokens_B_T = torch.tensor([[1, 2, 1, 2, 3, 1, 2]])
-    logits_B_T_V = torch.zeros(1, 7, 4, requires_grad=True)
-    unlikelihood_loss(logits_B_T_V, tokens_B_T, n=2, prompt_length=4).backward()
-    touched_T = logits_B_T_V.grad.abs().sum(-1)[0] > 0
-    # Position t predicts token t+1; the repeat inside the prompt (tokens 2 and 3) is not punished.
-    assert touched_T.tolist() == [False] * 4 + [True, True, False]
+    seen = {}
+    forward = trainer.model.forward
 
+    def keep_logits(*arguments, **options):
+        output = forward(*arguments, **options)
+        output.logits.requires_grad and output.logits.retain_grad()
+        seen.setdefault("logits", output.logits)
+        return output
 
-def test_a_certain_repeat_has_a_finite_loss():
-    tokens_B_T = torch.tensor([[1, 2, 1, 2]])
-    logits_B_T_V = 1e4 * torch.nn.functional.one_hot(tokens_B_T.roll(-1, 1), 4).float()
-    assert unlikelihood_loss(logits_B_T_V, tokens_B_T, n=2, prompt_length=2).isfinite()
+    trainer.model.forward = keep_logits
+    trainer.distillation_loss(tokens_B_T, prompt_length=4).backward()
+    moved_T_V = seen["logits"].grad[0].abs() > 1e-6
+    # Position t predicts token t+1. The repeat inside the prompt is nobody's fault; of what was
+    # written, only the last token completes an n-gram (1, 2) that was there before.
+    assert moved_T_V.any(-1).tolist() == [False] * 5 + [True, False]
+    assert seen["logits"].grad[0, 5, 2] > 0

@@ -38,7 +38,7 @@ def train_tiny(output, recipe=TINY):
     return load_file(output / "checkpoint.safetensors")
 
 
-@pytest.mark.parametrize("killed_after", [3, 5], ids=["likelihood stage", "unlikelihood stage"])
+@pytest.mark.parametrize("killed_after", [3, 5], ids=["likelihood stage", "rounds"])
 def test_a_killed_run_continues_to_identical_weights_and_optimiser(
     tmp_path, monkeypatch, killed_after
 ):
