@@ -1,0 +1,59 @@
+"""Times attention configurations against SDPA's fastest backend.
+
+PYTHONPATH=kernels python kernels/bench/tune_attention.py OUT_DIR
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import astuple
+from functools import partial
+from pathlib import Path
+
+import sdpa
+import torch
+from attention_cells import operands, problems
+from sdpa import Operands
+from table import Table
+from timing import medians_us
+
+from ndcheck_kernels import attention
+from ndcheck_kernels.configs import AttentionConfig
+
+# split, block_kv, block_q, prefill warps and stages, decode warps and stages, rows
+CONFIGS = tuple(
+    AttentionConfig(split, 64, *prefill, *decode, 64)
+    for split in (256, 512)
+    for prefill, decode in (
+        ((128, 8, 3), (4, 3)),
+        ((64, 4, 2), (4, 4)),
+        ((128, 8, 4), (2, 4)),
+        ((64, 4, 3), (2, 3)),
+    )
+)
+
+
+def _ours(config: AttentionConfig, parallel: bool, operands: Operands) -> torch.Tensor:
+    return attention._launch(*operands, None, None, None, config, parallel=parallel)
+
+
+def tune(out: Path) -> None:
+    table = Table(out / "tune_attention.csv", echo=False)
+    for kind, batch, queries, context in problems():
+        cases = operands(batch, queries, context)
+        variants = sdpa.backends(cases)
+        stock = list(variants)
+        for config in CONFIGS:
+            run = partial(_ours, config, kind == "decode")
+            variants[str(astuple(config))] = [partial(run, case) for case in cases]
+        times = medians_us(variants)
+        best_us = min(times[name] for name in stock)
+        for name, us in times.items():
+            table.add(
+                kind=kind, batch=batch, queries=queries, context=context, config=name, us=us,
+                ratio=best_us / us,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    tune(Path(sys.argv[1]))

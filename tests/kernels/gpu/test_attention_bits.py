@@ -1,0 +1,89 @@
+"""Prefill, chunks and decode of the shipped configuration, at the sizes of an 8B model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ndcheck_kernels import attention
+from ndcheck_kernels.configs import attention_config
+
+LENGTH = 1500
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
+def operands(request):
+    def draw(heads):
+        return torch.randn(3, heads, LENGTH, 128, device="cuda").to(request.param)
+
+    return draw(32), draw(8), draw(8)
+
+
+def test_prefill_agrees_with_decode_and_chunks(operands):
+    q, k, v = operands
+    whole = attention.attention(q, k, v)
+    for end in (1, 2, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, LENGTH):
+        for queries in (1, 2, 5, 16, 17, 100):
+            first = max(0, end - queries)
+            got = attention.attention(q[:, :, first:end], k[:, :, :end], v[:, :, :end])
+            assert torch.equal(got, whole[:, :, first:end]), (first, end)
+
+
+def test_a_cache_with_padding_and_unused_space_agrees(operands):
+    q, k, v = operands
+    whole = attention.attention(q, k, v)
+    for start, unused in ((1, 0), (77, 13), (640, 1000)):
+        wide_k, wide_v = (
+            torch.nn.functional.pad(t, (0, 0, start, unused), value=float("nan")) for t in (k, v)
+        )
+        starts, lengths = (torch.full((3,), n, device="cuda") for n in (start, start + LENGTH))
+        for queries in (1, LENGTH):
+            got = attention.attention(
+                q[:, :, -queries:], wide_k, wide_v, starts=starts, lengths=lengths
+            )
+            assert torch.equal(got, whole[:, :, -queries:]), (start, unused, queries)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 32, 129])
+def test_decode_is_the_same_in_any_batch(operands, batch):
+    q, k, v = (t[:1] for t in operands)
+    alone = attention.attention(q[:, :, -1:], k, v)
+    length = 4000  # enough splits that programs take several of them
+    others = torch.randn(batch, 8, length, 128, device="cuda").to(q.dtype)
+    lengths = torch.randint(1, length, (batch,), device="cuda")
+    queries = torch.randn(batch, 32, 1, 128, device="cuda").to(q.dtype)
+    others[-1] = float("nan")
+    for row in {0, batch // 2, batch - 1}:
+        keys, values, mixed = others.clone(), others.clone(), queries.clone()
+        keys[row, :, :LENGTH], values[row, :, :LENGTH], mixed[row] = k[0], v[0], q[0, :, -1:]
+        ends = lengths.clone()
+        ends[row] = LENGTH
+        got = attention.attention(mixed, keys, values, lengths=ends)
+        assert torch.equal(got[row], alone[0]), row
+
+
+def test_another_split_is_told_apart(operands):
+    q, k, v = operands
+    config = attention_config(128, 2, 90)
+    other = replace(config, split=2 * config.split)
+    right, wrong = (
+        attention._launch(q[:, :, -1:], k, v, None, None, None, c, parallel=True)
+        for c in (config, other)
+    )
+    assert not torch.equal(right, wrong)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_accuracy(operands, parallel):
+    q, k, v = operands
+    queries = q[:, :, -16:] if parallel else q
+    got = attention._launch(
+        queries, k, v, None, None, None, attention_config(128, 2, 90), parallel=parallel
+    )
+    keys, values = (t.double().repeat_interleave(4, 1) for t in (k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), keys, values, is_causal=True
+    )
+    want = want[:, :, -queries.shape[2] :]
+    error = (got.double() - want).norm() / want.norm()
+    assert error < 2 * torch.finfo(q.dtype).eps

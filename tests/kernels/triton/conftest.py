@@ -1,0 +1,121 @@
+"""These tests run on the GPU where there is one, and under Triton's interpreter elsewhere."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when a jit module is imported, so it must be set before any test module is.
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime import interpreter
+
+    def dot_in_order(self, a, b, d, input_precision, max_num_imprecise_acc):
+        """As the hardware does: k ascending, whatever the tile. NumPy's order follows the shape."""
+        acc = d.data.astype(d.data.dtype)
+        left, right = (t.data.astype(acc.dtype) for t in (a, b))
+        for k in range(left.shape[-1]):
+            acc += left[:, k : k + 1] * right[k : k + 1, :]
+        return interpreter.TensorHandle(acc, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = dot_in_order
+
+# The interpreter computes bf16 dots and sums wrongly and silently, so bf16 needs the GPU.
+DTYPES = [torch.float16, torch.float32]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tests/kernels/triton" in item.path.as_posix():
+            # NumPy, under the interpreter, warns of the infinities and NaN that tests plant.
+            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
+
+
+def pytest_generate_tests(metafunc):
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", DTYPES, ids=[str(d).removeprefix("torch.") for d in DTYPES])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def batch_sizes():
+    """M to compare: all of them on a GPU, a few where each takes the interpreter seconds."""
+    if torch.cuda.is_available():
+        powers = [p + d for p in (512, 1024, 2048) for d in (-1, 0, 1)]
+        return [*range(1, 301), *powers]
+    return [1, 2, 3, 16, 17, 33]
+
+
+@pytest.fixture
+def wide():
+    """Random operands of wide range with cancellation: no two summation orders agree on them."""
+
+    def draw(*shape, dtype, device):
+        values = (
+            torch.randn(shape, device=device) * torch.randint(-5, 6, shape, device=device).exp2()
+        )
+        return values.to(dtype)
+
+    return draw
+
+
+@pytest.fixture
+def cancelling():
+    """x [M, K] and w [N, K] whose exact product is zero: what remains is rounding, so every bit of
+    the result tells the order of summation."""
+
+    def draw(m, n, k, *, dtype, device):
+        a, b = (torch.randn(rows, k // 2, device=device).to(dtype) for rows in (m, n))
+        order = torch.randperm(k, device=device)
+        return torch.cat([a, a], 1)[:, order].contiguous(), torch.cat([b, -b], 1)[
+            :, order
+        ].contiguous()
+
+    return draw
+
+
+@pytest.fixture
+def assert_accurate():
+    def check(result, exact, stock):
+        """At most twice the error of torch in the same dtype, or a few roundings of the result."""
+        scale = exact.abs().max().item()
+        # fp32 products are one long chain of fused multiply-adds, where torch adds in blocks.
+        roundings = 16 if result.dtype == torch.float32 else 1
+        floor = roundings * torch.finfo(result.dtype).eps * scale
+        error = (result.double() - exact).abs().max().item()
+        stock_error = (stock.double() - exact).abs().max().item()
+        assert error <= max(2 * stock_error, floor), f"{error:.3g}, torch {stock_error:.3g}"
+
+    return check
+
+
+@pytest.fixture
+def assert_batch_invariant():
+    """The property itself: op(rows)[i] has the same bits as op(rows[i:i+1]) in any company."""
+
+    def check(op, rows, sizes):
+        alone = op(rows[:1])
+        assert not alone.isnan().any()
+        for m in sizes:
+            for position in {0, m // 2, m - 1}:
+                batch = rows[1 : m + 1].clone()
+                batch[position] = rows[0]
+                if position:
+                    batch[0] = float("nan")
+                if position < m - 1:
+                    batch[m - 1] = float("inf")
+                got = op(batch)[position]
+                assert torch.equal(got, alone[0]), f"M={m}, row {position}"
+
+    return check

@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from ndcheck_kernels import attention
+from ndcheck_kernels.configs import AttentionConfig, attention_config
+
+SMALL = AttentionConfig(64, 32, 32, 4, 1, 4, 1, max_rows=16)  # many splits in a short context
+
+
+def exact(q, k, v, starts, lengths):
+    """float64, one query at a time, straight from the definition."""
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    group = q.shape[1] // k.shape[1]
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        position = int(lengths[b]) - q.shape[2] + i
+        if position >= int(starts[b]):
+            keys, values = (
+                t[b, h // group, int(starts[b]) : position + 1].double() for t in (k, v)
+            )
+            weights = torch.softmax(keys @ q[b, h, i].double() * q.shape[3] ** -0.5, 0)
+            out[b, h, i] = weights @ values
+    return out
+
+
+@pytest.fixture
+def operands(dtype, device):
+    """Two rows over a cache of 150: one full, one padded on the left and unused at the end."""
+    q = torch.randn(2, 4, 20, 32, device=device).to(dtype)
+    k, v = (torch.randn(2, 2, 150, 32, device=device).to(dtype) for _ in range(2))
+    starts, lengths = (torch.tensor(t, device=device) for t in ([0, 81], [150, 140]))
+    for t in (k, v):
+        t[1, :, :81] = float("nan")
+        t[1, :, 140:] = float("nan")
+    return q, k, v, starts, lengths
+
+
+def launch(q, k, v, starts=None, lengths=None, *, config=SMALL, parallel=False):
+    return attention._launch(q, k, v, starts, lengths, None, config, parallel=parallel)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_accuracy(operands, parallel, dtype):
+    want = exact(*operands)
+    got = launch(*operands, parallel=parallel).double()
+    assert (got - want).norm() / want.norm() < 4 * torch.finfo(dtype).eps
+    shipped = attention_config(32, operands[0].element_size(), 90)
+    got = launch(*operands, config=shipped, parallel=parallel).double()
+    assert (got - want).norm() / want.norm() < 4 * torch.finfo(dtype).eps
+
+
+def test_prefill_chunks_and_decode_agree(operands):
+    q, k, v, starts, lengths = operands
+    whole = launch(q, k, v, starts, lengths)
+    assert torch.equal(launch(q, k, v, starts, lengths, parallel=True), whole)
+    for first, last in ((0, 7), (7, 19), (19, 20)):
+        for parallel in (False, True):
+            ends = lengths - q.shape[2] + last
+            got = launch(q[:, :, first:last], k, v, starts, ends, parallel=parallel)
+            assert torch.equal(got, whole[:, :, first:last])
+
+
+def test_padding_and_neighbours_change_nothing(operands):
+    q, k, v, starts, lengths = operands
+    together = launch(q, k, v, starts, lengths)
+    own = slice(int(starts[1]), int(lengths[1]))
+    for parallel in (False, True):
+        alone = launch(q[1:], k[1:, :, own], v[1:, :, own], parallel=parallel)
+        assert torch.equal(alone, together[1:])
+
+
+def test_splits_counted_from_the_cache_are_caught(operands):
+    """The fault: splits aligned to the cache instead of to the row's first token."""
+    q, k, v, starts, lengths = operands
+    k, v = (t[1:].nan_to_num(0.0) for t in (k, v))
+    own = slice(int(starts[1]), int(lengths[1]))
+    right = launch(q[1:], k[:, :, own], v[:, :, own])
+    hidden = k.clone()
+    q_wide = torch.cat([q[1:], torch.ones_like(q[1:, :, :, :1])], -1)
+    hidden = torch.cat([hidden, torch.zeros_like(hidden[..., :1])], -1)
+    hidden[:, :, : own.start, -1] = -3e4  # padding masked by a large negative score
+    pad = (0, 31)
+    q_wide, hidden, v_wide = (torch.nn.functional.pad(t, pad) for t in (q_wide, hidden, v))
+    v_wide = torch.nn.functional.pad(v, (0, 32))
+    faulty = attention._launch(
+        q_wide, hidden, v_wide, None, lengths[1:], 32**-0.5, SMALL, parallel=False
+    )[..., :32]
+    torch.testing.assert_close(faulty, right, atol=1e-2, rtol=1e-2)
+    assert not torch.equal(faulty, right)
+
+
+def test_a_query_before_the_first_token_gives_zeros(device):
+    q = torch.randn(1, 2, 8, 32, device=device)
+    k = torch.randn(1, 2, 8, 32, device=device)
+    starts = torch.tensor([5], device=device)
+    for parallel in (False, True):
+        out = launch(q, k, k, starts, parallel=parallel)
+        assert torch.equal(out[:, :, :5], torch.zeros_like(out[:, :, :5]))
+        assert out[:, :, 5:].abs().min() > 0
+
+
+def test_strides_change_nothing(operands):
+    q, k, v, starts, lengths = operands
+    want = launch(q, k, v, starts, lengths)
+    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    assert torch.equal(launch(q, k, v, starts, lengths), want)
+
+
+def test_what_it_cannot_do_is_refused(device):
+    q = torch.ones(1, 3, 4, 32, device=device)
+    with pytest.raises(ValueError, match="over"):
+        attention.attention(q, q[:, :2], q[:, :2])
+    with pytest.raises(ValueError, match="head_dim 24"):
+        attention.attention(*(q[..., :24],) * 3)
+    with pytest.raises(TypeError, match="float32"):
+        attention.attention(q, q.half(), q.half())
+    assert attention.attention(q[:0], q[:0], q[:0]).shape == (0, 3, 4, 32)
