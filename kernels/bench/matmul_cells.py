@@ -68,3 +68,9 @@ CANDIDATES = (
 
 def candidates(m: int) -> list[MatmulConfig]:
     return [config for low, high, config in CANDIDATES if low <= m <= high]
+
+
+def label(config: MatmulConfig) -> str:
+    flags = [config.kind] + [f for f in ("swap", "parallel", "specialize") if getattr(config, f)]
+    sizes = (config.block_m, config.block_n, config.block_k, config.warps, config.stages)
+    return "/".join(map(str, (*flags, *sizes, f"x{config.extra_n}", f"p{config.prefetch}")))

@@ -18,11 +18,11 @@ from table import Table
 from timing import medians_us
 
 from ndcheck_kernels import attention
-from ndcheck_kernels.configs import AttentionConfig
+from ndcheck_kernels.configs import AttentionConfig, PrefillTile
 
 # split, block_kv, block_q, prefill warps and stages, decode warps and stages, rows
 CONFIGS = tuple(
-    AttentionConfig(split, 64, *prefill, *decode, 64)
+    AttentionConfig(split, 64, PrefillTile(*prefill), PrefillTile(*prefill), *decode, 64)
     for split in (256, 512)
     for prefill, decode in (
         ((128, 8, 3), (4, 3)),

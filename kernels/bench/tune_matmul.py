@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from matmul_cells import BATCHES, CANDIDATES, SHAPES, candidates
+from matmul_cells import BATCHES, CANDIDATES, SHAPES, candidates, label
 from table import Table
 from timing import Launches, medians_us
 
@@ -27,12 +27,6 @@ from ndcheck_kernels.resources import SHARED_LIMIT, compiling, resources
 
 GROUPS = {"qkv 70B TP8": (1, 2, 4)}
 ROTATED_BYTES = 320e6
-
-
-def label(config: MatmulConfig) -> str:
-    flags = [config.kind] + [f for f in ("swap", "parallel", "specialize") if getattr(config, f)]
-    sizes = (config.block_m, config.block_n, config.block_k, config.warps, config.stages)
-    return "/".join(map(str, (*flags, *sizes, f"x{config.extra_n}", f"p{config.prefetch}")))
 
 
 def variants(config: MatmulConfig, groups: int) -> Iterator[MatmulConfig]:

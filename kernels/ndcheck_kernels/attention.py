@@ -92,16 +92,25 @@ def _load_kv(
 
 @triton.jit
 def _attend_range(
-    q, k_ptr, v_ptr, first, last, end, positions, m, den, acc, scale, stride_kn, stride_vn,
-    BLOCK_KV: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+    q, k_ptr, v_ptr, start, first, last, end, positions, scale, stride_kn, stride_vn,
+    m, den, acc, tot_m, tot_den, tot,
+    SPLIT: tl.constexpr, BLOCK_KV: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of keys from `first` to `last`; MASKED where a query might not see them all."""
+    """The blocks of keys from `first` to `last`, each split merged into the total as it ends.
+
+    MASKED where a query might not see them all.
+    """
     for n in range(first, last, BLOCK_KV):
         k = _load_kv(k_ptr, n, end, stride_kn, BLOCK_KV, D, MASKED)
         v = _load_kv(v_ptr, n, end, stride_vn, BLOCK_KV, D, MASKED)
         mask = n + tl.arange(0, BLOCK_KV)[None, :] <= positions[:, None]
         m, den, acc = _attend(q, k, v, mask, m, den, acc, scale, MASKED)
-    return m, den, acc
+        if (n + BLOCK_KV - start) % SPLIT == 0:
+            tot_m, tot_den, tot = _merge(tot_m, tot_den, tot, m, den, acc)
+            m = tl.full(m.shape, float("-inf"), dtype=tl.float32)
+            den = tl.zeros(den.shape, dtype=tl.float32)
+            acc = tl.zeros(acc.shape, dtype=tl.float32)
+    return m, den, acc, tot_m, tot_den, tot
 
 
 @triton.jit
@@ -128,26 +137,23 @@ def _prefill_kernel(
     q = tl.load(q_ptrs, mask_q[:, None], other=0.0)  # [BLOCK_Q, D]
     k_ptr += batch * stride_kb + (head // GROUP) * stride_kh
     v_ptr += batch * stride_vb + (head // GROUP) * stride_vh
-    tot_m = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
-    tot_den = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    tot = tl.zeros((BLOCK_Q, D), dtype=tl.float32)
+    m = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+    den = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_Q, D), dtype=tl.float32)
+    tot_m, tot_den, tot = m, den, acc
     first_position = tl.min(positions, axis=0)
     stop = tl.minimum(end, tl.max(positions, axis=0) + 1)
-    for split in range(start, stop, SPLIT):
-        last = tl.minimum(split + SPLIT, stop)
-        clear = (first_position + 1 - split) // BLOCK_KV * BLOCK_KV  # seen by every query
-        clear = split + tl.minimum(tl.maximum(clear, 0), (last - split) // BLOCK_KV * BLOCK_KV)
-        m = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
-        den = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-        acc = tl.zeros((BLOCK_Q, D), dtype=tl.float32)
-        m, den, acc = _attend_range(
-            q, k_ptr, v_ptr, split, clear, end, positions, m, den, acc, scale, stride_kn, stride_vn,
-            BLOCK_KV, D, False,
-        )  # fmt: skip
-        m, den, acc = _attend_range(
-            q, k_ptr, v_ptr, clear, last, end, positions, m, den, acc, scale, stride_kn, stride_vn,
-            BLOCK_KV, D, True,
-        )  # fmt: skip
+    seen_by_all = tl.maximum(tl.minimum(first_position + 1, stop) - start, 0)
+    clear = start + seen_by_all // BLOCK_KV * BLOCK_KV
+    m, den, acc, tot_m, tot_den, tot = _attend_range(
+        q, k_ptr, v_ptr, start, start, clear, end, positions, scale, stride_kn, stride_vn,
+        m, den, acc, tot_m, tot_den, tot, SPLIT, BLOCK_KV, D, False,
+    )  # fmt: skip
+    m, den, acc, tot_m, tot_den, tot = _attend_range(
+        q, k_ptr, v_ptr, start, clear, stop, end, positions, scale, stride_kn, stride_vn,
+        m, den, acc, tot_m, tot_den, tot, SPLIT, BLOCK_KV, D, True,
+    )  # fmt: skip
+    if tl.cdiv(stop - start, BLOCK_KV) * BLOCK_KV % SPLIT != 0:  # the last split is not full
         tot_m, tot_den, tot = _merge(tot_m, tot_den, tot, m, den, acc)
     o = tot / tl.where(tot_den == 0.0, 1.0, tot_den)[:, None]
     o_ptrs = o_ptr + batch * stride_ob + head * stride_oh
@@ -271,10 +277,11 @@ def _launch(
     }  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     if not parallel:
-        _prefill_kernel[(heads, triton.cdiv(q_length, config.block_q), batch)](
+        tile = config.prefill(q_length)
+        _prefill_kernel[(heads, triton.cdiv(q_length, tile.block_q), batch)](
             q, k, v, o, *limits, scale, q_length, kv_length, *strides, *o.stride()[:3],
-            BLOCK_Q=config.block_q, BLOCK_KV=config.block_kv, num_warps=config.prefill_warps,
-            num_stages=config.prefill_stages, **shared,
+            BLOCK_Q=tile.block_q, BLOCK_KV=config.block_kv, num_warps=tile.warps,
+            num_stages=tile.stages, **shared,
         )  # fmt: skip
         return o
     splits = triton.cdiv(kv_length, config.split)
@@ -284,7 +291,8 @@ def _launch(
     _decode_kernel[(triton.cdiv(splits, run), kv_heads, batch)](
         q, k, v, m, den, acc, *limits, scale, q_length, kv_length, splits,
         *strides, RUN=run, ROWS=max(16, triton.next_power_of_2(group * q_length)),
-        BLOCK_KV=config.block_kv, num_warps=config.decode_warps, num_stages=config.decode_stages, **shared,
+        BLOCK_KV=config.block_kv, num_warps=config.decode_warps, num_stages=config.decode_stages,
+        **shared,
     )  # fmt: skip
     _merge_kernel[(group * q_length, kv_heads, batch)](
         m, den, acc, o, *limits, q_length, kv_length, splits, *o.stride()[:3], num_warps=1, **shared

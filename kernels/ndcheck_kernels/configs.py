@@ -69,27 +69,73 @@ def _swap(*sizes: int, **options: int) -> MatmulConfig:
 _ANY = 1 << 62
 _Table = tuple[tuple[int, MatmulConfig], ...]  # up to which M a configuration serves
 
+_FEW = _swap(16, 64, 256, 4, 5, prefetch=512)
+_MANY = MatmulConfig("persistent", 128, 256, 64, 8, 3)
+
 _DEFAULT: _Table = (
-    (16, _swap(16, 64, 256, 4, 5, prefetch=512)),
+    (16, _FEW),
     (32, _swap(32, 64, 256, 4, 4)),
     (64, _swap(64, 64, 128, 4, 6)),
     (128, _swap(128, 64, 128, 4, 4)),
     (256, _tile(128, 128, 64, 8, 5)),
     (512, _tile(256, 128, 64, 8, 4)),
-    (_ANY, MatmulConfig("persistent", 128, 256, 64, 8, 3)),
+    (_ANY, _MANY),
 )
 
 _NARROW: _Table = (
     (16, _swap(16, 64, 256, 4, 5, parallel=True)),
     (32, _swap(32, 64, 128, 4, 8, parallel=True)),
-    (128, _swap(64, 64, 128, 4, 6, parallel=True)),
+    (64, _tile(64, 64, 128, 4, 6, parallel=True)),
+    (128, _swap(64, 64, 128, 4, 6, parallel=True, prefetch=1024)),
     (256, _tile(64, 128, 128, 4, 4, parallel=True)),
     (512, _tile(64, 128, 128, 4, 4)),
     (1024, _tile(64, 128, 64, 4, 6, extra_n=32)),
     (_ANY, _tile(128, 128, 64, 8, 5, extra_n=32)),
 )
 
-_MEASURED: dict[tuple[int, int], _Table] = {}
+_N4096: _Table = (
+    (16, _FEW),
+    (32, _swap(32, 64, 128, 4, 8)),
+    (64, _tile(64, 32, 256, 4, 4)),
+    (128, _swap(64, 64, 128, 4, 6, prefetch=1024)),
+    (256, _tile(64, 128, 128, 4, 4)),
+    (512, _tile(128, 128, 64, 8, 5)),
+    (_ANY, _MANY),
+)
+
+# Where another choice than the default was faster on an H200, by (N, K).
+_MEASURED: dict[tuple[int, int], _Table] = {
+    (4096, 4096): _N4096,
+    (4096, 12288): _N4096,
+    (6144, 4096): (
+        (8, _FEW),
+        (16, _swap(16, 32, 256, 2, 4)),
+        (32, _swap(32, 64, 128, 4, 4)),
+        (64, _swap(64, 64, 128, 4, 6)),
+        (128, _swap(128, 64, 128, 4, 4)),
+        (256, _tile(128, 128, 64, 8, 5)),
+        (512, _tile(128, 128, 64, 8, 5, extra_n=64)),
+        (1024, _tile(128, 128, 64, 8, 5)),
+        (_ANY, _MANY),
+    ),
+    (24576, 4096): (
+        (16, _FEW),
+        (32, _swap(32, 64, 256, 4, 4)),
+        (64, _swap(64, 128, 64, 4, 6, extra_n=64)),
+        (128, _swap(128, 64, 128, 4, 4)),
+        (256, _tile(256, 128, 64, 8, 3, extra_n=64)),
+        (512, _tile(256, 128, 64, 8, 4)),
+        (_ANY, _MANY),
+    ),
+    (151936, 4096): (
+        (16, _swap(16, 128, 128, 4, 5)),
+        (32, _swap(32, 128, 128, 4, 5)),
+        (64, _swap(64, 128, 64, 4, 6, extra_n=64)),
+        (128, _tile(128, 128, 128, 8, 3)),
+        (1024, _tile(256, 128, 64, 8, 4)),
+        (_ANY, _MANY),
+    ),
+}
 
 
 def _table(n: int, k: int) -> _Table:
@@ -153,18 +199,27 @@ def row_tile(n: int) -> RowTile:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillTile:
+    block_q: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionConfig:
     """`split` and `block_kv` fix the bits; the rest is schedule."""
 
     split: int
     block_kv: int
-    block_q: int
-    prefill_warps: int
-    prefill_stages: int
+    short: PrefillTile
+    long: PrefillTile
     decode_warps: int
     decode_stages: int
     max_rows: int
     """Up to this many queries per key head, splits run in parallel."""
+
+    def prefill(self, q_length: int) -> PrefillTile:
+        return self.short if q_length < 4096 else self.long
 
     def run(self, splits: int, sms: int) -> int:
         """Splits to a program: more where there are plenty, since each start and end costs."""
@@ -172,6 +227,9 @@ class AttentionConfig:
 
 
 def attention_config(head_dim: int, itemsize: int, capability: int) -> AttentionConfig:
-    if itemsize == 4 or head_dim > 128:
-        return AttentionConfig(512, 32, 32, 4, 1, 4, 1, max_rows=16)
-    return AttentionConfig(512, 64, 128, 8, 3, 4, 3, max_rows=64)
+    if itemsize == 4 or head_dim > 128 or capability not in PROVEN:
+        small = PrefillTile(32, 4, 1)
+        return AttentionConfig(256, 32, small, small, 4, 1, max_rows=16)
+    return AttentionConfig(
+        256, 64, PrefillTile(64, 4, 2), PrefillTile(128, 8, 3), 4, 3, max_rows=64
+    )

@@ -62,6 +62,15 @@ def test_decode_is_the_same_in_any_batch(operands, batch):
         assert torch.equal(got[row], alone[0]), row
 
 
+def test_both_tiles_of_queries_agree(operands):
+    config = attention_config(128, 2, 90)
+    short, long = (
+        attention._launch(*operands, None, None, None, replace(config, short=tile), parallel=False)
+        for tile in (config.short, config.long)
+    )
+    assert torch.equal(short, long)
+
+
 def test_another_split_is_told_apart(operands):
     q, k, v = operands
     config = attention_config(128, 2, 90)

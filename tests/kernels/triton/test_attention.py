@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from ndcheck_kernels import attention
-from ndcheck_kernels.configs import AttentionConfig, attention_config
+from ndcheck_kernels.configs import AttentionConfig, PrefillTile, attention_config
 
-SMALL = AttentionConfig(64, 32, 32, 4, 1, 4, 1, max_rows=16)  # many splits in a short context
+TILE = PrefillTile(32, 4, 1)
+SMALL = AttentionConfig(64, 32, TILE, TILE, 4, 1, max_rows=16)  # many splits in a short context
 
 
 def exact(q, k, v, starts, lengths):
