@@ -6,10 +6,11 @@
 Computes: softmax(q k^T * scale) v per query head, each query seeing the keys from its row's first
     token up to its own position; fp32 accumulation, probabilities rounded to the dtype before
     they meet v, one rounding at the end. A query before its row's first token gives zeros.
-Reduction order: keys are cut into splits of SPLIT tokens counted from the row's own first token, a
-    split into blocks of BLOCK_KV. Inside a split blocks are taken in ascending order with a running
-    maximum; within a block the tensor cores add in ascending order and the denominator is an exact
-    integer sum, in units of 2**-23 of the running maximum. Splits are merged in ascending order.
+Reduction order: keys are cut into splits counted from the row's own first token: SHORT of SPLIT
+    tokens each, then of four times SPLIT; a split is cut into blocks of BLOCK_KV. Inside a split
+    blocks are taken in ascending order with a running maximum; within a block the tensor cores add
+    in ascending order and the denominator is an exact integer sum, in units of 2**-23 of the
+    running maximum. Splits are merged in ascending order.
 Depends on: head_dim, dtype, architecture, and the row's own tokens. Not on padding, neighbours, the
     length of the cache, how many queries come at once, or whether splits run in parallel (few
     queries) or in sequence (many).
@@ -91,26 +92,29 @@ def _load_kv(
 
 
 @triton.jit
-def _attend_range(
-    q, k_ptr, v_ptr, start, first, last, end, positions, scale, stride_kn, stride_vn,
-    m, den, acc, tot_m, tot_den, tot,
-    SPLIT: tl.constexpr, BLOCK_KV: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The blocks of keys from `first` to `last`, each split merged into the total as it ends.
+def _split_start(split, SPLIT: tl.constexpr, SHORT: tl.constexpr):
+    """Where a split starts, in tokens from the row's first: SHORT of SPLIT, then four times it."""
+    return split * SPLIT + tl.maximum(split - SHORT, 0) * (3 * SPLIT)
 
-    MASKED where a query might not see them all.
-    """
+
+@triton.jit
+def _split_count(tokens, SPLIT: tl.constexpr, SHORT: tl.constexpr):
+    long = tl.cdiv(tl.maximum(tokens - SHORT * SPLIT, 0), 4 * SPLIT)
+    return tl.cdiv(tl.minimum(tokens, SHORT * SPLIT), SPLIT) + long
+
+
+@triton.jit
+def _attend_range(
+    q, k_ptr, v_ptr, first, last, end, positions, m, den, acc, scale, stride_kn, stride_vn,
+    BLOCK_KV: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The blocks of keys from `first` to `last`; MASKED where a query might not see them all."""
     for n in range(first, last, BLOCK_KV):
         k = _load_kv(k_ptr, n, end, stride_kn, BLOCK_KV, D, MASKED)
         v = _load_kv(v_ptr, n, end, stride_vn, BLOCK_KV, D, MASKED)
         mask = n + tl.arange(0, BLOCK_KV)[None, :] <= positions[:, None]
         m, den, acc = _attend(q, k, v, mask, m, den, acc, scale, MASKED)
-        if (n + BLOCK_KV - start) % SPLIT == 0:
-            tot_m, tot_den, tot = _merge(tot_m, tot_den, tot, m, den, acc)
-            m = tl.full(m.shape, float("-inf"), dtype=tl.float32)
-            den = tl.zeros(den.shape, dtype=tl.float32)
-            acc = tl.zeros(acc.shape, dtype=tl.float32)
-    return m, den, acc, tot_m, tot_den, tot
+    return m, den, acc
 
 
 @triton.jit
@@ -119,7 +123,7 @@ def _prefill_kernel(
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
     HAS_STARTS: tl.constexpr, HAS_LENGTHS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Splits in sequence: one program per block of queries of one head."""
@@ -137,23 +141,27 @@ def _prefill_kernel(
     q = tl.load(q_ptrs, mask_q[:, None], other=0.0)  # [BLOCK_Q, D]
     k_ptr += batch * stride_kb + (head // GROUP) * stride_kh
     v_ptr += batch * stride_vb + (head // GROUP) * stride_vh
-    m = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
-    den = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_Q, D), dtype=tl.float32)
-    tot_m, tot_den, tot = m, den, acc
-    first_position = tl.min(positions, axis=0)
+    tot_m = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+    tot_den = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    tot = tl.zeros((BLOCK_Q, D), dtype=tl.float32)
     stop = tl.minimum(end, tl.max(positions, axis=0) + 1)
-    seen_by_all = tl.maximum(tl.minimum(first_position + 1, stop) - start, 0)
-    clear = start + seen_by_all // BLOCK_KV * BLOCK_KV
-    m, den, acc, tot_m, tot_den, tot = _attend_range(
-        q, k_ptr, v_ptr, start, start, clear, end, positions, scale, stride_kn, stride_vn,
-        m, den, acc, tot_m, tot_den, tot, SPLIT, BLOCK_KV, D, False,
-    )  # fmt: skip
-    m, den, acc, tot_m, tot_den, tot = _attend_range(
-        q, k_ptr, v_ptr, start, clear, stop, end, positions, scale, stride_kn, stride_vn,
-        m, den, acc, tot_m, tot_den, tot, SPLIT, BLOCK_KV, D, True,
-    )  # fmt: skip
-    if tl.cdiv(stop - start, BLOCK_KV) * BLOCK_KV % SPLIT != 0:  # the last split is not full
+    seen_by_all = tl.minimum(tl.min(positions, axis=0) + 1, stop)
+    for split in range(_split_count(stop - start, SPLIT, SHORT)):
+        first = start + _split_start(split, SPLIT, SHORT)
+        last = tl.minimum(start + _split_start(split + 1, SPLIT, SHORT), stop)
+        clear = tl.minimum(tl.maximum(seen_by_all, first), last) - first
+        clear = first + clear // BLOCK_KV * BLOCK_KV
+        m = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+        den = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_Q, D), dtype=tl.float32)
+        m, den, acc = _attend_range(
+            q, k_ptr, v_ptr, first, clear, end, positions, m, den, acc, scale, stride_kn,
+            stride_vn, BLOCK_KV, D, False,
+        )  # fmt: skip
+        m, den, acc = _attend_range(
+            q, k_ptr, v_ptr, clear, last, end, positions, m, den, acc, scale, stride_kn,
+            stride_vn, BLOCK_KV, D, True,
+        )  # fmt: skip
         tot_m, tot_den, tot = _merge(tot_m, tot_den, tot, m, den, acc)
     o = tot / tl.where(tot_den == 0.0, 1.0, tot_den)[:, None]
     o_ptrs = o_ptr + batch * stride_ob + head * stride_oh
@@ -164,52 +172,47 @@ def _prefill_kernel(
 @triton.jit
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, m_ptr, den_ptr, acc_ptr, starts_ptr, lengths_ptr, scale, q_length,
-    kv_length, splits, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    kv_length, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     HAS_STARTS: tl.constexpr, HAS_LENGTHS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT: tl.constexpr, RUN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Splits in parallel, RUN to a program, with all queries of one key head in its rows."""
+    """Splits in parallel: one program per split, with all queries of one key head in its rows."""
     follow(PDL)
-    split, kv_head = tl.program_id(0) * RUN, tl.program_id(1)
+    split, kv_head = tl.program_id(0), tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     start, end = _row(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
-    first = start + split * SPLIT
-    last = tl.minimum(first + RUN * SPLIT, end)
-    rows = tl.arange(0, ROWS)
-    offs_d = tl.arange(0, D)
-    mask_q = rows < GROUP * q_length
-    positions = end - q_length + rows % q_length
-    q_ptrs = q_ptr + batch * stride_qb + (kv_head * GROUP + rows // q_length)[:, None] * stride_qh
-    q_ptrs += (rows % q_length)[:, None] * stride_qm + offs_d[None, :]
-    q = tl.load(q_ptrs, mask_q[:, None], other=0.0)  # [ROWS, D]
-    k_ptr += batch * stride_kb + kv_head * stride_kh
-    v_ptr += batch * stride_vb + kv_head * stride_vh
-    offs = ((batch * tl.num_programs(1) + kv_head) * splits + split) * GROUP * q_length + rows
-    m = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
-    den = tl.zeros((ROWS,), dtype=tl.float32)
-    acc = tl.zeros((ROWS, D), dtype=tl.float32)
-    for n in range(first, last, BLOCK_KV):
-        k = _load_kv(k_ptr, n, end, stride_kn, BLOCK_KV, D, True)
-        v = _load_kv(v_ptr, n, end, stride_vn, BLOCK_KV, D, True)
-        mask = n + tl.arange(0, BLOCK_KV)[None, :] <= positions[:, None]
-        m, den, acc = _attend(q, k, v, mask, m, den, acc, scale, True)
-        if ((n + BLOCK_KV - first) % SPLIT == 0) | (n + BLOCK_KV >= last):
-            tl.store(m_ptr + offs, m, mask_q)
-            tl.store(den_ptr + offs, den, mask_q)
-            tl.store(acc_ptr + offs[:, None] * D + offs_d[None, :], acc, mask_q[:, None])
-            offs += GROUP * q_length
-            m = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
-            den = tl.zeros((ROWS,), dtype=tl.float32)
-            acc = tl.zeros((ROWS, D), dtype=tl.float32)
+    first = start + _split_start(split, SPLIT, SHORT)
+    last = tl.minimum(start + _split_start(split + 1, SPLIT, SHORT), end)
+    if first < end:
+        rows = tl.arange(0, ROWS)
+        offs_d = tl.arange(0, D)
+        mask_q = rows < GROUP * q_length
+        positions = end - q_length + rows % q_length
+        head = kv_head * GROUP + rows // q_length
+        q_ptrs = q_ptr + batch * stride_qb + head[:, None] * stride_qh
+        q_ptrs += (rows % q_length)[:, None] * stride_qm + offs_d[None, :]
+        q = tl.load(q_ptrs, mask_q[:, None], other=0.0)  # [ROWS, D]
+        k_ptr += batch * stride_kb + kv_head * stride_kh
+        v_ptr += batch * stride_vb + kv_head * stride_vh
+        m, den, acc = _attend_range(
+            q, k_ptr, v_ptr, first, last, end, positions,
+            tl.full((ROWS,), float("-inf"), dtype=tl.float32), tl.zeros((ROWS,), dtype=tl.float32),
+            tl.zeros((ROWS, D), dtype=tl.float32), scale, stride_kn, stride_vn, BLOCK_KV, D, True,
+        )  # fmt: skip
+        part = (batch * tl.num_programs(1) + kv_head) * tl.num_programs(0) + split
+        offs = part * GROUP * q_length + rows
+        tl.store(m_ptr + offs, m, mask_q)
+        tl.store(den_ptr + offs, den, mask_q)
+        tl.store(acc_ptr + offs[:, None] * D + offs_d[None, :], acc, mask_q[:, None])
 
 
 @triton.jit
 def _merge_kernel(
     m_ptr, den_ptr, acc_ptr, o_ptr, starts_ptr, lengths_ptr, q_length, kv_length, splits,
     stride_ob, stride_oh, stride_om, HAS_STARTS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """The splits that `_decode_kernel` left, merged for one query of one head."""
@@ -223,7 +226,7 @@ def _merge_kernel(
     tot_den = tl.zeros((1,), dtype=tl.float32)
     tot = tl.zeros((1, D), dtype=tl.float32)
     part = (batch * tl.num_programs(1) + kv_head) * splits * GROUP * q_length + row
-    for split in tl.range(tl.cdiv(end - start, SPLIT), loop_unroll_factor=8):
+    for split in tl.range(_split_count(end - start, SPLIT, SHORT), loop_unroll_factor=8):
         offs = part + split * GROUP * q_length + one
         m, den = tl.load(m_ptr + offs), tl.load(den_ptr + offs)
         acc = tl.load(acc_ptr + offs[:, None] * D + offs_d)
@@ -273,7 +276,8 @@ def _launch(
     limits = [q if t is None else t.to(torch.int32).contiguous() for t in (starts, lengths)]
     shared = {
         "HAS_STARTS": starts is not None, "HAS_LENGTHS": lengths is not None, "GROUP": group,
-        "D": dim, "SPLIT": config.split, "enable_fp_fusion": False, **pdl(q.device),
+        "D": dim, "SPLIT": config.split, "SHORT": config.short_splits,
+        "enable_fp_fusion": False, **pdl(q.device),
     }  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     if not parallel:
@@ -284,13 +288,12 @@ def _launch(
             num_stages=tile.stages, **shared,
         )  # fmt: skip
         return o
-    splits = triton.cdiv(kv_length, config.split)
-    run = config.run(splits * kv_heads * batch, device.sm_count(q.device))
+    splits = config.splits(kv_length)
     m, den = torch.empty((2, batch, kv_heads, splits, group * q_length), device=q.device)
     acc = torch.empty((*m.shape, dim), device=q.device)
-    _decode_kernel[(triton.cdiv(splits, run), kv_heads, batch)](
-        q, k, v, m, den, acc, *limits, scale, q_length, kv_length, splits,
-        *strides, RUN=run, ROWS=max(16, triton.next_power_of_2(group * q_length)),
+    _decode_kernel[(splits, kv_heads, batch)](
+        q, k, v, m, den, acc, *limits, scale, q_length, kv_length,
+        *strides, ROWS=max(16, triton.next_power_of_2(group * q_length)),
         BLOCK_KV=config.block_kv, num_warps=config.decode_warps, num_stages=config.decode_stages,
         **shared,
     )  # fmt: skip

@@ -218,12 +218,17 @@ class AttentionConfig:
     max_rows: int
     """Up to this many queries per key head, splits run in parallel."""
 
+    short_splits: int = 16
+    """After so many splits they are four times as long: a long context has enough of them."""
+
     def prefill(self, q_length: int) -> PrefillTile:
         return self.short if q_length < 4096 else self.long
 
-    def run(self, splits: int, sms: int) -> int:
-        """Splits to a program: more where there are plenty, since each start and end costs."""
-        return next((run for run in (8, 4, 2) if splits >= 12 * run * sms), 1)
+    def splits(self, tokens: int) -> int:
+        long = tokens - self.short_splits * self.split
+        if long <= 0:
+            return -(-tokens // self.split)
+        return self.short_splits - (-long // (4 * self.split))
 
 
 def attention_config(head_dim: int, itemsize: int, capability: int) -> AttentionConfig:

@@ -77,7 +77,7 @@ def _long_softmax_kernel(
     x_ptr += row * stride_xm
     lane_m = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     lane_s = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in tl.range(0, N, BLOCK, num_stages=3):
+    for start in range(0, N, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + offs_n, offs_n < N, other=float("-inf")).to(tl.float32)
         new_m = tl.maximum(lane_m, x)
@@ -88,7 +88,7 @@ def _long_softmax_kernel(
     if MODE == "logsumexp":
         tl.store(y_ptr + row, (m + tl.log(s)).to(y_ptr.dtype.element_ty))
     else:
-        for start in tl.range(0, N, BLOCK, num_stages=3):
+        for start in range(0, N, BLOCK):
             offs_n = start + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + offs_n, offs_n < N, other=0.0).to(tl.float32)
             y = _write(x, m, s, MODE)

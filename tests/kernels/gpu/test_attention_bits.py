@@ -8,13 +8,13 @@ import torch
 from ndcheck_kernels import attention
 from ndcheck_kernels.configs import attention_config
 
-LENGTH = 1500
+LENGTH = 5500  # past the splits that grow longer
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
 def operands(request):
     def draw(heads):
-        return torch.randn(3, heads, LENGTH, 128, device="cuda").to(request.param)
+        return torch.randn(2, heads, LENGTH, 128, device="cuda").to(request.param)
 
     return draw(32), draw(8), draw(8)
 
@@ -22,7 +22,25 @@ def operands(request):
 def test_prefill_agrees_with_decode_and_chunks(operands):
     q, k, v = operands
     whole = attention.attention(q, k, v)
-    for end in (1, 2, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, LENGTH):
+    for end in (
+        1,
+        2,
+        63,
+        64,
+        65,
+        255,
+        256,
+        257,
+        511,
+        512,
+        513,
+        1025,
+        4095,
+        4096,
+        4097,
+        5121,
+        LENGTH,
+    ):
         for queries in (1, 2, 5, 16, 17, 100):
             first = max(0, end - queries)
             got = attention.attention(q[:, :, first:end], k[:, :, :end], v[:, :, :end])
@@ -36,7 +54,7 @@ def test_a_cache_with_padding_and_unused_space_agrees(operands):
         wide_k, wide_v = (
             torch.nn.functional.pad(t, (0, 0, start, unused), value=float("nan")) for t in (k, v)
         )
-        starts, lengths = (torch.full((3,), n, device="cuda") for n in (start, start + LENGTH))
+        starts, lengths = (torch.full((2,), n, device="cuda") for n in (start, start + LENGTH))
         for queries in (1, LENGTH):
             got = attention.attention(
                 q[:, :, -queries:], wide_k, wide_v, starts=starts, lengths=lengths
@@ -44,11 +62,11 @@ def test_a_cache_with_padding_and_unused_space_agrees(operands):
             assert torch.equal(got, whole[:, :, -queries:]), (start, unused, queries)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 32, 129])
+@pytest.mark.parametrize("batch", [1, 2, 7, 65])
 def test_decode_is_the_same_in_any_batch(operands, batch):
     q, k, v = (t[:1] for t in operands)
     alone = attention.attention(q[:, :, -1:], k, v)
-    length = 4000  # enough splits that programs take several of them
+    length = 7000
     others = torch.randn(batch, 8, length, 128, device="cuda").to(q.dtype)
     lengths = torch.randint(1, length, (batch,), device="cuda")
     queries = torch.randn(batch, 32, 1, 128, device="cuda").to(q.dtype)
@@ -84,15 +102,14 @@ def test_another_split_is_told_apart(operands):
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_accuracy(operands, parallel):
-    q, k, v = operands
-    queries = q[:, :, -16:] if parallel else q
+    q, k, v = (t[:1] for t in operands)
+    queries = q[:, :, -16:]
     got = attention._launch(
         queries, k, v, None, None, None, attention_config(128, 2, 90), parallel=parallel
     )
     keys, values = (t.double().repeat_interleave(4, 1) for t in (k, v))
-    want = torch.nn.functional.scaled_dot_product_attention(
-        q.double(), keys, values, is_causal=True
-    )
-    want = want[:, :, -queries.shape[2] :]
+    scores = queries.double() @ keys.mT * 128**-0.5
+    hidden = torch.ones(16, LENGTH, device="cuda", dtype=torch.bool).triu(LENGTH - 15)
+    want = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values
     error = (got.double() - want).norm() / want.norm()
     assert error < 2 * torch.finfo(q.dtype).eps

@@ -5,7 +5,7 @@ from ndcheck_kernels import attention
 from ndcheck_kernels.configs import AttentionConfig, PrefillTile, attention_config
 
 TILE = PrefillTile(32, 4, 1)
-SMALL = AttentionConfig(64, 32, TILE, TILE, 4, 1, max_rows=16)  # many splits in a short context
+SMALL = AttentionConfig(32, 32, TILE, TILE, 4, 1, 16, short_splits=2)  # many in a short context
 
 
 def exact(q, k, v, starts, lengths):
@@ -115,3 +115,10 @@ def test_what_it_cannot_do_is_refused(device):
     with pytest.raises(TypeError, match="float32"):
         attention.attention(q, q.half(), q.half())
     assert attention.attention(q[:0], q[:0], q[:0]).shape == (0, 3, 4, 32)
+
+
+def test_the_host_counts_the_splits_that_the_kernels_walk():
+    config = AttentionConfig(32, 32, TILE, TILE, 4, 1, 16, short_splits=2)
+    starts = [0, 32, 64, 192, 320]
+    for tokens in range(1, 320):
+        assert config.splits(tokens) == sum(start < tokens for start in starts)
