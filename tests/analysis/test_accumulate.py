@@ -142,6 +142,11 @@ def test_a_baseline_that_was_not_asked_for_is_no_evidence_on_its_own(build):
     assert finding_of(probe, "cache").diverged_trials == 0
 
 
+def test_a_batch_that_serves_as_a_baseline_is_never_the_reference(build):
+    samples = [build.sample(1, "ax", axis="reference"), build.reference("ab")]
+    assert [c.first_divergence for c in build.probe(samples).completions] == [None, 1]
+
+
 def test_unseen_completions_count_trials_not_rows(build):
     # Seen in one trial: abd (two rows) and axy; in two trials: abe.
     samples = [
@@ -335,6 +340,28 @@ def test_latent_difference_between_rows(build):
     ]
     finding = finding_of(build.probe(samples), "slot")
     assert (finding.n_trials, finding.diverged_trials, finding.latent_trials) == (1, 0, 1)
+
+
+def test_a_fork_in_one_row_and_moved_bits_in_another_are_one_diverged_trial(build):
+    load = Load(3, (0, 1, 2))
+    samples = [
+        build.reference("ab"),
+        build.sample(1, "ab", load=load),
+        build.sample(1, "ab", load=load, slot=1, moved=(1,)),
+        build.sample(1, "ax", load=load, slot=2),
+    ]
+    finding = finding_of(build.probe(samples), "slot")
+    assert (finding.n_trials, finding.diverged_trials, finding.latent_trials) == (1, 1, 0)
+
+
+def test_bits_that_only_one_of_two_trials_recorded_are_no_evidence(build):
+    samples = [
+        build.reference("ab"),
+        build.sample(1, "ab", bits=False),
+        build.sample(2, "ab", axis="run-to-run", baseline=1),
+    ]
+    probe = build.probe(samples)
+    assert (probe.latent_trials, sum(f.latent_trials for f in probe.axes)) == (0, 0)
 
 
 def test_only_the_neighbours_differ(build):

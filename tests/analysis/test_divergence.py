@@ -54,6 +54,15 @@ def test_either_kind_of_bits_is_enough(build, field):
     assert latent(replace(clean, **{field: ()}), replace(moved, **{other: ()}), 4) is None
 
 
+def test_the_earlier_of_the_two_kinds_counts(build):
+    clean, early, late = (build.sample(1, "abcd", moved=moved) for moved in ((), (1,), (3,)))
+    for mixed in (
+        replace(early, row_digests=late.row_digests),
+        replace(late, row_digests=early.row_digests),
+    ):
+        assert latent(clean, mixed, 4) == 1
+
+
 def test_bits_are_compared_not_values(build):
     def with_logprob(value):
         return build.sample(1, "a", logprobs=(value,), row_digests=())
