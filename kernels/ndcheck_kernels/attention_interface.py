@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.mode import UnsupportedCallError, active_scope
+from ndcheck_kernels.mode import UncoveredOpError, active_scope, refusal
 
 NAME = "ndcheck_invariant"
 
@@ -38,6 +38,10 @@ def _refuse_outside_scope(*args: Any) -> torch.Tensor:
 _library.impl("attention", _refuse_outside_scope, "CompositeExplicitAutograd")
 
 
+def _refuse(tensor: torch.Tensor, reason: str) -> UncoveredOpError:
+    return refusal("attention", tensor.dtype, tensor.device.type, reason)
+
+
 def causal_spans(batch: int, length: int, device: torch.device | str) -> torch.Tensor:
     """Every row starts at column 0 and its last query sees all `length` keys."""
     return torch.tensor([0, length], dtype=torch.int32, device=device).expand(batch, 1, 2)
@@ -52,13 +56,14 @@ def spans_from_mask(visible: torch.Tensor, origin: torch.Tensor | None = None) -
     last = length - visible.flip(-1).int().argmax(-1)
     sees = count > 0
     if not bool(((end == last) | ~sees).all()):
-        raise UnsupportedCallError("a query sees keys with gaps between them")
+        raise _refuse(visible, "a query sees keys with gaps between them")
     if origin is None:
         first = torch.where(sees, begin, length).amin(-1)
         if not bool(((begin == first[:, None]) | ~sees).all()):
-            raise UnsupportedCallError(
+            raise _refuse(
+                visible,
                 "queries of one row start at different keys (a sliding window or packed "
-                f"sequences): use attn_implementation='{NAME}'"
+                f"sequences), which needs attn_implementation='{NAME}'",
             )
         origin = first
     return torch.stack([origin[:, None].expand_as(begin), begin, end], -1).to(torch.int32)
@@ -88,7 +93,7 @@ def _attention_forward(
     """What a transformers attention module calls; the mask comes from `_mask_maker`."""
     used = [name for name in ("position_bias", "s_aux", "cache") if kwargs.get(name) is not None]
     if used or dropout:
-        raise RuntimeError(f"'{NAME}' attention has no {', '.join(used) or 'dropout'}")
+        raise _refuse(query, f"it has no {', '.join(used) or 'dropout'}")
     if active_scope() is None:
         _refuse_outside_scope()
     batch, _, length, width = query.shape
@@ -115,12 +120,12 @@ def spans_from_any(
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
     if mask.dim() == 4:
         if mask.shape[1] != 1:
-            raise UnsupportedCallError("another mask for every head")
+            raise _refuse(query, "every head has a mask of its own")
         mask = mask[:, 0]
     if mask.dtype != torch.bool:
         lowest = torch.finfo(mask.dtype).min
         if not bool(((mask == 0) | (mask <= lowest)).all()):
-            raise UnsupportedCallError("a bias is added to the scores")
+            raise _refuse(query, "a bias is added to the scores")
         mask = mask == 0
     return spans_from_mask(mask.expand(batch, queries, keys))
 

@@ -1,7 +1,8 @@
 """Batch-invariant matrix products on CPU: torch's own GEMM in shapes proven to be one bit class.
 
 Computes: a row of `a` times `b`, plus a bias where the op has one, rounded once.
-Reduction order: that of torch's GEMM of 16 rows at the same (K, N).
+Reduction order: that of torch's GEMM of 16 rows at the same (K, N); where that one gives its rows
+    different orders, at K and N filled up with zeros to multiples of 16.
 Depends on: K, N, dtype, memory layout of `b`, the CPU and torch's build. Never on M, the batch, the
     row's place or its neighbours. The number of threads only matters if torch's 16-row GEMM
     follows it, which no CPU seen so far does.
@@ -13,6 +14,7 @@ Not claimed: invariance in N or K. A product whose *columns* or reduced dimensio
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from ndcheck_kernels.cpu_rows import BASE_ROWS, Probe, map_rows
 from ndcheck_kernels.mode import UnsupportedCallError, implements
@@ -22,6 +24,7 @@ aten = torch.ops.aten
 # Beyond 64 rows time is linear in the rows: pieces cost nothing and keep the proofs few.
 STEPS = (256, 64)
 _PROBE_COLUMNS = 256
+_IEEE = ("none", "ieee")  # What torch calls not trading float32 products for speed.
 _CACHED_ELEMENTS = 2**22
 
 
@@ -32,14 +35,20 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if k < 2 or n == 0:
         return _trivial(a, b)
     _check(a, b)
+    b = b.contiguous() if 0 in b.stride() else b  # No proof can write to an expanded operand.
     layout = _layout(b)
-    return map_rows(
-        ("mm", a.dtype, k, n, layout),
-        lambda rows: torch.mm(rows, b),
-        (a,),
-        lambda: _mm_probe(k, n, a.dtype, layout),
-        STEPS,
-    )
+    try:
+        return map_rows(
+            ("mm", a.dtype, k, n, layout),
+            lambda rows: torch.mm(rows, b),
+            (a,),
+            lambda: _mm_probe(k, n, a.dtype, layout),
+            STEPS,
+        )
+    except UnsupportedCallError:
+        if _is_even(k, n):
+            raise
+        return mm(*_make_even(a, b))[:, :n]
 
 
 def _mm_probe(k: int, n: int, dtype: torch.dtype, layout: tuple[int, ...]) -> Probe:
@@ -54,6 +63,8 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if k < 2 or n == 0 or batch == 0:
         return _trivial(a, b)
     _check(a, b)
+    if b.stride()[1:] not in ((n, 1), (1, k)):
+        b = b.contiguous()  # The proof knows items without gaps only.
     layout = _layout(b[0])
     try:
         return map_rows(
@@ -86,7 +97,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """[..., K] x [N, K]^T + [N]."""
     if weight.dim() != 2:
         return matmul(x, weight.t()) if bias is None else matmul(x, weight.t()) + bias
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _as_rows(x)
     out = mm(rows, weight.t()) if bias is None else addmm(bias, rows, weight.t())
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -105,14 +116,20 @@ def addmm(
     if k < 2 or n == 0 or bias.shape != (n,) or (beta, alpha) != (1, 1) or bias.dtype != a.dtype:
         return _combine(bias, mm(*_widen(a, b)), beta, alpha, a.dtype)
     _check(a, b)
+    b = b.contiguous() if 0 in b.stride() else b
     layout = _layout(b)
-    return map_rows(
-        ("addmm", a.dtype, k, n, layout),
-        lambda rows: torch.addmm(bias, rows, b),
-        (a,),
-        lambda: _addmm_probe(k, n, a.dtype, layout),
-        STEPS,
-    )
+    try:
+        return map_rows(
+            ("addmm", a.dtype, k, n, layout),
+            lambda rows: torch.addmm(bias, rows, b),
+            (a,),
+            lambda: _addmm_probe(k, n, a.dtype, layout),
+            STEPS,
+        )
+    except UnsupportedCallError:
+        if _is_even(k, n):
+            raise
+        return addmm(F.pad(bias, (0, -n % BASE_ROWS)), *_make_even(a, b))[:, :n]
 
 
 def _addmm_probe(k: int, n: int, dtype: torch.dtype, layout: tuple[int, ...]) -> Probe:
@@ -143,7 +160,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if b.dim() == 1:
         return matmul(a, b[:, None]).squeeze(-1)
     if b.dim() == 2:
-        return mm(a.reshape(-1, a.shape[-1]), b).view(*a.shape[:-1], b.shape[-1])
+        return mm(_as_rows(a), b).view(*a.shape[:-1], b.shape[-1])
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     left = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
     right = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
@@ -162,6 +179,28 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return mm(a[None], b[:, None]).view(())
 
 
+@implements(aten._grouped_mm.default, device="cpu")
+def grouped_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """[M, K] x [G, K, N]: rows up to offs[g] and from the offset before it go through item g."""
+    if a.dim() != 2 or b.dim() != 3 or offs is None or bias is not None:
+        raise UnsupportedCallError("only rows in groups, without bias")
+    out = a.new_zeros(a.shape[0], b.shape[-1], dtype=out_dtype)
+    starts = [0, *offs.tolist()]
+    for weight, start, stop in zip(b, starts, starts[1:], strict=False):
+        out[start:stop] = mm(a[start:stop], weight)
+    return out
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def _check(a: torch.Tensor, b: torch.Tensor) -> None:
     if a.dtype != b.dtype or a.dtype not in (
         torch.float64,
@@ -170,15 +209,26 @@ def _check(a: torch.Tensor, b: torch.Tensor) -> None:
         torch.float16,
     ):
         raise UnsupportedCallError(f"no product of {a.dtype} and {b.dtype}")
-    if a.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    if a.dtype == torch.float32 and precision not in _IEEE:
         raise UnsupportedCallError(
-            "float32 means IEEE float32: call torch.set_float32_matmul_precision('highest')"
+            "float32 must mean IEEE float32: call torch.set_float32_matmul_precision('highest')"
         )
 
 
 def _trivial(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     # One product, or none, per element: nothing to order.
     return a * b if b.shape[-2] == 1 else a.new_zeros(*a.shape[:-1], b.shape[-1])
+
+
+def _is_even(k: int, n: int) -> bool:
+    return k % BASE_ROWS == n % BASE_ROWS == 0
+
+
+def _make_even(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros up to multiples of 16: at odd K or small N the rows of a tile may differ in order."""
+    k, n = (-size % BASE_ROWS for size in b.shape)
+    return F.pad(a, (0, k)), F.pad(b, (0, n, 0, k))
 
 
 def _widen(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,15 +265,13 @@ def _cached_noise(
     generator = torch.Generator().manual_seed(0)
     half = k // 2
     magnitudes = torch.exp2(torch.randint(-6, 7, (BASE_ROWS, half), generator=generator).float())
-    term = torch.randn(BASE_ROWS, half, generator=generator) * magnitudes
-    factor = torch.randn(half, min(n, _PROBE_COLUMNS), generator=generator)
+    term = (torch.randn(BASE_ROWS, half, generator=generator) * magnitudes).to(dtype)
+    factor = torch.randn(half, min(n, _PROBE_COLUMNS), generator=generator).to(dtype)
     place = torch.randperm(k, generator=generator)
-    rows, columns = (
-        torch.zeros(BASE_ROWS, k, dtype=dtype),
-        torch.zeros(k, factor.shape[1], dtype=dtype),
-    )
-    rows[:, place[:half]], rows[:, place[half : 2 * half]] = term.to(dtype), -term.to(dtype)
-    columns[place[:half]] = columns[place[half : 2 * half]] = factor.to(dtype)
+    rows = torch.zeros(BASE_ROWS, k, dtype=dtype)
+    columns = torch.zeros(k, factor.shape[1], dtype=dtype)
+    rows[:, place[:half]], rows[:, place[half : 2 * half]] = term, -term
+    columns[place[:half]] = columns[place[half : 2 * half]] = factor
     extent = 1 + sum((size - 1) * stride for size, stride in zip((k, n), strides, strict=True))
     storage = torch.zeros(offset + extent, dtype=dtype)
     weight = storage.as_strided((k, n), strides, offset)

@@ -32,7 +32,9 @@ def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> torch.Tensor:
     scalars = tuple(a for a in args if not isinstance(a, torch.Tensor))
     if any(isinstance(v, torch.Tensor) for v in kwargs.values()):
         raise UnsupportedCallError("tensors as keyword arguments")
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    shape = tensors[0].shape
+    if any(t.shape != shape for t in tensors):
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     # A tensor without dimensions takes no part in type promotion: it must stay one.
     wide = [t for t in tensors if t.dim()] or tensors
     total = shape.numel()

@@ -27,11 +27,14 @@ accept(
     *(aten.amin.default, aten.aminmax.default, aten.argmax.default, aten.argmin.default),
     *(aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default),
     *(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims),
-    *(aten.cummax.default, aten.cummin.default),
+    *(aten.cummax.default, aten.cummin.default, aten.histc.default),
     device="cpu",
 )
 
 Dims = int | Sequence[int] | None
+
+
+_ADDS = ("sum", "cumsum")
 
 
 def _row_op(
@@ -40,19 +43,24 @@ def _row_op(
     """[M, N] -> [M, N or 1], in the accumulation dtype."""
     wide = x if x.dtype == torch.float64 else x.float()
     n = wide.shape[-1]
-    return map_rows((name, wide.dtype, n), kernel, (wide,), lambda: _probe(kernel, n, wide.dtype))
+    rows = _noise_rows if name in _ADDS else _tame_rows
+    return map_rows(
+        (name, wide.dtype, n), kernel, (wide,), lambda: Probe((rows(n, wide.dtype),), kernel)
+    )
 
 
-def _probe(kernel: Callable[[torch.Tensor], torch.Tensor], n: int, dtype: torch.dtype) -> Probe:
-    """Half of the rows cancel to rounding noise, for sums; half are tame, for exponentials."""
+def _tame_rows(n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of exponents none of which dominates."""
+    return torch.randn(BASE_ROWS, n, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def _noise_rows(n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows that sum to 0, so that rounding is all that is left."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(BASE_ROWS, n, generator=generator, dtype=dtype)
-    half = n // 2
-    noisy = rows[: BASE_ROWS // 2]
-    noisy *= torch.exp2(torch.randint(-6, 7, noisy.shape, generator=generator))
-    noisy[:, half : 2 * half] = -noisy[:, :half]
-    noisy.copy_(noisy[:, torch.randperm(n, generator=generator)])
-    return Probe((rows,), kernel)
+    half = _tame_rows(n // 2, dtype)
+    half *= torch.exp2(torch.randint(-6, 7, half.shape, generator=generator))
+    rows = torch.cat([half, -half, half.new_zeros(BASE_ROWS, n % 2)], -1)
+    return rows[:, torch.randperm(n, generator=generator)]
 
 
 def sum_rows(x: torch.Tensor) -> torch.Tensor:
@@ -67,15 +75,17 @@ def _over_dims(
     if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedCallError(f"no reduction of {x.dtype}")
     given = [dims] if isinstance(dims, int) else list(dims or ())
+    if given in ([-1], [x.dim() - 1]) and x.dim():  # By far the most common: skip the bookkeeping.
+        out = reduce(x.reshape(x.shape[:-1].numel(), x.shape[-1])).view(*x.shape[:-1], 1)
+        return out if keepdim else out.squeeze(-1)
     reduced = sorted({d % x.dim() for d in given}) if given and x.dim() else list(range(x.dim()))
     kept = [d for d in range(x.dim()) if d not in reduced]
-    rows = x.permute(*kept, *reduced).reshape(
-        torch.Size(x.shape[d] for d in kept).numel(),
-        torch.Size(x.shape[d] for d in reduced).numel(),
-    )
-    shape = [1 if d in reduced else x.shape[d] for d in range(x.dim())]
-    out = reduce(rows).view(shape)
-    return out if keepdim else out.view([x.shape[d] for d in kept])
+    last = x.permute(kept + reduced)
+    width = last.shape[len(kept) :].numel()
+    out = reduce(last.reshape(last.shape[: len(kept)].numel(), width))
+    if keepdim:
+        return out.view([1 if d in reduced else x.shape[d] for d in range(x.dim())])
+    return out.view(last.shape[: len(kept)])
 
 
 def _along(
@@ -85,7 +95,7 @@ def _along(
     if x.dim() == 0:
         return _along(x[None], 0, name, kernel)[0]
     last = x.movedim(dim, -1)
-    out = _row_op(name, kernel, last.reshape(-1, last.shape[-1]))
+    out = _row_op(name, kernel, last.reshape(last.shape[:-1].numel(), last.shape[-1]))
     return out.view(last.shape).movedim(-1, dim)
 
 

@@ -83,13 +83,16 @@ def _prove(probe: Probe, size: int) -> bool:
     base = definition(*probe.rows)
     alike = definition(*(r[..., :1, :].expand_as(r).contiguous() for r in probe.rows))
     swapped = definition(*(r.flip(-2) for r in probe.rows)).flip(-2)
-    order = torch.arange(size) % BASE_ROWS
-    tried = probe.kernel(*(r[..., order, :] for r in probe.rows))
-    return (
-        same_bits(alike, base[..., :1, :].expand_as(base))
-        and same_bits(swapped, base)
-        and same_bits(tried, base[..., order, :])
-    )
+    if not (same_bits(alike, base[..., :1, :].expand_as(base)) and same_bits(swapped, base)):
+        return False
+    # Few rows at a time must come out right for all of the base rows, or chance could pass them.
+    for start in range(0, BASE_ROWS, size):
+        order = (start + torch.arange(size)) % BASE_ROWS
+        if not same_bits(
+            probe.kernel(*(r[..., order, :] for r in probe.rows)), base[..., order, :]
+        ):
+            return False
+    return True
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

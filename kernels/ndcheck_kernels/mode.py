@@ -58,9 +58,17 @@ class UncoveredOpError(RuntimeError):
         self.op, self.dtype, self.device, self.module = op, dtype, device, module
         where = f" in {module}" if module else ""
         super().__init__(
-            f"{op} ({dtype} on {device}){where} has no batch-invariant implementation: {reason}. "
-            "Run this model with stock kernels, or register one with ndcheck_kernels.implements."
+            f"no batch-invariant {op} ({dtype} on {device}){where}: {reason}. Run this model with "
+            "stock kernels, or register an implementation with ndcheck_kernels.implements."
         )
+
+
+def refusal(op: str, dtype: torch.dtype | None, device: str, reason: str) -> UncoveredOpError:
+    """The error to raise, noted in this thread's scope, naming the module whose forward runs."""
+    scope = active_scope()
+    if scope is not None:
+        scope.refused[op] += 1
+    return UncoveredOpError(op, dtype, device, _calling_module(), reason)
 
 
 @dataclass
@@ -166,31 +174,23 @@ class _InvariantMode(TorchDispatchMode):
         device, floating = _where_and_what(args, kwargs)
         try:
             implementation, name = _found.get((func, device)) or _find(func, device)
-            if implementation is None or floating is None:
-                return self._compute_without(func, args, kwargs, floating)
-            self.scope.fires[name] += 1
+            if floating is None:
+                result = func(*args, **kwargs)
+                if all(_is_integral(t) for t in _tensors((result,))):
+                    return result  # Exact in any order.
+            if implementation is None:
+                return self._decompose(func, args, kwargs)
+            if implementation is not func:
+                self.scope.fires[name] += 1
             return implementation(*args, **kwargs)
         except UnsupportedCallError as unsupported:
-            self.scope.refused[_name(func)] += 1
-            raise UncoveredOpError(
-                str(func), floating, device, _calling_module(), str(unsupported)
-            ) from None
+            raise refusal(str(func), floating, device, str(unsupported)) from None
 
-    def _compute_without(
-        self,
-        func: OpOverload,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        floating: torch.dtype | None,
-    ) -> Any:
-        if func._can_decompose():
-            with self:
-                return func.decompose(*args, **kwargs)
-        if floating is None:
-            result = func(*args, **kwargs)
-            if all(_is_integral(t) for t in _tensors((result,))):
-                return result
-        raise UnsupportedCallError("no implementation is registered")
+    def _decompose(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not func._can_decompose():
+            raise UnsupportedCallError("nothing is registered for it")
+        with self:
+            return func.decompose(*args, **kwargs)
 
 
 def _where_and_what(

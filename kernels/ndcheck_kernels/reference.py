@@ -1,0 +1,113 @@
+"""What every op computes, in float64: the specification that kernels are measured against.
+
+Torch only, and slow on purpose. Kernels never import it.
+"""
+
+import torch
+
+Dims = int | tuple[int, ...] | None
+
+
+def matmul_reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a x b."""
+    return a.double() @ b.double()
+
+
+def linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x x weight^T + bias."""
+    out = x.double() @ weight.double().t()
+    return out if bias is None else out + bias.double()
+
+
+def addmm_reference(
+    bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    """beta * bias + alpha * (a x b), batched or not; beta = 0 ignores the bias."""
+    product = alpha * matmul_reference(a, b)
+    return product if beta == 0 else product + beta * bias.double()
+
+
+def sum_reference(x: torch.Tensor, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
+    """Sum over dims, all by default."""
+    return x.double().sum(dim, keepdim=keepdim)
+
+
+def mean_reference(x: torch.Tensor, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
+    """Mean over dims, all by default."""
+    return x.double().mean(dim, keepdim=keepdim)
+
+
+def cumsum_reference(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Running sum."""
+    return x.double().cumsum(dim)
+
+
+def softmax_reference(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """exp(x) / sum(exp(x))."""
+    return x.double().softmax(dim)
+
+
+def log_softmax_reference(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """log(softmax(x))."""
+    return x.double().log_softmax(dim)
+
+
+def logsumexp_reference(x: torch.Tensor, dim: Dims = -1, keepdim: bool = False) -> torch.Tensor:
+    """log(sum(exp(x)))."""
+    dims = tuple(range(x.dim())) if dim is None else dim
+    return x.double().logsumexp(dims, keepdim=keepdim)
+
+
+def layer_norm_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim."""
+    x = x.double()
+    centred = x - x.mean(-1, keepdim=True)
+    out = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    out = out if weight is None else out * weight.double()
+    return out if bias is None else out + bias.double()
+
+
+def rms_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6
+) -> torch.Tensor:
+    """x / sqrt(mean(x**2) + eps) * weight over the last dim."""
+    x = x.double()
+    out = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    return out if weight is None else out * weight.double()
+
+
+def attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """softmax(scale * q k^T, capped) v over the keys in each query's span; 0 where it is empty.
+
+    [B, H, Q, D] x [B, H_kv, KV, D]; spans as in `attention_interface`.
+    """
+    queries, group = query.shape[2], query.shape[1] // key.shape[1]
+    if spans.shape[-1] == 2:
+        begin, last = spans.unbind(-1)
+        end = last - torch.arange(queries - 1, -1, -1, device=spans.device)
+    else:
+        _, begin, end = spans.unbind(-1)
+    column = torch.arange(key.shape[2], device=spans.device)
+    visible = (column >= begin[..., None]) & (column < end[..., None])  # [B, Q, KV]
+    keys, values = (t.double().repeat_interleave(group, 1) for t in (key, value))
+    scores = query.double() @ keys.transpose(-1, -2) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+    # An empty span gives NaN weights; a hidden value may hold anything.
+    weights = weights.masked_fill(~visible[:, None], 0)
+    return weights @ values.masked_fill(~visible.any(1)[:, None, :, None], 0)
