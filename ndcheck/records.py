@@ -100,12 +100,14 @@ class Trial:
 class Witness:
     """Evidence of the batch that really ran; None where the backend gives none.
 
-    ``achieved_batch_size`` is the smallest number of rows any forward pass of the trial had.
+    ``achieved_batch_size`` is the smallest number of rows any forward pass of the trial had;
+    ``override_fires`` counts the ops that an invariant implementation computed.
     """
 
     achieved_batch_size: int | None
     prefill_calls: int | None = None
     decode_calls: int | None = None
+    override_fires: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

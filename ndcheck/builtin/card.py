@@ -18,7 +18,11 @@ SAMPLES = 3
 
 def render_card(figures: Figures, training: dict[str, Any]) -> str:
     """The card in Markdown: what the model is, its figures, samples, and how to make it again."""
-    recipe = Recipe(**training["recipe"])
+    runs = list_runs(training)
+    recipes = [Recipe(**run["recipe"]) for run in runs]
+    first, recipe = recipes[0], recipes[-1]
+    commands = "\n".join(map(training_command, range(len(runs)), recipes))
+    stages = " Then ".join(map(describe_run, runs, recipes))
     return f"""\
 ---
 license: psf-2.0
@@ -75,23 +79,45 @@ SHA-256 of the corpus: `{training["corpus_sha256"]}`
 
 ## Training
 ```
-python -m ndcheck.builtin.train{" ".join(["", *changed_options(recipe)])}
+{commands}
 ```
 under CPython {platform.python_version()} (or any Python with `--stdlib` naming that version's
-library), seed {recipe.seed}. {recipe.steps} likelihood steps of
-{recipe.batch_rows * recipe.context_tokens:,} tokens, then {recipe.rounds} rounds of
-distillation against loops: the model writes {recipe.round_rows} texts of {recipe.round_tokens}
-tokens greedily and learns, on its own text, what the model after the likelihood stage predicts
-with those tokens struck out that would repeat a {recipe.repeat_tokens}-gram
-(the problem: [Welleck et al., 2019](https://arxiv.org/abs/1908.04319)). Made on one
-{training["hardware"]} with torch {training["torch"]}.
-The same command on the same machine repeats the run; other hardware rounds differently and gives
-slightly different weights.
+library), seed {recipe.seed}. {stages}
+
+A *likelihood step* predicts {first.batch_rows * first.context_tokens:,} tokens of the corpus. Small
+models trained on that alone fall into loops under greedy decoding
+([Welleck et al., 2019](https://arxiv.org/abs/1908.04319)), so *rounds* follow: the model writes
+greedily and learns, on its own text, what the model before the rounds predicts with those tokens
+struck out that would repeat an n-gram. The same command on the same machine repeats the run; other
+hardware rounds differently and gives slightly different weights.
 
 ## Samples
 Greedy, {GREEDY_TOKENS} tokens, bf16 on the CPU, batch size 1. The prompt is in the first line of
 each block.
 {"".join(render_sample(sample.prompt, sample.text) for sample in figures.samples[:SAMPLES])}"""
+
+
+def list_runs(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that led to a model, the first one first."""
+    start = training.get("start")
+    return [*(list_runs(start) if start else []), training]
+
+
+def training_command(index: int, recipe: Recipe) -> str:
+    """The command of one run; a later run starts from the model of the one before."""
+    start = [f"--start run-{index}/model"] if index else []
+    output = f"--output run-{index + 1}"
+    options = " ".join([*start, *changed_options(recipe), output])
+    return f"python -m ndcheck.builtin.train {options}"
+
+
+def describe_run(run: dict[str, Any], recipe: Recipe) -> str:
+    """One sentence on what a run did, and where."""
+    return (
+        f"{recipe.steps} likelihood steps and {recipe.rounds} rounds of {recipe.round_rows} texts "
+        f"of {recipe.round_tokens} tokens against repeated {recipe.repeat_tokens}-grams, on "
+        f"{run['hardware']} with torch {run['torch']}."
+    )
 
 
 def changed_options(recipe: Recipe) -> list[str]:

@@ -23,7 +23,7 @@ class Recipe:
     head_size: int = choice(64, "width of an attention head; two query heads share a key head")
     context_tokens: int = choice(2048, "length of a training window, and of the model's context")
     batch_rows: int = choice(16, "windows in a likelihood step")
-    dropout: float = choice(0.1, "share of each block's output dropped while training")
+    dropout: float = choice(0.15, "share of each block's output dropped while training")
     weight_decay: float = choice(0.1, "AdamW's weight decay, on matrices only")
     learning_rate: float = choice(3e-3, "peak learning rate of the likelihood stage")
     steps: int = choice(3000, "likelihood steps: predict the next token of the corpus")
@@ -31,8 +31,9 @@ class Recipe:
     round_rows: int = choice(128, "texts written in a round")
     round_tokens: int = choice(256, "tokens written for each text")
     round_steps: int = choice(4, "optimiser steps that share a round's texts")
-    round_learning_rate: float = choice(1e-3, "learning rate of the first round; falls to zero")
-    repeat_tokens: int = choice(5, "length of the n-grams that must not repeat")
+    round_learning_rate: float = choice(7e-4, "learning rate of the first round; falls to zero")
+    repeat_tokens: int = choice(4, "length of the n-grams that must not repeat")
+    distillation_weight: float = choice(1.0, "weight of a round's distillation; likelihood has 1")
 
     def __post_init__(self) -> None:
         """Refuses what would fail later with a longer message."""

@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint-seconds", type=float, default=60.0, help="time between checkpoints"
     )
+    parser.add_argument(
+        "--start", type=Path, help="begin with this model directory instead of random weights"
+    )
     for choice in fields(Recipe):
         parser.add_argument(
             f"--{choice.name.replace('_', '-')}",
@@ -52,7 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
         recipe = Recipe(**{choice.name: options[choice.name] for choice in fields(Recipe)})
         documents = read_corpus(options["stdlib"])
         train(
-            recipe, documents, options["output"], options["device"], options["checkpoint_seconds"]
+            recipe,
+            documents,
+            options["output"],
+            options["device"],
+            options["checkpoint_seconds"],
+            options["start"],
         )
     except UsageError as error:
         parser.error(str(error))
@@ -66,11 +74,18 @@ def detect_device() -> str:
 
 
 def train(
-    recipe: Recipe, documents: list[Document], output: Path, device: str, checkpoint_seconds: float
+    recipe: Recipe,
+    documents: list[Document],
+    output: Path,
+    device: str,
+    checkpoint_seconds: float,
+    start: Path | None = None,
 ) -> None:
     """Runs what is left of the recipe; every checkpoint leaves a model that loads."""
     transformers.logging.disable_progress_bar()
     trainer = Trainer(recipe, documents, device)
+    if start is not None:
+        trainer.start_from(start)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = output / "checkpoint.safetensors"
     if checkpoint.exists():

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ndcheck.builtin.corpus import Document, corpus_sha256
@@ -33,6 +33,7 @@ class Trainer:
     """The model, its optimiser and the data, with the two kinds of step."""
 
     teacher: Any = None
+    start: dict[str, Any] | None = None
 
     def __init__(self, recipe: Recipe, documents: list[Document], device: str) -> None:
         self.recipe = recipe
@@ -56,6 +57,15 @@ class Trainer:
             betas=(0.9, 0.95),
             weight_decay=recipe.weight_decay,
         )
+
+    def start_from(self, directory: Path) -> None:
+        """Begins with the weights of a model that an earlier run exported, and records it."""
+        training = json.loads((directory / "training.json").read_text(encoding="utf-8"))
+        if training["corpus_sha256"] != self.corpus_sha256:
+            raise UsageError(f"{directory} was trained on another corpus")
+        # The output matrix is the embedding, which the file holds once.
+        self.model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
+        self.start = training
 
     @property
     def total(self) -> int:
@@ -106,7 +116,8 @@ class Trainer:
         loss = 0.0
         for rows_B_T in tokens_B_T.chunk(recipe.round_steps):
             likelihood = self.likelihood_loss(self.model)
-            loss = self.update(likelihood + self.distillation_loss(rows_B_T, prompt_length))
+            distillation = self.distillation_loss(rows_B_T, prompt_length)
+            loss = self.update(likelihood + recipe.distillation_weight * distillation)
         return loss
 
     def distillation_loss(self, tokens_B_T: torch.Tensor, prompt_length: int) -> torch.Tensor:
@@ -182,7 +193,8 @@ class Trainer:
 
     def identity(self) -> str:
         """What two runs must share for one to continue the other."""
-        return json.dumps({**asdict(self.recipe), "corpus_sha256": self.corpus_sha256})
+        facts = {"corpus_sha256": self.corpus_sha256, "start": self.start}
+        return json.dumps({**asdict(self.recipe), **facts})
 
     def export(self, output: Path) -> None:
         """Writes a Hugging Face model directory with bf16 weights."""
@@ -191,6 +203,7 @@ class Trainer:
         self.tokenizer.save_pretrained(output)
         hardware = torch.cuda.get_device_name() if self.device == "cuda" else platform.machine()
         training = {
+            "start": self.start,
             "recipe": asdict(self.recipe),
             "corpus_sha256": self.corpus_sha256,
             "training_tokens": len(self.tokens_N),

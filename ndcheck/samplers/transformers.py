@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import transformers
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.load import filler_text, fit_to_length
-from ndcheck.records import Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
+from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.selection import Stream, choose_tokens, plant
 
@@ -83,7 +84,9 @@ class TransformersSampler:
         started = time.perf_counter()
         rows = self._rows(trial.load, probe)
         try:
-            streams, witness = self._decode(trial, rows, decoding)
+            with self._kernels(trial.arm) as fires:
+                streams, witness = self._decode(trial, rows, decoding)
+            witness = replace(witness, override_fires=fires())
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise self._out_of_memory(trial.load) from error
         except RuntimeError as error:
@@ -113,6 +116,36 @@ class TransformersSampler:
             )
             for i, (slot, stream) in enumerate(zip(trial.load.slots, streams, strict=True))
         ]
+
+    @contextmanager
+    def _kernels(self, arm: Arm) -> Iterator[Callable[[], int | None]]:
+        """Compute with the arm's kernels; yields how many ops its overrides have computed.
+
+        Raises BackendError for an op the invariant arm does not cover, or if nothing fired.
+        """
+        if arm == "stock":
+            yield lambda: None
+            return
+        import ndcheck_kernels
+        from ndcheck_kernels.attention_interface import NAME as INVARIANT_ATTENTION
+
+        stock_attention = self._model.config._attn_implementation
+        ndcheck_kernels.register_attention()
+        self._model.set_attn_implementation(INVARIANT_ATTENTION)
+        try:
+            with ndcheck_kernels.invariant_kernels() as scope:
+                before = scope.fires.total()
+                yield lambda: scope.fires.total() - before
+                missing = scope.missing()
+        except ndcheck_kernels.UncoveredOpError as error:
+            raise BackendError(f"invariant arm: {_first_line(error)}") from error
+        finally:
+            self._model.set_attn_implementation(stock_attention)
+        if missing:
+            raise BackendError(
+                f"invariant arm: no {' or '.join(missing)} ran in a batch-invariant kernel, so it "
+                "would have measured stock: use --kernels stock"
+            )
 
     def _rows(self, load: Load, probe: Probe) -> list[list[int]]:
         """Token ids of every row of the batch: probes at their slots, fillers elsewhere."""

@@ -1,11 +1,13 @@
 """Training is reproducible, survives being killed, and answers bad input in one line."""
 
+import json
 from dataclasses import asdict, fields
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ndcheck.builtin.card import list_runs
 from ndcheck.builtin.corpus import Document
 from ndcheck.builtin.recipe import Recipe
 from ndcheck.builtin.train import main, train
@@ -69,6 +71,19 @@ def test_both_stages_change_the_weights_and_the_seed_matters(tmp_path):
     name = "weight.model.embed_tokens.weight"
     assert not torch.equal(likelihood[name], both[name])
     assert not torch.equal(other_seed[name], both[name])
+
+
+def test_a_run_may_start_from_another_runs_model(tmp_path):
+    train_tiny(tmp_path / "first")
+    rounds = Recipe(**{**asdict(TINY), "steps": 0, "rounds": 1, "round_learning_rate": 0.0})
+    train(rounds, DOCUMENTS, tmp_path / "second", "cpu", 0, tmp_path / "first" / "model")
+    first, second = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("first", "second")
+    )
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
+    training = json.loads((tmp_path / "second" / "model" / "training.json").read_text())
+    assert [run["recipe"]["steps"] for run in list_runs(training)] == [4, 0]
 
 
 def test_a_checkpoint_of_other_options_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from ndcheck.errors import TrialError, UsageError
+from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.load import plan_trials
 from ndcheck.records import AXES, Decoding, Fault, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
@@ -253,3 +253,37 @@ def test_weights_other_than_safetensors_are_refused(tiny_models, tmp_path):
 def test_cuda_without_a_gpu():
     with pytest.raises(UsageError, match="--device cuda is not available"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_invariant_kernels_give_the_same_bits_under_every_load(samplers, family):
+    """The fix, with its control: stock kernels change bits under these same loads."""
+    sampler = samplers[family]
+    lengths = {PROBE.probe_id: sampler.count_tokens(PROBE.prompt)}
+    spec = replace(
+        DEFAULTS,
+        probes=(PROBE,),
+        decoding=Decoding(4),
+        batch_sizes=(1, 3),
+        n_samples=22,
+        arms=("stock", "invariant"),
+    )
+    digests = {"stock": set(), "invariant": set()}
+    for trial in plan_trials(spec, lengths, sampler.context):
+        if trial.axis == "control":
+            continue
+        for result in sampler.sample(trial, PROBE, spec.decoding):
+            digests[trial.arm].add(result.row_digests)
+            assert bool(result.witness.override_fires) == (trial.arm == "invariant")
+    assert len(digests["invariant"]) == 1
+    assert len(digests["stock"]) > 1
+
+
+def test_an_override_that_does_not_fire_is_an_error(samplers, monkeypatch):
+    import ndcheck_kernels
+
+    monkeypatch.setattr(ndcheck_kernels.Scope, "missing", lambda self: ("attention",))
+    trial = Trial(0, "invariant", "p1", "slot", Load(1), 0)
+    with pytest.raises(BackendError, match="no attention ran in a batch-invariant kernel"):
+        samplers["qwen3"].sample(trial, PROBE, GREEDY)
+    assert samplers["qwen3"]._model.config._attn_implementation == "sdpa"
