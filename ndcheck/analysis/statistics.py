@@ -25,7 +25,7 @@ def clopper_pearson(n_events: int, n_trials: int, confidence: float) -> tuple[fl
         return 0.0, 1.0
     if n_events == 0:
         return 0.0, 1 - alpha ** (1 / n_trials)
-    from scipy.special import betaincinv  # type: ignore[import-untyped]
+    from scipy.special import betaincinv
 
     low = betaincinv(n_events, n_trials - n_events + 1, alpha / 2)
     if n_events == n_trials:
