@@ -42,11 +42,11 @@ def attention(
     batch, heads, queries, width = query.shape
     kv_heads = key.shape[1]
     out = query.new_zeros(batch, heads, queries, value.shape[-1])
-    begin, end, shift, splits = _grid(spans, queries)
+    begin, end, used = _grid(spans, queries)
+    splits = -(-max((stop for _, _, stop in used), default=0) // SPLIT)
     if splits == 0 or out.numel() == 0:
         return out
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    used = torch.stack([shift, begin.amin(-1), end.amax(-1)], -1).tolist()
     keys = _on_grid(key, used, splits, compute)
     values = _on_grid(value, used, splits, compute)
     column = torch.arange(splits * SPLIT)
@@ -55,8 +55,10 @@ def attention(
         part = slice(first, first + turn)
         rows = query[:, :, part].to(compute) * scale
         rows = rows.reshape(batch * kv_heads, -1, width)
-        visible = (column >= begin[:, part, None]) & (column < end[:, part, None])
-        result = _attend(rows, keys, values, visible, heads // kv_heads, softcap)
+        hidden = column >= end[:, part, None]
+        if begin is not None:
+            hidden |= column < begin[:, part, None]
+        result = _attend(rows, keys, values, hidden, heads // kv_heads, softcap)
         out[:, :, part] = result.view(batch, heads, -1, value.shape[-1])
     return out
 
@@ -65,22 +67,21 @@ def _attend(
     rows: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    visible: torch.Tensor,
+    hidden: torch.Tensor,
     group: int,
     softcap: float,
 ) -> torch.Tensor:
-    """rows [B * H_kv, group * Q, D]; keys, values [B * H_kv, splits * SPLIT, D]; visible [B, Q,
+    """rows [B * H_kv, group * Q, D]; keys, values [B * H_kv, splits * SPLIT, D]; hidden [B, Q,
     splits * SPLIT].
     """
     splits = [slice(s, s + SPLIT) for s in range(0, keys.shape[1], SPLIT)]
     scores = torch.cat([bmm(rows, keys[:, s].transpose(1, 2)) for s in splits], -1)
     if softcap:
         scores = pointwise(aten.tanh.default, scores / softcap) * softcap
-    batch, queries, columns = visible.shape
-    grouped = scores.view(batch, -1, group, queries, columns)
-    grouped.masked_fill_(~visible[:, None, None], -torch.inf)
-    top = scores.amax(-1, keepdim=True)
-    top.masked_fill_(top == -torch.inf, 0)
+    batch, queries, columns = hidden.shape
+    scores.view(batch, -1, group, queries, columns).masked_fill_(hidden[:, None, None], -torch.inf)
+    # Finite also for a query that sees nothing, so that its weights are 0 and not NaN.
+    top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
     weights = pointwise(aten.exp.default, scores.sub_(top))
     acc = rows.new_zeros(*rows.shape[:-1], values.shape[-1])
     total = rows.new_zeros(*rows.shape[:-1], 1)
@@ -88,34 +89,37 @@ def _attend(
         part = weights[..., s].contiguous()
         acc += bmm(part, values[:, s])
         total += sum_rows(part.view(-1, SPLIT)).view_as(total)
-    return acc / total.masked_fill_(total == 0, 1)
+    # The key with the top score counts 1, so only the total of nothing is below.
+    return acc / total.clamp_(min=1)
 
 
-def _grid(
-    spans: torch.Tensor, queries: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """begin and end [B, Q] counted from column `shift` [B], and the number of splits there."""
+Used = list[tuple[int, int, int]]
+
+
+def _grid(spans: torch.Tensor, queries: int) -> tuple[torch.Tensor | None, torch.Tensor, Used]:
+    """Where each query's keys begin and end, [B, Q], and `_on_grid`'s `used`; begin None is 0.
+
+    Columns are counted from a row's shift: its first token, or SPLITs later if none sees those.
+    """
     if spans.shape[-1] == 2:
-        origin, last = spans.long().unbind(-1)  # [B, 1]
-        end = last - torch.arange(queries - 1, -1, -1)
-        begin = origin.expand_as(end)
-    else:
-        origins, begin, end = spans.long().unbind(-1)
-        origin = origins[:, :1]
-        if not bool((origins == origin).all()):
-            raise UnsupportedCallError("queries of one row with different first tokens")
+        rows = spans[:, 0].tolist()
+        stops = [max(end - start, 0) for start, end in rows]
+        end = torch.tensor(stops)[:, None] - torch.arange(queries - 1, -1, -1)
+        used = [(start, 0, stop) for (start, _), stop in zip(rows, stops, strict=True)]
+        return None, end, used
+    origins, begin, end = spans.long().unbind(-1)
+    origin = origins[:, :1]
+    if not bool((origins == origin).all()):
+        raise UnsupportedCallError("queries of one row with different first tokens")
     sees = end > begin
-    # Splits before the first key that is seen are left out, whole.
     first = torch.where(sees, begin, _NEVER).amin(-1, keepdim=True)
     shift = torch.where(sees.any(-1, keepdim=True), first - (first - origin) % SPLIT, origin)
     begin, end = torch.where(sees, begin - shift, _NEVER), torch.where(sees, end - shift, 0)
-    splits = -(-int(end.max()) // SPLIT) if end.numel() else 0
-    return begin, end, shift[:, 0], splits
+    used = torch.stack([shift[:, 0], begin.amin(-1), end.amax(-1)], -1).tolist()
+    return begin, end, [(shift, first, stop) for shift, first, stop in used]
 
 
-def _on_grid(
-    cache: torch.Tensor, used: list[list[int]], splits: int, dtype: torch.dtype
-) -> torch.Tensor:
+def _on_grid(cache: torch.Tensor, used: Used, splits: int, dtype: torch.dtype) -> torch.Tensor:
     """[B, H, KV, D] -> [B * H, splits * SPLIT, D]: each row's used keys, counted from its shift.
 
     `used` is (shift, first, stop) by row. Other columns are 0: a hidden key may hold anything, and

@@ -65,7 +65,7 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     _check(a, b)
     if b.stride()[1:] not in ((n, 1), (1, k)):
         b = b.contiguous()  # The proof knows items without gaps only.
-    layout = _layout(b[0])
+    layout = _layout(b)[1:]
     try:
         return map_rows(
             ("bmm", a.dtype, k, n, layout, batch),

@@ -9,6 +9,7 @@ Dtypes: those of the op.
 Not claimed: the memory format of the result, which is contiguous.
 """
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -28,18 +29,17 @@ _GRAIN = 32768
 @implements_pointwise(device="cpu")
 def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> torch.Tensor:
     """`op` with every element in a full vector: operands flattened to rows of `LANES`, padded."""
+    if len(op._schema.returns) != 1:
+        raise UnsupportedCallError("several results")
+    if len(args) == 1 and not kwargs:  # By far the most common: skip the bookkeeping.
+        (x,) = args
+        return _map_elements((op, x.dtype), op, [x], x.shape)
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    scalars = tuple(a for a in args if not isinstance(a, torch.Tensor))
     if any(isinstance(v, torch.Tensor) for v in kwargs.values()):
         raise UnsupportedCallError("tensors as keyword arguments")
-    shape = tensors[0].shape
-    if any(t.shape != shape for t in tensors):
-        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     # A tensor without dimensions takes no part in type promotion: it must stay one.
     wide = [t for t in tensors if t.dim()] or tensors
-    total = shape.numel()
-    size = _padded_size(total)
-    rows = tuple(_to_rows(t.expand(shape), total, size) for t in wide)
 
     def kernel(*rows: torch.Tensor) -> torch.Tensor:
         remaining = iter(rows)
@@ -47,14 +47,26 @@ def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> torch.Tensor:
             next(remaining) if isinstance(a, torch.Tensor) and (a.dim() or not shape) else a
             for a in args
         ]
-        result = op(*call, **kwargs)
-        if not isinstance(result, torch.Tensor):
-            raise UnsupportedCallError("several results")
-        return result
+        return op(*call, **kwargs)
 
+    scalars = (a for a in args if not isinstance(a, torch.Tensor))
     identity = (op, *(t.dtype for t in tensors), *scalars, *kwargs.items())
-    out = map_rows(identity, kernel, rows, lambda: _probe(kernel, wide))
-    return out.view(-1)[:total].view(shape)
+    return _map_elements(identity, kernel, [t.expand(shape) for t in wide], shape)
+
+
+def _map_elements(
+    identity: tuple[Hashable, ...],
+    kernel: Callable[..., torch.Tensor],
+    operands: list[torch.Tensor],
+    shape: torch.Size,
+) -> torch.Tensor:
+    total = shape.numel()
+    size = _padded_size(total)
+    rows = tuple(_to_rows(t, total, size) for t in operands)
+    out = map_rows(identity, kernel, rows, lambda: _probe(kernel, operands))
+    if size != total:
+        out = out.view(-1)[:total]
+    return out.view(shape)
 
 
 def _padded_size(total: int) -> int:

@@ -12,15 +12,15 @@ from torch._ops import OpOverload
 _MOVES = """
 cat stack hstack vstack clone contiguous copy copy_ _to_copy lift lift_fresh lift_fresh_copy
 detach_ empty empty_like empty_strided empty_permuted zeros zeros_like ones ones_like full
-full_like new_empty new_empty_strided new_zeros new_ones new_full arange linspace scalar_tensor eye
-tril_indices triu_indices fill fill_ zero_ resize_ embedding index index_select gather
+full_like new_empty new_empty_strided new_zeros new_ones new_full arange linspace scalar_tensor
+eye tril_indices triu_indices fill fill_ zero_ resize_ embedding index index_select gather
 take_along_dim index_copy index_copy_ masked_scatter masked_scatter_ masked_select index_fill
 index_fill_ slice_scatter select_scatter constant_pad_nd pad repeat repeat_interleave roll flip
 tril tril_ triu triu_ nonzero nonzero_static one_hot _unsafe_view _reshape_alias view_copy
-slice_copy select_copy expand_copy _local_scalar_dense item is_nonzero equal allclose isclose isin searchsorted
-bucketize unbind_copy unfold_copy rand rand_like randint randn uniform_ exponential_ normal_
-bernoulli_ random_ randperm _assert_async _assert_scalar sym_size sym_numel sym_stride size numel
-dim is_same_size
+slice_copy select_copy expand_copy _local_scalar_dense item is_nonzero equal allclose isclose isin
+searchsorted bucketize unbind_copy unfold_copy rand rand_like randint randn uniform_ exponential_
+normal_ bernoulli_ random_ randperm _assert_async _assert_scalar sym_size sym_numel sym_stride
+size numel dim is_same_size
 """
 
 # Not `pow`, `exp`, `rsqrt`, ...: libm, vector libraries and their loop tails round differently.
