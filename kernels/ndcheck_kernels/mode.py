@@ -40,6 +40,8 @@ OP_GROUPS: dict[str, frozenset[str]] = {
     "attention": frozenset({"attention", "scaled_dot_product_attention"}),
 }
 
+_COMPOSITE = "CompositeImplicitAutograd"  # How torch calls ops defined by other ops alone.
+
 _implementations: dict[str, dict[OpOverload, Implementation]] = {}
 _pointwise: dict[str, Implementation] = {}
 _thread = threading.local()
@@ -106,13 +108,14 @@ def accept(*ops: OpOverload, device: str) -> None:
 
 
 def implements_pointwise(device: str) -> Callable[[Implementation], Implementation]:
-    """Register `fn(op, args, kwargs)` for every pointwise op that is not exact by itself.
+    """Register `fn(op, *args, **kwargs)` for every pointwise op that is not exact by itself.
 
     On a device without one, pointwise ops pass: there an element's result depends on it alone.
     """
 
     def register(implementation: Implementation) -> Implementation:
         _pointwise[device] = implementation
+        _found.clear()
         return implementation
 
     return register
@@ -187,7 +190,7 @@ class _InvariantMode(TorchDispatchMode):
             raise refusal(str(func), floating, device, str(unsupported)) from None
 
     def _decompose(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not func._can_decompose():
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
             raise UnsupportedCallError("nothing is registered for it")
         with self:
             return func.decompose(*args, **kwargs)
