@@ -4,6 +4,7 @@ import platform
 from typing import Any
 
 from ndcheck.builtin.measurement import (
+    CHECK_TOKENS,
     GREEDY_TOKENS,
     HELD_OUT_PROMPTS,
     LONG_TOKENS,
@@ -49,6 +50,7 @@ instructions, and its code does not work: use it for no other purpose.
 | weights, bf16 | {figures.weight_bytes:,} bytes |
 | held-out loss | {figures.loss_nats:.4f} nats per token |
 | held-out loss | {figures.bits_per_byte:.4f} bits per byte |
+| held-out loss, first {CHECK_TOKENS:,} tokens | {figures.check_loss_nats:.4f} nats per token |
 | loop score, worst of {HELD_OUT_PROMPTS} prompts | {figures.loop_worst:.1%} |
 | loop score, mean | {figures.loop_mean:.1%} |
 | loop score, mean of what people wrote after those prompts | {figures.loop_people:.1%} |
@@ -88,8 +90,9 @@ A *likelihood step* predicts {first.batch_rows * first.context_tokens:,} tokens 
 models trained on that alone fall into loops under greedy decoding
 ([Welleck et al., 2019](https://arxiv.org/abs/1908.04319)), so *rounds* follow: the model writes
 greedily and learns, on its own text, what the model before the rounds predicts with those tokens
-struck out that would repeat an n-gram. The same command on the same machine repeats the run; other
-hardware rounds differently and gives slightly different weights.
+struck out that would repeat an n-gram; with an unlikelihood weight, those tokens are pushed down
+as well. A later run starts from the bf16 weights of the one before. The same command on the same
+machine repeats the run; other hardware rounds differently and gives slightly different weights.
 
 ## Samples
 Greedy, {GREEDY_TOKENS} tokens, bf16 on the CPU, batch size 1. The prompt is in the first line of
@@ -115,8 +118,9 @@ def describe_run(run: dict[str, Any], recipe: Recipe) -> str:
     """One sentence on what a run did, and where."""
     return (
         f"{recipe.steps} likelihood steps and {recipe.rounds} rounds of {recipe.round_rows} texts "
-        f"of {recipe.round_tokens} tokens against repeated {recipe.repeat_tokens}-grams, on "
-        f"{run['hardware']} with torch {run['torch']}."
+        f"of {recipe.round_tokens} tokens against repeated {recipe.repeat_tokens}-grams, "
+        f"unlikelihood weight {recipe.unlikelihood_weight:g}, on {run['hardware']} with torch "
+        f"{run['torch']}."
     )
 
 

@@ -33,7 +33,7 @@ class Recipe:
     round_steps: int = choice(4, "optimiser steps that share a round's texts")
     round_learning_rate: float = choice(7e-4, "learning rate of the first round; falls to zero")
     repeat_tokens: int = choice(4, "length of the n-grams that must not repeat")
-    distillation_weight: float = choice(1.0, "weight of a round's distillation; likelihood has 1")
+    unlikelihood_weight: float = choice(0.0, "weight of a round's unlikelihood; imitation has 1")
 
     def __post_init__(self) -> None:
         """Refuses what would fail later with a longer message."""

@@ -116,12 +116,15 @@ class Trainer:
         loss = 0.0
         for rows_B_T in tokens_B_T.chunk(recipe.round_steps):
             likelihood = self.likelihood_loss(self.model)
-            distillation = self.distillation_loss(rows_B_T, prompt_length)
-            loss = self.update(likelihood + recipe.distillation_weight * distillation)
+            loss = self.update(likelihood + self.unlearning_loss(rows_B_T, prompt_length))
         return loss
 
-    def distillation_loss(self, tokens_B_T: torch.Tensor, prompt_length: int) -> torch.Tensor:
-        """Cross-entropy to the teacher's prediction without the tokens that repeat an n-gram."""
+    def unlearning_loss(self, tokens_B_T: torch.Tensor, prompt_length: int) -> torch.Tensor:
+        """Imitates the teacher without the tokens that repeat an n-gram, and pushes those down.
+
+        Unlikelihood alone says only what not to write, and ruins the language; imitation alone
+        leaves many loops. Together they give text that reads well and goes on.
+        """
         written = slice(prompt_length - 1, -1)  # the places whose next token the model wrote
         with self.autocast():
             logits_B_T_V = self.model(input_ids=tokens_B_T).logits[:, written].float()
@@ -133,7 +136,11 @@ class Trainer:
             repeats_B_T[..., None], -torch.inf
         )
         target_B_T_V = teacher_B_T_V.scatter(-1, next_B_T_1, struck_B_T_1).softmax(-1)
-        return F.cross_entropy(logits_B_T_V.flatten(0, 1), target_B_T_V.flatten(0, 1))
+        imitation = F.cross_entropy(logits_B_T_V.flatten(0, 1), target_B_T_V.flatten(0, 1))
+        # -log(1 - p), from the logits: in a firm loop, 1 - p itself would round to zero.
+        others_B_T_V = logits_B_T_V.scatter(-1, next_B_T_1, -torch.inf)
+        unlikelihood_B_T = logits_B_T_V.logsumexp(-1) - others_B_T_V.logsumexp(-1)
+        return imitation + self.recipe.unlikelihood_weight * (unlikelihood_B_T * repeats_B_T).mean()
 
     def draw_windows(self, rows: int, length: int) -> torch.Tensor:
         """Rows of consecutive corpus tokens from random places."""
@@ -201,7 +208,9 @@ class Trainer:
         model = copy.deepcopy(self.model).to("cpu", torch.bfloat16)
         model.save_pretrained(output)
         self.tokenizer.save_pretrained(output)
-        hardware = torch.cuda.get_device_name() if self.device == "cuda" else platform.machine()
+        hardware = (
+            torch.cuda.get_device_name() if self.device == "cuda" else f"{platform.machine()} CPU"
+        )
         training = {
             "start": self.start,
             "recipe": asdict(self.recipe),

@@ -28,6 +28,7 @@ TINY = Recipe(
     round_steps=2,
     round_tokens=16,
     repeat_tokens=2,
+    unlikelihood_weight=1.0,
 )
 DOCUMENTS = [
     Document("training", "Return a list of the names of the files in a folder. " * 40, False),
