@@ -13,7 +13,7 @@ from ndcheck.records import ARMS, AXES, Arm, Axis, Decoding, Mode, Probe, RunSpe
 
 DEFAULTS = RunSpec(
     model="builtin",
-    probes=(Probe("p1", "Return a list of"),),
+    probes=(Probe("p1", "class Queue:"),),
     decoding=Decoding(max_tokens=100),
     batch_sizes=(1, 2, 4, 8, 16),
     axes=AXES,

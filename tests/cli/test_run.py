@@ -120,3 +120,15 @@ def test_default_directory_is_named_by_time_and_model(ndcheck, tmp_path):
     ndcheck("run", "--model", "scripted:clean", *FAST)
     (run,) = (tmp_path / "ndcheck-runs").iterdir()
     assert run.name.endswith("-scripted-clean")
+
+
+def test_the_embedded_model_shows_nondeterminism_and_the_invariant_arm_none(ndcheck, tmp_path):
+    """Real kernels on real model output: padding alone changes tokens or bits."""
+    options = ("--loads", "1,2", "-n", "15", "--max-tokens", "64", "--kernels", "stock,invariant")
+    done = ndcheck("run", *options, "--out", "run", "--quiet")
+    assert done.returncode == 1, done.stderr
+    rows = {row["arm"]: row for row in read_csv(tmp_path / "run" / "summary.csv")}
+    assert rows["stock"]["verdict"] == "FAIL"
+    assert rows["invariant"]["verdict"] == "PASS"
+    assert rows["invariant"]["n_unique"] == "1"
+    assert float(rows["invariant"]["slowdown_vs_stock"]) > 0
