@@ -39,7 +39,7 @@ without a hub or a download.
 
 ## What it is for, and what not
 It is a **probe for nondeterminism**: a real decoder of the Qwen3 architecture whose greedy text
-does not fall into a loop, and whose two best next tokens are often close, so that a difference
+rarely falls into a loop, and whose two best next tokens are often close, so that a difference
 in the last bit of a bf16 sum can change the text. It knows nothing about the world, follows no
 instructions, and its code does not work: use it for no other purpose.
 
