@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is first imported, and transformers imports it: so before any test.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 FAMILIES = ("qwen3", "llama", "gemma3")
 
@@ -41,7 +47,6 @@ def _tiny_config(family: str, vocabulary: int):
 
 def write_tiny_model(directory: Path, family: str, dtype: str = "bfloat16") -> Path:
     import tokenizers
-    import torch
     import transformers
 
     directory.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import math
-import multiprocessing
 import struct
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
 
@@ -141,22 +142,16 @@ def test_resume_never_cuts_off_finished_trials_after_damage(tmp_path):
     assert file.read_bytes() == damaged
 
 
-def _try_to_resume(path, queue):
-    try:
-        RunDirectory.resume(path)
-    except UsageError as error:
-        queue.put(str(error))
-
-
 def test_second_process_is_refused(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
+    code = (
+        "import sys, pathlib, ndcheck.store as s; s.RunDirectory.resume(pathlib.Path(sys.argv[1]))"
+    )
     with closing(RunDirectory.create(tmp_path, RUN)):
-        process = context.Process(target=_try_to_resume, args=(tmp_path, queue))
-        process.start()
-        message = queue.get(timeout=60)
-        process.join()
-    assert "another ndcheck is writing" in message
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert f"UsageError: another ndcheck is writing {tmp_path}" in done.stderr
 
 
 def test_full_disk_is_one_line(tmp_path, monkeypatch):

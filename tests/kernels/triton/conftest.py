@@ -1,13 +1,9 @@
 """These tests run on the GPU where there is one, and under Triton's interpreter elsewhere."""
 
-import os
-
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton reads it when a jit module is imported, so it must be set before any test module is.
-    os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import interpreter
 
     def dot_in_order(self, a, b, d, input_precision, max_num_imprecise_acc):
