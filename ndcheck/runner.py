@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from ndcheck.analysis.divergence import first_divergence
 from ndcheck.errors import TrialError
 from ndcheck.load import plant_fault
 from ndcheck.records import Arm, Run, RunStatus, Sample, Trial
@@ -107,10 +108,3 @@ def run_trials(
         close("failed")
         raise
     return close("finished")
-
-
-def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
-    for position, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return position
-    return None if len(a) == len(b) else min(len(a), len(b))

@@ -181,24 +181,8 @@ class SampleReader:
 def failed_samples(trial: Trial, message: str, elapsed_s: float) -> list[Sample]:
     """What a failed trial leaves behind: one sample with the error for each slot."""
     return [
-        Sample(
-            sample_id=trial.first_sample_id + i,
-            trial_id=trial.trial_id,
-            arm=trial.arm,
-            probe_id=trial.probe_id,
-            axis=trial.axis,
-            baseline=trial.baseline,
-            load=trial.load,
-            slot=slot,
-            witness=Witness(None),
-            token_ids=(),
-            token_texts=(),
-            finish_reason="error",
-            elapsed_s=elapsed_s,
-            fault=trial.fault,
-            error=message,
-        )
-        for i, slot in enumerate(trial.load.slots)
+        Sample.of(trial, nth, Witness(None), "error", elapsed_s, error=message)
+        for nth in range(trial.n_samples)
     ]
 
 

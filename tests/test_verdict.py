@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.divergence import first_divergence
 from ndcheck.load import plan_trials, plant_fault
 from ndcheck.records import Decoding, Environment, Run, Witness
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import first_divergence
 from ndcheck.samplers.scripted import ScriptedSampler
 from ndcheck.selftest import CASES, check, judge_sampler
 from ndcheck.verdict import judge, worst

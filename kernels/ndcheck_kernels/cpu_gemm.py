@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels.cpu_rows import BASE_ROWS, Probe, map_rows
+from ndcheck_kernels.cpu_rows import BASE_ROWS, Probe, RowKernel, map_rows
 from ndcheck_kernels.mode import UnsupportedCallError, implements
 
 aten = torch.ops.aten
@@ -34,26 +34,43 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     k, n = b.shape
     if k < 2 or n == 0:
         return _trivial(a, b)
+    return _product(a, b, None)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """[M, K] x [K, N], plus [N] where there is a bias; K at least 2, N at least 1."""
     _check(a, b)
+    k, n = b.shape
     b = b.contiguous() if 0 in b.stride() else b  # No proof can write to an expanded operand.
     layout = _layout(b)
     try:
         return map_rows(
-            ("mm", a.dtype, k, n, layout),
-            lambda rows: torch.mm(rows, b),
+            ("mm" if bias is None else "addmm", a.dtype, k, n, layout),
+            _row_product(b, bias),
             (a,),
-            lambda: _mm_probe(k, n, a.dtype, layout),
+            lambda: _product_probe(k, n, a.dtype, layout, has_bias=bias is not None),
             STEPS,
         )
     except UnsupportedCallError:
         if _is_even(k, n):
             raise
-        return mm(*_make_even(a, b))[:, :n]
+        wide = None if bias is None else F.pad(bias, (0, -n % BASE_ROWS))
+        return _product(*_make_even(a, b), wide)[:, :n]
 
 
-def _mm_probe(k: int, n: int, dtype: torch.dtype, layout: tuple[int, ...]) -> Probe:
+def _row_product(b: torch.Tensor, bias: torch.Tensor | None) -> RowKernel:
+    if bias is None:
+        return lambda rows: torch.mm(rows, b)
+    return lambda rows: torch.addmm(bias, rows, b)
+
+
+def _product_probe(
+    k: int, n: int, dtype: torch.dtype, layout: tuple[int, ...], *, has_bias: bool
+) -> Probe:
     rows, weight = _noise_operands(k, n, dtype, layout)
-    return Probe((rows,), lambda r: torch.mm(r, weight))
+    # As small as the noise: a larger bias would swallow it.
+    bias = torch.full((n,), torch.finfo(dtype).tiny, dtype=dtype) if has_bias else None
+    return Probe((rows,), _row_product(weight, bias))
 
 
 @implements(aten.bmm.default, device="cpu")
@@ -115,28 +132,7 @@ def addmm(
     k, n = b.shape
     if k < 2 or n == 0 or bias.shape != (n,) or (beta, alpha) != (1, 1) or bias.dtype != a.dtype:
         return _combine(bias, mm(*_widen(a, b)), beta, alpha, a.dtype)
-    _check(a, b)
-    b = b.contiguous() if 0 in b.stride() else b
-    layout = _layout(b)
-    try:
-        return map_rows(
-            ("addmm", a.dtype, k, n, layout),
-            lambda rows: torch.addmm(bias, rows, b),
-            (a,),
-            lambda: _addmm_probe(k, n, a.dtype, layout),
-            STEPS,
-        )
-    except UnsupportedCallError:
-        if _is_even(k, n):
-            raise
-        return addmm(F.pad(bias, (0, -n % BASE_ROWS)), *_make_even(a, b))[:, :n]
-
-
-def _addmm_probe(k: int, n: int, dtype: torch.dtype, layout: tuple[int, ...]) -> Probe:
-    rows, weight = _noise_operands(k, n, dtype, layout)
-    # As small as the noise: a larger bias would swallow it.
-    bias = torch.full((n,), torch.finfo(dtype).tiny, dtype=dtype)
-    return Probe((rows,), lambda r: torch.addmm(bias, r, weight))
+    return _product(a, b, bias)
 
 
 @implements(aten.baddbmm.default, device="cpu")

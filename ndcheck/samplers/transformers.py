@@ -95,26 +95,19 @@ class TransformersSampler:
             raise TrialError(f"{type(error).__name__}: {_first_line(error)}") from error
         elapsed_s = time.perf_counter() - started
         return [
-            Sample(
-                sample_id=trial.first_sample_id + i,
-                trial_id=trial.trial_id,
-                arm=trial.arm,
-                probe_id=probe.probe_id,
-                axis=trial.axis,
-                baseline=trial.baseline,
-                load=trial.load,
-                slot=slot,
-                witness=witness,
+            Sample.of(
+                trial,
+                nth,
+                witness,
+                stream.finish_reason,
+                elapsed_s,
                 token_ids=tuple(stream.token_ids),
                 token_texts=self._token_texts(tuple(stream.token_ids)),
-                finish_reason=stream.finish_reason,
-                elapsed_s=elapsed_s,
                 logprobs=tuple(stream.logprobs),
                 margins=tuple(stream.margins),
                 row_digests=tuple(stream.row_digests),
-                fault=trial.fault,
             )
-            for i, (slot, stream) in enumerate(zip(trial.load.slots, streams, strict=True))
+            for nth, stream in enumerate(streams)
         ]
 
     @contextmanager

@@ -118,5 +118,6 @@ def test_the_command_is_the_runs_and_not_the_machines(failing, tmp_path) -> None
 
 def test_pandas_is_not_imported_before_a_table_is_made() -> None:
     modules = "ndcheck.reports.terminal, ndcheck.reports.write, ndcheck.reports.document"
-    check = f"import sys, {modules}; sys.exit('pandas' in sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True)
+    check = f"import sys, {modules}; print('pandas' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
