@@ -215,6 +215,8 @@ class RunSpec:
     attention: str = "auto"
     chat: bool = False
     trust_remote_code: bool = False
+    random_weights: int | None = None
+    """Seed of weights made from the model's config alone; None loads the stored ones."""
     target_rate: float | None = None
     confidence: float = 0.95
     stop_on_divergence: bool = False

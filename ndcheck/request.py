@@ -90,6 +90,10 @@ def check(spec: RunSpec) -> None:
             0 <= decoding.temperature < float("inf"),
             f"--temperature {decoding.temperature}: give 0 (greedy) or a positive number",
         ),
+        (
+            spec.random_weights is None or 0 <= spec.random_weights < 2**63,
+            f"--random-weights {spec.random_weights}: give a seed, 0 up to 2^63 - 1",
+        ),
         (0 <= spec.seed < 2**63, f"--seed {spec.seed}: give 0 up to 2^63 - 1"),
         (
             spec.target_rate is None or 0 < spec.target_rate < 1,

@@ -38,7 +38,7 @@ def fused_layers(model: torch.nn.Module) -> Iterator[int]:
         layers = []
     for i, layer in enumerate(layers):
         _join_weights(layer)
-        layer.forward = partial(_forward, layer, i == len(layers) - 1)  # type: ignore[method-assign]
+        layer.forward = partial(_forward, layer, i == len(layers) - 1)
     try:
         yield len(layers)
     finally:

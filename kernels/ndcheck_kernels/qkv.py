@@ -82,8 +82,9 @@ def qkv(
     if q.numel():
         _qkv_kernel[(batch * length, heads + 2 * kv_heads)](
             rows, cos, sin, rows if q_weight is None else q_weight,
-            rows if k_weight is None else k_weight, q, keys, values, offset, eps, length, rows.stride(0), cos.stride(0), cos.stride(1),
-            keys.stride(0), keys.stride(1), HEADS=heads, KV_HEADS=kv_heads, D=dim,
+            rows if k_weight is None else k_weight, q, keys, values, offset, eps, length,
+            rows.stride(0), cos.stride(0), cos.stride(1), keys.stride(0), keys.stride(1),
+            HEADS=heads, KV_HEADS=kv_heads, D=dim,
             HAS_NORM=q_weight is not None, num_warps=1, enable_fp_fusion=True, **pdl(x.device),
         )  # fmt: skip
     return q.transpose(1, 2)

@@ -124,6 +124,13 @@ DryRun = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a screen.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")]
+RandomWeights = Annotated[
+    int | None,
+    typer.Option(
+        help="Make weights from the model's config.json and this seed; load none.",
+        metavar="SEED",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model's repository run its code.")
 ]
