@@ -88,7 +88,7 @@ def test_the_invariant_arm_is_and_stock_is_not_invariant(sampler):
     for trial in plan_trials(spec, lengths, sampler.context):
         if trial.axis != "control":
             samples += sampler.sample(trial, PROBE, spec.decoding)
-    arms = {arm.arm: arm for arm in summarise(samples, spec).arms}
+    arms = {probe.arm: probe for probe in summarise(samples, spec).probes}
     assert arms["stock"].n_unique > 1
     assert arms["invariant"].n_unique == 1
     assert not any(s.error for s in samples)
