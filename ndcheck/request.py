@@ -18,7 +18,8 @@ DEFAULTS = RunSpec(
     batch_sizes=(1, 2, 4, 8, 16),
     axes=AXES,
     mode="copies",
-    n_samples=200,
+    n_samples=150,
+    arms=("stock", "invariant"),
 )
 
 Name = TypeVar("Name", bound=str)
@@ -42,8 +43,10 @@ def parse_axes(text: str) -> tuple[Axis, ...]:
     return AXES if text == "all" else _parse_names("--axes", text, AXES)
 
 
-def parse_arms(text: str) -> tuple[Arm, ...]:
-    """``"stock,invariant"`` as kernel sets."""
+def parse_arms(text: str | None, model: str) -> tuple[Arm, ...]:
+    """``"stock,invariant"`` as kernel sets; None is both, where the model computes here."""
+    if text is None:
+        return ("stock",) if model.startswith("scripted:") else DEFAULTS.arms
     return _parse_names("--kernels", text, ARMS)
 
 

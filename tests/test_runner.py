@@ -16,7 +16,7 @@ from ndcheck.runner import run_trials
 from ndcheck.samplers.scripted import ScriptedSampler
 from ndcheck.store import RunDirectory, SampleReader, read_run
 
-SPEC = replace(DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 4), n_samples=60)
+SPEC = replace(DEFAULTS, arms=("stock",), decoding=Decoding(8), batch_sizes=(1, 4), n_samples=60)
 TRIALS = plan_trials(SPEC, {"p1": 4}, 1000)
 
 

@@ -15,7 +15,7 @@ from ndcheck.samplers.scripted import ScriptedSampler
 from ndcheck.selftest import CASES, check, judge_sampler
 from ndcheck.verdict import judge, worst
 
-SPEC = replace(DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40)
+SPEC = replace(DEFAULTS, arms=("stock",), decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40)
 
 
 def samples_of(behaviour="clean", spec=SPEC, arm_behaviours=None):

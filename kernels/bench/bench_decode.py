@@ -1,6 +1,6 @@
 """Decode step time of an 8B shape by batch size: both arms under graph capture, and the floor.
 
-    PYTHONPATH=.:kernels python kernels/bench/bench_decode.py OUT_DIR [--batches 1,2,...] [--profile]
+    PYTHONPATH=.:kernels python kernels/bench/bench_decode.py OUT_DIR [--batches 1,2] [--profile]
 
 The floor is the larger of reading every weight once at the measured copy bandwidth and
 2 x parameters x batch at the measured matrix rate; the embedding is not read, so not counted.

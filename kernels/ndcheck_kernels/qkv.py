@@ -5,14 +5,17 @@
 
 Computes: each head of q and k, RMS-normalised over the head where there are weights for it, then
     rotated as in `rotary`; heads of v as they are. fp32 throughout, one rounding at the end.
-Reduction order: the sum of squares of a head is one `tl.sum` over a tile of head_dim.
-Depends on: head_dim, dtype, architecture, Triton version.
+Reduction order: the sum of squares of a head is one `tl.sum` over its row of a tile of
+    gcd(8, heads, kv_heads) heads.
+Depends on: head_dim, the numbers of heads, dtype, architecture, Triton version.
 Dtypes: bfloat16, float16, float32; cos, sin and the weights may have another of them.
 Not claimed: gradients; interleaved or partial rotary; the bits of the unfused form, which rounds
     after every step.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -26,20 +29,22 @@ from ndcheck_kernels.launch import follow, pdl
 def _qkv_kernel(
     x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_ptr, v_ptr, offset_ptr, eps,
     LENGTH, stride_x, stride_cb, stride_cl, stride_kb, stride_kh,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HAS_NORM: tl.constexpr,
-    PDL: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+    HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """TILE heads of one token, all of them of q, of k, or of v."""
     follow(PDL)
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE
     batch, position = token // LENGTH, token % LENGTH
-    offs = tl.arange(0, D)
+    head = first + tl.arange(0, TILE)[:, None]
+    offs = tl.arange(0, D)[None, :]
     x_ptr += token * stride_x + head * D
-    x = tl.load(x_ptr + offs).to(tl.float32)
-    if head < HEADS + KV_HEADS:
+    x = tl.load(x_ptr + offs).to(tl.float32)  # [TILE, D]
+    if first < HEADS + KV_HEADS:
         other = tl.load(x_ptr + (offs ^ (D // 2))).to(tl.float32)
         if HAS_NORM:
-            weight_ptr = q_weight_ptr if head < HEADS else k_weight_ptr
-            factor = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
+            weight_ptr = q_weight_ptr if first < HEADS else k_weight_ptr
+            factor = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
             x *= factor * tl.load(weight_ptr + offs).to(tl.float32)
             other *= factor * tl.load(weight_ptr + (offs ^ (D // 2))).to(tl.float32)
         angle = batch * stride_cb + position * stride_cl + offs
@@ -47,13 +52,13 @@ def _qkv_kernel(
         sin = tl.load(sin_ptr + angle).to(tl.float32)
         x = x * cos + tl.where(offs < D // 2, -other, other) * sin
     y = x.to(q_ptr.dtype.element_ty)
-    if head < HEADS:
+    if first < HEADS:
         tl.store(q_ptr + (token * HEADS + head) * D + offs, y)
     else:
         column = tl.load(offset_ptr) + position
         kv_head = (head - HEADS) % KV_HEADS
         place = batch * stride_kb + kv_head * stride_kh + column * D + offs
-        if head < HEADS + KV_HEADS:
+        if first < HEADS + KV_HEADS:
             tl.store(k_ptr + place, y)
         else:
             tl.store(v_ptr + place, y)
@@ -80,11 +85,13 @@ def qkv(
     rows = device.aligned_rows(x)
     cos, sin = (t.expand(batch, length, dim).contiguous() for t in (cos, sin))
     if q.numel():
-        _qkv_kernel[(batch * length, heads + 2 * kv_heads)](
+        tile = math.gcd(8, heads, kv_heads)
+        _qkv_kernel[(batch * length, (heads + 2 * kv_heads) // tile)](
             rows, cos, sin, rows if q_weight is None else q_weight,
             rows if k_weight is None else k_weight, q, keys, values, offset, eps, length,
             rows.stride(0), cos.stride(0), cos.stride(1), keys.stride(0), keys.stride(1),
-            HEADS=heads, KV_HEADS=kv_heads, D=dim,
-            HAS_NORM=q_weight is not None, num_warps=1, enable_fp_fusion=True, **pdl(x.device),
+            HEADS=heads, KV_HEADS=kv_heads, D=dim, TILE=tile,
+            HAS_NORM=q_weight is not None, num_warps=min(4, tile), enable_fp_fusion=True,
+            **pdl(x.device),
         )  # fmt: skip
     return q.transpose(1, 2)

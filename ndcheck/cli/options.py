@@ -39,9 +39,9 @@ Seed = Annotated[
     int, typer.Option(help="Of fillers, slots and draws.", envvar="NDCHECK_SEED", metavar="N")
 ]
 Kernels = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help=f"Arms to run, interleaved: {', '.join(ARMS)}.",
+        help=f"Arms to run, interleaved: {', '.join(ARMS)} [default: both].",
         envvar="NDCHECK_KERNELS",
         metavar="ARMS",
     ),
@@ -136,4 +136,3 @@ TrustRemoteCode = Annotated[
 ]
 
 LOADS_DEFAULT = ",".join(map(str, DEFAULTS.batch_sizes))
-KERNELS_DEFAULT = ",".join(DEFAULTS.arms)

@@ -17,7 +17,7 @@ def run(
     loads: o.Loads = o.LOADS_DEFAULT,
     axes: o.Axes = "all",
     mode: o.LoadMode = DEFAULTS.mode,
-    kernels: o.Kernels = o.KERNELS_DEFAULT,
+    kernels: o.Kernels = None,
     samples: o.Samples = DEFAULTS.n_samples,
     target_rate: o.TargetRate = None,
     confidence: o.Confidence = DEFAULTS.confidence,
@@ -40,7 +40,8 @@ def run(
 ) -> None:
     """Sample prompts again and again under varying batches, and compare tokens and bits.
 
-    Without options: the embedded model, one prompt, every invariance property, about a minute.
+    Without options: the embedded model, one prompt, stock and batch-invariant kernels, every
+    invariance property, about a minute.
     """
     from ndcheck import request
     from ndcheck.cli import session
@@ -57,7 +58,7 @@ def run(
         axes=request.parse_axes(axes),
         mode=request.parse_mode(mode),
         n_samples=samples,
-        arms=request.parse_arms(kernels),
+        arms=request.parse_arms(kernels, model),
         seed=seed,
         dtype=dtype,
         device=device,

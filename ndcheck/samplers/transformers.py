@@ -149,7 +149,9 @@ class TransformersSampler:
                 yield lambda: scope.fires.total() - before
                 missing = scope.missing()
         except ndcheck_kernels.UncoveredOpError as error:
-            raise BackendError(f"invariant arm: {_first_line(error)}") from error
+            raise BackendError(
+                f"invariant arm: {_first_line(error)} Without this arm: --kernels stock"
+            ) from error
         finally:
             self._model.set_attn_implementation(stock_attention)
         if missing:
