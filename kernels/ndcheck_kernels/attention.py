@@ -175,7 +175,8 @@ def _decode_kernel(
     kv_length, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
     WHOLE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_KV: tl.constexpr,
+    SPLIT: tl.constexpr, SHORT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Splits in parallel: one program per split, with all queries of one key head in its rows.
