@@ -89,7 +89,7 @@ const report = (() => {
 
   function line(arm, extra) {
     const stroke = colour(arm.arm);
-    return { label: arm.arm, stroke, width: 2, dash: dash[arm.arm], points: { show: true, size: 8, fill: stroke, stroke }, ...extra };
+    return { label: arm.arm, colour: stroke, stroke, width: 2, dash: dash[arm.arm], points: { show: true, size: 8, fill: stroke, stroke }, ...extra };
   }
 
   // Batch sizes are told apart, not measured: they stand at equal distances.
@@ -100,7 +100,6 @@ const report = (() => {
       xLabel: "batch size",
       rows: charts.arms.map((arm) => arm[field]),
       series: charts.arms.map((arm) => line(arm, { value: (_, value) => value?.toFixed(digits) ?? "–" })),
-      fromZero: true,
     };
   }
 
@@ -115,12 +114,11 @@ const report = (() => {
         xNames: names,
         xLabel: "token",
         range: [0.5, edges.at(-1) + 0.5],
-        rows: charts.arms.map((arm) => arm.histogram),
+        rows: charts.arms.map((arm) => arm.histogram.map((n) => n || null)),
         series: charts.arms.map((arm, i) => ({
-          label: arm.arm, stroke: colour(arm.arm), fill: colour(arm.arm), points: { show: false },
+          label: arm.arm, colour: colour(arm.arm), stroke: colour(arm.arm), fill: colour(arm.arm), points: { show: false },
           paths: uPlot.paths.bars({ size: [0.9 / n, 60], align: n === 1 ? 1 : i ? 1 : -1 }),
         })),
-        fromZero: true,
       };
     },
     margin(charts) {
@@ -135,14 +133,11 @@ const report = (() => {
       const forks = charts.arms.map((arm, i) => ({
         ...line(arm, { label: `forks, ${arm.arm}`, width: 0, paths: () => null }), points: { show: true, size: 9, fill: colour(arm.arm), stroke: colour("card") },
       }));
-      const soft = colour("soft");
       return {
         x: positions.map((position) => position + 1),
         xLabel: "token",
         rows: [column(0), ...charts.arms.map((_, i) => column(i + 1))],
-        series: [{ label: "reference", stroke: colour("c0"), width: 1.25, points: { show: false, fill: soft } }, ...forks],
-        fromZero: true,
-        names: ["reference"],
+        series: [{ label: "reference", colour: colour("trace"), stroke: colour("trace"), width: 1.25, points: { show: false } }, ...forks],
       };
     },
   };
@@ -158,6 +153,7 @@ const report = (() => {
       width,
       height: HEIGHT,
       cursor: { y: false, points: { size: 8 } },
+      legend: { markers: { width: 0, fill: (_, i) => view.series[i - 1]?.colour } },
       scales: {
         x: { time: false, range: view.range ?? (named ? [-0.4, view.x.length - 0.6] : undefined) },
         y: { range: (_, low, high) => [0, Math.max(high ?? 0, 1) * 1.08] },
@@ -177,7 +173,7 @@ const report = (() => {
     const body = made.createTBody();
     view.x.forEach((x, i) => {
       const cells = view.rows.map((row) => row[i]);
-      if (cells.every((cell) => cell === null || (view.range && cell === 0))) return;
+      if (cells.every((cell) => cell === null)) return;
       const row = body.insertRow();
       [view.xNames?.[i] ?? x, ...cells].forEach((cell) => row.append(element("td", cell === null ? "" : String(cell), "number")));
     });

@@ -34,7 +34,7 @@
     const order = figure.querySelector(".order");
     const nTokens = Math.max(1, ...arm.trunks.map((trunk) => trunk[3]));
     let rows = [], at = null, width = 0;
-    const height = Math.round(Math.min(420, Math.max(90, arm.rows.length * 5)));
+    const height = arm.trunks.length === 1 ? 48 : Math.min(420, Math.max(90, arm.rows.length * 5));
 
     function draw(newWidth) {
       width = newWidth;
@@ -53,7 +53,7 @@
           for (const [start, end, number] of cached.get(row[5])) {
             if ((number === 0) !== first) continue;
             context.fillStyle = palette[number];
-            context.fillRect(start * x, i * y, Math.max((end - start) * x, 1), thin + (y > 3 ? -0.5 : 0.2));
+            context.fillRect(start * x, i * y, Math.max((end - start) * x, 1), thin + 0.2);
           }
         });
       }

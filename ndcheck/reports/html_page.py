@@ -16,16 +16,16 @@ import jinja2
 from markupsafe import Markup
 
 from ndcheck.analysis.summary import Completion, LoadFinding, Summary
-from ndcheck.records import Arm, Run, RunSpec, Sample
+from ndcheck.records import Arm, Run, RunSpec
 from ndcheck.reports import phrases
 from ndcheck.reports.claims import claims, exclusions
 from ndcheck.reports.document import published
-from ndcheck.reports.figures import ArmFigures, bins, gather, histogram
+from ndcheck.reports.figures import ArmFigures, bins, histogram
 from ndcheck.reports.markdown import METRIC_MEANINGS
 from ndcheck.reports.remedies import remedies
 from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
 from ndcheck.reports.trunks import Trunk, find_trunk, walk
-from ndcheck.reports.untrusted import quoted, visible, without_controls
+from ndcheck.reports.untrusted import quoted, quoted_tail, visible, without_controls
 from ndcheck.verdict import Judgement, ProbeVerdict, Verdict, worst
 
 PAGE = Path(__file__).parent / "page"
@@ -68,23 +68,24 @@ class ProbeView:
 
 def html_report(
     run: Run,
-    samples: Iterable[Sample],
+    figures: Mapping[tuple[Arm, str], ArmFigures],
     summary: Summary,
     judgement: Judgement,
     defaults: RunSpec,
 ) -> str:
     """The whole page; a function of its arguments alone, so it renders to the same bytes.
 
-    ``samples`` are all of the run's, controls too, in the order that ``summary.samples`` has.
+    ``figures`` are what `ndcheck.reports.figures.gather` finds.
     """
-    probes = _probes(run, gather(samples, summary), judgement)
-    scripts = [Markup(_asset(name)) for name in SCRIPTS]  # noqa: S704
-    styles = [Markup(_asset(name)) for name in STYLES]  # noqa: S704
+    probes = _probes(run, figures, judgement)
+    scripts = [Markup(_asset(name)) for name in SCRIPTS]
+    styles = [Markup(_asset(name)) for name in STYLES]
     page = _environment().get_template("report.html.jinja")
     return page.render(
         run=run,
         summary=summary,
         judgement=judgement,
+        headline=_headline(summary, judgement),
         probes=probes,
         multiple=len(probes) > 1,
         command_lines=wrapped_command(run.spec, defaults, COMMAND_WIDTH),
@@ -96,7 +97,7 @@ def html_report(
         policy=_policy(scripts, styles),
         scripts=scripts,
         styles=styles,
-        data=Markup(_json(_data(probes))),  # noqa: S704
+        data=Markup(_json(_data(probes))),
     )
 
 
@@ -115,6 +116,7 @@ def _environment() -> jinja2.Environment:
         "load_matrix": load_matrix,
         "published": published,
         "quoted": quoted,
+        "quoted_tail": quoted_tail,
         "token": phrases.token,
         "tree_size": lambda trunk: sum(1 for _ in walk(trunk)),
         "visible": visible,
@@ -125,6 +127,16 @@ def _environment() -> jinja2.Environment:
 def _without_controls(value: object) -> object:
     """Applied to whatever the template prints: a rule that no template can forget."""
     return without_controls(value) if type(value) is str else value
+
+
+def _headline(summary: Summary, judgement: Judgement) -> str:
+    if judgement.verdict.outcome == "PASS":
+        return "No divergence under these loads"
+    if judgement.verdict.outcome == "INCONCLUSIVE":
+        return "Not enough evidence"
+    if any(probe.diverged_trials for probe in summary.probes):
+        return "The output depends on the load"
+    return "Equal tokens, but not equal bits"
 
 
 def _asset(name: str) -> str:
@@ -153,7 +165,7 @@ def _probes(
     run: Run, figures: Mapping[tuple[Arm, str], ArmFigures], judgement: Judgement
 ) -> list[ProbeView]:
     verdicts = {(verdict.arm, verdict.probe_id): verdict for verdict in judgement.probes}
-    views = []
+    views: list[ProbeView] = []
     for probe in run.spec.probes:
         keys = [key for key in figures if key[1] == probe.probe_id]
         if keys:
