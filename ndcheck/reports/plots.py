@@ -101,7 +101,7 @@ def _by_batch_size(
     # Batch sizes are told apart, not measured: they stand at equal distances.
     axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     axes.set_xlabel("batch size")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
     axes.set_title(title)
     axes.legend()
     return figure
