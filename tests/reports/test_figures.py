@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_counts_are_those_of_the_samples(two_arms) -> None:
 def test_the_histogram_holds_every_diverged_sample(two_arms) -> None:
     arms = list(gather(two_arms.samples, two_arms.summary).values())
     edges = bins(arms)
-    assert len({b - a for a, b in zip(edges, edges[1:], strict=False)}) == 1
+    assert len({b - a for a, b in pairwise(edges)}) == 1
     assert len(edges) <= figures.MAX_BINS + 2
     counts = histogram(arms[0], edges)
     assert sum(counts) == 10

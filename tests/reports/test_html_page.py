@@ -64,9 +64,7 @@ class Page(HTMLParser):
 
 def render(example) -> str:
     figures = gather(example.samples, example.summary)
-    return html_report(
-        example.run, figures, example.summary, example.judgement, example.defaults
-    )
+    return html_report(example.run, figures, example.summary, example.judgement, example.defaults)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -89,7 +87,10 @@ def test_text_from_outside_adds_no_element_and_no_attribute(name, request) -> No
 def test_the_policy_allows_these_scripts_and_nothing_else(name, request) -> None:
     page = Page(render(request.getfixturevalue(name)))
     (policy,) = (a["content"] for t, a in page.elements if a.get("http-equiv"))
-    for kind, texts in (("script-src", page.texts["script"][1:]), ("style-src", page.texts["style"])):
+    for kind, texts in (
+        ("script-src", page.texts["script"][1:]),
+        ("style-src", page.texts["style"]),
+    ):
         (sources,) = re.findall(f"{kind} ([^;]*)", policy)
         digests = [hashlib.sha256(text.encode()).digest() for text in texts]
         assert sources.split() == [f"'sha256-{base64.b64encode(d).decode()}'" for d in digests]
