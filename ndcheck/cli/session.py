@@ -136,6 +136,8 @@ def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bo
         write_reports(path, run, samples, summary, judgement, DEFAULTS, html=html, plots=plots)
     except OSError as error:
         raise write_failure(path, error) from error
+    for name in ["report.html"] * html + ["plots"] * plots:
+        note(f"wrote {path / name}", quiet=False)
     if as_json:
         typer.echo(json.dumps(make_document(run, summary, judgement), indent=2, allow_nan=False))
     else:

@@ -62,6 +62,10 @@ class ProbeView:
     arms: tuple[ArmView, ...]
 
     @property
+    def has_margins(self) -> bool:
+        return any(arm.figures.reference_margins or arm.figures.forks for arm in self.arms)
+
+    @property
     def outcome(self) -> str:
         return worst([arm.verdict.outcome for arm in self.arms])
 
@@ -359,7 +363,7 @@ def _arm_data(
 def _charts(probe: ProbeView) -> dict[str, Any]:
     figures = [arm.figures for arm in probe.arms]
     edges = bins(figures)
-    sizes = sorted({size for arm in figures for size in arm.unique_by_batch_size})
+    sizes = sorted({s for arm in figures for s in (*arm.unique_by_batch_size, *arm.tokens_per_s)})
     # The first arm that forks: its reference's margins are what its forks are seen against.
     main = next((arm for arm in figures if arm.forks), figures[0])
     return {

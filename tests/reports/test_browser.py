@@ -195,6 +195,24 @@ def test_the_heat_strip_answers_to_keys_and_pointer(opened, two_arms) -> None:
         playwright.expect(page.locator(".diff .right >> nth=0")).to_have_value(re.compile("0/"))
 
 
+def test_the_heat_strip_is_coloured_by_continuation_from_the_fork_on(opened, two_arms) -> None:
+    read = """(canvas, places) => {
+        const [w, h] = [canvas.width, canvas.height - 22 * devicePixelRatio];
+        const pixels = canvas.getContext("2d").getImageData(0, 0, w, h).data;
+        return places.map(([x, y]) => {
+            const at = 4 * (Math.floor(y * h) * w + Math.floor(x * w));
+            return pixels.slice(at, at + 4).join();
+        });
+    }"""
+    with opened(two_arms) as page:
+        canvas = page.locator(".strip canvas").first
+        # Rows 1-190 are the reference, then 2 leave at token 111 of 113, and 8 at token 103.
+        places = ((0.5, 0.5), (0.99, 0.5), (0.9, 0.955), (0.99, 0.955), (0.9, 0.98), (0.93, 0.98))
+        main, *others = canvas.evaluate(read, places)
+        assert [other == main for other in others] == [True, True, False, True, False]
+        assert others[2] != others[4]
+
+
 def test_dark_and_light_are_told_apart(opened, failing) -> None:
     grounds = []
     for scheme in ("light", "dark"):

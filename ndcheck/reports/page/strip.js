@@ -42,21 +42,24 @@
       canvas.width = width * ratio;
       canvas.height = (height + AXIS) * ratio;
       canvas.style.height = `${height + AXIS}px`;
-      context.scale(ratio, ratio);
       const palette = Array.from({ length: 8 }, (_, i) => colour(`c${i}`));
-      const x = width / nTokens, y = height / rows.length, thin = Math.max(y, 1 / ratio);
+      const x = width / nTokens, y = height / rows.length;
       const cached = new Map();
-      // The exits last: a row thinner than a pixel must not hide behind the many.
+      // Whole pixels, so that no seams show; the exits last, since a row thinner than a pixel must
+      // not hide behind the many.
       for (const first of [true, false]) {
         rows.forEach((row, i) => {
           if (!cached.has(row[5])) cached.set(row[5], segments(arm, row[5]));
+          const top = Math.floor(i * y * ratio), bottom = Math.ceil((i + 1) * y * ratio);
           for (const [start, end, number] of cached.get(row[5])) {
             if ((number === 0) !== first) continue;
+            const left = Math.floor(start * x * ratio), right = Math.ceil(end * x * ratio);
             context.fillStyle = palette[number];
-            context.fillRect(start * x, i * y, Math.max((end - start) * x, 1), thin + 0.2);
+            context.fillRect(left, top, right - left, bottom - top);
           }
         });
       }
+      context.scale(ratio, ratio);
       context.fillStyle = colour("soft");
       context.font = "12px system-ui, sans-serif";
       context.textBaseline = "top";
