@@ -168,8 +168,9 @@ def test_charts_are_drawn_and_their_numbers_told(opened, two_arms) -> None:
         for canvas in page.query_selector_all(".plot canvas, .strip canvas"):
             assert canvas.evaluate(painted) > 2
         page.locator(".numbers summary").first.click()
-        rows = page.locator(".numbers").first.locator("tr").all_inner_texts()
-        assert [row.split() for row in rows] == [
+        rows = page.locator(".numbers").first.locator("tr")
+        playwright.expect(rows).to_have_count(2)
+        assert [row.split() for row in rows.all_inner_texts()] == [
             ["batch", "size", "stock", "invariant"],
             list("331"),
         ]

@@ -110,14 +110,14 @@ const report = (() => {
       const { edges } = charts, n = charts.arms.length;
       const names = edges.slice(0, -1).map((edge, i) => (edges[1] > 1 ? `${edge + 1}–${edges[i + 1]}` : `${edge + 1}`));
       return {
-        x: edges.slice(0, -1).map((edge) => edge + 1),
+        x: edges.slice(0, -1).map((edge, i) => (edge + 1 + edges[i + 1]) / 2),
         xNames: names,
         xLabel: "token",
         range: [0.5, edges.at(-1) + 0.5],
         rows: charts.arms.map((arm) => arm.histogram.map((n) => n || null)),
         series: charts.arms.map((arm, i) => ({
           label: arm.arm, colour: colour(arm.arm), stroke: colour(arm.arm), fill: colour(arm.arm), points: { show: false },
-          paths: uPlot.paths.bars({ size: [0.9 / n, 60], align: n === 1 ? 1 : i ? 1 : -1 }),
+          paths: uPlot.paths.bars({ size: [0.9 / n, Infinity], align: n === 1 ? 0 : i ? 1 : -1 }),
         })),
       };
     },

@@ -62,7 +62,7 @@
       const equal = n === a.length && n === b.length;
       status.textContent = equal
         ? `The same ${n} tokens.`
-        : `${n} tokens in common; they part at token ${n + 1}. ${a.length} tokens on the left, ${b.length} on the right.`;
+        : `${n} ${n === 1 ? "token" : "tokens"} in common; they part at token ${n + 1}. ${a.length} tokens on the left, ${b.length} on the right.`;
       panes.forEach((pane, i) => pane.replaceChildren(...found[i]));
     }
 
