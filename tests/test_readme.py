@@ -1,4 +1,4 @@
-"""The help texts in the README are those of the program: `python tests/test_readme.py` writes them."""
+"""The README's help texts are the program's own; `python tests/test_readme.py` writes them."""
 
 from __future__ import annotations
 
