@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +50,23 @@ def test_every_command_is_in_the_table():
     text = README.read_text(encoding="utf-8")
     for command in commands():
         assert f"| `ndcheck {command}" in text, command
+
+
+def test_the_commands_of_the_guide_are_understood(tmp_path):
+    text = README.read_text(encoding="utf-8")
+    guide = text.partition("## Why are my outputs nondeterministic?")[2].partition("\n## ")[0]
+    found = re.findall(r"`ndcheck (run [^`]*)`", guide)
+    assert len(found) >= 4
+    for command in found:
+        arguments = [*shlex.split(command), "--model", "scripted:clean", "--dry-run"]
+        done = subprocess.run(
+            [sys.executable, "-m", "ndcheck", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, (command, done.stderr)
 
 
 if __name__ == "__main__":

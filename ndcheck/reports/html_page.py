@@ -329,6 +329,7 @@ def _arm_data(
     return {
         "arm": arm.arm,
         "n_samples": arm.figures.probe.n_samples,
+        "reference": next((t.completion.completion_id for t, _ in trunks if t.is_reference), None),
         # completion, parent, start, tokens, samples, colour, place in the strip
         "trunks": [
             [

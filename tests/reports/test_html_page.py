@@ -4,7 +4,9 @@ import base64
 import hashlib
 import json
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +108,16 @@ def test_vendored_files_bring_their_licence_into_the_page(failing) -> None:
     assert len(licences) == 2
     for licence in licences:
         assert licence.read_text(encoding="utf-8").strip() in page
+
+
+def test_every_file_of_the_page_is_packaged() -> None:
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["ndcheck"]
+    packaged = {path for pattern in patterns for path in (root / "ndcheck").glob(pattern)}
+    files = {path for path in PAGE.rglob("*") if path.is_file()}
+    assert len(files) == 10
+    assert files <= packaged
 
 
 def test_every_section_is_there(two_arms) -> None:

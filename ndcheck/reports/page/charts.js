@@ -93,19 +93,19 @@ const report = (() => {
   }
 
   // Batch sizes are told apart, not measured: they stand at equal distances.
-  function bySize(charts, field, digits) {
+  function bySize(charts, field) {
     return {
       x: charts.sizes.map((_, i) => i),
       xNames: charts.sizes,
       xLabel: "batch size",
       rows: charts.arms.map((arm) => arm[field]),
-      series: charts.arms.map((arm) => line(arm, { value: (_, value) => value?.toFixed(digits) ?? "–" })),
+      series: charts.arms.map((arm) => line(arm, { value: (_, value) => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(3)))) })),
     };
   }
 
   const kinds = {
-    unique: (charts) => bySize(charts, "unique", 0),
-    speed: (charts) => bySize(charts, "speed", 0),
+    unique: (charts) => ({ ...bySize(charts, "unique"), isCount: true }),
+    speed: (charts) => bySize(charts, "speed"),
     histogram(charts) {
       const { edges } = charts, n = charts.arms.length;
       const names = edges.slice(0, -1).map((edge, i) => (edges[1] > 1 ? `${edge + 1}–${edges[i + 1]}` : `${edge + 1}`));
@@ -114,6 +114,7 @@ const report = (() => {
         xNames: names,
         xLabel: "token",
         range: [0.5, edges.at(-1) + 0.5],
+        isCount: true,
         rows: charts.arms.map((arm) => arm.histogram.map((n) => n || null)),
         series: charts.arms.map((arm, i) => ({
           label: arm.arm, colour: colour(arm.arm), stroke: colour(arm.arm), fill: colour(arm.arm), points: { show: false },
@@ -136,6 +137,7 @@ const report = (() => {
       return {
         x: positions.map((position) => position + 1),
         xLabel: "token",
+        hasZeros: true,
         rows: [column(0), ...charts.arms.map((_, i) => column(i + 1))],
         series: [{ label: "reference", colour: colour("trace"), stroke: colour("trace"), width: 1.25, points: { show: false } }, ...forks],
       };
@@ -156,11 +158,16 @@ const report = (() => {
       legend: { markers: { width: 0, fill: (_, i) => view.series[i - 1]?.colour } },
       scales: {
         x: { time: false, range: view.range ?? (named ? [-0.4, view.x.length - 0.6] : undefined) },
-        y: { range: (_, low, high) => [0, Math.max(high ?? 0, 1) * 1.08] },
+        y: {
+          range: (_, low, high) => {
+            const top = (view.isCount ? Math.max(high ?? 0, 1) : high || 1) * 1.08;
+            return [view.hasZeros ? -0.04 * top : 0, top]; // no point on the edge is cut in half
+          },
+        },
       },
       axes: [
         axis({ label: view.xLabel, labelSize: 20, size: 32, ...(named && { splits: () => view.x, values: () => view.xNames }) }),
-        axis({ size: 52, values: view.series.some((one) => one.label === "reference") ? undefined : whole }),
+        axis({ size: 52, values: view.isCount ? whole : undefined }),
       ],
       series: [{ label: view.xLabel, value: (_, __, ___, i) => (i === null ? "–" : view.xNames?.[i] ?? view.x[i]) }, ...view.series],
     };

@@ -46,7 +46,7 @@
     const options = probe.arms.flatMap((arm, i) =>
       arm.trunks.slice(0, arm.n_with_tokens).map(([id, , start, , count]) => ({
         value: `${i}/${id}`,
-        label: `${several ? `${arm.arm} ` : ""}${id}: ${count} of ${arm.n_samples}${start ? `, leaves at token ${start + 1}` : ""}`,
+        label: `${several ? `${arm.arm} ` : ""}${id}: ${count} of ${arm.n_samples}${id === arm.reference ? ", the reference" : start ? `, leaves at token ${start + 1}` : ""}`,
       })),
     );
     selects.forEach((select) => select.append(...options.map(({ value, label }) => Object.assign(element("option", label), { value }))));
