@@ -19,6 +19,7 @@ from ndcheck.errors import NdcheckError, UsageError
 from ndcheck.load import plan_trials
 from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
+from ndcheck.reports.plots import MAX_PROBES
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
@@ -136,8 +137,13 @@ def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bo
         write_reports(path, run, samples, summary, judgement, DEFAULTS, html=html, plots=plots)
     except OSError as error:
         raise write_failure(path, error) from error
-    for name in ["report.html"] * html + ["plots"] * plots:
-        note(f"wrote {path / name}", quiet=False)
+    if html:
+        note(f"wrote {path / 'report.html'}", quiet=False)
+    if plots:
+        rest = len(run.spec.probes) - MAX_PROBES
+        note(
+            f"wrote {path / 'plots'}{f' without the last {rest} probes' * (rest > 0)}", quiet=False
+        )
     if as_json:
         typer.echo(json.dumps(make_document(run, summary, judgement), indent=2, allow_nan=False))
     else:

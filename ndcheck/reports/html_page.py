@@ -92,6 +92,7 @@ def html_report(
         headline=_headline(summary, judgement),
         probes=probes,
         multiple=len(probes) > 1,
+        worst_probe=next((p for p in probes if p.outcome == judgement.verdict.outcome), None),
         command_lines=wrapped_command(run.spec, defaults, COMMAND_WIDTH),
         prompts_file=PROMPTS_FILE if prompts_file(run.spec, defaults) else None,
         remedies=remedies(run, summary, judgement, defaults, "", COMMAND_WIDTH),

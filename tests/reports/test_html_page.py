@@ -138,6 +138,13 @@ def test_every_section_is_there(two_arms) -> None:
         assert expected in text, expected
 
 
+def test_of_several_probes_a_worst_one_is_open(hostile) -> None:
+    probes = [a for tag, a in Page(render(hostile)).elements if a.get("class") == "probe"]
+    outcomes = [verdict.verdict.outcome for verdict in hostile.judgement.probes]
+    worst = outcomes.index(hostile.judgement.verdict.outcome)
+    assert ["open" in attributes for attributes in probes] == [i == worst for i in range(2)]
+
+
 def test_equal_tokens_with_other_bits_are_not_called_a_dependence_of_output(latent_only) -> None:
     text = Page(render(latent_only)).text
     assert "FAIL Equal tokens, but not equal bits" in text
