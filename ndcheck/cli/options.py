@@ -123,6 +123,13 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a screen.")]
+Html = Annotated[
+    bool, typer.Option("--html", help="Also write report.html, one page with everything in it.")
+]
+Plots = Annotated[
+    bool,
+    typer.Option("--plots", help="Also write plots/ as PNG and SVG; needs ndcheck[plots]."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")]
 RandomWeights = Annotated[
     int | None,

@@ -35,6 +35,8 @@ def run(
     out: o.Out = None,
     resume: o.Resume = None,
     dry_run: o.DryRun = False,
+    html: o.Html = False,
+    plots: o.Plots = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -48,8 +50,9 @@ def run(
     from ndcheck.records import Decoding, RunSpec
 
     if resume is not None:
-        session.refuse_other_options(context, allowed={"resume", "json", "quiet"})
-        raise typer.Exit(session.resume(resume, as_json=json, quiet=quiet))
+        session.refuse_other_options(context, allowed={"resume", "html", "plots", "json", "quiet"})
+        code = session.resume(resume, as_json=json, quiet=quiet, html=html, plots=plots)
+        raise typer.Exit(code)
     spec = RunSpec(
         model=model,
         probes=request.make_probes(prompt or (), prompts_file),
@@ -75,4 +78,5 @@ def run(
     request.check(spec)
     if dry_run:
         raise typer.Exit(session.print_plan(spec))
-    raise typer.Exit(session.start(spec, out, as_json=json, quiet=quiet))
+    code = session.start(spec, out, as_json=json, quiet=quiet, html=html, plots=plots)
+    raise typer.Exit(code)
