@@ -6,7 +6,7 @@
 Computes: each head of q and k, RMS-normalised over the head where there are weights for it, then
     rotated as in `rotary`; heads of v as they are. fp32 throughout, one rounding at the end.
 Reduction order: the sum of squares of a head is one `tl.sum` over its row of a tile of
-    gcd(8, heads, kv_heads) heads.
+    gcd(MOST_HEADS, heads, kv_heads) heads.
 Depends on: head_dim, the numbers of heads, dtype, architecture, Triton version.
 Dtypes: bfloat16, float16, float32; cos, sin and the weights may have another of them.
 Not claimed: gradients; interleaved or partial rotary; the bits of the unfused form, which rounds
@@ -23,6 +23,9 @@ import triton.language as tl
 
 from ndcheck_kernels import device
 from ndcheck_kernels.launch import follow, pdl
+
+
+MOST_HEADS = 8
 
 
 @triton.jit(do_not_specialize=["LENGTH", "stride_cb", "stride_cl", "stride_kb", "stride_kh"])
@@ -85,7 +88,7 @@ def qkv(
     rows = device.aligned_rows(x)
     cos, sin = (t.expand(batch, length, dim).contiguous() for t in (cos, sin))
     if q.numel():
-        tile = math.gcd(8, heads, kv_heads)
+        tile = math.gcd(MOST_HEADS, heads, kv_heads)
         _qkv_kernel[(batch * length, (heads + 2 * kv_heads) // tile)](
             rows, cos, sin, rows if q_weight is None else q_weight,
             rows if k_weight is None else k_weight, q, keys, values, offset, eps, length,
