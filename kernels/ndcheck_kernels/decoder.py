@@ -33,17 +33,31 @@ _FIRES = {"linear": 4, "attention": 1, "rms_norm": 2, "qkv": 1, "silu_mul": 1}
 @contextmanager
 def fused_layers(model: torch.nn.Module) -> Iterator[int]:
     """Run the model's decoder layers fused; yields how many, 0 where it has others than these."""
-    layers = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
-    if not all(map(_fits, layers)):
-        layers = []
+    layers = join_weights(model)
     for i, layer in enumerate(layers):
-        _join_weights(layer)
         layer.forward = partial(_forward, layer, i == len(layers) - 1)
     try:
         yield len(layers)
     finally:
         for layer in layers:
             del layer.forward  # The class's own shows again.
+
+
+def join_weights(model: torch.nn.Module) -> list[Any]:
+    """Lay weights that meet the same rows out as one; returns the layers that can be fused.
+
+    The parts stay views of the joined weight. A CUDA graph captured before this one holds their old
+    place, so join them before the first capture.
+    """
+    layers: list[Any] = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
+    if not all(map(_fits, layers)):
+        return []
+    for layer in layers:
+        if not hasattr(layer, "_joined_qkv"):
+            own, mlp = layer.self_attn, layer.mlp
+            layer._joined_qkv = _join([own.q_proj, own.k_proj, own.v_proj])
+            layer._joined_gate_up = _join([mlp.gate_proj, mlp.up_proj])
+    return layers
 
 
 def _fits(layer: Any) -> bool:
@@ -58,14 +72,6 @@ def _fits(layer: Any) -> bool:
         and own.head_dim in (16, 32, 64, 128, 256)
         and own.o_proj.weight.dtype in DTYPES
     )
-
-
-def _join_weights(layer: Any) -> None:
-    """Lay weights that are multiplied with the same rows out as one; the parts stay views of it."""
-    attention, mlp = layer.self_attn, layer.mlp
-    if not hasattr(layer, "_joined_qkv"):
-        layer._joined_qkv = _join([attention.q_proj, attention.k_proj, attention.v_proj])
-        layer._joined_gate_up = _join([mlp.gate_proj, mlp.up_proj])
 
 
 def _join(projections: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -167,4 +173,4 @@ def _columns(
     return layer.keys, layer.values, layer.cumulative_length
 
 
-__all__ = ["LAYERS", "fused_layers"]
+__all__ = ["LAYERS", "fused_layers", "join_weights"]

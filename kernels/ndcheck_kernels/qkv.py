@@ -24,8 +24,8 @@ import triton.language as tl
 from ndcheck_kernels import device
 from ndcheck_kernels.launch import follow, pdl
 
-
-MOST_HEADS = 8
+MOST_HEADS = 2
+"""Of 1, 2, 4 and 8, the fastest over one token to 256 on an H200, in decoding an 8B shape."""
 
 
 @triton.jit(do_not_specialize=["LENGTH", "stride_cb", "stride_cl", "stride_kb", "stride_kh"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -62,6 +63,10 @@ class TransformersSampler:
         if load_weights:
             self._model = _load_model(source, config, spec, self._device, options)
             self._stop_ids = _stop_ids(self._model)
+            if "invariant" in spec.arms and self._device.type == "cuda":
+                from ndcheck_kernels.decoder import join_weights
+
+                join_weights(self._model)
 
     @property
     def context(self) -> int:
@@ -92,8 +97,10 @@ class TransformersSampler:
             streams, witness = self._try_decode(trial, rows, decoding)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise self._out_of_memory(trial.load) from error
+        except torch.AcceleratorError as error:
+            raise BackendError(f"{self._device} failed: {_first_line(error)}") from error
         except RuntimeError as error:
-            if "memory" in str(error):
+            if re.search(r"out of memory|allocate memory", str(error)):
                 raise self._out_of_memory(trial.load) from error
             raise TrialError(f"{type(error).__name__}: {_first_line(error)}") from error
         elapsed_s = time.perf_counter() - started

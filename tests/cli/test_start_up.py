@@ -73,4 +73,5 @@ def test_every_option_is_named_in_full():
         for parameter in inspect.signature(command.callback, eval_str=True).parameters.values():
             for info in getattr(parameter.annotation, "__metadata__", ()):
                 if isinstance(info, typer.models.OptionInfo):
-                    assert info.param_decls, f"{command.callback.__name__}: {parameter.name}"
+                    named = info.param_decls or str(info.default).startswith("--")
+                    assert named, f"{command.callback.__name__}: {parameter.name}"

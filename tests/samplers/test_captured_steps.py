@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from ndcheck.analysis.accumulate import summarise
-from ndcheck.load import plan_trials
+from ndcheck.load import plan_trials, plant_fault
 from ndcheck.records import Decoding, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.batch import ExactBatch
@@ -23,9 +23,7 @@ pytestmark = [
 PROBE = Probe("p1", "Tell me about Richard Feynman")
 
 
-@pytest.fixture(scope="module")
-def sampler(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("qwen3")
+def sampler_spec(directory):
     transformers.Qwen3Config(
         vocab_size=50000,
         hidden_size=1024,
@@ -38,9 +36,12 @@ def sampler(tmp_path_factory):
         architectures=["Qwen3ForCausalLM"],
         dtype="bfloat16",
     ).save_pretrained(directory)
-    return TransformersSampler(
-        replace(DEFAULTS, model=str(directory), device="cuda", random_weights=0)
-    )
+    return replace(DEFAULTS, model=str(directory), device="cuda", random_weights=0)
+
+
+@pytest.fixture(scope="module")
+def sampler(tmp_path_factory):
+    return TransformersSampler(sampler_spec(tmp_path_factory.mktemp("qwen3")))
 
 
 def run(sampler, arm, load, decoding):
@@ -84,12 +85,26 @@ def test_the_invariant_arm_is_and_stock_is_not_invariant(sampler):
         arms=("stock", "invariant"),
     )
     lengths = {"p1": sampler.count_tokens(PROBE.prompt)}
-    samples = []
+    samples, decoding_length = [], spec.decoding.max_tokens
     for trial in plan_trials(spec, lengths, sampler.context):
-        if trial.axis != "control":
-            samples += sampler.sample(trial, PROBE, spec.decoding)
+        fault = plant_fault(decoding_length) if trial.axis == "control" else None
+        samples += sampler.sample(replace(trial, fault=fault), PROBE, spec.decoding)
     arms = {probe.arm: probe for probe in summarise(samples, spec).probes}
     assert arms["stock"].n_unique > 1
     assert arms["invariant"].n_unique == 1
+    assert all(arm.control.n_caught == arm.control.n_trials == 1 for arm in arms.values())
     assert not any(s.error for s in samples)
     assert all(s.witness.override_fires for s in samples if s.arm == "invariant")
+
+
+def test_arms_take_turns_on_graphs_captured_before(tmp_path):
+    """The invariant arm joins weights; a stock graph that holds their old place would read waste."""
+    spec = replace(sampler_spec(tmp_path), arms=("stock", "invariant"))
+    fresh = TransformersSampler(spec)
+    decoding = Decoding(40)
+    first = [run(fresh, arm, Load(2, (0, 1)), decoding) for arm in ("stock", "invariant")]
+    torch.empty(1 << 28, device="cuda").fill_(torch.nan)
+    again = [run(fresh, arm, Load(2, (0, 1)), decoding) for arm in ("stock", "invariant")]
+    assert [[s.row_digests for s in rows] for rows in first] == [
+        [s.row_digests for s in rows] for rows in again
+    ]
