@@ -98,7 +98,7 @@ def test_the_invariant_arm_is_and_stock_is_not_invariant(sampler):
 
 
 def test_arms_take_turns_on_graphs_captured_before(tmp_path):
-    """The invariant arm joins weights; a stock graph that holds their old place would read waste."""
+    """The invariant arm joins weights; a stock graph that holds their old place reads waste."""
     spec = replace(sampler_spec(tmp_path), arms=("stock", "invariant"))
     fresh = TransformersSampler(spec)
     decoding = Decoding(40)
