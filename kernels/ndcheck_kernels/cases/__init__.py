@@ -40,7 +40,7 @@ def checked_cases(device_type: str) -> tuple[Case, ...]:
         *products(256, 512),
         _linear(77, 254),
         *row_ops(4096),
-        *attention(2, 1, 64, context=300, prefill=140, max_rows=(33, 9)),
+        *attention(2, 1, 64, context=260, prefill=140, max_rows=(17, 5)),
     )
 
 
@@ -58,6 +58,6 @@ def timed_cases(device_type: str) -> tuple[Case, ...]:
         found = (
             *products(1024, 1024),
             *row_ops(1024),
-            *attention(4, 2, 64, context=512, prefill=256),
+            *attention(4, 2, 64, context=512, prefill=128, max_rows=(64, 4)),
         )
     return tuple(case for case in found if case.op in TIMED)
