@@ -85,6 +85,8 @@ class Finding:
         """Why equal bits would mean nothing."""
         if self.refusal:
             return self.refusal
+        if all(count.m < 2 for count in self.row_counts):
+            return "single rows alone leave nothing to compare"
         if (self.control_classes or 0) < 2:
             return "the planted fault was not caught: these operands cannot tell orders apart"
         return None
@@ -109,7 +111,7 @@ def check(
     case: Case, dtype: torch.dtype, device: torch.device, row_counts: Sequence[int]
 ) -> Finding:
     """Measure both arms and the control. Row counts above the case's limit are left out."""
-    counts = [m for m in row_counts if m <= case.max_rows] or [min(row_counts)]
+    counts = [m for m in row_counts if m <= case.max_rows] or [case.max_rows]
     noise = case.operands(Source.seeded(dtype, device), PROBES, True)
     wide = case.operands(Source.seeded(dtype, device, seed=1), max(counts), False)
     label = str(dtype).removeprefix("torch.")

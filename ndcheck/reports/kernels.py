@@ -99,10 +99,8 @@ def print_check(console: Console, findings: Sequence[Finding], setting: str) -> 
     console.print(table)
     console.print()
     outcome = judge_findings(findings)
-    console.print(
-        Text.assemble((outcome, STYLES[outcome]), "  ", _sentence(findings)), soft_wrap=True
-    )
-    console.print(Text(setting), soft_wrap=True)
+    console.print(Text.assemble((outcome, STYLES[outcome]), "  ", _sentence(findings)))
+    console.print(Text(setting))
     wrong = [f for f in findings if f.outcome == outcome != "PASS"]
     for finding in wrong[:MAX_REASONS]:
         dtype = SHORT_DTYPES.get(finding.dtype, finding.dtype)
@@ -155,22 +153,20 @@ def print_bench(
                 (f"{mean:.2f} times stock's speed", "bold"),
                 f" (geometric mean of {len(ratios)} cells, {min(ratios):.2f} to {max(ratios):.2f})",
             ),
-            soft_wrap=True,
         )
     for dtype, ceiling in ceilings.items():
         console.print(
             f"ceilings {SHORT_DTYPES.get(dtype, dtype)}: copy "
             f"{_three_digits(ceiling.copy_gb_per_s)} GB/s, mm "
             f"{_three_digits(ceiling.mm_tflop_per_s)} TFLOP/s",
-            soft_wrap=True,
         )
-    console.print(Text(setting), soft_wrap=True)
+    console.print(Text(setting))
 
 
 def _without_repeats(items: Sequence[Item]) -> Iterator[tuple[Item, str, str]]:
     before: tuple[str, str] | None = None
     for item in items:
-        here = (item.op, item.shape)
+        here: tuple[str, str] = (item.op, item.shape)
         yield (item, "", "") if here == before else (item, *here)
         before = here
 

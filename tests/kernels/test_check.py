@@ -138,10 +138,11 @@ def test_operands_tell_orders_apart_in_bfloat16(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_noise_of_a_product_is_exactly_zero(dtype):
+def test_noise_of_a_product_cancels(dtype):
     operands = LINEAR.operands(Source.seeded(dtype, CPU), 5, True)
-    assert LINEAR.reference(*operands.first(5)).abs().max() == 0
-    assert LINEAR.call(*operands.first(5)).abs().max() > 0
+    exact = LINEAR.reference(*operands.first(5))
+    assert exact.abs().max() < 1e-12  # float64 rounds too
+    assert LINEAR.call(*operands.first(5)).abs().max() > 1e-8
 
 
 def test_row_counts_surround_the_powers_of_two():
