@@ -102,9 +102,10 @@ class Bits:
 
 
 def default_row_counts(device_type: str) -> tuple[int, ...]:
-    """1 to 3, then powers of two and their neighbours."""
-    most = 11 if device_type == "cuda" else 8
-    return tuple(sorted({1, 2, 3} | {2**p + d for p in range(2, most + 1) for d in (-1, 0, 1)}))
+    """1 to 3, powers of two and their neighbours, and 300."""
+    most = 11 if device_type == "cuda" else 7
+    powers = {2**p + d for p in range(2, most + 1) for d in (-1, 0, 1)}
+    return tuple(sorted({1, 2, 3, 300} | powers))
 
 
 def check(
