@@ -82,6 +82,7 @@ def check(wanted: Request, csv: Path | None, *, as_json: bool, quiet: bool) -> i
 
 def bench(wanted: Request, csv: Path | None, *, as_json: bool, quiet: bool) -> int:
     """Measure time. Returns the exit code. Raises BackendError if torch's kernel ran in our arm."""
+    from ndcheck_kernels import UncoveredOpError
     from ndcheck_kernels.bench import (
         DEFAULT_ROW_COUNTS,
         Ceilings,
@@ -106,7 +107,7 @@ def bench(wanted: Request, csv: Path | None, *, as_json: bool, quiet: bool) -> i
                 for cell in time_case(case, dtype, device, row_counts, found[name]):
                     cells.append(cell)
                     table.add([report.bench_row(cell)])
-        except OverrideMissedError as error:
+        except (OverrideMissedError, UncoveredOpError) as error:
             raise BackendError(str(error)) from error
         finally:
             if as_json:

@@ -20,7 +20,6 @@ from ndcheck_kernels.reference import (
 )
 
 EPS = 1e-6
-SORTED = 256  # columns
 
 RowDraw = Callable[[Source, int, int], torch.Tensor]
 OperandsFor = Callable[[int], Draw]
@@ -132,15 +131,6 @@ def _last_index(groups: int, x: torch.Tensor) -> torch.Tensor:
     return x.argmax(-1) if groups == 1 else x.shape[-1] - 1 - x.flip(-1).argmax(-1)
 
 
-def _order(x: torch.Tensor) -> torch.Tensor:
-    return torch.sort(x[:, :SORTED], dim=-1, descending=True, stable=True).indices
-
-
-def _order_in(groups: int, x: torch.Tensor) -> torch.Tensor:
-    x = x[:, :SORTED]
-    return _order(x) if groups == 1 else x.shape[-1] - 1 - _order(x.flip(-1))
-
-
 # op: what it is called on, the call, its reference, its planted fault.
 _ROW_OPS: dict[str, tuple[OperandsFor, Call, Call, Call]] = {
     "sum": (
@@ -210,12 +200,6 @@ _ROW_OPS: dict[str, tuple[OperandsFor, Call, Call, Call]] = {
         lambda x, w, b: x.argmax(-1),
         lambda x, w, b: x.double().argmax(-1),
         lambda groups, x, w, b: _last_index(groups, x),
-    ),
-    "sort": (
-        _rows(_levels),
-        lambda x, w, b: _order(x),
-        lambda x, w, b: _order(x.double()),
-        lambda groups, x, w, b: _order_in(groups, x),
     ),
 }
 _FIRES = {"vector_norm": "linalg_vector_norm"}
