@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import transformers
 from table import Table
-from timing import copy_gb_per_s, elapsed_us, mm_tflop_per_s
 
 from ndcheck.records import Decoding
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.steps import DecodeSteps
 from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck_kernels.timing import copy_gb_per_s, elapsed_us, mm_tflop_per_s
 
 PROMPT_TOKENS = 16
 N_TOKENS = 160

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import csv
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from ndcheck.analysis.summary import Summary
 from ndcheck.records import Run, RunSpec, Sample
@@ -13,7 +14,8 @@ from ndcheck.reports.html_page import html_report
 from ndcheck.reports.markdown import markdown_report
 from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file
 from ndcheck.reports.tables import completion_tables, loads_table, sample_tables, summary_table
-from ndcheck.store import replacing, replacing_bytes
+from ndcheck.reports.untrusted import csv_text
+from ndcheck.store import replacing, replacing_bytes, write_failure
 from ndcheck.verdict import Judgement
 
 if TYPE_CHECKING:
@@ -73,3 +75,43 @@ def write_reports(
             binary.write(picture)
     names = (*texts, *tables, *(f"{PLOTS_DIRECTORY}/{name}" for name in pictures))
     return [directory / name for name in names]
+
+
+class TableFile:
+    """A CSV file that grows row by row, so that a run cut short leaves the rows it had.
+
+    Without a path it takes rows and writes nothing. Raises BackendError where the disk refuses.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+        self._writer: csv.DictWriter[str] | None = None
+
+    def __enter__(self) -> TableFile:
+        if self._path is not None:
+            try:
+                self._file = self._path.open("w", encoding="utf-8", newline="")
+            except OSError as error:
+                raise write_failure(self._path, error) from error
+        return self
+
+    def add(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Rows with the same columns, in the same order, as those before."""
+        if self._path is None or self._file is None:
+            return
+        try:
+            for row in rows:
+                if self._writer is None:
+                    self._writer = csv.DictWriter(self._file, list(row))
+                    self._writer.writeheader()
+                self._writer.writerow(
+                    {k: csv_text(v) if isinstance(v, str) else v for k, v in row.items()}
+                )
+            self._file.flush()
+        except OSError as error:
+            raise write_failure(self._path, error) from error
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()

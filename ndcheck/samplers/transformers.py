@@ -24,6 +24,7 @@ from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.load import filler_text, fit_to_length
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.batch import ExactBatch
+from ndcheck.samplers.device import choose_device
 from ndcheck.samplers.steps import DecodeSteps, Stream
 
 DTYPES = {
@@ -246,18 +247,6 @@ class TransformersSampler:
             f"out of memory at batch size {load.batch_size} on {self._device}: "
             "use smaller --loads or --max-tokens"
         )
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one. Raises UsageError for a device that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} is not available: {_first_line(error)}") from error
-    return device
 
 
 def digest_weights(model: Any) -> str:

@@ -13,8 +13,9 @@ from ndcheck.load import plan_trials
 from ndcheck.records import AXES, Decoding, Fault, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.batch import ExactBatch
+from ndcheck.samplers.device import choose_device
 from ndcheck.samplers.selection import lowest_argmax
-from ndcheck.samplers.transformers import TransformersSampler, choose_device, digest_weights
+from ndcheck.samplers.transformers import TransformersSampler, digest_weights
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 N_TOKENS = 12
