@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar, get_args
 
-from ndcheck.errors import UsageError
+from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.records import ARMS, AXES, Arm, Axis, Decoding, Mode, Probe, RunSpec
 
 DEFAULTS = RunSpec(
@@ -22,6 +22,64 @@ DEFAULTS = RunSpec(
 )
 
 Name = TypeVar("Name", bound=str)
+
+
+def make_spec(
+    *,
+    model: str = DEFAULTS.model,
+    prompt: str | Sequence[str] = (),
+    prompts_file: Path | None = None,
+    chat: bool = DEFAULTS.chat,
+    loads: str | Sequence[int] = DEFAULTS.batch_sizes,
+    axes: str | Sequence[str] = DEFAULTS.axes,
+    mode: str = DEFAULTS.mode,
+    kernels: str | Sequence[str] = DEFAULTS.arms,
+    samples: int = DEFAULTS.n_samples,
+    target_rate: float | None = DEFAULTS.target_rate,
+    confidence: float = DEFAULTS.confidence,
+    stop_on_divergence: bool = DEFAULTS.stop_on_divergence,
+    allow_latent: bool = DEFAULTS.allow_latent,
+    max_tokens: int = DEFAULTS.decoding.max_tokens,
+    temperature: float = DEFAULTS.decoding.temperature,
+    seed: int = DEFAULTS.seed,
+    dtype: str = DEFAULTS.dtype,
+    device: str = DEFAULTS.device,
+    attn: str = DEFAULTS.attention,
+    answer_pattern: str | None = DEFAULTS.answer_pattern,
+    trust_remote_code: bool = DEFAULTS.trust_remote_code,
+) -> RunSpec:
+    """The spec that these options ask for: those of `ndcheck run`, by the names they have there.
+
+    `ndcheck.measure` and the checks of a configuration file take the same ones; the annotations
+    say what a file may hold. Raises UsageError naming the option that is wrong.
+    """
+    spec = RunSpec(
+        model=model,
+        probes=make_probes([prompt] if isinstance(prompt, str) else prompt, prompts_file),
+        decoding=Decoding(max_tokens, temperature, seed),
+        batch_sizes=parse_batch_sizes(_join(loads)),
+        axes=parse_axes(_join(axes)),
+        mode=parse_mode(mode),
+        n_samples=samples,
+        arms=parse_arms(_join(kernels)),
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        attention=attn,
+        chat=chat,
+        trust_remote_code=trust_remote_code,
+        target_rate=target_rate,
+        confidence=confidence,
+        stop_on_divergence=stop_on_divergence,
+        allow_latent=allow_latent,
+        answer_pattern=answer_pattern,
+    )
+    check(spec)
+    return spec
+
+
+def _join(values: str | Sequence[object]) -> str:
+    return values if isinstance(values, str) else ",".join(map(str, values))
 
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:
@@ -114,7 +172,10 @@ def _parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Na
     names = [part.strip() for part in text.split(",")]
     for name in names:
         if name not in accepted:
-            raise UsageError(f"{option}: {name!r} is unknown; choose from {', '.join(accepted)}")
+            raise UsageError(
+                f"{option}: {name!r} is unknown; choose from {', '.join(accepted)}"
+                f"{did_you_mean(name, accepted)}"
+            )
     return tuple(name for name in accepted if name in names)
 
 
