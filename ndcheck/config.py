@@ -51,12 +51,16 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A run to make and what is demanded of it; ``folder`` is the configuration file's."""
+    """A run to make and what is demanded of it, as ``file`` says."""
 
     name: str
     spec: RunSpec
     rules: RuleSet
-    folder: Path
+    file: Path
+
+    def locate(self, error: UsageError) -> UsageError:
+        """The same error with the file and the key, where it speaks of an option."""
+        return UsageError(f"{self.file}: {_key(error, f'checks.{self.name}.')}")
 
 
 def find_file() -> Path:
@@ -76,7 +80,7 @@ def read_checks(file: Path) -> list[Check]:
     if table is None:
         raise UsageError(f"{file}: it has no table [tool.ndcheck]")
     try:
-        return _read_checks(table, file.parent)
+        return _read_checks(table, file)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
 
@@ -94,7 +98,7 @@ def _read_table(file: Path) -> Table | None:
     return tool
 
 
-def _read_checks(table: Table, folder: Path) -> list[Check]:
+def _read_checks(table: Table, file: Path) -> list[Check]:
     _refuse_unknown(table, (*OPTIONS, "rules", "checks"), "")
     checks = table.get("checks")
     if not isinstance(checks, dict) or not checks:
@@ -112,9 +116,9 @@ def _read_checks(table: Table, folder: Path) -> list[Check]:
         _refuse_unknown(check, (*OPTIONS, "rules"), place)
         options = {key: value for key, value in check.items() if key != "rules"}
         _check_types(options, OPTIONS, place)
-        spec = _make_spec({**shared, **options}, folder, place)
+        spec = _make_spec({**shared, **options}, file.parent, place)
         rules = _merge(shared_rules, _rules_table(check, f"{place}rules."))
-        found.append(Check(name, spec, _make_rules(rules, spec, f"{place}rules."), folder))
+        found.append(Check(name, spec, _make_rules(rules, spec, f"{place}rules."), file))
     return found
 
 
@@ -124,9 +128,15 @@ def _make_spec(options: Table, folder: Path, place: str) -> RunSpec:
     try:
         return make_spec(**options)
     except UsageError as error:
-        # The line speaks of the flag; this file has the same option under the name of a key.
-        key = re.sub(r"^--([a-z-]+)", lambda match: match[1].replace("-", "_"), str(error))
-        raise UsageError(f"{place}{key}") from error
+        raise UsageError(_key(error, place)) from error
+
+
+def _key(error: UsageError, place: str) -> str:
+    """A line that begins with a flag begins with the key instead: the same name in a file."""
+    flag = re.match(r"--([a-z-]+)", str(error))
+    if flag is None:
+        return f"{place[:-1]}: {error}"
+    return f"{place}{flag[1].replace('-', '_')}{str(error)[flag.end() :]}"
 
 
 def _rules_table(table: Table, place: str) -> Table:

@@ -97,12 +97,12 @@ def parse_batch_sizes(text: str) -> tuple[int, ...]:
 
 def parse_axes(text: str) -> tuple[Axis, ...]:
     """``"slot,cache"`` as invariance properties, in their usual order; ``all`` for every one."""
-    return AXES if text == "all" else _parse_names("--axes", text, AXES)
+    return AXES if text == "all" else parse_names("--axes", text, AXES)
 
 
-def parse_arms(text: str) -> tuple[Arm, ...]:
+def parse_arms(text: str, option: str = "--kernels") -> tuple[Arm, ...]:
     """``"stock,invariant"`` as kernel sets."""
-    return _parse_names("--kernels", text, ARMS)
+    return parse_names(option, text, ARMS)
 
 
 def parse_mode(text: str) -> Mode:
@@ -168,7 +168,8 @@ def check(spec: RunSpec) -> None:
             raise UsageError(f"--answer-pattern {spec.answer_pattern!r}: {error}") from error
 
 
-def _parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Name, ...]:
+def parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Name, ...]:
+    """``"a,b"`` as names of ``accepted``, in its order. Raises UsageError for any other."""
     names = [part.strip() for part in text.split(",")]
     for name in names:
         if name not in accepted:

@@ -243,7 +243,7 @@ def _judge_property(
         at = finding.first_divergence_min
         verdicts.append(_judge_prefix(at or 0, at is not None, narrow.min_common_prefix))
     if not verdicts and k and own.tolerates_divergence:
-        reason = f"{k} of {n} trials diverged, which the rules on all trials judge"
+        reason = f"{k} of {n} trials diverged; judged by the rules on all trials"
         verdicts.append(Verdict("PASS", (reason,)))
     if not verdicts:
         return judge_axis(axis, finding, asked)
