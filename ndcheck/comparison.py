@@ -142,7 +142,8 @@ def _find_changes(a: Run, b: Run) -> Iterator[Change]:
             continue
         group = "kernels" if field.name in KERNEL_FIELDS else "load"
         group = "model" if field.name in MODEL_FIELDS else group
-        found.append((group, field.name, *(getattr(r.spec, field.name) for r in (a, b))))
+        values = (getattr(run.spec, field.name) for run in (a, b))
+        found.append((group, f"spec.{field.name}", *values))
     groups = get_args(Group)
     for group, name, x, y in sorted(found, key=lambda change: groups.index(change[0])):
         if x != y:

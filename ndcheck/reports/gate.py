@@ -105,8 +105,9 @@ def _rule(ruling: Ruling) -> str:
 
 
 def _reasons(ruling: Ruling) -> list[str]:
-    """Without the property that stands in front of them anyway."""
-    return [reason.removeprefix(f"{ruling.axis}: ") for reason in ruling.verdict.reasons]
+    """Without the property, or the kind of drift, that stands in front of them anyway."""
+    shown = ruling.axis or ruling.rule.removeprefix("baseline-")
+    return [reason.removeprefix(f"{shown}: ") for reason in ruling.verdict.reasons]
 
 
 def subject(ruling: Ruling) -> str:
