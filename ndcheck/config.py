@@ -204,7 +204,7 @@ def _names(values: Iterable[str], accepted: Sequence[str], place: str) -> tuple[
     for value in values or ("",):
         if value not in accepted:
             raise UsageError(
-                f"{place}: {value!r} is unknown{did_you_mean(value, accepted)}; "
+                f"{place}: {value!r} is unknown{did_you_mean(value, accepted) or ';'} "
                 f"accepted: {', '.join(accepted)}"
             )
     return values

@@ -59,8 +59,20 @@ class Demands:
             rules = dataclasses.replace(
                 rules, fail_on=parse_names("--fail-on", self.fail_on, FAIL_ON)
             )
-        rules.check(spec)
+        try:
+            rules.check(spec)
+        except UsageError as error:
+            raise self._name_flag(error) from error
         return rules
+
+    def _name_flag(self, error: UsageError) -> UsageError:
+        """A line that begins with a rule begins with its flag instead, where that gave it."""
+        name, colon, rest = str(error).partition(":")
+        if getattr(self.limits, name, None) is not None:
+            name = f"--{name.replace('_', '-')}"
+        elif self.arms is not None and name in self.arms.split(","):
+            name = f"--arms {name}"
+        return UsageError(f"{name}{colon}{rest}")
 
 
 def parse_inconclusive(text: str | None) -> Inconclusive:
