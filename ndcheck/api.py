@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -57,6 +58,8 @@ def measure_spec(
     spec: records.RunSpec, out: Path | None, on_progress: Watcher = lambda progress: None
 ) -> Run:
     """The same for a spec; the reports are written beside the samples."""
+    # Read when torch is imported, if it is not yet; `__main__` says why.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sampler = open_sampler(spec)
     trials = plan(spec, sampler)
     with closing(create_directory(spec, sampler, trials, out)) as directory:

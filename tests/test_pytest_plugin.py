@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 
 TESTS = """
 import sys
@@ -29,8 +30,6 @@ def test_the_plugin_in_a_project(tmp_path):
     (tmp_path / "test_project.py").write_text(TESTS)
     # Coverage's own plugin would import what this test says is not imported.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:cov"]
-    from importlib.metadata import entry_points
-
     if not any(point.name == "ndcheck" for point in entry_points(group="pytest11")):
         raise AssertionError("the installed ndcheck has no pytest plugin: install it again")
     done = subprocess.run(
