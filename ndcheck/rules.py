@@ -11,7 +11,16 @@ from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
 from ndcheck.comparison import Comparison, FailOn, judge_comparison
 from ndcheck.errors import UsageError
 from ndcheck.records import Arm, Axis, Run, RunSpec
-from ndcheck.verdict import DOUBTS, STATUS_REASONS, Outcome, Verdict, judge_axis, judge_probe, worst
+from ndcheck.verdict import (
+    DOUBTS,
+    STATUS_REASONS,
+    STOCK_DID_NOT_FAIL,
+    Outcome,
+    Verdict,
+    judge_axis,
+    judge_probe,
+    worst,
+)
 
 BASELINE_DEFAULT: tuple[FailOn, ...] = ("tokens", "unique", "rate")
 
@@ -219,9 +228,7 @@ def _judge_evidence(
         if judge_probe(stock, asked).verdict.outcome == "FAIL":
             control += ", and stock, the other control, failed"
         else:
-            doubts.append(
-                "the stock arm, its control, did not fail under these loads: try larger loads"
-            )
+            doubts.append(STOCK_DID_NOT_FAIL)
     if doubts:
         return Verdict("INCONCLUSIVE", tuple(doubts))
     return Verdict("PASS", (f"{probe.n_trials} trials, each witnessed at its size; {control}",))

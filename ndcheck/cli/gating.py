@@ -156,6 +156,13 @@ def publish(
     from rich.console import Console
 
     code = exit_code(results, inconclusive)
+    if as_json:
+        typer.echo(json.dumps(gate_document(results, code), indent=2, allow_nan=False))
+    else:
+        print_gate(Console(highlight=False), results)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in github_annotations(results):
+            typer.echo(line, err=as_json)  # GitHub reads both streams
     if junit is not None:
         try:
             junit.parent.mkdir(parents=True, exist_ok=True)
@@ -170,13 +177,6 @@ def publish(
                 file.write(gate_markdown(results))
         except OSError as error:
             raise write_failure(Path(summary_page), error) from error
-    if as_json:
-        typer.echo(json.dumps(gate_document(results, code), indent=2, allow_nan=False))
-    else:
-        print_gate(Console(highlight=False), results)
-    if os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in github_annotations(results):
-            typer.echo(line, err=as_json)  # GitHub reads both streams
     return code
 
 

@@ -18,6 +18,7 @@ from ndcheck.rules import GateVerdict, Ruling
 from ndcheck.verdict import EXIT_CODES, Outcome
 
 SCHEMA_VERSION = 1
+MAX_MARKDOWN_RULINGS = 500
 BACKEND_FAILURE = 4
 Inconclusive = Literal["exit-3", "pass", "fail"]
 """What an inconclusive check counts as: exit code 3, a pass, or a failure."""
@@ -124,18 +125,26 @@ def gate_markdown(results: Sequence[CheckResult]) -> str:
             parts.append(code_block(result.command, "sh"))
         parts.append(markdown_text(result.headline))
         if result.verdict is not None:
-            rows = [
-                (
-                    ruling.verdict.outcome,
-                    _rule(ruling),
-                    markdown_text(subject(ruling)),
-                    markdown_text("; ".join(_reasons(ruling))),
-                )
-                for ruling in result.verdict.rulings
-            ]
-            lines = ["| Verdict | Rule | Of | Reason |", "| --- | --- | --- | --- |"]
-            parts.append("\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]))
+            parts += _markdown_rulings(result.verdict)
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_rulings(verdict: GateVerdict) -> Iterator[str]:
+    # GitHub drops a summary of more than a megabyte.
+    ranked = sorted(verdict.rulings, key=lambda r: list(STYLES).index(r.verdict.outcome))
+    rows = [
+        (
+            ruling.verdict.outcome,
+            _rule(ruling),
+            markdown_text(subject(ruling)),
+            markdown_text("; ".join(_reasons(ruling))),
+        )
+        for ruling in ranked[:MAX_MARKDOWN_RULINGS]
+    ]
+    lines = ["| Verdict | Rule | Of | Reason |", "| --- | --- | --- | --- |"]
+    yield "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    if len(rows) < len(ranked):
+        yield f"and {len(ranked) - len(rows)} more."
 
 
 def github_annotations(results: Sequence[CheckResult]) -> Iterator[str]:
