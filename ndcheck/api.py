@@ -34,7 +34,13 @@ SCREEN_WIDTH = 100
 Watcher = Callable[[Progress], None]
 
 
-def measure(model: str = DEFAULTS.model, *, out: str | Path | None = None, **options: Any) -> Run:
+def measure(
+    model: str = DEFAULTS.model,
+    *,
+    out: str | Path | None = None,
+    on_progress: Watcher = lambda progress: None,
+    **options: Any,
+) -> Run:
     """Measure as `ndcheck run` does, with its options as keywords, and return the run.
 
     >>> import ndcheck
@@ -44,14 +50,15 @@ def measure(model: str = DEFAULTS.model, *, out: str | Path | None = None, **opt
     >>> run.completions[["count", "first_divergence"]].to_dict("list")
     {'count': [33, 7], 'first_divergence': [3, None]}
 
-    ``out`` is a new or empty directory (default: one in ``ndcheck-runs``). Raises UsageError for
-    an option that is wrong, BackendError where the model or its device fails.
+    ``out`` is a new or empty directory (default: one in ``ndcheck-runs``); ``on_progress`` is
+    called after every trial. Raises UsageError for an option that is wrong, BackendError where
+    the model or its device fails.
     """
     try:
         spec = make_spec(model=model, **options)
     except TypeError as error:
         raise UsageError(str(error).replace("make_spec()", "measure()")) from error
-    return measure_spec(spec, None if out is None else Path(out))
+    return measure_spec(spec, None if out is None else Path(out), on_progress)
 
 
 def measure_spec(

@@ -36,6 +36,17 @@ def test_verdict_and_command(run):
     assert run.record.status == "finished"
 
 
+def test_progress(tmp_path):
+    seen = []
+    ndcheck.measure(
+        "scripted:clean",
+        out=tmp_path / "run",
+        on_progress=lambda progress: seen.append((progress.n_done, progress.n_trials)),
+        **SMALL,
+    )
+    assert seen == [(i, 22) for i in range(1, 23)]
+
+
 def test_data_frames_are_the_csv_files(run):
     for name, frame in (
         ("samples", run.samples),

@@ -14,7 +14,7 @@ def gate(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Directories of runs [default: run the checks of --config].", metavar="[RUN]..."
+            help="Directories of runs [default: run the checks of --config].", metavar="RUN"
         ),
     ] = None,
     config: Annotated[

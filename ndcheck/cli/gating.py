@@ -125,6 +125,8 @@ def run_checks(
     rules = [demands.over(check.rules, check.spec) for check in checks]
     for check, demanded in zip(checks, rules, strict=True):
         _rehearse(check, demanded)
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {out}: it is not empty; choose a new folder")
     now = datetime.now(UTC)
     results = []
     for number, (check, demanded) in enumerate(zip(checks, rules, strict=True), 1):
@@ -135,6 +137,9 @@ def run_checks(
         try:
             with ProgressLine(quiet=quiet) as progress:
                 run = measure_spec(check.spec, path, progress.show)
+        except KeyboardInterrupt:
+            note(f"interrupted; go on with: ndcheck run --resume {path}", quiet=False)
+            raise
         except UsageError as error:
             raise check.locate(error) from error
         except NdcheckError as error:

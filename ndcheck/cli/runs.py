@@ -23,8 +23,7 @@ def runs(
     from rich.console import Console
 
     from ndcheck.errors import UsageError
-    from ndcheck.reports.listing import runs_table
-    from ndcheck.reports.terminal import print_without_padding
+    from ndcheck.reports.listing import run_lines
 
     if not folder.is_dir():
         raise UsageError(f"{folder} is no directory of runs")
@@ -34,7 +33,9 @@ def runs(
     elif not found:
         raise UsageError(f"{folder} holds no run")
     else:
-        print_without_padding(Console(highlight=False), runs_table(found))
+        console = Console(highlight=False)
+        for line in run_lines(found):
+            console.print(line, soft_wrap=True)
 
 
 def _read(folder: Path) -> Iterator[dict[str, Any]]:
@@ -53,6 +54,7 @@ def _read(folder: Path) -> Iterator[dict[str, Any]]:
             continue
         rows = _read_summary(path / "summary.csv")
         yield {
+            "name": path.name,
             "directory": str(path),
             "started_at": run.started_at,
             "model": run.spec.model,

@@ -173,9 +173,12 @@ def test_baselines(gate, tmp_path, forked):
         (("run", "--fail-on", "tokens"), ("--fail-on", "--baseline")),
         (("--config", "none.toml"), ("none.toml: No such file",)),
         (("--save-baseline", "x"), ("--save-baseline", "RUN")),
+        (("--config", "rules.toml", "--out", "run"), ("--out run: it is not empty",)),
+        (("--config", "rules.toml", "--check", "b"), ("--check b: unknown; rules.toml has a",)),
     ],
 )
-def test_bad_input(gate, forked, options, parts):
+def test_bad_input(gate, tmp_path, forked, options, parts):
+    (tmp_path / "rules.toml").write_text('[checks.a]\nmodel = "scripted:clean"\n')
     done = gate(*options)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
