@@ -53,6 +53,8 @@ def test_options_defaults_and_rules(tmp_path):
             max_slowdown = 2
             [checks.second.rules.invariant]
             min_common_prefix = 16
+            [checks.second.rules.cache]
+            confidence = 0.9
             [checks.second.rules.invariant.cache]
             max_divergence_rate = 0.5
             """,
@@ -76,7 +78,7 @@ def test_options_defaults_and_rules(tmp_path):
     )
     assert second.rules.of_arm("stock") == Rules(max_unique=1, max_slowdown=2)
     assert second.rules.of_property("invariant", "cache") == Rules(
-        allow_latent=True, max_divergence_rate=0.5
+        allow_latent=True, confidence=0.9, max_divergence_rate=0.5
     )
 
 

@@ -109,6 +109,23 @@ def test_a_property_may_allow_latent_alone(measured):
     assert gate(found, other).outcome == "FAIL"
 
 
+def test_a_limit_on_the_tokens_of_a_property_says_nothing_of_its_bits(measured):
+    for allowed, outcome in ((False, "FAIL"), (True, "PASS")):
+        narrow = Rules(min_common_prefix=3, allow_latent=allowed)
+        rules = RuleSet(by_property={(None, "batch-size"): narrow})
+        assert gate(measured("latent"), rules).outcome == outcome
+
+
+def test_the_narrower_scope_wins(measured):
+    found = measured("batch-dependent")
+    assert gate(found, RuleSet(Rules(max_unique=1))).outcome == "FAIL"
+    for wide, narrow, outcome in ((1, 2, "PASS"), (2, 1, "FAIL")):
+        rules = RuleSet(Rules(max_unique=wide), by_arm={"stock": Rules(max_unique=narrow)})
+        assert gate(found, rules).outcome == outcome
+    of_both = {(None, "slot"): Rules(confidence=0.8), ("stock", "slot"): Rules(confidence=0.9)}
+    assert RuleSet(by_property=of_both).of_property("stock", "slot").confidence == 0.9
+
+
 def test_stock_may_fail_where_only_the_invariant_arm_is_judged(measured):
     cured = measured(spec=BOTH, arms={"stock": "batch-dependent"})
     assert gate(cured).outcome == "FAIL"

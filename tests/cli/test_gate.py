@@ -102,6 +102,11 @@ def test_inconclusive_may_pass_or_fail(gate, tmp_path, config, outcome, code, ta
     xmlschema.XMLSchema(SCHEMA).validate(tmp_path / "j.xml")
 
 
+def test_flags_win_over_the_rules_of_a_configuration(gate, config):
+    assert gate("--quiet", "--check", "forks").returncode == 1
+    assert gate("--quiet", "--check", "forks", "--max-unique", "2").returncode == 0
+
+
 def test_flags_are_rules_too(gate, forked):
     assert gate("run").returncode == 1
     assert gate("run", "--max-unique", "2").returncode == 0
