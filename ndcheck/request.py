@@ -100,9 +100,9 @@ def parse_axes(text: str) -> tuple[Axis, ...]:
     return AXES if text == "all" else parse_names("--axes", text, AXES)
 
 
-def parse_arms(text: str, option: str = "--kernels") -> tuple[Arm, ...]:
+def parse_arms(text: str) -> tuple[Arm, ...]:
     """``"stock,invariant"`` as kernel sets."""
-    return parse_names(option, text, ARMS)
+    return parse_names("--kernels", text, ARMS)
 
 
 def parse_mode(text: str) -> Mode:

@@ -99,7 +99,9 @@ def measured():
     from ndcheck.request import DEFAULTS
     from ndcheck.samplers.scripted import ScriptedSampler
 
-    small = replace(DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40)
+    small = replace(
+        DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40, arms=("stock",)
+    )
 
     def measure(behaviour="clean", spec=small, arms=None, change=lambda sample: sample, **run):
         """``arms`` gives arms other behaviours; ``change`` is applied to every sample."""

@@ -13,7 +13,7 @@ from ndcheck.records import Decoding, Witness
 from ndcheck.request import DEFAULTS
 from ndcheck.rules import Rules, RuleSet, judge_gate
 
-SPEC = replace(DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40)
+SPEC = replace(DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40, arms=("stock",))
 BOTH = replace(SPEC, arms=("stock", "invariant"))
 
 

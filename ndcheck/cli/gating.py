@@ -18,7 +18,7 @@ from ndcheck.cli.session import note
 from ndcheck.comparison import FAIL_ON, compare
 from ndcheck.config import Check, find_file, read_checks
 from ndcheck.errors import BackendError, NdcheckError, UsageError, did_you_mean
-from ndcheck.records import RunSpec
+from ndcheck.records import ARMS, RunSpec
 from ndcheck.reports.gate import (
     CheckResult,
     Inconclusive,
@@ -30,7 +30,7 @@ from ndcheck.reports.gate import (
 )
 from ndcheck.reports.junit import junit_xml
 from ndcheck.reports.reproduction import reproduce_command
-from ndcheck.request import DEFAULTS, parse_arms, parse_names
+from ndcheck.request import DEFAULTS, parse_names
 from ndcheck.rules import Rules, RuleSet, judge_gate
 from ndcheck.runner import RUNS_DIRECTORY, free_path, plan
 from ndcheck.samplers.base import open_sampler
@@ -50,7 +50,7 @@ class Demands:
         """Raises UsageError for a rule that the run cannot be judged by."""
         rules = dataclasses.replace(rules, general=self.limits.over(rules.general))
         if self.arms is not None:
-            rules = dataclasses.replace(rules, arms=parse_arms(self.arms, "--arms"))
+            rules = dataclasses.replace(rules, arms=parse_names("--arms", self.arms, ARMS))
         if self.baseline is not None:
             rules = dataclasses.replace(rules, baseline=self.baseline)
         if self.fail_on is not None:

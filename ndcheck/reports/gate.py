@@ -19,6 +19,9 @@ from ndcheck.verdict import EXIT_CODES, Outcome
 
 SCHEMA_VERSION = 1
 MAX_MARKDOWN_RULINGS = 500
+ONLY_STOCK_FAILED = (
+    "only stock failed; to judge the invariant arm, with stock as its control: --arms invariant"
+)
 BACKEND_FAILURE = 4
 Inconclusive = Literal["exit-3", "pass", "fail"]
 """What an inconclusive check counts as: exit code 3, a pass, or a failure."""
@@ -75,6 +78,8 @@ def print_gate(console: Console, results: Sequence[CheckResult]) -> None:
         console.print(headline)
         if result.verdict is not None:
             print_without_padding(console, _rulings(result.verdict))
+            if _only_stock_failed(result.verdict):
+                console.print(Text(f"  {ONLY_STOCK_FAILED}"), soft_wrap=True)
         if result.directory:
             shown = f"ndcheck report {argument(result.directory)}"
             console.print(Text.assemble("  more: ", (shown, "cyan")), soft_wrap=True)
@@ -99,6 +104,11 @@ def _rulings(verdict: GateVerdict) -> Table:
             Text("\n".join(map(visible, _reasons(ruling)))),
         )
     return grid
+
+
+def _only_stock_failed(verdict: GateVerdict) -> bool:
+    failed = {r.arm for r in verdict.rulings if r.verdict.outcome == "FAIL"}
+    return failed == {"stock"} and any(r.arm == "invariant" for r in verdict.rulings)
 
 
 def _rule(ruling: Ruling) -> str:
