@@ -18,7 +18,8 @@ DEFAULTS = RunSpec(
     batch_sizes=(1, 2, 4, 8, 16),
     axes=AXES,
     mode="copies",
-    n_samples=200,
+    n_samples=150,
+    arms=("stock", "invariant"),
 )
 
 Name = TypeVar("Name", bound=str)
@@ -33,7 +34,7 @@ def make_spec(
     loads: str | Sequence[int] = DEFAULTS.batch_sizes,
     axes: str | Sequence[str] = DEFAULTS.axes,
     mode: str = DEFAULTS.mode,
-    kernels: str | Sequence[str] = DEFAULTS.arms,
+    kernels: str | Sequence[str] | None = None,
     samples: int = DEFAULTS.n_samples,
     target_rate: float | None = DEFAULTS.target_rate,
     confidence: float = DEFAULTS.confidence,
@@ -46,6 +47,7 @@ def make_spec(
     device: str = DEFAULTS.device,
     attn: str = DEFAULTS.attention,
     answer_pattern: str | None = DEFAULTS.answer_pattern,
+    random_weights: int | None = DEFAULTS.random_weights,
     trust_remote_code: bool = DEFAULTS.trust_remote_code,
 ) -> RunSpec:
     """The spec that these options ask for: those of `ndcheck run`, by the names they have there.
@@ -61,13 +63,14 @@ def make_spec(
         axes=parse_axes(_join(axes)),
         mode=parse_mode(mode),
         n_samples=samples,
-        arms=parse_arms(_join(kernels)),
+        arms=parse_arms(None if kernels is None else _join(kernels), model),
         seed=seed,
         dtype=dtype,
         device=device,
         attention=attn,
         chat=chat,
         trust_remote_code=trust_remote_code,
+        random_weights=random_weights,
         target_rate=target_rate,
         confidence=confidence,
         stop_on_divergence=stop_on_divergence,
@@ -100,8 +103,10 @@ def parse_axes(text: str) -> tuple[Axis, ...]:
     return AXES if text == "all" else parse_names("--axes", text, AXES)
 
 
-def parse_arms(text: str) -> tuple[Arm, ...]:
-    """``"stock,invariant"`` as kernel sets."""
+def parse_arms(text: str | None, model: str) -> tuple[Arm, ...]:
+    """``"stock,invariant"`` as kernel sets; None is both, where the model computes here."""
+    if text is None:
+        return ("stock",) if model.startswith("scripted:") else DEFAULTS.arms
     return parse_names("--kernels", text, ARMS)
 
 
@@ -147,6 +152,10 @@ def check(spec: RunSpec) -> None:
         (
             0 <= decoding.temperature < float("inf"),
             f"--temperature {decoding.temperature}: give 0 (greedy) or a positive number",
+        ),
+        (
+            spec.random_weights is None or 0 <= spec.random_weights < 2**63,
+            f"--random-weights {spec.random_weights}: give a seed, 0 up to 2^63 - 1",
         ),
         (0 <= spec.seed < 2**63, f"--seed {spec.seed}: give 0 up to 2^63 - 1"),
         (

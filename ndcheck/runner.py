@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ndcheck import __version__, environment
+from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.errors import TrialError, UsageError
 from ndcheck.load import plan_trials, plant_fault
@@ -155,10 +156,3 @@ def run_trials(
         close("failed")
         raise
     return close("finished")
-
-
-def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
-    for position, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return position
-    return None if len(a) == len(b) else min(len(a), len(b))

@@ -20,7 +20,7 @@ def medians_us(variants: Mapping[str, Launches]) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in variants}
     for replay in range(REPLAYS + 1):
         for name, (graph, count) in graphs.items():
-            us = _elapsed_us(graph.replay) / count
+            us = elapsed_us(graph.replay) / count
             if replay:  # the first one warms up
                 times[name].append(us)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -30,7 +30,7 @@ def _capture(launches: Launches) -> tuple[torch.cuda.CUDAGraph, int]:
     """A graph of about GRAPH_US, and how many launches it holds."""
     for launch in launches:
         launch()
-    once_us = max(_elapsed_us(launches[0]), 2.0)
+    once_us = max(elapsed_us(launches[0]), 2.0)
     rounds = max(1, min(60, round(GRAPH_US / once_us)) // len(launches))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -40,7 +40,7 @@ def _capture(launches: Launches) -> tuple[torch.cuda.CUDAGraph, int]:
     return graph, rounds * len(launches)
 
 
-def _elapsed_us(work: Callable[[], object]) -> float:
+def elapsed_us(work: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -54,7 +54,7 @@ def copy_gb_per_s() -> float:
     """Bytes read and written per second by a device-to-device copy of 2 GB."""
     source = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.empty_like(source)
-    us = statistics.median(_elapsed_us(lambda: target.copy_(source)) for _ in range(REPLAYS))
+    us = statistics.median(elapsed_us(lambda: target.copy_(source)) for _ in range(REPLAYS))
     return 4 * source.numel() / us / 1000
 
 

@@ -39,9 +39,9 @@ Seed = Annotated[
     int, typer.Option(help="Of fillers, slots and draws.", envvar="NDCHECK_SEED", metavar="N")
 ]
 Kernels = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help=f"Arms to run, interleaved: {', '.join(ARMS)}.",
+        help=f"Arms to run, interleaved: {', '.join(ARMS)} [default: both].",
         envvar="NDCHECK_KERNELS",
         metavar="ARMS",
     ),
@@ -123,10 +123,23 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a screen.")]
+Html = Annotated[
+    bool, typer.Option("--html", help="Also write report.html, one page with everything in it.")
+]
+Plots = Annotated[
+    bool,
+    typer.Option("--plots", help="Also write plots/ as PNG and SVG; needs ndcheck[plots]."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")]
+RandomWeights = Annotated[
+    int | None,
+    typer.Option(
+        help="Make weights from the model's config.json and this seed; load none.",
+        metavar="SEED",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model's repository run its code.")
 ]
 
 LOADS_DEFAULT = ",".join(map(str, DEFAULTS.batch_sizes))
-KERNELS_DEFAULT = ",".join(DEFAULTS.arms)

@@ -17,7 +17,7 @@ def run(
     loads: o.Loads = o.LOADS_DEFAULT,
     axes: o.Axes = "all",
     mode: o.LoadMode = DEFAULTS.mode,
-    kernels: o.Kernels = o.KERNELS_DEFAULT,
+    kernels: o.Kernels = None,
     samples: o.Samples = DEFAULTS.n_samples,
     target_rate: o.TargetRate = None,
     confidence: o.Confidence = DEFAULTS.confidence,
@@ -30,22 +30,27 @@ def run(
     device: o.Device = DEFAULTS.device,
     attn: o.Attention = DEFAULTS.attention,
     answer_pattern: o.AnswerPattern = None,
+    random_weights: o.RandomWeights = None,
     trust_remote_code: o.TrustRemoteCode = False,
     out: o.Out = None,
     resume: o.Resume = None,
     dry_run: o.DryRun = False,
+    html: o.Html = False,
+    plots: o.Plots = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Sample prompts again and again under varying batches, and compare tokens and bits.
 
-    Without options: the embedded model, one prompt, every invariance property, about a minute.
+    Without options: the embedded model, one prompt, stock and batch-invariant kernels, every
+    invariance property, about a minute.
     """
     from ndcheck.cli import session
 
     if resume is not None:
-        session.refuse_other_options(context, allowed={"resume", "json", "quiet"})
-        raise typer.Exit(session.resume(resume, as_json=json, quiet=quiet))
+        session.refuse_other_options(context, allowed={"resume", "html", "plots", "json", "quiet"})
+        code = session.resume(resume, as_json=json, quiet=quiet, html=html, plots=plots)
+        raise typer.Exit(code)
     spec = make_spec(
         model=model,
         prompt=prompt or (),
@@ -67,8 +72,10 @@ def run(
         device=device,
         attn=attn,
         answer_pattern=answer_pattern,
+        random_weights=random_weights,
         trust_remote_code=trust_remote_code,
     )
     if dry_run:
         raise typer.Exit(session.print_plan(spec))
-    raise typer.Exit(session.start(spec, out, as_json=json, quiet=quiet))
+    code = session.start(spec, out, as_json=json, quiet=quiet, html=html, plots=plots)
+    raise typer.Exit(code)

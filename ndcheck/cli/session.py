@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from contextlib import closing
@@ -16,6 +17,7 @@ from ndcheck.cli.progress import ProgressLine
 from ndcheck.errors import NdcheckError, UsageError
 from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
+from ndcheck.reports.plots import MAX_PROBES
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
@@ -27,8 +29,11 @@ from ndcheck.verdict import EXIT_CODES, judge
 INTERRUPTED = 130
 
 
-def start(spec: RunSpec, out: Path | None, *, as_json: bool, quiet: bool) -> int:
+def start(
+    spec: RunSpec, out: Path | None, *, as_json: bool, quiet: bool, html: bool, plots: bool
+) -> int:
     """Measure from the beginning. Returns the exit code."""
+    check_plots(wanted=plots)
     note(f"loading {spec.model}", quiet=quiet)
     sampler = open_sampler(spec)
     trials = plan(spec, sampler)
@@ -40,11 +45,14 @@ def start(spec: RunSpec, out: Path | None, *, as_json: bool, quiet: bool) -> int
             quiet=quiet,
         )
     with closing(create_directory(spec, sampler, trials, out)) as directory:
-        return measure(directory, trials, sampler, [], as_json=as_json, quiet=quiet)
+        return measure(
+            directory, trials, sampler, [], as_json=as_json, quiet=quiet, html=html, plots=plots
+        )
 
 
-def resume(path: Path, *, as_json: bool, quiet: bool) -> int:
+def resume(path: Path, *, as_json: bool, quiet: bool, html: bool, plots: bool) -> int:
     """Go on with a run as it was. Returns the exit code."""
+    check_plots(wanted=plots)
     directory, finished = RunDirectory.resume(path)
     with closing(directory):
         spec = directory.run.spec
@@ -58,7 +66,16 @@ def resume(path: Path, *, as_json: bool, quiet: bool) -> int:
                 f"({'; '.join(changed)}): start a new run"
             )
         trials = plan(spec, sampler)
-        return measure(directory, trials, sampler, finished, as_json=as_json, quiet=quiet)
+        return measure(
+            directory,
+            trials,
+            sampler,
+            finished,
+            as_json=as_json,
+            quiet=quiet,
+            html=html,
+            plots=plots,
+        )
 
 
 def measure(
@@ -69,6 +86,8 @@ def measure(
     *,
     as_json: bool,
     quiet: bool,
+    html: bool,
+    plots: bool,
 ) -> int:
     """Run the trials and report, also on what there is when something ends the run early."""
     failure: NdcheckError | None = None
@@ -76,12 +95,12 @@ def measure(
         with ProgressLine(quiet=quiet) as progress:
             run_trials(trials, sampler, directory, finished, progress.show)
     except KeyboardInterrupt:
-        report(directory.path, directory.run, as_json=as_json)
+        report(directory.path, directory.run, as_json=as_json, html=html, plots=plots)
         note(f"interrupted; go on with: ndcheck run --resume {directory.path}", quiet=False)
         return INTERRUPTED
     except NdcheckError as error:
         failure = error
-    code = report(directory.path, directory.run, as_json=as_json)
+    code = report(directory.path, directory.run, as_json=as_json, html=html, plots=plots)
     if failure is not None:
         note(
             f"finished trials are kept; go on with: ndcheck run --resume {directory.path}",
@@ -91,19 +110,27 @@ def measure(
     return code
 
 
-def report(path: Path, run: Run, *, as_json: bool) -> int:
+def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bool = False) -> int:
     """Write the reports of a run and show one. Returns the verdict's exit code."""
     from rich.console import Console
 
+    check_plots(wanted=plots)
     samples = SampleReader(path)
     summary = summarise(samples, run.spec)
     for line in samples.bad_lines:
         note(line, quiet=False)
     judgement = judge(run, summary)
     try:
-        write_reports(path, run, samples, summary, judgement, DEFAULTS)
+        write_reports(path, run, samples, summary, judgement, DEFAULTS, html=html, plots=plots)
     except OSError as error:
         raise write_failure(path, error) from error
+    if html:
+        note(f"wrote {path / 'report.html'}", quiet=False)
+    if plots:
+        rest = len(run.spec.probes) - MAX_PROBES
+        note(
+            f"wrote {path / 'plots'}{f' without the last {rest} probes' * (rest > 0)}", quiet=False
+        )
     if as_json:
         typer.echo(json.dumps(make_document(run, summary, judgement), indent=2, allow_nan=False))
     else:
@@ -159,6 +186,12 @@ def refuse_other_options(context: typer.Context, allowed: set[str]) -> None:
                 f"--resume goes on with the run as it was: --{name.replace('_', '-')} "
                 "cannot be changed; start a new run for that"
             )
+
+
+def check_plots(*, wanted: bool) -> None:
+    """Raise UsageError before anything is measured if the plots could not be drawn."""
+    if wanted and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plots needs matplotlib: pip install 'ndcheck[plots]'")
 
 
 def note(line: str, *, quiet: bool) -> None:

@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING
 
 from ndcheck.analysis.summary import Summary
 from ndcheck.records import Run, RunSpec, Sample
+from ndcheck.reports.figures import gather
+from ndcheck.reports.html_page import html_report
 from ndcheck.reports.markdown import markdown_report
 from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file
 from ndcheck.reports.tables import completion_tables, loads_table, sample_tables, summary_table
-from ndcheck.store import replacing
+from ndcheck.store import replacing, replacing_bytes
 from ndcheck.verdict import Judgement
 
 if TYPE_CHECKING:
     import pandas as pd
+
+PLOTS_DIRECTORY = "plots"
 
 
 def write_reports(
@@ -25,12 +29,16 @@ def write_reports(
     summary: Summary,
     judgement: Judgement,
     defaults: RunSpec,
+    *,
+    html: bool = False,
+    plots: bool = False,
 ) -> list[Path]:
     """Write report.md, the CSV files, and the prompts if report.md's command needs them in a file.
 
-    All bytes depend on the arguments alone.
+    ``html`` adds report.html, ``plots`` the directory plots/. All bytes depend on the arguments
+    alone.
     ``samples`` are all of the run's, controls too, in the order that ``summary.samples`` has; they
-    are read once, as a stream. Raises OSError where the disk refuses.
+    are streamed once, and once more for html and plots. Raises OSError where the disk refuses.
     """
     tables: dict[str, Iterable[pd.DataFrame]] = {
         "samples.csv": sample_tables(run, samples, summary),
@@ -44,10 +52,24 @@ def write_reports(
                 # RFC 4180 ends lines with CR LF.
                 part.to_csv(file, index=False, header=index == 0, lineterminator="\r\n")
     texts = {"report.md": markdown_report(run, summary, judgement, defaults)}
+    pictures: dict[str, bytes] = {}
+    if html or plots:
+        figures = gather(samples, summary)
+    if html:
+        texts["report.html"] = html_report(run, figures, summary, judgement, defaults)
+    if plots:
+        from ndcheck.reports.plots import plot_files
+
+        pictures = plot_files(figures)
+        (directory / PLOTS_DIRECTORY).mkdir(exist_ok=True)
     prompts = prompts_file(run.spec, defaults)
     if prompts is not None:
         texts[PROMPTS_FILE] = prompts
     for name, text in texts.items():
         with replacing(directory / name) as file:
             file.write(text)
-    return [directory / name for name in (*texts, *tables)]
+    for name, picture in pictures.items():
+        with replacing_bytes(directory / PLOTS_DIRECTORY / name) as binary:
+            binary.write(picture)
+    names = (*texts, *tables, *(f"{PLOTS_DIRECTORY}/{name}" for name in pictures))
+    return [directory / name for name in names]
