@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ndcheck.cli import options as o
-from ndcheck.request import DEFAULTS
+from ndcheck.request import DEFAULTS, make_spec
 
 
 def run(
@@ -45,37 +45,36 @@ def run(
     Without options: the embedded model, one prompt, stock and batch-invariant kernels, every
     invariance property, about a minute.
     """
-    from ndcheck import request
     from ndcheck.cli import session
-    from ndcheck.records import Decoding, RunSpec
 
     if resume is not None:
         session.refuse_other_options(context, allowed={"resume", "html", "plots", "json", "quiet"})
         code = session.resume(resume, as_json=json, quiet=quiet, html=html, plots=plots)
         raise typer.Exit(code)
-    spec = RunSpec(
+    spec = make_spec(
         model=model,
-        probes=request.make_probes(prompt or (), prompts_file),
-        decoding=Decoding(max_tokens, temperature, seed),
-        batch_sizes=request.parse_batch_sizes(loads),
-        axes=request.parse_axes(axes),
-        mode=request.parse_mode(mode),
-        n_samples=samples,
-        arms=request.parse_arms(kernels, model),
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        attention=attn,
+        prompt=prompt or (),
+        prompts_file=prompts_file,
         chat=chat,
-        trust_remote_code=trust_remote_code,
-        random_weights=random_weights,
+        loads=loads,
+        axes=axes,
+        mode=mode,
+        kernels=kernels,
+        samples=samples,
         target_rate=target_rate,
         confidence=confidence,
         stop_on_divergence=stop_on_divergence,
         allow_latent=allow_latent,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        attn=attn,
         answer_pattern=answer_pattern,
+        random_weights=random_weights,
+        trust_remote_code=trust_remote_code,
     )
-    request.check(spec)
     if dry_run:
         raise typer.Exit(session.print_plan(spec))
     code = session.start(spec, out, as_json=json, quiet=quiet, html=html, plots=plots)

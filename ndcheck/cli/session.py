@@ -6,30 +6,27 @@ import importlib.util
 import json
 from collections import Counter
 from contextlib import closing
-from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
 
-from ndcheck import __version__, environment
+from ndcheck import environment
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.errors import NdcheckError, UsageError
-from ndcheck.load import plan_trials
 from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
 from ndcheck.reports.plots import MAX_PROBES
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import run_trials
+from ndcheck.runner import create_directory, plan, run_trials
 from ndcheck.samplers.base import Sampler, open_sampler
 from ndcheck.store import RunDirectory, SampleReader, write_failure
 from ndcheck.verdict import EXIT_CODES, judge
 
 INTERRUPTED = 130
-RUNS_DIRECTORY = Path("ndcheck-runs")
 
 
 def start(
@@ -40,16 +37,6 @@ def start(
     note(f"loading {spec.model}", quiet=quiet)
     sampler = open_sampler(spec)
     trials = plan(spec, sampler)
-    now = datetime.now(UTC)
-    path = out or free_path(RUNS_DIRECTORY / f"{now:%Y%m%d-%H%M%S}-{slug(spec.model)}")
-    run = Run(
-        run_id=path.name,
-        ndcheck_version=__version__,
-        spec=spec,
-        environment=environment.capture(sampler.describe()),
-        started_at=now.isoformat(timespec="seconds"),
-        n_trials_planned=len(trials),
-    )
     if spec.target_rate:
         n_trials = trials_needed(spec.target_rate, spec.confidence)
         note(
@@ -57,7 +44,7 @@ def start(
             f"{spec.target_rate:g} is excluded at {spec.confidence:.0%}",
             quiet=quiet,
         )
-    with closing(RunDirectory.create(path, run)) as directory:
+    with closing(create_directory(spec, sampler, trials, out)) as directory:
         return measure(
             directory, trials, sampler, [], as_json=as_json, quiet=quiet, html=html, plots=plots
         )
@@ -188,31 +175,6 @@ def plan_row(trial: Trial) -> tuple[str, ...]:
         load.cache_state,
         "" if trial.baseline is None else str(trial.baseline),
     )
-
-
-def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
-    """The run's trials. Raises UsageError where a prompt is empty or too long for the model."""
-    lengths = {probe.probe_id: sampler.count_tokens(probe.prompt) for probe in spec.probes}
-    for probe_id, length in lengths.items():
-        if length == 0:
-            raise UsageError(f"prompt {probe_id} has no tokens")
-    n_trials = trials_needed(spec.target_rate, spec.confidence) if spec.target_rate else None
-    return plan_trials(spec, lengths, sampler.context, n_trials)
-
-
-def free_path(path: Path) -> Path:
-    """``path``, or the first of path-2, path-3, ... that does not exist."""
-    candidate, n = path, 1
-    while candidate.exists():
-        n += 1
-        candidate = path.with_name(f"{path.name}-{n}")
-    return candidate
-
-
-def slug(model: str) -> str:
-    """The end of a model's name, in characters that every file system takes."""
-    name = model.rstrip("/").rpartition("/")[2]
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:40] or "model"
 
 
 def refuse_other_options(context: typer.Context, allowed: set[str]) -> None:
