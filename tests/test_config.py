@@ -12,7 +12,7 @@ from ndcheck.errors import UsageError
 from ndcheck.records import Probe
 from ndcheck.rules import Rules
 
-NOT_OF_A_CHECK = {"context", "out", "resume", "dry_run", "json", "quiet"}
+NOT_OF_A_CHECK = {"context", "out", "resume", "dry_run", "html", "plots", "json", "quiet"}
 """Options of `ndcheck run` that say what to do with a run, not what it measures."""
 
 
@@ -133,11 +133,11 @@ MISTAKES = {
         "invariant",
     ),
     "a rule for an arm that does not run": (
-        "[checks.a.rules.invariant]\nmax_unique = 1",
+        "[checks.a]\nkernels = 'stock'\n[checks.a.rules.invariant]\nmax_unique = 1",
         "checks.a.rules.invariant: the run has no such arm, only stock",
     ),
     "a slowdown of one arm": (
-        "[checks.a.rules]\nmax_slowdown = 2.0",
+        "[checks.a]\nkernels = 'stock'\n[checks.a.rules]\nmax_slowdown = 2.0",
         "checks.a.rules.max_slowdown: the invariant arm is compared with stock: run both with "
         "kernels = stock,invariant",
     ),
