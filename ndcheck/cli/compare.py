@@ -18,7 +18,9 @@ FAIL_ON_HELP = (
 def compare(
     a: Annotated[str, typer.Argument(help="A run, or a saved baseline's name.", metavar="A")],
     b: Annotated[str, typer.Argument(help="The run to compare with it.", metavar="B")],
-    fail_on: Annotated[str | None, typer.Option(help=FAIL_ON_HELP, metavar="KINDS")] = None,
+    fail_on: Annotated[
+        str | None, typer.Option("--fail-on", help=FAIL_ON_HELP, metavar="KINDS")
+    ] = None,
     confidence: o.Confidence = 0.95,
     json: o.Json = False,
 ) -> None:

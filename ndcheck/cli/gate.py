@@ -20,6 +20,7 @@ def gate(
     config: Annotated[
         Path | None,
         typer.Option(
+            "--config",
             help="Checks [default: ndcheck.toml, or [tool.ndcheck] in pyproject.toml].",
             metavar="FILE",
         ),
@@ -27,23 +28,34 @@ def gate(
     check: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only this check; may be given several times. With RUN: its rules.", metavar="NAME"
+            "--check",
+            help="Only this check; may be given several times. With RUN: its rules.",
+            metavar="NAME",
         ),
     ] = None,
     max_unique: Annotated[
         int | None,
-        typer.Option(help="Distinct completions of a probe in an arm.", metavar="N"),
+        typer.Option(
+            "--max-unique", help="Distinct completions of a probe in an arm.", metavar="N"
+        ),
     ] = None,
     max_divergence_rate: Annotated[
         float | None,
-        typer.Option(help="Trials that diverge: the upper bound at --confidence.", metavar="P"),
+        typer.Option(
+            "--max-divergence-rate",
+            help="Trials that diverge: the upper bound at --confidence.",
+            metavar="P",
+        ),
     ] = None,
     confidence: Annotated[
-        float | None, typer.Option(help="Of that bound [default: the run's].", metavar="LEVEL")
+        float | None,
+        typer.Option("--confidence", help="Of that bound [default: the run's].", metavar="LEVEL"),
     ] = None,
     min_common_prefix: Annotated[
         int | None,
-        typer.Option(help="Tokens that all completions have in common.", metavar="N"),
+        typer.Option(
+            "--min-common-prefix", help="Tokens that all completions have in common.", metavar="N"
+        ),
     ] = None,
     allow_latent: Annotated[
         bool | None,
@@ -51,35 +63,48 @@ def gate(
     ] = None,
     max_slowdown: Annotated[
         float | None,
-        typer.Option(help="Time of the invariant arm over stock's.", metavar="X"),
+        typer.Option("--max-slowdown", help="Time of the invariant arm over stock's.", metavar="X"),
     ] = None,
     arms: Annotated[
         str | None,
-        typer.Option(help="Those that must pass; stock is invariant's control.", metavar="ARMS"),
+        typer.Option(
+            "--arms", help="Those that must pass; stock is invariant's control.", metavar="ARMS"
+        ),
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(help="A run's directory or saved name: no drift from it.", metavar="RUN"),
+        typer.Option(
+            "--baseline", help="A run's directory or saved name: no drift from it.", metavar="RUN"
+        ),
     ] = None,
     fail_on: Annotated[
         str | None,
-        typer.Option(help="What counts as drift; see ndcheck compare.", metavar="KINDS"),
+        typer.Option(
+            "--fail-on", help="What counts as drift; see ndcheck compare.", metavar="KINDS"
+        ),
     ] = None,
     save_baseline: Annotated[
         str | None,
-        typer.Option(help="Keep the run as ndcheck-baselines/NAME.", metavar="NAME"),
+        typer.Option(
+            "--save-baseline", help="Keep the run as ndcheck-baselines/NAME.", metavar="NAME"
+        ),
     ] = None,
     inconclusive: Annotated[
         str | None,
         typer.Option(
+            "--inconclusive",
             help="pass or fail: what an inconclusive check is instead of exit code 3.",
             metavar="OUTCOME",
         ),
     ] = None,
-    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.", metavar="FILE")] = None,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", help="Write JUnit XML.", metavar="FILE")
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="New folder of the checks' runs [default: ndcheck-runs].", metavar="DIR"),
+        typer.Option(
+            "--out", help="New folder of the checks' runs [default: ndcheck-runs].", metavar="DIR"
+        ),
     ] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,

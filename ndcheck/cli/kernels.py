@@ -15,15 +15,17 @@ kernels = typer.Typer(
     no_args_is_help=True,
 )
 
-Op = Annotated[str, typer.Option(help="all, or ops: linear,rms_norm,decode,...", metavar="OP,...")]
+Op = Annotated[
+    str, typer.Option("--op", help="all, or ops: linear,rms_norm,decode,...", metavar="OP,...")
+]
 Dtypes = Annotated[str, typer.Option("--dtype", help="bf16, fp16, fp32.", metavar="DTYPE,...")]
 Rows = Annotated[
-    str | None, typer.Option(help="Numbers of rows [default: a range].", metavar="M,...")
+    str | None, typer.Option("--rows", help="Numbers of rows [default: a range].", metavar="M,...")
 ]
 Csv = Annotated[
     Path | None,
     typer.Option(
-        help="Write each op, dtype and number of rows there as it is done.", metavar="FILE"
+        "--csv", help="Write each op, dtype and number of rows there as it is done.", metavar="FILE"
     ),
 ]
 

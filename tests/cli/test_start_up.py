@@ -74,4 +74,4 @@ def test_every_option_is_named_in_full():
             for info in getattr(parameter.annotation, "__metadata__", ()):
                 if isinstance(info, typer.models.OptionInfo):
                     named = info.param_decls or str(info.default).startswith("--")
-                    assert named, f"{command.callback.__name__}: {parameter.name}"
+                    assert named and str(named) == str(named).lower(), f"{command.callback.__name__}: {parameter.name}"
