@@ -73,5 +73,7 @@ def test_every_option_is_named_in_full():
         for parameter in inspect.signature(command.callback, eval_str=True).parameters.values():
             for info in getattr(parameter.annotation, "__metadata__", ()):
                 if isinstance(info, typer.models.OptionInfo):
-                    named = info.param_decls or str(info.default).startswith("--")
-                    assert named and str(named) == str(named).lower(), f"{command.callback.__name__}: {parameter.name}"
+                    names = info.param_decls or (info.default,)
+                    where = f"{command.callback.__name__}: {parameter.name}"
+                    assert str(names[0]).startswith("--"), where
+                    assert names == tuple(map(str.lower, names)) or "-n" in names, where
