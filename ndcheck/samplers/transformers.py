@@ -6,14 +6,12 @@ to the end of the trial, a finished row's further tokens are dropped, and the ba
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +19,10 @@ import transformers
 
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, TrialError, UsageError
-from ndcheck.load import filler_text, fit_to_length
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.device import choose_device
+from ndcheck.samplers.prompts import first_line, load_prompts, one_line_errors
 from ndcheck.samplers.steps import DecodeSteps, Stream
 
 DTYPES = {
@@ -52,17 +50,14 @@ class TransformersSampler:
             raise UsageError(f"--dtype {spec.dtype}: choose from auto, {', '.join(DTYPES)}")
         options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
         transformers.utils.logging.disable_progress_bar()
-        with _one_line_errors(source):
+        with one_line_errors(source):
             config = transformers.AutoConfig.from_pretrained(source, **options)
-        self._tokenizer = _load_tokenizer(_tokenizer_source(source, spec), options)
-        self._chat = spec.chat
-        if spec.chat and not self._tokenizer.chat_template:
-            raise UsageError(f"--chat: {source} has no chat template")
+        self._prompts = load_prompts(source, spec)
         self._text_config = config.get_text_config(decoder=True)
         self._model: Any = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
         if load_weights:
-            self._model = _load_model(source, config, spec, self._device, options)
+            self._model = load_model(source, config, spec, self._device, options)
             self._stop_ids = _stop_ids(self._model)
             if "invariant" in spec.arms and self._device.type == "cuda":
                 from ndcheck_kernels.decoder import join_weights
@@ -75,7 +70,7 @@ class TransformersSampler:
         return int(limit) if limit else 1 << 20
 
     def count_tokens(self, prompt: str) -> int:
-        return len(self._encode(prompt))
+        return len(self._prompts.encode(prompt))
 
     def describe(self) -> dict[str, Any]:
         parameter = next(self._model.parameters())
@@ -93,17 +88,17 @@ class TransformersSampler:
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
-        rows = self._rows(trial.load, probe)
+        rows = self._prompts.rows(trial.load, probe)
         try:
             streams, witness = self._try_decode(trial, rows, decoding)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise self._out_of_memory(trial.load) from error
         except torch.AcceleratorError as error:
-            raise BackendError(f"{self._device} failed: {_first_line(error)}") from error
+            raise BackendError(f"{self._device} failed: {first_line(error)}") from error
         except RuntimeError as error:
             if re.search(r"out of memory|allocate memory", str(error)):
                 raise self._out_of_memory(trial.load) from error
-            raise TrialError(f"{type(error).__name__}: {_first_line(error)}") from error
+            raise TrialError(f"{type(error).__name__}: {first_line(error)}") from error
         elapsed_s = time.perf_counter() - started
         return [
             Sample.of(
@@ -113,7 +108,7 @@ class TransformersSampler:
                 stream.finish_reason,
                 elapsed_s,
                 token_ids=tuple(stream.token_ids),
-                token_texts=self._token_texts(tuple(stream.token_ids)),
+                token_texts=self._prompts.token_texts(tuple(stream.token_ids)),
                 logprobs=tuple(stream.logprobs),
                 margins=tuple(stream.margins),
                 row_digests=tuple(stream.row_digests),
@@ -158,7 +153,7 @@ class TransformersSampler:
                 missing = scope.missing()
         except ndcheck_kernels.UncoveredOpError as error:
             raise BackendError(
-                f"invariant arm: {_first_line(error)} Without this arm: --kernels stock"
+                f"invariant arm: {first_line(error)} Without this arm: --kernels stock"
             ) from error
         finally:
             self._model.set_attn_implementation(stock_attention)
@@ -174,45 +169,6 @@ class TransformersSampler:
         from ndcheck_kernels.decoder import fused_layers
 
         return fused_layers(self._model)
-
-    def _rows(self, load: Load, probe: Probe) -> list[list[int]]:
-        """Token ids of every row of the batch: probes at their slots, fillers elsewhere."""
-        probe_ids = self._encode(probe.prompt)
-        fillers = iter(enumerate(load.filler_lengths))
-        rows = []
-        for row in range(load.batch_size):
-            if row in load.slots:
-                rows.append(probe_ids)
-            else:
-                i, length = next(fillers)
-                text = filler_text(load.filler_seed + i, length)
-                rows.append(fit_to_length(self._tokenizer(text)["input_ids"], length))
-        return rows
-
-    def _encode(self, prompt: str) -> list[int]:
-        if not self._chat:
-            return list(self._tokenizer(prompt)["input_ids"])
-        message = [{"role": "user", "content": prompt}]
-        encoded = self._tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
-
-    @functools.lru_cache(maxsize=1024)  # noqa: B019  one sampler lives as long as the process
-    def _token_texts(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
-        """What each token adds to the decoded text; "" inside a character of several tokens."""
-        texts: list[str] = []
-        shown = start = 0
-        for end in range(1, len(token_ids) + 1):
-            text = self._tokenizer.decode(token_ids[start:end])
-            if text.endswith("\ufffd") and end < len(token_ids):
-                texts.append("")
-                continue
-            texts.append(text[shown:])
-            # Keep a few tokens as context: some tokenizers drop a leading space after none.
-            start = max(start, end - 4)
-            shown = len(self._tokenizer.decode(token_ids[start:end]))
-        return tuple(texts)
 
     def _decode(
         self, trial: Trial, rows: list[list[int]], decoding: Decoding
@@ -263,36 +219,7 @@ def digest_weights(model: Any) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _one_line_errors(source: str) -> Iterator[None]:
-    """Loading fails in many ways; each becomes one line that names the model."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(
-            f"--model {source}: {_first_line(error)} "
-            "(accepted: builtin, a directory with config.json and safetensors, or a hub id)"
-        ) from error
-    except RuntimeError as error:
-        raise BackendError(f"cannot load {source}: {_first_line(error)}") from error
-
-
-def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
-    with _one_line_errors(source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    if not tokenizer("a")["input_ids"]:
-        raise UsageError(f"--model {source}: it has no tokenizer that gives tokens")
-    return tokenizer
-
-
-def _tokenizer_source(source: str, spec: RunSpec) -> str:
-    """A bare config.json has no tokenizer; random weights speak no language, so any will do."""
-    directory = Path(source)
-    is_bare = directory.is_dir() and not any(directory.glob("tokenizer*"))
-    return str(MODEL_DIRECTORY) if spec.random_weights is not None and is_bare else source
-
-
-def _load_model(
+def load_model(
     source: str, config: Any, spec: RunSpec, device: torch.device, options: dict[str, Any]
 ) -> Any:
     if spec.attention != "auto":
@@ -300,10 +227,10 @@ def _load_model(
     if spec.random_weights is not None:
         dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
         torch.manual_seed(spec.random_weights)
-        with _one_line_errors(source), device:
+        with one_line_errors(source), device:
             made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
         return made.eval()
-    with _one_line_errors(source):
+    with one_line_errors(source):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES.get(spec.dtype, "auto"),
@@ -316,7 +243,3 @@ def _load_model(
 def _stop_ids(model: Any) -> set[int]:
     stop = model.generation_config.eos_token_id
     return set(stop if isinstance(stop, list) else [] if stop is None else [stop])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
