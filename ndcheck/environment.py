@@ -31,6 +31,7 @@ MUST_MATCH = (
     "software.transformers",
     "software.cuda",
     "numeric_flags",
+    "model.engine",
     "model.digest",
     "model.dtype",
     "model.device",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 Arm = Literal["stock", "invariant"]
 Axis = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
 CacheState = Literal["whole", "chunked", "prefix"]
+EngineName = Literal["vllm"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
@@ -101,13 +102,16 @@ class Witness:
     """Evidence of the batch that really ran; None where the backend gives none.
 
     ``achieved_batch_size`` is the smallest number of rows any forward pass of the trial had;
-    ``override_fires`` counts the ops that an invariant implementation computed.
+    ``override_fires`` counts the ops that an invariant implementation computed. ``passes`` is what
+    an engine's scheduler did: in order, how many equal passes, and of each its rows, its tokens,
+    and the requests then running, waiting and preempted.
     """
 
     achieved_batch_size: int | None
     prefill_calls: int | None = None
     decode_calls: int | None = None
     override_fires: int | None = None
+    passes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +201,18 @@ class Environment:
 
 
 @dataclass(frozen=True, slots=True)
+class Engine:
+    """A serving engine that computes in processes of its own; ``arguments`` are ``KEY=VALUE``."""
+
+    name: EngineName = "vllm"
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    arguments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class RunSpec:
-    """Everything needed to repeat a run."""
+    """Everything needed to repeat a run. ``engine`` None: transformers, in this process."""
 
     model: str
     probes: tuple[Probe, ...]
@@ -222,6 +236,7 @@ class RunSpec:
     stop_on_divergence: bool = False
     allow_latent: bool = False
     answer_pattern: str | None = None
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True, slots=True)

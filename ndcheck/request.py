@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from ndcheck.errors import UsageError, did_you_mean
-from ndcheck.records import ARMS, AXES, Arm, Axis, Decoding, Mode, Probe, RunSpec
+from ndcheck.records import (
+    ARMS,
+    AXES,
+    Arm,
+    Axis,
+    Decoding,
+    Engine,
+    EngineName,
+    Mode,
+    Probe,
+    RunSpec,
+)
 
 DEFAULTS = RunSpec(
     model="builtin",
@@ -21,6 +32,20 @@ DEFAULTS = RunSpec(
     n_samples=150,
     arms=("stock", "invariant"),
 )
+
+TRANSFORMERS = "transformers"
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+ENGINE_DEFAULTS = Engine()
+OWN_OPTIONS = {
+    "model": "--model",
+    "tokenizer": "--model",
+    "dtype": "--dtype",
+    "trust_remote_code": "--trust-remote-code",
+    "tensor_parallel_size": "--tp",
+    "pipeline_parallel_size": "--pp",
+}
+"""Arguments of the engine that have options of ndcheck's."""
+FIXED_ARGUMENTS = ("skip_tokenizer_init", "data_parallel_size", "logprobs_mode")
 
 Name = TypeVar("Name", bound=str)
 
@@ -49,6 +74,10 @@ def make_spec(
     answer_pattern: str | None = DEFAULTS.answer_pattern,
     random_weights: int | None = DEFAULTS.random_weights,
     trust_remote_code: bool = DEFAULTS.trust_remote_code,
+    engine: str = TRANSFORMERS,
+    tp: int = ENGINE_DEFAULTS.tensor_parallel,
+    pp: int = ENGINE_DEFAULTS.pipeline_parallel,
+    engine_arg: str | Sequence[str] = (),
 ) -> RunSpec:
     """The spec that these options ask for: those of `ndcheck run`, by the names they have there.
 
@@ -76,6 +105,9 @@ def make_spec(
         stop_on_divergence=stop_on_divergence,
         allow_latent=allow_latent,
         answer_pattern=answer_pattern,
+        engine=make_engine(
+            engine, tp, pp, [engine_arg] if isinstance(engine_arg, str) else engine_arg
+        ),
     )
     check(spec)
     return spec
@@ -143,6 +175,47 @@ def make_probes(prompts: Sequence[str], file: Path | None) -> tuple[Probe, ...]:
     return tuple(probes)
 
 
+def make_engine(name: str, tp: int, pp: int, arguments: Sequence[str]) -> Engine | None:
+    """None for transformers. Raises UsageError naming the option that does not fit."""
+    parsed = tuple(map(_parse_engine_argument, arguments))
+    if name == TRANSFORMERS:
+        if (tp, pp, parsed) != (1, 1, ()):
+            raise UsageError("--tp, --pp and --engine-arg are for an engine: give --engine vllm")
+        return None
+    (engine,) = parse_names("--engine", name, ENGINES)
+    for option, value in (("--tp", tp), ("--pp", pp)):
+        if value < 1:
+            raise UsageError(f"{option} {value}: give 1 or more")
+    names = [argument.partition("=")[0] for argument in parsed]
+    for key in names:
+        if names.count(key) > 1:
+            raise UsageError(f"--engine-arg {key}: it is given twice")
+    return Engine(engine, tp, pp, parsed)
+
+
+def _parse_engine_argument(text: str) -> str:
+    key, equals, value = text.partition("=")
+    key = key.strip().lstrip("-").replace("-", "_")
+    if not equals or not key.isidentifier():
+        raise UsageError(f"--engine-arg {text}: give KEY=VALUE, such as max_model_len=4096")
+    if key in OWN_OPTIONS:
+        raise UsageError(f"--engine-arg {key}: give {OWN_OPTIONS[key]} instead")
+    if key in FIXED_ARGUMENTS:
+        raise UsageError(f"--engine-arg {key}: ndcheck needs it as it is")
+    return f"{key}={value.strip()}"
+
+
+def _check_for_engine(spec: RunSpec) -> None:
+    if spec.model.startswith("scripted:"):
+        raise UsageError(f"--engine: vLLM cannot compute {spec.model}")
+    if spec.device != DEFAULTS.device:
+        raise UsageError("--device: with --engine vllm choose by CUDA_VISIBLE_DEVICES")
+    if spec.attention != DEFAULTS.attention:
+        raise UsageError(
+            "--attn: with --engine vllm give --engine-arg attention_backend=NAME instead"
+        )
+
+
 def check(spec: RunSpec) -> None:
     """Raise UsageError naming the option that is out of range."""
     decoding = spec.decoding
@@ -170,6 +243,8 @@ def check(spec: RunSpec) -> None:
     for is_fine, message in checks:
         if not is_fine:
             raise UsageError(message)
+    if spec.engine is not None:
+        _check_for_engine(spec)
     if spec.answer_pattern is not None:
         try:
             re.compile(spec.answer_pattern)

@@ -59,7 +59,10 @@ def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
         if length == 0:
             raise UsageError(f"prompt {probe_id} has no tokens")
     n_trials = trials_needed(spec.target_rate, spec.confidence) if spec.target_rate else None
-    return plan_trials(spec, lengths, sampler.context, n_trials)
+    trials = plan_trials(spec, lengths, sampler.context, n_trials)
+    if not sampler.interleaves_arms:
+        trials.sort(key=lambda trial: spec.arms.index(trial.arm))
+    return trials
 
 
 def create_directory(

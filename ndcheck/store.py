@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, TextIO
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.records import (
     Decoding,
+    Engine,
     Environment,
     Fault,
     Load,
@@ -149,12 +150,14 @@ def read_run(path: Path) -> Run:
                 f"{SCHEMA_VERSION}: upgrade ndcheck"
             )
         spec = document.pop("spec")
+        engine = spec.get("engine")
         return Run(
             spec=RunSpec(
                 **{
                     **_tupled(spec),
                     "probes": tuple(Probe(**probe) for probe in spec["probes"]),
                     "decoding": Decoding(**spec["decoding"]),
+                    "engine": Engine(**_tupled(engine)) if engine else None,
                 }
             ),
             environment=Environment(**document.pop("environment")),
@@ -264,13 +267,14 @@ def _encode(sample: Sample) -> bytes:
 
 
 _LOAD_FIELDS = tuple(Load.__dataclass_fields__)
-_WITNESS_FIELDS = tuple(Witness.__dataclass_fields__)
+_WITNESS_FIELDS = tuple(name for name in Witness.__dataclass_fields__ if name != "passes")
 
 
 def _decode(line: bytes) -> Sample:
     fields = _tupled(json.loads(line))
     load = Load(**{name: fields.pop(name) for name in _LOAD_FIELDS})
-    witness = Witness(**{name: fields.pop(name) for name in _WITNESS_FIELDS})
+    passes = tuple(map(tuple, fields.pop("passes", ())))
+    witness = Witness(**{name: fields.pop(name) for name in _WITNESS_FIELDS}, passes=passes)
     bits = bytes.fromhex(fields.pop("logprob_bits"))
     digests = fields.pop("row_digests")
     fault = fields.pop("fault")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ndcheck.records import ARMS, AXES
-from ndcheck.request import DEFAULTS
+from ndcheck.request import DEFAULTS, ENGINES, TRANSFORMERS
 
 Model = Annotated[
     str,
@@ -168,6 +168,29 @@ RandomWeights = Annotated[
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model's repository run its code.")
+]
+EngineChoice = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        help=f"What computes the model: {', '.join((TRANSFORMERS, *ENGINES))}.",
+        envvar="NDCHECK_ENGINE",
+        metavar="NAME",
+    ),
+]
+TensorParallel = Annotated[
+    int, typer.Option("--tp", help="vLLM: tensor parallel size.", metavar="N")
+]
+PipelineParallel = Annotated[
+    int, typer.Option("--pp", help="vLLM: pipeline parallel size.", metavar="N")
+]
+EngineArgument = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine-arg",
+        help="vLLM: one of its engine arguments; may be given several times.",
+        metavar="KEY=VALUE",
+    ),
 ]
 
 LOADS_DEFAULT = ",".join(map(str, DEFAULTS.batch_sizes))

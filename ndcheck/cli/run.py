@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ndcheck.cli import options as o
-from ndcheck.request import DEFAULTS, make_spec
+from ndcheck.request import DEFAULTS, ENGINE_DEFAULTS, TRANSFORMERS, make_spec
 
 
 def run(
@@ -32,6 +32,10 @@ def run(
     answer_pattern: o.AnswerPattern = None,
     random_weights: o.RandomWeights = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    engine: o.EngineChoice = TRANSFORMERS,
+    tp: o.TensorParallel = ENGINE_DEFAULTS.tensor_parallel,
+    pp: o.PipelineParallel = ENGINE_DEFAULTS.pipeline_parallel,
+    engine_arg: o.EngineArgument = None,
     out: o.Out = None,
     resume: o.Resume = None,
     dry_run: o.DryRun = False,
@@ -74,6 +78,10 @@ def run(
         answer_pattern=answer_pattern,
         random_weights=random_weights,
         trust_remote_code=trust_remote_code,
+        engine=engine,
+        tp=tp,
+        pp=pp,
+        engine_arg=engine_arg or (),
     )
     if dry_run:
         raise typer.Exit(session.print_plan(spec))

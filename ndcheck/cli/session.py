@@ -34,8 +34,7 @@ def start(
 ) -> int:
     """Measure from the beginning. Returns the exit code."""
     check_plots(wanted=plots)
-    note(f"loading {spec.model}", quiet=quiet)
-    sampler = open_sampler(spec)
+    sampler = open_for_run(spec, quiet=quiet)
     trials = plan(spec, sampler)
     if spec.target_rate:
         n_trials = trials_needed(spec.target_rate, spec.confidence)
@@ -56,8 +55,7 @@ def resume(path: Path, *, as_json: bool, quiet: bool, html: bool, plots: bool) -
     directory, finished = RunDirectory.resume(path)
     with closing(directory):
         spec = directory.run.spec
-        note(f"loading {spec.model}", quiet=quiet)
-        sampler = open_sampler(spec)
+        sampler = open_for_run(spec, quiet=quiet)
         here = environment.capture(sampler.describe())
         changed = environment.differences(directory.run.environment, here)
         if changed:
@@ -76,6 +74,15 @@ def resume(path: Path, *, as_json: bool, quiet: bool, html: bool, plots: bool) -
             html=html,
             plots=plots,
         )
+
+
+def open_for_run(spec: RunSpec, *, quiet: bool) -> Sampler:
+    """The run's sampler, and what to know of it on stderr."""
+    note(f"loading {spec.model}", quiet=quiet)
+    sampler = open_sampler(spec)
+    for line in sampler.notes:
+        note(line, quiet=quiet)
+    return sampler
 
 
 def measure(

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import PurePath
 
-from ndcheck.records import Probe, RunSpec
+from ndcheck.records import Engine, Probe, RunSpec
 
 PROMPTS_FILE = "prompts.jsonl"
 _MAX_PROMPTS = 4
@@ -35,9 +35,12 @@ def wrapped_command(spec: RunSpec, defaults: RunSpec, width: int, directory: str
 def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
     pairs: list[tuple[str, object, object]] = [
         ("--model", spec.model, defaults.model),
+        *_engine_options(spec.engine),
         ("--loads", _commas(spec.batch_sizes), _commas(defaults.batch_sizes)),
         ("--axes", _commas(spec.axes), _commas(defaults.axes)),
         ("--mode", spec.mode, defaults.mode),
+        # A target rate chooses the number of samples.
+        ("-n", None if spec.target_rate else spec.n_samples, defaults.n_samples),
         ("--max-tokens", spec.decoding.max_tokens, defaults.decoding.max_tokens),
         ("--temperature", spec.decoding.temperature, defaults.decoding.temperature),
         ("--seed", spec.seed, defaults.seed),
@@ -50,8 +53,6 @@ def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
         ("--random-weights", spec.random_weights, defaults.random_weights),
         ("--answer-pattern", spec.answer_pattern, defaults.answer_pattern),
     ]
-    if spec.target_rate is None:  # a target rate chooses the number of samples
-        pairs.insert(4, ("-n", spec.n_samples, defaults.n_samples))
     switches = [
         ("--chat", spec.chat),
         ("--trust-remote-code", spec.trust_remote_code),
@@ -66,6 +67,17 @@ def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
             if value is not None and value != default
         ),
         *(name for name, wanted in switches if wanted),
+    ]
+
+
+def _engine_options(engine: Engine | None) -> list[tuple[str, object, object]]:
+    if engine is None:
+        return []
+    return [
+        ("--engine", engine.name, None),
+        ("--tp", engine.tensor_parallel, 1),
+        ("--pp", engine.pipeline_parallel, 1),
+        *(("--engine-arg", argument, None) for argument in engine.arguments),
     ]
 
 

@@ -15,6 +15,14 @@ class Sampler(Protocol):
     def context(self) -> int:
         """The longest prompt plus completion, in tokens."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of this backend before a run, a line each."""
+
+    @property
+    def interleaves_arms(self) -> bool:
+        """False where only one arm at a time fits the machine: its trials then run together."""
+
     def count_tokens(self, prompt: str) -> int:
         """Length of the prompt as the model sees it, in tokens; 0 if nothing is left of it."""
 
@@ -32,7 +40,8 @@ class Sampler(Protocol):
 def open_sampler(spec: RunSpec, *, load_weights: bool = True) -> Sampler:
     """The sampler that ``spec.model`` names: ``builtin``, ``scripted:NAME``, or a model.
 
-    ``load_weights`` False is enough for planning: token counts and the context length.
+    With ``spec.engine`` that engine computes the model, in processes of its own. ``load_weights``
+    False is enough for planning: token counts and the context length.
     Raises UsageError for an unknown model, BackendError where it cannot be loaded.
     """
     kind, _, name = spec.model.partition(":")
@@ -44,6 +53,10 @@ def open_sampler(spec: RunSpec, *, load_weights: bool = True) -> Sampler:
                 f"no scripted sampler named {name!r}: choose from {', '.join(BEHAVIOURS)}"
             )
         return ScriptedSampler(name)
+    if spec.engine is not None:
+        from ndcheck.samplers.engine.sampler import EngineSampler
+
+        return EngineSampler(spec, spec.engine, load_weights=load_weights)
     from ndcheck.samplers.transformers import TransformersSampler
 
     return TransformersSampler(spec, load_weights=load_weights)

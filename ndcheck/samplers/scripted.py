@@ -64,6 +64,8 @@ class ScriptedSampler:
     """Replays one of BEHAVIOURS. Tokens are words; token t is a hash of prompt and t."""
 
     context = 100_000
+    notes = ()
+    interleaves_arms = True
 
     def __init__(self, behaviour: str) -> None:
         self._behaviour = behaviour

@@ -42,6 +42,9 @@ class TransformersSampler:
     loading fails.
     """
 
+    notes = ()
+    interleaves_arms = True
+
     def __init__(self, spec: RunSpec, *, load_weights: bool = True) -> None:
         self._name = spec.model
         source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model

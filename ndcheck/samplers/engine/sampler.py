@@ -1,0 +1,280 @@
+"""vLLM's offline engine as a sampler: a trial is one batch, the engine's scheduler its witness."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+import time
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import transformers
+
+from ndcheck.builtin import MODEL_DIRECTORY
+from ndcheck.errors import BackendError, UsageError
+from ndcheck.records import Arm, Decoding, Engine, Fault, Probe, RunSpec, Sample, Trial, Witness
+from ndcheck.samplers.engine.checkpoint import (
+    digest_checkpoint,
+    find_checkpoint,
+    random_checkpoint,
+)
+from ndcheck.samplers.engine.passes import smallest_batch
+from ndcheck.samplers.engine.process import Worker
+from ndcheck.samplers.prompts import load_prompts, one_line_errors
+
+DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+N_PREFILL_CHUNKS = 3
+SHARED_MEMORY = 0.9
+"""Share of the GPU's memory that the engines of all arms may take together."""
+
+
+class EngineSampler:
+    """Runs each arm in a vLLM process of its own, all at once where the memory holds them.
+
+    Raises UsageError for a model or option that cannot be used as asked, BackendError where an
+    engine fails; both end its processes, and so does the end of this one.
+    """
+
+    def __init__(self, spec: RunSpec, engine: Engine, *, load_weights: bool = True) -> None:
+        self._spec = spec
+        self._engine = engine
+        self._source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
+        if spec.dtype not in DTYPES:
+            raise UsageError(f"--dtype {spec.dtype}: choose from {', '.join(DTYPES)}")
+        if load_weights and importlib.util.find_spec("vllm") is None:
+            raise UsageError("--engine vllm needs vLLM: pip install 'ndcheck[vllm]'")
+        transformers.utils.logging.disable_progress_bar()
+        with one_line_errors(self._source):
+            config = transformers.AutoConfig.from_pretrained(
+                self._source, trust_remote_code=spec.trust_remote_code
+            )
+        text_config = config.get_text_config(decoder=True)
+        self._context = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
+        self._prompts = load_prompts(self._source, spec)
+        self._workers: dict[Arm, Worker] = {}
+        self._arms_apart = len(spec.arms) > 1
+        self.close = weakref.finalize(self, _close, self._workers)
+        if load_weights:
+            self._stop_ids = _stop_ids(self._source, text_config)
+            self._checkpoint = self._source
+            if spec.random_weights is not None:
+                self._checkpoint = str(random_checkpoint(self._source, config, spec))
+            try:
+                self._start()
+            except BaseException:
+                self.close()
+                raise
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    @property
+    def interleaves_arms(self) -> bool:
+        return not self._arms_apart
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if len(self._spec.arms) == 1:
+            return ()
+        return (f"the arms run {self._how_arms_run}",)
+
+    @property
+    def _how_arms_run(self) -> str:
+        return (
+            "one after the other: memory does not hold two engines"
+            if self._arms_apart
+            else "interleaved, each in an engine of its own"
+        )
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(self._prompts.encode(prompt))
+
+    def describe(self) -> dict[str, Any]:
+        ready = self._ready
+        directory = find_checkpoint(self._checkpoint)
+        return {
+            "name": self._spec.model,
+            "engine": f"vllm {ready['version']}",
+            **{name: ready[name] for name in ("dtype", "device", "attention", "vocabulary")},
+            **{name: ready[name] for name in ("graphs", "block_size", "kv_tokens")},
+            "tensor_parallel": self._engine.tensor_parallel,
+            "pipeline_parallel": self._engine.pipeline_parallel,
+            "engine_arguments": " ".join(self._engine.arguments) or None,
+            "arms": None if len(self._spec.arms) == 1 else self._how_arms_run,
+            "digest": None if directory is None else digest_checkpoint(directory),
+        }
+
+    def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
+        started = time.perf_counter()
+        worker = self._worker(trial.arm)
+        load = trial.load
+        probe_ids = self._prompts.encode(probe.prompt)
+        answer = worker.ask(
+            {
+                "rows": self._prompts.rows(load, probe),
+                "slots": load.slots,
+                "max_tokens": decoding.max_tokens,
+                "temperature": decoding.temperature,
+                "seed": decoding.seed,
+                "chunk": _chunk(probe_ids) if load.cache_state == "chunked" else None,
+                "prefix": self._prefix(probe_ids) if load.cache_state == "prefix" else None,
+            }
+        )
+        elapsed_s = time.perf_counter() - started
+        shape = tuple(tuple(each) for each in answer["shape"])
+        witness = Witness(
+            smallest_batch(answer["shape"]),
+            answer["prefill_calls"],
+            answer["decode_calls"],
+            passes=shape,
+        )
+        return [
+            self._make_sample(trial, nth, row, witness, elapsed_s)
+            for nth, row in enumerate(answer["answers"])
+        ]
+
+    def _make_sample(
+        self, trial: Trial, nth: int, row: dict[str, Any], witness: Witness, elapsed_s: float
+    ) -> Sample:
+        token_ids = tuple(row["token_ids"])
+        stops = [t for t, token_id in enumerate(token_ids) if token_id in self._stop_ids]
+        end = stops[0] + 1 if stops else len(token_ids)
+        token_ids = token_ids[:end]
+        logprobs = struct.unpack(f">{len(row['token_ids'])}f", bytes.fromhex(row["logprob_bits"]))
+        token_ids, logprobs = plant(token_ids, logprobs[:end], trial.fault)
+        return Sample.of(
+            trial,
+            nth,
+            witness,
+            "stop" if stops else "length",
+            elapsed_s,
+            token_ids=token_ids,
+            token_texts=self._prompts.token_texts(token_ids),
+            logprobs=logprobs,
+            margins=tuple(row["margins"][:end]),
+        )
+
+    def _prefix(self, probe_ids: list[int]) -> list[int]:
+        """About half of the prompt, in whole blocks of the engine's prefix cache."""
+        block_size: int = self._ready["block_size"]
+        return probe_ids[: max(block_size, len(probe_ids) // 2 // block_size * block_size)]
+
+    @property
+    def _ready(self) -> dict[str, Any]:
+        return next(iter(self._workers.values())).ready
+
+    def _start(self) -> None:
+        """Start every arm's engine, or the first alone where they do not fit side by side."""
+        arms = self._spec.arms
+        share = self._arguments().get("gpu_memory_utilization")
+        if len(arms) > 1 and (share is None or share * len(arms) <= SHARED_MEMORY):
+            try:
+                for arm in arms:
+                    self._workers[arm] = Worker(
+                        arm, self._arguments(gpu_memory_utilization=SHARED_MEMORY / len(arms))
+                    )
+            except BackendError as error:
+                if "memory" not in str(error).lower():
+                    raise
+            fits = self._ready["kv_tokens"] >= self._most_tokens() if self._workers else False
+            self._arms_apart = len(self._workers) < len(arms) or not fits
+            if self._arms_apart:
+                _close(self._workers)
+        if not self._workers:
+            self._worker(arms[0])
+        self._context = min(self._context, self._ready["context"])
+        self._check_prompts()
+
+    def _worker(self, arm: Arm) -> Worker:
+        if arm not in self._workers:
+            _close(self._workers)
+            self._workers[arm] = Worker(arm, self._arguments())
+        return self._workers[arm]
+
+    def _check_prompts(self) -> None:
+        block_size = self._ready["block_size"]
+        for probe in self._spec.probes:
+            length = self.count_tokens(probe.prompt)
+            if "cache" in self._spec.axes and length <= block_size:
+                others = ",".join(axis for axis in self._spec.axes if axis != "cache")
+                raise UsageError(
+                    f"--axes: prompt {probe.probe_id} has {length} tokens, and vLLM caches "
+                    f"prefixes in blocks of {block_size}: give a longer prompt, or --axes {others}"
+                )
+
+    def _longest_row(self) -> int:
+        """Tokens of the longest prompt in any batch: fillers may be twice the probe's length."""
+        return max(2 * self.count_tokens(probe.prompt) + 16 for probe in self._spec.probes)
+
+    def _most_tokens(self) -> int:
+        """Tokens that the KV cache holds at the end of the largest batch, at most."""
+        row = self._longest_row() + self._spec.decoding.max_tokens
+        return max(self._spec.batch_sizes) * row
+
+    def _arguments(self, **defaults: Any) -> dict[str, Any]:
+        """The engine's arguments; what the user gives wins over what the loads need."""
+        largest = max(self._spec.batch_sizes)
+        return {
+            **defaults,
+            "max_num_seqs": max(256, largest),
+            "max_num_batched_tokens": max(8192, largest * self._longest_row()),
+            "enable_prefix_caching": True,
+            **parse_arguments(self._engine.arguments),
+            "model": self._checkpoint,
+            "skip_tokenizer_init": True,
+            "dtype": DTYPES[self._spec.dtype],
+            "trust_remote_code": self._spec.trust_remote_code,
+            "tensor_parallel_size": self._engine.tensor_parallel,
+            "pipeline_parallel_size": self._engine.pipeline_parallel,
+        }
+
+
+def plant(
+    token_ids: tuple[int, ...], logprobs: tuple[float, ...], fault: Fault | None
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The control: the engine's logits are out of reach, so what it sent gets the fault."""
+    if fault is None:
+        return token_ids, logprobs
+    ids, bits = list(token_ids), list(struct.unpack(f">{len(logprobs)}I", _pack(logprobs)))
+    if fault.fork_at < len(ids):
+        ids[fault.fork_at] ^= 1
+    if fault.latent_at < len(bits):
+        bits[fault.latent_at] ^= 1
+    return tuple(ids), struct.unpack(f">{len(bits)}f", struct.pack(f">{len(bits)}I", *bits))
+
+
+def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` as keyword arguments: a value is JSON, or else text."""
+    parsed = {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
+            parsed[name] = value
+    return parsed
+
+
+def _pack(logprobs: tuple[float, ...]) -> bytes:
+    return struct.pack(f">{len(logprobs)}f", *logprobs)
+
+
+def _chunk(probe_ids: list[int]) -> int:
+    return -(-len(probe_ids) // N_PREFILL_CHUNKS)
+
+
+def _close(workers: dict[Arm, Worker]) -> None:
+    while workers:
+        workers.popitem()[1].close()
+
+
+def _stop_ids(source: str, config: Any) -> set[int]:
+    """What ends a completion: the engine is told to go on, so that its batch stays as it is."""
+    try:
+        stop = transformers.GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:
+        stop = getattr(config, "eos_token_id", None)
+    return set(stop if isinstance(stop, list) else [] if stop is None else [stop])
