@@ -55,9 +55,8 @@ class Worker:
             )
         self._received = b""
         try:
-            self.ready = self.ask({"arguments": arguments, "invariant": arm == "invariant"})[
-                "ready"
-            ]
+            start = {"arguments": arguments, "invariant": arm == "invariant"}
+            self.ready: dict[str, Any] = self.ask(start)["ready"]
         except BaseException:
             self.close()
             raise
