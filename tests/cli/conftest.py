@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -78,3 +79,18 @@ def started(tmp_path, environment):
     for process in processes:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def wait_for_lines():
+    """Waits until a running process has written so many lines of samples."""
+
+    def wait(process, path, n_lines):
+        for _ in range(600):
+            if path.exists() and path.read_bytes().count(b"\n") >= n_lines:
+                return
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        raise AssertionError("no samples appeared")
+
+    return wait

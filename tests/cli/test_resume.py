@@ -4,18 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 
 OPTIONS = ("--model", "scripted:slow", "--max-tokens", "8", "--loads", "1,4", "-n", "80")
-
-
-def wait_for_samples(process, path, n_lines):
-    for _ in range(600):
-        if path.exists() and path.read_bytes().count(b"\n") >= n_lines:
-            return
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    raise AssertionError("no samples appeared")
 
 
 def samples_without_times(run):
@@ -23,10 +13,10 @@ def samples_without_times(run):
     return [{**json.loads(line), "elapsed_s": None} for line in lines]
 
 
-def test_killed_and_resumed_equals_uninterrupted(ndcheck, started, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(ndcheck, started, wait_for_lines, tmp_path):
     assert ndcheck("run", *OPTIONS, "--out", "whole").returncode == 0
     process = started("run", *OPTIONS, "--out", "parts")
-    wait_for_samples(process, tmp_path / "parts" / "samples.jsonl", 10)
+    wait_for_lines(process, tmp_path / "parts" / "samples.jsonl", 10)
     process.send_signal(signal.SIGKILL)
     process.wait()
     n_before = len(samples_without_times(tmp_path / "parts"))
@@ -38,11 +28,11 @@ def test_killed_and_resumed_equals_uninterrupted(ndcheck, started, tmp_path):
     assert (parts / "completions.csv").read_bytes() == (whole / "completions.csv").read_bytes()
 
 
-def test_interrupt_reports_what_there_is(ndcheck, started, tmp_path):
+def test_interrupt_reports_what_there_is(ndcheck, started, wait_for_lines, tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):
         out = f"run-{number}"
         process = started("run", *OPTIONS, "--out", out)
-        wait_for_samples(process, tmp_path / out / "samples.jsonl", 5)
+        wait_for_lines(process, tmp_path / out / "samples.jsonl", 5)
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == 130
@@ -54,9 +44,9 @@ def test_interrupt_reports_what_there_is(ndcheck, started, tmp_path):
         assert ndcheck("run", "--resume", out).returncode == 0
 
 
-def test_second_process_is_refused(ndcheck, started, tmp_path):
+def test_second_process_is_refused(ndcheck, started, wait_for_lines, tmp_path):
     process = started("run", *OPTIONS, "--out", "run")
-    wait_for_samples(process, tmp_path / "run" / "samples.jsonl", 1)
+    wait_for_lines(process, tmp_path / "run" / "samples.jsonl", 1)
     done = ndcheck("run", "--resume", "run", "--quiet")
     assert done.returncode == 2
     assert "another ndcheck is writing run" in done.stderr

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from ndcheck.records import Decoding, Probe, RunSpec
+from ndcheck.records import Decoding, Engine, Probe, RunSpec
 from ndcheck.reports.reproduction import (
     argument,
     prompts_file,
@@ -64,6 +64,7 @@ def test_no_field_of_the_spec_is_forgotten(field) -> None:
         "mode": "mixed",
         "arms": ("invariant",),
         "target_rate": 0.5,
+        "engine": Engine(),
     }
     old = getattr(DEFAULTS, field)
     value = other.get(field, not old if isinstance(old, bool) else 77)
@@ -110,3 +111,12 @@ def test_bash_reads_an_argument_back(text) -> None:
         env={"LC_ALL": "C.UTF-8", "HOME": "/"},
     )
     assert result.stdout.decode() == text
+
+
+def test_engine_options_are_repeated():
+    engine = Engine("vllm", 2, 4, ("max_model_len=4096", "kv_cache_dtype=a b"))
+    command = reproduce_command(replace(DEFAULTS, engine=engine), DEFAULTS)
+    assert command == (
+        "ndcheck run --engine vllm --tp 2 --pp 4 --engine-arg max_model_len=4096 "
+        "--engine-arg 'kv_cache_dtype=a b'"
+    )

@@ -54,6 +54,7 @@ class Worker:
                 start_new_session=True,
             )
         self._received = b""
+        self._has_failed = False
         try:
             start = {"arguments": arguments, "invariant": arm == "invariant"}
             self.ready: dict[str, Any] = self.ask(start)["ready"]
@@ -91,7 +92,7 @@ class Worker:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
-        if self._process.returncode in (0, -signal.SIGTERM):
+        if not self._has_failed:
             self.log.unlink(missing_ok=True)
 
     def _read_line(self) -> bytes:
@@ -118,6 +119,7 @@ class Worker:
         return self._failure(how)
 
     def _failure(self, how: str) -> BackendError:
+        self._has_failed = True
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         last = [line.strip() for line in lines if line.strip()][-N_LOG_LINES:]
         said = f" last log lines: {' | '.join(line[:200] for line in last)};" if last else ""

@@ -1,0 +1,45 @@
+"""A sampler over the stand-in for vLLM in ``fake``, in real worker processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ndcheck.records import Decoding, Engine, Probe
+from ndcheck.request import DEFAULTS
+
+FAKE = Path(__file__).parent / "fake"
+PROBE = Probe("p1", "the quick answer depends on order because sums are not associative")
+
+
+@pytest.fixture
+def spec():
+    return replace(
+        DEFAULTS,
+        probes=(PROBE,),
+        decoding=Decoding(8),
+        batch_sizes=(1, 4),
+        n_samples=60,
+        engine=Engine(),
+    )
+
+
+@pytest.fixture
+def open_fake(monkeypatch):
+    """``open_fake(spec, fault)``: a sampler whose engine has the planted fault."""
+    from ndcheck.samplers.engine.sampler import EngineSampler
+
+    monkeypatch.syspath_prepend(str(FAKE))
+    monkeypatch.setenv("PYTHONPATH", str(FAKE))
+    samplers = []
+
+    def open_it(spec, fault="clean"):
+        monkeypatch.setenv("FAKE_VLLM", fault)
+        samplers.append(EngineSampler(spec, spec.engine))
+        return samplers[-1]
+
+    yield open_it
+    for sampler in samplers:
+        sampler.close()
