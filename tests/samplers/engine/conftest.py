@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +28,11 @@ def spec():
 
 
 @pytest.fixture
-def open_fake(monkeypatch):
+def open_fake(monkeypatch, tmp_path):
     """``open_fake(spec, fault)``: a sampler whose engine has the planted fault."""
     from ndcheck.samplers.engine.sampler import EngineSampler
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # logs that outlive a failure
     monkeypatch.syspath_prepend(str(FAKE))
     monkeypatch.setenv("PYTHONPATH", str(FAKE))
     samplers = []

@@ -207,7 +207,6 @@ def test_an_engine_that_fails_is_a_backend_failure(open_fake, spec, fault, messa
     sampler.close()
     log = Path(str(caught.value).rpartition("whole log: ")[2])
     assert "a line that the engine prints" in log.read_text()
-    log.unlink()
 
 
 def test_closing_ends_the_processes_and_their_logs(open_fake, spec):
@@ -235,4 +234,3 @@ def test_a_killed_worker_is_told_at_once(open_fake, spec):
     with pytest.raises(BackendError, match="was killed by SIGKILL"):
         sample(sampler, spec)
     assert time.monotonic() - started < 10
-    worker.log.unlink()
