@@ -87,6 +87,8 @@ class Engine:
         self._passes: list[Pass] = []
         self._scheduler.schedule = self._watched(self._scheduler.schedule)
         self._n_trials = 0
+        # What is compiled at the first request is no part of a trial's time, and fails here.
+        self._run([[0, 0]], [0], [2], {"temperature": 0, "seed": 0, "prefix": None})
 
     def describe(self) -> Message:
         """What was started: versions, limits and settings as JSON scalars."""
@@ -107,12 +109,12 @@ class Engine:
         """Generate one batch: all of its rows are waiting before the first forward pass.
 
         ``rows`` are token ids; those in ``slots`` are the probe's and are answered. ``prefix``
-        is put into an emptied prefix cache first, or None to compute every prompt from its
-        start; ``chunk`` is the most tokens of a prompt that a forward pass may take, or None.
+        is put into an emptied prefix cache for them first; with None no row reads that cache.
+        ``chunk`` is the most tokens of a prompt that a forward pass may take, or None.
         """
         rows, slots, prefix = batch["rows"], batch["slots"], batch["prefix"]
-        self._cool()
         if prefix is not None:
+            self._cool()
             self._run([prefix], [0], [1], batch)
         self._set_chunk(batch["chunk"], len(rows))
         n_tokens = [batch["max_tokens"]] * len(rows)

@@ -118,17 +118,17 @@ class LLMEngine:
         self.n_trials = 0
 
     def reset_prefix_cache(self):
-        self.n_trials += 1
-        if FAULT == "dies" and self.n_trials > 8:
-            print("the engine says why it dies", flush=True)  # noqa: T201
-            os._exit(7)
-        if FAULT == "raises" and self.n_trials > 8:
-            raise RuntimeError("CUDA error: an illegal memory access")
         if FAULT != "stays-warm":
             self.cached.clear()
         return True
 
     def add_request(self, name, prompt, params):
+        self.n_trials += name.endswith("-0")
+        if FAULT == "dies" and self.n_trials > 9:
+            print("the engine says why it dies", flush=True)  # noqa: T201
+            os._exit(7)
+        if FAULT == "raises" and self.n_trials > 9:
+            raise RuntimeError("CUDA error: an illegal memory access")
         prompt = list(prompt["prompt_token_ids"])
         n_cached = 0
         if self.caches and (not params.skip_reading_prefix_cache or FAULT == "stays-warm"):
