@@ -10,7 +10,13 @@ import torch
 from ndcheck import environment
 from ndcheck.records import Environment
 
-MODEL = {"digest": "d", "dtype": "bfloat16", "device": "cpu", "attention": "sdpa"}
+MODEL = {
+    "engine": "vllm 1",
+    "digest": "d",
+    "dtype": "bfloat16",
+    "device": "cpu",
+    "attention": "sdpa",
+}
 
 
 def test_capture_names_what_runs_here():

@@ -8,7 +8,7 @@ import pytest
 
 from ndcheck import request
 from ndcheck.errors import UsageError
-from ndcheck.records import AXES, Decoding
+from ndcheck.records import AXES, Decoding, Engine
 from ndcheck.request import DEFAULTS
 
 
@@ -100,6 +100,16 @@ def test_missing_prompts_file(tmp_path):
 def test_numbers_out_of_range(changed, option):
     with pytest.raises(UsageError, match=option):
         request.check(replace(DEFAULTS, **changed))
+
+
+def test_engine_options():
+    given = ["max-model-len = 4096", "--kv_cache_dtype=fp8"]
+    spec = request.make_spec(model="m", engine="vllm", tp=2, engine_arg=given)
+    assert spec.engine == Engine("vllm", 2, 1, ("max_model_len=4096", "kv_cache_dtype=fp8"))
+    assert request.make_spec(model="m").engine is None
+    for key, instead in request.OWN_OPTIONS.items():
+        with pytest.raises(UsageError, match=f"{key}: give {instead} instead"):
+            request.make_spec(model="m", engine="vllm", engine_arg=f"{key}=1")
 
 
 def test_defaults_are_in_range():

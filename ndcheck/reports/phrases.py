@@ -96,6 +96,7 @@ def environment(run: Run) -> str:
         run.spec.model,
         where.model.get("dtype") or run.spec.dtype,
         device,
+        where.model.get("engine"),
         torch and f"torch {torch}",
         where.hardware.get("gpu" if device.startswith("cuda") else "cpu"),
     )

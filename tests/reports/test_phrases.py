@@ -55,3 +55,6 @@ def test_the_environment_names_the_device_that_ran(passing) -> None:
     )
     run = replace(passing.run, environment=where)
     assert phrases.environment(run) == "builtin, cuda:0, NVIDIA H100"
+    with_engine = replace(where, model={**where.model, "engine": "vllm 0.26.0"})
+    run = replace(run, environment=with_engine)
+    assert phrases.environment(run) == "builtin, cuda:0, vllm 0.26.0, NVIDIA H100"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ndcheck.analysis.accumulate import summarise
+from ndcheck.environment import MUST_MATCH
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.records import Decoding, Engine, Fault, Load, Probe, Run, Trial
 from ndcheck.runner import create_directory, plan, run_trials
@@ -136,6 +137,13 @@ def test_stock_fails_and_invariant_passes(open_fake, spec, tmp_path):
     assert run.environment.model["arms"] == "interleaved, each in an engine of its own"
     assert run.environment.model["engine"] == "vllm 0.26.0+fake"
     assert read_run(tmp_path / "run").spec == spec
+
+
+def test_it_says_of_itself_what_runs_are_compared_by(open_fake, spec):
+    described = open_fake(replace(spec, arms=("stock",))).describe()
+    fields = {path.removeprefix("model.") for path in MUST_MATCH if path.startswith("model.")}
+    assert fields <= described.keys()
+    assert described["digest"] is not None
 
 
 def test_a_clean_stock_arm_shows_nothing(open_fake, spec, tmp_path):
