@@ -75,6 +75,10 @@ class TransformersSampler:
     def count_tokens(self, prompt: str) -> int:
         return len(self._prompts.encode(prompt))
 
+    def rows(self, load: Load, probe: Probe) -> list[list[int]]:
+        """Token ids of every row of the batch: probes at their slots, fillers elsewhere."""
+        return self._prompts.rows(load, probe)
+
     def describe(self) -> dict[str, Any]:
         parameter = next(self._model.parameters())
         return {
@@ -91,7 +95,7 @@ class TransformersSampler:
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
-        rows = self._prompts.rows(trial.load, probe)
+        rows = self.rows(trial.load, probe)
         try:
             streams, witness = self._try_decode(trial, rows, decoding)
         except (torch.OutOfMemoryError, MemoryError) as error:

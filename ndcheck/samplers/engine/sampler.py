@@ -107,6 +107,10 @@ class EngineSampler:
             "digest": None if directory is None else digest_checkpoint(directory),
         }
 
+    def changes(self) -> tuple[str, ...]:
+        """Nothing: a worker that went away ends the run."""
+        return ()
+
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
         worker = self._worker(trial.arm)
