@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -90,8 +91,10 @@ class Worker:
                 continue
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+            # What a dead process did not read any more cannot be flushed to it.
+            with contextlib.suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
         if not self._has_failed:
             self.log.unlink(missing_ok=True)
 
