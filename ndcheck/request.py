@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, get_args
+from urllib.parse import urlsplit
 
 from ndcheck.errors import UsageError
-from ndcheck.records import ARMS, AXES, Arm, Axis, Decoding, Mode, Probe, RunSpec
+from ndcheck.load import parse_arrival
+from ndcheck.records import (
+    ARMS,
+    AXES,
+    Arm,
+    Axis,
+    Decoding,
+    Endpoint,
+    Fillers,
+    Mode,
+    Probe,
+    RunSpec,
+)
 
 DEFAULTS = RunSpec(
     model="builtin",
@@ -20,6 +33,8 @@ DEFAULTS = RunSpec(
     mode="copies",
     n_samples=200,
 )
+
+ENDPOINT_DEFAULTS = Endpoint("")
 
 Name = TypeVar("Name", bound=str)
 
@@ -80,6 +95,81 @@ def make_probes(prompts: Sequence[str], file: Path | None) -> tuple[Probe, ...]:
     return tuple(probes)
 
 
+def parse_headers(headers: Sequence[str]) -> dict[str, str]:
+    """``"Name: value"`` lines by name. Raises UsageError without repeating a value."""
+    parsed = {}
+    for header in headers:
+        name, colon, value = header.partition(":")
+        if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name.strip()):
+            raise UsageError("--header: give it as 'Name: value'")
+        if not value.strip().isascii() or not value.strip().isprintable():
+            raise UsageError(f"--header {name.strip()}: the value holds characters HTTP refuses")
+        parsed[name.strip()] = value.strip()
+    return parsed
+
+
+def make_endpoint(
+    url: str | None,
+    api_key_file: Path | None,
+    headers: Mapping[str, str],
+    arrival: str,
+    fillers: str,
+    timeout_s: float,
+    n_retries: int,
+) -> Endpoint | None:
+    """None without a URL. Raises UsageError naming the option that does not fit."""
+    kinds: tuple[Fillers, ...] = get_args(Fillers)
+    if fillers not in kinds:
+        raise UsageError(f"--fillers {fillers}: choose from {', '.join(kinds)}")
+    endpoint = Endpoint(
+        url=url or "",
+        api_key_file=None if api_key_file is None else str(api_key_file),
+        header_names=tuple(headers),
+        arrival=arrival,
+        fillers=fillers,
+        timeout_s=timeout_s,
+        n_retries=n_retries,
+    )
+    if url is None:
+        if endpoint != ENDPOINT_DEFAULTS:
+            raise UsageError(
+                "--arrival, --fillers, --timeout, --retries, --api-key-file and --header are for "
+                "a server: give --endpoint"
+            )
+        return None
+    _check_endpoint(endpoint)
+    return endpoint
+
+
+def _check_endpoint(endpoint: Endpoint) -> None:
+    try:
+        parts = urlsplit(endpoint.url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+        has_secret = bool(parts.username or parts.password or parts.query or parts.fragment)
+        is_address = is_address and (parts.port is None or parts.port > 0)
+    except ValueError:
+        is_address = has_secret = False
+    if has_secret:
+        raise UsageError(
+            "--endpoint: leave out user, password and query, which would be recorded: give a key "
+            "in NDCHECK_API_KEY or with --api-key-file, other secrets with --header"
+        )
+    if not is_address or not endpoint.url.isprintable():
+        raise UsageError(
+            f"--endpoint {endpoint.url}: give the address of an OpenAI API, such as "
+            "http://127.0.0.1:8000/v1"
+        )
+    if parse_arrival(endpoint.arrival) is None:
+        raise UsageError(
+            f"--arrival {endpoint.arrival}: give together, closed, poisson:RATE (a second) or "
+            "bursts:SIZE:SECONDS"
+        )
+    if not 0 < endpoint.timeout_s < float("inf"):
+        raise UsageError(f"--timeout {endpoint.timeout_s}: give a positive number of seconds")
+    if endpoint.n_retries < 0:
+        raise UsageError(f"--retries {endpoint.n_retries}: give 0 or more")
+
+
 def check(spec: RunSpec) -> None:
     """Raise UsageError naming the option that is out of range."""
     decoding = spec.decoding
@@ -103,11 +193,27 @@ def check(spec: RunSpec) -> None:
     for is_fine, message in checks:
         if not is_fine:
             raise UsageError(message)
+    if spec.endpoint is not None:
+        _check_for_server(spec)
     if spec.answer_pattern is not None:
         try:
             re.compile(spec.answer_pattern)
         except re.error as error:
             raise UsageError(f"--answer-pattern {spec.answer_pattern!r}: {error}") from error
+
+
+def _check_for_server(spec: RunSpec) -> None:
+    if spec.model == DEFAULTS.model:
+        raise UsageError("--endpoint: give the name of a served model as --model")
+    for option, value, default in (
+        ("--kernels", spec.arms, DEFAULTS.arms),
+        ("--dtype", spec.dtype, DEFAULTS.dtype),
+        ("--device", spec.device, DEFAULTS.device),
+        ("--attn", spec.attention, DEFAULTS.attention),
+        ("--trust-remote-code", spec.trust_remote_code, DEFAULTS.trust_remote_code),
+    ):
+        if value != default:
+            raise UsageError(f"{option}: with --endpoint this is the server's own to choose")
 
 
 def _parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Name, ...]:

@@ -65,8 +65,15 @@ def run_trials(
 
     def close(status: RunStatus, stop_reason: str | None = None) -> Run:
         elapsed_s = elapsed_before_s + time.perf_counter() - started
+        changes = tuple(dict.fromkeys((*run.changes, *sampler.changes())))
         directory.save(
-            replace(run, status=status, stop_reason=stop_reason, elapsed_s=round(elapsed_s, 3))
+            replace(
+                run,
+                status=status,
+                stop_reason=stop_reason,
+                elapsed_s=round(elapsed_s, 3),
+                changes=changes,
+            )
         )
         return directory.run
 

@@ -47,7 +47,8 @@ def judge(run: Run, summary: Summary) -> Judgement:
     """The run's verdict: FAIL over INCONCLUSIVE over PASS, over probes, arms and properties.
 
     A PASS needs evidence: every property asked for was tried, every batch was witnessed at the
-    size asked for, nothing errored, the run finished, and the planted fault was caught. With both
+    size asked for, nothing errored, the run finished on the backend it began with, and the planted
+    fault was caught. With both
     arms, stock is the invariant arm's control too: where it did not fail, nothing is shown.
     """
     probes = tuple(judge_probe(probe, run.spec) for probe in summary.probes)
@@ -63,10 +64,14 @@ def judge(run: Run, summary: Summary) -> Judgement:
         outcomes = [Verdict("INCONCLUSIVE", ("no sample was taken",))]
     if run.status != "finished":
         outcomes.append(Verdict("INCONCLUSIVE", (STATUS_REASONS[run.status],)))
+    if run.changes:
+        outcomes.append(Verdict("INCONCLUSIVE", run.changes))
     outcome = worst([v.outcome for v in outcomes])
     for verdict in outcomes:
         if verdict.outcome == outcome:
             reasons += [r for r in verdict.reasons if r not in reasons]
+    # A changed backend may explain a failure: that is said whatever the outcome.
+    reasons += [r for r in run.changes if r not in reasons]
     return Judgement(Verdict(outcome, tuple(reasons)), probes)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import typer
 
 from ndcheck.cli import options as o
-from ndcheck.request import DEFAULTS
+from ndcheck.request import DEFAULTS, ENDPOINT_DEFAULTS
 
 
 def run(
     context: typer.Context,
     model: o.Model = DEFAULTS.model,
+    endpoint: o.EndpointUrl = None,
     prompt: o.Prompt = None,
     prompts_file: o.PromptsFile = None,
     chat: o.Chat = False,
@@ -31,6 +32,12 @@ def run(
     attn: o.Attention = DEFAULTS.attention,
     answer_pattern: o.AnswerPattern = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    arrival: o.ArrivalMode = ENDPOINT_DEFAULTS.arrival,
+    fillers: o.FillerKind = ENDPOINT_DEFAULTS.fillers,
+    timeout: o.Timeout = ENDPOINT_DEFAULTS.timeout_s,
+    retries: o.Retries = ENDPOINT_DEFAULTS.n_retries,
+    api_key_file: o.ApiKeyFile = None,
+    header: o.Header = None,
     out: o.Out = None,
     resume: o.Resume = None,
     dry_run: o.DryRun = False,
@@ -45,9 +52,10 @@ def run(
     from ndcheck.cli import session
     from ndcheck.records import Decoding, RunSpec
 
+    headers = request.parse_headers(header or ())
     if resume is not None:
-        session.refuse_other_options(context, allowed={"resume", "json", "quiet"})
-        raise typer.Exit(session.resume(resume, as_json=json, quiet=quiet))
+        session.refuse_other_options(context, allowed={"resume", "json", "quiet", "header"})
+        raise typer.Exit(session.resume(resume, headers, as_json=json, quiet=quiet))
     spec = RunSpec(
         model=model,
         probes=request.make_probes(prompt or (), prompts_file),
@@ -68,8 +76,11 @@ def run(
         stop_on_divergence=stop_on_divergence,
         allow_latent=allow_latent,
         answer_pattern=answer_pattern,
+        endpoint=request.make_endpoint(
+            endpoint, api_key_file, headers, arrival, fillers, timeout, retries
+        ),
     )
     request.check(spec)
     if dry_run:
-        raise typer.Exit(session.print_plan(spec))
-    raise typer.Exit(session.start(spec, out, as_json=json, quiet=quiet))
+        raise typer.Exit(session.print_plan(spec, headers))
+    raise typer.Exit(session.start(spec, headers, out, as_json=json, quiet=quiet))

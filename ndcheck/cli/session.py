@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from ndcheck.analysis.statistics import trials_needed
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.errors import NdcheckError, UsageError
 from ndcheck.load import plan_trials
-from ndcheck.records import Run, RunSpec, Sample, Trial
+from ndcheck.records import AXES, Environment, Run, RunSpec, Sample, Trial
+from ndcheck.reports import phrases
 from ndcheck.reports.document import make_document
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
@@ -30,10 +33,12 @@ INTERRUPTED = 130
 RUNS_DIRECTORY = Path("ndcheck-runs")
 
 
-def start(spec: RunSpec, out: Path | None, *, as_json: bool, quiet: bool) -> int:
+def start(
+    spec: RunSpec, headers: Mapping[str, str], out: Path | None, *, as_json: bool, quiet: bool
+) -> int:
     """Measure from the beginning. Returns the exit code."""
-    note(f"loading {spec.model}", quiet=quiet)
-    sampler = open_sampler(spec)
+    sampler = open_for_run(spec, headers, quiet=quiet)
+    spec = fit_axes(spec, sampler, quiet=quiet)
     trials = plan(spec, sampler)
     now = datetime.now(UTC)
     path = out or free_path(RUNS_DIRECTORY / f"{now:%Y%m%d-%H%M%S}-{slug(spec.model)}")
@@ -41,7 +46,7 @@ def start(spec: RunSpec, out: Path | None, *, as_json: bool, quiet: bool) -> int
         run_id=path.name,
         ndcheck_version=__version__,
         spec=spec,
-        environment=environment.capture(sampler.describe()),
+        environment=capture(spec, sampler),
         started_at=now.isoformat(timespec="seconds"),
         n_trials_planned=len(trials),
     )
@@ -56,14 +61,13 @@ def start(spec: RunSpec, out: Path | None, *, as_json: bool, quiet: bool) -> int
         return measure(directory, trials, sampler, [], as_json=as_json, quiet=quiet)
 
 
-def resume(path: Path, *, as_json: bool, quiet: bool) -> int:
+def resume(path: Path, headers: Mapping[str, str], *, as_json: bool, quiet: bool) -> int:
     """Go on with a run as it was. Returns the exit code."""
     directory, finished = RunDirectory.resume(path)
     with closing(directory):
         spec = directory.run.spec
-        note(f"loading {spec.model}", quiet=quiet)
-        sampler = open_sampler(spec)
-        here = environment.capture(sampler.describe())
+        sampler = open_for_run(spec, headers, quiet=quiet)
+        here = capture(spec, sampler)
         changed = environment.differences(directory.run.environment, here)
         if changed:
             raise UsageError(
@@ -72,6 +76,33 @@ def resume(path: Path, *, as_json: bool, quiet: bool) -> int:
             )
         trials = plan(spec, sampler)
         return measure(directory, trials, sampler, finished, as_json=as_json, quiet=quiet)
+
+
+def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> Sampler:
+    """The run's sampler, and what to know of it on stderr."""
+    note(f"{'probing' if spec.endpoint else 'loading'} {spec.model}", quiet=quiet)
+    sampler = open_sampler(spec, headers=headers)
+    for line in sampler.notes:
+        note(line, quiet=quiet)
+    return sampler
+
+
+def capture(spec: RunSpec, sampler: Sampler) -> Environment:
+    """Where the model runs: of a server only it can tell."""
+    if spec.endpoint is not None:
+        return environment.capture_client(sampler.describe())
+    return environment.capture(sampler.describe())
+
+
+def fit_axes(spec: RunSpec, sampler: Sampler, *, quiet: bool) -> RunSpec:
+    """``spec`` without ``cache`` where nothing can vary it. Raises UsageError if it was named."""
+    if sampler.cache_states or "cache" not in spec.axes:
+        return spec
+    reason = "what the prefix cache holds cannot be set here and seen to work"
+    if spec.axes != AXES:
+        raise UsageError(f"--axes: {reason}: leave out cache")
+    note(f"cache is left out: {reason}", quiet=quiet)
+    return replace(spec, axes=tuple(axis for axis in AXES if axis != "cache"))
 
 
 def measure(
@@ -86,7 +117,7 @@ def measure(
     """Run the trials and report, also on what there is when something ends the run early."""
     failure: NdcheckError | None = None
     try:
-        with ProgressLine(quiet=quiet) as progress:
+        with ProgressLine(quiet=quiet, unit=phrases.unit(directory.run)) as progress:
             run_trials(trials, sampler, directory, finished, progress.show)
     except KeyboardInterrupt:
         report(directory.path, directory.run, as_json=as_json)
@@ -124,9 +155,10 @@ def report(path: Path, run: Run, *, as_json: bool) -> int:
     return EXIT_CODES[judgement.verdict.outcome]
 
 
-def print_plan(spec: RunSpec) -> int:
+def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
     """Print the trials that a run would execute, and what they cost. Returns the exit code."""
-    sampler = open_sampler(spec, load_weights=False)
+    sampler = open_sampler(spec, load_weights=False, headers=headers)
+    spec = fit_axes(spec, sampler, quiet=False)
     trials = plan(spec, sampler)
     header = ("trial", "arm", "probe", "axis", "batch", "slots", "fillers", "cache", "baseline")
     rows = [header, *(plan_row(trial) for trial in trials)]
@@ -170,7 +202,7 @@ def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
         if length == 0:
             raise UsageError(f"prompt {probe_id} has no tokens")
     n_trials = trials_needed(spec.target_rate, spec.confidence) if spec.target_rate else None
-    return plan_trials(spec, lengths, sampler.context, n_trials)
+    return plan_trials(spec, lengths, sampler.context, n_trials, sampler.cache_states)
 
 
 def free_path(path: Path) -> Path:

@@ -10,7 +10,7 @@ from ndcheck.reports.untrusted import markdown_text
 
 def claims(run: Run, summary: Summary) -> list[str]:
     """One sentence for each probe and arm, in Markdown."""
-    found = [_claim(probe, summary) for probe in sorted(summary.probes, key=_weakness)]
+    found = [_claim(probe, summary, run) for probe in sorted(summary.probes, key=_weakness)]
     return found or ["None: nothing was measured."]
 
 
@@ -18,7 +18,7 @@ def _weakness(probe: ProbeSummary) -> tuple[bool, bool, bool]:
     return not probe.n_trials, bool(probe.diverged_trials), bool(probe.latent_trials)
 
 
-def _claim(probe: ProbeSummary, summary: Summary) -> str:
+def _claim(probe: ProbeSummary, summary: Summary, run: Run) -> str:
     subject = phrases.subject(probe, summary)
     start = f"{markdown_text(subject)}: " if subject else ""
     if not probe.n_trials:
@@ -35,7 +35,7 @@ def _claim(probe: ProbeSummary, summary: Summary) -> str:
         latent = f"{probe.latent_trials} of {phrases.count(probe.n_trials, 'trial')}"
         return f"{start}equal tokens, not equal bits (these differ in {latent}): {bound}."
     if probe.metrics.k1_kl is None:
-        return f"{start}equal tokens (the backend gave no bits to compare): {bound}."
+        return f"{start}equal {phrases.unit(run)}s (the backend gave no bits to compare): {bound}."
     return f"{start}equal tokens and equal bits across these loads: {bound}."
 
 
@@ -43,7 +43,13 @@ def exclusions(run: Run) -> list[str]:
     """In Markdown."""
     sizes = ", ".join(map(str, run.spec.batch_sizes))
     axes = ", ".join(run.spec.axes)
+    witness = run.environment.model.get("witness")
+    overlap = [
+        "That the server computed these requests in one batch: their answers were seen to arrive "
+        "interleaved, and the server tells no more."
+    ]
     return [
+        *(overlap if witness == "client-side overlap" else []),
         "Anything on other hardware, other versions of the software or other numeric flags.",
         "Other models, prompts, decoding settings or longer completions.",
         f"Other loads: batch sizes {sizes} were enumerated over {axes}; the contents and lengths "

@@ -19,7 +19,7 @@ import transformers
 
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, TrialError, UsageError
-from ndcheck.load import filler_text, fit_to_length
+from ndcheck.load import CACHE_STATES, filler_text, fit_to_length
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.selection import Stream, choose_tokens, plant
@@ -37,6 +37,9 @@ class TransformersSampler:
     Raises UsageError for a model or option that cannot be used as asked, and BackendError where
     loading fails.
     """
+
+    cache_states = CACHE_STATES
+    notes = ()
 
     def __init__(self, spec: RunSpec, *, load_weights: bool = True) -> None:
         self._name = spec.model
@@ -78,6 +81,9 @@ class TransformersSampler:
             "vocabulary": self._text_config.vocab_size,
             "digest": digest_weights(self._model),
         }
+
+    def changes(self) -> tuple[str, ...]:
+        return ()
 
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:

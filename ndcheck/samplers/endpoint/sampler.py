@@ -1,0 +1,417 @@
+"""Samples from a running server: a trial is one set of requests in flight together."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Coroutine, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from ndcheck.errors import BackendError, UsageError
+from ndcheck.load import Arrival, filler_text, parse_arrival
+from ndcheck.records import (
+    CacheState,
+    Decoding,
+    Endpoint,
+    Fault,
+    Load,
+    Probe,
+    RunSpec,
+    Sample,
+    Trial,
+    Witness,
+)
+from ndcheck.samplers.endpoint import prefix_cache
+from ndcheck.samplers.endpoint.answer import Answer, Compared, RequestFailure
+from ndcheck.samplers.endpoint.arrivals import run_trial
+from ndcheck.samplers.endpoint.capabilities import (
+    FP32_DIGITS,
+    UNKNOWN_CONTEXT,
+    Capabilities,
+    identify,
+    list_models,
+    probe,
+)
+from ndcheck.samplers.endpoint.credentials import request_headers
+from ndcheck.samplers.endpoint.dialects import Body, Chat, Completions, Dialect, Generate
+from ndcheck.samplers.endpoint.prefix_cache import PrefixCache
+from ndcheck.samplers.endpoint.transport import Transport
+from ndcheck.samplers.endpoint.witness import (
+    CLIENT_OVERLAP,
+    MetricsWitness,
+    find_gauge,
+    overlap,
+)
+
+N_PROBING_TOKENS = 4
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+IDENTITY_TIMEOUT_S = 5.0
+BYTES_PER_TOKEN = 4096
+"""An event with a token, its id and two log-probabilities takes some 600."""
+BYTES_PER_ANSWER = 1 << 20
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one request."""
+
+    answer: Answer | None = None
+    error: str | None = None
+    is_unreachable: bool = False
+    elapsed_s: float = 0.0
+    n_retries: int = 0
+
+
+class EndpointSampler:
+    """Drives a server through its OpenAI API (SGLang: its own, which gives token ids).
+
+    Opening it probes the server with short requests for the first probe. Raises UsageError where
+    the server refuses what is asked, BackendError where it cannot be reached or fails.
+    """
+
+    def __init__(self, spec: RunSpec, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
+        self._spec = spec
+        self._endpoint = endpoint
+        self._arrival = parse_arrival(endpoint.arrival) or Arrival("together")
+        self._runner = asyncio.Runner()
+        self._transport = Transport(
+            endpoint.url,
+            request_headers(endpoint, headers),
+            # Two more for the metrics and a request between trials.
+            max(spec.batch_sizes) + 2,
+            endpoint.timeout_s,
+        )
+        self._fingerprints: list[str] = []
+        self._run(self._open())
+
+    def close(self) -> None:
+        self._run(self._transport.close())
+        self._runner.close()
+
+    @property
+    def context(self) -> int:
+        return self._identity.context or UNKNOWN_CONTEXT
+
+    @property
+    def cache_states(self) -> tuple[CacheState, ...]:
+        return ("prefix",) if self._cache else ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        seen = self._capabilities
+        version = f" {self._identity.version}" if self._identity.version else ""
+        digits = seen.logprob_digits
+        logprobs = "no logprobs"
+        if digits is not None:
+            logprobs = f"logprobs of {digits} digits"
+            if digits < FP32_DIGITS:
+                logprobs += " (rounded: smaller differences cannot be seen)"
+        optional = ", ".join(seen.accepted) or "none"
+        cache = self._cache.how if self._cache else "no control that could be seen to work"
+        return (
+            f"{self._identity.server}{version} at {self._transport.base}",
+            f"compared: {seen.compared}, {logprobs}; optional fields that work: {optional}",
+            f"batch size from: {self._witness_name}; prefix cache: {cache}",
+        )
+
+    def count_tokens(self, prompt: str) -> int:
+        """By the server's own count; in words where it does not say."""
+        answer = self._run(self._ask_for_probing(prompt, 1, {}))
+        counted = answer.n_prompt_tokens
+        return len(prompt.split()) if counted is None else counted
+
+    def describe(self) -> dict[str, Any]:
+        identity, seen = self._identity, self._capabilities
+        return {
+            "name": self._spec.model,
+            "endpoint": self._transport.base,
+            "server": identity.server,
+            "version": identity.version,
+            "served": identity.model,
+            "system_fingerprint": seen.fingerprint,
+            "compared": seen.compared,
+            "logprob_digits": seen.logprob_digits,
+            "optional_fields": ", ".join(seen.accepted),
+            "witness": self._witness_name,
+            "prefix_cache": self._cache.how if self._cache else None,
+            "digest": identity.digest(seen.fingerprint, seen.compared),
+        }
+
+    def changes(self) -> tuple[str, ...]:
+        found = [
+            f"the server's system_fingerprint changed in mid-run: {self._fingerprints[0]!r}, "
+            f"then {fingerprint!r}"
+            for fingerprint in self._fingerprints[1:]
+        ]
+        try:
+            now = self._run(self._identify_quickly())
+        except (RequestFailure, TimeoutError):
+            return tuple(found)
+        if now.digest() != self._identity.digest():
+            before = (self._identity.server, self._identity.version, self._identity.model)
+            found.append(
+                "the server changed in mid-run: "
+                f"{_listed(before)}, then {_listed((now.server, now.version, now.model))}"
+            )
+        return tuple(found)
+
+    def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
+        outcomes, achieved = self._run(self._sample(trial, probe, decoding))
+        return [
+            self._make_sample(trial, slot, trial.first_sample_id + i, outcome, Witness(achieved))
+            for i, (slot, outcome) in enumerate(zip(trial.load.slots, outcomes, strict=True))
+        ]
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(work)
+
+    async def _open(self) -> None:
+        """Find out who answers and what it can do."""
+        try:
+            self._identity = await identify(self._transport, self._spec.model)
+            self._dialect: Dialect = Chat() if self._spec.chat else Completions()
+            url = f"{self._transport.base}{self._dialect.path}"
+            if self._identity.server == "SGLang" and not self._spec.chat:
+                self._dialect = Generate()
+                url = f"{self._transport.root}{self._dialect.path}"
+            self._url = url
+            prompt = self._spec.probes[0].prompt
+            n_tokens = min(N_PROBING_TOKENS, self._spec.decoding.max_tokens)
+
+            async def ask(fields: Body) -> Answer:
+                return await self._ask_for_probing(prompt, n_tokens, fields)
+
+            self._capabilities = await self._probe(ask)
+            gauge = await find_gauge(self._transport)
+            self._metrics = MetricsWitness(self._transport, gauge) if gauge else None
+            self._witness_name = gauge or CLIENT_OVERLAP
+            self._cache: PrefixCache | None = await prefix_cache.find(
+                self._identity.server,
+                self._transport,
+                lambda fields: ask({**self._capabilities.probe_fields, **fields}),
+            )
+        except RequestFailure as failure:
+            raise BackendError(f"--endpoint {self._transport.base}: {failure}") from failure
+
+    async def _probe(self, ask: Any) -> Capabilities:
+        try:
+            return await probe(self._dialect, ask)
+        except RequestFailure as failure:
+            if failure.status is None or not 400 <= failure.status < 500 or failure.is_temporary:
+                raise
+            names = await list_models(self._transport)
+            hints = [f"it offers {', '.join(map(repr, names[:8]))}"] if names else []
+            if failure.status == 404 and not self._spec.chat:
+                hints.append("a server with chat alone needs --chat")
+            if failure.status in (401, 403):
+                hints.append("the key is read from NDCHECK_API_KEY or --api-key-file")
+            hint = f" ({'; '.join(hints)})" if hints else ""
+            raise UsageError(
+                f"--endpoint {self._transport.base} --model {self._spec.model}: {failure}{hint}"
+            ) from failure
+
+    async def _identify_quickly(self) -> Any:
+        async with asyncio.timeout(IDENTITY_TIMEOUT_S):
+            return await identify(self._transport, self._spec.model)
+
+    async def _ask_for_probing(self, prompt: str, max_tokens: int, fields: Body) -> Answer:
+        """A short request outside any trial, with the usual retries."""
+        decoding = replace(self._spec.decoding, max_tokens=max_tokens)
+        body = {**self._dialect.body(self._spec.model, prompt, max_tokens, decoding), **fields}
+        return await self._ask_with_retries(body, max_tokens, Outcome())
+
+    async def _sample(
+        self, trial: Trial, probe: Probe, decoding: Decoding
+    ) -> tuple[list[Outcome], int | None]:
+        load = trial.load
+        outcomes = [Outcome() for _ in load.slots]
+        fillers: list[Outcome] = []
+        rng = random.Random(f"{load.filler_seed}/{load.batch_size}/fillers")
+        salts = f"{trial.trial_id}-{rng.getrandbits(32):08x}"
+        lengths = dict(
+            zip(
+                (row for row in range(load.batch_size) if row not in load.slots),
+                load.filler_lengths,
+                strict=True,
+            )
+        )
+
+        async def send_probe(index: int) -> None:
+            body = self._dialect.body(self._spec.model, probe.prompt, decoding.max_tokens, decoding)
+            body |= self._capabilities.probe_fields
+            if "seed" in self._capabilities.accepted:
+                body["seed"] = decoding.seed
+            if self._cache:
+                body |= self._cache.fields(load.cache_state, salts, index)
+            compared = self._capabilities.compared
+            await self._ask_in_trial(body, decoding.max_tokens, compared, outcomes[index])
+
+        async def send_filler(row: int, number: int) -> None:
+            length = lengths.get(row, probe.prompt.count(" ") + 1)
+            prompt = filler_text(hash((load.filler_seed, row, number)), length)
+            if self._endpoint.fillers == "shared-prefix":
+                prompt = f"{probe.prompt} {prompt}"
+            n_tokens = decoding.max_tokens
+            if self._arrival.kind == "closed":
+                n_tokens = rng.randint(max(1, n_tokens // 4), n_tokens)
+            body = self._dialect.body(self._spec.model, prompt, n_tokens, decoding)
+            body |= self._capabilities.filler_fields
+            fillers.append(Outcome())
+            await self._ask_in_trial(body, n_tokens, "text", fillers[-1])
+
+        if self._cache and load.cache_state == "prefix":
+            await self._cache.warm(
+                lambda fields: self._ask_for_probing(
+                    probe.prompt, 1, {**self._capabilities.probe_fields, **fields}
+                ),
+                salts,
+            )
+        elif self._cache:
+            await self._cache.cool()
+        senders = [lambda i=i: send_probe(i) for i in range(len(outcomes))]
+        async with self._metrics.watching() if self._metrics else nullcontext():
+            await run_trial(load, self._arrival, senders, send_filler)
+        await self._judge(trial, outcomes, fillers)
+        answers = [o.answer for o in (*outcomes, *fillers) if o.answer is not None]
+        return outcomes, self._achieved(load, answers)
+
+    def _achieved(self, load: Load, answers: list[Answer]) -> int | None:
+        if load.batch_size == 1 and answers:
+            # Nothing else was sent; others' requests show in the server's metrics only.
+            return max(1, self._metrics.peak or 1) if self._metrics else 1
+        return self._metrics.peak if self._metrics else overlap(answers)
+
+    async def _judge(self, trial: Trial, outcomes: list[Outcome], fillers: list[Outcome]) -> None:
+        """Turn what happened beside a request into its error.
+
+        Raises BackendError where the server is gone, fails every request, or fails the reference.
+        """
+        load = trial.load
+        for outcome in (*outcomes, *fillers):
+            if outcome.is_unreachable:
+                raise BackendError(f"the server is gone: {outcome.error}")
+        failed_fillers = [f.error for f in fillers if f.error is not None]
+        for outcome in outcomes:
+            if outcome.error is None and failed_fillers:
+                outcome.error = f"a filler of its batch failed: {failed_fillers[0]}"
+            elif outcome.error is None and outcome.n_retries and load.batch_size > 1:
+                outcome.error = (
+                    f"answered only on retry {outcome.n_retries}, outside the batch asked for"
+                )
+            self._note_fingerprint(outcome.answer)
+        cached = [o.answer.n_cached_tokens for o in outcomes if o.answer is not None]
+        if load.cache_state == "prefix" and cached and not any(cached):
+            for outcome in outcomes:
+                outcome.error = outcome.error or "the prefix cache was not hit, though warmed"
+        errors = [o.error for o in outcomes if o.answer is None]
+        if len(errors) < len(outcomes):
+            return
+        if trial.axis == "reference" and trial.baseline is None:
+            raise BackendError(f"the reference of probe {trial.probe_id} failed: {errors[0]}")
+        try:
+            await self._ask_for_probing(self._spec.probes[0].prompt, 1, {})
+        except RequestFailure as failure:
+            raise BackendError(f"the server no longer answers: {failure}") from failure
+
+    def _note_fingerprint(self, answer: Answer | None) -> None:
+        seen = self._capabilities.fingerprint
+        if answer is None or answer.fingerprint is None:
+            return
+        for fingerprint in (seen, answer.fingerprint):
+            if fingerprint is not None and fingerprint not in self._fingerprints:
+                self._fingerprints.append(fingerprint)
+
+    async def _ask_in_trial(
+        self, body: Body, max_tokens: int, compared: Compared, outcome: Outcome
+    ) -> None:
+        """One request and its retries, into ``outcome``."""
+        started = time.perf_counter()
+        try:
+            answer = await self._ask_with_retries(body, max_tokens, outcome)
+            answer.check(max_tokens, compared)
+            outcome.answer = answer
+        except RequestFailure as failure:
+            outcome.is_unreachable = failure.is_unreachable
+            retries = f" (after {outcome.n_retries} retries)" if outcome.n_retries else ""
+            outcome.error = f"{failure}{retries}"
+        outcome.elapsed_s = time.perf_counter() - started
+
+    async def _ask_with_retries(self, body: Body, max_tokens: int, outcome: Outcome) -> Answer:
+        while True:
+            try:
+                return await self._ask(body, max_tokens)
+            except RequestFailure as failure:
+                if not failure.is_temporary or outcome.n_retries >= self._endpoint.n_retries:
+                    raise
+                pause_s = FIRST_PAUSE_S * 2**outcome.n_retries
+                if failure.retry_after_s is not None:
+                    pause_s = failure.retry_after_s
+                outcome.n_retries += 1
+            await asyncio.sleep(min(pause_s, LONGEST_PAUSE_S))
+
+    async def _ask(self, body: Body, max_tokens: int) -> Answer:
+        answer = Answer()
+
+        def take(event: dict[str, Any]) -> None:
+            if self._dialect.read(event, answer):
+                answer.mark(time.perf_counter())
+
+        max_bytes = BYTES_PER_ANSWER + BYTES_PER_TOKEN * max_tokens
+        await self._transport.stream(self._url, body, max_bytes, take)
+        return answer
+
+    def _make_sample(
+        self, trial: Trial, slot: int, sample_id: int, outcome: Outcome, witness: Witness
+    ) -> Sample:
+        answer = outcome.answer if outcome.error is None else None
+        token_ids: tuple[int, ...] = ()
+        token_texts: tuple[str, ...] = ()
+        logprobs: tuple[float, ...] = ()
+        if answer is not None:
+            token_ids, token_texts = answer.stream(self._capabilities.compared)
+            logprobs = tuple(answer.logprobs) if len(answer.logprobs) == len(token_ids) else ()
+            if trial.fault is not None:
+                token_ids, logprobs = plant(token_ids, logprobs, trial.fault)
+        return Sample(
+            sample_id=sample_id,
+            trial_id=trial.trial_id,
+            arm=trial.arm,
+            probe_id=trial.probe_id,
+            axis=trial.axis,
+            baseline=trial.baseline,
+            load=trial.load,
+            slot=slot,
+            witness=witness,
+            token_ids=token_ids,
+            token_texts=token_texts,
+            finish_reason=(answer and answer.finish_reason) or "error",
+            elapsed_s=outcome.elapsed_s,
+            logprobs=logprobs,
+            margins=tuple(answer.margins) if answer is not None and logprobs else (),
+            fault=trial.fault,
+            error=outcome.error,
+            n_retries=outcome.n_retries,
+        )
+
+
+def plant(
+    token_ids: tuple[int, ...], logprobs: tuple[float, ...], fault: Fault
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The control: a server's logits are out of reach, so the received stream gets the fault."""
+    ids = list(token_ids)
+    if fault.fork_at < len(ids):
+        ids[fault.fork_at] ^= 1
+    bits = list(logprobs)
+    if fault.latent_at < len(bits):
+        # A few units in the last place of fp32, whichever way a double is rounded to it.
+        bits[fault.latent_at] = bits[fault.latent_at] * (1 + 2**-21) - 2**-40
+    return tuple(ids), tuple(bits)
+
+
+def _listed(facts: tuple[str | None, ...]) -> str:
+    return " ".join(repr(fact) for fact in facts if fact)
