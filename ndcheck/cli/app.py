@@ -10,6 +10,7 @@ import typer
 
 from ndcheck import __version__
 from ndcheck.cli.doctor import doctor
+from ndcheck.cli.mock_server import mock_server
 from ndcheck.cli.report import report
 from ndcheck.cli.run import run
 from ndcheck.errors import NdcheckError
@@ -46,6 +47,7 @@ def root(
 
 for command in (run, report, doctor):
     app.command()(command)
+app.command(hidden=True)(mock_server)
 
 
 def run_command_line(arguments: list[str]) -> int:

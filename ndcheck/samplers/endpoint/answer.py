@@ -55,6 +55,7 @@ class Answer:
     n_prompt_tokens: int | None = None
     n_tokens: int | None = None
     n_cached_tokens: int | None = None
+    has_prompt_logprobs: bool = False
     fingerprint: str | None = None
     first_s: float | None = None
     last_s: float = 0.0

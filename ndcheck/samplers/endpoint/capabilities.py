@@ -16,6 +16,8 @@ FP32_DIGITS = 6
 """Fewer significant digits cannot tell neighbouring fp32 values apart."""
 UNKNOWN_CONTEXT = 1 << 20
 SENT_WITH_PROBES = ("token ids", "logprobs", "usage", "seed")
+VISIBLE = ("token ids", "logprobs", "usage", "prompt logprobs")
+"""Servers ignore fields that they do not know: these have to show in the answer."""
 Ask = Callable[[Body], Awaitable[Answer]]
 """Send a short request for the probe with these optional fields; raises RequestFailure."""
 
@@ -48,6 +50,13 @@ class Capabilities:
     def probe_fields(self) -> Body:
         """What every probe is sent with."""
         return {k: v for name in SENT_WITH_PROBES for k, v in self.accepted.get(name, {}).items()}
+
+    @property
+    def seen(self) -> str:
+        """In one line: what works, and what is taken without showing whether it does."""
+        working = [name for name in self.accepted if name in VISIBLE]
+        taken = [name for name in self.accepted if name not in VISIBLE]
+        return f"works: {', '.join(working) or 'none'}; accepted: {', '.join(taken) or 'none'}"
 
     @property
     def filler_fields(self) -> Body:
@@ -99,7 +108,7 @@ async def probe(dialect: Dialect, ask: Ask) -> Capabilities:
             if failure.is_unreachable:
                 raise
             continue
-        if _works(name, answer):
+        if _shows(name, answer):
             accepted[name] = fields
     kept = Capabilities("text", accepted)
     try:
@@ -117,15 +126,13 @@ async def probe(dialect: Dialect, ask: Ask) -> Capabilities:
     return Capabilities(compared, accepted, digits, answer.fingerprint or plain.fingerprint)
 
 
-def _works(name: str, answer: Answer) -> bool:
-    """Servers ignore fields that they do not know: what can be seen in the answer has to be."""
-    if name == "token ids":
-        return bool(answer.token_ids)
-    if name == "logprobs":
-        return bool(answer.logprobs)
-    if name == "usage":
-        return answer.n_tokens is not None
-    return True
+def _shows(name: str, answer: Answer) -> bool:
+    return {
+        "token ids": bool(answer.token_ids),
+        "logprobs": bool(answer.logprobs),
+        "usage": answer.n_tokens is not None,
+        "prompt logprobs": answer.has_prompt_logprobs,
+    }.get(name, True)
 
 
 def _significant_digits(value: float) -> int:

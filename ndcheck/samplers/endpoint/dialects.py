@@ -147,6 +147,7 @@ def _read_choice(choice: Event, answer: Answer) -> bool:
             _read_chat_logprobs(logprobs["content"], answer)
         else:
             _read_completion_logprobs(logprobs, answer)
+    answer.has_prompt_logprobs |= bool(choice.get("prompt_logprobs"))
     if choice.get("finish_reason") is not None:
         answer.finish(choice["finish_reason"])
     return bool(text) or n_before != (len(answer.token_ids), len(answer.tokens))

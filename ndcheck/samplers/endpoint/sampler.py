@@ -111,11 +111,11 @@ class EndpointSampler:
             logprobs = f"logprobs of {digits} digits"
             if digits < FP32_DIGITS:
                 logprobs += " (rounded: smaller differences cannot be seen)"
-        optional = ", ".join(seen.accepted) or "none"
         cache = self._cache.how if self._cache else "no control that could be seen to work"
         return (
             f"{self._identity.server}{version} at {self._transport.base}",
-            f"compared: {seen.compared}, {logprobs}; optional fields that work: {optional}",
+            f"compared: {seen.compared}, {logprobs}",
+            f"optional fields: {seen.seen}",
             f"batch size from: {self._witness_name}; prefix cache: {cache}",
         )
 
@@ -136,7 +136,7 @@ class EndpointSampler:
             "system_fingerprint": seen.fingerprint,
             "compared": seen.compared,
             "logprob_digits": seen.logprob_digits,
-            "optional_fields": ", ".join(seen.accepted),
+            "optional_fields": seen.seen,
             "witness": self._witness_name,
             "prefix_cache": self._cache.how if self._cache else None,
             "digest": identity.digest(seen.fingerprint, seen.compared),
