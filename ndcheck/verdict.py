@@ -124,12 +124,15 @@ def _lacks_control(probe: ProbeSummary) -> str | None:
 
 
 def _lacks_witness(probe: ProbeSummary) -> str | None:
-    if probe.unwitnessed_trials:
-        return (
-            "trials whose batch was not witnessed at the size asked for: "
-            f"{probe.unwitnessed_trials} of {probe.n_trials}"
-        )
-    return None
+    if not probe.unwitnessed_trials:
+        return None
+    asked = max((load.batch_size for load in probe.loads), default=0)
+    seen = max((load.achieved_batch_size_min or 0 for load in probe.loads), default=0)
+    hint = f" (largest batch seen: {seen}, asked for: {asked})" if 0 < seen < asked else ""
+    return (
+        "trials whose batch was not witnessed at the size asked for: "
+        f"{probe.unwitnessed_trials} of {probe.n_trials}{hint}"
+    )
 
 
 def _has_errors(probe: ProbeSummary) -> str | None:

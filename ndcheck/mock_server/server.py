@@ -18,6 +18,8 @@ PATHS = {"/v1/completions", "/v1/chat/completions", "/generate"}
 KNOWN_TO_TEXT = {"model", "prompt", "messages", "max_tokens", "temperature", "stream", "seed"}
 FOR_EVER_S = 3600.0
 HUGE = 10 * 2**20
+FINGERPRINT = "fp_mock"
+BREAKS = frozenset({"stall", "truncate", "slow-loris", "utf8", "huge"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,6 @@ class MockServer:
         self._plan = plan
         self._engine = Engine(plan.fault, plan.max_batch, plan.step_s)
         self._numbers = itertools.count()
-        self._fingerprint = "fp_mock"
 
     async def serve(self, host: str, port: int, on_listening: Any) -> None:
         """Serve for ever; ``on_listening`` is called with the port."""
@@ -105,7 +106,7 @@ class MockServer:
         if path == "/generate":
             await self._generate(writer, fields)
             return True
-        return await self._stream(writer, fields, "chat" in path, fault)
+        return await self._answer(writer, fields, "chat" in path, fault)
 
     def _tokens(self, prompt: str, max_tokens: int, fields: Json) -> Any:
         key: str | None = f"{fields.get('cache_salt')}/{prompt}"
@@ -124,32 +125,40 @@ class MockServer:
         content = json.dumps(shapes.generated(tokens, counts)).encode()
         _send(writer, 200, "application/json", content)
 
-    async def _stream(
+    async def _answer(
         self, writer: asyncio.StreamWriter, fields: Json, chat: bool, fault: str
     ) -> bool:
-        flavour = self._plan.flavour
+        flavour, streamed = self._plan.flavour, bool(fields.get("stream"))
         prompt = fields["messages"][-1]["content"] if chat else fields["prompt"]
         n_asked = int(fields["max_tokens"])
         n = max(1, n_asked - 1) if fault == "short" else n_asked
-        fingerprint = "fp_other" if fault == "fingerprint" else self._fingerprint
-        writer.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
-            b"transfer-encoding: chunked\r\n\r\n"
-        )
-        n_sent = n_cached = 0
+        fingerprint = "fp_other" if fault == "fingerprint" else FINGERPRINT
+        kind = "text/event-stream" if streamed else "application/json"
+        head = f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ntransfer-encoding: chunked\r\n\r\n"
+        writer.write(head.encode())
+        tokens: list[Token] = []
+        n_cached = 0
         async for request, token in self._tokens(prompt, n, fields):
             n_cached = len(prompt.split()) if request.is_cached else 0
-            event = _event(shapes.chunk(flavour, chat, token, fields, fingerprint))
-            n_sent += 1
-            if n_sent > n // 2 and fault in ("stall", "truncate", "slow-loris", "utf8", "huge"):
-                return await _break(writer, fault, event)
-            _write(writer, event)
-            await writer.drain()
-        _write(writer, _event(shapes.last_chunk(chat, "length", fingerprint)))
-        counts = shapes.usage(len(prompt.split()), n_sent + (fault == "token-count"), n_cached)
-        if flavour == "text" or fields.get("stream_options") or flavour == "llama.cpp":
-            _write(writer, _event({"choices": [], "usage": counts}))
-        _write(writer, b"data: [DONE]\n\n")
+            tokens.append(token)
+            choice = shapes.chunk(flavour, chat, [token], fields)
+            event = _event(shapes.frame([choice], fingerprint))
+            if len(tokens) > n // 2 and fault in BREAKS:
+                return await _break(writer, fault, event if streamed else b"{")
+            if streamed:
+                _write(writer, event)
+                await writer.drain()
+        counts = shapes.usage(len(prompt.split()), len(tokens) + (fault == "token-count"), n_cached)
+        choice = shapes.chunk(flavour, chat, [] if streamed else tokens, fields)
+        choice["finish_reason"] = "length"
+        if streamed:
+            has_usage = flavour == "text" or "stream_options" in fields
+            _write(writer, _event(shapes.frame([choice], fingerprint)))
+            if has_usage:
+                _write(writer, _event(shapes.frame([], fingerprint, counts)))
+            _write(writer, b"data: [DONE]\n\n")
+        else:
+            _write(writer, json.dumps(shapes.frame([choice], fingerprint, counts)).encode())
         writer.write(b"0\r\n\r\n")
         return True
 

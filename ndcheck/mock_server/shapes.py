@@ -17,36 +17,40 @@ GAUGES = {
 }
 
 
-def chunk(flavour: str, chat: bool, token: Token, fields: Json, fingerprint: str) -> Json:
-    """One streamed token with the optional fields that were asked for and are known."""
-    text = {"delta": {"content": token.text}} if chat else {"text": token.text}
-    choice: Json = {"index": 0, **text, "finish_reason": None}
+def chunk(flavour: str, chat: bool, tokens: list[Token], fields: Json) -> Json:
+    """A choice with some tokens and the optional fields that were asked for and are known."""
+    text = "".join(token.text for token in tokens)
+    part = "delta" if fields.get("stream") else "message"
+    choice: Json = {"index": 0, **({part: {"content": text}} if chat else {"text": text})}
+    choice["finish_reason"] = None
     if fields.get("return_token_ids") and flavour == "vllm":
-        choice["token_ids"] = [token.token_id]
+        choice["token_ids"] = [token.token_id for token in tokens]
     if fields.get("logprobs") and flavour != "text":
-        choice["logprobs"] = _logprobs(flavour, chat, token)
-    return {"object": "text_completion", "choices": [choice], "system_fingerprint": fingerprint}
+        choice["logprobs"] = _logprobs(flavour, chat, tokens)
+    return choice
 
 
-def _logprobs(flavour: str, chat: bool, token: Token) -> Json:
-    runner_up = token.logprob - token.margin
+def frame(choices: list[Json], fingerprint: str, counts: Json | None = None) -> Json:
+    """An event, or a whole answer."""
+    document: Json = {"choices": choices, "system_fingerprint": fingerprint}
+    return document if counts is None else {**document, "usage": counts}
+
+
+def _logprobs(flavour: str, chat: bool, tokens: list[Token]) -> Json:
     if not chat and flavour == "vllm":
         return {
-            "tokens": [token.text],
-            "token_logprobs": [token.logprob],
-            "top_logprobs": [{token.text: token.logprob, "<other>": runner_up}],
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [{t.text: t.logprob, "<other>": t.logprob - t.margin} for t in tokens],
         }
-    top = [{"token": token.text, "logprob": token.logprob}, {"token": "", "logprob": runner_up}]
-    entry: Json = {"token": token.text, "logprob": token.logprob, "top_logprobs": top}
-    if flavour == "llama.cpp":
-        entry["id"] = token.token_id
-    return {"content": [entry]}
-
-
-def last_chunk(chat: bool, reason: str, fingerprint: str) -> Json:
-    text: Json = {"delta": {}} if chat else {"text": ""}
-    choice = {"index": 0, **text, "finish_reason": reason}
-    return {"object": "text_completion", "choices": [choice], "system_fingerprint": fingerprint}
+    entries: list[Json] = []
+    for token in tokens:
+        other = {"token": "", "logprob": token.logprob - token.margin}
+        top = [{"token": token.text, "logprob": token.logprob}, other]
+        entries.append({"token": token.text, "logprob": token.logprob, "top_logprobs": top})
+        if flavour == "llama.cpp":
+            entries[-1]["id"] = token.token_id
+    return {"content": entries}
 
 
 def usage(n_prompt: int, n_tokens: int, n_cached: int) -> Json:

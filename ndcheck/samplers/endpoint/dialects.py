@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from ndcheck.records import Decoding
 from ndcheck.samplers.endpoint.answer import Answer, RequestFailure
@@ -17,8 +17,10 @@ class Dialect(Protocol):
     """One way to ask a server for a completion."""
 
     path: str
-    optional: Mapping[str, Body]
-    """Fields that not every server takes, by what they are for; they are probed one by one."""
+
+    @property
+    def optional(self) -> Mapping[str, Body]:
+        """Fields that not every server takes, by what they are for; they are probed one by one."""
 
     def body(self, model: str, prompt: str, max_tokens: int, decoding: Decoding) -> Body:
         """The request, without optional fields."""
@@ -31,21 +33,42 @@ class Dialect(Protocol):
 
 
 class Completions:
-    """``/completions``: the prompt as it is."""
+    """``/completions``: the prompt as it is.
+
+    Streamed only where the stream is needed as the witness: an event for each token costs the
+    server's front end and this client more than the rest of the request.
+    """
 
     path = "/completions"
-    optional: Mapping[str, Body] = {
-        "token ids": {"return_token_ids": True},
-        "logprobs": {"logprobs": 2},
-        "usage": {"stream_options": {"include_usage": True}},
-        "seed": {"seed": 0},
-        "ignore_eos": {"ignore_eos": True},
-        "min_tokens": {"min_tokens": 1},
-        "prompt logprobs": {"prompt_logprobs": 1},
-    }
+    _logprobs: ClassVar[Body] = {"logprobs": 2}
+
+    def __init__(self, *, streamed: bool) -> None:
+        self._streamed = streamed
+
+    @property
+    def optional(self) -> Mapping[str, Body]:
+        usage = {"usage": {"stream_options": {"include_usage": True}}} if self._streamed else {}
+        return {
+            "token ids": {"return_token_ids": True},
+            "logprobs": self._logprobs,
+            **usage,
+            "seed": {"seed": 0},
+            "ignore_eos": {"ignore_eos": True},
+            "min_tokens": {"min_tokens": 1},
+            "prompt logprobs": {"prompt_logprobs": 1},
+        }
 
     def body(self, model: str, prompt: str, max_tokens: int, decoding: Decoding) -> Body:
-        return {"prompt": prompt, **_common(model, max_tokens, decoding)}
+        return {
+            "model": model,
+            **self._content(prompt),
+            "max_tokens": max_tokens,
+            "temperature": decoding.temperature,
+            "stream": self._streamed,
+        }
+
+    def _content(self, prompt: str) -> Body:
+        return {"prompt": prompt}
 
     def read(self, event: Event, answer: Answer) -> bool:
         try:
@@ -59,21 +82,14 @@ class Chat(Completions):
     """``/chat/completions``: the prompt as the user's message, in the server's chat template."""
 
     path = "/chat/completions"
-    optional: Mapping[str, Body] = {
-        **Completions.optional,
-        "logprobs": {"logprobs": True, "top_logprobs": 2},
-    }
+    _logprobs: ClassVar[Body] = {"logprobs": True, "top_logprobs": 2}
 
-    def body(self, model: str, prompt: str, max_tokens: int, decoding: Decoding) -> Body:
-        messages = [{"role": "user", "content": prompt}]
-        return {"messages": messages, **_common(model, max_tokens, decoding)}
+    def _content(self, prompt: str) -> Body:
+        return {"messages": [{"role": "user", "content": prompt}]}
 
 
 class Generate:
-    """SGLang's own ``/generate``, which gives token ids.
-
-    Not streamed: each event would repeat all that came before it.
-    """
+    """SGLang's own ``/generate``, which gives token ids; its metrics are the witness."""
 
     path = "/generate"
     optional: Mapping[str, Body] = {
@@ -105,15 +121,6 @@ class Generate:
         if reason is not None:
             answer.finish(reason["type"])
         return True
-
-
-def _common(model: str, max_tokens: int, decoding: Decoding) -> Body:
-    return {
-        "model": model,
-        "max_tokens": max_tokens,
-        "temperature": decoding.temperature,
-        "stream": True,
-    }
 
 
 def _read_frame(event: Event, answer: Answer) -> None:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ndcheck.errors import BackendError, UsageError
+from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.load import Arrival, filler_text, parse_arrival
 from ndcheck.records import (
     CacheState,
@@ -65,6 +65,7 @@ class Outcome:
     is_unreachable: bool = False
     elapsed_s: float = 0.0
     n_retries: int = 0
+    retried_after: str | None = None
 
 
 class EndpointSampler:
@@ -82,8 +83,6 @@ class EndpointSampler:
         self._transport = Transport(
             endpoint.url,
             request_headers(endpoint, headers),
-            # Two more for the metrics and a request between trials.
-            max(spec.batch_sizes) + 2,
             endpoint.timeout_s,
         )
         self._fingerprints: list[str] = []
@@ -161,7 +160,12 @@ class EndpointSampler:
         return tuple(found)
 
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
-        outcomes, achieved = self._run(self._sample(trial, probe, decoding))
+        try:
+            outcomes, achieved = self._run(self._sample(trial, probe, decoding))
+        except RequestFailure as failure:  # of a request that prepares the trial
+            if failure.is_unreachable:
+                raise BackendError(f"the server is gone: {failure}") from failure
+            raise TrialError(str(failure)) from failure
         return [
             self._make_sample(trial, slot, trial.first_sample_id + i, outcome, Witness(achieved))
             for i, (slot, outcome) in enumerate(zip(trial.load.slots, outcomes, strict=True))
@@ -174,9 +178,13 @@ class EndpointSampler:
         """Find out who answers and what it can do."""
         try:
             self._identity = await identify(self._transport, self._spec.model)
-            self._dialect: Dialect = Chat() if self._spec.chat else Completions()
+            gauge = await find_gauge(self._transport)
+            self._metrics = MetricsWitness(self._transport, gauge) if gauge else None
+            self._witness_name = gauge or CLIENT_OVERLAP
+            api = Chat if self._spec.chat else Completions
+            self._dialect: Dialect = api(streamed=gauge is None)
             url = f"{self._transport.base}{self._dialect.path}"
-            if self._identity.server == "SGLang" and not self._spec.chat:
+            if self._identity.server == "SGLang" and gauge and not self._spec.chat:
                 self._dialect = Generate()
                 url = f"{self._transport.root}{self._dialect.path}"
             self._url = url
@@ -187,9 +195,6 @@ class EndpointSampler:
                 return await self._ask_for_probing(prompt, n_tokens, fields)
 
             self._capabilities = await self._probe(ask)
-            gauge = await find_gauge(self._transport)
-            self._metrics = MetricsWitness(self._transport, gauge) if gauge else None
-            self._witness_name = gauge or CLIENT_OVERLAP
             self._cache: PrefixCache | None = await prefix_cache.find(
                 self._identity.server,
                 self._transport,
@@ -274,7 +279,7 @@ class EndpointSampler:
         elif self._cache:
             await self._cache.cool()
         senders = [lambda i=i: send_probe(i) for i in range(len(outcomes))]
-        async with self._metrics.watching() if self._metrics else nullcontext():
+        async with self._metrics.watching(load.batch_size) if self._metrics else nullcontext():
             await run_trial(load, self._arrival, senders, send_filler)
         await self._judge(trial, outcomes, fillers)
         answers = [o.answer for o in (*outcomes, *fillers) if o.answer is not None]
@@ -301,7 +306,8 @@ class EndpointSampler:
                 outcome.error = f"a filler of its batch failed: {failed_fillers[0]}"
             elif outcome.error is None and outcome.n_retries and load.batch_size > 1:
                 outcome.error = (
-                    f"answered only on retry {outcome.n_retries}, outside the batch asked for"
+                    f"answered only on retry {outcome.n_retries}, outside the batch asked for: "
+                    f"{outcome.retried_after}"
                 )
             self._note_fingerprint(outcome.answer)
         cached = [o.answer.n_cached_tokens for o in outcomes if o.answer is not None]
@@ -313,10 +319,18 @@ class EndpointSampler:
             return
         if trial.axis == "reference" and trial.baseline is None:
             raise BackendError(f"the reference of probe {trial.probe_id} failed: {errors[0]}")
-        try:
-            await self._ask_for_probing(self._spec.probes[0].prompt, 1, {})
-        except RequestFailure as failure:
-            raise BackendError(f"the server no longer answers: {failure}") from failure
+        await self._require_life()
+
+    async def _require_life(self) -> None:
+        """Raise BackendError unless the server still answers a short request."""
+        for attempts_left in range(self._endpoint.n_retries, -1, -1):
+            try:
+                await self._ask_for_probing(self._spec.probes[0].prompt, 1, {})
+            except RequestFailure as failure:
+                if not attempts_left:
+                    raise BackendError(f"the server no longer answers: {failure}") from failure
+            else:
+                return
 
     def _note_fingerprint(self, answer: Answer | None) -> None:
         seen = self._capabilities.fingerprint
@@ -352,6 +366,7 @@ class EndpointSampler:
                 if failure.retry_after_s is not None:
                     pause_s = failure.retry_after_s
                 outcome.n_retries += 1
+                outcome.retried_after = str(failure)
             await asyncio.sleep(min(pause_s, LONGEST_PAUSE_S))
 
     async def _ask(self, body: Body, max_tokens: int) -> Answer:

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from ndcheck.errors import UsageError
 from ndcheck.samplers.endpoint.answer import RequestFailure
 
 CONNECT_TIMEOUT_S = 10.0
@@ -20,38 +19,38 @@ Event = dict[str, Any]
 
 
 class Transport:
-    """One pool of connections to the server at ``url``, an OpenAI base such as ``.../v1``.
+    """Connections to the server at ``url``, an OpenAI base such as ``.../v1``: as many as in use.
 
+    Each is a client of its own, since a pool looks through all its connections at every request.
     Redirects are never followed: a key must not travel to another host. ``secrets`` are cut out
     of every message.
     """
 
-    def __init__(
-        self, url: str, headers: Mapping[str, str], n_connections: int, timeout_s: float
-    ) -> None:
+    def __init__(self, url: str, headers: Mapping[str, str], timeout_s: float) -> None:
         import httpx2
 
         self._httpx = httpx2
         self.base = url.rstrip("/")
         self.root = self.base.removesuffix("/v1")
+        self._headers = {**headers, "accept-encoding": "identity"}
         self._timeout_s = timeout_s
+        self._tls = httpx2.create_ssl_context()
+        self._idle: list[Any] = []
         # With and without the scheme ("Bearer"), since a server may quote either.
         parts = (part for value in headers.values() for part in (value, *value.split()))
         self._secrets = sorted({part for part in parts if len(part) >= 6}, key=len, reverse=True)
-        try:
-            self._client = httpx2.AsyncClient(
-                headers={**headers, "accept-encoding": "identity"},
-                timeout=httpx2.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
-                limits=httpx2.Limits(
-                    max_connections=n_connections, max_keepalive_connections=n_connections
-                ),
-                follow_redirects=False,
-            )
-        except (ValueError, TypeError, UnicodeError) as error:
-            raise UsageError(f"--header: {self.redact(str(error))}") from error
 
     async def close(self) -> None:
-        await self._client.aclose()
+        for client in self._idle:
+            await client.aclose()
+
+    def _make_client(self) -> Any:
+        return self._httpx.AsyncClient(
+            verify=self._tls,
+            headers=self._headers,
+            timeout=self._httpx.Timeout(self._timeout_s, connect=CONNECT_TIMEOUT_S),
+            follow_redirects=False,
+        )
 
     def redact(self, message: str) -> str:
         """``message`` on one line, without the secrets that the server may have repeated."""
@@ -123,11 +122,12 @@ class Transport:
         self, method: str, url: str, body: Mapping[str, Any] | None
     ) -> AsyncIterator[Any]:
         """The open response to a request; its status is 2xx."""
-        request = self._client.build_request(method, url, json=body)
+        client = self._idle.pop() if self._idle else self._make_client()
+        request = client.build_request(method, url, json=body)
         started = time.perf_counter()
         try:
             async with asyncio.timeout(self._timeout_s):
-                response = await self._client.send(request, stream=True)
+                response = await client.send(request, stream=True)
                 try:
                     await self._refuse(response)
                     yield response
@@ -151,6 +151,8 @@ class Transport:
             raise RequestFailure(
                 f"the connection broke: {self._why(error)}", is_temporary=True
             ) from error
+        finally:
+            self._idle.append(client)
 
     async def _refuse(self, response: Any) -> None:
         status = response.status_code

@@ -17,7 +17,8 @@ GAUGES = (
     "llamacpp:requests_processing",
 )
 """Requests in the running batch, by server; one line for each engine of a replicated server."""
-MIN_INTERVAL_S = 0.005
+SEARCH_INTERVAL_S = 0.005
+WATCH_INTERVAL_S = 0.1
 CLIENT_OVERLAP = "client-side overlap"
 
 
@@ -31,17 +32,20 @@ class MetricsWitness:
         self._gauge = gauge
 
     @asynccontextmanager
-    async def watching(self) -> AsyncIterator[None]:
-        """Poll until the block ends; ``peak`` is then the largest value seen, None if unknown."""
+    async def watching(self, batch_size: int) -> AsyncIterator[None]:
+        """Poll until the block ends; ``peak`` is then the largest value seen, None if unknown.
+
+        Once ``batch_size`` has been seen, only larger batches are news: others' requests.
+        """
         self.peak = None
-        polling = asyncio.create_task(self._poll())
+        polling = asyncio.create_task(self._poll(batch_size))
         try:
             yield
         finally:
             polling.cancel()
             await asyncio.gather(polling, return_exceptions=True)
 
-    async def _poll(self) -> None:
+    async def _poll(self, batch_size: int) -> None:
         while True:
             started = time.perf_counter()
             try:
@@ -51,8 +55,10 @@ class MetricsWitness:
             running = read_gauge(content, self._gauge)
             if running is not None:
                 self.peak = max(running, self.peak or 0)
+            is_found = self.peak is not None and self.peak >= batch_size
+            interval_s = WATCH_INTERVAL_S if is_found else SEARCH_INTERVAL_S
             # A large page takes the server's time too: spend at most half of it there.
-            await asyncio.sleep(max(MIN_INTERVAL_S, time.perf_counter() - started))
+            await asyncio.sleep(max(interval_s, time.perf_counter() - started))
 
 
 async def find_gauge(transport: Transport) -> str | None:
