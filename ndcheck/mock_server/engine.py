@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 from collections.abc import AsyncIterator
@@ -12,6 +13,8 @@ from ndcheck.records import Decoding, Load, Probe, Sample, Trial
 from ndcheck.samplers.scripted import FORK_AT, LATENT_AT, ScriptedSampler
 
 N_REPLICAS = 3
+GATHER_S = 0.02
+LONGEST_HOLD_S = 0.5
 _CLEAN, _FORK, _LATENT = (ScriptedSampler(name) for name in ("clean", "fork", "latent"))
 
 
@@ -41,9 +44,14 @@ class Request:
 
 
 class Engine:
-    """At most ``max_batch`` requests run; a step takes ``step_s`` seconds."""
+    """At most ``max_batch`` requests run; a step takes ``step_s`` seconds.
 
-    def __init__(self, fault: str, max_batch: int, step_s: float) -> None:
+    An idle engine waits a little for requests that were sent together. With ``is_polled`` it also
+    holds a new batch until somebody has looked at its size, so that what a poll sees does not
+    depend on the speed of the machine.
+    """
+
+    def __init__(self, fault: str, max_batch: int, step_s: float, *, is_polled: bool) -> None:
         self._fault = fault
         self._max_batch = 1 if fault == "never-batches" else max_batch
         self._step_s = step_s
@@ -52,9 +60,12 @@ class Engine:
         self._cached: set[str] = set()
         self._numbers = itertools.count()
         self._work = asyncio.Event()
+        self._is_polled = is_polled
+        self._seen = asyncio.Event()
 
-    @property
-    def n_running(self) -> int:
+    def poll(self) -> int:
+        """How many requests run."""
+        self._seen.set()
         return len(self._running)
 
     def flush_cache(self) -> None:
@@ -81,10 +92,15 @@ class Engine:
             if not self._waiting and not self._running:
                 self._work.clear()
                 await self._work.wait()
-            # Requests sent together arrive within a few milliseconds of one another.
+                await asyncio.sleep(GATHER_S)
             await asyncio.sleep(self._step_s)
+            n_before = len(self._running)
             while self._waiting and len(self._running) < self._max_batch:
                 self._admit(self._waiting.pop(0))
+            if self._is_polled and len(self._running) > max(1, n_before):
+                self._seen.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._seen.wait(), LONGEST_HOLD_S)
             n_running = len(self._running)
             for request in list(self._running):
                 request.tokens.put_nowait(self._next_token(request, n_running))

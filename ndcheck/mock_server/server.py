@@ -43,7 +43,9 @@ class MockServer:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._engine = Engine(plan.fault, plan.max_batch, plan.step_s)
+        self._engine = Engine(
+            plan.fault, plan.max_batch, plan.step_s, is_polled=plan.flavour in shapes.GAUGES
+        )
         self._numbers = itertools.count()
 
     async def serve(self, host: str, port: int, on_listening: Any) -> None:
@@ -77,7 +79,8 @@ class MockServer:
         if method == "GET":
             if path == "/flush_cache":
                 self._engine.flush_cache()
-            found = shapes.page(self._plan.flavour, path, self._engine.n_running)
+            n_running = self._engine.poll() if path == "/metrics" else 0
+            found = shapes.page(self._plan.flavour, path, n_running)
             kind, content = found or ("application/json", b'{"detail":"Not Found"}')
             _send(writer, 200 if found else 404, kind, content)
             return True
