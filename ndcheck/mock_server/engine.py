@@ -13,7 +13,7 @@ from ndcheck.records import Decoding, Load, Probe, Sample, Trial
 from ndcheck.samplers.scripted import FORK_AT, LATENT_AT, ScriptedSampler
 
 N_REPLICAS = 3
-GATHER_S = 0.02
+GATHER_S = 0.01
 LONGEST_HOLD_S = 0.5
 _CLEAN, _FORK, _LATENT = (ScriptedSampler(name) for name in ("clean", "fork", "latent"))
 

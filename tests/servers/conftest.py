@@ -19,9 +19,7 @@ from ndcheck.samplers.base import open_sampler
 from ndcheck.store import RunDirectory, SampleReader
 from ndcheck.verdict import judge
 
-SPEC = replace(DEFAULTS, model="mock", decoding=Decoding(12), batch_sizes=(1, 3), n_samples=26)
-N_PROBING = 22
-"""More requests than a sampler sends before its first batch, fewer than its first two batches."""
+SPEC = replace(DEFAULTS, model="mock", decoding=Decoding(12), batch_sizes=(1, 3), n_samples=22)
 
 
 @pytest.fixture
@@ -60,7 +58,7 @@ def mock():
 
 
 @pytest.fixture
-def sampler(request):
+def sampler():
     """Opens samplers of a server; they are closed at the end."""
     opened = []
 

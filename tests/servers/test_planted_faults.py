@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.mock_server.faults import FAULTS, FLAVOURS, STREAM_FAULTS
+from ndcheck.mock_server.faults import FAULTS, FLAVOURS
 from ndcheck.samplers.scripted import FORK_AT, LATENT_AT
 
 STRIKES_LATER = {"after": 22, "every": 4}
@@ -56,7 +56,7 @@ def test_a_fork_under_concurrency_is_laid_to_the_batch(mock, measure, flavour):
     assert "batch-size" in failing_axes(judgement)
     (probe,) = summary.probes
     if flavour == "vllm":
-        assert probe.completions[1].first_divergence == FORK_AT
+        assert {c.first_divergence for c in probe.completions} == {None, FORK_AT}
     alone = [load for load in probe.loads if load.batch_size == 1]
     assert all(load.n_diverged_trials == 0 for load in alone)
 
@@ -143,16 +143,14 @@ def test_what_the_server_refuses_is_a_usage_error(mock, sampler, changed, messag
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize("arrival", ["closed", "poisson:200", "bursts:2:0.02"])
-@pytest.mark.parametrize("fillers", ["words", "shared-prefix"])
+@pytest.mark.parametrize(
+    ("arrival", "fillers"),
+    [("closed", "words"), ("poisson:300", "shared-prefix"), ("bursts:2:0.01", "words")],
+)
 def test_other_arrivals_form_batches_too(mock, measure, arrival, fillers):
     url = mock()
-    judgement, _, samples = measure(url, arrival=arrival, fillers=fillers, n_samples=20)
+    judgement, _, samples = measure(url, arrival=arrival, fillers=fillers, n_samples=14)
     assert judgement.verdict.outcome == "PASS", judgement.verdict.reasons
     achieved = {s.witness.achieved_batch_size for s in samples if s.load.batch_size == 3}
     assert min(achieved) > 1
     assert arrival != "closed" or achieved == {3}
-
-
-def test_stream_faults_are_faults():
-    assert set(FAULTS) >= STREAM_FAULTS

@@ -112,8 +112,8 @@ class Generate:
         answer.token_ids += _token_ids(event["output_ids"])
         tops = meta.get("output_top_logprobs") or ()
         for i, (logprob, _, text) in enumerate(meta.get("output_token_logprobs") or ()):
-            alternatives = [entry[0] for entry in tops[i]] if i < len(tops) else []
-            answer.add_logprob(text or "", logprob, alternatives)
+            top = tops[i] if i < len(tops) else None
+            answer.add_logprob(text or "", logprob, [entry[0] for entry in top or ()])
         answer.n_prompt_tokens = _count(meta.get("prompt_tokens"))
         answer.n_tokens = _count(meta.get("completion_tokens"))
         answer.n_cached_tokens = _count(meta.get("cached_tokens"))

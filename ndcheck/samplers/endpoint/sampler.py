@@ -86,7 +86,11 @@ class EndpointSampler:
             endpoint.timeout_s,
         )
         self._fingerprints: list[str] = []
-        self._run(self._open())
+        try:
+            self._run(self._open())
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._run(self._transport.close())
@@ -211,7 +215,8 @@ class EndpointSampler:
                 raise
             names = await list_models(self._transport)
             hints = [f"it offers {', '.join(map(repr, names[:8]))}"] if names else []
-            if failure.status == 404 and not self._spec.chat:
+            is_served = not names or self._spec.model in names
+            if failure.status == 404 and is_served and not self._spec.chat:
                 hints.append("a server with chat alone needs --chat")
             if failure.status in (401, 403):
                 hints.append("the key is read from NDCHECK_API_KEY or --api-key-file")
@@ -228,7 +233,9 @@ class EndpointSampler:
         """A short request outside any trial, with the usual retries."""
         decoding = replace(self._spec.decoding, max_tokens=max_tokens)
         body = {**self._dialect.body(self._spec.model, prompt, max_tokens, decoding), **fields}
-        return await self._ask_with_retries(body, max_tokens, Outcome())
+        answer = await self._ask_with_retries(body, max_tokens, Outcome())
+        answer.check(max_tokens, "text")
+        return answer
 
     async def _sample(
         self, trial: Trial, probe: Probe, decoding: Decoding
