@@ -8,7 +8,9 @@ from ndcheck.errors import BackendError, UsageError
 from ndcheck.mock_server.faults import FAULTS, FLAVOURS
 from ndcheck.samplers.scripted import FORK_AT, LATENT_AT
 
-STRIKES_LATER = {"after": 22, "every": 4}
+STRIKES_LATER = {"after": 15, "every": 3}
+"""The probing and the trials alone are spared, the first batch is not."""
+SHORT = {"axes": ("run-to-run", "batch-size"), "n_samples": 11}
 ERRORS = {
     "rate-limit": "answered only on retry 1, outside the batch asked for: HTTP 429: too many",
     "error": "answered only on retry 1, outside the batch asked for: HTTP 500: engine is dead",
@@ -51,7 +53,7 @@ def test_a_clean_server_passes(mock, measure, flavour):
 
 @pytest.mark.parametrize("flavour", ["vllm", "text"])
 def test_a_fork_under_concurrency_is_laid_to_the_batch(mock, measure, flavour):
-    judgement, summary, _ = measure(mock(fault="concurrency", flavour=flavour))
+    judgement, summary, _ = measure(mock(fault="concurrency", flavour=flavour), **SHORT)
     assert judgement.verdict.outcome == "FAIL"
     assert "batch-size" in failing_axes(judgement)
     (probe,) = summary.probes
@@ -62,7 +64,7 @@ def test_a_fork_under_concurrency_is_laid_to_the_batch(mock, measure, flavour):
 
 
 def test_a_change_in_the_bits_alone_is_latent(mock, measure):
-    judgement, summary, _ = measure(mock(fault="latent"))
+    judgement, summary, _ = measure(mock(fault="latent"), **SHORT)
     assert judgement.verdict.outcome == "FAIL"
     (probe,) = summary.probes
     assert (probe.n_unique, probe.diverged_trials) == (1, 0)
@@ -78,21 +80,21 @@ def test_a_fork_on_a_warm_prefix_is_laid_to_the_cache(mock, measure, flavour):
 
 
 def test_a_replica_that_differs_fails_run_to_run(mock, measure):
-    judgement, _, _ = measure(mock(fault="replica"), batch_sizes=(1,), n_samples=12)
+    judgement, _, _ = measure(mock(fault="replica"), batch_sizes=(1,), n_samples=8)
     assert judgement.verdict.outcome == "FAIL"
     assert "run-to-run" in failing_axes(judgement)
 
 
 @pytest.mark.parametrize("flavour", ["vllm", "text"])
 def test_requests_that_never_batch_do_not_pass(mock, measure, flavour):
-    judgement, summary, _ = measure(mock(fault="never-batches", flavour=flavour))
+    judgement, summary, _ = measure(mock(fault="never-batches", flavour=flavour), **SHORT)
     assert judgement.verdict.outcome == "INCONCLUSIVE"
     assert any("largest batch seen: 1, asked for: 3" in r for r in judgement.verdict.reasons)
     assert summary.probes[0].n_unique == 1
 
 
 def test_another_fingerprint_is_flagged(mock, measure):
-    judgement, _, _ = measure(mock(fault="fingerprint", **STRIKES_LATER))
+    judgement, _, _ = measure(mock(fault="fingerprint", **STRIKES_LATER), **SHORT)
     assert judgement.verdict.outcome == "INCONCLUSIVE"
     assert judgement.verdict.reasons == (
         "the server's system_fingerprint changed in mid-run: 'fp_mock', then 'fp_other'",
@@ -101,22 +103,22 @@ def test_another_fingerprint_is_flagged(mock, measure):
 
 @pytest.mark.parametrize("fault", ERRORS)
 def test_a_failed_request_is_a_sample_with_its_error(mock, measure, fault, monkeypatch):
-    monkeypatch.setattr("ndcheck.samplers.endpoint.sampler.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("ndcheck.samplers.endpoint.client.FIRST_PAUSE_S", 0.01)
     # Read from streams: the faults in the middle of one are for that.
     flavour = "text" if fault in ("stall", "slow-loris", "truncate", "utf8") else "vllm"
     timeout_s = 0.5 if fault in ("stall", "slow-loris") else 10.0
     url = mock(fault=fault, flavour=flavour, **STRIKES_LATER)
-    judgement, summary, samples = measure(url, timeout_s=timeout_s, n_samples=14)
+    judgement, summary, samples = measure(url, timeout_s=timeout_s, **SHORT)
     assert judgement.verdict.outcome == "INCONCLUSIVE"
     errors = [s.error for s in samples if s.error is not None]
     assert any(ERRORS[fault] in error for error in errors), errors
     assert len(errors) == summary.probes[0].n_errors > 0
-    assert len([s for s in samples if s.axis != "control"]) == 14
+    assert len([s for s in samples if s.axis != "control"]) == 11
 
 
 @pytest.mark.parametrize("fault", ["error", "html", "reset", "redirect", "truncate"])
 def test_a_server_that_fails_from_the_start_is_a_backend_failure(mock, sampler, fault, monkeypatch):
-    monkeypatch.setattr("ndcheck.samplers.endpoint.sampler.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("ndcheck.samplers.endpoint.client.FIRST_PAUSE_S", 0.01)
     with pytest.raises(BackendError, match="--endpoint http://127"):
         sampler(mock(fault=fault, flavour="text"))
 
@@ -149,7 +151,8 @@ def test_what_the_server_refuses_is_a_usage_error(mock, sampler, changed, messag
 )
 def test_other_arrivals_form_batches_too(mock, measure, arrival, fillers):
     url = mock()
-    judgement, _, samples = measure(url, arrival=arrival, fillers=fillers, n_samples=14)
+    load = {"mode": "mixed", "axes": ("batch-size", "neighbours"), "n_samples": 9}
+    judgement, _, samples = measure(url, arrival=arrival, fillers=fillers, **load)
     assert judgement.verdict.outcome == "PASS", judgement.verdict.reasons
     achieved = {s.witness.achieved_batch_size for s in samples if s.load.batch_size == 3}
     assert min(achieved) > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -15,22 +16,27 @@ Ask = Callable[[Body], Awaitable[Answer]]
 
 @dataclass(frozen=True, slots=True)
 class PrefixCache:
-    """The switch that a kind of server has; ``how`` names it."""
+    """The switch that a kind of server has; ``how`` names it.
+
+    ``nonce`` is this process's own: what an earlier run left in the cache must not be hit.
+    """
 
     how: str
     transport: Transport
+    nonce: str
 
-    def fields(self, state: CacheState, salt: str, index: int) -> Body:
-        """What a probe's request says of the cache; ``salt`` is the trial's own."""
+    def fields(self, state: CacheState, trial_id: int, index: int) -> Body:
+        """What the request of a trial's ``index``-th probe says of the cache."""
         if self.how == "cache_salt":
+            salt = f"{self.nonce}-{trial_id}"
             return {"cache_salt": salt if state == "prefix" else f"{salt}-{index}"}
         if self.how == "cache_prompt":
             return {"cache_prompt": state == "prefix"}
         return {}
 
-    async def warm(self, ask: Ask, salt: str) -> None:
+    async def warm(self, ask: Ask, trial_id: int) -> None:
         """Compute the prompt beforehand."""
-        await ask(self.fields("prefix", salt, 0))
+        await ask(self.fields("prefix", trial_id, 0))
 
     async def cool(self) -> None:
         """Forget what was computed before, where that takes a request of its own."""
@@ -49,12 +55,12 @@ async def find(server: str, transport: Transport, ask: Ask) -> PrefixCache | Non
     how = SWITCHES.get(server)
     if how is None:
         return None
-    cache = PrefixCache(how, transport)
+    cache = PrefixCache(how, transport, uuid.uuid4().hex)
     try:
         await cache.cool()
-        cold = await ask(cache.fields("whole", "ndcheck-cold", 0))
-        await cache.warm(ask, "ndcheck-warm")
-        warm = await ask(cache.fields("prefix", "ndcheck-warm", 0))
+        cold = await ask(cache.fields("whole", -1, 0))
+        await cache.warm(ask, -1)
+        warm = await ask(cache.fields("prefix", -1, 0))
     except RequestFailure as failure:
         if failure.is_unreachable:
             raise

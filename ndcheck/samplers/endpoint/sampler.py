@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Coroutine, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ndcheck.errors import BackendError, TrialError, UsageError
@@ -25,7 +24,7 @@ from ndcheck.records import (
     Witness,
 )
 from ndcheck.samplers.endpoint import prefix_cache
-from ndcheck.samplers.endpoint.answer import Answer, Compared, RequestFailure
+from ndcheck.samplers.endpoint.answer import Answer, RequestFailure
 from ndcheck.samplers.endpoint.arrivals import run_trial
 from ndcheck.samplers.endpoint.capabilities import (
     FP32_DIGITS,
@@ -35,6 +34,7 @@ from ndcheck.samplers.endpoint.capabilities import (
     list_models,
     probe,
 )
+from ndcheck.samplers.endpoint.client import Client, Outcome
 from ndcheck.samplers.endpoint.credentials import request_headers
 from ndcheck.samplers.endpoint.dialects import Body, Chat, Completions, Dialect, Generate
 from ndcheck.samplers.endpoint.prefix_cache import PrefixCache
@@ -47,25 +47,8 @@ from ndcheck.samplers.endpoint.witness import (
 )
 
 N_PROBING_TOKENS = 4
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
 IDENTITY_TIMEOUT_S = 5.0
-BYTES_PER_TOKEN = 4096
-"""An event with a token, its id and two log-probabilities takes some 600."""
-BYTES_PER_ANSWER = 1 << 20
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of one request."""
-
-    answer: Answer | None = None
-    error: str | None = None
-    is_unreachable: bool = False
-    elapsed_s: float = 0.0
-    n_retries: int = 0
-    retried_after: str | None = None
 
 
 class EndpointSampler:
@@ -187,11 +170,9 @@ class EndpointSampler:
             self._witness_name = gauge or CLIENT_OVERLAP
             api = Chat if self._spec.chat else Completions
             self._dialect: Dialect = api(streamed=gauge is None)
-            url = f"{self._transport.base}{self._dialect.path}"
             if self._identity.server == "SGLang" and gauge and not self._spec.chat:
                 self._dialect = Generate()
-                url = f"{self._transport.root}{self._dialect.path}"
-            self._url = url
+            self._client = Client(self._transport, self._dialect, self._endpoint.n_retries)
             prompt = self._spec.probes[0].prompt
             n_tokens = min(N_PROBING_TOKENS, self._spec.decoding.max_tokens)
 
@@ -232,10 +213,8 @@ class EndpointSampler:
     async def _ask_for_probing(self, prompt: str, max_tokens: int, fields: Body) -> Answer:
         """A short request outside any trial, with the usual retries."""
         decoding = replace(self._spec.decoding, max_tokens=max_tokens)
-        body = {**self._dialect.body(self._spec.model, prompt, max_tokens, decoding), **fields}
-        answer = await self._ask_with_retries(body, max_tokens, Outcome())
-        answer.check(max_tokens, "text")
-        return answer
+        body = self._dialect.body(self._spec.model, prompt, max_tokens, decoding)
+        return await self._client.ask({**body, **fields}, max_tokens)
 
     async def _sample(
         self, trial: Trial, probe: Probe, decoding: Decoding
@@ -244,7 +223,6 @@ class EndpointSampler:
         outcomes = [Outcome() for _ in load.slots]
         fillers: list[Outcome] = []
         rng = random.Random(f"{load.filler_seed}/{load.batch_size}/fillers")
-        salts = f"{trial.trial_id}-{rng.getrandbits(32):08x}"
         lengths = dict(
             zip(
                 (row for row in range(load.batch_size) if row not in load.slots),
@@ -259,9 +237,9 @@ class EndpointSampler:
             if "seed" in self._capabilities.accepted:
                 body["seed"] = decoding.seed
             if self._cache:
-                body |= self._cache.fields(load.cache_state, salts, index)
+                body |= self._cache.fields(load.cache_state, trial.trial_id, index)
             compared = self._capabilities.compared
-            await self._ask_in_trial(body, decoding.max_tokens, compared, outcomes[index])
+            await self._client.record(body, decoding.max_tokens, compared, outcomes[index])
 
         async def send_filler(row: int, number: int) -> None:
             length = lengths.get(row, probe.prompt.count(" ") + 1)
@@ -274,14 +252,14 @@ class EndpointSampler:
             body = self._dialect.body(self._spec.model, prompt, n_tokens, decoding)
             body |= self._capabilities.filler_fields
             fillers.append(Outcome())
-            await self._ask_in_trial(body, n_tokens, "text", fillers[-1])
+            await self._client.record(body, n_tokens, "text", fillers[-1])
 
         if self._cache and load.cache_state == "prefix":
             await self._cache.warm(
                 lambda fields: self._ask_for_probing(
                     probe.prompt, 1, {**self._capabilities.probe_fields, **fields}
                 ),
-                salts,
+                trial.trial_id,
             )
         elif self._cache:
             await self._cache.cool()
@@ -346,46 +324,6 @@ class EndpointSampler:
         for fingerprint in (seen, answer.fingerprint):
             if fingerprint is not None and fingerprint not in self._fingerprints:
                 self._fingerprints.append(fingerprint)
-
-    async def _ask_in_trial(
-        self, body: Body, max_tokens: int, compared: Compared, outcome: Outcome
-    ) -> None:
-        """One request and its retries, into ``outcome``."""
-        started = time.perf_counter()
-        try:
-            answer = await self._ask_with_retries(body, max_tokens, outcome)
-            answer.check(max_tokens, compared)
-            outcome.answer = answer
-        except RequestFailure as failure:
-            outcome.is_unreachable = failure.is_unreachable
-            retries = f" (after {outcome.n_retries} retries)" if outcome.n_retries else ""
-            outcome.error = f"{failure}{retries}"
-        outcome.elapsed_s = time.perf_counter() - started
-
-    async def _ask_with_retries(self, body: Body, max_tokens: int, outcome: Outcome) -> Answer:
-        while True:
-            try:
-                return await self._ask(body, max_tokens)
-            except RequestFailure as failure:
-                if not failure.is_temporary or outcome.n_retries >= self._endpoint.n_retries:
-                    raise
-                pause_s = FIRST_PAUSE_S * 2**outcome.n_retries
-                if failure.retry_after_s is not None:
-                    pause_s = failure.retry_after_s
-                outcome.n_retries += 1
-                outcome.retried_after = str(failure)
-            await asyncio.sleep(min(pause_s, LONGEST_PAUSE_S))
-
-    async def _ask(self, body: Body, max_tokens: int) -> Answer:
-        answer = Answer()
-
-        def take(event: dict[str, Any]) -> None:
-            if self._dialect.read(event, answer):
-                answer.mark(time.perf_counter())
-
-        max_bytes = BYTES_PER_ANSWER + BYTES_PER_TOKEN * max_tokens
-        await self._transport.stream(self._url, body, max_bytes, take)
-        return answer
 
     def _make_sample(
         self, trial: Trial, slot: int, sample_id: int, outcome: Outcome, witness: Witness
