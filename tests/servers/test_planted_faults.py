@@ -145,6 +145,11 @@ def test_what_the_server_refuses_is_a_usage_error(mock, sampler, changed, messag
     assert message in str(refused.value)
 
 
+def test_an_address_without_the_api_is_explained(mock, sampler):
+    with pytest.raises(UsageError, match="most servers have their API under /v1"):
+        sampler(mock().removesuffix("/v1"))
+
+
 @pytest.mark.parametrize(
     ("arrival", "fillers"),
     [("closed", "words"), ("poisson:300", "shared-prefix"), ("bursts:2:0.01", "words")],

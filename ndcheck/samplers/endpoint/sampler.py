@@ -197,7 +197,9 @@ class EndpointSampler:
             names = await list_models(self._transport)
             hints = [f"it offers {', '.join(map(repr, names[:8]))}"] if names else []
             is_served = not names or self._spec.model in names
-            if failure.status == 404 and is_served and not self._spec.chat:
+            if failure.status == 404 and not self._transport.base.endswith("/v1"):
+                hints.append("most servers have their API under /v1")
+            elif failure.status == 404 and is_served and not self._spec.chat:
                 hints.append("a server with chat alone needs --chat")
             if failure.status in (401, 403):
                 hints.append("the key is read from NDCHECK_API_KEY or --api-key-file")
