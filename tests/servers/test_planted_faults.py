@@ -101,6 +101,22 @@ def test_another_fingerprint_is_flagged(mock, measure):
     )
 
 
+def test_another_version_behind_the_address_is_flagged(mock, sampler, monkeypatch):
+    opened, _ = sampler(mock())
+    assert opened.changes() == ()
+    monkeypatch.setattr("ndcheck.mock_server.shapes.VERSION", "2.0-mock")
+    assert opened.changes() == (
+        "the server changed in mid-run: 'vLLM' '1.0-mock' 'mock', then 'vLLM' '2.0-mock' 'mock'",
+    )
+
+
+def test_what_an_earlier_run_left_in_the_cache_is_not_met(mock, sampler):
+    url = mock()
+    for _ in range(2):
+        opened, _ = sampler(url)
+        assert opened.cache_states == ("prefix",)
+
+
 @pytest.mark.parametrize("fault", ERRORS)
 def test_a_failed_request_is_a_sample_with_its_error(mock, measure, fault, monkeypatch):
     monkeypatch.setattr("ndcheck.samplers.endpoint.client.FIRST_PAUSE_S", 0.01)
