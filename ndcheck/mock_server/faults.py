@@ -33,6 +33,6 @@ FLAVOURS = {
     "vllm": "token ids, logprobs, cache_salt, vllm:num_requests_running",
     "sglang": "/generate with output_ids, flush_cache, sglang:num_running_reqs",
     "llama.cpp": "ids in chat-shaped logprobs, cache_prompt, llamacpp:requests_processing",
-    "hosted": "chat alone, logprob tokens without ids, no metrics",
+    "hosted": "chat alone with max_completion_tokens, logprob tokens without ids, no metrics",
     "text": "text alone, refuses unknown fields, no metrics (like transformers serve)",
 }

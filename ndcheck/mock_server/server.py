@@ -133,7 +133,7 @@ class MockServer:
     ) -> bool:
         flavour, streamed = self._plan.flavour, bool(fields.get("stream"))
         prompt = fields["messages"][-1]["content"] if chat else fields["prompt"]
-        n_asked = int(fields["max_tokens"])
+        n_asked = int(fields.get("max_completion_tokens") or fields["max_tokens"])
         n = max(1, n_asked - 1) if fault == "short" else n_asked
         fingerprint = "fp_other" if fault == "fingerprint" else FINGERPRINT
         kind = "text/event-stream" if streamed else "application/json"
@@ -184,6 +184,8 @@ def _error(
         return 400, json_type, json.dumps(words).encode(), ""
     if fields.get("model", shapes.MODEL) != shapes.MODEL:
         return 404, json_type, b'{"error":{"message":"no such model"}}', ""
+    if flavour == "hosted" and "max_tokens" in fields:
+        return 400, json_type, b'{"error":{"message":"use max_completion_tokens instead"}}', ""
     if flavour == "text" and (unknown := set(fields) - KNOWN_TO_TEXT):
         return 422, json_type, json.dumps({"detail": f"unexpected {sorted(unknown)}"}).encode(), ""
     return None

@@ -6,6 +6,7 @@ import pytest
 
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.mock_server.faults import FAULTS, FLAVOURS
+from ndcheck.records import Decoding
 from ndcheck.samplers.scripted import FORK_AT, LATENT_AT
 
 STRIKES_LATER = {"after": 15, "every": 3}
@@ -99,6 +100,11 @@ def test_another_fingerprint_is_flagged(mock, measure):
     assert judgement.verdict.reasons == (
         "the server's system_fingerprint changed in mid-run: 'fp_mock', then 'fp_other'",
     )
+
+
+def test_draws_without_a_seed_are_refused(mock, sampler):
+    with pytest.raises(UsageError, match=r"--temperature 0\.5: this server takes no seed"):
+        sampler(mock(flavour="sglang"), decoding=Decoding(8, temperature=0.5))
 
 
 def test_another_version_behind_the_address_is_flagged(mock, sampler, monkeypatch):

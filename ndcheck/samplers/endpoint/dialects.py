@@ -25,6 +25,9 @@ class Dialect(Protocol):
     def body(self, model: str, prompt: str, max_tokens: int, decoding: Decoding) -> Body:
         """The request, without optional fields."""
 
+    def take_hint(self, message: str) -> bool:
+        """Change the request as a refusal says; True if that is worth another try."""
+
     def read(self, event: Event, answer: Answer) -> bool:
         """Add an event to the answer; True if it brought part of the completion.
 
@@ -44,6 +47,7 @@ class Completions:
 
     def __init__(self, *, streamed: bool) -> None:
         self._streamed = streamed
+        self._limit = "max_tokens"
 
     @property
     def optional(self) -> Mapping[str, Body]:
@@ -62,10 +66,17 @@ class Completions:
         return {
             "model": model,
             **self._content(prompt),
-            "max_tokens": max_tokens,
+            self._limit: max_tokens,
             "temperature": decoding.temperature,
             "stream": self._streamed,
         }
+
+    def take_hint(self, message: str) -> bool:
+        newer = "max_completion_tokens"
+        if newer not in message or self._limit == newer:
+            return False
+        self._limit = newer
+        return True
 
     def _content(self, prompt: str) -> Body:
         return {"prompt": prompt}
@@ -99,6 +110,9 @@ class Generate:
     def body(self, model: str, prompt: str, max_tokens: int, decoding: Decoding) -> Body:
         parameters = {"max_new_tokens": max_tokens, "temperature": decoding.temperature}
         return {"text": prompt, "sampling_params": parameters, "stream": False}
+
+    def take_hint(self, message: str) -> bool:
+        return False
 
     def read(self, event: Event, answer: Answer) -> bool:
         try:

@@ -180,6 +180,11 @@ class EndpointSampler:
                 return await self._ask_for_probing(prompt, n_tokens, fields)
 
             self._capabilities = await self._probe(ask)
+            if self._spec.decoding.temperature and "seed" not in self._capabilities.accepted:
+                raise UsageError(
+                    f"--temperature {self._spec.decoding.temperature:g}: this server takes no "
+                    "seed, so its draws differ by design: give 0"
+                )
             self._cache: PrefixCache | None = await prefix_cache.find(
                 self._identity.server,
                 self._transport,
@@ -192,6 +197,8 @@ class EndpointSampler:
         try:
             return await probe(self._dialect, ask)
         except RequestFailure as failure:
+            if self._dialect.take_hint(str(failure)):
+                return await self._probe(ask)
             if failure.status is None or not 400 <= failure.status < 500 or failure.is_temporary:
                 raise
             names = await list_models(self._transport)
@@ -245,7 +252,8 @@ class EndpointSampler:
 
         async def send_filler(row: int, number: int) -> None:
             length = lengths.get(row, probe.prompt.count(" ") + 1)
-            prompt = filler_text(hash((load.filler_seed, row, number)), length)
+            seed = load.filler_seed + row + number * load.batch_size
+            prompt = filler_text(seed, length)
             if self._endpoint.fillers == "shared-prefix":
                 prompt = f"{probe.prompt} {prompt}"
             n_tokens = decoding.max_tokens
