@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.error
+import urllib.request
 from contextlib import closing, suppress
 from dataclasses import replace
 
@@ -91,3 +99,60 @@ def measure(tmp_path, sampler):
         return judge(run, summary), summary, samples
 
     return measure
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    """Starts real servers: ``serve(command, **variables)`` with ``PORT`` in it is the address."""
+    processes = []
+
+    def start(*command, **variables):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        log = tmp_path_factory.mktemp("server") / "log.txt"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [port if part == "PORT" else str(part) for part in command],
+                env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **variables},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        processes.append(process)
+        for _ in range(1200):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.1)
+            else:
+                return f"http://127.0.0.1:{port}/v1"
+        raise AssertionError(log.read_text())
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def run_against(tmp_path):
+    """``ndcheck run --endpoint`` to its end: exit code, stderr, samples as read from the file."""
+
+    def run(url, *options):
+        command = [sys.executable, "-m", "ndcheck", "run", "--endpoint", url, "--out", "run"]
+        done = subprocess.run(
+            [*command, *map(str, options)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode in (0, 1), done.stdout + done.stderr
+        text = (tmp_path / "run" / "samples.jsonl").read_text()
+        samples = [json.loads(line) for line in text.splitlines()]
+        assert not [sample["error"] for sample in samples if sample["error"]]
+        return done.stderr, samples
+
+    return run

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 from transformers.utils.import_utils import is_serve_available
@@ -26,66 +19,23 @@ BATCHING = (
 )
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of a server with continuous batching."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    cache = tmp_path_factory.mktemp("cache")
-    log = cache / "log.txt"
-    command = ["serve", str(MODEL_DIRECTORY), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--device", "cpu"]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "transformers.cli.transformers", *command, *BATCHING],
-            env={
-                **os.environ,
-                "HF_HUB_OFFLINE": "1",
-                "HF_HUB_CACHE": str(cache),
-                "OMP_WAIT_POLICY": "PASSIVE",
-            },
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        for _ in range(1200):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, OSError):
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_a_run_against_it(server, tmp_path):
+def test_a_run_against_it(serve, run_against, tmp_path):
     """Its verdict is whatever it earns; what a run has to show is how that came about."""
-    options = ["--endpoint", server, "--model", str(MODEL_DIRECTORY), "--max-tokens", "24"]
-    options += ["--loads", "1,4", "-n", "16", "--out", "run"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ndcheck", "run", *options],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    url = serve(
+        *(sys.executable, "-m", "transformers.cli.transformers", "serve", MODEL_DIRECTORY),
+        *("--host", "127.0.0.1", "--port", "PORT", "--device", "cpu", *BATCHING),
+        HF_HUB_OFFLINE="1",
+        HF_HUB_CACHE=str(tmp_path),
     )
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    assert "compared: text, no logprobs" in done.stderr
-    assert "batch size from: client-side overlap" in done.stderr
-    text = (tmp_path / "run" / "samples.jsonl").read_text()
-    samples = [json.loads(line) for line in text.splitlines()]
-    assert not [sample["error"] for sample in samples if sample["error"]]
-    batches = [s for s in samples if s["batch_size"] == 4]
-    assert {s["achieved_batch_size"] for s in batches} == {4}
+    stderr, samples = run_against(
+        url, "--model", MODEL_DIRECTORY, "--max-tokens", 24, "--loads", "1,4", "-n", 16
+    )
+    assert "compared: text, no logprobs" in stderr
+    assert "batch size from: client-side overlap" in stderr
+    assert {(s["batch_size"], s["achieved_batch_size"]) for s in samples} == {(1, 1), (4, 4)}
     # It counts its tokens, so a completion cut short would have been an error.
     assert all(s["finish_reason"] == "length" for s in samples)
-    text = "".join(samples[0]["token_texts"])
-    assert len(samples[0]["token_ids"]) == len(text) > 24
+    assert all(len(s["token_ids"]) == len("".join(s["token_texts"])) > 24 for s in samples)
     names = {file.name for file in (tmp_path / "run").glob("*.csv")}
     assert names == {"samples.csv", "completions.csv", "loads.csv", "summary.csv"}
     assert "answers were seen to arrive interleaved" in (tmp_path / "run" / "report.md").read_text()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,30 +12,6 @@ from ndcheck.cli.app import run_command_line
 
 MODEL = ("--model", "mock", "--max-tokens", "8", "--loads", "1,3", "-n", "40", "--retries", "1")
 KEY = "sk-never-to-be-seen-anywhere"
-
-
-@pytest.fixture
-def command(tmp_path):
-    """Starts ``python -m ndcheck ARGUMENTS`` in ``tmp_path``; what still runs is killed."""
-    processes = []
-    kept = {name: v for name, v in os.environ.items() if not name.startswith("NDCHECK_")}
-
-    def start(*arguments, **variables):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ndcheck", *map(str, arguments)],
-            cwd=tmp_path,
-            env={**kept, "COLUMNS": "80", "NO_COLOR": "1", **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
 
 
 def finish(process):
@@ -55,10 +28,10 @@ def wait_for_samples(path, n_lines):
     raise AssertionError("no samples appeared")
 
 
-def test_a_killed_server_keeps_what_is_finished_and_resumes(command, tmp_path):
-    server = command("mock-server", "--step-ms", "10")
+def test_a_killed_server_keeps_what_is_finished_and_resumes(started, tmp_path):
+    server = started("mock-server", "--step-ms", "10")
     url = server.stdout.readline().strip()
-    run = command("run", "--endpoint", url, *MODEL, "--out", "run")
+    run = started("run", "--endpoint", url, *MODEL, "--out", "run")
     samples = tmp_path / "run" / "samples.jsonl"
     wait_for_samples(samples, 4)
     server.send_signal(signal.SIGKILL)
@@ -72,26 +45,26 @@ def test_a_killed_server_keeps_what_is_finished_and_resumes(command, tmp_path):
     assert all(json.loads(line)["error"] is None for line in before)
 
     port = url.rpartition(":")[2].removesuffix("/v1")
-    again = command("mock-server", "--port", port)
+    again = started("mock-server", "--port", port)
     assert again.stdout.readline().strip() == url
-    code, stdout, stderr = finish(command("run", "--resume", "run"))
+    code, stdout, stderr = finish(started("run", "--resume", "run"))
     assert code == 0, stdout + stderr
     after = samples.read_text().splitlines()
     assert after[: len(before)] == before
     assert len(after) == 41  # the control is no sample
 
 
-def test_a_server_that_is_not_there_is_a_backend_failure(command):
-    code, _, stderr = finish(command("run", "--endpoint", "http://127.0.0.1:9/v1", *MODEL, "-q"))
+def test_a_server_that_is_not_there_is_a_backend_failure(started):
+    code, _, stderr = finish(started("run", "--endpoint", "http://127.0.0.1:9/v1", *MODEL, "-q"))
     assert code == 4
     assert "--endpoint http://127.0.0.1:9/v1: cannot connect to http://127.0.0.1:9" in stderr
 
 
-def test_secrets_are_in_no_artifact(command, tmp_path):
-    server = command("mock-server", "--fault", "repeat-key", "--after", "20", "--every", "5")
+def test_secrets_are_in_no_artifact(started, tmp_path):
+    server = started("mock-server", "--fault", "repeat-key", "--after", "20", "--every", "5")
     url = server.stdout.readline().strip()
     header = ("--header", f"X-Team: {KEY}")
-    run = command("run", "--endpoint", url, *MODEL, "--out", "run", *header, NDCHECK_API_KEY=KEY)
+    run = started("run", "--endpoint", url, *MODEL, "--out", "run", *header, NDCHECK_API_KEY=KEY)
     code, stdout, stderr = finish(run)
     assert code == 3
     artifacts = [file.read_text() for file in (tmp_path / "run").iterdir()]
@@ -101,7 +74,7 @@ def test_secrets_are_in_no_artifact(command, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["spec"]["endpoint"][
         "header_names"
     ] == ["X-Team"]
-    code, _, stderr = finish(command("run", "--resume", "run"))
+    code, _, stderr = finish(started("run", "--resume", "run"))
     assert code == 2
     assert "--header 'X-Team: VALUE'" in stderr
 
