@@ -62,6 +62,13 @@ def parse_arms(text: str) -> tuple[Arm, ...]:
     return _parse_names("--kernels", text, ARMS)
 
 
+def parse_server_arms(text: str) -> tuple[Arm, ...]:
+    """The one arm that a server has. Raises UsageError for any but the default and ``stock``."""
+    if parse_arms(text) not in (DEFAULTS.arms, ("stock",)):
+        raise UsageError(f"--kernels {text}: with --endpoint this is the server's own to choose")
+    return ("stock",)
+
+
 def parse_mode(text: str) -> Mode:
     """``copies`` or ``mixed``."""
     for mode in get_args(Mode):
@@ -206,7 +213,6 @@ def _check_for_server(spec: RunSpec) -> None:
     if spec.model == DEFAULTS.model:
         raise UsageError("--endpoint: give the name of a served model as --model")
     for option, value, default in (
-        ("--kernels", spec.arms, DEFAULTS.arms),
         ("--dtype", spec.dtype, DEFAULTS.dtype),
         ("--device", spec.device, DEFAULTS.device),
         ("--attn", spec.attention, DEFAULTS.attention),

@@ -64,7 +64,7 @@ def run(
         axes=request.parse_axes(axes),
         mode=request.parse_mode(mode),
         n_samples=samples,
-        arms=request.parse_arms(kernels),
+        arms=(request.parse_server_arms if endpoint else request.parse_arms)(kernels),
         seed=seed,
         dtype=dtype,
         device=device,

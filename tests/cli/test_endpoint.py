@@ -86,6 +86,7 @@ def test_secrets_are_in_no_artifact(started, tmp_path):
         (("--endpoint", "http://me:hunter2@host/v1"), "leave out user, password and query"),
         (("--endpoint", "http://host/v1"), "give the name of a served model as --model"),
         (("--endpoint", "http://host/v1", "--model", "m", "--dtype", "bf16"), "--dtype: with"),
+        (("--endpoint", "http://host/v1", "--kernels", "invariant"), "--kernels invariant: with"),
         (("--endpoint", "http://host/v1", "--arrival", "poisson"), "--arrival poisson: give"),
         (("--endpoint", "http://host/v1", "--timeout", "0"), "--timeout 0.0: give a positive"),
         (("--endpoint", "http://host/v1", "--fillers", "x"), "choose from words, shared-prefix"),

@@ -27,7 +27,9 @@ from ndcheck.samplers.base import open_sampler
 from ndcheck.store import RunDirectory, SampleReader
 from ndcheck.verdict import judge
 
-SPEC = replace(DEFAULTS, model="mock", decoding=Decoding(12), batch_sizes=(1, 3), n_samples=22)
+SPEC = replace(
+    DEFAULTS, model="mock", arms=("stock",), decoding=Decoding(12), batch_sizes=(1, 3), n_samples=22
+)
 
 
 @pytest.fixture
