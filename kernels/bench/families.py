@@ -53,9 +53,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3.5 (hybrid)": ("qwen3_5_text", _HYBRID),
     "Qwen3.5-MoE (hybrid)": (
         "qwen3_5_moe_text",
-        _HYBRID
-        | {"num_experts": 8, "shared_expert_intermediate_size": 48}
-        | _EXPERTS,
+        _HYBRID | {"num_experts": 8, "shared_expert_intermediate_size": 48} | _EXPERTS,
     ),
     "Qwen3-Next (hybrid)": (
         "qwen3_next",
@@ -103,7 +101,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-NeoX": ("gpt_neox", {"rotary_pct": 0.25}),
     "GPT-2": ("gpt2", {}),
     "BLOOM (ALiBi)": ("bloom", {"hidden_dropout": 0.0}),
-    
     "MPT (ALiBi)": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
     "Mamba": ("mamba", {"state_size": 8}),
     "Mamba-2": ("mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2}),
@@ -117,7 +114,7 @@ def build_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             # What starts as zeros or ones (biases, sinks, norms) would hide an op that ignores it.
             if parameter.is_floating_point() and bool((parameter == parameter.flatten()[0]).all()):
                 parameter += 0.2 * torch.randn_like(parameter)

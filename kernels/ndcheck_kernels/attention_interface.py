@@ -9,6 +9,9 @@ run of keys, so an int32 tensor of *spans* replaces the mask:
 
 Splits of the keys are counted from the row's own first token, at column `start` or `origin`, which
 is negative if a sliding cache has dropped it. So padding shifts nothing.
+
+`sinks` [H] is one more score per head, with no value: weights sum to less than 1. `slopes` [H] adds
+slope * (column - the row's first column), rounded to the query's dtype, to the scores (ALiBi).
 """
 
 from collections.abc import Callable
@@ -23,7 +26,7 @@ NAME = "ndcheck_invariant"
 _library = torch.library.Library("ndcheck_kernels", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale, "
-    "float softcap=0.0) -> Tensor"
+    "float softcap=0.0, Tensor? sinks=None, Tensor? slopes=None) -> Tensor"
 )
 attention_op = torch.ops.ndcheck_kernels.attention.default
 
@@ -91,7 +94,7 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What a transformers attention module calls; the mask comes from `_mask_maker`."""
-    used = [name for name in ("position_bias", "s_aux", "cache") if kwargs.get(name) is not None]
+    used = [name for name in ("position_bias", "cache") if kwargs.get(name) is not None]
     if used or dropout:
         raise _refuse(query, f"it has no {', '.join(used) or 'dropout'}")
     if active_scope() is None:
@@ -105,7 +108,9 @@ def _attention_forward(
     else:
         spans = spans_from_any(attention_mask, bool(is_causal), query, key)
     scale = width**-0.5 if scaling is None else scaling
-    out = attention_op(query, key, value, spans, scale, softcap or 0.0)
+    # Only if there are any: a device without them then refuses by its signature.
+    sinks = {} if kwargs.get("s_aux") is None else {"sinks": kwargs["s_aux"]}
+    out = attention_op(query, key, value, spans, scale, softcap or 0.0, **sinks)
     return out.transpose(1, 2).contiguous(), None
 
 

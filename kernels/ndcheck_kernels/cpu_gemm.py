@@ -12,6 +12,7 @@ Not claimed: invariance in N or K. A product whose *columns* or reduced dimensio
 """
 
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     except UnsupportedCallError:
         if _is_even(k, n):
             raise
-        return mm(*_make_even(a, b))[:, :n]
+        return mm(*_make_even(a, b))[:, :n].contiguous()
 
 
 def _mm_probe(k: int, n: int, dtype: torch.dtype, layout: tuple[int, ...]) -> Probe:
@@ -129,7 +130,8 @@ def addmm(
     except UnsupportedCallError:
         if _is_even(k, n):
             raise
-        return addmm(F.pad(bias, (0, -n % BASE_ROWS)), *_make_even(a, b))[:, :n]
+        padded = addmm(F.pad(bias, (0, -n % BASE_ROWS)), *_make_even(a, b))
+        return padded[:, :n].contiguous()
 
 
 def _addmm_probe(k: int, n: int, dtype: torch.dtype, layout: tuple[int, ...]) -> Probe:
@@ -192,8 +194,9 @@ def grouped_mm(
         raise UnsupportedCallError("only rows in groups, without bias")
     out = a.new_zeros(a.shape[0], b.shape[-1], dtype=out_dtype)
     starts = [0, *offs.tolist()]
-    for weight, start, stop in zip(b, starts, starts[1:], strict=False):
-        out[start:stop] = mm(a[start:stop], weight)
+    for group, (start, stop) in enumerate(pairwise(starts)):
+        if start < stop:
+            out[start:stop] = mm(a[start:stop], b[group])
     return out
 
 

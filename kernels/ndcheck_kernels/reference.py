@@ -90,10 +90,12 @@ def attention_reference(
     spans: torch.Tensor,
     scale: float,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T, capped) v over the keys in each query's span; 0 where it is empty.
+    """softmax(scale * q k^T, capped, plus slopes) v over each query's span; 0 where it is empty.
 
-    [B, H, Q, D] x [B, H_kv, KV, D]; spans as in `attention_interface`.
+    [B, H, Q, D] x [B, H_kv, KV, D]; spans, sinks and slopes as in `attention_interface`.
     """
     queries, group = query.shape[2], query.shape[1] // key.shape[1]
     if spans.shape[-1] == 2:
@@ -107,7 +109,14 @@ def attention_reference(
     scores = query.double() @ keys.transpose(-1, -2) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+    if slopes is not None:
+        bias = slopes.double()[:, None] * (column - spans[:, :1, 0])[:, None]  # [B, H, KV]
+        scores = scores + bias.to(query.dtype).double()[:, :, None]
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    if sinks is not None:
+        sink = sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
     # An empty span gives NaN weights; a hidden value may hold anything.
     weights = weights.masked_fill(~visible[:, None], 0)
     return weights @ values.masked_fill(~visible.any(1)[:, None, :, None], 0)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
 
-from ndcheck.errors import TrialError
+from ndcheck.errors import UsageError
 from ndcheck.records import CacheState
 
 N_PREFILL_CHUNKS = 3
+
+LayerState = tuple[Tensor, ...]
 
 
 class ExactBatch:
@@ -29,7 +33,10 @@ class ExactBatch:
         self._pads = torch.tensor([self._n_columns - len(row) for row in rows], device=device)
         columns = torch.arange(width, device=device)
         self._mask = (columns >= self._pads[:, None]).long()  # [rows, width]
+        # BLOOM makes its bias of the mask, which must then be as long as the static cache.
+        self._mask_is_whole = model.config.model_type == "bloom"
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=width)
+        self._cache_argument = cache_argument(model)
         self.row_counts: list[int] = []
 
     def prefill(self, cache_state: CacheState) -> Tensor:
@@ -53,13 +60,16 @@ class ExactBatch:
     def _forward(self, input_ids: Tensor) -> Tensor:
         end = self._length + input_ids.shape[1]
         columns = torch.arange(self._length, end, device=self._device)
+        mask = self._mask[:, :end]
+        if self._mask_is_whole:
+            mask = torch.nn.functional.pad(mask, (0, self._mask.shape[1] - end))
         logits = self._model(
             input_ids=input_ids,
-            attention_mask=self._mask[:, :end],
+            attention_mask=mask,
             position_ids=(columns - self._pads[:, None]).clamp(min=0),
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: self.cache},
         ).logits
         self._length = end
         self.row_counts.append(logits.shape[0])
@@ -74,38 +84,53 @@ class ExactBatch:
         n_prefix = self._n_columns - n_rest
         if n_prefix == 0:
             return 0
-        states: list[list[tuple[Tensor, Tensor]]] = []
-        alone: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        states: list[list[LayerState]] = []
+        alone: dict[tuple[int, ...], list[LayerState]] = {}
         for row in self._rows:
             prefix = tuple(row[: len(row) - n_rest])
             if prefix not in alone:
                 alone[prefix] = self._prefix_states(prefix)
             states.append(alone[prefix])
         for layer, layer_states in enumerate(zip(*states, strict=True)):
-            keys, values = (
-                torch.cat([_pad_left(state[i], n_prefix) for state in layer_states])
-                for i in range(2)
-            )
-            self.cache.update(keys, values, layer)
+            first, second = (torch.cat(tensors) for tensors in zip(*layer_states, strict=True))
+            if isinstance(self.cache.layers[layer], LinearAttentionLayer):
+                self.cache.update_conv_state(first, layer)
+                self.cache.update_recurrent_state(second, layer)
+            else:
+                self.cache.update(_pad_left(first, n_prefix), _pad_left(second, n_prefix), layer)
         self._length = n_prefix
         return n_prefix
 
-    def _prefix_states(self, prefix: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, each [1, heads, tokens, head_dim]."""
-        if not prefix:
-            # A row as short as the rest: one padded column gives the shapes, and is masked.
-            prefix = (0,)
-        batch = ExactBatch(self._model, self._device, [list(prefix)], 0)
+    def _prefix_states(self, prefix: tuple[int, ...]) -> list[LayerState]:
+        """What every layer keeps of a prefix computed alone.
+
+        Keys and values, each [1, heads, tokens, head_dim], the last ones only where a window hides
+        the others; or the last inputs of a convolution and a recurrent state.
+        """
+        # A row as short as the rest: one padded column gives the shapes, and is masked.
+        batch = ExactBatch(self._model, self._device, [list(prefix) or [0]], 0)
         batch.prefill("whole")
-        n_tokens = len(prefix)
-        states = []
+        n_tokens = max(1, len(prefix))
+        states: list[LayerState] = []
         for layer in batch.cache.layers:
-            if layer.keys.shape[-2] < n_tokens:
-                raise TrialError(
-                    f"cache state prefix: {n_tokens} tokens exceed the model's sliding window"
-                )
-            states.append((layer.keys[:, :, :n_tokens], layer.values[:, :, :n_tokens]))
+            if isinstance(layer, LinearAttentionLayer):
+                state = layer.conv_states[0], layer.recurrent_states[0]
+                states.append(state if prefix else tuple(torch.zeros_like(s) for s in state))
+            else:
+                states.append((layer.keys[:, :, :n_tokens], layer.values[:, :, :n_tokens]))
         return states
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which a model takes its cache. Raises UsageError if it takes none known."""
+    accepted = inspect.signature(model.forward).parameters
+    for name in ("past_key_values", "cache_params"):
+        if name in accepted:
+            return name
+    raise UsageError(
+        f"{type(model).__name__} takes neither past_key_values nor cache_params, so the state that "
+        "it decodes from cannot be controlled"
+    )
 
 
 def _pad_left(states: Tensor, n_columns: int) -> Tensor:

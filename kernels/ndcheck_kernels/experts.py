@@ -1,0 +1,80 @@
+"""A mixture of experts in which no token knows which others chose its experts.
+
+Computes: the sum over a token's experts e, in ascending order of e, of its routing weight times
+    down_e(gate(up_e(x))), with the biases that the layer has. No expert has a capacity, so no token
+    is dropped, and nothing is added by atomics.
+Reduction order: both products are those of `aten._grouped_mm` at the same (K, N), whatever the
+    number of rows that an expert gets; outputs are added one after the other in float32 (float64
+    for float64) and rounded once.
+Depends on: the token, its own experts and weights, the layer's sizes and layout, dtype.
+Dtypes: those of `aten._grouped_mm` on the device.
+Not claimed: the order of a token's experts in the routing tensors, which changes nothing.
+
+transformers' stacked layouts are all covered: [E, 2I, H] or transposed, gates concatenated or
+interleaved, with and without biases. Experts in a module list are ordinary linear layers under a
+loop; they need no implementation of their own.
+"""
+
+from typing import Any
+
+import torch
+
+from ndcheck_kernels.mode import refusal
+
+NAME = "ndcheck_invariant"
+
+aten = torch.ops.aten
+
+
+def register_experts() -> None:
+    """Make `experts_implementation="ndcheck_invariant"` known to transformers."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def experts_forward(
+    layer: Any, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """What a transformers experts module calls: x [T, H], both others [T, k] -> [T, H]."""
+    if layer._is_expert_parallel:
+        raise refusal("experts", x.dtype, x.device.type, "experts are spread over devices")
+    tokens, k = top_k_index.shape
+    index, order = top_k_index.sort(dim=-1)
+    weights = top_k_weights.gather(-1, order)
+    # Rows of one expert lie together, so that one product of any number of rows serves them.
+    expert, rows = index.flatten().sort(stable=True)
+    ends = _group_ends(expert, layer.num_experts)
+    hidden = x[rows.div(k, rounding_mode="floor")]
+    hidden = _linear(layer, "gate_up_proj" if layer.has_gate else "up_proj", hidden, expert, ends)
+    hidden = layer._apply_gate(hidden) if layer.has_gate else layer.act_fn(hidden)
+    hidden = _linear(layer, "down_proj", hidden, expert, ends)
+    if layer.has_post_expert_norm:
+        hidden = layer.post_expert_norm(hidden)
+    out = torch.empty_like(hidden)
+    out[rows] = hidden
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parts = out.view(tokens, k, -1).to(compute) * weights[..., None].to(compute)
+    total = parts[:, 0]
+    for i in range(1, k):
+        total = total + parts[:, i]
+    return total.to(x.dtype)
+
+
+def _group_ends(expert: torch.Tensor, count: int) -> torch.Tensor:
+    """Where each expert's rows end, [E] int32, given the experts of all rows in order."""
+    bounds = torch.arange(count, device=expert.device, dtype=expert.dtype)
+    return torch.searchsorted(expert, bounds, right=True, out_int32=True)
+
+
+def _linear(
+    layer: Any, name: str, rows: torch.Tensor, expert: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    weight = getattr(layer, name)
+    if not weight.is_floating_point() or weight.dtype != rows.dtype:
+        reason = f"{name} is kept as {weight.dtype}: quantised weights have no kernel here"
+        raise refusal("experts", weight.dtype, weight.device.type, reason)
+    out: torch.Tensor = aten._grouped_mm.default(
+        rows, weight if layer.is_transposed else weight.transpose(1, 2), ends
+    )
+    return out + getattr(layer, f"{name}_bias")[expert] if layer.has_bias else out
