@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only write the table again")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     if not options.render:
         torch.set_num_threads(1)
         result = measure_all(options.device, options.families)

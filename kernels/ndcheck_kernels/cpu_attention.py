@@ -58,8 +58,9 @@ def attention(
     column = torch.arange(splits * SPLIT)
     bias = None
     if slopes is not None:
-        first = torch.tensor([[shift] for shift, _, _ in used]) - spans[:, :1, 0]
-        bias = slopes[:, None] * (first + column)[:, None]
+        shifts = torch.tensor([[shift] for shift, _, _ in used])
+        positions = shifts - spans[:, :1, 0] + column
+        bias = slopes[:, None] * positions[:, None]
         bias = bias.to(query.dtype).to(compute)
     turn = max(1, _SCORES // (batch * heads * splits * SPLIT))
     for first in range(0, queries, turn):
