@@ -1,7 +1,8 @@
 """Routing on CPU: which experts a token chooses, and the return of their outputs to it.
 
-Computes: topk, whose ties go to the lowest index, and index_add where no row is added to twice.
-Reduction order: none; comparisons, and one addition per element.
+Computes: topk, whose ties go to the lowest index; a token's outputs times their weights, added; and
+    index_add where no row is added to twice.
+Reduction order: outputs in the order given, in float32 (float64 for float64), rounded once.
 Depends on: the row alone.
 Dtypes: those of the op.
 Not claimed: the order of ties in topk over more than `MOST_CANDIDATES`; there torch's own choice
@@ -10,6 +11,7 @@ Not claimed: the order of ties in topk over more than `MOST_CANDIDATES`; there t
 
 import torch
 
+from ndcheck_kernels.experts import combine_op
 from ndcheck_kernels.mode import UnsupportedCallError, implements
 
 aten = torch.ops.aten
@@ -27,6 +29,17 @@ def topk(
         return torch.topk(x, k, dim, largest, sorted)
     values, places = torch.sort(x, dim=dim, descending=largest, stable=True)
     return values.narrow(dim, 0, k).contiguous(), places.narrow(dim, 0, k).contiguous()
+
+
+@implements(combine_op, device="cpu")
+def combine_experts(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[P, H], [T, k], [T, k] -> [T, H]: each token's rows, weighted."""
+    compute = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    total = rows.new_zeros(place.shape[0], rows.shape[1], dtype=compute)
+    for i in range(place.shape[1]):
+        # Two roundings on purpose: torch's addcmul fuses them in some lanes only.
+        total += rows[place[:, i]].to(compute) * weights[:, i, None].to(compute)
+    return total.to(rows.dtype)
 
 
 @implements(aten.index_add.default, device="cpu")

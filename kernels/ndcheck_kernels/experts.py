@@ -4,10 +4,10 @@ Computes: the sum over a token's experts e, in ascending order of e, of its rout
     down_e(gate(up_e(x))), with the biases that the layer has. No expert has a capacity, so no token
     is dropped, and nothing is added by atomics.
 Reduction order: both products are those of `aten._grouped_mm` at the same (K, N), whatever the
-    number of rows that an expert gets; outputs are added one after the other in float32 (float64
-    for float64) and rounded once.
+    number of rows that an expert gets; `combine_experts` adds a token's outputs one after the other
+    in float32 (float64 for float64) and rounds once.
 Depends on: the token, its own experts and weights, the layer's sizes and layout, dtype.
-Dtypes: those of `aten._grouped_mm` on the device.
+Dtypes: those of the two ops on the device.
 Not claimed: the order of a token's experts in the routing tensors, which changes nothing.
 
 transformers' stacked layouts are all covered: [E, 2I, H] or transposed, gates concatenated or
@@ -24,6 +24,21 @@ from ndcheck_kernels.mode import refusal
 NAME = "ndcheck_invariant"
 
 aten = torch.ops.aten
+
+_library = torch.library.Library("ndcheck_kernels", "FRAGMENT")
+# out[t] = sum over i of weights[t, i] * rows[place[t, i]]: [P, H], [T, k], [T, k] -> [T, H].
+_library.define("combine_experts(Tensor rows, Tensor place, Tensor weights) -> Tensor")
+combine_op = torch.ops.ndcheck_kernels.combine_experts.default
+
+
+def _refuse_outside_scope(*args: Any) -> torch.Tensor:
+    raise RuntimeError(
+        f"experts_implementation='{NAME}' only runs inside ndcheck_kernels.invariant_kernels(); "
+        "for stock kernels call model.set_experts_implementation('grouped_mm')"
+    )
+
+
+_library.impl("combine_experts", _refuse_outside_scope, "CompositeExplicitAutograd")
 
 
 def register_experts() -> None:
@@ -51,14 +66,9 @@ def experts_forward(
     hidden = _linear(layer, "down_proj", hidden, expert, ends)
     if layer.has_post_expert_norm:
         hidden = layer.post_expert_norm(hidden)
-    out = torch.empty_like(hidden)
-    out[rows] = hidden
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    parts = out.view(tokens, k, -1).to(compute) * weights[..., None].to(compute)
-    total = parts[:, 0]
-    for i in range(1, k):
-        total = total + parts[:, i]
-    return total.to(x.dtype)
+    place = torch.empty_like(rows)
+    place[rows] = torch.arange(rows.numel(), device=x.device)
+    return combine_op(hidden, place.view(tokens, k), weights)
 
 
 def _group_ends(expert: torch.Tensor, count: int) -> torch.Tensor:
