@@ -37,6 +37,7 @@ RESULTS = ROOT / "results" / "families"
 README = ROOT / "kernels" / "README.md"
 TABLE = re.compile(r"(?<=<!-- support table -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
+REFUSED = "refused"
 CODE = "def insert(self, key, value): node = self.root; while node is not None: pass "
 
 
@@ -85,7 +86,6 @@ def measure(family: str, dtype: str, device: str, arm: Arm, grid: Grid = FULL) -
         verdict = judge_probe(summary, spec)
         return {
             "outcome": verdict.verdict.outcome,
-            "reasons": list(verdict.verdict.reasons),
             "axes": {
                 finding.axis: {
                     "outcome": verdict.axes[finding.axis].outcome,
@@ -107,44 +107,59 @@ def measure_all(device: str, families: Iterable[str]) -> dict[str, Any]:
             for arm in ("stock", "invariant"):
                 row[arm] = measure(family, dtype, device, arm)  # type: ignore[arg-type]
             rows.append(row)
-            print(
-                family,
-                dtype,
-                *(row[arm].get("outcome", "refused") for arm in ("stock", "invariant")),
-            )
+            print(json.dumps(row), flush=True)
     here = environment.capture({})
     return {"device": device, "hardware": here.hardware, "software": here.software, "rows": rows}
 
 
 def render(results: list[dict[str, Any]]) -> str:
-    """The table and the refusals, as Markdown."""
-    head = ["family", "device", "dtype", *AXES, "stock, same loads"]
-    lines = [head, ["---"] * len(head)]
-    refusals = []
+    """The table and the refusals, as Markdown; dtypes with the same outcome share a line."""
+    head = ["family", "device", "dtype", *AXES, "properties that stock lacks"]
+    lines, refusals = [head, ["---"] * len(head)], []
     for result in results:
-        for row in result["rows"]:
-            place = [row["family"], result["device"], row["dtype"]]
-            if "refused" in row["invariant"]:
-                refusals.append(f"- {', '.join(place)}: {row['invariant']['refused']}")
-                continue
-            outcomes = row["invariant"]["axes"]
-            lines.append([*place, *(cell(outcomes[axis]) for axis in AXES), stock_cell(row)])
+        for family in dict.fromkeys(row["family"] for row in result["rows"]):
+            alike: dict[str, list[dict[str, Any]]] = {}
+            for row in result["rows"]:
+                if row["family"] == family:
+                    alike.setdefault(cells(row["invariant"]), []).append(row)
+            for outcome, same in alike.items():
+                dtypes = ", ".join(row["dtype"] for row in same)
+                if outcome == REFUSED:
+                    reason = same[0]["invariant"]["refused"]
+                    refusals.append(f"- {family} ({result['device']}; {dtypes}): {reason}")
+                else:
+                    stock = "; ".join(f"{row['dtype']}: {failures(row['stock'])}" for row in same)
+                    lines.append([family, result["device"], dtypes, outcome, stock])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\nRefused:\n\n" + "\n".join(refusals) + "\n"
+    return f"{table}\n\nRefused, in the words of the first dtype:\n\n" + "\n".join(refusals) + "\n"
 
 
-def cell(axis: dict[str, Any]) -> str:
-    failed = axis["diverged"] + axis["latent"]
-    return f"{axis['outcome'].lower()}, {failed} of {axis['n_trials']}"
+def cells(outcome: dict[str, Any]) -> str:
+    """One per property: its verdict, and how many of its trials diverged in tokens or bits."""
+    if "refused" in outcome:
+        return REFUSED
+    axes = [outcome["axes"][axis] for axis in AXES]
+    return " | ".join(
+        f"{a['outcome'].lower()} ({a['diverged'] + a['latent']}/{a['n_trials']})" for a in axes
+    )
 
 
-def stock_cell(row: dict[str, Any]) -> str:
-    failed = [name for name, axis in row["stock"]["axes"].items() if axis["outcome"] == "FAIL"]
-    return f"fails {', '.join(failed)}" if failed else "passes: no control but the planted fault"
+def failures(outcome: dict[str, Any]) -> str:
+    failed = [axis for axis in AXES if outcome["axes"][axis]["outcome"] == "FAIL"]
+    return ", ".join(failed) or "none here, so only the planted fault is the control"
 
 
 def load_results() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def write(result: dict[str, Any]) -> None:
+    """One row a line, so that a change shows in a diff."""
+    about = {key: value for key, value in result.items() if key != "rows"}
+    rows = ",\n".join(json.dumps(row) for row in result["rows"])
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{result['device']}.json"
+    path.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n{rows}\n]}}\n')
 
 
 def main() -> None:
@@ -157,9 +172,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     if not options.render:
         torch.set_num_threads(1)
-        result = measure_all(options.device, options.families)
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{options.device}.json").write_text(json.dumps(result, indent=1) + "\n")
+        write(measure_all(options.device, options.families))
     README.write_text(TABLE.sub(lambda _: render(load_results()), README.read_text()))
 
 
