@@ -92,12 +92,14 @@ class ExactBatch:
                 alone[prefix] = self._prefix_states(prefix)
             states.append(alone[prefix])
         for layer, layer_states in enumerate(zip(*states, strict=True)):
-            first, second = (torch.cat(tensors) for tensors in zip(*layer_states, strict=True))
+            parts = zip(*layer_states, strict=True)
             if isinstance(self.cache.layers[layer], LinearAttentionLayer):
-                self.cache.update_conv_state(first, layer)
-                self.cache.update_recurrent_state(second, layer)
+                convolution, recurrent = map(torch.cat, parts)
+                self.cache.update_conv_state(convolution, layer)
+                self.cache.update_recurrent_state(recurrent, layer)
             else:
-                self.cache.update(_pad_left(first, n_prefix), _pad_left(second, n_prefix), layer)
+                keys, values = (torch.cat([_pad_left(s, n_prefix) for s in p]) for p in parts)
+                self.cache.update(keys, values, layer)
         self._length = n_prefix
         return n_prefix
 

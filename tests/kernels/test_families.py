@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import ndcheck_kernels
+from ndcheck.samplers.batch import ExactBatch
 from ndcheck_kernels import UncoveredOpError, attention_interface, invariant_kernels
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
@@ -147,3 +148,24 @@ def test_other_linear_attention_is_refused_by_name():
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     refused(model, r"linear attention .* in model\.layers\.1\.self_attn \(MiniMaxLightning")
+
+
+@pytest.mark.parametrize("cache_state", ["whole", "chunked", "prefix"])
+@pytest.mark.parametrize("family", ["OLMo 3", "Llama 4", "Qwen3.5 (hybrid)"])
+def test_padded_rows_over_windows_and_states(family, cache_state):
+    """Prefixes longer than the window, shorter than it, and none at all; 0 is the padding token."""
+    model = families.build_model(family)
+    rows = [list(range(5, 5 + length)) for length in (30, 47, 1, 60)]
+    with (
+        torch.inference_mode(),
+        ndcheck_kernels.invariant_model(model),
+        invariant_kernels(),
+    ):
+        beside = ExactBatch(model, torch.device("cpu"), rows, 3)
+        together = [beside.prefill(cache_state)]
+        tokens = together[0].argmax(-1)
+        together.append(beside.step(tokens))
+        for slot, row in enumerate(rows):
+            alone = ExactBatch(model, torch.device("cpu"), [row], 3)
+            assert torch.equal(alone.prefill("whole")[0], together[0][slot])
+            assert torch.equal(alone.step(tokens[slot : slot + 1])[0], together[1][slot])
