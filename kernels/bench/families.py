@@ -107,13 +107,55 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The family's model with random weights, the same in every process."""
-    model_type, changes = FAMILIES[family]
+# Layers as large as those of published models, four of each, for a GPU.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen3-30B-A3B's layers": (
+        "qwen3_moe",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "num_hidden_layers": 4,
+            "initializer_range": 0.02,
+        },
+    ),
+    "gpt-oss-20B's layers": (
+        "gpt_oss",
+        {
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "head_dim": 64,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "sliding_window": 128,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 4,
+            "num_hidden_layers": 4,
+            "initializer_range": 0.02,
+        },
+    ),
+}
+
+
+def build_model(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """The family's model with random weights, the same in every process.
+
+    A model of `SHAPES` is made on the device and in the dtype that it will run in, which differ.
+    """
+    is_small = family in FAMILIES
+    model_type, changes = FAMILIES[family] if is_small else SHAPES[family]
     config = transformers.AutoConfig.for_model(model_type, **{**_COMMON, **changes})
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
+    with torch.device("cpu" if is_small else device), torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32 if is_small else dtype
+        ).eval()
         for parameter in model.parameters():
             # What starts as zeros or ones (biases, sinks, norms) would hide an op that ignores it.
             if parameter.is_floating_point() and bool((parameter == parameter.flatten()[0]).all()):
@@ -121,7 +163,9 @@ def build_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype)
 
 
-def save_model(family: str, dtype: torch.dtype, directory: Path, tokenizer: Path) -> None:
+def save_model(
+    family: str, dtype: torch.dtype, device: str, directory: Path, tokenizer: Path
+) -> None:
     """A directory that AutoModelForCausalLM loads, with the tokenizer of another."""
-    build_model(family, dtype).save_pretrained(directory)
+    build_model(family, dtype, device).save_pretrained(directory)
     transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from families import FAMILIES, save_model
+from families import FAMILIES, SHAPES, save_model
 
 from ndcheck import __version__, environment
 from ndcheck.analysis.accumulate import summarise
@@ -60,7 +60,7 @@ def measure(family: str, dtype: str, device: str, arm: Arm, grid: Grid = FULL) -
     """Outcomes by property with trials and divergences, or the line that refuses the model."""
     with tempfile.TemporaryDirectory() as scratch:
         model, path = Path(scratch) / "model", Path(scratch) / "run"
-        save_model(family, DTYPES[dtype], model, MODEL_DIRECTORY)
+        save_model(family, DTYPES[dtype], device, model, MODEL_DIRECTORY)
         spec = RunSpec(
             model=str(model),
             probes=(Probe("p1", grid.prompt),),
@@ -102,7 +102,7 @@ def measure_all(device: str, families: Iterable[str]) -> dict[str, Any]:
     """Every family in bf16 and fp32, with the environment it was measured in."""
     rows = []
     for family in families:
-        for dtype in ("bf16", "fp32"):
+        for dtype in ("bf16", "fp32") if family in FAMILIES else ("bf16",):
             row: dict[str, Any] = {"family": family, "dtype": dtype}
             for arm in ("stock", "invariant"):
                 row[arm] = measure(family, dtype, device, arm)  # type: ignore[arg-type]
@@ -117,6 +117,7 @@ def render(results: list[dict[str, Any]]) -> str:
     head = ["family", "device", "dtype", *AXES, "properties that stock lacks"]
     lines, refusals = [head, ["---"] * len(head)], []
     for result in results:
+        device = result["hardware"]["gpu"] if result["device"] == "cuda" else result["device"]
         for family in dict.fromkeys(row["family"] for row in result["rows"]):
             alike: dict[str, list[dict[str, Any]]] = {}
             for row in result["rows"]:
@@ -126,10 +127,10 @@ def render(results: list[dict[str, Any]]) -> str:
                 dtypes = ", ".join(row["dtype"] for row in same)
                 if outcome == REFUSED:
                     reason = same[0]["invariant"]["refused"]
-                    refusals.append(f"- {family} ({result['device']}; {dtypes}): {reason}")
+                    refusals.append(f"- {family} ({device}; {dtypes}): {reason}")
                 else:
                     stock = "; ".join(f"{row['dtype']}: {failures(row['stock'])}" for row in same)
-                    lines.append([family, result["device"], dtypes, outcome, stock])
+                    lines.append([family, device, dtypes, outcome, stock])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\nRefused, in the words of the first dtype:\n\n" + "\n".join(refusals) + "\n"
 
@@ -154,18 +155,23 @@ def load_results() -> list[dict[str, Any]]:
 
 
 def write(result: dict[str, Any]) -> None:
-    """One row a line, so that a change shows in a diff."""
-    about = {key: value for key, value in result.items() if key != "rows"}
-    rows = ",\n".join(json.dumps(row) for row in result["rows"])
-    RESULTS.mkdir(exist_ok=True)
+    """One row a line, so that a change shows in a diff; other families' rows stay."""
     path = RESULTS / f"{result['device']}.json"
-    path.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n{rows}\n]}}\n')
+    measured = {row["family"] for row in result["rows"]}
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in kept if row["family"] not in measured] + result["rows"]
+    rows.sort(key=lambda row: [*FAMILIES, *SHAPES].index(row["family"]))
+    about = {key: value for key, value in result.items() if key != "rows"}
+    lines = ",\n".join(map(json.dumps, rows))
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    names = [*FAMILIES, *SHAPES]
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=names)
     parser.add_argument("--render", action="store_true", help="only write the table again")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
