@@ -19,7 +19,12 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.mode import UncoveredOpError, active_scope, refusal
+from ndcheck_kernels.mode import (
+    UncoveredOpError,
+    UnsupportedCallError,
+    active_scope,
+    refusal,
+)
 
 NAME = "ndcheck_invariant"
 
@@ -70,6 +75,28 @@ def spans_from_mask(visible: torch.Tensor, origin: torch.Tensor | None = None) -
             )
         origin = first
     return torch.stack([origin[:, None].expand_as(begin), begin, end], -1).to(torch.int32)
+
+
+def as_causal(spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+    """(start [B], end [B], window) of spans: causal ones, or a window of the last keys.
+
+    For kernels that take no spans. Raises UnsupportedCallError if spans are neither.
+    """
+    if spans.shape[-1] == 2:
+        return spans[:, 0, 0], spans[:, 0, 1], None
+    origin, begin, end = spans.unbind(-1)
+    start, stop = origin[:, :1], end[:, -1:]
+    expected = stop - torch.arange(spans.shape[1] - 1, -1, -1, device=spans.device)
+    sees = expected > start
+    cut = sees & (begin > start)
+    window = int((end - begin)[cut].amax()) if bool(cut.any()) else None
+    first = start if window is None else torch.maximum(start, expected - window)
+    fits = (origin == start) & torch.where(
+        sees, (end == expected) & (begin == first.clamp(min=0)), end <= begin
+    )
+    if not bool(fits.all()):
+        raise UnsupportedCallError("it has no other masks than causal ones and windows")
+    return start[:, 0], stop[:, 0], window
 
 
 def register_attention() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.attention_interface import attention_op
+from ndcheck_kernels import UnsupportedCallError, invariant_kernels
+from ndcheck_kernels.attention_interface import as_causal, attention_op
 from ndcheck_kernels.reference import attention_reference
 
 HEADS, KV_HEADS, LENGTH = 4, 2, 200
@@ -100,3 +100,30 @@ def test_alibi_that_counts_padding_is_caught():
     faulty_spans = spans(77, 0, LENGTH, 0)
     faulty_spans[..., 0] = 0
     assert not torch.equal(run(q, keys, values, faulty_spans, slopes=SLOPES), whole)
+
+
+def test_spans_as_start_end_and_window():
+    # Rows with padding, with none, and of a sliding cache that dropped the first 30 tokens.
+    rows = [spans(5, 0, 60, 40), spans(0, 5, 65, 40), spans(0, 30, 90, 40) - 30]
+    rows[2][..., 1].clamp_(min=0)
+    start, end, window = as_causal(torch.cat(rows))
+    assert (start.tolist(), end.tolist(), window) == ([5, 0, -30], [65, 65, 60], 40)
+    whole = torch.cat([spans(5, 0, 20, 40), spans(0, 5, 25, 0)])
+    assert as_causal(whole)[2] is None
+    decode = torch.tensor([[[-30, 0, 40]], [[-3, 0, 40]]])
+    assert as_causal(decode)[2] == 40
+    padding = torch.tensor([[[2, 0, 0], [2, 0, 0], [2, 2, 3]]])
+    assert [t.tolist() for t in as_causal(padding)[:2]] == [[2], [3]]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [[0, 0, 1], [0, 0, 3]],  # sees a later key
+        [[0, 1, 3], [0, 1, 4]],  # windows of two sizes
+        [[0, 0, 3], [1, 1, 4]],  # two first tokens
+    ],
+)
+def test_other_spans_are_refused(odd):
+    with pytest.raises(UnsupportedCallError, match="causal"):
+        as_causal(torch.tensor([odd]))

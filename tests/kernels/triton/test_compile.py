@@ -38,12 +38,18 @@ with resources.compiling(capability) as kernels:
     for queries in (q, q[:, :, :1]):
         attention.attention(queries, k, k)
     attention.attention(torch.empty(1, 32, 8192, 128, dtype=bf16), k, k)
+    sinks = torch.empty(32, dtype=bf16)
+    for dims in ((64, 64), (192, 128)):
+        q, k, v = (torch.empty(1, 32, 512, d, dtype=bf16) for d in (dims[0], *dims))
+        for queries in (q, q[:, :, :1]):
+            attention.attention(queries, k, v, window=128, softcap=50.0, sinks=sinks)
     for n in (128, 4096, 16384, 151936):
         x, w = torch.empty(5, n, dtype=bf16), torch.empty(n, dtype=bf16)
         if n < 65536:
             rms_norm.rms_norm(x, w), rms_norm.add_rms_norm(x, x, w), layer_norm.layer_norm(x, w, w)
         softmax.softmax(x), softmax.log_softmax(x), softmax.logsumexp(x), reductions.sum(x, -1)
         reductions._row_keys(x), silu_mul.silu_mul(x, x)
+    q = torch.empty(1, 32, 512, 128, dtype=bf16)
     rotary.rotary(q, q[:, 0], q[:, 0])
 used = [dataclasses.asdict(resources.resources(kernel)) for kernel in kernels]
 print(json.dumps([{**u, "instructions": sorted(u["instructions"])} for u in used]))
