@@ -11,7 +11,7 @@ Not claimed: the order of ties in topk over more than `MOST_CANDIDATES`; there t
 
 import torch
 
-from ndcheck_kernels.experts import combine_op
+from ndcheck_kernels.experts import combine_op, route_by_sorting, route_op
 from ndcheck_kernels.mode import UnsupportedCallError, implements
 
 aten = torch.ops.aten
@@ -29,6 +29,9 @@ def topk(
         return torch.topk(x, k, dim, largest, sorted)
     values, places = torch.sort(x, dim=dim, descending=largest, stable=True)
     return values.narrow(dim, 0, k).contiguous(), places.narrow(dim, 0, k).contiguous()
+
+
+implements(route_op, device="cpu")(route_by_sorting)
 
 
 @implements(combine_op, device="cpu")

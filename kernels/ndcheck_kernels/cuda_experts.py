@@ -3,7 +3,7 @@
 import torch
 
 from ndcheck_kernels import grouped_matmul
-from ndcheck_kernels.experts import combine_op
+from ndcheck_kernels.experts import combine_op, route_by_sorting, route_op
 from ndcheck_kernels.matmul import DTYPES
 from ndcheck_kernels.mode import UnsupportedCallError, implements
 
@@ -24,6 +24,15 @@ def grouped_mm(
     if a.dtype not in DTYPES or b.dtype != a.dtype or out_dtype not in (None, a.dtype):
         raise UnsupportedCallError(f"no grouped product of {a.dtype} and {b.dtype}")
     return grouped_matmul.grouped_matmul(a, b, offs)
+
+
+@implements(route_op, device="cuda")
+def route_experts(
+    index: torch.Tensor, weights: torch.Tensor, experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `experts.route_op`: one launch for few tokens, sorts for many; integers either way."""
+    few = index.numel() <= grouped_matmul.MOST_COUNTED
+    return (grouped_matmul.route if few else route_by_sorting)(index, weights, experts)
 
 
 @implements(combine_op, device="cuda")

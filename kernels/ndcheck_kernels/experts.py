@@ -26,18 +26,28 @@ NAME = "ndcheck_invariant"
 aten = torch.ops.aten
 
 _library = torch.library.Library("ndcheck_kernels", "FRAGMENT")
+# Lines the P = T * k pairs of a token and an expert up, those of one expert together and tokens in
+# order, so that one product serves them. From index and weights [T, k]: the token and the expert of
+# each row [P]; by token, its experts in ascending order: their rows [T, k] and weights [T, k]; and
+# where each expert's rows end [E] int32.
+_library.define(
+    "route_experts(Tensor index, Tensor weights, int experts) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+route_op = torch.ops.ndcheck_kernels.route_experts.default
 # out[t] = sum over i of weights[t, i] * rows[place[t, i]]: [P, H], [T, k], [T, k] -> [T, H].
 _library.define("combine_experts(Tensor rows, Tensor place, Tensor weights) -> Tensor")
 combine_op = torch.ops.ndcheck_kernels.combine_experts.default
 
 
-def _refuse_outside_scope(*args: Any) -> torch.Tensor:
+def _refuse_outside_scope(*args: Any) -> Any:
     raise RuntimeError(
         f"experts_implementation='{NAME}' only runs inside ndcheck_kernels.invariant_kernels(); "
         "for stock kernels call model.set_experts_implementation('grouped_mm')"
     )
 
 
+_library.impl("route_experts", _refuse_outside_scope, "CompositeExplicitAutograd")
 _library.impl("combine_experts", _refuse_outside_scope, "CompositeExplicitAutograd")
 
 
@@ -54,27 +64,29 @@ def experts_forward(
     """What a transformers experts module calls: x [T, H], both others [T, k] -> [T, H]."""
     if layer._is_expert_parallel:
         raise refusal("experts", x.dtype, x.device.type, "experts are spread over devices")
-    tokens, k = top_k_index.shape
-    index, order = top_k_index.sort(dim=-1)
-    weights = top_k_weights.gather(-1, order)
-    # Rows of one expert lie together, so that one product of any number of rows serves them.
-    expert, rows = index.flatten().sort(stable=True)
-    ends = _group_ends(expert, layer.num_experts)
-    hidden = x[rows.div(k, rounding_mode="floor")]
+    token, expert, place, weights, ends = route_op(top_k_index, top_k_weights, layer.num_experts)
+    hidden = x[token]
     hidden = _linear(layer, "gate_up_proj" if layer.has_gate else "up_proj", hidden, expert, ends)
     hidden = layer._apply_gate(hidden) if layer.has_gate else layer.act_fn(hidden)
     hidden = _linear(layer, "down_proj", hidden, expert, ends)
     if layer.has_post_expert_norm:
         hidden = layer.post_expert_norm(hidden)
+    return combine_op(hidden, place, weights)
+
+
+def route_by_sorting(
+    index: torch.Tensor, weights: torch.Tensor, experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `route_op` computes, by torch's sorts."""
+    tokens, k = index.shape
+    ascending, order = index.sort(dim=-1)
+    expert, rows = ascending.flatten().sort(stable=True)
     place = torch.empty_like(rows)
-    place[rows] = torch.arange(rows.numel(), device=x.device)
-    return combine_op(hidden, place.view(tokens, k), weights)
-
-
-def _group_ends(expert: torch.Tensor, count: int) -> torch.Tensor:
-    """Where each expert's rows end, [E] int32, given the experts of all rows in order."""
-    bounds = torch.arange(count, device=expert.device, dtype=expert.dtype)
-    return torch.searchsorted(expert, bounds, right=True, out_int32=True)
+    place[rows] = torch.arange(tokens * k, device=index.device)
+    bounds = torch.arange(experts, device=index.device, dtype=index.dtype)
+    ends = torch.searchsorted(expert, bounds, right=True, out_int32=True)
+    token = rows.div(k, rounding_mode="floor")
+    return token, expert, place.view(tokens, k), weights.gather(-1, order), ends
 
 
 def _linear(

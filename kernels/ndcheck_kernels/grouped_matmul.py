@@ -33,6 +33,9 @@ from ndcheck_kernels.launch import follow, pdl
 from ndcheck_kernels.matmul import DTYPES, _accumulate, _offsets, _zeros
 
 _COMBINE_BLOCK = 1024
+_ROUTE_BLOCK = 32
+MOST_COUNTED = 4096
+"""Pairs of a token and an expert up to which counting beats sorting."""
 
 
 @triton.jit
@@ -113,6 +116,41 @@ def _grouped_tile_kernel(
         offs_m, offs_n = _offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
         mask = (offs_m < end) & (offs_n < N)
         tl.store(y_ptr + offs_m * stride_ym + offs_n, tot.to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def _route_kernel(
+    index_ptr, weights_ptr, token_ptr, expert_ptr, place_ptr, sorted_ptr, ends_ptr, pairs, E,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A pair's row is the number of pairs before it: of lower experts, or the same and earlier."""
+    follow(PDL)
+    num_blocks = tl.cdiv(pairs, BLOCK)
+    is_pair = tl.program_id(0) < num_blocks
+    # Of pairs, or of experts whose ends are counted.
+    item = (tl.program_id(0) - tl.where(is_pair, 0, num_blocks)) * BLOCK + tl.arange(0, BLOCK)
+    mask = item < tl.where(is_pair, pairs, E)
+    expert = item
+    if is_pair:
+        expert = tl.load(index_ptr + item, mask, other=0).to(tl.int32)
+    row = tl.zeros((BLOCK,), dtype=tl.int32)
+    rank = tl.zeros((BLOCK,), dtype=tl.int32)  # among the token's own
+    for first in range(0, pairs, CHUNK):
+        other = first + tl.arange(0, CHUNK)
+        others = tl.load(index_ptr + other, other < pairs, other=E).to(tl.int32)[None, :]
+        earlier = (other[None, :] < item[:, None]) | (not is_pair)
+        before = (others < expert[:, None]) | ((others == expert[:, None]) & earlier)
+        row += tl.sum(before.to(tl.int32), 1)
+        own = (other[None, :] // TOP_K) == (item[:, None] // TOP_K)
+        rank += tl.sum((before & own).to(tl.int32), 1)
+    if is_pair:
+        slot = item // TOP_K * TOP_K + rank
+        tl.store(token_ptr + row, (item // TOP_K).to(tl.int64), mask)
+        tl.store(expert_ptr + row, expert.to(tl.int64), mask)
+        tl.store(place_ptr + slot, row.to(tl.int64), mask)
+        tl.store(sorted_ptr + slot, tl.load(weights_ptr + item, mask, other=0.0), mask)
+    else:
+        tl.store(ends_ptr + item, row, mask)
 
 
 @triton.jit
@@ -196,6 +234,23 @@ def _launch(
 def _is_aligned(t: torch.Tensor, row: int) -> bool:
     """Whether TMA can read rows of this many elements."""
     return row * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+
+
+def route(
+    index: torch.Tensor, weights: torch.Tensor, experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `experts.route_op` computes, by counting, for up to `MOST_COUNTED` pairs."""
+    pairs, k = index.numel(), index.shape[1]
+    token, expert = index.new_empty((2, pairs), dtype=torch.int64)
+    place, ordered = torch.empty_like(index, dtype=torch.int64), torch.empty_like(weights)
+    ends = torch.empty(experts, dtype=torch.int32, device=index.device)
+    blocks = triton.cdiv(pairs, _ROUTE_BLOCK) + triton.cdiv(experts, _ROUTE_BLOCK)
+    _route_kernel[(blocks,)](
+        index.contiguous(), weights.contiguous(), token, expert, place, ordered, ends, pairs,
+        experts, TOP_K=k, BLOCK=_ROUTE_BLOCK, CHUNK=128, num_warps=4, enable_fp_fusion=False,
+        **pdl(index.device),
+    )  # fmt: skip
+    return token, expert, place, ordered, ends
 
 
 def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,9 @@ with resources.compiling(capability) as kernels:
         for weights in (b, b.view(128, 1536, 2048).mT):
             groups = configs.k_groups(1536, 2048, 2, capability)
             grouped_matmul._launch(x, weights, ends, None, config, groups)
-    grouped_matmul.combine(x, torch.empty(75, 8, dtype=torch.int64), torch.empty(75, 8, dtype=bf16))
+    index, weights = torch.empty(75, 8, dtype=torch.int64), torch.empty(75, 8, dtype=bf16)
+    grouped_matmul.route(index, weights, 128)
+    grouped_matmul.combine(x, index, weights)
     q, k = torch.empty(1, 32, 512, 128, dtype=bf16), torch.empty(1, 8, 512, 128, dtype=bf16)
     for queries in (q, q[:, :, :1]):
         attention.attention(queries, k, k)

@@ -4,6 +4,7 @@ import torch
 from ndcheck_kernels import configs, grouped_matmul, matmul
 from ndcheck_kernels.configs import MatmulConfig
 from ndcheck_kernels.device import capability
+from ndcheck_kernels.experts import route_by_sorting
 
 EXPERTS, N, K = 5, 80, 512
 # One row, none, more than a tile, one tile exactly, and the rest.
@@ -112,6 +113,18 @@ def test_combine(dtype, device):
         part = slice(token, token + 1)
         assert torch.equal(grouped_matmul.combine(rows, place[part], weights[part]), out[part])
     assert not torch.equal(grouped_matmul.combine(rows, place.flip(1), weights.flip(1)), out)
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 4, 8), (7, 2, 5), (33, 3, 40)])
+def test_routes_are_those_of_sorting(tokens, top_k, experts, device):
+    scores = torch.rand(tokens, experts, device=device)
+    weights, index = scores.topk(top_k)
+    counted, by_sorting = (
+        make(index, weights, experts) for make in (grouped_matmul.route, route_by_sorting)
+    )
+    for ours, sorts in zip(counted, by_sorting, strict=True):
+        assert ours.dtype == sorts.dtype
+        assert torch.equal(ours, sorts)
 
 
 def test_what_it_cannot_do_is_refused(device):
