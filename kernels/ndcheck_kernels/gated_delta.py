@@ -2,8 +2,8 @@
 
 Computes: what transformers' `torch_recurrent_gated_delta_rule` does, for prefill, chunked prefill
     and decode alike; and a causal depthwise convolution over the last few tokens.
-Reduction order: tokens in order, and inside a token that of its sums over head_dim; taps of the
-    convolution oldest first, in float32, rounded once.
+Reduction order: tokens in order; sums over head_dim by halves, the first half added to the second
+    until one is left; taps of the convolution oldest first, in float32, rounded once.
 Depends on: the row's own tokens up to this one. Never on where a chunk begins: the chunked form
     counts chunks from the first column, padded or not, and another form decodes.
 Dtypes: those of the model; states are float32.
@@ -11,7 +11,6 @@ Not claimed: speed at prefill, where a loop over tokens replaces chunks.
 """
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -19,8 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
-from ndcheck_kernels.mode import active_scope
+from ndcheck_kernels.mode import active_scope, refusal
 
 RULE = "torch_recurrent_gated_delta_rule"
 _CHUNKED_RULE = "torch_chunk_gated_delta_rule"
@@ -39,9 +39,8 @@ def replace_recurrences(model: torch.nn.Module) -> None:
         source = sys.modules[name]
         if not hasattr(source, RULE):
             continue
-        rule = inspect.unwrap(getattr(source, RULE))
-        _replace(source, RULE, rule)
-        _replace(source, _CHUNKED_RULE, rule)
+        _replace(source, RULE, gated_delta_rule)
+        _replace(source, _CHUNKED_RULE, gated_delta_rule)
         _replace(source, "causal_conv1d_fn", causal_conv1d)
         _replace(source, "causal_conv1d_update", causal_conv1d_update)
 
@@ -57,6 +56,57 @@ def _replace(source: ModuleType, name: str, invariant: Function) -> None:
 
     choose.invariant = invariant  # type: ignore[attr-defined]
     setattr(source, name, choose)
+
+
+def gated_delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """query, key [B, T, H_k, D], value [B, T, H, D_v], g and beta [B, T, H] -> [B, T, H, D_v].
+
+    The state is [B, H, D, D_v] float32; the outputs are those of `gated_delta_reference`.
+    """
+    if cu_seqlens is not None:
+        raise refusal("gated delta rule", query.dtype, query.device.type, "sequences are packed")
+    repeats = value.shape[2] // key.shape[2]
+    query, key = (t.float().repeat_interleave(repeats, 2) for t in (query, key))
+    if use_qk_l2norm_in_kernel:
+        query, key = (t * torch.rsqrt((t * t).sum(-1, keepdim=True) + 1e-6) for t in (query, key))
+    query = (query / query.shape[-1] ** 0.5)[..., None]
+    key, decay, beta = key[..., None], g.float().exp()[..., None, None], beta.float()[..., None]
+    values = value.float()
+    if initial_state is None:
+        batch, _, heads, width, _ = key.shape
+        state = values.new_zeros(batch, heads, width, value.shape[-1])
+    else:
+        state = initial_state.float()
+    out = torch.empty_like(values)
+    # Single products and sums, which the mode would pass one by one, at twice the time.
+    with _disable_current_modes():
+        for t, (q, k, v, d, b) in enumerate(
+            zip(*(x.unbind(1) for x in (query, key, values, decay, beta)), strict=True)
+        ):
+            state = state * d
+            error = (v - _sum_by_halves(state * k)) * b
+            state = state + k * error[:, :, None]
+            out[:, t] = _sum_by_halves(state * q)
+    return out.to(value.dtype), state if output_final_state else None
+
+
+def _sum_by_halves(x: torch.Tensor) -> torch.Tensor:
+    """[..., D, N] -> [..., N], by single additions: no kernel can choose another order."""
+    while (size := x.shape[-2]) > 1:
+        first, second, *rest = x.split(size // 2, -2)
+        x = torch.cat([first + second, *rest], -2) if rest else first + second
+    return x.squeeze(-2)
 
 
 def causal_conv1d(
