@@ -146,13 +146,13 @@ class TransformersSampler:
             yield lambda: None
             return
         import ndcheck_kernels
-        from ndcheck_kernels.attention_interface import NAME as INVARIANT_ATTENTION
 
-        stock_attention = self._model.config._attn_implementation
-        ndcheck_kernels.register_attention()
-        self._model.set_attn_implementation(INVARIANT_ATTENTION)
         try:
-            with self._fused_layers(), ndcheck_kernels.invariant_kernels() as scope:
+            with (
+                ndcheck_kernels.invariant_model(self._model),
+                self._fused_layers(),
+                ndcheck_kernels.invariant_kernels() as scope,
+            ):
                 before = scope.fires.total()
                 yield lambda: scope.fires.total() - before
                 missing = scope.missing()
@@ -160,8 +160,6 @@ class TransformersSampler:
             raise BackendError(
                 f"invariant arm: {_first_line(error)} Without this arm: --kernels stock"
             ) from error
-        finally:
-            self._model.set_attn_implementation(stock_attention)
         if missing:
             raise BackendError(
                 f"invariant arm: no {' or '.join(missing)} ran in a batch-invariant kernel, so it "
