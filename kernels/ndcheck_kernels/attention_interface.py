@@ -12,6 +12,7 @@ is negative if a sliding cache has dropped it. So padding shifts nothing.
 
 `sinks` [H] is one more score per head, with no value: weights sum to less than 1. `slopes` [H] adds
 slope * (column - the row's first column), rounded to the query's dtype, to the scores (ALiBi).
+`window` says that spans of three come of a sliding window of so many keys; they hold without it.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ NAME = "ndcheck_invariant"
 _library = torch.library.Library("ndcheck_kernels", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale, "
-    "float softcap=0.0, Tensor? sinks=None, Tensor? slopes=None) -> Tensor"
+    "float softcap=0.0, Tensor? sinks=None, Tensor? slopes=None, int window=0) -> Tensor"
 )
 attention_op = torch.ops.ndcheck_kernels.attention.default
 
@@ -135,9 +136,16 @@ def _attention_forward(
     else:
         spans = spans_from_any(attention_mask, bool(is_causal), query, key)
     scale = width**-0.5 if scaling is None else scaling
-    # Only if there are any: a device without them then refuses by its signature.
-    sinks = {} if kwargs.get("s_aux") is None else {"sinks": kwargs["s_aux"]}
-    out = attention_op(query, key, value, spans, scale, softcap or 0.0, **sinks)
+    out = attention_op(
+        query,
+        key,
+        value,
+        spans,
+        scale,
+        softcap or 0.0,
+        sinks=kwargs.get("s_aux"),
+        window=kwargs.get("sliding_window") or 0,
+    )
     return out.transpose(1, 2).contiguous(), None
 
 

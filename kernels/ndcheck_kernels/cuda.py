@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ndcheck_kernels import attention as attention_kernels
+from ndcheck_kernels import cuda_experts as cuda_experts
 from ndcheck_kernels import layer_norm as layer_norm_kernels
 from ndcheck_kernels import matmul as matmul_kernels
 from ndcheck_kernels import reductions, rms_norm, softmax
@@ -70,27 +71,45 @@ def attention(
     spans: torch.Tensor,
     scale: float,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+    window: int = 0,
 ) -> torch.Tensor:
-    """[B, H, Q, D] x [B, H_kv, KV, D]; causal spans only, as in `attention_interface`."""
-    if softcap:
-        raise UnsupportedCallError("it has no logit soft-cap")
-    if spans.shape[-1] == 3:
-        spans = _causal(spans)
+    """[B, H, Q, D] x [B, H_kv, KV, D] -> [B, H, Q, D_v]; causal spans, or those of a window."""
+    if slopes is not None:
+        raise UnsupportedCallError("it has no ALiBi")
+    if spans.shape[-1] == 2:
+        window = 0  # The spans say that every earlier key is seen.
+    else:
+        spans = _causal(spans, window)
     return attention_kernels.attention(
-        query, key, value, starts=spans[:, 0, 0], lengths=spans[:, 0, 1], scale=scale
+        query,
+        key,
+        value,
+        starts=spans[:, 0, 0],
+        lengths=spans[:, 0, 1],
+        scale=scale,
+        window=window or None,
+        softcap=softcap,
+        sinks=sinks,
     )
 
 
-def _causal(spans: torch.Tensor) -> torch.Tensor:
-    """[B, Q, 3] spans as the [B, 1, 2] of causal attention, if that is what they are."""
+def _causal(spans: torch.Tensor, window: int) -> torch.Tensor:
+    """[B, Q, 3] spans as the [B, 1, 2] of causal attention over the last `window` keys, 0 for all.
+
+    Raises UnsupportedCallError where that is not what they are.
+    """
     origin, begin, end = spans.unbind(-1)
-    queries = spans.shape[1]
     start, stop = origin[:, :1], end[:, -1:]
-    expected = stop - torch.arange(queries - 1, -1, -1, device=spans.device)
-    sees = expected > start
-    alike = (origin == start) & (~sees | ((begin == start) & (end == expected)))
-    if not bool((alike & (sees | (end <= begin))).all()):
-        raise UnsupportedCallError("it has no sliding window or other masks than causal ones")
+    own_end = stop - torch.arange(spans.shape[1] - 1, -1, -1, device=spans.device)
+    own_begin = torch.maximum(start, own_end - window) if window else start
+    if window:
+        own_begin = own_begin.clamp(min=0)  # What a sliding cache has dropped has no column.
+    sees = own_end > own_begin
+    alike = torch.where(sees, (begin == own_begin) & (end == own_end), end <= begin)
+    if not bool((alike & (origin == start)).all()):
+        raise UnsupportedCallError("it has no masks but causal ones and sliding windows")
     return torch.stack([start, stop], -1)
 
 
