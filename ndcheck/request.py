@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, get_args
 from urllib.parse import urlsplit
 
-from ndcheck.errors import UsageError
+from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.load import parse_arrival
 from ndcheck.records import (
     ARMS,
@@ -31,12 +32,82 @@ DEFAULTS = RunSpec(
     batch_sizes=(1, 2, 4, 8, 16),
     axes=AXES,
     mode="copies",
-    n_samples=200,
+    n_samples=150,
+    arms=("stock", "invariant"),
 )
 
 ENDPOINT_DEFAULTS = Endpoint("")
 
 Name = TypeVar("Name", bound=str)
+
+
+def make_spec(
+    *,
+    model: str = DEFAULTS.model,
+    prompt: str | Sequence[str] = (),
+    prompts_file: Path | None = None,
+    chat: bool = DEFAULTS.chat,
+    loads: str | Sequence[int] = DEFAULTS.batch_sizes,
+    axes: str | Sequence[str] = DEFAULTS.axes,
+    mode: str = DEFAULTS.mode,
+    kernels: str | Sequence[str] | None = None,
+    samples: int = DEFAULTS.n_samples,
+    target_rate: float | None = DEFAULTS.target_rate,
+    confidence: float = DEFAULTS.confidence,
+    stop_on_divergence: bool = DEFAULTS.stop_on_divergence,
+    allow_latent: bool = DEFAULTS.allow_latent,
+    max_tokens: int = DEFAULTS.decoding.max_tokens,
+    temperature: float = DEFAULTS.decoding.temperature,
+    seed: int = DEFAULTS.seed,
+    dtype: str = DEFAULTS.dtype,
+    device: str = DEFAULTS.device,
+    attn: str = DEFAULTS.attention,
+    answer_pattern: str | None = DEFAULTS.answer_pattern,
+    random_weights: int | None = DEFAULTS.random_weights,
+    trust_remote_code: bool = DEFAULTS.trust_remote_code,
+    endpoint: str | None = None,
+    arrival: str = ENDPOINT_DEFAULTS.arrival,
+    fillers: str = ENDPOINT_DEFAULTS.fillers,
+    timeout: float = ENDPOINT_DEFAULTS.timeout_s,
+    retries: int = ENDPOINT_DEFAULTS.n_retries,
+    api_key_file: Path | None = None,
+) -> RunSpec:
+    """The spec that these options ask for: those of `ndcheck run`, by the names they have there.
+
+    `ndcheck.measure` and the checks of a configuration file take the same ones; the annotations
+    say what a file may hold. Raises UsageError naming the option that is wrong.
+    """
+    spec = RunSpec(
+        model=model,
+        probes=make_probes([prompt] if isinstance(prompt, str) else prompt, prompts_file),
+        decoding=Decoding(max_tokens, temperature, seed),
+        batch_sizes=parse_batch_sizes(_join(loads)),
+        axes=parse_axes(_join(axes)),
+        mode=parse_mode(mode),
+        n_samples=samples,
+        arms=parse_arms(
+            None if kernels is None else _join(kernels), model, is_served=endpoint is not None
+        ),
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        attention=attn,
+        chat=chat,
+        trust_remote_code=trust_remote_code,
+        random_weights=random_weights,
+        target_rate=target_rate,
+        confidence=confidence,
+        stop_on_divergence=stop_on_divergence,
+        allow_latent=allow_latent,
+        answer_pattern=answer_pattern,
+        endpoint=make_endpoint(endpoint, api_key_file, arrival, fillers, timeout, retries),
+    )
+    check(spec)
+    return spec
+
+
+def _join(values: str | Sequence[object]) -> str:
+    return values if isinstance(values, str) else ",".join(map(str, values))
 
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:
@@ -54,19 +125,20 @@ def parse_batch_sizes(text: str) -> tuple[int, ...]:
 
 def parse_axes(text: str) -> tuple[Axis, ...]:
     """``"slot,cache"`` as invariance properties, in their usual order; ``all`` for every one."""
-    return AXES if text == "all" else _parse_names("--axes", text, AXES)
+    return AXES if text == "all" else parse_names("--axes", text, AXES)
 
 
-def parse_arms(text: str) -> tuple[Arm, ...]:
-    """``"stock,invariant"`` as kernel sets."""
-    return _parse_names("--kernels", text, ARMS)
+def parse_arms(text: str | None, model: str, *, is_served: bool = False) -> tuple[Arm, ...]:
+    """``"stock,invariant"`` as kernel sets; None is both, where the model computes here.
 
-
-def parse_server_arms(text: str) -> tuple[Arm, ...]:
-    """The one arm that a server has. Raises UsageError for any but the default and ``stock``."""
-    if parse_arms(text) not in (DEFAULTS.arms, ("stock",)):
+    A served model has one, whatever it is. Raises UsageError where another is asked for.
+    """
+    if text is None:
+        return ("stock",) if is_served or model.startswith("scripted:") else DEFAULTS.arms
+    arms = parse_names("--kernels", text, ARMS)
+    if is_served and arms != ("stock",):
         raise UsageError(f"--kernels {text}: with --endpoint this is the server's own to choose")
-    return ("stock",)
+    return arms
 
 
 def parse_mode(text: str) -> Mode:
@@ -115,10 +187,18 @@ def parse_headers(headers: Sequence[str]) -> dict[str, str]:
     return parsed
 
 
+def add_headers(spec: RunSpec, headers: Mapping[str, str]) -> RunSpec:
+    """``spec`` with the names of the headers, whose values no record holds."""
+    if not headers:
+        return spec
+    if spec.endpoint is None:
+        raise UsageError("--header: this is for a server: give --endpoint")
+    return replace(spec, endpoint=replace(spec.endpoint, header_names=tuple(headers)))
+
+
 def make_endpoint(
     url: str | None,
     api_key_file: Path | None,
-    headers: Mapping[str, str],
     arrival: str,
     fillers: str,
     timeout_s: float,
@@ -131,7 +211,6 @@ def make_endpoint(
     endpoint = Endpoint(
         url=url or "",
         api_key_file=None if api_key_file is None else str(api_key_file),
-        header_names=tuple(headers),
         arrival=arrival,
         fillers=fillers,
         timeout_s=timeout_s,
@@ -140,8 +219,8 @@ def make_endpoint(
     if url is None:
         if endpoint != ENDPOINT_DEFAULTS:
             raise UsageError(
-                "--arrival, --fillers, --timeout, --retries, --api-key-file and --header are for "
-                "a server: give --endpoint"
+                "--endpoint: give a server's address, since --arrival, --fillers, --timeout, "
+                "--retries and --api-key-file are for one"
             )
         return None
     _check_endpoint(endpoint)
@@ -187,6 +266,10 @@ def check(spec: RunSpec) -> None:
             0 <= decoding.temperature < float("inf"),
             f"--temperature {decoding.temperature}: give 0 (greedy) or a positive number",
         ),
+        (
+            spec.random_weights is None or 0 <= spec.random_weights < 2**63,
+            f"--random-weights {spec.random_weights}: give a seed, 0 up to 2^63 - 1",
+        ),
         (0 <= spec.seed < 2**63, f"--seed {spec.seed}: give 0 up to 2^63 - 1"),
         (
             spec.target_rate is None or 0 < spec.target_rate < 1,
@@ -216,17 +299,22 @@ def _check_for_server(spec: RunSpec) -> None:
         ("--dtype", spec.dtype, DEFAULTS.dtype),
         ("--device", spec.device, DEFAULTS.device),
         ("--attn", spec.attention, DEFAULTS.attention),
+        ("--random-weights", spec.random_weights, DEFAULTS.random_weights),
         ("--trust-remote-code", spec.trust_remote_code, DEFAULTS.trust_remote_code),
     ):
         if value != default:
             raise UsageError(f"{option}: with --endpoint this is the server's own to choose")
 
 
-def _parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Name, ...]:
+def parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Name, ...]:
+    """``"a,b"`` as names of ``accepted``, in its order. Raises UsageError for any other."""
     names = [part.strip() for part in text.split(",")]
     for name in names:
         if name not in accepted:
-            raise UsageError(f"{option}: {name!r} is unknown; choose from {', '.join(accepted)}")
+            raise UsageError(
+                f"{option}: {name!r} is unknown; choose from {', '.join(accepted)}"
+                f"{did_you_mean(name, accepted)}"
+            )
     return tuple(name for name in accepted if name in names)
 
 

@@ -5,19 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
 
-from ndcheck.errors import TrialError
-from ndcheck.load import plant_fault
-from ndcheck.records import Arm, Run, RunStatus, Sample, Trial
+from ndcheck import __version__, environment
+from ndcheck.analysis.divergence import first_divergence
+from ndcheck.analysis.statistics import trials_needed
+from ndcheck.errors import TrialError, UsageError
+from ndcheck.load import plan_trials, plant_fault
+from ndcheck.records import AXES, Arm, Environment, Run, RunSpec, RunStatus, Sample, Trial
+from ndcheck.reports import phrases
 from ndcheck.samplers.base import Sampler
 from ndcheck.store import RunDirectory, failed_samples
+
+RUNS_DIRECTORY = Path("ndcheck-runs")
+NO_CACHE_CONTROL = "what the prefix cache holds cannot be set here and seen to work"
 
 
 @dataclass(slots=True)
 class Progress:
-    """What is known so far; ``unique`` counts each arm's completions over all its probes."""
+    """What is known so far; ``unique`` counts each arm's completions over all its probes.
+
+    Positions count ``unit``s.
+    """
 
     n_trials: int
+    unit: str = "token"
     n_done: int = 0
     unique: dict[str, int] = field(default_factory=dict)
     first_divergence: int | None = None
@@ -45,6 +58,64 @@ class Progress:
         return diverged
 
 
+def fit_axes(spec: RunSpec, sampler: Sampler) -> RunSpec:
+    """``spec`` without ``cache`` where nothing can vary it. Raises UsageError if it was named."""
+    if sampler.cache_states or "cache" not in spec.axes:
+        return spec
+    if spec.axes != AXES:
+        raise UsageError(f"--axes: {NO_CACHE_CONTROL}: leave out cache")
+    return replace(spec, axes=tuple(axis for axis in AXES if axis != "cache"))
+
+
+def capture(spec: RunSpec, sampler: Sampler) -> Environment:
+    """Where the model runs: of a server only it can tell."""
+    if spec.endpoint is not None:
+        return environment.capture_client(sampler.describe())
+    return environment.capture(sampler.describe())
+
+
+def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
+    """The run's trials. Raises UsageError where a prompt is empty or too long for the model."""
+    lengths = {probe.probe_id: sampler.count_tokens(probe.prompt) for probe in spec.probes}
+    for probe_id, length in lengths.items():
+        if length == 0:
+            raise UsageError(f"prompt {probe_id} has no tokens")
+    n_trials = trials_needed(spec.target_rate, spec.confidence) if spec.target_rate else None
+    return plan_trials(spec, lengths, sampler.context, n_trials, sampler.cache_states)
+
+
+def create_directory(
+    spec: RunSpec, sampler: Sampler, trials: Sequence[Trial], out: Path | None
+) -> RunDirectory:
+    """A new run's directory: ``out``, or one named by time and model in RUNS_DIRECTORY."""
+    now = datetime.now(UTC)
+    path = out or free_path(RUNS_DIRECTORY / f"{now:%Y%m%d-%H%M%S}-{slug(spec.model)}")
+    run = Run(
+        run_id=path.name,
+        ndcheck_version=__version__,
+        spec=spec,
+        environment=capture(spec, sampler),
+        started_at=now.isoformat(timespec="seconds"),
+        n_trials_planned=len(trials),
+    )
+    return RunDirectory.create(path, run)
+
+
+def free_path(path: Path) -> Path:
+    """``path``, or the first of path-2, path-3, ... that does not exist."""
+    candidate, n = path, 1
+    while candidate.exists():
+        n += 1
+        candidate = path.with_name(f"{path.name}-{n}")
+    return candidate
+
+
+def slug(model: str) -> str:
+    """The end of a model's name, in characters that every file system takes."""
+    name = model.rstrip("/").rpartition("/")[2]
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:40] or "model"
+
+
 def run_trials(
     trials: Sequence[Trial],
     sampler: Sampler,
@@ -59,7 +130,7 @@ def run_trials(
     """
     run = directory.run
     probes = {probe.probe_id: probe for probe in run.spec.probes}
-    progress = Progress(len(trials), elapsed_s=run.elapsed_s)
+    progress = Progress(len(trials), phrases.unit(run), elapsed_s=run.elapsed_s)
     reference_lengths: dict[tuple[Arm, str], int] = {}
     elapsed_before_s, started = run.elapsed_s, time.perf_counter()
 
@@ -114,10 +185,3 @@ def run_trials(
         close("failed")
         raise
     return close("finished")
-
-
-def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
-    for position, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return position
-    return None if len(a) == len(b) else min(len(a), len(b))

@@ -7,12 +7,14 @@ from ndcheck_kernels.mode import (
     UncoveredOpError,
     UnsupportedCallError,
     accept,
+    accepted_ops,
     active_scope,
     covered_ops,
     implements,
     implements_pointwise,
     invariant_kernels,
 )
+from ndcheck_kernels.models import invariant_model
 
 __all__ = [
     "OP_GROUPS",
@@ -20,10 +22,12 @@ __all__ = [
     "UncoveredOpError",
     "UnsupportedCallError",
     "accept",
+    "accepted_ops",
     "active_scope",
     "covered_ops",
     "implements",
     "implements_pointwise",
     "invariant_kernels",
+    "invariant_model",
     "register_attention",
 ]

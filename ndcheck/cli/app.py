@@ -9,10 +9,14 @@ from typing import Annotated
 import typer
 
 from ndcheck import __version__
+from ndcheck.cli.compare import compare
 from ndcheck.cli.doctor import doctor
+from ndcheck.cli.gate import gate
+from ndcheck.cli.kernels import kernels
 from ndcheck.cli.mock_server import mock_server
 from ndcheck.cli.report import report
 from ndcheck.cli.run import run
+from ndcheck.cli.runs import runs
 from ndcheck.errors import NdcheckError
 
 INTERRUPTED = 130
@@ -45,9 +49,10 @@ def root(
     """Measures, explains, fixes and gates nondeterminism in LLM inference."""
 
 
-for command in (run, report, doctor):
+for command in (run, report, gate, compare, runs, doctor):
     app.command()(command)
 app.command(hidden=True)(mock_server)
+app.add_typer(kernels)
 
 
 def run_command_line(arguments: list[str]) -> int:

@@ -8,13 +8,15 @@ import typer
 
 
 def mock_server(
-    fault: Annotated[str, typer.Option(help="What is wrong with it.")] = "none",
-    flavour: Annotated[str, typer.Option(help="What it imitates.")] = "vllm",
-    port: Annotated[int, typer.Option(help="0: any free one.")] = 0,
-    after: Annotated[int, typer.Option(help="The fault spares so many requests first.")] = 0,
-    every: Annotated[int, typer.Option(help="And strikes every so many.")] = 1,
-    max_batch: Annotated[int, typer.Option(help="So many run at a time.")] = 256,
-    step_ms: Annotated[float, typer.Option(help="Time for one token of each.")] = 2.0,
+    fault: Annotated[str, typer.Option("--fault", help="What is wrong with it.")] = "none",
+    flavour: Annotated[str, typer.Option("--flavour", help="What it imitates.")] = "vllm",
+    port: Annotated[int, typer.Option("--port", help="0: any free one.")] = 0,
+    after: Annotated[
+        int, typer.Option("--after", help="The fault spares so many requests first.")
+    ] = 0,
+    every: Annotated[int, typer.Option("--every", help="And strikes every so many.")] = 1,
+    max_batch: Annotated[int, typer.Option("--max-batch", help="So many run at a time.")] = 256,
+    step_ms: Annotated[float, typer.Option("--step-ms", help="Time for one token of each.")] = 2.0,
 ) -> None:
     """Serve scripted completions of the model `mock` with a planted fault."""
     import asyncio

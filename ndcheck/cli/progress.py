@@ -13,14 +13,10 @@ N_LINES_WITHOUT_TERMINAL = 10
 
 
 class ProgressLine:
-    """Rewrites one line on a terminal; elsewhere (a CI log) prints about ten.
+    """Rewrites one line on a terminal; elsewhere (a CI log) prints about ten."""
 
-    Positions count ``unit``s.
-    """
-
-    def __init__(self, *, quiet: bool, unit: str) -> None:
+    def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._unit = unit
         self._is_terminal = sys.stderr.isatty()
         self._n_done_at_start: int | None = None
         self._started_at_s = 0.0
@@ -45,7 +41,7 @@ class ProgressLine:
             progress.first_divergence,
             eta_s,
             width - 1,
-            self._unit,
+            progress.unit,
         )
         if self._is_terminal:
             sys.stderr.write(f"\r\x1b[2K{line}")

@@ -2,54 +2,56 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
 
-from ndcheck import __version__, environment
+from ndcheck import environment
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.errors import NdcheckError, UsageError
-from ndcheck.load import plan_trials
-from ndcheck.records import AXES, Environment, Run, RunSpec, Sample, Trial
-from ndcheck.reports import phrases
+from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
+from ndcheck.reports.plots import MAX_PROBES
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import run_trials
+from ndcheck.runner import (
+    NO_CACHE_CONTROL,
+    capture,
+    create_directory,
+    fit_axes,
+    plan,
+    run_trials,
+)
 from ndcheck.samplers.base import Sampler, open_sampler
 from ndcheck.store import RunDirectory, SampleReader, write_failure
 from ndcheck.verdict import EXIT_CODES, judge
 
 INTERRUPTED = 130
-RUNS_DIRECTORY = Path("ndcheck-runs")
 
 
 def start(
-    spec: RunSpec, headers: Mapping[str, str], out: Path | None, *, as_json: bool, quiet: bool
+    spec: RunSpec,
+    headers: Mapping[str, str],
+    out: Path | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+    html: bool,
+    plots: bool,
 ) -> int:
     """Measure from the beginning. Returns the exit code."""
+    check_plots(wanted=plots)
     sampler = open_for_run(spec, headers, quiet=quiet)
-    spec = fit_axes(spec, sampler, quiet=quiet)
+    spec = fit_spec(spec, sampler, quiet=quiet)
     trials = plan(spec, sampler)
-    now = datetime.now(UTC)
-    path = out or free_path(RUNS_DIRECTORY / f"{now:%Y%m%d-%H%M%S}-{slug(spec.model)}")
-    run = Run(
-        run_id=path.name,
-        ndcheck_version=__version__,
-        spec=spec,
-        environment=capture(spec, sampler),
-        started_at=now.isoformat(timespec="seconds"),
-        n_trials_planned=len(trials),
-    )
     if spec.target_rate:
         n_trials = trials_needed(spec.target_rate, spec.confidence)
         note(
@@ -57,12 +59,17 @@ def start(
             f"{spec.target_rate:g} is excluded at {spec.confidence:.0%}",
             quiet=quiet,
         )
-    with closing(RunDirectory.create(path, run)) as directory:
-        return measure(directory, trials, sampler, [], as_json=as_json, quiet=quiet)
+    with closing(create_directory(spec, sampler, trials, out)) as directory:
+        return measure(
+            directory, trials, sampler, [], as_json=as_json, quiet=quiet, html=html, plots=plots
+        )
 
 
-def resume(path: Path, headers: Mapping[str, str], *, as_json: bool, quiet: bool) -> int:
+def resume(
+    path: Path, headers: Mapping[str, str], *, as_json: bool, quiet: bool, html: bool, plots: bool
+) -> int:
     """Go on with a run as it was. Returns the exit code."""
+    check_plots(wanted=plots)
     directory, finished = RunDirectory.resume(path)
     with closing(directory):
         spec = directory.run.spec
@@ -75,7 +82,16 @@ def resume(path: Path, headers: Mapping[str, str], *, as_json: bool, quiet: bool
                 f"({'; '.join(changed)}): start a new run"
             )
         trials = plan(spec, sampler)
-        return measure(directory, trials, sampler, finished, as_json=as_json, quiet=quiet)
+        return measure(
+            directory,
+            trials,
+            sampler,
+            finished,
+            as_json=as_json,
+            quiet=quiet,
+            html=html,
+            plots=plots,
+        )
 
 
 def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> Sampler:
@@ -87,22 +103,12 @@ def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> S
     return sampler
 
 
-def capture(spec: RunSpec, sampler: Sampler) -> Environment:
-    """Where the model runs: of a server only it can tell."""
-    if spec.endpoint is not None:
-        return environment.capture_client(sampler.describe())
-    return environment.capture(sampler.describe())
-
-
-def fit_axes(spec: RunSpec, sampler: Sampler, *, quiet: bool) -> RunSpec:
-    """``spec`` without ``cache`` where nothing can vary it. Raises UsageError if it was named."""
-    if sampler.cache_states or "cache" not in spec.axes:
-        return spec
-    reason = "what the prefix cache holds cannot be set here and seen to work"
-    if spec.axes != AXES:
-        raise UsageError(f"--axes: {reason}: leave out cache")
-    note(f"cache is left out: {reason}", quiet=quiet)
-    return replace(spec, axes=tuple(axis for axis in AXES if axis != "cache"))
+def fit_spec(spec: RunSpec, sampler: Sampler, *, quiet: bool) -> RunSpec:
+    """What of the spec the backend can vary, and on stderr what it cannot."""
+    fitted = fit_axes(spec, sampler)
+    if fitted != spec:
+        note(f"cache is left out: {NO_CACHE_CONTROL}", quiet=quiet)
+    return fitted
 
 
 def measure(
@@ -113,19 +119,21 @@ def measure(
     *,
     as_json: bool,
     quiet: bool,
+    html: bool,
+    plots: bool,
 ) -> int:
     """Run the trials and report, also on what there is when something ends the run early."""
     failure: NdcheckError | None = None
     try:
-        with ProgressLine(quiet=quiet, unit=phrases.unit(directory.run)) as progress:
+        with ProgressLine(quiet=quiet) as progress:
             run_trials(trials, sampler, directory, finished, progress.show)
     except KeyboardInterrupt:
-        report(directory.path, directory.run, as_json=as_json)
+        report(directory.path, directory.run, as_json=as_json, html=html, plots=plots)
         note(f"interrupted; go on with: ndcheck run --resume {directory.path}", quiet=False)
         return INTERRUPTED
     except NdcheckError as error:
         failure = error
-    code = report(directory.path, directory.run, as_json=as_json)
+    code = report(directory.path, directory.run, as_json=as_json, html=html, plots=plots)
     if failure is not None:
         note(
             f"finished trials are kept; go on with: ndcheck run --resume {directory.path}",
@@ -135,19 +143,27 @@ def measure(
     return code
 
 
-def report(path: Path, run: Run, *, as_json: bool) -> int:
+def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bool = False) -> int:
     """Write the reports of a run and show one. Returns the verdict's exit code."""
     from rich.console import Console
 
+    check_plots(wanted=plots)
     samples = SampleReader(path)
     summary = summarise(samples, run.spec)
     for line in samples.bad_lines:
         note(line, quiet=False)
     judgement = judge(run, summary)
     try:
-        write_reports(path, run, samples, summary, judgement, DEFAULTS)
+        write_reports(path, run, samples, summary, judgement, DEFAULTS, html=html, plots=plots)
     except OSError as error:
         raise write_failure(path, error) from error
+    if html:
+        note(f"wrote {path / 'report.html'}", quiet=False)
+    if plots:
+        rest = len(run.spec.probes) - MAX_PROBES
+        note(
+            f"wrote {path / 'plots'}{f' without the last {rest} probes' * (rest > 0)}", quiet=False
+        )
     if as_json:
         typer.echo(json.dumps(make_document(run, summary, judgement), indent=2, allow_nan=False))
     else:
@@ -158,7 +174,7 @@ def report(path: Path, run: Run, *, as_json: bool) -> int:
 def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
     """Print the trials that a run would execute, and what they cost. Returns the exit code."""
     sampler = open_sampler(spec, load_weights=False, headers=headers)
-    spec = fit_axes(spec, sampler, quiet=False)
+    spec = fit_spec(spec, sampler, quiet=False)
     trials = plan(spec, sampler)
     header = ("trial", "arm", "probe", "axis", "batch", "slots", "fillers", "cache", "baseline")
     rows = [header, *(plan_row(trial) for trial in trials)]
@@ -195,31 +211,6 @@ def plan_row(trial: Trial) -> tuple[str, ...]:
     )
 
 
-def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
-    """The run's trials. Raises UsageError where a prompt is empty or too long for the model."""
-    lengths = {probe.probe_id: sampler.count_tokens(probe.prompt) for probe in spec.probes}
-    for probe_id, length in lengths.items():
-        if length == 0:
-            raise UsageError(f"prompt {probe_id} has no tokens")
-    n_trials = trials_needed(spec.target_rate, spec.confidence) if spec.target_rate else None
-    return plan_trials(spec, lengths, sampler.context, n_trials, sampler.cache_states)
-
-
-def free_path(path: Path) -> Path:
-    """``path``, or the first of path-2, path-3, ... that does not exist."""
-    candidate, n = path, 1
-    while candidate.exists():
-        n += 1
-        candidate = path.with_name(f"{path.name}-{n}")
-    return candidate
-
-
-def slug(model: str) -> str:
-    """The end of a model's name, in characters that every file system takes."""
-    name = model.rstrip("/").rpartition("/")[2]
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:40] or "model"
-
-
 def refuse_other_options(context: typer.Context, allowed: set[str]) -> None:
     """Raise UsageError if the command line holds an option beside ``--resume`` that it ignores."""
     for name in context.params:
@@ -229,6 +220,12 @@ def refuse_other_options(context: typer.Context, allowed: set[str]) -> None:
                 f"--resume goes on with the run as it was: --{name.replace('_', '-')} "
                 "cannot be changed; start a new run for that"
             )
+
+
+def check_plots(*, wanted: bool) -> None:
+    """Raise UsageError before anything is measured if the plots could not be drawn."""
+    if wanted and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plots needs matplotlib: pip install 'ndcheck[plots]'")
 
 
 def note(line: str, *, quiet: bool) -> None:

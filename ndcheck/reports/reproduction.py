@@ -47,9 +47,10 @@ def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
         ("--dtype", spec.dtype, defaults.dtype),
         ("--device", spec.device, defaults.device),
         ("--attn", spec.attention, defaults.attention),
-        ("--kernels", _commas(spec.arms), _commas(defaults.arms)),
+        ("--kernels", None if spec.endpoint else _commas(spec.arms), _commas(defaults.arms)),
         ("--confidence", spec.confidence, defaults.confidence),
         ("--target-rate", spec.target_rate, defaults.target_rate),
+        ("--random-weights", spec.random_weights, defaults.random_weights),
         ("--answer-pattern", spec.answer_pattern, defaults.answer_pattern),
     ]
     switches = [

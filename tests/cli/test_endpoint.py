@@ -90,7 +90,8 @@ def test_secrets_are_in_no_artifact(started, tmp_path):
         (("--endpoint", "http://host/v1", "--arrival", "poisson"), "--arrival poisson: give"),
         (("--endpoint", "http://host/v1", "--timeout", "0"), "--timeout 0.0: give a positive"),
         (("--endpoint", "http://host/v1", "--fillers", "x"), "choose from words, shared-prefix"),
-        (("--arrival", "closed"), "are for a server: give --endpoint"),
+        (("--arrival", "closed"), "--endpoint: give a server's address, since --arrival"),
+        (("--header", "X: y"), "--header: this is for a server: give --endpoint"),
         (("--header", "no colon"), "--header: give it as 'Name: value'"),
     ],
 )

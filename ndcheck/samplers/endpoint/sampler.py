@@ -154,8 +154,8 @@ class EndpointSampler:
                 raise BackendError(f"the server is gone: {failure}") from failure
             raise TrialError(str(failure)) from failure
         return [
-            self._make_sample(trial, slot, trial.first_sample_id + i, outcome, Witness(achieved))
-            for i, (slot, outcome) in enumerate(zip(trial.load.slots, outcomes, strict=True))
+            self._make_sample(trial, nth, outcome, Witness(achieved))
+            for nth, outcome in enumerate(outcomes)
         ]
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -335,9 +335,7 @@ class EndpointSampler:
             if fingerprint is not None and fingerprint not in self._fingerprints:
                 self._fingerprints.append(fingerprint)
 
-    def _make_sample(
-        self, trial: Trial, slot: int, sample_id: int, outcome: Outcome, witness: Witness
-    ) -> Sample:
+    def _make_sample(self, trial: Trial, nth: int, outcome: Outcome, witness: Witness) -> Sample:
         answer = outcome.answer if outcome.error is None else None
         token_ids: tuple[int, ...] = ()
         token_texts: tuple[str, ...] = ()
@@ -347,23 +345,16 @@ class EndpointSampler:
             logprobs = tuple(answer.logprobs) if len(answer.logprobs) == len(token_ids) else ()
             if trial.fault is not None:
                 token_ids, logprobs = plant(token_ids, logprobs, trial.fault)
-        return Sample(
-            sample_id=sample_id,
-            trial_id=trial.trial_id,
-            arm=trial.arm,
-            probe_id=trial.probe_id,
-            axis=trial.axis,
-            baseline=trial.baseline,
-            load=trial.load,
-            slot=slot,
-            witness=witness,
+        return Sample.of(
+            trial,
+            nth,
+            witness,
+            (answer and answer.finish_reason) or "error",
+            outcome.elapsed_s,
             token_ids=token_ids,
             token_texts=token_texts,
-            finish_reason=(answer and answer.finish_reason) or "error",
-            elapsed_s=outcome.elapsed_s,
             logprobs=logprobs,
             margins=tuple(answer.margins) if answer is not None and logprobs else (),
-            fault=trial.fault,
             error=outcome.error,
             n_retries=outcome.n_retries,
         )
