@@ -72,11 +72,11 @@ def measure_spec(
     """The same for a spec; the reports are written beside the samples."""
     # Read when torch is imported, if it is not yet; `__main__` says why.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sampler = open_sampler(spec, headers=headers)
-    spec = fit_axes(spec, sampler)
-    trials = plan(spec, sampler)
-    with closing(create_directory(spec, sampler, trials, out)) as directory:
-        run_trials(trials, sampler, directory, on_progress=on_progress)
+    with closing(open_sampler(spec, headers=headers)) as sampler:
+        spec = fit_axes(spec, sampler)
+        trials = plan(spec, sampler)
+        with closing(create_directory(spec, sampler, trials, out)) as directory:
+            run_trials(trials, sampler, directory, on_progress=on_progress)
     run = Run(directory.path)
     run.write_reports()
     return run

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -201,10 +202,10 @@ def _rehearse(check: Check, rules: RuleSet) -> None:
     try:
         if rules.baseline is not None:
             find_run(rules.baseline, check.file.parent)
-        sampler = open_sampler(check.spec, load_weights=False)
-        spec = fit_axes(check.spec, sampler)
-        rules.check(spec)
-        plan(spec, sampler)
+        with closing(open_sampler(check.spec, load_weights=False)) as sampler:
+            spec = fit_axes(check.spec, sampler)
+            rules.check(spec)
+            plan(spec, sampler)
     except UsageError as error:
         raise check.locate(error) from error
     except BackendError:

@@ -49,20 +49,20 @@ def start(
 ) -> int:
     """Measure from the beginning. Returns the exit code."""
     check_plots(wanted=plots)
-    sampler = open_for_run(spec, headers, quiet=quiet)
-    spec = fit_spec(spec, sampler, quiet=quiet)
-    trials = plan(spec, sampler)
-    if spec.target_rate:
-        n_trials = trials_needed(spec.target_rate, spec.confidence)
-        note(
-            f"{n_trials} trials of each probe and arm: if none diverges, a rate of "
-            f"{spec.target_rate:g} is excluded at {spec.confidence:.0%}",
-            quiet=quiet,
-        )
-    with closing(create_directory(spec, sampler, trials, out)) as directory:
-        return measure(
-            directory, trials, sampler, [], as_json=as_json, quiet=quiet, html=html, plots=plots
-        )
+    with closing(open_for_run(spec, headers, quiet=quiet)) as sampler:
+        spec = fit_spec(spec, sampler, quiet=quiet)
+        trials = plan(spec, sampler)
+        if spec.target_rate:
+            n_trials = trials_needed(spec.target_rate, spec.confidence)
+            note(
+                f"{n_trials} trials of each probe and arm: if none diverges, a rate of "
+                f"{spec.target_rate:g} is excluded at {spec.confidence:.0%}",
+                quiet=quiet,
+            )
+        with closing(create_directory(spec, sampler, trials, out)) as directory:
+            return measure(
+                directory, trials, sampler, [], as_json=as_json, quiet=quiet, html=html, plots=plots
+            )
 
 
 def resume(
@@ -71,9 +71,8 @@ def resume(
     """Go on with a run as it was. Returns the exit code."""
     check_plots(wanted=plots)
     directory, finished = RunDirectory.resume(path)
-    with closing(directory):
-        spec = directory.run.spec
-        sampler = open_for_run(spec, headers, quiet=quiet)
+    spec = directory.run.spec
+    with closing(directory), closing(open_for_run(spec, headers, quiet=quiet)) as sampler:
         here = capture(spec, sampler)
         changed = environment.differences(directory.run.environment, here)
         if changed:
@@ -173,9 +172,9 @@ def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bo
 
 def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
     """Print the trials that a run would execute, and what they cost. Returns the exit code."""
-    sampler = open_sampler(spec, load_weights=False, headers=headers)
-    spec = fit_spec(spec, sampler, quiet=False)
-    trials = plan(spec, sampler)
+    with closing(open_sampler(spec, load_weights=False, headers=headers)) as sampler:
+        spec = fit_spec(spec, sampler, quiet=False)
+        trials = plan(spec, sampler)
     header = ("trial", "arm", "probe", "axis", "batch", "slots", "fillers", "cache", "baseline")
     rows = [header, *(plan_row(trial) for trial in trials)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

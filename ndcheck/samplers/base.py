@@ -40,6 +40,9 @@ class Sampler(Protocol):
     def changes(self) -> tuple[str, ...]:
         """What of the backend is no longer as `describe` said, a sentence each."""
 
+    def close(self) -> None:
+        """Let go of its connections, if it has any; it samples no more."""
+
 
 def open_sampler(
     spec: RunSpec, *, load_weights: bool = True, headers: Mapping[str, str] | None = None

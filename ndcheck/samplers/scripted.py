@@ -83,6 +83,9 @@ class ScriptedSampler:
     def changes(self) -> tuple[str, ...]:
         return ()
 
+    def close(self) -> None:
+        pass
+
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
         if self._behaviour == "slow":

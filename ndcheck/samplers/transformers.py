@@ -96,6 +96,9 @@ class TransformersSampler:
     def changes(self) -> tuple[str, ...]:
         return ()
 
+    def close(self) -> None:
+        pass
+
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()

@@ -6,7 +6,10 @@ import pytest
 
 from ndcheck.records import Endpoint
 from ndcheck.reports import phrases
+from ndcheck.reports.figures import gather
+from ndcheck.reports.html_page import html_report
 from ndcheck.reports.markdown import markdown_report
+from ndcheck.reports.plots import plot_files
 from ndcheck.reports.remedies import remedies
 from ndcheck.request import DEFAULTS
 
@@ -81,6 +84,18 @@ def test_a_server_is_named_with_what_it_shows(passing) -> None:
     assert phrases.environment(served(passing, "token ids")) == (
         "big at http://host/v1, vLLM 1.2, comparing token ids, batch size from client-side overlap"
     )
+
+
+@pytest.mark.parametrize(("compared", "unit"), [("token ids", "token"), ("text", "character")])
+def test_the_page_and_the_plots_count_them_too(failing, compared, unit) -> None:
+    run = served(failing, compared)
+    figures = gather(failing.samples, failing.summary)
+    page = html_report(run, figures, failing.summary, failing.judgement, DEFAULTS)
+    assert f'<th class="number">First at {unit}</th>' in page
+    assert f'"unit":"{unit}"' in page
+    assert ("character by character" in page) == (unit == "character")
+    strip = plot_files(figures, phrases.unit(run))["heat-strip.svg"].decode()
+    assert f"samples by {unit}, coloured" in strip
 
 
 def test_positions_of_text_count_characters(passing, failing) -> None:

@@ -18,11 +18,10 @@ from dataclasses import replace
 import pytest
 
 from ndcheck.analysis.accumulate import summarise
-from ndcheck.load import plan_trials
 from ndcheck.mock_server.server import MockServer, Plan
 from ndcheck.records import Decoding, Endpoint, Environment, Run
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import run_trials
+from ndcheck.runner import fit_axes, plan, run_trials
 from ndcheck.samplers.base import open_sampler
 from ndcheck.store import RunDirectory, SampleReader
 from ndcheck.verdict import judge
@@ -89,10 +88,8 @@ def measure(tmp_path, sampler):
 
     def measure(url, **changed):
         opened, spec = sampler(url, **changed)
-        if not opened.cache_states:
-            spec = replace(spec, axes=tuple(axis for axis in spec.axes if axis != "cache"))
-        lengths = {probe.probe_id: opened.count_tokens(probe.prompt) for probe in spec.probes}
-        trials = plan_trials(spec, lengths, opened.context, cache_states=opened.cache_states)
+        spec = fit_axes(spec, opened)
+        trials = plan(spec, opened)
         run = Run("r", "0", spec, Environment(model=opened.describe()), "")
         with closing(RunDirectory.create(tmp_path / "run", run)) as directory:
             run = run_trials(trials, opened, directory)
