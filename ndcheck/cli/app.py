@@ -10,6 +10,7 @@ import typer
 
 from ndcheck import __version__
 from ndcheck.cli.doctor import doctor
+from ndcheck.cli.order import order
 from ndcheck.cli.report import report
 from ndcheck.cli.run import run
 from ndcheck.errors import NdcheckError
@@ -44,7 +45,7 @@ def root(
     """Measures, explains, fixes and gates nondeterminism in LLM inference."""
 
 
-for command in (run, report, doctor):
+for command in (run, report, order, doctor):
     app.command()(command)
 
 

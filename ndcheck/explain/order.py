@@ -1,0 +1,274 @@
+"""In which order an op adds, by the number of rows it is given at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ndcheck.errors import BackendError
+from ndcheck.explain.reductions import Reduction, RowSums, Shape
+from ndcheck.explain.sumtree import NotASumError, SumTree, read_tree
+from ndcheck.records import Arm
+
+# A unit, and a mask that swallows any sum of units in the widest accumulator the dtype meets.
+UNITS = {
+    torch.float32: (1.0, 2.0**127),
+    torch.bfloat16: (1.0, 2.0**127),
+    torch.float16: (2.0**-24, 2.0**15),
+}
+# Counts of units that the dtype holds exactly: more terms are read a part at a time.
+LARGEST_COUNT = {torch.float32: 2**24, torch.bfloat16: 2**8, torch.float16: 2**11}
+N_WATCHED_ROWS = 16
+N_WATCHED_COLUMNS = 3
+N_TRIES = 64
+Evidence = Literal["confirmed", "refuted", "not checked"]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One order of addition, and the output elements [row, column] that were seen to have it.
+
+    ``evidence`` is whether the tree, computed in software on random operands, gives the op's bits;
+    ``reason`` says more.
+    """
+
+    tree: SumTree
+    elements: tuple[tuple[int, int], ...]
+    evidence: Evidence
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class OrderPoint:
+    """The orders found at one number of rows and reduced length; more than one: elements differ."""
+
+    rows: int
+    terms: int
+    orders: tuple[Order, ...]
+    n_elements: int
+    n_probes: int
+    is_repeatable: bool
+
+    @property
+    def row_classes(self) -> tuple[tuple[str, ...], ...]:
+        """The distinct orders of a row, each the digests of its columns' trees, in row order."""
+        digests: dict[int, dict[int, str]] = {}
+        for order in self.orders:
+            for row, column in order.elements:
+                digests.setdefault(row, {})[column] = order.tree.digest
+        rows = (
+            tuple(columns[c] for c in sorted(columns)) for _, columns in sorted(digests.items())
+        )
+        return tuple(dict.fromkeys(rows))
+
+
+def sweep(
+    reduction: Reduction,
+    shape: Shape,
+    points: Sequence[tuple[int, int]],
+    arm: Arm = "stock",
+    on_point: Callable[[OrderPoint], None] = lambda point: None,
+) -> list[OrderPoint]:
+    """The orders at every (rows, terms) of ``points``.
+
+    Raises NotASumError where the op is not a sum of its terms, and BackendError where the
+    invariant arm computed nothing.
+    """
+    found = []
+    for rows, terms in points:
+        sums = reduction.make(replace(shape, terms=terms))
+        with torch.inference_mode(), kernels(arm):
+            point = read_orders(sums, rows, replace(shape, terms=terms), reduction.is_mean)
+        found.append(point)
+        on_point(point)
+    return found
+
+
+def kernels(arm: Arm) -> AbstractContextManager[object]:
+    """The scope of an arm's kernels. Raises BackendError at its end if no override ran."""
+    return nullcontext() if arm == "stock" else _invariant()
+
+
+@contextmanager
+def _invariant() -> Iterator[None]:
+    import ndcheck_kernels
+
+    try:
+        with ndcheck_kernels.invariant_kernels() as scope:
+            yield
+    except ndcheck_kernels.UncoveredOpError as error:
+        raise BackendError(f"invariant arm: {error}") from error
+    if not scope.fires:
+        raise BackendError("invariant arm: no override ran, so this would have been stock")
+
+
+def read_orders(sums: RowSums, rows: int, shape: Shape, is_mean: bool) -> OrderPoint:
+    """Every order found among the watched output elements, by FPRev and checked in software."""
+    reader = _Reader(sums, rows, shape, is_mean)
+    left = set(range(len(reader.elements)))
+    orders = []
+    while left:
+        watched = min(left)
+        reader.dissenters = set()
+        tree = read_tree(shape.terms, lambda i, js, e=watched: reader.sizes(i, js, e))  # type: ignore[misc]
+        alike = sorted(left - reader.dissenters)
+        evidence, reason = check(tree, reader, watched)
+        elements = tuple(reader.elements[e] for e in alike)
+        orders.append(Order(tree, elements, evidence, reason))
+        left -= set(alike)
+    return OrderPoint(
+        rows,
+        shape.terms,
+        tuple(orders),
+        len(reader.elements),
+        reader.n_probes,
+        reader.repeats(),
+    )
+
+
+class _Reader:
+    """Probes one op at one number of rows; every row gets the same terms."""
+
+    def __init__(self, sums: RowSums, rows: int, shape: Shape, is_mean: bool) -> None:
+        self._sums = sums
+        self._n = shape.terms
+        self._factor = self._n if is_mean else 1
+        self.is_mean = is_mean
+        self._unit, self._mask = UNITS[shape.dtype]
+        self._part = LARGEST_COUNT[shape.dtype]
+        self._x = torch.empty(rows, self._n, dtype=shape.dtype, device=shape.device)
+        self._first: NDArray[np.int64] | None = None
+        self.n_probes = 0
+        self.dissenters: set[int] = set()
+        columns = self._columns()
+        self.elements = [
+            (row, column)
+            for row in _spread(rows, N_WATCHED_ROWS)
+            for column in _spread(columns, N_WATCHED_COLUMNS)
+        ]
+        index = torch.tensor(self.elements, device=shape.device)
+        self._index = index[:, 0] * columns + index[:, 1]
+
+    def sizes(self, i: int, others: Sequence[int], watched: int) -> list[int]:
+        """Subtree sizes at the watched element; elements that read otherwise are noted."""
+        readings = self._read(i, others)
+        differ = (readings != readings[:, watched : watched + 1]).any(axis=0)
+        self.dissenters |= set(np.flatnonzero(differ).tolist())
+        if self._first is None:
+            self._first, self._first_probe = readings, (i, tuple(others))
+        return [int(size) for size in readings[:, watched]]
+
+    def repeats(self) -> bool:
+        """Whether the first readings come out the same again."""
+        if self._first is None:
+            return True
+        return bool((self._read(*self._first_probe) == self._first).all())
+
+    def random_sums(self, seed: int, element: int) -> tuple[NDArray[np.float32], Tensor]:
+        """Random terms [n], exact in fp32, and the op's result for them at one element."""
+        generator = torch.Generator().manual_seed(seed)
+        half = torch.randn(self._n // 2, generator=generator)
+        half *= torch.exp2(torch.randint(-6, 7, half.shape, generator=generator))
+        # Terms that cancel: what is left of their sum is the rounding noise of its order.
+        terms = torch.cat([half, -half, half[: self._n % 2]]).to(self._x.dtype)
+        terms = terms[torch.randperm(self._n, generator=generator)]
+        self._x[:] = terms.to(self._x.device)
+        return terms.float().numpy(), self._outputs()[element].cpu()
+
+    def _read(self, i: int, others: Sequence[int]) -> NDArray[np.int64]:
+        """Subtree sizes [len(others), elements]."""
+        counts = []
+        for j in others:
+            total: Tensor | int = 0
+            for start in range(0, self._n, self._part):
+                self._x.zero_()
+                self._x[:, start : start + self._part] = self._unit
+                self._x[:, i] = self._mask
+                self._x[:, j] = -self._mask
+                self.n_probes += 1
+                total = total + (self._outputs().double() * (self._factor / self._unit)).round()
+            counts.append(total)
+        readings = torch.stack(counts).cpu().numpy()  # type: ignore[arg-type]
+        if not ((readings >= 0) & (readings <= self._n - 2)).all():
+            raise NotASumError(
+                "not a plain sum of its terms: a reading counts "
+                f"{readings[~((readings >= 0) & (readings <= self._n - 2))][0]:g} of {self._n}"
+            )
+        return self._n - readings.astype(np.int64)
+
+    def _columns(self) -> int:
+        self._x.fill_(self._unit)
+        out = self._sums(self._x)
+        if out.dim() == 0 or out.shape[0] != len(self._x):
+            raise NotASumError(
+                f"of {len(self._x)} rows it made an output of shape {list(out.shape)}: "
+                "it must return one or more sums for each row"
+            )
+        return out.reshape(len(self._x), -1).shape[1]
+
+    def _outputs(self) -> Tensor:
+        return self._sums(self._x).reshape(-1)[self._index]
+
+
+def check(tree: SumTree, reader: _Reader, element: int) -> tuple[Evidence, str]:
+    """Whether ``tree`` computes the op's bits on random terms.
+
+    The mirrored tree is the control: if it does so too, the terms could not tell orders apart.
+    """
+    if tree.largest_fan_in > 2:
+        return "not checked", f"hardware fuses additions of {tree.largest_fan_in} terms"
+    mirrored = tree.mirrored()
+    n_told_apart = 0
+    for seed in range(N_TRIES):
+        terms, seen = reader.random_sums(seed, element)
+        if not any(torch.equal(seen, sum_) for sum_ in _finished(tree, terms, seen, reader)):
+            return "refuted", f"another result in random trial {seed + 1} of {N_TRIES}"
+        n_told_apart += all(
+            not torch.equal(seen, sum_) for sum_ in _finished(mirrored, terms, seen, reader)
+        )
+    if mirrored.digest != tree.digest and not n_told_apart:
+        return "not checked", f"the mirrored order gives the same bits in {N_TRIES} random trials"
+    return "confirmed", (
+        f"bit for bit in {N_TRIES} random trials; the mirrored tree failed {n_told_apart} of them"
+    )
+
+
+def _finished(
+    tree: SumTree, terms: NDArray[np.float32], like: Tensor, reader: _Reader
+) -> list[Tensor]:
+    """The tree's sum rounded once to the op's dtype; of a mean, every way to divide it."""
+    n = np.float32(len(terms))
+    if not reader.is_mean:
+        sums = [tree.evaluate(terms)]
+    else:
+        total = tree.evaluate(terms)
+        sums = [total / n, total * (1 / n), tree.evaluate(terms * (1 / n))]
+    return [torch.tensor(sum_).to(like.dtype) for sum_ in sums]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Up to ``most`` indices below ``count``, first and last among them."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
+
+
+def depends_on_rows(points: Sequence[OrderPoint]) -> bool:
+    """Whether a row's order follows the number of rows or its place, or changes by itself."""
+    classes: dict[int, set[tuple[str, ...]]] = {}
+    for point in points:
+        classes.setdefault(point.terms, set()).update(point.row_classes)
+    return any(len(found) > 1 for found in classes.values()) or not all(
+        point.is_repeatable for point in points
+    )
+
+
+def switch_points(points: Sequence[OrderPoint]) -> list[OrderPoint]:
+    """The points whose orders are not those of the point before, at the same length."""
+    return [b for a, b in pairwise(points) if a.terms == b.terms and a.row_classes != b.row_classes]
