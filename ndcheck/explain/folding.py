@@ -203,7 +203,7 @@ def _runs(tree: SumTree, terms: list[Term]) -> Iterator[Run]:
 
     at = 0
     while at < len(runs):
-        period = max((1, 2, 3), key=lambda p: (repeats(at, p) - 1) * p)  # noqa: B023
+        period = max((1, 2, 3), key=lambda p: (repeats(at, p) - 1) * p)
         count = repeats(at, period)
         group = [
             Run(length, stride, _fold(tree, terms[first]))

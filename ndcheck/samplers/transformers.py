@@ -10,7 +10,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +62,19 @@ class TransformersSampler:
     def context(self) -> int:
         limit = getattr(self._text_config, "max_position_embeddings", None)
         return int(limit) if limit else 1 << 20
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self._model
+
+    def open_batch(self, load: Load, probe: Probe, max_tokens: int) -> ExactBatch:
+        """The batch of a load, before its prefill."""
+        return ExactBatch(self._model, self._device, self._rows(load, probe), max_tokens)
+
+    def arm(self, arm: Arm) -> AbstractContextManager[Callable[[], int | None]]:
+        """Compute with the arm's kernels. Raises BackendError where that is not possible."""
+        return self._kernels(arm)
 
     def count_tokens(self, prompt: str) -> int:
         return len(self._encode(prompt))
