@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from ndcheck import __version__
+from ndcheck.cli.demo import demo
 from ndcheck.cli.doctor import doctor
 from ndcheck.cli.order import order
 from ndcheck.cli.report import report
 from ndcheck.cli.run import run
+from ndcheck.cli.trace_command import trace
 from ndcheck.errors import NdcheckError
 
 INTERRUPTED = 130
@@ -45,7 +47,7 @@ def root(
     """Measures, explains, fixes and gates nondeterminism in LLM inference."""
 
 
-for command in (run, report, order, doctor):
+for command in (run, report, trace, order, demo, doctor):
     app.command()(command)
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ndcheck import request
 from ndcheck.cli.session import note
 from ndcheck.errors import UsageError
+from ndcheck.records import ARMS, Arm, Load, Probe, RunSpec
 from ndcheck.store import replacing, write_failure
+
+if TYPE_CHECKING:
+    from ndcheck.samplers.transformers import TransformersSampler
 
 MAX_DRAWN_TERMS = 1024
 
@@ -46,14 +51,12 @@ def order(
         raise UsageError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
     if columns < 1:
         raise UsageError(f"--columns {columns}: give 1 or more")
-    row_counts, lengths = _numbers("--rows", rows), _numbers("--terms", terms)
+    row_counts, lengths = numbers("--rows", rows), numbers("--terms", terms)
     if lengths[0] < 2:
         raise UsageError("--terms: a sum has 2 terms or more")
     if any(drawings.values()) and lengths[-1] > MAX_DRAWN_TERMS:
         raise UsageError(f"--dot and --svg draw up to {MAX_DRAWN_TERMS} terms: lower --terms")
-    (arm,) = request.parse_arms(kernels)[:1]
-    if arm != kernels:
-        raise UsageError(f"--kernels {kernels}: give one of stock, invariant")
+    arm = one_arm(kernels)
     reduction = load_function(fn) if fn else REDUCTIONS[str(op)]
     shape = Shape(lengths[0], columns, DTYPES[dtype], choose_device(device))
     points = explain.sweep(
@@ -75,8 +78,7 @@ def order(
         typer.echo(json.dumps(order_report.order_document(setting, points)))
     else:
         title = f"{reduction.name}, {dtype}, {columns} columns, {shape.device}, {arm} kernels"
-        width = shutil.get_terminal_size().columns
-        for line in order_report.order_lines(title, reduction.rows, points, width):
+        for line in order_report.order_lines(title, reduction.rows, points, _width()):
             typer.echo(line)
     return int(explain.depends_on_rows(points))
 
@@ -93,14 +95,128 @@ def _write(drawings: dict[str, Path | None], orders: dict[str, Any]) -> None:
                 raise write_failure(path, error) from error
 
 
-def _numbers(option: str, text: str) -> list[int]:
-    """``"1-4,8"`` as ascending numbers of 1 or more."""
-    numbers: set[int] = set()
+def trace_loads(
+    spec: RunSpec, steps: list[int], *, with_swaps: bool, as_json: bool, quiet: bool
+) -> int:
+    """Trace a probe under a load of each batch size. Returns the exit code."""
+    sampler = _open(spec, quiet=quiet)
+    length = sampler.count_tokens(spec.probes[0].prompt)
+    if length == 0:
+        raise UsageError("the prompt has no tokens")
+    loads = []
+    for size in spec.batch_sizes:
+        slots = tuple(range(size)) if spec.mode == "copies" else (size // 2,)
+        fillers = (length,) * (size - len(slots))
+        loads.append((Load(size, slots, fillers, spec.seed), slots[-1]))
+    return _trace(spec, sampler, spec.probes[0], steps, loads, with_swaps, as_json, quiet)
+
+
+def trace_run(
+    directory: Path,
+    sample_id: int | None,
+    steps: list[int] | None,
+    *,
+    with_swaps: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Trace the pass in which a recorded sample left its reference. Returns the exit code."""
+    from ndcheck.explain.failing import find_failure
+
+    failure = find_failure(directory, sample_id)
+    sample, what = failure.sample, "bits" if failure.is_latent else "tokens"
+    spec = replace(failure.run.spec, arms=(sample.arm,))
+    note(
+        f"sample {sample.sample_id}: {what} differ from the reference at token "
+        f"{failure.position + 1}",
+        quiet=quiet,
+    )
+    sampler = _open(spec, quiet=quiet)
+    return _trace(
+        spec,
+        sampler,
+        failure.probe,
+        steps or [failure.position],
+        [(sample.load, sample.slot)],
+        with_swaps,
+        as_json,
+        quiet,
+    )
+
+
+def _trace(
+    spec: RunSpec,
+    sampler: TransformersSampler,
+    probe: Probe,
+    steps: list[int],
+    loads: list[tuple[Load, int]],
+    with_swaps: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    from ndcheck.explain import trace_report
+    from ndcheck.explain.swapping import find_swaps
+    from ndcheck.explain.tracing import Tracer, group_findings
+
+    (arm,) = spec.arms
+    explanations = []
+    for step in steps:
+        tracer = Tracer(sampler, probe, step, arm, spec.decoding)
+        alone = tracer.record_alone()
+        traces = []
+        for load, slot in loads:
+            note(f"step {step}: tracing {load.batch_size} rows", quiet=quiet)
+            traces.append(tracer.trace(load, slot, alone))
+        swaps = None
+        if with_swaps and arm == "stock" and any(trace.introducers for trace in traces):
+            note(f"step {step}: swapping ops one at a time", quiet=quiet)
+            swaps = find_swaps(sampler, probe, step, group_findings(traces), loads)
+        explanations.append(trace_report.Explanation(step, traces, swaps))
+    described = sampler.describe()
+    setting = {"model": described, "kernels": arm, "prompt": probe.prompt}
+    if as_json:
+        typer.echo(json.dumps(trace_report.trace_document(setting, explanations)))
+    else:
+        name, dtype, device = (described[key] for key in ("name", "dtype", "device"))
+        title = f"{name}, {dtype}, {device}, {arm} kernels"
+        for line in trace_report.trace_lines(title, explanations, _width()):
+            typer.echo(line)
+    codes = {explanation.exit_code for explanation in explanations}
+    return next((code for code in (1, 3) if code in codes), 0)
+
+
+def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
+    """Raises UsageError for a model whose ops cannot be seen."""
+    from ndcheck.samplers.base import open_sampler
+    from ndcheck.samplers.transformers import TransformersSampler
+
+    note(f"loading {spec.model}", quiet=quiet)
+    sampler = open_sampler(spec)
+    if not isinstance(sampler, TransformersSampler):
+        raise UsageError(f"--model {spec.model} does not run in this process: no op can be seen")
+    return sampler
+
+
+def one_arm(text: str) -> Arm:
+    """``stock`` or ``invariant``."""
+    (arm, *more) = request.parse_arms(text)
+    if more:
+        raise UsageError(f"--kernels {text}: give one of {', '.join(ARMS)}")
+    return arm
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """``"1-4,8"`` as ascending numbers of ``least`` or more."""
+    found: set[int] = set()
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or int(first) < 1:
+        if not (first.isdecimal() and (last or first).isdecimal()) or int(first) < least:
             raise UsageError(f"{option}: {part.strip()!r} is not a number or a range such as 1-8")
-        numbers.update(range(int(first), int(last or first) + 1))
-    if not numbers:
-        raise UsageError(f"{option}: {text!r} holds no number")
-    return sorted(numbers)
+        found.update(range(int(first), int(last or first) + 1))
+    if not found:
+        raise UsageError(f"{option}: {text!r} is an empty range")
+    return sorted(found)

@@ -188,13 +188,15 @@ def slug(model: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:40] or "model"
 
 
-def refuse_other_options(context: typer.Context, allowed: set[str]) -> None:
-    """Raise UsageError if the command line holds an option beside ``--resume`` that it ignores."""
+def refuse_other_options(
+    context: typer.Context, allowed: set[str], option: str = "--resume"
+) -> None:
+    """Raise UsageError if the command line holds an option that ``option`` leaves no room for."""
     for name in context.params:
         source = context.get_parameter_source(name)
         if name not in allowed and source is not None and source.name == "COMMANDLINE":
             raise UsageError(
-                f"--resume goes on with the run as it was: --{name.replace('_', '-')} "
+                f"{option} goes on with the run as it was: --{name.replace('_', '-')} "
                 "cannot be changed; start a new run for that"
             )
 

@@ -43,6 +43,7 @@ class LoadTrace:
     findings: tuple[OpFinding, ...]
     logits_differ: bool
     tracing_changed_bits: bool
+    is_padded: bool
     calls: dict[Key, Call]
 
     @property
@@ -166,6 +167,7 @@ class Tracer:
             tuple(recorder.findings),
             not equal_bits(traced[slot], self._logits_alone),
             not equal_bits(traced[slot], untraced[slot]),
+            max(load.filler_lengths, default=0) > self._n_prompt,
             recorder.calls,
         )
 

@@ -1,0 +1,73 @@
+"""The sample of a run that is to be explained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ndcheck.analysis.divergence import first_divergence, latent_divergence, read_stream
+from ndcheck.errors import UsageError
+from ndcheck.records import Arm, Probe, Run, Sample
+from ndcheck.store import SampleReader, read_run
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A sample and its arm's reference: ``position`` is the token where they part.
+
+    ``is_latent`` says that there only bits differ.
+    """
+
+    run: Run
+    probe: Probe
+    sample: Sample
+    reference: Sample
+    position: int
+    is_latent: bool
+
+
+def find_failure(directory: Path, sample_id: int | None, *, latent: bool = True) -> Failure:
+    """The sample asked for, or the one that diverged in the smallest batch, tokens before bits.
+
+    Raises UsageError where the run has no such sample, or it does not differ from its reference.
+    """
+    run = read_run(directory)
+    probes = {probe.probe_id: probe for probe in run.spec.probes}
+    references: dict[tuple[Arm, str], Sample] = {}
+    best: Failure | None = None
+    for sample in SampleReader(directory):
+        if sample.sample_id == sample_id and (sample.error or sample.axis == "control"):
+            raise UsageError(f"--sample {sample_id} is a control or failed: choose another")
+        if sample.error or sample.axis == "control":
+            continue
+        reference = references.setdefault((sample.arm, sample.probe_id), sample)
+        failure = _compare(run, probes[sample.probe_id], sample, reference)
+        if sample.sample_id == sample_id:
+            if failure is None or (failure.is_latent and not latent):
+                what = "tokens" if failure else "bits"
+                raise UsageError(f"--sample {sample_id} has the {what} of its reference")
+            return failure
+        if failure and (latent or not failure.is_latent) and _rank(failure) < _rank(best):
+            best = failure
+    if sample_id is not None:
+        raise UsageError(f"--sample {sample_id}: {directory} has no such sample")
+    if best is None:
+        raise UsageError(f"{directory}: no sample differs from its reference")
+    return best
+
+
+def _compare(run: Run, probe: Probe, sample: Sample, reference: Sample) -> Failure | None:
+    ours, theirs = read_stream(sample), read_stream(reference)
+    position = first_divergence(ours.token_ids, theirs.token_ids)
+    if position is not None:
+        return Failure(run, probe, sample, reference, position, False)
+    position = latent_divergence(ours, theirs, len(ours.token_ids))
+    return None if position is None else Failure(run, probe, sample, reference, position, True)
+
+
+def _rank(failure: Failure | None) -> tuple[bool, bool, int, int]:
+    if failure is None:
+        return True, True, 0, 0
+    load = failure.sample.load
+    # Whole prefills first: there the prefill itself can be compared.
+    return failure.is_latent, load.cache_state != "whole", load.batch_size, failure.position

@@ -1,0 +1,120 @@
+"""The smallest set of ops whose invariant kernels make a probe's row independent of its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ndcheck.explain.alignment import equal_bits
+from ndcheck.explain.modules import ModulePath, without_numbers
+from ndcheck.explain.recording import op_name
+from ndcheck.explain.tracing import OpGroup, Tracer
+from ndcheck.records import Load, Probe
+from ndcheck.samplers.transformers import TransformersSampler
+
+Place = tuple[str, str]
+"""(op, form of module): what is swapped at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swaps:
+    """What swapping showed, over every step up to the traced one and every load.
+
+    ``enough_alone`` are the places of which one suffices. ``smallest`` is a set of which no
+    member can be left out; None if even all introducers together do not suffice.
+    """
+
+    tried: tuple[Place, ...]
+    enough_alone: tuple[Place, ...]
+    smallest: tuple[Place, ...] | None
+    reason: str = ""
+
+
+class _Swap(TorchDispatchMode):
+    """Lets ops at ``places`` through to the invariant kernels, and runs all others stock."""
+
+    def __init__(self, places: set[Place], path: ModulePath, stock_keys: tuple[Any, Any]) -> None:
+        super().__init__()
+        self._places = places
+        self._path = path
+        self._stock_keys = stock_keys
+        self.n_swapped = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if (op_name(func), without_numbers(self._path.path)) in self._places:
+            self.n_swapped += 1
+            return func(*args, **(kwargs or {}))
+        with torch._C._ForceDispatchKeyGuard(*self._stock_keys):
+            return func(*args, **(kwargs or {}))
+
+
+def find_swaps(
+    sampler: TransformersSampler,
+    probe: Probe,
+    step: int,
+    groups: Sequence[OpGroup],
+    loads: Sequence[tuple[Load, int]],
+    on_test: Callable[[int], None] = lambda n_done: None,
+) -> Swaps:
+    """Swap the introducers one at a time, then leave out of all what is not needed.
+
+    ``loads`` come with the slot of the probe that is watched. Raises BackendError where a swap
+    did not take place.
+    """
+    from ndcheck_kernels import UncoveredOpError
+
+    places = tuple((group.op, group.module) for group in groups if group.introduces)
+    n_tests = 0
+
+    def is_invariant(chosen: Sequence[Place]) -> bool:
+        nonlocal n_tests
+        tracer = Tracer(sampler, probe, step, kernels=lambda: _swapped(sampler, set(chosen)))
+        tracer.record_alone()
+        alone = tracer.logits(Load(1), 0)
+        n_tests += 1
+        on_test(n_tests)
+        return all(
+            equal_bits(ours, theirs)
+            for load, slot in loads
+            for ours, theirs in zip(tracer.logits(load, slot), alone, strict=True)
+        )
+
+    try:
+        alone = tuple(place for place in places if is_invariant([place]))
+        if alone:
+            return Swaps(places, alone, alone[:1])
+        if not is_invariant(places):
+            reason = "the introducers at this step are not all that differs on the way to it"
+            return Swaps(places, (), None, reason)
+        needed = list(places)
+        for place in places:
+            rest = [other for other in needed if other != place]
+            if rest and is_invariant(rest):
+                needed = rest
+    except UncoveredOpError as error:
+        return Swaps(places, (), None, str(error).splitlines()[0])
+    return Swaps(places, (), tuple(needed))
+
+
+@contextmanager
+def _swapped(sampler: TransformersSampler, places: set[Place]) -> Iterator[None]:
+    import ndcheck_kernels
+    from ndcheck.errors import BackendError
+
+    stock_keys = (
+        torch._C._dispatch_tls_local_include_set(),
+        torch._C._dispatch_tls_local_exclude_set(),
+    )
+    with ndcheck_kernels.invariant_kernels() as scope, ModulePath(sampler.model) as path:
+        swap = _Swap(places, path, stock_keys)
+        with swap:
+            yield
+    if not scope.fires:
+        raise BackendError(f"no invariant kernel ran in place of {', '.join(p[0] for p in places)}")
