@@ -14,6 +14,7 @@ from ndcheck.cli.doctor import doctor
 from ndcheck.cli.order import order
 from ndcheck.cli.report import report
 from ndcheck.cli.run import run
+from ndcheck.cli.shrink import shrink
 from ndcheck.cli.trace_command import trace
 from ndcheck.errors import NdcheckError
 
@@ -47,7 +48,7 @@ def root(
     """Measures, explains, fixes and gates nondeterminism in LLM inference."""
 
 
-for command in (run, report, trace, order, demo, doctor):
+for command in (run, report, trace, shrink, order, demo, doctor):
     app.command()(command)
 
 

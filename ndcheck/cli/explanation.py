@@ -185,6 +185,45 @@ def _trace(
     return next((code for code in (1, 3) if code in codes), 0)
 
 
+def shrink(
+    directory: Path, sample_id: int | None, out: Path | None, *, as_json: bool, quiet: bool
+) -> int:
+    """Shrink a failing load and check the script that shows it. Returns the exit code."""
+    from ndcheck.builtin import MODEL_DIRECTORY
+    from ndcheck.explain import reproduction_script as script
+    from ndcheck.explain.failing import find_failure
+    from ndcheck.explain.shrink_report import shrink_document, shrink_lines
+    from ndcheck.explain.shrinking import Batch, Shrinker
+
+    failure = find_failure(directory, sample_id)
+    if failure.sample.arm != "stock":
+        raise UsageError("shrink makes scripts of plain transformers: choose a stock --sample")
+    spec = failure.run.spec
+    sampler = _open(spec, quiet=quiet)
+
+    def show(n_tests: int, best: Batch) -> None:
+        rows, tokens = best.size
+        note(f"test {n_tests}: {rows} rows, {tokens} tokens beside the probe", quiet=quiet)
+
+    shrunk = Shrinker(sampler, failure, on_test=show).shrink()
+    path = out or directory / "repro.py"
+    source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
+    text = script.write_script(shrunk, sampler.describe(), source, remote=spec.trust_remote_code)
+    try:
+        with replacing(path) as file:
+            file.write(text)
+    except OSError as error:
+        raise write_failure(path, error) from error
+    note(f"running {path}", quiet=quiet)
+    reproduction = script.run_script(path, shrunk)
+    if as_json:
+        typer.echo(json.dumps(shrink_document(failure, shrunk, reproduction)))
+    else:
+        for line in shrink_lines(failure, shrunk, reproduction, sampler.decode, _width()):
+            typer.echo(line)
+    return 1 if reproduction.shows_it else 3
+
+
 def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
     """Raises UsageError for a model whose ops cannot be seen."""
     from ndcheck.samplers.base import open_sampler

@@ -100,8 +100,8 @@ def demo_lines() -> Iterator[str]:
     yield f"   negatives, shuffled {N_SHUFFLES:,} times, have {len(sums)} different sums"
     yield f"     from {sums[0]:.3g} to {sums[-1]:.3g}; exactly, it is 0"
     published = distinct_sums(compensated_sum)
-    yield f"     (the published {len(published)} is with Python 3.12's sum(), which carries some of the"
-    yield "     rounding errors along)"
+    yield f"     ({len(published)}, as published, with Python 3.12's sum(), which carries some of"
+    yield "     the rounding errors along)"
     yield ""
     yield "3. And kernels choose an order by the batch: one row of a linear layer"
     yield "   (1024 x 1024), alone and as the first of several rows, on this machine"

@@ -72,6 +72,10 @@ class TransformersSampler:
         """The batch of a load, before its prefill."""
         return ExactBatch(self._model, self._device, self._rows(load, probe), max_tokens)
 
+    def decode(self, token_id: int) -> str:
+        """The text of one token."""
+        return str(self._tokenizer.decode([token_id]))
+
     def arm(self, arm: Arm) -> AbstractContextManager[Callable[[], int | None]]:
         """Compute with the arm's kernels. Raises BackendError where that is not possible."""
         return self._kernels(arm)
