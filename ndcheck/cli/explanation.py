@@ -141,6 +141,8 @@ def trace_run(
         with_swaps,
         as_json,
         quiet,
+        # Beyond the divergence the sample took in other tokens than the trace does.
+        sample.row_digests[: failure.position + 1],
     )
 
 
@@ -153,6 +155,7 @@ def _trace(
     with_swaps: bool,
     as_json: bool,
     quiet: bool,
+    recorded: tuple[str, ...] = (),
 ) -> int:
     from ndcheck.explain import trace_report
     from ndcheck.explain.swapping import find_swaps
@@ -170,8 +173,9 @@ def _trace(
         swaps = None
         if with_swaps and arm == "stock" and any(trace.introducers for trace in traces):
             note(f"step {step}: swapping ops one at a time", quiet=quiet)
-            swaps = find_swaps(sampler, probe, step, group_findings(traces), loads)
-        explanations.append(trace_report.Explanation(step, traces, swaps))
+            swaps = find_swaps(sampler, probe, step, group_findings(traces), loads, spec.decoding)
+        digest = recorded[step] if step < len(recorded) else None
+        explanations.append(trace_report.Explanation(step, traces, swaps, digest))
     described = sampler.describe()
     setting = {"model": described, "kernels": arm, "prompt": probe.prompt}
     if as_json:

@@ -17,7 +17,8 @@ def advise(
 ) -> list[str]:
     """Sentences, the gravest first; none where nothing was found."""
     introducers = [group for group in groups if group.introduces]
-    found = [*_faults(introducers), *_switches(introducers, traces)]
+    is_padded = any(trace.is_padded for trace in traces)
+    found = [*_faults(introducers), *_switches(introducers, is_padded)]
     if swaps is not None and swaps.smallest:
         names = " and ".join(_places(swaps.smallest))
         found.append(
@@ -26,7 +27,7 @@ def advise(
         )
     elif swaps is not None and swaps.tried:
         found.append(f"No set of swaps was found: {swaps.reason}")
-    return [*found, *_orders(introducers)]
+    return [*found, *_orders(introducers, is_padded)]
 
 
 def _faults(introducers: Sequence[OpGroup]) -> Iterator[str]:
@@ -44,20 +45,19 @@ def _faults(introducers: Sequence[OpGroup]) -> Iterator[str]:
             )
 
 
-def _switches(introducers: Sequence[OpGroup], traces: Sequence[LoadTrace]) -> Iterator[str]:
+def _switches(introducers: Sequence[OpGroup], is_padded: bool) -> Iterator[str]:
     """One sentence for all modules of an op that switch at the same batch sizes."""
     switching: dict[tuple[str, tuple[tuple[int, ...], ...]], list[str]] = {}
     for group in introducers:
         if group.cause == "shape":
             switching.setdefault((group.op, group.bit_classes), []).append(group.module)
-    is_padded = any(trace.is_padded for trace in traces)
     for (op, classes), modules in switching.items():
         where = _module(modules[0]) if len(modules) == 1 else f"{len(modules)} kinds of module"
         if op == ATTENTION and is_padded:
             yield (
-                f"{op} in {where} takes the probe's padding into its sums: longer fillers in the "
-                "batch change their order. Batch prompts of one length, or use kernels that count "
-                "from each row's own first token."
+                f"{op} in {where} runs over the probe's padding, masked or not: longer rows in the "
+                "batch change the order of its sums. Batch prompts of one length, or use kernels "
+                "that count from each row's own first token."
             )
             continue
         yield (
@@ -66,7 +66,7 @@ def _switches(introducers: Sequence[OpGroup], traces: Sequence[LoadTrace]) -> It
         )
 
 
-def _orders(introducers: Sequence[OpGroup]) -> Iterator[str]:
+def _orders(introducers: Sequence[OpGroup], is_padded: bool) -> Iterator[str]:
     """The command that shows the order on either side, for the first op that has one."""
     for group in introducers:
         dtype = DTYPE_OPTIONS.get(group.dtype)
@@ -74,6 +74,8 @@ def _orders(introducers: Sequence[OpGroup]) -> Iterator[str]:
         sizes = [part.split("x") for part in group.shapes[1].split()]
         if group.cause != "shape" or op not in REDUCTIONS or dtype is None or not sizes:
             continue
+        if op == "attention" and is_padded:
+            continue  # There the length of the sum differs, not the number of rows.
         terms = sizes[1][-2] if op == "attention" else sizes[0][-1]
         rows = ",".join(str(sizes[0]) for sizes in group.bit_classes)
         columns = sizes[1][0] if op == "linear" else 256

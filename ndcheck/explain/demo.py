@@ -106,10 +106,10 @@ def demo_lines() -> Iterator[str]:
     yield "3. And kernels choose an order by the batch: one row of a linear layer"
     yield "   (1024 x 1024), alone and as the first of several rows, on this machine"
     for row in compare_rows():
-        where = f"     {row.dtype:<8} on {row.device}, 1 row against {row.rows:>2}:"
+        by = f" (up to {row.max_difference:.2g})" if row.n_different else ""
         yield (
-            f"{where} {row.n_different} of {row.n_elements} outputs differ"
-            + (f", by up to {row.max_difference:.2g}" if row.n_different else "")
+            f"     {row.dtype:<8} {row.device}, 1 row and {row.rows:>2} rows: "
+            f"{row.n_different} of {row.n_elements} outputs differ{by}"
         )
     yield ""
     yield "See the orders: ndcheck order linear. What it does to a model: ndcheck run"

@@ -236,8 +236,6 @@ class LoadedRecorder(_Recorder):
             own = solo.inputs.get(name)
             if not isinstance(own, Tensor):
                 return None
-            if own.shape == loaded.shape:
-                continue
             if self._geometry.place(own.shape, loaded.shape, self._slot) is None:
                 own = _with_repeated_heads(own, loaded)
             copy = clone_exactly(loaded)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ndcheck.explain.alignment import equal_bits
 from ndcheck.explain.modules import ModulePath, without_numbers
 from ndcheck.explain.recording import op_name
 from ndcheck.explain.tracing import OpGroup, Tracer
-from ndcheck.records import Load, Probe
+from ndcheck.records import Decoding, Load, Probe
 from ndcheck.samplers.transformers import TransformersSampler
 
 Place = tuple[str, str]
@@ -25,14 +26,18 @@ Place = tuple[str, str]
 class Swaps:
     """What swapping showed, over every step up to the traced one and every load.
 
-    ``enough_alone`` are the places of which one suffices. ``smallest`` is a set of which no
-    member can be left out; None if even all introducers together do not suffice.
+    ``tried`` are the introducers, ``enough_alone`` those of which one suffices. ``smallest`` is a
+    set of which no member can be left out; None if even all introducers together do not suffice.
     """
 
     tried: tuple[Place, ...]
     enough_alone: tuple[Place, ...]
     smallest: tuple[Place, ...] | None
     reason: str = ""
+
+
+class _NothingSwappedError(Exception):
+    """A swap left every op stock: what was measured with it would prove nothing."""
 
 
 class _Swap(TorchDispatchMode):
@@ -43,13 +48,11 @@ class _Swap(TorchDispatchMode):
         self._places = places
         self._path = path
         self._stock_keys = stock_keys
-        self.n_swapped = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if (op_name(func), without_numbers(self._path.path)) in self._places:
-            self.n_swapped += 1
             return func(*args, **(kwargs or {}))
         with torch._C._ForceDispatchKeyGuard(*self._stock_keys):
             return func(*args, **(kwargs or {}))
@@ -61,12 +64,12 @@ def find_swaps(
     step: int,
     groups: Sequence[OpGroup],
     loads: Sequence[tuple[Load, int]],
+    decoding: Decoding,
     on_test: Callable[[int], None] = lambda n_done: None,
 ) -> Swaps:
     """Swap the introducers one at a time, then leave out of all what is not needed.
 
-    ``loads`` come with the slot of the probe that is watched. Raises BackendError where a swap
-    did not take place.
+    ``loads`` come with the slot of the probe that is watched.
     """
     from ndcheck_kernels import UncoveredOpError
 
@@ -75,7 +78,8 @@ def find_swaps(
 
     def is_invariant(chosen: Sequence[Place]) -> bool:
         nonlocal n_tests
-        tracer = Tracer(sampler, probe, step, kernels=lambda: _swapped(sampler, set(chosen)))
+        swapped = partial(_swapped, sampler, set(chosen))
+        tracer = Tracer(sampler, probe, step, decoding=decoding, kernels=swapped)
         tracer.record_alone()
         alone = tracer.logits(Load(1), 0)
         n_tests += 1
@@ -98,7 +102,7 @@ def find_swaps(
             rest = [other for other in needed if other != place]
             if rest and is_invariant(rest):
                 needed = rest
-    except UncoveredOpError as error:
+    except (UncoveredOpError, _NothingSwappedError) as error:
         return Swaps(places, (), None, str(error).splitlines()[0])
     return Swaps(places, (), tuple(needed))
 
@@ -106,15 +110,18 @@ def find_swaps(
 @contextmanager
 def _swapped(sampler: TransformersSampler, places: set[Place]) -> Iterator[None]:
     import ndcheck_kernels
-    from ndcheck.errors import BackendError
 
     stock_keys = (
         torch._C._dispatch_tls_local_include_set(),
         torch._C._dispatch_tls_local_exclude_set(),
     )
-    with ndcheck_kernels.invariant_kernels() as scope, ModulePath(sampler.model) as path:
-        swap = _Swap(places, path, stock_keys)
-        with swap:
-            yield
+    with (
+        ndcheck_kernels.invariant_kernels() as scope,
+        ModulePath(sampler.model) as path,
+        _Swap(places, path, stock_keys),
+    ):
+        yield
     if not scope.fires:
-        raise BackendError(f"no invariant kernel ran in place of {', '.join(p[0] for p in places)}")
+        raise _NothingSwappedError(
+            f"no invariant kernel ran in place of {', '.join(sorted({op for op, _ in places}))}"
+        )

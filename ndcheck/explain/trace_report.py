@@ -19,11 +19,12 @@ MAX_KERNEL_NAMES = 4
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """One step traced under several loads."""
+    """One step traced under several loads; ``recorded`` is the digest of its logits in a run."""
 
     step: int
     traces: Sequence[LoadTrace]
     swaps: Swaps | None
+    recorded: str | None = None
 
     @property
     def groups(self) -> list[OpGroup]:
@@ -31,6 +32,11 @@ class Explanation:
 
     @property
     def doubt(self) -> str | None:
+        if self.recorded and self.recorded not in {t.logits_digest for t in self.traces}:
+            return (
+                "the logits are not those recorded in the run: the machine, the number of threads "
+                "or the software are others"
+            )
         return next((trace.doubt for trace in self.traces if trace.doubt), None)
 
     @property
@@ -174,7 +180,7 @@ def _first_lines(explanation: Explanation, width: int) -> Iterator[str]:
 
 
 def _table(introducers: Sequence[OpGroup], width: int) -> Iterator[str]:
-    header = ("op", "module", "introduces", "max ULP", "follows", "same bits at rows")
+    header = ("op", "module", "introduces", "max ULP", "follows", "bits by rows")
     rows = [
         (
             visible(group.op),
@@ -186,7 +192,7 @@ def _table(introducers: Sequence[OpGroup], width: int) -> Iterator[str]:
         )
         for group in introducers
     ]
-    limits = (16, 26, 14, 8, 10, width)
+    limits = (16, 26, 10, 7, 10, width)
     cells = [tuple(_cut(c, n) for c, n in zip(row, limits, strict=True)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:

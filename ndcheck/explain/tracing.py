@@ -25,7 +25,7 @@ from ndcheck.explain.recording import (
 )
 from ndcheck.records import Arm, Decoding, Load, Probe
 from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.selection import choose_tokens
+from ndcheck.samplers.selection import choose_tokens, digest_row
 from ndcheck.samplers.transformers import TransformersSampler
 
 
@@ -35,6 +35,7 @@ class LoadTrace:
 
     ``step`` 0 is the prefill, step t the pass whose logits give generated token t.
     ``tracing_changed_bits`` is the control: the same pass untraced must give the same logits.
+    ``is_padded``: longer rows beside it put padding before the probe's first token.
     """
 
     load: Load
@@ -44,6 +45,7 @@ class LoadTrace:
     logits_differ: bool
     tracing_changed_bits: bool
     is_padded: bool
+    logits_digest: str
     calls: dict[Key, Call]
 
     @property
@@ -119,10 +121,12 @@ class Tracer:
         self._probe = probe
         self._step = step
         self._decoding = decoding or Decoding(step + 1)
+        # The static cache is as long as the run's: attention runs over all of it.
+        self._max_tokens = max(self._decoding.max_tokens, step + 1)
         self._kernels = kernels or (lambda: sampler.arm(arm))
         self._weights = weight_storages(sampler.model)
         self._n_prompt = sampler.count_tokens(probe.prompt)
-        if self._n_prompt + step + 1 > sampler.context:
+        if self._n_prompt + self._max_tokens > sampler.context:
             raise UsageError(
                 f"--step {step}: with a prompt of {self._n_prompt} tokens it exceeds the model's "
                 f"context of {sampler.context}"
@@ -168,6 +172,7 @@ class Tracer:
             not equal_bits(traced[slot], self._logits_alone),
             not equal_bits(traced[slot], untraced[slot]),
             max(load.filler_lengths, default=0) > self._n_prompt,
+            digest_row(traced[slot]),
             recorder.calls,
         )
 
@@ -195,7 +200,7 @@ class Tracer:
         return batch, self._next_tokens(logits, self._step - 1, load, slot)
 
     def _open(self, load: Load) -> ExactBatch:
-        return self._sampler.open_batch(load, self._probe, self._step + 1)
+        return self._sampler.open_batch(load, self._probe, self._max_tokens)
 
     @staticmethod
     def _forward(batch: ExactBatch, token_ids: Tensor | None, load: Load) -> Tensor:
@@ -216,7 +221,7 @@ class Tracer:
         pad = n_columns - self._n_prompt
         seen = (self._n_prompt + self._step, n_columns + self._step)
         queries = (1, 1) if self._step else (self._n_prompt, n_columns)
-        width = (self._n_prompt + self._step + 1, n_columns + self._step + 1)
+        width = (self._n_prompt + self._max_tokens, n_columns + self._max_tokens)
         return Geometry(load.batch_size, pad, queries, seen, width)
 
 
