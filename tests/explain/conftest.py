@@ -97,13 +97,15 @@ def planted_ops():
     library = torch.library.Library("planted", "DEF")
 
     def add_sums(x, *, backwards):
-        """Add sums of several selections of columns: one alone may round alike in both orders."""
-        rows = x.reshape(-1, x.shape[-1])
+        """Add eight weighted sums, each to its own columns: one alone may round alike both ways."""
         columns = list(range(x.shape[-1]))
-        for start in range(0, len(columns) // 2, 5):
-            chosen = columns[start:]
-            rows = rows + sum_in_order(rows, chosen[::-1] if backwards else chosen) / 8
-        return rows.reshape(x.shape)
+        rows, generator = x.reshape(-1, len(columns)), torch.Generator().manual_seed(1)
+        result = rows.clone()
+        for k in range(8):
+            terms = rows * torch.randn(len(columns), generator=generator).to(x.dtype)
+            total = sum_in_order(terms, columns[::-1] if backwards else columns)
+            result[:, k::8] += total
+        return result.reshape(x.shape)
 
     functions = {
         "follows_rows": lambda x: add_sums(x, backwards=len(x) >= 4),
