@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -14,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ndcheck.errors import BackendError
-from ndcheck.explain.reductions import Reduction, RowSums, Shape
-from ndcheck.explain.sumtree import NotASumError, SumTree, read_tree
+from ndcheck.explain.reductions import ColumnSums, Reduction, RowSums, Shape
+from ndcheck.explain.sumtree import NotASumError, Pair, SumTree, read_tree
 from ndcheck.records import Arm
 
 # A unit, and a mask that swallows any sum of units in the widest accumulator the dtype meets.
@@ -29,6 +31,7 @@ LARGEST_COUNT = {torch.float32: 2**24, torch.bfloat16: 2**8, torch.float16: 2**1
 N_WATCHED_ROWS = 16
 N_WATCHED_COLUMNS = 3
 N_TRIES = 64
+MOST_TERMS_BY_ROW = 512
 Evidence = Literal["confirmed", "unconfirmed", "not checked"]
 
 
@@ -54,7 +57,7 @@ class OrderPoint:
     terms: int
     orders: tuple[Order, ...]
     n_elements: int
-    n_probes: int
+    n_calls: int
     is_repeatable: bool
 
     @property
@@ -84,12 +87,17 @@ def sweep(
     """
     found = []
     for rows, terms in points:
-        sums = reduction.make(replace(shape, terms=terms))
         with torch.inference_mode(), kernels(arm):
-            point = read_orders(sums, rows, replace(shape, terms=terms), reduction.is_mean)
+            point = read_orders(_reader(reduction, rows, replace(shape, terms=terms)))
         found.append(point)
         on_point(point)
     return found
+
+
+def _reader(reduction: Reduction, n_rows: int, shape: Shape) -> Reader:
+    if reduction.columns is not None and shape.terms > MOST_TERMS_BY_ROW:
+        return ColumnReader(reduction.columns, n_rows, shape)
+    return RowReader(reduction.make(shape), n_rows, shape, is_mean=reduction.is_mean)
 
 
 def kernels(arm: Arm) -> AbstractContextManager[object]:
@@ -110,116 +118,188 @@ def _invariant() -> Iterator[None]:
         raise BackendError("invariant arm: no override ran, so this would have been stock")
 
 
-def read_orders(sums: RowSums, rows: int, shape: Shape, is_mean: bool) -> OrderPoint:
+def read_orders(reader: Reader) -> OrderPoint:
     """Every order found among the watched output elements, by FPRev and checked in software."""
-    reader = _Reader(sums, rows, shape, is_mean)
     left = set(range(len(reader.elements)))
     orders = []
     while left:
         watched = min(left)
         reader.dissenters = set()
-        tree = read_tree(shape.terms, lambda i, js, e=watched: reader.sizes(i, js, e))  # type: ignore[misc]
+        tree = read_tree(reader.n_terms, partial(reader.sizes, watched))
         alike = sorted(left - reader.dissenters)
         evidence, reason = check(tree, reader, watched)
         elements = tuple(reader.elements[e] for e in alike)
         orders.append(Order(tree, elements, evidence, reason))
         left -= set(alike)
     return OrderPoint(
-        rows,
-        shape.terms,
+        reader.n_rows,
+        reader.n_terms,
         tuple(orders),
         len(reader.elements),
-        reader.n_probes,
+        reader.n_calls,
         reader.repeats(),
     )
 
 
-class _Reader:
-    """Probes one op at one number of rows; every row gets the same terms."""
+class Reader(ABC):
+    """Probes one op at one number of rows; every row gets the same terms.
 
-    def __init__(self, sums: RowSums, rows: int, shape: Shape, is_mean: bool) -> None:
-        self._sums = sums
-        self._n = shape.terms
-        self._factor = self._n if is_mean else 1
+    ``elements`` are the output elements [row, column] that are watched.
+    """
+
+    def __init__(self, n_rows: int, shape: Shape, *, is_mean: bool) -> None:
+        self.n_rows = n_rows
+        self.n_terms = shape.terms
         self.is_mean = is_mean
+        self.n_calls = 0
+        self.dissenters: set[int] = set()
+        self.elements: list[tuple[int, int]] = []
+        self._shape = shape
         self._unit, self._mask = UNITS[shape.dtype]
         # The quotient of a mean is rounded again: half the count leaves room for that.
         self._part = LARGEST_COUNT[shape.dtype] // (2 if is_mean else 1)
-        self._x = torch.empty(rows, self._n, dtype=shape.dtype, device=shape.device)
-        self._first: NDArray[np.int64] | None = None
-        self.n_probes = 0
-        self.dissenters: set[int] = set()
-        columns = self._columns()
-        self.elements = [
-            (row, column)
-            for row in _spread(rows, N_WATCHED_ROWS)
-            for column in _spread(columns, N_WATCHED_COLUMNS)
-        ]
-        index = torch.tensor(self.elements, device=shape.device)
-        self._index = index[:, 0] * columns + index[:, 1]
+        self._first: tuple[list[Pair], NDArray[np.int64]] | None = None
 
-    def sizes(self, i: int, others: Sequence[int], watched: int) -> list[int]:
+    def sizes(self, watched: int, pairs: Sequence[Pair]) -> list[int]:
         """Subtree sizes at the watched element; elements that read otherwise are noted."""
-        readings = self._read(i, others)
+        readings = self._read(pairs)
         differ = (readings != readings[:, watched : watched + 1]).any(axis=0)
         self.dissenters |= set(np.flatnonzero(differ).tolist())
         if self._first is None:
-            self._first, self._first_probe = readings, (i, tuple(others))
+            self._first = list(pairs), readings
         return [int(size) for size in readings[:, watched]]
 
     def repeats(self) -> bool:
         """Whether the first readings come out the same again."""
-        if self._first is None:
-            return True
-        return bool((self._read(*self._first_probe) == self._first).all())
+        return self._first is None or bool((self._read(self._first[0]) == self._first[1]).all())
 
     def random_sums(self, seed: int, element: int) -> tuple[NDArray[np.float32], Tensor]:
         """Random terms [n], exact in fp32, and the op's result for them at one element."""
         generator = torch.Generator().manual_seed(seed)
-        half = torch.randn(self._n // 2, generator=generator)
+        half = torch.randn(self.n_terms // 2, generator=generator)
         half *= torch.exp2(torch.randint(-6, 7, half.shape, generator=generator))
         # Terms that cancel: what is left of their sum is the rounding noise of its order.
-        terms = torch.cat([half, -half, half[: self._n % 2]]).to(self._x.dtype)
-        terms = terms[torch.randperm(self._n, generator=generator)]
-        self._x[:] = terms.to(self._x.device)
-        return terms.float().numpy(), self._outputs()[element].cpu()
+        terms = torch.cat([half, -half, half[: self.n_terms % 2]]).to(self._shape.dtype)
+        terms = terms[torch.randperm(self.n_terms, generator=generator)]
+        return terms.float().numpy(), self._sums(terms.to(self._shape.device))[element].cpu()
 
-    def _read(self, i: int, others: Sequence[int]) -> NDArray[np.int64]:
-        """Subtree sizes [len(others), elements]."""
-        counts = []
-        for j in others:
-            total: Tensor | int = 0
-            for start in range(0, self._n, self._part):
-                self._x.zero_()
-                self._x[:, start : start + self._part] = self._unit
-                self._x[:, i] = self._mask
-                self._x[:, j] = -self._mask
-                self.n_probes += 1
-                total = total + (self._outputs().double() * (self._factor / self._unit)).round()
-            counts.append(total)
-        readings = torch.stack(counts).cpu().numpy()  # type: ignore[arg-type]
-        if not ((readings >= 0) & (readings <= self._n - 2)).all():
+    def _read(self, pairs: Sequence[Pair]) -> NDArray[np.int64]:
+        """Subtree sizes [pairs, elements]."""
+        factor = (self.n_terms if self.is_mean else 1) / self._unit
+        total: Tensor | float = 0.0
+        for start in range(0, self.n_terms, self._part):
+            units = slice(start, start + self._part)
+            total = total + (self._masked_sums(pairs, units).double() * factor).round()
+        readings = torch.as_tensor(total).cpu().numpy()
+        unlikely = readings[~((readings >= 0) & (readings <= self.n_terms - 2))]
+        if unlikely.size:
             raise NotASumError(
-                "not a plain sum of its terms: a reading counts "
-                f"{readings[~((readings >= 0) & (readings <= self._n - 2))][0]:g} of {self._n}"
+                f"not a plain sum of its terms: a reading counts {unlikely[0]:g} of {self.n_terms}"
             )
-        return self._n - readings.astype(np.int64)
+        return self.n_terms - readings.astype(np.int64)
 
-    def _columns(self) -> int:
+    @abstractmethod
+    def _sums(self, terms: Tensor) -> Tensor:
+        """The sums [elements] of the same terms [n] in every row and column."""
+
+    @abstractmethod
+    def _masked_sums(self, pairs: Sequence[Pair], units: slice) -> Tensor:
+        """The sums [pairs, elements] of ones at ``units``, but +M and -M at each pair."""
+
+
+class RowReader(Reader):
+    """One call for each pair: all columns of a row get the same terms."""
+
+    def __init__(self, row_sums: RowSums, n_rows: int, shape: Shape, *, is_mean: bool) -> None:
+        super().__init__(n_rows, shape, is_mean=is_mean)
+        self._row_sums = row_sums
+        self._x = torch.empty(n_rows, shape.terms, dtype=shape.dtype, device=shape.device)
+        n_columns = self._count_columns()
+        self.elements = [
+            (row, column)
+            for row in _spread(n_rows, N_WATCHED_ROWS)
+            for column in _spread(n_columns, N_WATCHED_COLUMNS)
+        ]
+        index = torch.tensor(self.elements, device=shape.device)
+        self._index = index[:, 0] * n_columns + index[:, 1]
+
+    def _sums(self, terms: Tensor) -> Tensor:
+        self._x[:] = terms
+        return self._call()
+
+    def _masked_sums(self, pairs: Sequence[Pair], units: slice) -> Tensor:
+        sums = []
+        for i, j in pairs:
+            self._x.zero_()
+            self._x[:, units] = self._unit
+            self._x[:, i] = self._mask
+            self._x[:, j] = -self._mask
+            sums.append(self._call())
+        return torch.stack(sums)
+
+    def _call(self) -> Tensor:
+        self.n_calls += 1
+        return self._row_sums(self._x).reshape(-1)[self._index]
+
+    def _count_columns(self) -> int:
         self._x.fill_(self._unit)
-        out = self._sums(self._x)
-        if out.dim() == 0 or out.shape[0] != len(self._x):
+        out = self._row_sums(self._x)
+        if out.dim() == 0 or out.shape[0] != self.n_rows:
             raise NotASumError(
-                f"of {len(self._x)} rows it made an output of shape {list(out.shape)}: "
+                f"of {self.n_rows} rows it made an output of shape {list(out.shape)}: "
                 "it must return one or more sums for each row"
             )
-        return out.reshape(len(self._x), -1).shape[1]
-
-    def _outputs(self) -> Tensor:
-        return self._sums(self._x).reshape(-1)[self._index]
+        return out.reshape(self.n_rows, -1).shape[1]
 
 
-def check(tree: SumTree, reader: _Reader, element: int) -> tuple[Evidence, str]:
+class ColumnReader(Reader):
+    """A product's columns hold a pair each, so that one call reads as many pairs as it has.
+
+    Takes for granted that all columns are summed alike; every reading is taken a second time in
+    columns half the width away, and NotASumError raised where that makes a difference.
+    """
+
+    def __init__(self, product: ColumnSums, n_rows: int, shape: Shape) -> None:
+        super().__init__(n_rows, shape, is_mean=False)
+        self._product = product
+        rows = _spread(n_rows, N_WATCHED_ROWS)
+        self.elements = [(row, 0) for row in rows]
+        self._rows = torch.tensor(rows, device=shape.device)
+        self._terms = torch.empty(
+            shape.terms, shape.columns, dtype=shape.dtype, device=shape.device
+        )
+
+    def _sums(self, terms: Tensor) -> Tensor:
+        self._terms[:] = terms[:, None]
+        return self._call()[:, 0]
+
+    def _masked_sums(self, pairs: Sequence[Pair], units: slice) -> Tensor:
+        width = self._shape.columns
+        sums = []
+        for start in range(0, len(pairs), width):
+            chunk = torch.tensor(pairs[start : start + width], device=self._shape.device)
+            both = []
+            for shift in (0, width // 2):
+                columns = (torch.arange(len(chunk), device=chunk.device) + shift) % width
+                self._terms.zero_()
+                self._terms[units] = self._unit
+                self._terms[chunk[:, 0], columns] = self._mask
+                self._terms[chunk[:, 1], columns] = -self._mask
+                both.append(self._call()[:, columns].T)
+            if not torch.equal(*both):
+                raise NotASumError(
+                    "columns of this product are summed in orders of their own: read them one by "
+                    f"one, with up to {MOST_TERMS_BY_ROW} --terms"
+                )
+            sums.append(both[0])
+        return torch.cat(sums)
+
+    def _call(self) -> Tensor:
+        self.n_calls += 1
+        return self._product(self.n_rows, self._terms)[self._rows]
+
+
+def check(tree: SumTree, reader: Reader, element: int) -> tuple[Evidence, str]:
     """Whether ``tree`` computes the op's bits on random terms.
 
     The mirrored tree is the control: if it does so too, the terms could not tell orders apart.
@@ -245,7 +325,7 @@ def check(tree: SumTree, reader: _Reader, element: int) -> tuple[Evidence, str]:
 
 
 def _finished(
-    tree: SumTree, terms: NDArray[np.float32], like: Tensor, reader: _Reader
+    tree: SumTree, terms: NDArray[np.float32], like: Tensor, reader: Reader
 ) -> list[Tensor]:
     """The tree's sum rounded once to the op's dtype; of a mean, every way to divide it."""
     n = np.float32(len(terms))

@@ -40,7 +40,7 @@ def order_document(setting: dict[str, Any], points: Sequence[OrderPoint]) -> dic
                 "terms": point.terms,
                 "row_classes": [list(digests) for digests in point.row_classes],
                 "n_elements": point.n_elements,
-                "n_probes": point.n_probes,
+                "n_calls": point.n_calls,
                 "is_repeatable": point.is_repeatable,
             }
             for point in points
@@ -86,7 +86,7 @@ def order_lines(title: str, rows: str, points: Sequence[OrderPoint], width: int)
     n_elements = max(point.n_elements for point in points)
     yield from textwrap.wrap(
         f"Read at up to {n_elements} output elements (rows and columns spread over the output), "
-        f"in {sum(point.n_probes for point in points)} calls of the op.",
+        f"in {sum(point.n_calls for point in points)} calls of the op.",
         width,
     )
 

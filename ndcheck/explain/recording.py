@@ -183,7 +183,6 @@ class LoadedRecorder(_Recorder):
         probe_only = self._fed(solo, before, (self._slot,))
         if actual is None or probe_only is None:
             return OpFinding(*key, "not compared", location=solo.location)
-        everyone = self._fed(solo, before, range(self._geometry.batch_size))
 
         def replay(inputs: dict[Argument, Any]) -> list[Tensor]:
             args, kwargs = tree_unflatten(list(self._copied(inputs).values()), form)
@@ -199,8 +198,10 @@ class LoadedRecorder(_Recorder):
             status, cause = "introduces", "shape"
             if not _equal(replay(probe_only), replayed):
                 cause = "chance"
-            elif everyone is not None and not _equal(replay(everyone), replayed):
-                cause = "neighbours"
+            else:
+                copies = self._fed(solo, before, range(self._geometry.batch_size))
+                if copies is not None and not _equal(replay(copies), replayed):
+                    cause = "neighbours"
             if solo.inputs.keys() == before.keys():
                 alone, loaded = (
                     tree_unflatten(list(inputs.values()), form)

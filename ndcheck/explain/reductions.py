@@ -17,6 +17,8 @@ from ndcheck.errors import UsageError
 
 RowSums = Callable[[Tensor], Tensor]
 """Terms [rows, n] -> [rows, ...]: every output element is the sum of its row's terms."""
+ColumnSums = Callable[[int, Tensor], Tensor]
+"""(rows, terms [n, columns]) -> [rows, columns]: the sums of the columns, alike in every row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +39,15 @@ class Shape:
 class Reduction:
     """An op whose order of addition can be read.
 
-    ``rows`` says what its rows are. Outputs are the sum, or a mean if ``is_mean``.
+    ``rows`` says what its rows are. Outputs are the sum, or a mean if ``is_mean``. ``columns``
+    takes other terms in every column, where the op allows that.
     """
 
     name: str
     rows: str
     make: Callable[[Shape], RowSums]
     is_mean: bool = False
+    columns: ColumnSums | None = None
 
 
 def _mm(shape: Shape) -> RowSums:
@@ -54,6 +58,14 @@ def _mm(shape: Shape) -> RowSums:
 def _linear(shape: Shape) -> RowSums:
     weight = torch.ones(shape.columns, shape.terms, dtype=shape.dtype, device=shape.device)
     return lambda x: torch.nn.functional.linear(x, weight)
+
+
+def _mm_columns(rows: int, terms: Tensor) -> Tensor:
+    return torch.mm(terms.new_ones(rows, len(terms)), terms)
+
+
+def _linear_columns(rows: int, terms: Tensor) -> Tensor:
+    return torch.nn.functional.linear(terms.new_ones(rows, len(terms)), terms.T.contiguous())
 
 
 def _bmm(shape: Shape) -> RowSums:
@@ -119,8 +131,8 @@ def _rms_norm(shape: Shape) -> RowSums:
 REDUCTIONS: dict[str, Reduction] = {
     reduction.name: reduction
     for reduction in (
-        Reduction("mm", "rows (M)", _mm),
-        Reduction("linear", "rows (M)", _linear),
+        Reduction("mm", "rows (M)", _mm, columns=_mm_columns),
+        Reduction("linear", "rows (M)", _linear, columns=_linear_columns),
         Reduction("bmm", "batch", _bmm),
         Reduction("sum", "rows", lambda shape: lambda x: x.sum(-1, keepdim=True)),
         Reduction("mean", "rows", lambda shape: lambda x: x.mean(-1, keepdim=True), True),

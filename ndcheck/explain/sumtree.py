@@ -12,15 +12,16 @@ import functools
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ndcheck.errors import BackendError
 
-MeasureSizes = Callable[[int, Sequence[int]], Sequence[int]]
-"""(i, [j, ...]) -> number of leaves below the lowest common ancestor of i and each j."""
+Pair = tuple[int, int]
+MeasureSizes = Callable[[Sequence[Pair]], Sequence[int]]
+"""[(i, j), ...] -> number of leaves below the lowest common ancestor of each i and j."""
 
 
 class NotASumError(BackendError):
@@ -117,46 +118,66 @@ def read_tree(n_leaves: int, measure: MeasureSizes, seed: int = 0) -> SumTree:
     """Recover the order of a sum from measured subtree sizes: FPRev's refined algorithm.
 
     Takes n-1 readings at best. The pivot is drawn, not the first leaf as published, so that a sum
-    from the last leaf to the first does not take n(n-1)/2.
+    from the last leaf to the first does not take n(n-1)/2; and parts of one depth are measured
+    together, so that a reader can take many at a time.
     Raises NotASumError where the readings contradict each other.
     """
     rng = random.Random(seed)
+    parts = [_Part(list(range(n_leaves)))]
+    unread = parts
+    while unread:
+        pairs = []
+        for part in unread:
+            part.pivot = rng.choice(part.leaves)
+            pairs += [(part.pivot, leaf) for leaf in part.leaves if leaf != part.pivot]
+        sizes = iter(measure(pairs) if pairs else ())
+        found: list[_Part] = []
+        for part in unread:
+            groups: dict[int, list[int]] = {}
+            for leaf in part.leaves:
+                if leaf != part.pivot:
+                    groups.setdefault(next(sizes), []).append(leaf)
+            part.groups = {size: _Part(groups[size]) for size in sorted(groups)}
+            found += part.groups.values()
+        parts += found
+        unread = found
     nodes: list[list[int]] = []
-
-    def node(children: list[int]) -> int:
-        nodes.append(children)
-        return n_leaves + len(nodes) - 1
-
-    def build(leaves: list[int]) -> tuple[int, int]:
-        """The root id of these leaves' subtree, and the size it has in the whole tree."""
-        pivot = rng.choice(leaves)
-        others = [leaf for leaf in leaves if leaf != pivot]
-        groups: dict[int, list[int]] = {}
-        for leaf, size in zip(others, measure(pivot, others) if others else (), strict=True):
-            groups.setdefault(size, []).append(leaf)
-        root, root_size, n_joined = pivot, 1, 1
-        for size in sorted(groups):
-            group = groups[size]
-            other, other_size = build(group)
-            n_joined += len(group)
-            if other_size == len(group):
-                root = node([root, other])
-            elif other_size == size:
-                # The group's own root is this very addition, which has one more operand.
-                nodes[other - n_leaves].append(root)
-                # Kept last, so that every node comes after its children.
-                nodes.append(nodes[other - n_leaves])
-                nodes[other - n_leaves] = []
-                root = n_leaves + len(nodes) - 1
-            else:
-                raise NotASumError("not a plain sum: its readings contradict each other")
-            root_size = size
-        return root, root_size
-
-    _, size = build(list(range(n_leaves)))
-    if size != n_leaves:
-        raise NotASumError(f"not a plain sum: only {size} of {n_leaves} terms meet")
+    for part in reversed(parts):  # what a part joins comes after it
+        _join(part, n_leaves, nodes)
+    if parts[0].size != n_leaves:
+        raise NotASumError(f"not a plain sum: only {parts[0].size} of {n_leaves} terms meet")
     return _tree(n_leaves, nodes)
+
+
+@dataclass(slots=True)
+class _Part:
+    """Leaves with a subtree of their own, but for operands that a fused addition takes beside.
+
+    ``groups`` are the other leaves by the size of the subtree in which they meet the pivot.
+    ``root`` and ``size`` are the id of that subtree and its size in the whole tree.
+    """
+
+    leaves: list[int]
+    pivot: int = 0
+    groups: dict[int, _Part] = field(default_factory=dict)
+    root: int = 0
+    size: int = 1
+
+
+def _join(part: _Part, n_leaves: int, nodes: list[list[int]]) -> None:
+    """Add the nodes on the way from the part's pivot to its root."""
+    part.root = part.pivot
+    for size, group in part.groups.items():
+        if group.size == len(group.leaves):
+            nodes.append([part.root, group.root])
+        elif group.size == size:
+            # The group's own root is this very addition, which has one more operand. It moves to
+            # the end, so that every node comes after its children.
+            nodes.append([*nodes[group.root - n_leaves], part.root])
+            nodes[group.root - n_leaves] = []
+        else:
+            raise NotASumError("not a plain sum: its readings contradict each other")
+        part.root, part.size = n_leaves + len(nodes) - 1, size
 
 
 def _tree(n_leaves: int, nodes: list[list[int]]) -> SumTree:

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from ndcheck.errors import UsageError
-from ndcheck.explain.order import depends_on_rows, sweep, switch_points
+from ndcheck.explain.order import (
+    ColumnReader,
+    RowReader,
+    depends_on_rows,
+    read_orders,
+    sweep,
+    switch_points,
+)
 from ndcheck.explain.order_report import (
     distinct_orders,
     dot,
@@ -167,3 +174,28 @@ def test_functions_are_loaded_from_modules_and_files(tmp_path: Path, monkeypatch
     for path in ("my_planted_sums:absent", "absent_module:f", "nothing"):
         with pytest.raises(UsageError, match="--fn"):
             load_function(path)
+
+
+@pytest.mark.parametrize("name", ["linear", "mm"])
+def test_reading_by_columns_gives_the_same_orders(name):
+    shape = Shape(80, 40, torch.float32, CPU)
+    for rows in (1, 3, 8):
+        by_row = RowReader(REDUCTIONS[name].make(shape), rows, shape, is_mean=False)
+        by_column = ColumnReader(REDUCTIONS[name].columns, rows, shape)
+        found = [read_orders(reader) for reader in (by_row, by_column)]
+        assert {digest for classes in found[0].row_classes for digest in classes} == {
+            digest for classes in found[1].row_classes for digest in classes
+        }
+        assert found[1].n_calls < found[0].n_calls
+        assert found[1].orders[0].evidence == "confirmed"
+
+
+def test_columns_summed_in_their_own_orders_are_refused():
+    def product(rows, terms):
+        half = terms.shape[1] // 2
+        backwards = terms[:, half:].flip(0)
+        sums = torch.cat([in_order(t.T, range(len(t))) for t in (terms[:, :half], backwards)])
+        return sums.T.expand(rows, -1)
+
+    with pytest.raises(NotASumError, match="columns"):
+        read_orders(ColumnReader(product, 2, Shape(16, 8, torch.float32, CPU)))

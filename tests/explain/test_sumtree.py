@@ -29,7 +29,7 @@ def sum_trees(draw, most_leaves=24):
 @given(sum_trees(), st.integers(0, 5))
 @settings(max_examples=150, deadline=None)
 def test_any_tree_is_recovered_whatever_the_pivots(tree, seed):
-    sizes = lambda i, others: [tree.common_size(i, j) for j in others]  # noqa: E731
+    sizes = lambda pairs: [tree.common_size(i, j) for i, j in pairs]  # noqa: E731
     found = read_tree(tree.n_leaves, sizes, seed)
     assert found.digest == tree.digest
     assert found.nodes == read_tree(tree.n_leaves, sizes, seed + 1).nodes
@@ -74,8 +74,8 @@ def test_digests_tell_orders_apart_and_operands_not(trees):
 @pytest.mark.parametrize(
     "sizes",
     [
-        lambda i, others: [2 for _ in others],  # everybody is everybody's only sibling
-        lambda i, others: [7 for _ in others],  # 7 leaves below a node of 4
+        lambda pairs: [2 for _ in pairs],  # everybody is everybody's only sibling
+        lambda pairs: [7 for _ in pairs],  # 7 leaves below a node of 4
     ],
 )
 def test_contradicting_readings_are_refused(sizes):
@@ -88,10 +88,10 @@ def test_a_sum_in_order_takes_few_readings_either_way(trees):
     for tree in (trees.in_order(n), trees.backwards(n)):
         n_readings = 0
 
-        def sizes(i, others, tree=tree):
+        def sizes(pairs, tree=tree):
             nonlocal n_readings
-            n_readings += len(others)
-            return [tree.common_size(i, j) for j in others]
+            n_readings += len(pairs)
+            return [tree.common_size(i, j) for i, j in pairs]
 
         read_tree(n, sizes)
         assert n_readings < n * n / 8
