@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ SCHEMA_VERSION = 1
 MAX_KERNEL_NAMES = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Explanation:
     """One step traced under several loads; ``recorded`` is the digest of its logits in a run."""
 
@@ -26,9 +27,21 @@ class Explanation:
     swaps: Swaps | None
     recorded: str | None = None
 
-    @property
+    @functools.cached_property
     def groups(self) -> list[OpGroup]:
         return group_findings(self.traces)
+
+    @functools.cached_property
+    def kernels(self) -> dict[tuple[str, str], dict[str, list[str]]]:
+        """Names of the GPU kernels of every introducer, alone and in the last load that it met."""
+        found = {}
+        for group in self.groups:
+            calls = [trace.calls.get(group.example) for trace in self.traces]
+            met = [call for call in calls if call is not None]
+            alone, loaded = kernel_names(met[-1]) if met else ((), ())
+            if alone or loaded:
+                found[group.op, group.module] = {"alone": list(alone), "loaded": list(loaded)}
+        return found
 
     @property
     def doubt(self) -> str | None:
@@ -72,7 +85,7 @@ def _step(explanation: Explanation) -> dict[str, Any]:
             for trace in explanation.traces
         ],
         "groups": [
-            {**asdict(group), "kernels": _kernels(group, explanation.traces)}
+            {**asdict(group), "kernels": explanation.kernels.get((group.op, group.module))}
             for group in groups
             if group.introduces
         ],
@@ -87,15 +100,6 @@ def _first(trace: LoadTrace) -> dict[str, Any] | None:
     return (
         None if first is None else {"module": first.module, "op": first.op, "status": first.status}
     )
-
-
-def _kernels(group: OpGroup, traces: Sequence[LoadTrace]) -> dict[str, list[str]] | None:
-    """Of the largest load in which the example introduced a difference."""
-    calls = [trace.calls[group.example] for trace in traces if group.example in trace.calls]
-    if not calls:
-        return None
-    alone, loaded = kernel_names(calls[-1])
-    return {"alone": list(alone), "loaded": list(loaded)} if alone or loaded else None
 
 
 def count_statuses(groups: Sequence[OpGroup]) -> dict[str, int]:
@@ -132,7 +136,7 @@ def _explanation_lines(explanation: Explanation, width: int) -> Iterator[str]:
         yield ""
         yield from _first_lines(explanation, width)
     for group in introducers:
-        names = _kernels(group, explanation.traces)
+        names = explanation.kernels.get((group.op, group.module))
         if names:
             yield f"{group.op} in {group.module}"
             for where, launched in names.items():
