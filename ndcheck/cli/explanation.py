@@ -38,6 +38,15 @@ def order(
     quiet: bool,
 ) -> int:
     """Read the orders and show them. Returns the exit code."""
+    if columns < 1:
+        raise UsageError(f"--columns {columns}: give 1 or more")
+    row_counts, lengths = numbers("--rows", rows), numbers("--terms", terms)
+    if lengths[0] < 2:
+        raise UsageError("--terms: a sum has 2 terms or more")
+    if any(drawings.values()) and lengths[-1] > MAX_DRAWN_TERMS:
+        raise UsageError(f"--dot and --svg draw up to {MAX_DRAWN_TERMS} terms: lower --terms")
+    arm = one_arm(kernels)
+
     from ndcheck.explain import order as explain
     from ndcheck.explain import order_report
     from ndcheck.explain.reductions import REDUCTIONS, Shape, load_function
@@ -49,14 +58,6 @@ def order(
         raise UsageError(f"OP {op!r} is unknown; choose from {', '.join(REDUCTIONS)}, or use --fn")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
-    if columns < 1:
-        raise UsageError(f"--columns {columns}: give 1 or more")
-    row_counts, lengths = numbers("--rows", rows), numbers("--terms", terms)
-    if lengths[0] < 2:
-        raise UsageError("--terms: a sum has 2 terms or more")
-    if any(drawings.values()) and lengths[-1] > MAX_DRAWN_TERMS:
-        raise UsageError(f"--dot and --svg draw up to {MAX_DRAWN_TERMS} terms: lower --terms")
-    arm = one_arm(kernels)
     reduction = load_function(fn) if fn else REDUCTIONS[str(op)]
     shape = Shape(lengths[0], columns, DTYPES[dtype], choose_device(device))
     points = explain.sweep(
