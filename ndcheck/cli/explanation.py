@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from ndcheck import request
 from ndcheck.cli.session import note
 from ndcheck.errors import UsageError
 from ndcheck.records import ARMS, Arm, Load, Probe, RunSpec
+from ndcheck.reports.explanation import save_explanation
 from ndcheck.store import replacing, write_failure
 
 if TYPE_CHECKING:
@@ -129,21 +132,26 @@ def trace_run(
     spec = replace(failure.run.spec, arms=(sample.arm,))
     note(
         f"sample {sample.sample_id}: {what} differ from the reference at token "
-        f"{failure.position + 1}",
+        f"{failure.position + 1}, bits from token {failure.bits_position + 1} on",
         quiet=quiet,
     )
     sampler = _open(spec, quiet=quiet)
+    # Where the bits begin to differ, an op is to blame; where the tokens part, perhaps none is.
+    # A prefill in parts has no pass to compare, but the cache that it left is there from step 1 on.
+    first = 0 if sample.load.cache_state == "whole" else 1
+    steps = steps or sorted({max(first, failure.bits_position), max(first, failure.position)})
     return _trace(
         spec,
         sampler,
         failure.probe,
-        steps or [failure.position],
+        steps,
         [(sample.load, sample.slot)],
         with_swaps,
         as_json,
         quiet,
         # Beyond the divergence the sample took in other tokens than the trace does.
         sample.row_digests[: failure.position + 1],
+        partial(save_explanation, directory, sample.sample_id),
     )
 
 
@@ -157,6 +165,7 @@ def _trace(
     as_json: bool,
     quiet: bool,
     recorded: tuple[str, ...] = (),
+    save: Callable[[dict[int, list[str]]], None] = lambda advice: None,
 ) -> int:
     from ndcheck.explain import trace_report
     from ndcheck.explain.swapping import find_swaps
@@ -186,6 +195,8 @@ def _trace(
         title = f"{name}, {dtype}, {device}, {arm} kernels"
         for line in trace_report.trace_lines(title, explanations, _width()):
             typer.echo(line)
+    if not any(explanation.doubt for explanation in explanations):
+        save({explanation.step: explanation.advice for explanation in explanations})
     codes = {explanation.exit_code for explanation in explanations}
     return next((code for code in (1, 3) if code in codes), 0)
 

@@ -18,6 +18,7 @@ from ndcheck.errors import NdcheckError, UsageError
 from ndcheck.load import plan_trials
 from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
+from ndcheck.reports.explanation import read_advice
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
@@ -113,14 +114,16 @@ def report(path: Path, run: Run, *, as_json: bool) -> int:
     for line in samples.bad_lines:
         note(line, quiet=False)
     judgement = judge(run, summary)
+    advice = read_advice(path)
     try:
-        write_reports(path, run, samples, summary, judgement, DEFAULTS)
+        write_reports(path, run, samples, summary, judgement, DEFAULTS, advice)
     except OSError as error:
         raise write_failure(path, error) from error
     if as_json:
         typer.echo(json.dumps(make_document(run, summary, judgement), indent=2, allow_nan=False))
     else:
-        print_report(Console(highlight=False), run, summary, judgement, DEFAULTS, str(path))
+        console = Console(highlight=False)
+        print_report(console, run, summary, judgement, DEFAULTS, str(path), advice)
     return EXIT_CODES[judgement.verdict.outcome]
 
 

@@ -19,6 +19,8 @@ def advise(
     introducers = [group for group in groups if group.introduces]
     is_padded = any(trace.is_padded for trace in traces)
     found = [*_faults(introducers), *_switches(introducers, is_padded)]
+    if not introducers and any(trace.logits_differ for trace in traces):
+        found.append(_inheritance(traces[0]))
     if swaps is not None and swaps.smallest:
         names = " and ".join(_places(swaps.smallest))
         found.append(
@@ -28,6 +30,17 @@ def advise(
     elif swaps is not None and swaps.tried:
         found.append(f"No set of swaps was found: {swaps.reason}")
     return [*found, *_orders(introducers, is_padded)]
+
+
+def _inheritance(trace: LoadTrace) -> str:
+    found = f"No op adds to the difference in step {trace.step}: the KV cache brings it"
+    if trace.load.cache_state != "whole":
+        return (
+            f"{found}, filled by a {trace.load.cache_state} prefill. Prefill as a whole, or use "
+            "kernels whose sums do not follow how a prompt is cut: ndcheck run --kernels "
+            "stock,invariant"
+        )
+    return f"{found} from an earlier step. See where it began with a lower --step."
 
 
 def _faults(introducers: Sequence[OpGroup]) -> Iterator[str]:

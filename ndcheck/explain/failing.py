@@ -15,7 +15,8 @@ from ndcheck.store import SampleReader, read_run
 class Failure:
     """A sample and its arm's reference: ``position`` is the token where they part.
 
-    ``is_latent`` says that there only bits differ.
+    ``bits_position`` is the token from which on their logits differ, if that is earlier.
+    ``is_latent`` says that only bits differ, and there the two are the same.
     """
 
     run: Run
@@ -23,6 +24,7 @@ class Failure:
     sample: Sample
     reference: Sample
     position: int
+    bits_position: int
     is_latent: bool
 
 
@@ -59,10 +61,14 @@ def find_failure(directory: Path, sample_id: int | None, *, latent: bool = True)
 def _compare(run: Run, probe: Probe, sample: Sample, reference: Sample) -> Failure | None:
     ours, theirs = read_stream(sample), read_stream(reference)
     position = first_divergence(ours.token_ids, theirs.token_ids)
+    n_shared = len(ours.token_ids) if position is None else position
+    bits_position = latent_divergence(ours, theirs, n_shared)
     if position is not None:
-        return Failure(run, probe, sample, reference, position, False)
-    position = latent_divergence(ours, theirs, len(ours.token_ids))
-    return None if position is None else Failure(run, probe, sample, reference, position, True)
+        first = position if bits_position is None else bits_position
+        return Failure(run, probe, sample, reference, position, first, False)
+    if bits_position is not None:
+        return Failure(run, probe, sample, reference, bits_position, bits_position, True)
+    return None
 
 
 def _rank(failure: Failure | None) -> tuple[bool, bool, int, int]:

@@ -43,6 +43,10 @@ class Explanation:
                 found[group.op, group.module] = {"alone": list(alone), "loaded": list(loaded)}
         return found
 
+    @functools.cached_property
+    def advice(self) -> list[str]:
+        return advise(self.groups, self.traces, self.swaps)
+
     @property
     def doubt(self) -> str | None:
         if self.recorded and self.recorded not in {t.logits_digest for t in self.traces}:
@@ -91,7 +95,7 @@ def _step(explanation: Explanation) -> dict[str, Any]:
         ],
         "counts": count_statuses(groups),
         "swaps": asdict(explanation.swaps) if explanation.swaps else None,
-        "advice": advise(groups, explanation.traces, explanation.swaps),
+        "advice": explanation.advice,
     }
 
 
@@ -151,7 +155,7 @@ def _explanation_lines(explanation: Explanation, width: int) -> Iterator[str]:
         yield from textwrap.wrap(
             f"not compared, as they ran otherwise alone: {', '.join(missed)}", width
         )
-    for sentence in advise(groups, explanation.traces, explanation.swaps):
+    for sentence in explanation.advice:
         yield from textwrap.wrap(
             visible(sentence),
             width,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ def write_reports(
     summary: Summary,
     judgement: Judgement,
     defaults: RunSpec,
+    advice: Sequence[str] = (),
 ) -> list[Path]:
     """Write report.md, the CSV files, and the prompts if report.md's command needs them in a file.
 
@@ -43,7 +44,7 @@ def write_reports(
             for index, part in enumerate(parts):
                 # RFC 4180 ends lines with CR LF.
                 part.to_csv(file, index=False, header=index == 0, lineterminator="\r\n")
-    texts = {"report.md": markdown_report(run, summary, judgement, defaults)}
+    texts = {"report.md": markdown_report(run, summary, judgement, defaults, advice)}
     prompts = prompts_file(run.spec, defaults)
     if prompts is not None:
         texts[PROMPTS_FILE] = prompts

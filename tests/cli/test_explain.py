@@ -157,6 +157,13 @@ def test_a_recorded_divergence_is_traced_shrunk_and_shown(here, tmp_path):
     traced = here("trace", "--run", "run", "--no-swaps", "-q")
     assert traced.returncode == 1, traced.stderr
     assert "DOUBT" not in traced.stdout
+    steps = json.loads((tmp_path / "run" / "explanation.json").read_text())["steps"]
+    ops = {sentence.split()[0] for step in steps for sentence in step["advice"]}
+    assert ops - {"No"}  # the step where bits begin to differ has an op to blame
+    assert all(op in traced.stdout for op in ops)
+    shown = here("report", "run").stdout
+    assert all(f": {op} " in shown.partition("trace: ")[2] for op in ops)
+    assert "## Explanation" in (tmp_path / "run" / "report.md").read_text()
     shrunk = here("shrink", "--run", "run", "--json", "-q")
     assert shrunk.returncode == 1, shrunk.stderr
     found = json.loads(shrunk.stdout)
