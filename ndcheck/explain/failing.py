@@ -13,7 +13,7 @@ from ndcheck.store import SampleReader, read_run
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A sample and its arm's reference: ``position`` is the token where they part.
+    """A sample that differs from its arm's reference: ``position`` is the token where they part.
 
     ``bits_position`` is the token from which on their logits differ, if that is earlier.
     ``is_latent`` says that only bits differ, and there the two are the same.
@@ -22,13 +22,12 @@ class Failure:
     run: Run
     probe: Probe
     sample: Sample
-    reference: Sample
     position: int
     bits_position: int
     is_latent: bool
 
 
-def find_failure(directory: Path, sample_id: int | None, *, latent: bool = True) -> Failure:
+def find_failure(directory: Path, sample_id: int | None) -> Failure:
     """The sample asked for, or the one that diverged in the smallest batch, tokens before bits.
 
     Raises UsageError where the run has no such sample, or it does not differ from its reference.
@@ -45,11 +44,10 @@ def find_failure(directory: Path, sample_id: int | None, *, latent: bool = True)
         reference = references.setdefault((sample.arm, sample.probe_id), sample)
         failure = _compare(run, probes[sample.probe_id], sample, reference)
         if sample.sample_id == sample_id:
-            if failure is None or (failure.is_latent and not latent):
-                what = "tokens" if failure else "bits"
-                raise UsageError(f"--sample {sample_id} has the {what} of its reference")
+            if failure is None:
+                raise UsageError(f"--sample {sample_id} has the bits of its reference")
             return failure
-        if failure and (latent or not failure.is_latent) and _rank(failure) < _rank(best):
+        if failure and _rank(failure) < _rank(best):
             best = failure
     if sample_id is not None:
         raise UsageError(f"--sample {sample_id}: {directory} has no such sample")
@@ -65,9 +63,9 @@ def _compare(run: Run, probe: Probe, sample: Sample, reference: Sample) -> Failu
     bits_position = latent_divergence(ours, theirs, n_shared)
     if position is not None:
         first = position if bits_position is None else bits_position
-        return Failure(run, probe, sample, reference, position, first, False)
+        return Failure(run, probe, sample, position, first, False)
     if bits_position is not None:
-        return Failure(run, probe, sample, reference, bits_position, bits_position, True)
+        return Failure(run, probe, sample, bits_position, bits_position, True)
     return None
 
 

@@ -15,13 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ndcheck.explain.alignment import Geometry, clone_exactly, equal_bits, max_ulp
-from ndcheck.explain.modules import ModulePath
+from ndcheck.explain.modules import ModulePath, without_numbers
 from ndcheck.samplers.selection import digest_row
 
 Status = Literal["introduces", "inherits", "clean", "not compared"]
 Cause = Literal["shape", "neighbours", "chance"]
 Key = tuple[str, str, int]
 """(module path, op, how many times that op ran in that module before)."""
+Place = tuple[str, str]
+"""(op, form of module): layers of one form count as one place."""
 Argument = tuple[str, int]
 """(an argument's name, index of a tensor within it)."""
 
@@ -149,7 +151,7 @@ class LoadedRecorder(_Recorder):
         self._geometry = geometry
         self._slot = slot
         self.findings: list[OpFinding] = []
-        self.calls: dict[Key, Call] = {}
+        self.calls: dict[Place, Call] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -202,12 +204,13 @@ class LoadedRecorder(_Recorder):
                 copies = self._fed(solo, before, range(self._geometry.batch_size))
                 if copies is not None and not _equal(replay(copies), replayed):
                     cause = "neighbours"
-            if solo.inputs.keys() == before.keys():
+            place = (key[1], without_numbers(key[0]))
+            if place not in self.calls and solo.inputs.keys() == before.keys():
                 alone, loaded = (
                     tree_unflatten(list(inputs.values()), form)
                     for inputs in (solo.inputs, probe_only)
                 )
-                self.calls[key] = Call(func, alone, loaded)
+                self.calls[place] = Call(func, alone, loaded)
         elif _equal(actual, expected):
             status = "clean"
         return OpFinding(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,13 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ndcheck.explain.alignment import equal_bits
 from ndcheck.explain.modules import ModulePath, without_numbers
-from ndcheck.explain.recording import op_name
+from ndcheck.explain.recording import Place, op_name
 from ndcheck.explain.tracing import OpGroup, Tracer
 from ndcheck.records import Decoding, Load, Probe
 from ndcheck.samplers.transformers import TransformersSampler
-
-Place = tuple[str, str]
-"""(op, form of module): what is swapped at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,6 @@ def find_swaps(
     groups: Sequence[OpGroup],
     loads: Sequence[tuple[Load, int]],
     decoding: Decoding,
-    on_test: Callable[[int], None] = lambda n_done: None,
 ) -> Swaps:
     """Swap the introducers one at a time, then leave out of all what is not needed.
 
@@ -74,16 +70,12 @@ def find_swaps(
     from ndcheck_kernels import UncoveredOpError
 
     places = tuple((group.op, group.module) for group in groups if group.introduces)
-    n_tests = 0
 
     def is_invariant(chosen: Sequence[Place]) -> bool:
-        nonlocal n_tests
         swapped = partial(_swapped, sampler, set(chosen))
         tracer = Tracer(sampler, probe, step, decoding=decoding, kernels=swapped)
         tracer.record_alone()
         alone = tracer.logits(Load(1), 0)
-        n_tests += 1
-        on_test(n_tests)
         return all(
             equal_bits(ours, theirs)
             for load, slot in loads

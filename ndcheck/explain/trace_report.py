@@ -36,7 +36,7 @@ class Explanation:
         """Names of the GPU kernels of every introducer, alone and in the last load that it met."""
         found = {}
         for group in self.groups:
-            calls = [trace.calls.get(group.example) for trace in self.traces]
+            calls = [trace.calls.get((group.op, group.module)) for trace in self.traces]
             met = [call for call in calls if call is not None]
             alone, loaded = kernel_names(met[-1]) if met else ((), ())
             if alone or loaded:
@@ -128,7 +128,8 @@ def _explanation_lines(explanation: Explanation, width: int) -> Iterator[str]:
     kind = "prefill" if explanation.step == 0 else "decode"
     sizes = ", ".join(str(trace.load.batch_size) for trace in explanation.traces)
     yield from textwrap.wrap(
-        f"step {explanation.step} ({kind}), {sizes} rows: {_verdict(explanation, introducers)}",
+        f"step {explanation.step} ({kind}), {sizes} row{'s' * (sizes != '1')}: "
+        f"{_verdict(explanation, introducers)}",
         width,
         subsequent_indent="  ",
     )

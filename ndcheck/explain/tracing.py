@@ -19,6 +19,7 @@ from ndcheck.explain.recording import (
     Key,
     LoadedRecorder,
     OpFinding,
+    Place,
     SoloOp,
     SoloRecorder,
     weight_storages,
@@ -46,7 +47,7 @@ class LoadTrace:
     tracing_changed_bits: bool
     is_padded: bool
     logits_digest: str
-    calls: dict[Key, Call]
+    calls: dict[Place, Call]
 
     @property
     def introducers(self) -> list[OpFinding]:
@@ -95,7 +96,6 @@ class OpGroup:
     shapes: tuple[str, str]
     dtype: str
     location: str
-    example: Key
 
     @property
     def introduces(self) -> bool:
@@ -227,7 +227,7 @@ class Tracer:
 
 def group_findings(traces: Sequence[LoadTrace]) -> list[OpGroup]:
     """Ops of every trace, grouped by op and form of module, in order of first execution."""
-    groups: dict[tuple[str, str], list[tuple[int, OpFinding]]] = {}
+    groups: dict[Place, list[tuple[int, OpFinding]]] = {}
     for trace in traces:
         for finding in trace.findings:
             key = (finding.op, without_numbers(finding.module))
@@ -263,5 +263,4 @@ def _group(op: str, module: str, found: list[tuple[int, OpFinding]]) -> OpGroup:
         example.shapes,
         example.dtype,
         example.location,
-        (example.module, example.op, example.nth),
     )

@@ -52,7 +52,7 @@ def failure(load, slot, decoding=None):
     trial = Trial(1, "stock", "p1", "neighbours", load, 1)
     samples = ScriptedSampler("clean").sample(trial, PROBE, decoding)
     sample = samples[load.slots.index(slot)]
-    return Failure(Run("r", "0", spec, Environment(), ""), PROBE, sample, sample, 1, 1, False)
+    return Failure(Run("r", "0", spec, Environment(), ""), PROBE, sample, 1, 1, False)
 
 
 def shrinker(sampler, load, rows, slot):
