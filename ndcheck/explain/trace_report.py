@@ -203,9 +203,16 @@ def _table(introducers: Sequence[OpGroup], width: int) -> Iterator[str]:
     ]
     limits = (16, 26, 10, 7, 10, width)
     cells = [tuple(_cut(c, n) for c, n in zip(row, limits, strict=True)) for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        yield "  ".join(map(str.ljust, row, widths)).rstrip()[:width]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
+    indent = sum(widths) + 2 * len(widths)
+    for *row, last in cells:
+        start = "".join(f"{cell:<{n}}  " for cell, n in zip(row, widths, strict=True))
+        yield from textwrap.wrap(
+            start + last,
+            max(width, indent + 16),
+            subsequent_indent=" " * indent,
+            break_on_hyphens=False,
+        )
 
 
 def _cut(text: str, width: int) -> str:
