@@ -13,7 +13,6 @@ from ndcheck.errors import BackendError, UsageError
 from ndcheck.explain.alignment import equal_bits
 from ndcheck.explain.failing import Failure
 from ndcheck.records import CacheState, Decoding
-from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.selection import choose_tokens
 from ndcheck.samplers.transformers import TransformersSampler
 
@@ -82,7 +81,7 @@ class Shrinker:
     def shrink(self) -> Shrunk:
         """Fewer rows, then a plainer prefill, shorter and plainer fillers, fewer tokens."""
         sample = self._failure.sample
-        rows = self._sampler.open_batch(sample.load, self._failure.probe, 1).rows
+        rows = self._sampler.rows(sample.load, self._failure.probe)
         before = Batch(
             tuple(map(tuple, rows)),
             sample.slot,
@@ -157,8 +156,7 @@ class Shrinker:
         slot = 0 if alone else batch.slot
         state: CacheState = "whole" if alone else batch.cache_state
         decoding = Decoding(batch.n_tokens)
-        model = self._sampler.model
-        exact = ExactBatch(model, model.device, list(map(list, rows)), batch.n_tokens)
+        exact = self._sampler.open_batch(list(map(list, rows)), batch.n_tokens)
         logits = exact.prefill(state)
         for position in range(batch.n_tokens):
             token_ids, _ = choose_tokens(logits, position, decoding)

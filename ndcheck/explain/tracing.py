@@ -200,7 +200,8 @@ class Tracer:
         return batch, self._next_tokens(logits, self._step - 1, load, slot)
 
     def _open(self, load: Load) -> ExactBatch:
-        return self._sampler.open_batch(load, self._probe, self._max_tokens)
+        rows = self._sampler.rows(load, self._probe)
+        return self._sampler.open_batch(rows, self._max_tokens)
 
     @staticmethod
     def _forward(batch: ExactBatch, token_ids: Tensor | None, load: Load) -> Tensor:

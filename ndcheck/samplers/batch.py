@@ -32,11 +32,6 @@ class ExactBatch:
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=width)
         self.row_counts: list[int] = []
 
-    @property
-    def rows(self) -> list[list[int]]:
-        """Token ids of every row's prompt."""
-        return self._rows
-
     def prefill(self, cache_state: CacheState) -> Tensor:
         """Logits after the prompt, [rows, vocabulary]."""
         padded = torch.tensor(

@@ -68,9 +68,13 @@ class TransformersSampler:
         """The transformers model."""
         return self._model
 
-    def open_batch(self, load: Load, probe: Probe, max_tokens: int) -> ExactBatch:
-        """The batch of a load, before its prefill."""
-        return ExactBatch(self._model, self._device, self._rows(load, probe), max_tokens)
+    def rows(self, load: Load, probe: Probe) -> list[list[int]]:
+        """Token ids of every row of the load's batch."""
+        return self._rows(load, probe)
+
+    def open_batch(self, rows: list[list[int]], max_tokens: int) -> ExactBatch:
+        """A batch of these prompts, before its prefill."""
+        return ExactBatch(self._model, self._device, rows, max_tokens)
 
     def decode(self, token_id: int) -> str:
         """The text of one token."""

@@ -106,8 +106,10 @@ class RandomModel:
     def count_tokens(self, prompt: str) -> int:
         return len(self.prompt)
 
-    def open_batch(self, load: Load, probe: Probe, max_tokens: int) -> ExactBatch:
-        rows = [self.prompt] * load.batch_size
+    def rows(self, load: Load, probe: Probe) -> list[list[int]]:
+        return [self.prompt] * load.batch_size
+
+    def open_batch(self, rows: list[list[int]], max_tokens: int) -> ExactBatch:
         return ExactBatch(self.model, self.model.device, rows, max_tokens)
 
     def arm(self, arm: str):
