@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -16,7 +17,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ndcheck.explain.alignment import Geometry, clone_exactly, equal_bits, max_ulp
 from ndcheck.explain.modules import ModulePath, without_numbers
-from ndcheck.samplers.selection import digest_row
 
 Status = Literal["introduces", "inherits", "clean", "not compared"]
 Cause = Literal["shape", "neighbours", "chance"]
@@ -310,7 +310,10 @@ def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def _digest(rows: list[Tensor]) -> str:
-    return "".join(digest_row(row.reshape(-1)) for row in rows)
+    digest = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        digest.update(row.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def _shapes(values: Iterable[Any]) -> str:

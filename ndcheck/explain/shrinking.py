@@ -12,8 +12,8 @@ import torch
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.explain.alignment import equal_bits
 from ndcheck.explain.failing import Failure
-from ndcheck.records import CacheState, Decoding
-from ndcheck.samplers.selection import choose_tokens
+from ndcheck.records import CacheState
+from ndcheck.samplers.selection import lowest_argmax
 from ndcheck.samplers.transformers import TransformersSampler
 
 
@@ -155,11 +155,10 @@ class Shrinker:
         rows = [batch.probe] if alone else batch.rows
         slot = 0 if alone else batch.slot
         state: CacheState = "whole" if alone else batch.cache_state
-        decoding = Decoding(batch.n_tokens)
         exact = self._sampler.open_batch(list(map(list, rows)), batch.n_tokens)
         logits = exact.prefill(state)
         for position in range(batch.n_tokens):
-            token_ids, _ = choose_tokens(logits, position, decoding)
+            token_ids = lowest_argmax(logits)
             yield int(token_ids[slot]), logits[slot].clone()
             if position + 1 < batch.n_tokens:
                 logits = exact.step(token_ids)
