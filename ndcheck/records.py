@@ -144,6 +144,44 @@ class Sample:
     def text(self) -> str:
         return "".join(self.token_texts)
 
+    @classmethod
+    def of(
+        cls,
+        trial: Trial,
+        nth: int,
+        witness: Witness,
+        finish_reason: FinishReason,
+        elapsed_s: float,
+        *,
+        token_ids: tuple[int, ...] = (),
+        token_texts: tuple[str, ...] = (),
+        logprobs: tuple[float, ...] = (),
+        margins: tuple[float, ...] = (),
+        row_digests: tuple[str, ...] = (),
+        error: str | None = None,
+    ) -> Sample:
+        """What came of the ``nth`` of the trial's probe rows, counted in the order of its slots."""
+        return cls(
+            sample_id=trial.first_sample_id + nth,
+            trial_id=trial.trial_id,
+            arm=trial.arm,
+            probe_id=trial.probe_id,
+            axis=trial.axis,
+            baseline=trial.baseline,
+            load=trial.load,
+            slot=trial.load.slots[nth],
+            witness=witness,
+            token_ids=token_ids,
+            token_texts=token_texts,
+            finish_reason=finish_reason,
+            elapsed_s=elapsed_s,
+            logprobs=logprobs,
+            margins=margins,
+            row_digests=row_digests,
+            fault=trial.fault,
+            error=error,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Environment:
@@ -177,6 +215,8 @@ class RunSpec:
     attention: str = "auto"
     chat: bool = False
     trust_remote_code: bool = False
+    random_weights: int | None = None
+    """Seed of weights made from the model's config alone; None loads the stored ones."""
     target_rate: float | None = None
     confidence: float = 0.95
     stop_on_divergence: bool = False

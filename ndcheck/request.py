@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar, get_args
 
-from ndcheck.errors import UsageError
+from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.records import ARMS, AXES, Arm, Axis, Decoding, Mode, Probe, RunSpec
 
 DEFAULTS = RunSpec(
@@ -18,10 +18,71 @@ DEFAULTS = RunSpec(
     batch_sizes=(1, 2, 4, 8, 16),
     axes=AXES,
     mode="copies",
-    n_samples=200,
+    n_samples=150,
+    arms=("stock", "invariant"),
 )
 
 Name = TypeVar("Name", bound=str)
+
+
+def make_spec(
+    *,
+    model: str = DEFAULTS.model,
+    prompt: str | Sequence[str] = (),
+    prompts_file: Path | None = None,
+    chat: bool = DEFAULTS.chat,
+    loads: str | Sequence[int] = DEFAULTS.batch_sizes,
+    axes: str | Sequence[str] = DEFAULTS.axes,
+    mode: str = DEFAULTS.mode,
+    kernels: str | Sequence[str] | None = None,
+    samples: int = DEFAULTS.n_samples,
+    target_rate: float | None = DEFAULTS.target_rate,
+    confidence: float = DEFAULTS.confidence,
+    stop_on_divergence: bool = DEFAULTS.stop_on_divergence,
+    allow_latent: bool = DEFAULTS.allow_latent,
+    max_tokens: int = DEFAULTS.decoding.max_tokens,
+    temperature: float = DEFAULTS.decoding.temperature,
+    seed: int = DEFAULTS.seed,
+    dtype: str = DEFAULTS.dtype,
+    device: str = DEFAULTS.device,
+    attn: str = DEFAULTS.attention,
+    answer_pattern: str | None = DEFAULTS.answer_pattern,
+    random_weights: int | None = DEFAULTS.random_weights,
+    trust_remote_code: bool = DEFAULTS.trust_remote_code,
+) -> RunSpec:
+    """The spec that these options ask for: those of `ndcheck run`, by the names they have there.
+
+    `ndcheck.measure` and the checks of a configuration file take the same ones; the annotations
+    say what a file may hold. Raises UsageError naming the option that is wrong.
+    """
+    spec = RunSpec(
+        model=model,
+        probes=make_probes([prompt] if isinstance(prompt, str) else prompt, prompts_file),
+        decoding=Decoding(max_tokens, temperature, seed),
+        batch_sizes=parse_batch_sizes(_join(loads)),
+        axes=parse_axes(_join(axes)),
+        mode=parse_mode(mode),
+        n_samples=samples,
+        arms=parse_arms(None if kernels is None else _join(kernels), model),
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        attention=attn,
+        chat=chat,
+        trust_remote_code=trust_remote_code,
+        random_weights=random_weights,
+        target_rate=target_rate,
+        confidence=confidence,
+        stop_on_divergence=stop_on_divergence,
+        allow_latent=allow_latent,
+        answer_pattern=answer_pattern,
+    )
+    check(spec)
+    return spec
+
+
+def _join(values: str | Sequence[object]) -> str:
+    return values if isinstance(values, str) else ",".join(map(str, values))
 
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:
@@ -39,12 +100,14 @@ def parse_batch_sizes(text: str) -> tuple[int, ...]:
 
 def parse_axes(text: str) -> tuple[Axis, ...]:
     """``"slot,cache"`` as invariance properties, in their usual order; ``all`` for every one."""
-    return AXES if text == "all" else _parse_names("--axes", text, AXES)
+    return AXES if text == "all" else parse_names("--axes", text, AXES)
 
 
-def parse_arms(text: str) -> tuple[Arm, ...]:
-    """``"stock,invariant"`` as kernel sets."""
-    return _parse_names("--kernels", text, ARMS)
+def parse_arms(text: str | None, model: str) -> tuple[Arm, ...]:
+    """``"stock,invariant"`` as kernel sets; None is both, where the model computes here."""
+    if text is None:
+        return ("stock",) if model.startswith("scripted:") else DEFAULTS.arms
+    return parse_names("--kernels", text, ARMS)
 
 
 def parse_mode(text: str) -> Mode:
@@ -90,6 +153,10 @@ def check(spec: RunSpec) -> None:
             0 <= decoding.temperature < float("inf"),
             f"--temperature {decoding.temperature}: give 0 (greedy) or a positive number",
         ),
+        (
+            spec.random_weights is None or 0 <= spec.random_weights < 2**63,
+            f"--random-weights {spec.random_weights}: give a seed, 0 up to 2^63 - 1",
+        ),
         (0 <= spec.seed < 2**63, f"--seed {spec.seed}: give 0 up to 2^63 - 1"),
         (
             spec.target_rate is None or 0 < spec.target_rate < 1,
@@ -110,11 +177,15 @@ def check(spec: RunSpec) -> None:
             raise UsageError(f"--answer-pattern {spec.answer_pattern!r}: {error}") from error
 
 
-def _parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Name, ...]:
+def parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Name, ...]:
+    """``"a,b"`` as names of ``accepted``, in its order. Raises UsageError for any other."""
     names = [part.strip() for part in text.split(",")]
     for name in names:
         if name not in accepted:
-            raise UsageError(f"{option}: {name!r} is unknown; choose from {', '.join(accepted)}")
+            raise UsageError(
+                f"{option}: {name!r} is unknown; choose from {', '.join(accepted)}"
+                f"{did_you_mean(name, accepted)}"
+            )
     return tuple(name for name in accepted if name in names)
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
 
-from ndcheck.errors import TrialError
-from ndcheck.load import plant_fault
-from ndcheck.records import Arm, Run, RunStatus, Sample, Trial
+from ndcheck import __version__, environment
+from ndcheck.analysis.divergence import first_divergence
+from ndcheck.analysis.statistics import trials_needed
+from ndcheck.errors import TrialError, UsageError
+from ndcheck.load import plan_trials, plant_fault
+from ndcheck.records import Arm, Run, RunSpec, RunStatus, Sample, Trial
 from ndcheck.samplers.base import Sampler
 from ndcheck.store import RunDirectory, failed_samples
+
+RUNS_DIRECTORY = Path("ndcheck-runs")
 
 
 @dataclass(slots=True)
@@ -43,6 +50,48 @@ class Progress:
                 if self.first_divergence is None or position < self.first_divergence:
                     self.first_divergence = position
         return diverged
+
+
+def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
+    """The run's trials. Raises UsageError where a prompt is empty or too long for the model."""
+    lengths = {probe.probe_id: sampler.count_tokens(probe.prompt) for probe in spec.probes}
+    for probe_id, length in lengths.items():
+        if length == 0:
+            raise UsageError(f"prompt {probe_id} has no tokens")
+    n_trials = trials_needed(spec.target_rate, spec.confidence) if spec.target_rate else None
+    return plan_trials(spec, lengths, sampler.context, n_trials)
+
+
+def create_directory(
+    spec: RunSpec, sampler: Sampler, trials: Sequence[Trial], out: Path | None
+) -> RunDirectory:
+    """A new run's directory: ``out``, or one named by time and model in RUNS_DIRECTORY."""
+    now = datetime.now(UTC)
+    path = out or free_path(RUNS_DIRECTORY / f"{now:%Y%m%d-%H%M%S}-{slug(spec.model)}")
+    run = Run(
+        run_id=path.name,
+        ndcheck_version=__version__,
+        spec=spec,
+        environment=environment.capture(sampler.describe()),
+        started_at=now.isoformat(timespec="seconds"),
+        n_trials_planned=len(trials),
+    )
+    return RunDirectory.create(path, run)
+
+
+def free_path(path: Path) -> Path:
+    """``path``, or the first of path-2, path-3, ... that does not exist."""
+    candidate, n = path, 1
+    while candidate.exists():
+        n += 1
+        candidate = path.with_name(f"{path.name}-{n}")
+    return candidate
+
+
+def slug(model: str) -> str:
+    """The end of a model's name, in characters that every file system takes."""
+    name = model.rstrip("/").rpartition("/")[2]
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:40] or "model"
 
 
 def run_trials(
@@ -107,10 +156,3 @@ def run_trials(
         close("failed")
         raise
     return close("finished")
-
-
-def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
-    for position, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return position
-    return None if len(a) == len(b) else min(len(a), len(b))

@@ -93,6 +93,7 @@ def judge_sampler(sampler: Sampler) -> tuple[Judgement, Summary]:
     """Plan, run, store, read back, summarise and judge, with a small grid."""
     spec = replace(
         DEFAULTS,
+        arms=("stock",),
         model="scripted",
         decoding=replace(DEFAULTS.decoding, max_tokens=8),
         batch_sizes=(1, 3),

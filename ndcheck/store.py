@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.records import (
@@ -113,8 +113,18 @@ class RunDirectory:
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
     """A file that takes the place of ``path`` once all of it is written. Raises OSError."""
+    with replacing_bytes(path) as binary:
+        file = io.TextIOWrapper(binary, encoding="utf-8", newline="")
+        yield file
+        file.flush()
+        file.detach()
+
+
+@contextmanager
+def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
+    """The same for a file that is not text."""
     with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", delete=False
+        dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
         temporary = Path(file.name)
         try:
@@ -181,24 +191,8 @@ class SampleReader:
 def failed_samples(trial: Trial, message: str, elapsed_s: float) -> list[Sample]:
     """What a failed trial leaves behind: one sample with the error for each slot."""
     return [
-        Sample(
-            sample_id=trial.first_sample_id + i,
-            trial_id=trial.trial_id,
-            arm=trial.arm,
-            probe_id=trial.probe_id,
-            axis=trial.axis,
-            baseline=trial.baseline,
-            load=trial.load,
-            slot=slot,
-            witness=Witness(None),
-            token_ids=(),
-            token_texts=(),
-            finish_reason="error",
-            elapsed_s=elapsed_s,
-            fault=trial.fault,
-            error=message,
-        )
-        for i, slot in enumerate(trial.load.slots)
+        Sample.of(trial, nth, Witness(None), "error", elapsed_s, error=message)
+        for nth in range(trial.n_samples)
     ]
 
 

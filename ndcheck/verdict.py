@@ -14,6 +14,9 @@ STATUS_REASONS = {
     "interrupted": "the run was interrupted before it finished",
     "failed": "the run failed before it finished",
 }
+STOCK_DID_NOT_FAIL = (
+    "the stock arm, its control, did not fail under these loads: try larger --loads"
+)
 EXIT_CODES: dict[Outcome, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 
 
@@ -103,8 +106,8 @@ def judge_axis(axis: Axis, finding: AxisFinding | None, spec: RunSpec) -> Verdic
 def _without_stock_control(probe: ProbeVerdict) -> ProbeVerdict:
     if probe.verdict.outcome != "PASS":
         return probe
-    reason = "the stock arm, its control, did not fail under these loads: try larger --loads"
-    return replace(probe, verdict=Verdict("INCONCLUSIVE", (reason, *probe.verdict.reasons)))
+    reasons = (STOCK_DID_NOT_FAIL, *probe.verdict.reasons)
+    return replace(probe, verdict=Verdict("INCONCLUSIVE", reasons))
 
 
 def _lacks_control(probe: ProbeSummary) -> str | None:

@@ -85,3 +85,34 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A directory for each of FAMILIES, bf16, random weights."""
     root = tmp_path_factory.mktemp("models")
     return {family: write_tiny_model(root / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """``measured(behaviour)``: a scripted run as it would be read back, without a disk."""
+    from dataclasses import replace
+
+    from ndcheck.analysis.accumulate import summarise
+    from ndcheck.comparison import Measured, find_references
+    from ndcheck.load import plan_trials, plant_fault
+    from ndcheck.records import Decoding, Environment, Run
+    from ndcheck.request import DEFAULTS
+    from ndcheck.samplers.scripted import ScriptedSampler
+
+    small = replace(
+        DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40, arms=("stock",)
+    )
+
+    def measure(behaviour="clean", spec=small, arms=None, change=lambda sample: sample, **run):
+        """``arms`` gives arms other behaviours; ``change`` is applied to every sample."""
+        samples = []
+        for trial in plan_trials(spec, {"p1": 4}, 1000):
+            sampler = ScriptedSampler((arms or {}).get(trial.arm, behaviour))
+            if trial.axis == "control":
+                trial = replace(trial, fault=plant_fault(8))
+            samples += map(change, sampler.sample(trial, spec.probes[0], spec.decoding))
+        record = {"environment": Environment(), "status": "finished", **run}
+        record = Run("r", "0", spec, started_at="", **record)
+        return Measured(record, summarise(samples, spec), find_references(samples))
+
+    return measure

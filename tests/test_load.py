@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from ndcheck.errors import UsageError
 from ndcheck.load import filler_text, fit_to_length, plan_trials, plant_fault
 from ndcheck.records import AXES, Decoding, Probe
-from ndcheck.request import DEFAULTS
+from ndcheck.request import DEFAULTS as RUN_DEFAULTS
 
+DEFAULTS = replace(RUN_DEFAULTS, arms=("stock",))
 LENGTHS = {"p1": 9}
 CONTEXT = 1000
 

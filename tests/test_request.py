@@ -30,7 +30,9 @@ def test_axes():
 
 
 def test_arms_and_mode():
-    assert request.parse_arms("invariant,stock") == ("stock", "invariant")
+    assert request.parse_arms("invariant,stock", "builtin") == ("stock", "invariant")
+    assert request.parse_arms(None, "builtin") == ("stock", "invariant")
+    assert request.parse_arms(None, "scripted:fork") == ("stock",)
     assert request.parse_mode("mixed") == "mixed"
     with pytest.raises(UsageError, match="choose from copies, mixed"):
         request.parse_mode("both")

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 
 from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.divergence import first_divergence
 from ndcheck.load import plan_trials, plant_fault
 from ndcheck.records import Decoding, Environment, Run, Witness
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import first_divergence
 from ndcheck.samplers.scripted import ScriptedSampler
 from ndcheck.selftest import CASES, check, judge_sampler
 from ndcheck.verdict import judge, worst
 
-SPEC = replace(DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40)
+SPEC = replace(DEFAULTS, arms=("stock",), decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40)
 
 
 def samples_of(behaviour="clean", spec=SPEC, arm_behaviours=None):

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ndcheck_kernels.timing import copies
+
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 DECODE = tuple(
     (batch, context)
@@ -14,7 +16,6 @@ DECODE = tuple(
     if batch * context <= 64 * 32768  # 256 x 32k would need 34 GB of keys and values
 )
 PREFILL = ((1, 128), (1, 512), (1, 2048), (1, 8192), (1, 32768), (4, 2048), (16, 1024))
-ROTATED_BYTES = 320e6
 
 
 def operands(
@@ -22,14 +23,13 @@ def operands(
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Enough copies that keys and values do not stay in the cache."""
     size = 4 * batch * KV_HEADS * context * HEAD_DIM
-    copies = max(1, min(32, round(ROTATED_BYTES / size)))
 
     def draw(heads: int, length: int) -> torch.Tensor:
         return torch.randn(batch, heads, length, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
 
     return [
         (draw(HEADS, queries), draw(KV_HEADS, context), draw(KV_HEADS, context))
-        for _ in range(copies)
+        for _ in range(copies(size))
     ]
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import sdpa
 from attention_cells import HEAD_DIM, HEADS, KV_HEADS, operands, problems
 from table import Table
-from timing import medians_us
 
 from ndcheck_kernels import attention
+from ndcheck_kernels.timing import medians_us
 
 
 def bench(out: Path) -> None:

@@ -13,12 +13,10 @@ from pathlib import Path
 import torch
 from matmul_cells import BATCHES, SHAPES, label
 from table import Table
-from timing import medians_us
 
 from ndcheck_kernels import device, matmul
 from ndcheck_kernels.configs import k_groups, matmul_config
-
-ROTATED_BYTES = 320e6
+from ndcheck_kernels.timing import copies, medians_us
 
 
 def _stock(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -28,8 +26,9 @@ def _stock(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def bench(out: Path) -> None:
     table = Table(out / "matmul.csv", echo=False)
     for shape, (n, k) in SHAPES.items():
-        copies = max(1, round(ROTATED_BYTES / (2 * n * k)))
-        weights = [torch.randn(n, k, device="cuda").mul_(0.02).bfloat16() for _ in range(copies)]
+        weights = [
+            torch.randn(n, k, device="cuda").mul_(0.02).bfloat16() for _ in range(copies(2 * n * k))
+        ]
         tokens = torch.randn(max(BATCHES), k, device="cuda").bfloat16()
         capability = device.capability(tokens.device)
         for m in BATCHES:

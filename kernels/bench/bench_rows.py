@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 from table import Table
-from timing import copy_gb_per_s, medians_us
 from torch.nn import functional as F
 
 from ndcheck_kernels import layer_norm, reductions, rms_norm, silu_mul, softmax
+from ndcheck_kernels.timing import copies, copy_gb_per_s, medians_us
 
 HIDDEN = ((1, 4096), (64, 4096), (1024, 4096), (16384, 4096), (8192, 8192))
 VOCABULARY = ((1, 151936), (64, 151936), (1024, 151936))
-ROTATED_BYTES = 320e6
 
 Op = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]  # rows x, rows y, one row w
 
@@ -78,11 +77,10 @@ def bench(out: Path) -> None:
     copy = copy_gb_per_s()
     for case in CASES:
         for m, n in case.shapes:
-            copies = max(1, min(32, round(ROTATED_BYTES / (2 * m * n))))
             w = torch.randn(n, dtype=torch.bfloat16, device="cuda")
             rows = [
                 tuple(torch.randn(m, n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-                for _ in range(copies)
+                for _ in range(copies(2 * m * n))
             ]
             times = medians_us(
                 {

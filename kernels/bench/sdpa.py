@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-from timing import Launches
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ndcheck_kernels.timing import Launches
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

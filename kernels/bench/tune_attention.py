@@ -15,10 +15,10 @@ import torch
 from attention_cells import operands, problems
 from sdpa import Operands
 from table import Table
-from timing import medians_us
 
 from ndcheck_kernels import attention
 from ndcheck_kernels.configs import AttentionConfig, PrefillTile
+from ndcheck_kernels.timing import medians_us
 
 CONFIGS = tuple(
     AttentionConfig(split, 64, PrefillTile(*tile), PrefillTile(*tile), *decode, 64, short)

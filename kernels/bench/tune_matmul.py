@@ -19,14 +19,13 @@ from pathlib import Path
 import torch
 from matmul_cells import BATCHES, CANDIDATES, SHAPES, candidates, label
 from table import Table
-from timing import Launches, medians_us
 
 from ndcheck_kernels import device, matmul
 from ndcheck_kernels.configs import MatmulConfig
 from ndcheck_kernels.resources import SHARED_LIMIT, compiling, resources
+from ndcheck_kernels.timing import Launches, copies, medians_us
 
 GROUPS = {"qkv 70B TP8": (1, 2, 4)}
-ROTATED_BYTES = 320e6
 
 
 def variants(config: MatmulConfig, groups: int) -> Iterator[MatmulConfig]:
@@ -64,8 +63,9 @@ def tune(out: Path, seconds: float) -> None:
     table = Table(out / "tune_matmul.csv", echo=False)
     deadline = time.monotonic() + seconds
     for shape, (n, k) in SHAPES.items():
-        copies = max(1, round(ROTATED_BYTES / (2 * n * k)))
-        weights = [torch.randn(n, k, device="cuda").mul_(0.02).bfloat16() for _ in range(copies)]
+        weights = [
+            torch.randn(n, k, device="cuda").mul_(0.02).bfloat16() for _ in range(copies(2 * n * k))
+        ]
         scale = torch.randint(-6, 7, (8192, k), device="cuda").float().exp2()
         tokens = (torch.randn(8192, k, device="cuda") * scale).bfloat16()
         exact = tokens[:4].double() @ weights[0].double().t()

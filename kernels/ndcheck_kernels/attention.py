@@ -171,21 +171,25 @@ def _prefill_kernel(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, m_ptr, den_ptr, acc_ptr, starts_ptr, lengths_ptr, scale, q_length,
+    q_ptr, k_ptr, v_ptr, m_ptr, den_ptr, acc_ptr, o_ptr, starts_ptr, lengths_ptr, scale, q_length,
     kv_length, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
-    HAS_STARTS: tl.constexpr, HAS_LENGTHS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
+    WHOLE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_KV: tl.constexpr,
+    SPLIT: tl.constexpr, SHORT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Splits in parallel: one program per split, with all queries of one key head in its rows."""
+    """Splits in parallel: one program per split, with all queries of one key head in its rows.
+
+    WHOLE where the cache has room for one split only: merging it would change no bit.
+    """
     follow(PDL)
     split, kv_head = tl.program_id(0), tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     start, end = _row(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
     first = start + _split_start(split, SPLIT, SHORT)
     last = tl.minimum(start + _split_start(split + 1, SPLIT, SHORT), end)
-    if first < end:
+    if (first < end) | WHOLE:
         rows = tl.arange(0, ROWS)
         offs_d = tl.arange(0, D)
         mask_q = rows < GROUP * q_length
@@ -201,11 +205,17 @@ def _decode_kernel(
             tl.full((ROWS,), float("-inf"), dtype=tl.float32), tl.zeros((ROWS,), dtype=tl.float32),
             tl.zeros((ROWS, D), dtype=tl.float32), scale, stride_kn, stride_vn, BLOCK_KV, D, True,
         )  # fmt: skip
-        part = (batch * tl.num_programs(1) + kv_head) * tl.num_programs(0) + split
-        offs = part * GROUP * q_length + rows
-        tl.store(m_ptr + offs, m, mask_q)
-        tl.store(den_ptr + offs, den, mask_q)
-        tl.store(acc_ptr + offs[:, None] * D + offs_d[None, :], acc, mask_q[:, None])
+        if WHOLE:
+            o = acc / tl.where(den == 0.0, 1.0, den)[:, None]
+            o_ptrs = o_ptr + batch * stride_ob + head[:, None] * stride_oh
+            o_ptrs += (rows % q_length)[:, None] * stride_om + offs_d[None, :]
+            tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask_q[:, None])
+        else:
+            part = (batch * tl.num_programs(1) + kv_head) * tl.num_programs(0) + split
+            offs = part * GROUP * q_length + rows
+            tl.store(m_ptr + offs, m, mask_q)
+            tl.store(den_ptr + offs, den, mask_q)
+            tl.store(acc_ptr + offs[:, None] * D + offs_d[None, :], acc, mask_q[:, None])
 
 
 @triton.jit
@@ -289,15 +299,20 @@ def _launch(
         )  # fmt: skip
         return o
     splits = config.splits(kv_length)
-    m, den = torch.empty((2, batch, kv_heads, splits, group * q_length), device=q.device)
-    acc = torch.empty((*m.shape, dim), device=q.device)
+    m = den = acc = o  # stand in where nothing is left in parts
+    if splits > 1:
+        m, den = torch.empty((2, batch, kv_heads, splits, group * q_length), device=q.device)
+        acc = torch.empty((*m.shape, dim), device=q.device)
     _decode_kernel[(splits, kv_heads, batch)](
-        q, k, v, m, den, acc, *limits, scale, q_length, kv_length,
-        *strides, ROWS=max(16, triton.next_power_of_2(group * q_length)),
+        q, k, v, m, den, acc, o, *limits, scale, q_length, kv_length,
+        *strides, *o.stride()[:3], WHOLE=splits == 1,
+        ROWS=max(16, triton.next_power_of_2(group * q_length)),
         BLOCK_KV=config.block_kv, num_warps=config.decode_warps, num_stages=config.decode_stages,
         **shared,
     )  # fmt: skip
-    _merge_kernel[(group * q_length, kv_heads, batch)](
-        m, den, acc, o, *limits, q_length, kv_length, splits, *o.stride()[:3], num_warps=1, **shared
-    )
+    if splits > 1:
+        _merge_kernel[(group * q_length, kv_heads, batch)](
+            m, den, acc, o, *limits, q_length, kv_length, splits, *o.stride()[:3], num_warps=1,
+            **shared,
+        )  # fmt: skip
     return o

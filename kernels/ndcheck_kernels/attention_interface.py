@@ -151,7 +151,8 @@ def _mask_maker(
             first = attention_mask.int().argmax(-1)
         origin = first - kv_offset
         end = q_offset + q_length - kv_offset
-        if mask_function is causal and _has_no_gaps(attention_mask, first, q_offset + q_length):
+        untouched = mask_function is causal and kv_offset == 0
+        if untouched and _has_no_gaps(attention_mask, first, q_offset + q_length):
             return torch.stack([origin, torch.zeros_like(origin) + end], -1)[:, None, None].int()
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         visible = sdpa_mask(

@@ -16,8 +16,9 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels.cpu_rows import BASE_ROWS, Probe, map_rows
+from ndcheck_kernels.cpu_rows import BASE_ROWS, Probe, RowKernel, map_rows
 from ndcheck_kernels.mode import UnsupportedCallError, implements
+from ndcheck_kernels.products import combine, register_products
 
 aten = torch.ops.aten
 
@@ -28,35 +29,50 @@ _IEEE = ("none", "ieee")  # What torch calls not trading float32 products for sp
 _CACHED_ELEMENTS = 2**22
 
 
-@implements(aten.mm.default, device="cpu")
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """[M, K] x [K, N]."""
     k, n = b.shape
     if k < 2 or n == 0:
         return _trivial(a, b)
+    return _product(a, b, None)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """[M, K] x [K, N], plus [N] where there is a bias; K at least 2, N at least 1."""
     _check(a, b)
+    k, n = b.shape
     b = b.contiguous() if 0 in b.stride() else b  # No proof can write to an expanded operand.
     layout = _layout(b)
     try:
         return map_rows(
-            ("mm", a.dtype, k, n, layout),
-            lambda rows: torch.mm(rows, b),
+            ("mm" if bias is None else "addmm", a.dtype, k, n, layout),
+            _row_product(b, bias),
             (a,),
-            lambda: _mm_probe(k, n, a.dtype, layout),
+            lambda: _product_probe(k, n, a.dtype, layout, has_bias=bias is not None),
             STEPS,
         )
     except UnsupportedCallError:
         if _is_even(k, n):
             raise
-        return mm(*_make_even(a, b))[:, :n]
+        wide = None if bias is None else F.pad(bias, (0, -n % BASE_ROWS))
+        return _product(*_make_even(a, b), wide)[:, :n]
 
 
-def _mm_probe(k: int, n: int, dtype: torch.dtype, layout: tuple[int, ...]) -> Probe:
+def _row_product(b: torch.Tensor, bias: torch.Tensor | None) -> RowKernel:
+    if bias is None:
+        return lambda rows: torch.mm(rows, b)
+    return lambda rows: torch.addmm(bias, rows, b)
+
+
+def _product_probe(
+    k: int, n: int, dtype: torch.dtype, layout: tuple[int, ...], *, has_bias: bool
+) -> Probe:
     rows, weight = _noise_operands(k, n, dtype, layout)
-    return Probe((rows,), lambda r: torch.mm(r, weight))
+    # As small as the noise: a larger bias would swallow it.
+    bias = torch.full((n,), torch.finfo(dtype).tiny, dtype=dtype) if has_bias else None
+    return Probe((rows,), _row_product(weight, bias))
 
 
-@implements(aten.bmm.default, device="cpu")
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """[B, M, K] x [B, K, N], each item with the bits of `mm`."""
     batch, k, n = b.shape
@@ -92,17 +108,6 @@ def _bmm_probe(batch: int, k: int, n: int, dtype: torch.dtype, layout: tuple[int
     )
 
 
-@implements(aten.linear.default, device="cpu")
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[..., K] x [N, K]^T + [N]."""
-    if weight.dim() != 2:
-        return matmul(x, weight.t()) if bias is None else matmul(x, weight.t()) + bias
-    rows = _as_rows(x)
-    out = mm(rows, weight.t()) if bias is None else addmm(bias, rows, weight.t())
-    return out.view(*x.shape[:-1], weight.shape[0])
-
-
-@implements(aten.addmm.default, device="cpu")
 def addmm(
     bias: torch.Tensor,
     a: torch.Tensor,
@@ -114,69 +119,17 @@ def addmm(
     """beta * bias + alpha * (a x b)."""
     k, n = b.shape
     if k < 2 or n == 0 or bias.shape != (n,) or (beta, alpha) != (1, 1) or bias.dtype != a.dtype:
-        return _combine(bias, mm(*_widen(a, b)), beta, alpha, a.dtype)
-    _check(a, b)
-    b = b.contiguous() if 0 in b.stride() else b
-    layout = _layout(b)
-    try:
-        return map_rows(
-            ("addmm", a.dtype, k, n, layout),
-            lambda rows: torch.addmm(bias, rows, b),
-            (a,),
-            lambda: _addmm_probe(k, n, a.dtype, layout),
-            STEPS,
-        )
-    except UnsupportedCallError:
-        if _is_even(k, n):
-            raise
-        return addmm(F.pad(bias, (0, -n % BASE_ROWS)), *_make_even(a, b))[:, :n]
+        return combine(bias, mm(*_widen(a, b)), beta, alpha, a.dtype)
+    return _product(a, b, bias)
 
 
-def _addmm_probe(k: int, n: int, dtype: torch.dtype, layout: tuple[int, ...]) -> Probe:
-    rows, weight = _noise_operands(k, n, dtype, layout)
-    # As small as the noise: a larger bias would swallow it.
-    bias = torch.full((n,), torch.finfo(dtype).tiny, dtype=dtype)
-    return Probe((rows,), lambda r: torch.addmm(bias, r, weight))
-
-
-@implements(aten.baddbmm.default, device="cpu")
-def baddbmm(
-    bias: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    *,
-    beta: float = 1,
-    alpha: float = 1,
+def _baddbmm(
+    bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
-    """beta * bias + alpha * (a x b), batched."""
-    return _combine(bias, bmm(*_widen(a, b)), beta, alpha, a.dtype)
+    return combine(bias, bmm(*_widen(a, b)), beta, alpha, a.dtype)
 
 
-@implements(aten.matmul.default, device="cpu")
-def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product of torch.matmul; a vector on the left is one row."""
-    if a.dim() == 1:
-        return matmul(a[None], b).squeeze(-2 if b.dim() > 1 else 0)
-    if b.dim() == 1:
-        return matmul(a, b[:, None]).squeeze(-1)
-    if b.dim() == 2:
-        return mm(_as_rows(a), b).view(*a.shape[:-1], b.shape[-1])
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    left = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
-    right = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
-    return bmm(left, right).view(*batch, a.shape[-2], b.shape[-1])
-
-
-@implements(aten.mv.default, device="cpu")
-def mv(a: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """[M, K] x [K]."""
-    return mm(a, vector[:, None]).squeeze(-1)
-
-
-@implements(aten.dot.default, device="cpu")
-def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """[K] x [K]."""
-    return mm(a[None], b[:, None]).view(())
+register_products("cpu", mm, bmm, addmm, _baddbmm)
 
 
 @implements(aten._grouped_mm.default, device="cpu")
@@ -195,10 +148,6 @@ def grouped_mm(
     for weight, start, stop in zip(b, starts, starts[1:], strict=False):
         out[start:stop] = mm(a[start:stop], weight)
     return out
-
-
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _check(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -233,15 +182,6 @@ def _make_even(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 def _widen(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (a, b) if a.dtype == torch.float64 else (a.float(), b.float())
-
-
-def _combine(
-    bias: torch.Tensor, product: torch.Tensor, beta: float, alpha: float, dtype: torch.dtype
-) -> torch.Tensor:
-    scaled = product if alpha == 1 else product * alpha
-    # beta = 0 ignores the bias, NaN included.
-    total = scaled if beta == 0 else scaled + bias.to(product.dtype) * beta
-    return total.to(dtype)
 
 
 def _layout(b: torch.Tensor) -> tuple[int, ...]:

@@ -127,6 +127,14 @@ def covered_ops(device: str = "cpu") -> tuple[str, ...]:
     return tuple(sorted({_name(op) for op in _implementations.get(device, {})}))
 
 
+def accepted_ops(device: str) -> tuple[str, ...]:
+    """Those of `covered_ops` that torch's own kernels compute, which no scope counts."""
+    _load(device)
+    table = _implementations.get(device, {})
+    replaced = {_name(op) for op, implementation in table.items() if implementation is not op}
+    return tuple(sorted({_name(op) for op in table} - replaced))
+
+
 def active_scope() -> Scope | None:
     """The scope this thread is in."""
     return getattr(_thread, "scope", None)

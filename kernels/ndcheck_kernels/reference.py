@@ -111,3 +111,20 @@ def attention_reference(
     # An empty span gives NaN weights; a hidden value may hold anything.
     weights = weights.masked_fill(~visible[:, None], 0)
     return weights @ values.masked_fill(~visible.any(1)[:, None, :, None], 0)
+
+
+def digest_reference(row: torch.Tensor) -> int:
+    """The digest of `logits.read_logits` over one row [N], as a signed 64-bit integer."""
+    narrow = row.element_size() == 2
+    bits = row.contiguous().view(torch.int16 if narrow else torch.int32).tolist()
+    words = []
+    for salt in (0, 0x7F4A7C15):
+        total = 0
+        for i, value in enumerate(bits):
+            h = (value & (0xFFFF if narrow else 0xFFFFFFFF)) ^ ((i * 0x9E3779B1 + salt) % 2**32)
+            h = (h ^ (h >> 16)) * 0x85EBCA6B % 2**32
+            h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
+            total += h ^ (h >> 16)
+        words.append(total % 2**32)
+    digest = words[0] << 32 | words[1]
+    return digest - 2**64 if digest >= 2**63 else digest

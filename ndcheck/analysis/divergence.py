@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +48,11 @@ def read_stream(sample: Sample) -> Stream:
     )
 
 
-def first_divergence(a: NDArray[Any], b: NDArray[Any]) -> int | None:
+def first_divergence(
+    a: NDArray[Any] | Sequence[int], b: NDArray[Any] | Sequence[int]
+) -> int | None:
     """First index at which two sequences differ, or None; a strict prefix differs at its end."""
+    a, b = np.asarray(a), np.asarray(b)
     n_shared = min(len(a), len(b))
     if n_shared:
         at = int((a[:n_shared] != b[:n_shared]).argmax())

@@ -53,7 +53,8 @@ def order(
     from ndcheck.explain import order as explain
     from ndcheck.explain import order_report
     from ndcheck.explain.reductions import REDUCTIONS, Shape, load_function
-    from ndcheck.samplers.transformers import DTYPES, choose_device
+    from ndcheck.samplers.device import choose_device
+    from ndcheck.samplers.transformers import DTYPES
 
     if (op is None) == (fn is None):
         raise UsageError(f"give one OP ({', '.join(REDUCTIONS)}) or --fn module:function")
@@ -140,6 +141,11 @@ def trace_run(
     # A prefill in parts has no pass to compare, but the cache that it left is there from step 1 on.
     first = 0 if sample.load.cache_state == "whole" else 1
     steps = steps or sorted({max(first, failure.bits_position), max(first, failure.position)})
+    # Beyond the divergence the sample took in other tokens than the trace does.
+    recorded = sample.row_digests[: failure.position + 1]
+    if sample.arm == "invariant" and sampler.model.device.type == "cuda":
+        note("fused layers are traced op by op, whose bits are not the recorded ones", quiet=quiet)
+        recorded = ()
     return _trace(
         spec,
         sampler,
@@ -149,8 +155,7 @@ def trace_run(
         with_swaps,
         as_json,
         quiet,
-        # Beyond the divergence the sample took in other tokens than the trace does.
-        sample.row_digests[: failure.position + 1],
+        recorded,
         partial(save_explanation, directory, sample.sample_id),
     )
 
@@ -224,7 +229,13 @@ def shrink(
     shrunk = Shrinker(sampler, failure, on_test=show).shrink()
     path = out or directory / "repro.py"
     source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
-    text = script.write_script(shrunk, sampler.describe(), source, remote=spec.trust_remote_code)
+    text = script.write_script(
+        shrunk,
+        sampler.describe(),
+        source,
+        remote=spec.trust_remote_code,
+        random_weights=spec.random_weights,
+    )
     try:
         with replacing(path) as file:
             file.write(text)
@@ -254,7 +265,7 @@ def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
 
 def one_arm(text: str) -> Arm:
     """``stock`` or ``invariant``."""
-    (arm, *more) = request.parse_arms(text)
+    (arm, *more) = request.parse_names("--kernels", text, ARMS)
     if more:
         raise UsageError(f"--kernels {text}: give one of {', '.join(ARMS)}")
     return arm

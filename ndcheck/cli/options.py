@@ -13,6 +13,7 @@ from ndcheck.request import DEFAULTS
 Model = Annotated[
     str,
     typer.Option(
+        "--model",
         help="builtin, a directory, a hub id, or scripted:NAME.",
         envvar="NDCHECK_MODEL",
         metavar="MODEL",
@@ -20,28 +21,38 @@ Model = Annotated[
 ]
 Prompt = Annotated[
     list[str] | None,
-    typer.Option(help="A probe; may be given several times.", metavar="TEXT"),
+    typer.Option("--prompt", help="A probe; may be given several times.", metavar="TEXT"),
 ]
 PromptsFile = Annotated[
     Path | None,
-    typer.Option(help="Probes, one a line (.txt) or as JSON lines (.jsonl).", metavar="FILE"),
+    typer.Option(
+        "--prompts-file",
+        help="Probes, one a line (.txt) or as JSON lines (.jsonl).",
+        metavar="FILE",
+    ),
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")]
 MaxTokens = Annotated[
     int,
-    typer.Option(help="Tokens per completion.", envvar="NDCHECK_MAX_TOKENS", metavar="N"),
+    typer.Option(
+        "--max-tokens", help="Tokens per completion.", envvar="NDCHECK_MAX_TOKENS", metavar="N"
+    ),
 ]
 Temperature = Annotated[
     float,
-    typer.Option(help="0 is greedy; above, a Gumbel draw seeded by --seed.", metavar="T"),
+    typer.Option(
+        "--temperature", help="0 is greedy; above, a Gumbel draw seeded by --seed.", metavar="T"
+    ),
 ]
 Seed = Annotated[
-    int, typer.Option(help="Of fillers, slots and draws.", envvar="NDCHECK_SEED", metavar="N")
+    int,
+    typer.Option("--seed", help="Of fillers, slots and draws.", envvar="NDCHECK_SEED", metavar="N"),
 ]
 Kernels = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help=f"Arms to run, interleaved: {', '.join(ARMS)}.",
+        "--kernels",
+        help=f"Arms to run, interleaved: {', '.join(ARMS)} [default: both].",
         envvar="NDCHECK_KERNELS",
         metavar="ARMS",
     ),
@@ -49,12 +60,17 @@ Kernels = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="auto (as stored), bf16, fp16, fp32.", envvar="NDCHECK_DTYPE", metavar="DTYPE"
+        "--dtype",
+        help="auto (as stored), bf16, fp16, fp32.",
+        envvar="NDCHECK_DTYPE",
+        metavar="DTYPE",
     ),
 ]
 Device = Annotated[
     str,
-    typer.Option(help="auto, cpu, cuda, cuda:1, ...", envvar="NDCHECK_DEVICE", metavar="DEVICE"),
+    typer.Option(
+        "--device", help="auto, cpu, cuda, cuda:1, ...", envvar="NDCHECK_DEVICE", metavar="DEVICE"
+    ),
 ]
 Attention = Annotated[
     str,
@@ -65,10 +81,13 @@ Attention = Annotated[
         metavar="NAME",
     ),
 ]
-Loads = Annotated[str, typer.Option(help="Batch sizes.", envvar="NDCHECK_LOADS", metavar="1,2,...")]
+Loads = Annotated[
+    str, typer.Option("--loads", help="Batch sizes.", envvar="NDCHECK_LOADS", metavar="1,2,...")
+]
 Axes = Annotated[
     str,
     typer.Option(
+        "--axes",
         help=f"What varies: all, or some of {', '.join(AXES)}.",
         envvar="NDCHECK_AXES",
         metavar="AXES",
@@ -77,6 +96,7 @@ Axes = Annotated[
 LoadMode = Annotated[
     str,
     typer.Option(
+        "--mode",
         help="copies: rows are copies of the probe, each a sample. "
         "mixed: one probe row among fillers.",
         envvar="NDCHECK_MODE",
@@ -96,11 +116,12 @@ Samples = Annotated[
 TargetRate = Annotated[
     float | None,
     typer.Option(
+        "--target-rate",
         help="Choose the number of trials so that none diverging excludes this rate.",
         metavar="P",
     ),
 ]
-Confidence = Annotated[float, typer.Option(help="Of all bounds.", metavar="LEVEL")]
+Confidence = Annotated[float, typer.Option("--confidence", help="Of all bounds.", metavar="LEVEL")]
 StopOnDivergence = Annotated[
     bool, typer.Option("--stop-on-divergence", help="End at the first diverged trial.")
 ]
@@ -109,24 +130,44 @@ AllowLatent = Annotated[
 ]
 AnswerPattern = Annotated[
     str | None,
-    typer.Option(help="Regular expression of the answer in a completion (TARa@N).", metavar="RE"),
+    typer.Option(
+        "--answer-pattern",
+        help="Regular expression of the answer in a completion (TARa@N).",
+        metavar="RE",
+    ),
 ]
 Out = Annotated[
     Path | None,
-    typer.Option(help="New or empty directory [default: ndcheck-runs/TIME-MODEL].", metavar="DIR"),
+    typer.Option(
+        "--out", help="New or empty directory [default: ndcheck-runs/TIME-MODEL].", metavar="DIR"
+    ),
 ]
 Resume = Annotated[
     Path | None,
-    typer.Option(help="Go on with an interrupted run, as it was.", metavar="DIR"),
+    typer.Option("--resume", help="Go on with an interrupted run, as it was.", metavar="DIR"),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a screen.")]
+Html = Annotated[
+    bool, typer.Option("--html", help="Also write report.html, one page with everything in it.")
+]
+Plots = Annotated[
+    bool,
+    typer.Option("--plots", help="Also write plots/ as PNG and SVG; needs ndcheck[plots]."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")]
+RandomWeights = Annotated[
+    int | None,
+    typer.Option(
+        "--random-weights",
+        help="Make weights from the model's config.json and this seed; load none.",
+        metavar="SEED",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model's repository run its code.")
 ]
 
 LOADS_DEFAULT = ",".join(map(str, DEFAULTS.batch_sizes))
-KERNELS_DEFAULT = ",".join(DEFAULTS.arms)

@@ -22,26 +22,39 @@ def order(
     fn: Annotated[
         str | None,
         typer.Option(
+            "--fn",
             help="Your own: takes a tensor [rows, n], returns each row's sum.",
             metavar="MODULE:FUNCTION",
         ),
     ] = None,
     rows: Annotated[
-        str, typer.Option(help="Rows (the batch, for bmm and attention).", metavar="1-4,8,...")
+        str,
+        typer.Option(
+            "--rows", help="Rows (the batch, for bmm and attention).", metavar="1-4,8,..."
+        ),
     ] = "1-8,15-17,31-33,64",
     terms: Annotated[
-        str, typer.Option(help="Reduced length: K, or the KV length.", metavar="256,...")
+        str,
+        typer.Option("--terms", help="Reduced length: K, or the KV length.", metavar="256,..."),
     ] = "256",
     columns: Annotated[
-        int, typer.Option(help="Outputs a row has: N, or 64 for each head.", metavar="N")
+        int,
+        typer.Option("--columns", help="Outputs a row has: N, or 64 for each head.", metavar="N"),
     ] = 256,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32.", metavar="DTYPE")] = "fp32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="bf16, fp16, fp32.", metavar="DTYPE")
+    ] = "fp32",
     device: o.Device = "auto",
-    kernels: Annotated[str, typer.Option(help="stock or invariant.", metavar="ARM")] = "stock",
+    kernels: Annotated[
+        str, typer.Option("--kernels", help="stock or invariant.", metavar="ARM")
+    ] = "stock",
     dot: Annotated[
-        Path | None, typer.Option(help="Write the trees for Graphviz.", metavar="FILE")
+        Path | None,
+        typer.Option("--dot", help="Write the trees for Graphviz.", metavar="FILE"),
     ] = None,
-    svg: Annotated[Path | None, typer.Option(help="Write a drawing.", metavar="FILE")] = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", help="Write a drawing.", metavar="FILE")
+    ] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:

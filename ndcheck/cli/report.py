@@ -12,10 +12,14 @@ from ndcheck.cli import options as o
 
 def report(
     directory: Annotated[Path, typer.Argument(help="A run's directory.", metavar="DIR")],
+    html: o.Html = False,
+    plots: o.Plots = False,
     json: o.Json = False,
 ) -> None:
     """Render a run's reports again from its samples: no model and no GPU needed."""
     from ndcheck.cli import session
     from ndcheck.store import read_run
 
-    raise typer.Exit(session.report(directory, read_run(directory), as_json=json))
+    raise typer.Exit(
+        session.report(directory, read_run(directory), as_json=json, html=html, plots=plots)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ndcheck.cli import options as o
-from ndcheck.request import DEFAULTS
+from ndcheck.request import DEFAULTS, make_spec
 
 
 def run(
@@ -17,7 +17,7 @@ def run(
     loads: o.Loads = o.LOADS_DEFAULT,
     axes: o.Axes = "all",
     mode: o.LoadMode = DEFAULTS.mode,
-    kernels: o.Kernels = o.KERNELS_DEFAULT,
+    kernels: o.Kernels = None,
     samples: o.Samples = DEFAULTS.n_samples,
     target_rate: o.TargetRate = None,
     confidence: o.Confidence = DEFAULTS.confidence,
@@ -30,46 +30,52 @@ def run(
     device: o.Device = DEFAULTS.device,
     attn: o.Attention = DEFAULTS.attention,
     answer_pattern: o.AnswerPattern = None,
+    random_weights: o.RandomWeights = None,
     trust_remote_code: o.TrustRemoteCode = False,
     out: o.Out = None,
     resume: o.Resume = None,
     dry_run: o.DryRun = False,
+    html: o.Html = False,
+    plots: o.Plots = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Sample prompts again and again under varying batches, and compare tokens and bits.
 
-    Without options: the embedded model, one prompt, every invariance property, about a minute.
+    Without options: the embedded model, one prompt, stock and batch-invariant kernels, every
+    invariance property, about a minute.
     """
-    from ndcheck import request
     from ndcheck.cli import session
-    from ndcheck.records import Decoding, RunSpec
 
     if resume is not None:
-        session.refuse_other_options(context, allowed={"resume", "json", "quiet"})
-        raise typer.Exit(session.resume(resume, as_json=json, quiet=quiet))
-    spec = RunSpec(
+        session.refuse_other_options(context, allowed={"resume", "html", "plots", "json", "quiet"})
+        code = session.resume(resume, as_json=json, quiet=quiet, html=html, plots=plots)
+        raise typer.Exit(code)
+    spec = make_spec(
         model=model,
-        probes=request.make_probes(prompt or (), prompts_file),
-        decoding=Decoding(max_tokens, temperature, seed),
-        batch_sizes=request.parse_batch_sizes(loads),
-        axes=request.parse_axes(axes),
-        mode=request.parse_mode(mode),
-        n_samples=samples,
-        arms=request.parse_arms(kernels),
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        attention=attn,
+        prompt=prompt or (),
+        prompts_file=prompts_file,
         chat=chat,
-        trust_remote_code=trust_remote_code,
+        loads=loads,
+        axes=axes,
+        mode=mode,
+        kernels=kernels,
+        samples=samples,
         target_rate=target_rate,
         confidence=confidence,
         stop_on_divergence=stop_on_divergence,
         allow_latent=allow_latent,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        attn=attn,
         answer_pattern=answer_pattern,
+        random_weights=random_weights,
+        trust_remote_code=trust_remote_code,
     )
-    request.check(spec)
     if dry_run:
         raise typer.Exit(session.print_plan(spec))
-    raise typer.Exit(session.start(spec, out, as_json=json, quiet=quiet))
+    code = session.start(spec, out, as_json=json, quiet=quiet, html=html, plots=plots)
+    raise typer.Exit(code)

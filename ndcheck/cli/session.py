@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from contextlib import closing
-from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
 
-from ndcheck import __version__, environment
+from ndcheck import environment
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.errors import NdcheckError, UsageError
-from ndcheck.load import plan_trials
 from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
 from ndcheck.reports.explanation import read_advice
+from ndcheck.reports.plots import MAX_PROBES
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import run_trials
+from ndcheck.runner import create_directory, plan, run_trials
 from ndcheck.samplers.base import Sampler, open_sampler
 from ndcheck.store import RunDirectory, SampleReader, write_failure
 from ndcheck.verdict import EXIT_CODES, judge
 
 INTERRUPTED = 130
-RUNS_DIRECTORY = Path("ndcheck-runs")
 
 
-def start(spec: RunSpec, out: Path | None, *, as_json: bool, quiet: bool) -> int:
+def start(
+    spec: RunSpec, out: Path | None, *, as_json: bool, quiet: bool, html: bool, plots: bool
+) -> int:
     """Measure from the beginning. Returns the exit code."""
+    check_plots(wanted=plots)
     note(f"loading {spec.model}", quiet=quiet)
     sampler = open_sampler(spec)
     trials = plan(spec, sampler)
-    now = datetime.now(UTC)
-    path = out or free_path(RUNS_DIRECTORY / f"{now:%Y%m%d-%H%M%S}-{slug(spec.model)}")
-    run = Run(
-        run_id=path.name,
-        ndcheck_version=__version__,
-        spec=spec,
-        environment=environment.capture(sampler.describe()),
-        started_at=now.isoformat(timespec="seconds"),
-        n_trials_planned=len(trials),
-    )
     if spec.target_rate:
         n_trials = trials_needed(spec.target_rate, spec.confidence)
         note(
@@ -53,12 +45,15 @@ def start(spec: RunSpec, out: Path | None, *, as_json: bool, quiet: bool) -> int
             f"{spec.target_rate:g} is excluded at {spec.confidence:.0%}",
             quiet=quiet,
         )
-    with closing(RunDirectory.create(path, run)) as directory:
-        return measure(directory, trials, sampler, [], as_json=as_json, quiet=quiet)
+    with closing(create_directory(spec, sampler, trials, out)) as directory:
+        return measure(
+            directory, trials, sampler, [], as_json=as_json, quiet=quiet, html=html, plots=plots
+        )
 
 
-def resume(path: Path, *, as_json: bool, quiet: bool) -> int:
+def resume(path: Path, *, as_json: bool, quiet: bool, html: bool, plots: bool) -> int:
     """Go on with a run as it was. Returns the exit code."""
+    check_plots(wanted=plots)
     directory, finished = RunDirectory.resume(path)
     with closing(directory):
         spec = directory.run.spec
@@ -72,7 +67,16 @@ def resume(path: Path, *, as_json: bool, quiet: bool) -> int:
                 f"({'; '.join(changed)}): start a new run"
             )
         trials = plan(spec, sampler)
-        return measure(directory, trials, sampler, finished, as_json=as_json, quiet=quiet)
+        return measure(
+            directory,
+            trials,
+            sampler,
+            finished,
+            as_json=as_json,
+            quiet=quiet,
+            html=html,
+            plots=plots,
+        )
 
 
 def measure(
@@ -83,6 +87,8 @@ def measure(
     *,
     as_json: bool,
     quiet: bool,
+    html: bool,
+    plots: bool,
 ) -> int:
     """Run the trials and report, also on what there is when something ends the run early."""
     failure: NdcheckError | None = None
@@ -90,12 +96,12 @@ def measure(
         with ProgressLine(quiet=quiet) as progress:
             run_trials(trials, sampler, directory, finished, progress.show)
     except KeyboardInterrupt:
-        report(directory.path, directory.run, as_json=as_json)
+        report(directory.path, directory.run, as_json=as_json, html=html, plots=plots)
         note(f"interrupted; go on with: ndcheck run --resume {directory.path}", quiet=False)
         return INTERRUPTED
     except NdcheckError as error:
         failure = error
-    code = report(directory.path, directory.run, as_json=as_json)
+    code = report(directory.path, directory.run, as_json=as_json, html=html, plots=plots)
     if failure is not None:
         note(
             f"finished trials are kept; go on with: ndcheck run --resume {directory.path}",
@@ -105,10 +111,11 @@ def measure(
     return code
 
 
-def report(path: Path, run: Run, *, as_json: bool) -> int:
+def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bool = False) -> int:
     """Write the reports of a run and show one. Returns the verdict's exit code."""
     from rich.console import Console
 
+    check_plots(wanted=plots)
     samples = SampleReader(path)
     summary = summarise(samples, run.spec)
     for line in samples.bad_lines:
@@ -116,9 +123,18 @@ def report(path: Path, run: Run, *, as_json: bool) -> int:
     judgement = judge(run, summary)
     advice = read_advice(path)
     try:
-        write_reports(path, run, samples, summary, judgement, DEFAULTS, advice)
+        write_reports(
+            path, run, samples, summary, judgement, DEFAULTS, advice, html=html, plots=plots
+        )
     except OSError as error:
         raise write_failure(path, error) from error
+    if html:
+        note(f"wrote {path / 'report.html'}", quiet=False)
+    if plots:
+        rest = len(run.spec.probes) - MAX_PROBES
+        note(
+            f"wrote {path / 'plots'}{f' without the last {rest} probes' * (rest > 0)}", quiet=False
+        )
     if as_json:
         typer.echo(json.dumps(make_document(run, summary, judgement), indent=2, allow_nan=False))
     else:
@@ -166,31 +182,6 @@ def plan_row(trial: Trial) -> tuple[str, ...]:
     )
 
 
-def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
-    """The run's trials. Raises UsageError where a prompt is empty or too long for the model."""
-    lengths = {probe.probe_id: sampler.count_tokens(probe.prompt) for probe in spec.probes}
-    for probe_id, length in lengths.items():
-        if length == 0:
-            raise UsageError(f"prompt {probe_id} has no tokens")
-    n_trials = trials_needed(spec.target_rate, spec.confidence) if spec.target_rate else None
-    return plan_trials(spec, lengths, sampler.context, n_trials)
-
-
-def free_path(path: Path) -> Path:
-    """``path``, or the first of path-2, path-3, ... that does not exist."""
-    candidate, n = path, 1
-    while candidate.exists():
-        n += 1
-        candidate = path.with_name(f"{path.name}-{n}")
-    return candidate
-
-
-def slug(model: str) -> str:
-    """The end of a model's name, in characters that every file system takes."""
-    name = model.rstrip("/").rpartition("/")[2]
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:40] or "model"
-
-
 def refuse_other_options(
     context: typer.Context, allowed: set[str], option: str = "--resume"
 ) -> None:
@@ -202,6 +193,12 @@ def refuse_other_options(
                 f"{option} goes on with the run as it was: --{name.replace('_', '-')} "
                 "cannot be changed; start a new run for that"
             )
+
+
+def check_plots(*, wanted: bool) -> None:
+    """Raise UsageError before anything is measured if the plots could not be drawn."""
+    if wanted and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plots needs matplotlib: pip install 'ndcheck[plots]'")
 
 
 def note(line: str, *, quiet: bool) -> None:

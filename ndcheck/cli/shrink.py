@@ -11,16 +11,20 @@ from ndcheck.cli import options as o
 
 
 def shrink(
-    run: Annotated[Path, typer.Option(help="The run that failed.", metavar="DIR")],
+    run: Annotated[Path, typer.Option("--run", help="The run that failed.", metavar="DIR")],
     sample: Annotated[
         int | None,
         typer.Option(
-            help="Which [default: one that diverged in the smallest batch].", metavar="ID"
+            "--sample",
+            help="Which [default: one that diverged in the smallest batch].",
+            metavar="ID",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the script goes [default: DIR/repro.py].", metavar="FILE"),
+        typer.Option(
+            "--out", help="Where the script goes [default: DIR/repro.py].", metavar="FILE"
+        ),
     ] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,

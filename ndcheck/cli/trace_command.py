@@ -14,32 +14,42 @@ from ndcheck.request import DEFAULTS
 def trace(
     context: typer.Context,
     model: o.Model = DEFAULTS.model,
-    prompt: Annotated[str | None, typer.Option(help="The probe.", metavar="TEXT")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="The probe.", metavar="TEXT")
+    ] = None,
     chat: o.Chat = False,
     loads: o.Loads = "2,3,4,8,16",
     mode: o.LoadMode = DEFAULTS.mode,
     step: Annotated[
-        str, typer.Option(help="0 is the prefill, t the pass that gives token t.", metavar="T,...")
+        str,
+        typer.Option(
+            "--step", help="0 is the prefill, t the pass that gives token t.", metavar="T,..."
+        ),
     ] = "0,1",
     kernels: Annotated[
-        str, typer.Option(help="The arm to trace: stock or invariant.", metavar="ARM")
+        str,
+        typer.Option("--kernels", help="The arm to trace: stock or invariant.", metavar="ARM"),
     ] = "stock",
     dtype: o.Dtype = DEFAULTS.dtype,
     device: o.Device = DEFAULTS.device,
     attn: o.Attention = DEFAULTS.attention,
     seed: o.Seed = DEFAULTS.seed,
     run: Annotated[
-        Path | None, typer.Option(help="Explain a recorded sample of this run.", metavar="DIR")
+        Path | None,
+        typer.Option("--run", help="Explain a recorded sample of this run.", metavar="DIR"),
     ] = None,
     sample: Annotated[
         int | None,
         typer.Option(
-            help="Which [default: one that diverged in the smallest batch].", metavar="ID"
+            "--sample",
+            help="Which [default: one that diverged in the smallest batch].",
+            metavar="ID",
         ),
     ] = None,
     swaps: Annotated[
         bool, typer.Option("--swaps/--no-swaps", help="Search the smallest set of swaps.")
     ] = True,
+    random_weights: o.RandomWeights = None,
     trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -80,6 +90,7 @@ def trace(
         device=device,
         attention=attn,
         chat=chat,
+        random_weights=random_weights,
         trust_remote_code=trust_remote_code,
     )
     request.check(spec)

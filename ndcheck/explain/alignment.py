@@ -15,14 +15,13 @@ Place = tuple[slice, ...]
 class Geometry:
     """The sizes that tell a tensor's dimensions apart, in the run alone and in the load.
 
-    ``queries`` are the columns of this forward pass, ``seen`` the columns so far, ``width`` those
-    of the static cache; each as (alone, loaded). ``pad`` is the probe's left padding in the load.
+    ``queries`` are the columns of this forward pass, ``width`` those of the static cache and of the
+    mask; each as (alone, loaded). ``pad`` is the probe's left padding in the load.
     """
 
     batch_size: int
     pad: int
     queries: tuple[int, int]
-    seen: tuple[int, int]
     width: tuple[int, int]
 
     def place(self, alone: Sequence[int], loaded: Sequence[int], slot: int) -> Place | None:
@@ -36,8 +35,7 @@ class Geometry:
                 start, length = 0, a
             elif a == 1 and b == self.batch_size and not is_batched:
                 start, length, is_batched = slot, 1, True
-            elif (a, b) in (self.queries, self.seen, self.width, (self.seen[0], self.width[1])):
-                # The last pair: without a mask, attention is given only the columns filled so far.
+            elif (a, b) in (self.queries, self.width):
                 start, length = self.pad, a
             elif a == self.queries[0] and b == self.batch_size * self.queries[1]:
                 start, length = slot * self.queries[1] + self.pad, a

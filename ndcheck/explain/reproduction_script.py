@@ -18,15 +18,14 @@ TIMEOUT_S = 600
 _SCRIPT = Template('''\
 """Token $token of row $slot is not the one it gets alone. Found by ndcheck shrink."""
 import torch
-from transformers import AutoModelForCausalLM, StaticCache
+import transformers
 
 ROWS = [
 $rows
 ]
 SLOT, N_TOKENS, N_CHUNKS = $slot, $n_tokens, $n_chunks
 torch.set_num_threads($threads)
-model = AutoModelForCausalLM.from_pretrained($model, $options)
-model = model.to($device).eval()
+$load
 
 @torch.inference_mode()
 def complete(rows, slot, n_chunks):
@@ -35,14 +34,13 @@ def complete(rows, slot, n_chunks):
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows]).to(model.device)
     pads = torch.tensor([[width - len(row)] for row in rows]).to(model.device)
     columns = torch.arange(width + N_TOKENS).to(model.device)
-    mask = (columns >= pads).long()
-    cache = StaticCache(config=model.config, max_cache_len=width + N_TOKENS)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=width + N_TOKENS)
     parts, end, tokens, bits = list(ids.split(-(-width // n_chunks), dim=1)), 0, [], []
     while len(tokens) < N_TOKENS:
         part = parts.pop(0)
         start, end = end, end + part.shape[1]
         positions = (columns[start:end] - pads).clamp(min=0)
-        logits = model(input_ids=part, attention_mask=mask[:, :end], position_ids=positions,
+        logits = model(part, attention_mask=(columns >= pads).long(), position_ids=positions,
                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         if not parts:
             parts = [(logits == logits.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)]
@@ -56,6 +54,16 @@ differ = $criterion
 raise SystemExit(f"differs at token {differ.index(True) + 1}" if any(differ) else 0)
 ''')
 
+_LOAD = Template("""\
+model = transformers.AutoModelForCausalLM.from_pretrained($model, $options$trust)
+model = model.to($device).eval()""")
+
+_MAKE = Template("""\
+torch.manual_seed($seed)
+with torch.device($device):
+    config = transformers.AutoConfig.from_pretrained($model$trust)
+    model = transformers.AutoModelForCausalLM.from_config(config, $options$trust).eval()""")
+
 
 @dataclass(frozen=True, slots=True)
 class Reproduction:
@@ -66,10 +74,18 @@ class Reproduction:
     output: str
 
 
-def write_script(shrunk: Shrunk, described: dict[str, Any], source: str, *, remote: bool) -> str:
-    """The script's text: 36 lines and one for each row.
+def write_script(
+    shrunk: Shrunk,
+    described: dict[str, Any],
+    source: str,
+    *,
+    remote: bool,
+    random_weights: int | None = None,
+) -> str:
+    """The script's text: at most 37 lines and one for each row.
 
-    ``described`` is the sampler's description of the model, ``source`` where it is loaded from.
+    ``described`` is the sampler's description of the model, ``source`` where it is loaded from;
+    ``random_weights`` is the seed of weights that are not.
     Raises UsageError for a cache state that takes more than that.
     """
     import torch
@@ -77,10 +93,7 @@ def write_script(shrunk: Shrunk, described: dict[str, Any], source: str, *, remo
     batch = shrunk.batch
     if batch.cache_state == "prefix":
         raise UsageError("only a prefilled prefix parts this probe: no short script can show it")
-    options = [f"dtype=torch.{described['dtype']}"]
-    options.append(f"attn_implementation={described['attention']!r}")
-    if remote:
-        options.append("trust_remote_code=True")
+    load = _LOAD if random_weights is None else _MAKE
     tokens = "[a != b for a, b in zip(alone, batched)]"
     return _SCRIPT.substitute(
         token=shrunk.position + 1,
@@ -89,9 +102,14 @@ def write_script(shrunk: Shrunk, described: dict[str, Any], source: str, *, remo
         n_tokens=batch.n_tokens,
         n_chunks=N_PREFILL_CHUNKS if batch.cache_state == "chunked" else 1,
         threads=torch.get_num_threads(),
-        model=repr(source),
-        options=", ".join(options),
-        device=repr(described["device"]),
+        load=load.substitute(
+            model=repr(source),
+            trust=", trust_remote_code=True" * remote,
+            options=f"dtype=torch.{described['dtype']}, "
+            f"attn_implementation={described['attention']!r}",
+            device=repr(described["device"]),
+            seed=random_weights,
+        ),
         criterion=tokens.replace("a != b", "not torch.equal(a, b)")
         .replace("alone", "bits_alone")
         .replace("batched", "bits_batched")

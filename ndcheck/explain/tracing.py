@@ -26,7 +26,7 @@ from ndcheck.explain.recording import (
 )
 from ndcheck.records import Arm, Decoding, Load, Probe
 from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.selection import choose_tokens, digest_row
+from ndcheck.samplers.selection import choose_tokens, digest_row, gumbel_noise
 from ndcheck.samplers.transformers import TransformersSampler
 
 
@@ -123,7 +123,7 @@ class Tracer:
         self._decoding = decoding or Decoding(step + 1)
         # The static cache is as long as the run's: attention runs over all of it.
         self._max_tokens = max(self._decoding.max_tokens, step + 1)
-        self._kernels = kernels or (lambda: sampler.arm(arm))
+        self._kernels = kernels or (lambda: sampler.arm(arm, fuse=False))
         self._weights = weight_storages(sampler.model)
         self._n_prompt = sampler.count_tokens(probe.prompt)
         if self._n_prompt + self._max_tokens > sampler.context:
@@ -172,7 +172,7 @@ class Tracer:
             not equal_bits(traced[slot], self._logits_alone),
             not equal_bits(traced[slot], untraced[slot]),
             max(load.filler_lengths, default=0) > self._n_prompt,
-            digest_row(traced[slot]),
+            f"{digest_row(traced[slot]) & 2**64 - 1:016x}",  # as samples are recorded
             recorder.calls,
         )
 
@@ -209,7 +209,10 @@ class Tracer:
 
     def _next_tokens(self, logits: Tensor, position: int, load: Load, slot: int | None) -> Tensor:
         """Every row's own next token, but the probe's is the one it takes alone."""
-        token_ids, _ = choose_tokens(logits, position, self._decoding)
+        temperature, noise = self._decoding.temperature, None
+        if temperature:
+            noise = gumbel_noise(self._decoding.seed, position, logits.shape[-1]).to(logits.device)
+        token_ids = choose_tokens(logits, temperature, noise)
         if slot is None:
             if len(self.token_ids) == position:
                 self.token_ids.append(int(token_ids[0]))
@@ -220,10 +223,9 @@ class Tracer:
     def _geometry(self, load: Load, slot: int) -> Geometry:
         n_columns = max(self._n_prompt, *load.filler_lengths, 0)
         pad = n_columns - self._n_prompt
-        seen = (self._n_prompt + self._step, n_columns + self._step)
         queries = (1, 1) if self._step else (self._n_prompt, n_columns)
         width = (self._n_prompt + self._max_tokens, n_columns + self._max_tokens)
-        return Geometry(load.batch_size, pad, queries, seen, width)
+        return Geometry(load.batch_size, pad, queries, width)
 
 
 def group_findings(traces: Sequence[LoadTrace]) -> list[OpGroup]:

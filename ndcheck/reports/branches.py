@@ -30,10 +30,8 @@ def tree_lines(probe: ProbeSummary, width: int, max_completions: int) -> list[st
     text_width = max(_MIN_TEXT_WIDTH, width - len(label))
     if probe.tree is None:
         return [label + quoted(shared, text_width)]
-    reference = _reference_id(probe)
-    shown = set(range(1, min(max_completions, len(probe.completions)) + 1))
-    shown |= {branch.completion_ids[0] for branch in probe.tree.branches[:2]}
-    shown |= set() if reference is None else {reference}
+    reference = reference_id(probe)
+    shown = shown_completions(probe, max_completions)
     lines = [label + quoted_tail(shared, text_width) if shared else "no token in common"]
     lines += _fork_lines(probe.tree, shown, reference, "", width)
     if len(shown) < len(probe.completions):
@@ -43,7 +41,16 @@ def tree_lines(probe: ProbeSummary, width: int, max_completions: int) -> list[st
     return lines
 
 
-def _reference_id(probe: ProbeSummary) -> int | None:
+def shown_completions(probe: ProbeSummary, max_completions: int) -> set[int]:
+    """The ids of the most frequent completions, of the reference, and of both sides of a fork."""
+    shown = set(range(1, min(max_completions, len(probe.completions)) + 1))
+    if probe.tree is not None:
+        shown |= {branch.completion_ids[0] for branch in probe.tree.branches[:2]}
+    reference = reference_id(probe)
+    return shown if reference is None else shown | {reference}
+
+
+def reference_id(probe: ProbeSummary) -> int | None:
     """The completion that does not diverge from the reference, its own, if it is a frequent one."""
     if not probe.n_trials:  # without a reference nothing diverges from it
         return None
@@ -56,7 +63,7 @@ def _fork_lines(
 ) -> Iterator[str]:
     margin = "" if fork.margin is None else f" (top-2 margin {fork.margin:.2g})"
     yield f"{indent}at token {fork.position + 1}{margin}:"
-    branches = _shown_branches(fork, shown)
+    branches = branches_to(fork, shown)
     digits = len(str(branches[0].count))
     for branch in branches:
         below = shown.intersection(branch.completion_ids)
@@ -72,7 +79,7 @@ def _fork_lines(
             yield from _fork_lines(next_fork, below, reference, indent + _INDENT, width)
 
 
-def _shown_branches(fork: Fork, shown: set[int]) -> list[Branch]:
+def branches_to(fork: Fork, shown: set[int]) -> list[Branch]:
     """The branches that lead to ``shown``, all of which are below the fork."""
     found: list[Branch] = []
     missing = set(shown)
@@ -89,7 +96,7 @@ def _until_shown_fork(branch: Branch, shown: set[int]) -> tuple[str, Fork | None
     """The branch's text up to the next fork that parts two completions of ``shown``."""
     texts = [branch.continuation]
     fork = branch.fork
-    while fork is not None and len(branches := _shown_branches(fork, shown)) == 1:
+    while fork is not None and len(branches := branches_to(fork, shown)) == 1:
         texts.append(branches[0].continuation)
         fork = branches[0].fork
     return "".join(texts), fork

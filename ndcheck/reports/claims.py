@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.records import Run
 from ndcheck.reports import phrases
-from ndcheck.reports.untrusted import markdown_text
 
 
-def claims(run: Run, summary: Summary) -> list[str]:
-    """One sentence for each probe and arm, in Markdown."""
-    found = [_claim(probe, summary) for probe in sorted(summary.probes, key=_weakness)]
+def claims(summary: Summary, escape: Callable[[str], str]) -> list[str]:
+    """One sentence for each probe and arm; ``escape`` makes the names in it safe to show."""
+    found = [_claim(probe, summary, escape) for probe in sorted(summary.probes, key=_weakness)]
     return found or ["None: nothing was measured."]
 
 
@@ -18,9 +19,9 @@ def _weakness(probe: ProbeSummary) -> tuple[bool, bool, bool]:
     return not probe.n_trials, bool(probe.diverged_trials), bool(probe.latent_trials)
 
 
-def _claim(probe: ProbeSummary, summary: Summary) -> str:
+def _claim(probe: ProbeSummary, summary: Summary, escape: Callable[[str], str]) -> str:
     subject = phrases.subject(probe, summary)
-    start = f"{markdown_text(subject)}: " if subject else ""
+    start = f"{escape(subject)}: " if subject else ""
     if not probe.n_trials:
         return f"{start}none, since no trial gave a completion to compare."
     confidence = f"{phrases.percent(probe.confidence)} %"
@@ -40,7 +41,6 @@ def _claim(probe: ProbeSummary, summary: Summary) -> str:
 
 
 def exclusions(run: Run) -> list[str]:
-    """In Markdown."""
     sizes = ", ".join(map(str, run.spec.batch_sizes))
     axes = ", ".join(run.spec.axes)
     return [

@@ -48,7 +48,7 @@ def markdown_report(
         *_next_steps(run, summary, judgement, defaults),
         *(part for probe in summary.probes for part in _probe(probe, run, summary, verdicts)),
         "## Claims",
-        _bullets(claims(run, summary)),
+        _bullets(claims(summary, markdown_text)),
         "Not claimed:",
         _bullets(exclusions(run)),
         *_environment(run),

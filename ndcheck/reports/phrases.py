@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
 
 from ndcheck.analysis.summary import AxisFinding, LoadFinding, ProbeSummary, Summary
-from ndcheck.records import Run
+from ndcheck.records import Axis, CacheState, Run
 from ndcheck.reports.untrusted import visible
 
 
@@ -72,7 +72,11 @@ def token(position: int | None) -> str:
 
 
 def load(finding: LoadFinding) -> str:
-    return finding.cache_state if finding.axis == "cache" else finding.axis
+    return load_name(finding.axis, finding.cache_state)
+
+
+def load_name(axis: Axis, cache_state: CacheState) -> str:
+    return cache_state if axis == "cache" else axis
 
 
 def speed(tokens_per_s: float | None) -> str:

@@ -47,6 +47,7 @@ def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
         ("--kernels", _commas(spec.arms), _commas(defaults.arms)),
         ("--confidence", spec.confidence, defaults.confidence),
         ("--target-rate", spec.target_rate, defaults.target_rate),
+        ("--random-weights", spec.random_weights, defaults.random_weights),
         ("--answer-pattern", spec.answer_pattern, defaults.answer_pattern),
     ]
     if spec.target_rate is None:  # a target rate chooses the number of samples

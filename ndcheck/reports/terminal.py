@@ -70,7 +70,7 @@ def print_report(
         if index:
             console.print()
         for part in section:
-            _print_without_padding(console, part)
+            print_without_padding(console, part)
 
 
 def _heading(
@@ -80,7 +80,8 @@ def _heading(
         yield Text(group[0].arm, style="bold")
 
 
-def _print_without_padding(console: Console, part: RenderableType) -> None:
+def print_without_padding(console: Console, part: RenderableType) -> None:
+    """Print without the spaces that would end each line."""
     for line in console.render_lines(part, pad=False):
         text = Text.assemble(*((segment.text, segment.style or "") for segment in line))
         text.rstrip()

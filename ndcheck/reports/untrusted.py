@@ -16,6 +16,7 @@ _CONTROLS = re.compile(
 # A spreadsheet runs a cell as a formula if its first visible character is one of these; it strips
 # white space first, and takes the full-width forms for the ASCII ones.
 _FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\r]")
+_NOT_XML = re.compile("[\ufffe\uffff]")
 _PIPE = re.compile(r"(\\*)\|")
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&#!$])")
 
@@ -104,3 +105,8 @@ def csv_text(text: str) -> str:
     """A cell of a text column: an apostrophe in front keeps a spreadsheet from running it."""
     shown = without_controls(text)
     return f"'{shown}" if _FORMULA.match(shown) else shown
+
+
+def xml_text(text: str) -> str:
+    """Text that XML 1.0 can hold: what it forbids even as a reference is spelt out."""
+    return _NOT_XML.sub(lambda match: _escape(match[0]), without_controls(text))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import csv
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from ndcheck.analysis.summary import Summary
 from ndcheck.records import Run, RunSpec, Sample
+from ndcheck.reports.figures import gather
+from ndcheck.reports.html_page import html_report
 from ndcheck.reports.markdown import markdown_report
 from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file
 from ndcheck.reports.tables import completion_tables, loads_table, sample_tables, summary_table
-from ndcheck.store import replacing
+from ndcheck.reports.untrusted import csv_text
+from ndcheck.store import replacing, replacing_bytes, write_failure
 from ndcheck.verdict import Judgement
 
 if TYPE_CHECKING:
     import pandas as pd
+
+PLOTS_DIRECTORY = "plots"
 
 
 def write_reports(
@@ -26,12 +32,16 @@ def write_reports(
     judgement: Judgement,
     defaults: RunSpec,
     advice: Sequence[str] = (),
+    *,
+    html: bool = False,
+    plots: bool = False,
 ) -> list[Path]:
     """Write report.md, the CSV files, and the prompts if report.md's command needs them in a file.
 
-    All bytes depend on the arguments alone.
+    ``html`` adds report.html, ``plots`` the directory plots/. All bytes depend on the arguments
+    alone.
     ``samples`` are all of the run's, controls too, in the order that ``summary.samples`` has; they
-    are read once, as a stream. Raises OSError where the disk refuses.
+    are streamed once, and once more for html and plots. Raises OSError where the disk refuses.
     """
     tables: dict[str, Iterable[pd.DataFrame]] = {
         "samples.csv": sample_tables(run, samples, summary),
@@ -45,10 +55,64 @@ def write_reports(
                 # RFC 4180 ends lines with CR LF.
                 part.to_csv(file, index=False, header=index == 0, lineterminator="\r\n")
     texts = {"report.md": markdown_report(run, summary, judgement, defaults, advice)}
+    pictures: dict[str, bytes] = {}
+    if html or plots:
+        figures = gather(samples, summary)
+    if html:
+        texts["report.html"] = html_report(run, figures, summary, judgement, defaults, advice)
+    if plots:
+        from ndcheck.reports.plots import plot_files
+
+        pictures = plot_files(figures)
+        (directory / PLOTS_DIRECTORY).mkdir(exist_ok=True)
     prompts = prompts_file(run.spec, defaults)
     if prompts is not None:
         texts[PROMPTS_FILE] = prompts
     for name, text in texts.items():
         with replacing(directory / name) as file:
             file.write(text)
-    return [directory / name for name in (*texts, *tables)]
+    for name, picture in pictures.items():
+        with replacing_bytes(directory / PLOTS_DIRECTORY / name) as binary:
+            binary.write(picture)
+    names = (*texts, *tables, *(f"{PLOTS_DIRECTORY}/{name}" for name in pictures))
+    return [directory / name for name in names]
+
+
+class TableFile:
+    """A CSV file that grows row by row, so that a run cut short leaves the rows it had.
+
+    Without a path it takes rows and writes nothing. Raises BackendError where the disk refuses.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+        self._writer: csv.DictWriter[str] | None = None
+
+    def __enter__(self) -> TableFile:
+        if self._path is not None:
+            try:
+                self._file = self._path.open("w", encoding="utf-8", newline="")
+            except OSError as error:
+                raise write_failure(self._path, error) from error
+        return self
+
+    def add(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Rows with the same columns, in the same order, as those before."""
+        if self._path is None or self._file is None:
+            return
+        try:
+            for row in rows:
+                if self._writer is None:
+                    self._writer = csv.DictWriter(self._file, list(row))
+                    self._writer.writeheader()
+                self._writer.writerow(
+                    {k: csv_text(v) if isinstance(v, str) else v for k, v in row.items()}
+                )
+            self._file.flush()
+        except OSError as error:
+            raise write_failure(self._path, error) from error
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -15,27 +15,43 @@ N_PREFILL_CHUNKS = 3
 
 
 class ExactBatch:
-    """A left-padded batch over a static KV cache; counts the rows of every forward pass."""
+    """A left-padded batch over a static KV cache; counts the rows of every forward pass.
 
-    def __init__(
-        self, model: Any, device: torch.device, rows: list[list[int]], max_tokens: int
-    ) -> None:
+    ``width`` columns hold the prompts and the tokens to come. `reset` takes other rows of the same
+    number into the same memory, which a captured step needs.
+    """
+
+    def __init__(self, model: Any, device: torch.device, n_rows: int, width: int) -> None:
         self._model = model
-        self._device = device
-        self._rows = rows
-        self._n_columns = max(map(len, rows))
-        self._length = 0
-        width = self._n_columns + max_tokens
-        self._pads = torch.tensor([self._n_columns - len(row) for row in rows], device=device)
-        columns = torch.arange(width, device=device)
-        self._mask = (columns >= self._pads[:, None]).long()  # [rows, width]
+        self.device = device
+        self.n_rows = n_rows
+        self._mask = torch.zeros(n_rows, width, dtype=torch.int64, device=device)
+        self._next_positions = torch.zeros(n_rows, 1, dtype=torch.int64, device=device)
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=width)
         self.row_counts: list[int] = []
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a step's work is all on the device: other caches count tokens in Python."""
+        return self.device.type == "cuda" and all(
+            type(layer) is transformers.cache_utils.StaticLayer for layer in self.cache.layers
+        )
+
+    def reset(self, rows: list[list[int]]) -> None:
+        """Take the prompts in, as token ids."""
+        self._rows = rows
+        self._n_columns = max(map(len, rows))
+        pads = torch.tensor([self._n_columns - len(row) for row in rows], device=self.device)
+        self._pads = pads[:, None]
+        self._mask.copy_(torch.arange(self._mask.shape[1], device=self.device) >= self._pads)
+        self._next_positions.copy_(self._n_columns - self._pads)
+        self.cache.reset()
+        self.row_counts.clear()
 
     def prefill(self, cache_state: CacheState) -> Tensor:
         """Logits after the prompt, [rows, vocabulary]."""
         padded = torch.tensor(
-            [[0] * (self._n_columns - len(row)) + row for row in self._rows], device=self._device
+            [[0] * (self._n_columns - len(row)) + row for row in self._rows], device=self.device
         )
         start = 0
         if cache_state == "prefix":
@@ -43,25 +59,26 @@ class ExactBatch:
         n_chunks = N_PREFILL_CHUNKS if cache_state == "chunked" else 1
         chunk = -(-(self._n_columns - start) // n_chunks)
         for begin in range(start, self._n_columns, chunk):
-            logits = self._forward(padded[:, begin : begin + chunk])
+            columns = torch.arange(begin, min(begin + chunk, self._n_columns), device=self.device)
+            positions = (columns - self._pads).clamp(min=0)
+            logits = self._forward(padded[:, begin : begin + chunk], positions)
         return logits
 
     def step(self, token_ids: Tensor) -> Tensor:
-        """Logits after one more token in every row, [rows, vocabulary]."""
-        return self._forward(token_ids[:, None])
+        """Logits [rows, vocabulary] after one more token [rows] in every row."""
+        logits = self._forward(token_ids[:, None], self._next_positions)
+        self._next_positions.add_(1)
+        return logits
 
-    def _forward(self, input_ids: Tensor) -> Tensor:
-        end = self._length + input_ids.shape[1]
-        columns = torch.arange(self._length, end, device=self._device)
+    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         logits = self._model(
             input_ids=input_ids,
-            attention_mask=self._mask[:, :end],
-            position_ids=(columns - self._pads[:, None]).clamp(min=0),
+            attention_mask=self._mask,
+            position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        self._length = end
         self.row_counts.append(logits.shape[0])
         return torch.as_tensor(logits[:, -1])
 
@@ -87,7 +104,6 @@ class ExactBatch:
                 for i in range(2)
             )
             self.cache.update(keys, values, layer)
-        self._length = n_prefix
         return n_prefix
 
     def _prefix_states(self, prefix: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
@@ -95,7 +111,8 @@ class ExactBatch:
         if not prefix:
             # A row as short as the rest: one padded column gives the shapes, and is masked.
             prefix = (0,)
-        batch = ExactBatch(self._model, self._device, [list(prefix)], 0)
+        batch = ExactBatch(self._model, self.device, 1, len(prefix))
+        batch.reset([list(prefix)])
         batch.prefill("whole")
         n_tokens = len(prefix)
         states = []

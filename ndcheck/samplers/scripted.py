@@ -92,29 +92,21 @@ class ScriptedSampler:
         achieved = 1 if self._behaviour == "never-batches" else trial.load.batch_size
         rows = [self._stream(trial, slot, probe, decoding, n_run) for slot in trial.load.slots]
         elapsed_s = time.perf_counter() - started
+        witness = Witness(achieved, 1, decoding.max_tokens - 1)
         return [
-            Sample(
-                sample_id=trial.first_sample_id + i,
-                trial_id=trial.trial_id,
-                arm=trial.arm,
-                probe_id=probe.probe_id,
-                axis=trial.axis,
-                baseline=trial.baseline,
-                load=trial.load,
-                slot=slot,
-                witness=Witness(achieved, 1, decoding.max_tokens - 1),
+            Sample.of(
+                trial,
+                nth,
+                witness,
+                "length",
+                elapsed_s,
                 token_ids=token_ids,
                 token_texts=tuple(self._pieces[t] + " " for t in token_ids),
-                finish_reason="length",
-                elapsed_s=elapsed_s,
                 logprobs=logprobs,
                 margins=margins,
                 row_digests=digests,
-                fault=trial.fault,
             )
-            for i, (slot, (token_ids, logprobs, margins, digests)) in enumerate(
-                zip(trial.load.slots, rows, strict=True)
-            )
+            for nth, (token_ids, logprobs, margins, digests) in enumerate(rows)
         ]
 
     def _stream(

@@ -2,27 +2,63 @@
 
 from __future__ import annotations
 
-import hashlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ndcheck.records import Decoding, Fault, FinishReason
+from ndcheck.records import Decoding, Fault
 
 
-def choose_tokens(logits_B_V: Tensor, position: int, decoding: Decoding) -> tuple[Tensor, Tensor]:
-    """Token ids [B] (int64), and margins [B] (fp32): the largest logit minus the next.
+class Reading(NamedTuple):
+    """What one decode step gave each row, all [B].
 
-    Only exact operations touch the logits (comparison, and fp64 where a temperature asks for
-    it), so a row's choice cannot depend on the rows beside it. Ties go to the lowest id.
+    ``token_ids`` int64; ``margins`` fp32, the largest logit minus the next, NaN if the row holds
+    NaN; ``logprobs`` fp32, of the chosen token; ``digests`` int64, over the bits of the row.
     """
+
+    token_ids: Tensor
+    margins: Tensor
+    logprobs: Tensor
+    digests: Tensor
+
+
+def read_step(logits_B_V: Tensor, decoding: Decoding, noise: Tensor | None) -> Reading:
+    """Choose every row's token and read the rest off its logits.
+
+    ``noise`` [V] (fp64) comes from `gumbel_noise` where a temperature asks for a draw. A row's
+    reading cannot depend on the rows beside it: comparisons and digests are exact in any order,
+    and the log-probability is summed row by row. Ties go to the lowest id.
+    """
+    if logits_B_V.is_cuda:
+        from ndcheck_kernels.logits import read_logits
+
+        token_ids, margins, sums, digests = read_logits(logits_B_V)
+        if noise is not None:
+            token_ids = choose_tokens(logits_B_V, decoding.temperature, noise)
+        chosen = logits_B_V.gather(-1, token_ids[:, None])[:, 0].float()
+        return Reading(token_ids, margins, chosen - sums, digests)
+    token_ids = choose_tokens(logits_B_V, decoding.temperature, noise)
     top2 = torch.topk(logits_B_V, 2, dim=-1).values.float()
-    scores = logits_B_V
-    if decoding.temperature > 0:
-        noise = gumbel_noise(decoding.seed, position, logits_B_V.shape[-1])
-        scores = logits_B_V.double() / decoding.temperature + noise.to(logits_B_V.device)
-    return lowest_argmax(scores), top2[:, 0] - top2[:, 1]
+    has_nan = logits_B_V.isnan().any(dim=-1)
+    logprobs: list[Tensor] = []
+    for row, token_id in zip(logits_B_V, token_ids.tolist(), strict=True):
+        # On a copy of its own: this reduction must not itself depend on the batch.
+        logprobs.append(torch.log_softmax(row.clone().float(), dim=-1)[token_id])
+    return Reading(
+        token_ids,
+        (top2[:, 0] - top2[:, 1]).masked_fill(has_nan, torch.nan),
+        torch.stack(logprobs),
+        torch.tensor([digest_row(row) for row in logits_B_V]),
+    )
+
+
+def choose_tokens(logits_B_V: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
+    """Token ids [B] (int64): the largest logit, or the largest of logit / temperature + noise."""
+    if noise is None:
+        return lowest_argmax(logits_B_V)
+    return lowest_argmax(logits_B_V.double() / temperature + noise)
 
 
 def lowest_argmax(scores_B_V: Tensor) -> Tensor:
@@ -42,15 +78,26 @@ def gumbel_noise(seed: int, position: int, n_vocabulary: int) -> Tensor:
     return torch.from_numpy(generator.gumbel(size=n_vocabulary))
 
 
-def digest_row(logits_V: Tensor) -> str:
-    """16 hexadecimal digits over the bits of one row of logits."""
-    bits = logits_V.contiguous().view(torch.uint8).cpu().numpy()
-    return hashlib.blake2b(bits.data, digest_size=8).hexdigest()
+def digest_row(logits_V: Tensor) -> int:
+    """A signed 64-bit digest of one row's bits: that of `ndcheck_kernels.logits`, by numpy."""
+    width, dtype = ((torch.int16, np.uint16), (torch.int32, np.uint32))[
+        logits_V.element_size() == 4
+    ]
+    bits = logits_V.contiguous().view(width).cpu().numpy().view(dtype).astype(np.uint32)
+    index = np.arange(bits.size, dtype=np.uint32) * np.uint32(0x9E3779B1)
+    words = [np.uint64(_mixed_sum(bits ^ (index + np.uint32(s)))) for s in (0, 0x7F4A7C15)]
+    return int((words[0] << np.uint64(32) | words[1]).astype(np.int64))
 
 
-def plant(logits_B_V: Tensor, position: int, fault: Fault) -> Tensor:
+def _mixed_sum(h: np.ndarray) -> np.uint32:
+    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return np.sum(h ^ (h >> np.uint32(16)), dtype=np.uint32)
+
+
+def plant(logits_B_V: Tensor, position: int, fault: Fault | None) -> Tensor:
     """The logits with the control's fault: one unit in the last place, or a swapped winner."""
-    if position not in (fault.latent_at, fault.fork_at):
+    if fault is None or position not in (fault.latent_at, fault.fork_at):
         return logits_B_V
     logits_B_V = logits_B_V.clone()
     rows = torch.arange(logits_B_V.shape[0], device=logits_B_V.device)
@@ -61,30 +108,3 @@ def plant(logits_B_V: Tensor, position: int, fault: Fault) -> Tensor:
         top = logits_B_V[rows, winner]
         logits_B_V[rows, winner] = torch.nextafter(top, torch.full_like(top, torch.inf))
     return logits_B_V
-
-
-class Stream:
-    """What one probe row has generated so far."""
-
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.margins: list[float] = []
-        self.row_digests: list[str] = []
-        self.finish_reason: FinishReason = "length"
-
-    @property
-    def is_finished(self) -> bool:
-        return self.finish_reason == "stop"
-
-    def record(self, logits_V: Tensor, token_id: int, margin: float, stop_ids: set[int]) -> None:
-        if self.is_finished:
-            return
-        # Row by row, on a copy of its own: this reduction must not itself depend on the batch.
-        logits_V = logits_V.clone()
-        self.token_ids.append(token_id)
-        self.logprobs.append(float(torch.log_softmax(logits_V.float(), dim=-1)[token_id]))
-        self.margins.append(margin)
-        self.row_digests.append(digest_row(logits_V))
-        if token_id in stop_ids:
-            self.finish_reason = "stop"

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +24,17 @@ from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.load import filler_text, fit_to_length
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.selection import Stream, choose_tokens, plant
+from ndcheck.samplers.device import choose_device
+from ndcheck.samplers.steps import DecodeSteps, Stream
 
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
+
+MOST_CAPTURED = 8
+"""Batches whose captured step and KV cache are kept for trials of the same shape."""
 
 
 class TransformersSampler:
@@ -48,15 +54,20 @@ class TransformersSampler:
         transformers.utils.logging.disable_progress_bar()
         with _one_line_errors(source):
             config = transformers.AutoConfig.from_pretrained(source, **options)
-        self._tokenizer = _load_tokenizer(source, options)
+        self._tokenizer = _load_tokenizer(_tokenizer_source(source, spec), options)
         self._chat = spec.chat
         if spec.chat and not self._tokenizer.chat_template:
             raise UsageError(f"--chat: {source} has no chat template")
         self._text_config = config.get_text_config(decoder=True)
         self._model: Any = None
+        self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
         if load_weights:
-            self._model = _load_model(source, spec, self._device, options)
+            self._model = _load_model(source, config, spec, self._device, options)
             self._stop_ids = _stop_ids(self._model)
+            if "invariant" in spec.arms and self._device.type == "cuda":
+                from ndcheck_kernels.decoder import join_weights
+
+                join_weights(self._model)
 
     @property
     def context(self) -> int:
@@ -68,21 +79,15 @@ class TransformersSampler:
         """The transformers model."""
         return self._model
 
-    def rows(self, load: Load, probe: Probe) -> list[list[int]]:
-        """Token ids of every row of the load's batch."""
-        return self._rows(load, probe)
-
     def open_batch(self, rows: list[list[int]], max_tokens: int) -> ExactBatch:
         """A batch of these prompts, before its prefill."""
-        return ExactBatch(self._model, self._device, rows, max_tokens)
+        batch = ExactBatch(self._model, self._device, len(rows), max(map(len, rows)) + max_tokens)
+        batch.reset(rows)
+        return batch
 
     def decode(self, token_id: int) -> str:
         """The text of one token."""
         return str(self._tokenizer.decode([token_id]))
-
-    def arm(self, arm: Arm) -> AbstractContextManager[Callable[[], int | None]]:
-        """Compute with the arm's kernels. Raises BackendError where that is not possible."""
-        return self._kernels(arm)
 
     def count_tokens(self, prompt: str) -> int:
         return len(self._encode(prompt))
@@ -103,45 +108,54 @@ class TransformersSampler:
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
-        rows = self._rows(trial.load, probe)
+        rows = self.rows(trial.load, probe)
         try:
-            with self._kernels(trial.arm) as fires:
-                streams, witness = self._decode(trial, rows, decoding)
-            witness = replace(witness, override_fires=fires())
+            streams, witness = self._try_decode(trial, rows, decoding)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise self._out_of_memory(trial.load) from error
+        except torch.AcceleratorError as error:
+            raise BackendError(f"{self._device} failed: {_first_line(error)}") from error
         except RuntimeError as error:
-            if "memory" in str(error):
+            if re.search(r"out of memory|allocate memory", str(error)):
                 raise self._out_of_memory(trial.load) from error
             raise TrialError(f"{type(error).__name__}: {_first_line(error)}") from error
         elapsed_s = time.perf_counter() - started
         return [
-            Sample(
-                sample_id=trial.first_sample_id + i,
-                trial_id=trial.trial_id,
-                arm=trial.arm,
-                probe_id=probe.probe_id,
-                axis=trial.axis,
-                baseline=trial.baseline,
-                load=trial.load,
-                slot=slot,
-                witness=witness,
+            Sample.of(
+                trial,
+                nth,
+                witness,
+                stream.finish_reason,
+                elapsed_s,
                 token_ids=tuple(stream.token_ids),
                 token_texts=self._token_texts(tuple(stream.token_ids)),
-                finish_reason=stream.finish_reason,
-                elapsed_s=elapsed_s,
                 logprobs=tuple(stream.logprobs),
                 margins=tuple(stream.margins),
                 row_digests=tuple(stream.row_digests),
-                fault=trial.fault,
             )
-            for i, (slot, stream) in enumerate(zip(trial.load.slots, streams, strict=True))
+            for nth, stream in enumerate(streams)
         ]
 
+    def _try_decode(
+        self, trial: Trial, rows: list[list[int]], decoding: Decoding
+    ) -> tuple[list[Stream], Witness]:
+        """Decode with the arm's kernels; what was kept of other shapes makes room if it must."""
+        while True:
+            try:
+                with self.arm(trial.arm) as fires:
+                    streams, witness = self._decode(trial, rows, decoding)
+                return streams, replace(witness, override_fires=fires())
+            except torch.OutOfMemoryError:
+                if not self._captured:
+                    raise
+                self._captured.clear()
+            torch.cuda.empty_cache()
+
     @contextmanager
-    def _kernels(self, arm: Arm) -> Iterator[Callable[[], int | None]]:
+    def arm(self, arm: Arm, *, fuse: bool = True) -> Iterator[Callable[[], int | None]]:
         """Compute with the arm's kernels; yields how many ops its overrides have computed.
 
+        ``fuse`` False keeps the ops of fused decoder layers apart, to be seen one by one.
         Raises BackendError for an op the invariant arm does not cover, or if nothing fired.
         """
         if arm == "stock":
@@ -154,12 +168,14 @@ class TransformersSampler:
         ndcheck_kernels.register_attention()
         self._model.set_attn_implementation(INVARIANT_ATTENTION)
         try:
-            with ndcheck_kernels.invariant_kernels() as scope:
+            with self._fused_layers(fuse), ndcheck_kernels.invariant_kernels() as scope:
                 before = scope.fires.total()
                 yield lambda: scope.fires.total() - before
                 missing = scope.missing()
         except ndcheck_kernels.UncoveredOpError as error:
-            raise BackendError(f"invariant arm: {_first_line(error)}") from error
+            raise BackendError(
+                f"invariant arm: {_first_line(error)} Without this arm: --kernels stock"
+            ) from error
         finally:
             self._model.set_attn_implementation(stock_attention)
         if missing:
@@ -168,7 +184,14 @@ class TransformersSampler:
                 "would have measured stock: use --kernels stock"
             )
 
-    def _rows(self, load: Load, probe: Probe) -> list[list[int]]:
+    def _fused_layers(self, fuse: bool) -> AbstractContextManager[object]:
+        if not fuse or self._device.type != "cuda":
+            return nullcontext()
+        from ndcheck_kernels.decoder import fused_layers
+
+        return fused_layers(self._model)
+
+    def rows(self, load: Load, probe: Probe) -> list[list[int]]:
         """Token ids of every row of the batch: probes at their slots, fillers elsewhere."""
         probe_ids = self._encode(probe.prompt)
         fillers = iter(enumerate(load.filler_lengths))
@@ -210,26 +233,28 @@ class TransformersSampler:
     def _decode(
         self, trial: Trial, rows: list[list[int]], decoding: Decoding
     ) -> tuple[list[Stream], Witness]:
-        batch = ExactBatch(self._model, self._device, rows, decoding.max_tokens)
+        steps = self._steps_for(trial.arm, rows, decoding)
+        batch = steps.batch
+        batch.reset(rows)
         logits = batch.prefill(trial.load.cache_state)
         prefill_calls = len(batch.row_counts)
-        streams = [Stream() for _ in trial.load.slots]
-        slots = torch.tensor(trial.load.slots, device=self._device)
-        for position in range(decoding.max_tokens):
-            if trial.fault:
-                logits = plant(logits, position, trial.fault)
-            token_ids, margins = choose_tokens(logits, position, decoding)
-            if torch.isnan(margins[slots]).any():
-                raise TrialError(f"the probe's logits hold NaN at token {position + 1}")
-            for stream, slot in zip(streams, trial.load.slots, strict=True):
-                stream.record(
-                    logits[slot], int(token_ids[slot]), float(margins[slot]), self._stop_ids
-                )
-            if position + 1 == decoding.max_tokens or all(s.is_finished for s in streams):
-                break
-            logits = batch.step(token_ids)
+        streams = steps.run(logits, trial.load.slots, self._stop_ids, trial.fault)
         achieved = min(batch.row_counts)
         return streams, Witness(achieved, prefill_calls, len(batch.row_counts) - prefill_calls)
+
+    def _steps_for(self, arm: Arm, rows: list[list[int]], decoding: Decoding) -> DecodeSteps:
+        """The decode steps for a batch of this shape: on CUDA those captured before, if kept."""
+        width = max(map(len, rows)) + decoding.max_tokens
+        key = (arm, len(rows), width)
+        steps = self._captured.pop(key, None)
+        if steps is None:
+            while len(self._captured) >= MOST_CAPTURED:
+                del self._captured[next(iter(self._captured))]
+            batch = ExactBatch(self._model, self._device, len(rows), width)
+            steps = DecodeSteps(batch, decoding)
+        if steps.batch.can_be_captured:
+            self._captured[key] = steps  # Last in, as the most recently used.
+        return steps
 
     def _out_of_memory(self, load: Load) -> TrialError:
         if self._device.type == "cuda":
@@ -238,18 +263,6 @@ class TransformersSampler:
             f"out of memory at batch size {load.batch_size} on {self._device}: "
             "use smaller --loads or --max-tokens"
         )
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one. Raises UsageError for a device that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} is not available: {_first_line(error)}") from error
-    return device
 
 
 def digest_weights(model: Any) -> str:
@@ -288,9 +301,24 @@ def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def _load_model(source: str, spec: RunSpec, device: torch.device, options: dict[str, Any]) -> Any:
+def _tokenizer_source(source: str, spec: RunSpec) -> str:
+    """A bare config.json has no tokenizer; random weights speak no language, so any will do."""
+    directory = Path(source)
+    is_bare = directory.is_dir() and not any(directory.glob("tokenizer*"))
+    return str(MODEL_DIRECTORY) if spec.random_weights is not None and is_bare else source
+
+
+def _load_model(
+    source: str, config: Any, spec: RunSpec, device: torch.device, options: dict[str, Any]
+) -> Any:
     if spec.attention != "auto":
         options = {**options, "attn_implementation": spec.attention}
+    if spec.random_weights is not None:
+        dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
+        torch.manual_seed(spec.random_weights)
+        with _one_line_errors(source), device:
+            made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        return made.eval()
     with _one_line_errors(source):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source,

@@ -110,9 +110,12 @@ class RandomModel:
         return [self.prompt] * load.batch_size
 
     def open_batch(self, rows: list[list[int]], max_tokens: int) -> ExactBatch:
-        return ExactBatch(self.model, self.model.device, rows, max_tokens)
+        width = max(map(len, rows)) + max_tokens
+        batch = ExactBatch(self.model, self.model.device, len(rows), width)
+        batch.reset(rows)
+        return batch
 
-    def arm(self, arm: str):
+    def arm(self, arm: str, *, fuse: bool = True):
         return contextlib.nullcontext()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,6 +35,26 @@ def ndcheck(tmp_path, environment):
         )
 
     return run
+
+
+@pytest.fixture
+def ndcheck_here(tmp_path, monkeypatch, capsys):
+    """The same in this process, for many small cases: to start one takes seconds."""
+    from ndcheck.cli.app import run_command_line
+
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments, env=None):
+        with monkeypatch.context() as patch:
+            for name, value in {"COLUMNS": "80", **(env or {})}.items():
+                patch.setenv(name, value)
+            code = run_command_line([*map(str, arguments)])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture

@@ -86,6 +86,33 @@ def test_target_rate_says_how_many_trials_up_front(ndcheck):
     assert "0 of 59 trials diverged; rate < 4.9" in done.stdout
 
 
+def test_a_page_and_plots_where_asked_for(ndcheck, tmp_path):
+    options = ("--model", "scripted:slot-dependent", *FAST, "--out", "run", "--html", "--plots")
+    done = ndcheck("run", *options)
+    assert done.returncode == 1, done.stderr
+    assert "wrote run/report.html" in done.stderr
+    files = [tmp_path / "run" / "report.html", *(tmp_path / "run" / "plots").iterdir()]
+    assert len(files) == 11
+    before = {file: file.read_bytes() for file in files}
+    for file in files:
+        file.unlink()
+    again = ndcheck("report", "run", "--html", "--plots")
+    assert again.stdout == done.stdout
+    assert {file: file.read_bytes() for file in files} == before
+
+
+def test_plots_without_matplotlib_are_refused_before_anything_is_measured(ndcheck, tmp_path):
+    (tmp_path / "missing").mkdir()
+    hide = "import importlib.util as u; f = u.find_spec; "
+    hide += "u.find_spec = lambda name, *a: None if name == 'matplotlib' else f(name, *a)"
+    (tmp_path / "missing" / "sitecustomize.py").write_text(hide)
+    options = ("--model", "scripted:clean", *FAST, "--out", "run", "--plots")
+    done = ndcheck("run", *options, env={"PYTHONPATH": str(tmp_path / "missing")})
+    assert done.returncode == 2
+    assert done.stderr == "ndcheck: --plots needs matplotlib: pip install 'ndcheck[plots]'\n"
+    assert not (tmp_path / "run").exists()
+
+
 def test_stop_on_divergence(ndcheck, tmp_path):
     options = ("--model", "scripted:batch-dependent", "--stop-on-divergence")
     done = ndcheck("run", *FAST, *options, "--out", "run")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
+import typer
+
 import ndcheck as package
+from ndcheck.cli.app import app
 
 WITHOUT_TORCH = """
 import sys
@@ -61,3 +65,15 @@ def test_doctor_catches_every_planted_fault(ndcheck):
     assert done.returncode == 0, done.stdout
     assert "FAILED" not in done.stdout
     assert done.stdout.count("\n  ok ") == 8
+
+
+def test_every_option_is_named_in_full():
+    """typer 0.27 takes a metavar that equals the parameter's name for the name: `--MODEL`."""
+    for command in app.registered_commands:
+        for parameter in inspect.signature(command.callback, eval_str=True).parameters.values():
+            for info in getattr(parameter.annotation, "__metadata__", ()):
+                if isinstance(info, typer.models.OptionInfo):
+                    names = [*(info.param_decls or ()), info.default]
+                    named = [n for n in names if isinstance(n, str) and n.startswith("--")]
+                    assert named, f"{command.callback.__name__}: {parameter.name}"
+                    assert [n.lower() for n in named] == named

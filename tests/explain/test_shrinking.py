@@ -111,6 +111,20 @@ def test_the_script_is_short_and_its_tokens_are_the_samplers(tmp_path: Path):
         write_script(prefix, sampler.describe(), "m", remote=False)
 
 
+def test_a_script_makes_random_weights_itself(tmp_path: Path, tiny_models):
+    source = str(tiny_models["qwen3"])
+    spec = replace(DEFAULTS, model=source, random_weights=7, dtype="fp32")
+    sampler = TransformersSampler(spec)
+    batch = Batch(((5, 6, 7), (8, 9)), 0, "whole", 3)
+    shrunk = Shrunk(batch, batch, 0, 1, 2, False, 1)
+    text = write_script(shrunk, sampler.describe(), source, remote=False, random_weights=7)
+    assert len(text.splitlines()) < 40
+    path = tmp_path / "repro.py"
+    path.write_text(text)
+    alone = Shrinker(sampler, failure(Load(1), 0))._completion(batch, alone=True)
+    assert f"alone   {[token for token, _ in alone]}" in run_script(path, shrunk).output
+
+
 def store(path, behaviour, loads):
     decoding = Decoding(8)
     probe = DEFAULTS.probes[0]

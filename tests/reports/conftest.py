@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.summary import (
     AxisFinding,
     Completion,
@@ -333,3 +334,56 @@ def hostile() -> Example:
         probe_summary("stock", texts, probe_id="-p2", n_errors=1),
     )
     return example(*probes, spec=replace(spec, model="[red]" + HOSTILE))
+
+
+@pytest.fixture
+def latent_only() -> Example:
+    spec = replace(DEFAULTS, arms=("stock",))
+    return example(probe_summary("stock", [(QUEENS, 200)], latent=4), spec=spec)
+
+
+def measured(token_ids: list[list[int]]) -> Example:
+    """A run of one sample for each list, the first the reference, summarised as runs are."""
+    spec = replace(
+        DEFAULTS,
+        arms=("stock",),
+        n_samples=len(token_ids),
+        decoding=Decoding(max(map(len, token_ids))),
+    )
+    words = [f" w{i:x}" for i in range(max(map(max, token_ids)) + 1)]
+    samples = [
+        Sample(
+            sample_id=number,
+            trial_id=number,
+            arm="stock",
+            probe_id="p1",
+            axis="neighbours" if number else "reference",
+            baseline=0 if number else None,
+            load=Load(2, (0,), (9,)) if number else Load(1),
+            slot=0,
+            witness=Witness(2 if number else 1),
+            token_ids=tuple(ids),
+            token_texts=tuple(words[i] for i in ids),
+            finish_reason="length",
+            elapsed_s=0.25,
+        )
+        for number, ids in enumerate(token_ids)
+    ]
+    summary = summarise(samples, spec)
+    run = replace(example().run, spec=spec)
+    return Example(run, samples, summary, judge(run, summary))
+
+
+@pytest.fixture
+def stairs() -> Example:
+    """Each completion leaves the reference one token later than the one before."""
+    return measured([[0] * 1000] + [[0] * i + [1] * (1000 - i) for i in range(1, 1000)])
+
+
+@pytest.fixture(scope="session")
+def big() -> Example:
+    """1000 x 1000 tokens that share nothing, out of a vocabulary of 30,000."""
+    draw = np.random.default_rng(0)
+    ids = draw.integers(0, 30_000, (1000, 1000))
+    ids[:, 0] = np.arange(1000)
+    return measured(ids.tolist())

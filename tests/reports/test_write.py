@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from ndcheck.records import RunSpec
-from ndcheck.reports import write
+from ndcheck.reports import plots, write
 from ndcheck.request import make_probes
 
 EXAMPLES = [
@@ -29,10 +29,11 @@ def write_reports(path, example):
     return write.write_reports(
         path,
         example.run,
-        iter(example.samples),
+        example.samples,
         example.summary,
         example.judgement,
         example.defaults,
+        html=True,
     )
 
 
@@ -44,6 +45,7 @@ def test_a_second_rendering_is_byte_identical(name, tmp_path, request) -> None:
     assert first == again
     assert {path.name for path in tmp_path.iterdir()} == set(first)
     assert set(first) - {"prompts.jsonl"} == {
+        "report.html",
         "report.md",
         "samples.csv",
         "completions.csv",
@@ -116,7 +118,20 @@ def test_the_command_is_the_runs_and_not_the_machines(failing, tmp_path) -> None
     assert json.dumps(str(tmp_path)) not in report
 
 
+def test_pages_and_plots_are_written_only_where_asked_for(two_arms, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(plots, "PLOTS", {"cost": plots.PLOTS["cost"]})
+    arguments = (two_arms.run, two_arms.samples, two_arms.summary, two_arms.judgement)
+    paths = write.write_reports(tmp_path, *arguments, two_arms.defaults)
+    assert {path.suffix for path in paths} == {".md", ".csv"}
+    paths = write.write_reports(tmp_path, *arguments, two_arms.defaults, plots=True)
+    pictures = [path for path in paths if path.suffix in (".png", ".svg")]
+    assert {path.name for path in pictures} == {"cost.png", "cost.svg"}
+    assert sorted(pictures) == sorted((tmp_path / "plots").iterdir())
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_pandas_is_not_imported_before_a_table_is_made() -> None:
     modules = "ndcheck.reports.terminal, ndcheck.reports.write, ndcheck.reports.document"
-    check = f"import sys, {modules}; sys.exit('pandas' in sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True)
+    check = f"import sys, {modules}; print('pandas' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"

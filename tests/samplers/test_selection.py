@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from ndcheck.records import Decoding, Fault
 from ndcheck.samplers.selection import (
-    Stream,
     choose_tokens,
     digest_row,
     gumbel_noise,
     lowest_argmax,
     plant,
+    read_step,
 )
+from ndcheck_kernels.reference import digest_reference
 
 GREEDY = Decoding(8)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -31,7 +30,7 @@ def test_ties_go_to_the_lowest_id(dtype):
     logits = torch.zeros(3, 7, dtype=dtype)
     logits[0, 2] = logits[0, 5] = 4
     logits[1, 6] = 1
-    token_ids, margins = choose_tokens(logits, 0, GREEDY)
+    token_ids, margins = read_step(logits, GREEDY, None)[:2]
     assert token_ids.tolist() == [2, 6, 0]
     assert margins.tolist() == [0, 1, 0]
 
@@ -41,17 +40,17 @@ def test_ties_go_to_the_lowest_id(dtype):
 def test_choice_does_not_depend_on_the_batch(dtype, temperature):
     logits = random_logits(dtype=dtype)
     decoding = Decoding(8, temperature, seed=3)
-    together, margins = choose_tokens(logits, 5, decoding)
+    noise = gumbel_noise(3, 5, logits.shape[-1]) if temperature else None
+    together = read_step(logits, decoding, noise)
     for row in range(logits.shape[0]):
-        alone, margin = choose_tokens(logits[row : row + 1], 5, decoding)
-        assert (alone[0], margin[0]) == (together[row], margins[row])
+        alone = read_step(logits[row : row + 1], decoding, noise)
+        assert [part[0] for part in alone] == [part[row] for part in together]
 
 
 def test_gumbel_draws_follow_the_softmax():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     draws = [
-        int(choose_tokens(logits, position, Decoding(1, temperature=1.0, seed=1))[0])
-        for position in range(4000)
+        int(choose_tokens(logits, 1.0, gumbel_noise(1, position, 3))[0]) for position in range(4000)
     ]
     shares = torch.bincount(torch.tensor(draws), minlength=3) / len(draws)
     assert torch.allclose(shares, torch.softmax(logits[0], 0), atol=0.03)
@@ -88,12 +87,21 @@ def test_planted_fault_moves_one_ulp_then_swaps_the_winner(dtype):
     assert (lowest_argmax(plant(logits, 4, fault)) != before).all()
 
 
-def test_stream_ends_at_a_stop_token_and_ignores_the_rest():
-    stream = Stream()
-    logits = random_logits(1)[0]
-    for token_id in (5, 7, 9):
-        stream.record(logits, token_id, 1.0, stop_ids={7})
-    assert stream.token_ids == [5, 7]
-    assert stream.finish_reason == "stop"
-    expected = float(torch.log_softmax(logits.double(), 0)[5])
-    assert math.isclose(stream.logprobs[0], expected, rel_tol=1e-5)
+def test_a_reading_holds_the_logprob_and_the_digest_of_the_row():
+    logits = random_logits(3)
+    reading = read_step(logits, GREEDY, None)
+    expected = torch.log_softmax(logits.double(), 1).amax(1)
+    torch.testing.assert_close(reading.logprobs.double(), expected, rtol=1e-5, atol=1e-5)
+    assert reading.digests.tolist() == [digest_row(row) for row in logits]
+
+
+def test_nan_shows_in_the_margin_of_its_row_only():
+    logits = random_logits(3)
+    logits[1, 7] = torch.nan
+    assert read_step(logits, GREEDY, None).margins.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_digest_is_that_of_the_kernels(dtype):
+    row = random_logits(1, 5000, dtype)[0]
+    assert digest_row(row) == digest_reference(row)

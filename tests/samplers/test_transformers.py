@@ -13,8 +13,9 @@ from ndcheck.load import plan_trials
 from ndcheck.records import AXES, Decoding, Fault, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.batch import ExactBatch
+from ndcheck.samplers.device import choose_device
 from ndcheck.samplers.selection import lowest_argmax
-from ndcheck.samplers.transformers import TransformersSampler, choose_device, digest_weights
+from ndcheck.samplers.transformers import TransformersSampler, digest_weights
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 N_TOKENS = 12
@@ -28,6 +29,13 @@ def samplers(tiny_models):
         family: TransformersSampler(replace(DEFAULTS, model=str(directory)))
         for family, directory in tiny_models.items()
     }
+
+
+def exact_batch(sampler, rows, n_tokens):
+    width = max(map(len, rows)) + n_tokens
+    batch = ExactBatch(sampler._model, sampler._device, len(rows), width)
+    batch.reset(rows)
+    return batch
 
 
 def sample(sampler, load, decoding=GREEDY, fault=None):
@@ -59,7 +67,7 @@ def test_tokens_equal_generate_on_the_same_batch(samplers, family, shape):
         # min_new_tokens masks the stop token's logit; without one, nothing is masked.
         eos_token_id=-1,
     )[:, width:]
-    batch = ExactBatch(sampler._model, sampler._device, rows, N_TOKENS)
+    batch = exact_batch(sampler, rows, N_TOKENS)
     with torch.inference_mode():
         logits = batch.prefill("whole")
         ours = [lowest_argmax(logits)]
@@ -79,8 +87,8 @@ def test_padding_and_cache_state_keep_the_mathematics(tiny_models, family, cache
     load = Load(3, (1,), (length + 2, length - 1), 5, cache_state)
     rows = sampler._rows(load, PROBE)
     with torch.inference_mode():
-        alone = ExactBatch(sampler._model, sampler._device, [rows[1]], 4)
-        beside = ExactBatch(sampler._model, sampler._device, rows, 4)
+        alone = exact_batch(sampler, [rows[1]], 4)
+        beside = exact_batch(sampler, rows, 4)
         expected, seen = alone.prefill("whole"), beside.prefill(cache_state)[1:2]
         torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
         token = lowest_argmax(expected)
@@ -287,3 +295,25 @@ def test_an_override_that_does_not_fire_is_an_error(samplers, monkeypatch):
     with pytest.raises(BackendError, match="no attention ran in a batch-invariant kernel"):
         samplers["qwen3"].sample(trial, PROBE, GREEDY)
     assert samplers["qwen3"]._model.config._attn_implementation == "sdpa"
+
+
+def test_random_weights_follow_their_seed_and_need_a_config_only(tmp_path):
+    config = transformers.Qwen3Config(
+        vocab_size=5000,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=256,
+        architectures=["Qwen3ForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    spec = replace(DEFAULTS, model=str(tmp_path), device="cpu")
+    with pytest.raises(UsageError, match="tokenizer"):
+        TransformersSampler(spec)
+    one, same, other = (TransformersSampler(replace(spec, random_weights=n)) for n in (1, 1, 2))
+    assert one.describe() == same.describe()
+    assert one.describe()["digest"] != other.describe()["digest"]
+    assert sample(one, Load(1))[0].token_ids == sample(same, Load(1))[0].token_ids

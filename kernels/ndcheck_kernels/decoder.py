@@ -1,0 +1,176 @@
+"""Decoder layers of the Llama shape as ten launches each, for the invariant arm on CUDA.
+
+A transformers decoder layer is some sixty small kernels, most of them elementwise. Here q, k and v
+are one product, as are gate and up; norms, QK norm with rotary and cache write, and silu * up are
+one launch each; residuals are added where the product before them is rounded. Every launch keeps
+its own contract, so the layer is batch-invariant as they are. Its bits differ from the unfused
+layer's, which rounds more often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ndcheck_kernels.attention import attention
+from ndcheck_kernels.matmul import DTYPES, matmul
+from ndcheck_kernels.mode import Scope, active_scope, refusal
+from ndcheck_kernels.qkv import qkv
+from ndcheck_kernels.rms_norm import rms_norm
+from ndcheck_kernels.silu_mul import silu_mul
+
+LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+
+# What one layer computes, as `Scope.fires` counts it.
+_FIRES = {"linear": 4, "attention": 1, "rms_norm": 2, "qkv": 1, "silu_mul": 1}
+
+
+@contextmanager
+def fused_layers(model: torch.nn.Module) -> Iterator[int]:
+    """Run the model's decoder layers fused; yields how many, 0 where it has others than these."""
+    layers = join_weights(model)
+    for i, layer in enumerate(layers):
+        layer.forward = partial(_forward, layer, i == len(layers) - 1)
+    try:
+        yield len(layers)
+    finally:
+        for layer in layers:
+            del layer.forward  # The class's own shows again.
+
+
+def join_weights(model: torch.nn.Module) -> list[Any]:
+    """Lay weights that meet the same rows out as one; returns the layers that can be fused.
+
+    The parts stay views of the joined weight. A CUDA graph captured before this one holds their old
+    place, so join them before the first capture.
+    """
+    layers: list[Any] = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
+    if not all(map(_fits, layers)):
+        return []
+    for layer in layers:
+        if not hasattr(layer, "_joined_qkv"):
+            own, mlp = layer.self_attn, layer.mlp
+            layer._joined_qkv = _join([own.q_proj, own.k_proj, own.v_proj])
+            layer._joined_gate_up = _join([mlp.gate_proj, mlp.up_proj])
+    return layers
+
+
+def _fits(layer: Any) -> bool:
+    if type(layer).__name__ not in LAYERS:
+        return False
+    own, mlp = layer.self_attn, layer.mlp
+    return (
+        getattr(own, "sliding_window", None) is None
+        and own.o_proj.bias is None
+        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and all(p.bias is None for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        and own.head_dim in (16, 32, 64, 128, 256)
+        and own.o_proj.weight.dtype in DTYPES
+    )
+
+
+def _join(projections: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    joined = torch.cat([p.weight.data for p in projections])
+    for p, part in zip(
+        projections, joined.split([p.out_features for p in projections]), strict=True
+    ):
+        p.weight.data = part
+    if projections[0].bias is None:
+        return joined, None
+    return joined, torch.cat([p.bias.data for p in projections])
+
+
+def _forward(
+    layer: Any,
+    is_last: bool,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    past_key_values: Any,
+    **_: Any,
+) -> torch.Tensor:
+    scope = active_scope()
+    if scope is None:
+        raise RuntimeError("fused layers run inside invariant_kernels() only")
+    if attention_mask.shape[-1] != 2:
+        raise refusal(
+            "attention",
+            hidden_states.dtype,
+            hidden_states.device.type,
+            "fused layers see every key up to their own position, and this mask hides some",
+        )
+    with _disable_current_modes():
+        return _fused(
+            layer,
+            is_last,
+            hidden_states,
+            attention_mask,
+            position_embeddings,
+            past_key_values,
+            scope,
+        )
+
+
+def _fused(
+    layer: Any,
+    is_last: bool,
+    hidden: torch.Tensor,
+    spans: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    cache: Any,
+    scope: Scope,
+) -> torch.Tensor:
+    """hidden [B, L, N]; spans [B, 1, 1, 2] as `attention_interface` makes them."""
+    own, mlp = layer.self_attn, layer.mlp
+    batch, length, width = hidden.shape
+    residual = hidden.reshape(-1, width)
+    rows = _norm(residual, layer.input_layernorm)
+    weight, bias = layer._joined_qkv
+    x = matmul(rows, weight.t(), bias).view(batch, length, -1)
+    keys, values, offset = _columns(cache, own, x)
+    q_norm, k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
+    query = qkv(
+        x, *position_embeddings, keys, values, offset,
+        q_weight=None if q_norm is None else q_norm.weight,
+        k_weight=None if k_norm is None else k_norm.weight,
+        eps=0.0 if q_norm is None else q_norm.variance_epsilon,
+    )  # fmt: skip
+    out = attention(
+        query, keys, values, starts=spans[:, 0, 0, 0], lengths=spans[:, 0, 0, 1], scale=own.scaling
+    )
+    out = out.transpose(1, 2).reshape(batch * length, -1)
+    residual = matmul(out, own.o_proj.weight.t(), residual)
+    rows = _norm(residual, layer.post_attention_layernorm)
+    gate, up = matmul(rows, layer._joined_gate_up[0].t()).chunk(2, -1)
+    residual = matmul(silu_mul(gate, up), mlp.down_proj.weight.t(), residual)
+    if is_last:
+        # Together: one launch, where the cache would make one a layer.
+        torch._foreach_add_([c.cumulative_length for c in cache.layers], length)
+    scope.fires.update(_FIRES)
+    return residual.view(batch, length, width)
+
+
+def _norm(rows: torch.Tensor, module: Any) -> torch.Tensor:
+    return rms_norm(rows, module.weight, module.variance_epsilon)
+
+
+def _columns(
+    cache: Any, own: Any, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The layer's static cache, and how many of its columns are filled."""
+    layer = cache.layers[own.layer_idx]
+    if not hasattr(layer, "cumulative_length"):
+        raise TypeError("fused layers write to transformers' StaticCache only")
+    if not layer.is_initialized:
+        kv_heads = own.k_proj.out_features // own.head_dim
+        like = x.new_empty(x.shape[0], kv_heads, 1, own.head_dim)
+        layer.lazy_initialization(like, like)
+    return layer.keys, layer.values, layer.cumulative_length
+
+
+__all__ = ["LAYERS", "fused_layers", "join_weights"]

@@ -1,0 +1,226 @@
+"""Measuring from Python: `measure`, and a run with what it shows."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ndcheck import records
+from ndcheck.analysis.accumulate import summarise
+from ndcheck.comparison import Measured, find_references
+from ndcheck.errors import UsageError, did_you_mean
+from ndcheck.reports import phrases, tables
+from ndcheck.reports.explanation import read_advice
+from ndcheck.reports.reproduction import reproduce_command
+from ndcheck.reports.terminal import print_report
+from ndcheck.reports.write import write_reports
+from ndcheck.request import DEFAULTS, make_spec
+from ndcheck.runner import Progress, create_directory, plan, run_trials
+from ndcheck.samplers.base import open_sampler
+from ndcheck.store import RUN_FILE, SAMPLES_FILE, SampleReader, read_run, write_failure
+from ndcheck.verdict import Outcome, judge
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+BASELINES_DIRECTORY = Path("ndcheck-baselines")
+SCREEN_WIDTH = 100
+Watcher = Callable[[Progress], None]
+
+
+def measure(
+    model: str = DEFAULTS.model,
+    *,
+    out: str | Path | None = None,
+    on_progress: Watcher = lambda progress: None,
+    **options: Any,
+) -> Run:
+    """Measure as `ndcheck run` does, with its options as keywords, and return the run.
+
+    >>> import ndcheck
+    >>> run = ndcheck.measure("scripted:batch-dependent", loads=[1, 4], samples=40, max_tokens=8)
+    >>> run.verdict
+    'FAIL'
+    >>> run.completions[["count", "first_divergence"]].to_dict("list")
+    {'count': [33, 7], 'first_divergence': [3, None]}
+
+    ``out`` is a new or empty directory (default: one in ``ndcheck-runs``); ``on_progress`` is
+    called after every trial. Raises UsageError for an option that is wrong, BackendError where
+    the model or its device fails.
+    """
+    try:
+        spec = make_spec(model=model, **options)
+    except TypeError as error:
+        raise UsageError(str(error).replace("make_spec()", "measure()")) from error
+    return measure_spec(spec, None if out is None else Path(out), on_progress)
+
+
+def measure_spec(
+    spec: records.RunSpec, out: Path | None, on_progress: Watcher = lambda progress: None
+) -> Run:
+    """The same for a spec; the reports are written beside the samples."""
+    # Read when torch is imported, if it is not yet; `__main__` says why.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sampler = open_sampler(spec)
+    trials = plan(spec, sampler)
+    with closing(create_directory(spec, sampler, trials, out)) as directory:
+        run_trials(trials, sampler, directory, on_progress=on_progress)
+    run = Run(directory.path)
+    run.write_reports()
+    return run
+
+
+def find_run(name: str, folder: Path = Path()) -> Path:
+    """The directory of a run: ``name`` itself, or a baseline saved under that name.
+
+    Both are looked for in ``folder``. Raises UsageError if neither holds a run.
+    """
+    saved = folder / BASELINES_DIRECTORY
+    for path in (folder / name, saved / name):
+        if (path / RUN_FILE).is_file():
+            return path
+    names = sorted(path.name for path in saved.iterdir()) if saved.is_dir() else []
+    raise UsageError(
+        f"{name} holds no run{did_you_mean(name, names) or ';'} saved baselines: "
+        f"{', '.join(names) or 'none'}"
+    )
+
+
+def save_baseline(run: Run, name: str) -> Path:
+    """Keep what a run measured in ``ndcheck-baselines/NAME``, which must be new."""
+    path = BASELINES_DIRECTORY / name
+    if path.name != name or path.exists():
+        reason = "it exists; remove it first" if path.exists() else "give a plain name"
+        raise UsageError(f"baseline {name}: {reason}")
+    try:
+        path.mkdir(parents=True)
+        for file in (SAMPLES_FILE, RUN_FILE):  # run.json last: it is what makes it a run
+            shutil.copyfile(run.path / file, path / file)
+    except OSError as error:
+        raise write_failure(path, error) from error
+    return path
+
+
+class Run:
+    """A run's directory, read once, and what it shows.
+
+    Data frames have the columns of the CSV files. Shown by rich or a notebook, it is the screen
+    of `ndcheck run`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Read a run. Raises UsageError if ``path`` holds none."""
+        self.path = Path(path)
+        self.record = read_run(self.path)
+        self._samples = SampleReader(self.path)
+        self.summary = summarise(self._samples, self.record.spec)
+        self.bad_lines = tuple(self._samples.bad_lines)
+        self.judgement = judge(self.record, self.summary)
+
+    @property
+    def verdict(self) -> Outcome:
+        """PASS, FAIL or INCONCLUSIVE."""
+        return self.judgement.verdict.outcome
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """What justifies the verdict."""
+        return self.judgement.verdict.reasons
+
+    @property
+    def command(self) -> str:
+        """The shell command that repeats the run."""
+        return reproduce_command(self.record.spec, DEFAULTS, str(self.path))
+
+    @cached_property
+    def measured(self) -> Measured:
+        """The run as `ndcheck.comparison.compare` takes it."""
+        return Measured(self.record, self.summary, find_references(self._samples))
+
+    @property
+    def samples(self) -> pd.DataFrame:
+        """One row a sample, controls left out."""
+        import pandas as pd
+
+        return pd.concat(
+            tables.sample_tables(self.record, self._samples, self.summary), ignore_index=True
+        )
+
+    @property
+    def completions(self) -> pd.DataFrame:
+        """One row for each distinct completion of a probe in an arm, the most frequent first."""
+        import pandas as pd
+
+        return pd.concat(tables.completion_tables(self.summary), ignore_index=True)
+
+    @property
+    def loads(self) -> pd.DataFrame:
+        """One row for each kind of load."""
+        return tables.loads_table(self.summary)
+
+    @property
+    def probes(self) -> pd.DataFrame:
+        """One row for each probe and arm: summary.csv."""
+        return tables.summary_table(self.summary, self.judgement)
+
+    def write_reports(self) -> None:
+        """Write report.md and the CSV files. Raises BackendError if the disk refuses."""
+        try:
+            write_reports(
+                self.path,
+                self.record,
+                self._samples,
+                self.summary,
+                self.judgement,
+                DEFAULTS,
+                read_advice(self.path),
+            )
+        except OSError as error:
+            raise write_failure(self.path, error) from error
+
+    def print(self, console: Console) -> None:
+        """The screen of `ndcheck run`."""
+        print_report(
+            console,
+            self.record,
+            self.summary,
+            self.judgement,
+            DEFAULTS,
+            str(self.path),
+            read_advice(self.path),
+        )
+
+    def __repr__(self) -> str:
+        found = "; ".join(phrases.outcome(probe) for probe in self.summary.probes)
+        return f"<ndcheck.Run {str(self.path)!r} {self.verdict}: {found}>"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.console import Console
+        from rich.text import Text
+
+        screen = io.StringIO()
+        self.print(
+            Console(
+                file=screen,
+                width=options.max_width,
+                highlight=False,
+                force_terminal=console.is_terminal,
+            )
+        )
+        yield Text.from_ansi(screen.getvalue())
+
+    def _repr_html_(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=SCREEN_WIDTH, highlight=False, record=True)
+        self.print(console)
+        return console.export_html(
+            inline_styles=True, code_format="<pre style='line-height:1.3'>{code}</pre>"
+        )

@@ -1,0 +1,49 @@
+"""`ndcheck compare`: what changed between two runs."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import Annotated
+
+import typer
+
+from ndcheck.cli import options as o
+
+FAIL_ON_HELP = (
+    "Exit with 1 on these, comma-separated: environment, model, kernels, load, "
+    "tokens, bits, unique (more completions), rate (more trials diverge)."
+)
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help="A run, or a saved baseline's name.", metavar="A")],
+    b: Annotated[str, typer.Argument(help="The run to compare with it.", metavar="B")],
+    fail_on: Annotated[
+        str | None, typer.Option("--fail-on", help=FAIL_ON_HELP, metavar="KINDS")
+    ] = None,
+    confidence: o.Confidence = 0.95,
+    json: o.Json = False,
+) -> None:
+    """Show what differs: environment, model, kernels, load, outputs, metrics, cost."""
+    from rich.console import Console
+
+    from ndcheck.api import Run, find_run
+    from ndcheck.comparison import FAIL_ON, judge_comparison
+    from ndcheck.comparison import compare as compare_runs
+    from ndcheck.errors import UsageError
+    from ndcheck.reports.comparison import comparison_document, print_comparison
+    from ndcheck.request import parse_names
+    from ndcheck.verdict import EXIT_CODES, worst
+
+    if not 0 < confidence < 1:
+        raise UsageError(f"--confidence {confidence}: give a level between 0 and 1, such as 0.95")
+    kinds = parse_names("--fail-on", fail_on, FAIL_ON) if fail_on is not None else ()
+    comparison = compare_runs(Run(find_run(a)).measured, Run(find_run(b)).measured)
+    verdicts = judge_comparison(comparison, kinds, confidence)
+    code = EXIT_CODES[worst([v.outcome for v in verdicts.values()])] if verdicts else 0
+    if json:
+        document = comparison_document((a, b), comparison, verdicts, code)
+        typer.echo(json_module.dumps(document, indent=2, allow_nan=False))
+    else:
+        print_comparison(Console(highlight=False), (a, b), comparison, verdicts)
+    raise typer.Exit(code)

@@ -1,0 +1,222 @@
+"""A gate from checks to exit code: make the runs, judge them, publish what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import typer
+
+from ndcheck.api import Run, find_run, measure_spec, save_baseline
+from ndcheck.cli.progress import ProgressLine
+from ndcheck.cli.session import note
+from ndcheck.comparison import FAIL_ON, compare
+from ndcheck.config import Check, find_file, read_checks
+from ndcheck.errors import BackendError, NdcheckError, UsageError, did_you_mean
+from ndcheck.records import ARMS, RunSpec
+from ndcheck.reports.gate import (
+    CheckResult,
+    Inconclusive,
+    exit_code,
+    gate_document,
+    gate_markdown,
+    github_annotations,
+    print_gate,
+)
+from ndcheck.reports.junit import junit_xml
+from ndcheck.reports.reproduction import reproduce_command
+from ndcheck.request import DEFAULTS, parse_names
+from ndcheck.rules import Rules, RuleSet, judge_gate
+from ndcheck.runner import RUNS_DIRECTORY, free_path, plan
+from ndcheck.samplers.base import open_sampler
+from ndcheck.store import replacing, write_failure
+
+
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """Rules given as flags; they win over those of a file."""
+
+    limits: Rules
+    arms: str | None
+    baseline: str | None
+    fail_on: str | None
+
+    def over(self, rules: RuleSet, spec: RunSpec) -> RuleSet:
+        """Raises UsageError for a rule that the run cannot be judged by."""
+        rules = dataclasses.replace(rules, general=self.limits.over(rules.general))
+        if self.arms is not None:
+            rules = dataclasses.replace(rules, arms=parse_names("--arms", self.arms, ARMS))
+        if self.baseline is not None:
+            rules = dataclasses.replace(rules, baseline=self.baseline)
+        if self.fail_on is not None:
+            if rules.baseline is None:
+                raise UsageError("--fail-on: it needs a --baseline to compare with")
+            rules = dataclasses.replace(
+                rules, fail_on=parse_names("--fail-on", self.fail_on, FAIL_ON)
+            )
+        try:
+            rules.check(spec)
+        except UsageError as error:
+            raise self._name_flag(error) from error
+        return rules
+
+    def _name_flag(self, error: UsageError) -> UsageError:
+        """A line that begins with a rule begins with its flag instead, where that gave it."""
+        name, colon, rest = str(error).partition(":")
+        if getattr(self.limits, name, None) is not None:
+            name = f"--{name.replace('_', '-')}"
+        elif self.arms is not None and name in self.arms.split(","):
+            name = f"--arms {name}"
+        return UsageError(f"{name}{colon}{rest}")
+
+
+def parse_inconclusive(text: str | None) -> Inconclusive:
+    """``pass`` or ``fail``; exit code 3 if not given."""
+    if text is None:
+        return "exit-3"
+    accepted: tuple[Inconclusive, ...] = ("pass", "fail")
+    return parse_names("--inconclusive", text, accepted)[0]
+
+
+def judge_runs(
+    paths: Sequence[Path],
+    config: Path | None,
+    names: Sequence[str] | None,
+    demands: Demands,
+    baseline_name: str | None,
+) -> list[CheckResult]:
+    """Judge finished runs by the flags, and by a check's rules where one is named."""
+    rules, folder = RuleSet(), Path()
+    if config is not None or names:
+        checks = _select(config, names)
+        if len(checks) != 1:
+            raise UsageError("--check: name the one check whose rules to judge by")
+        rules, folder = checks[0].rules, checks[0].file.parent
+    if demands.baseline is not None:
+        folder = Path()
+    if baseline_name is not None and len(paths) != 1:
+        raise UsageError("--save-baseline: give one RUN")
+    results = []
+    for path in paths:
+        run = Run(path)
+        for line in run.bad_lines:
+            note(line, quiet=False)
+        results.append(_judge(str(path), run, demands.over(rules, run.record.spec), folder))
+        if baseline_name is not None:
+            note(f"saved {save_baseline(run, baseline_name)}", quiet=False)
+    return results
+
+
+def run_checks(
+    config: Path | None,
+    names: Sequence[str] | None,
+    demands: Demands,
+    out: Path | None,
+    *,
+    quiet: bool,
+) -> list[CheckResult]:
+    """Make the run of every check and judge it; a mistake in any is found before the first."""
+    checks = _select(config, names)
+    rules = [demands.over(check.rules, check.spec) for check in checks]
+    for check, demanded in zip(checks, rules, strict=True):
+        _rehearse(check, demanded)
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {out}: it is not empty; choose a new folder")
+    now = datetime.now(UTC)
+    results = []
+    for number, (check, demanded) in enumerate(zip(checks, rules, strict=True), 1):
+        path = free_path(RUNS_DIRECTORY / f"{now:%Y%m%d-%H%M%S}-{check.name}")
+        if out is not None:
+            path = out / check.name
+        note(f"check {check.name} ({number} of {len(checks)}): {path}", quiet=quiet)
+        try:
+            with ProgressLine(quiet=quiet) as progress:
+                run = measure_spec(check.spec, path, progress.show)
+        except KeyboardInterrupt:
+            note(f"interrupted; go on with: ndcheck run --resume {path}", quiet=False)
+            raise
+        except UsageError as error:
+            raise check.locate(error) from error
+        except NdcheckError as error:
+            command = reproduce_command(check.spec, DEFAULTS)
+            results.append(CheckResult(check.name, command, error=str(error)))
+        else:
+            results.append(_judge(check.name, run, demanded, check.file.parent))
+    return results
+
+
+def publish(
+    results: Sequence[CheckResult],
+    inconclusive: Inconclusive,
+    junit: Path | None,
+    *,
+    as_json: bool,
+) -> int:
+    """Show the results, here and where a CI system looks for them. Returns the exit code."""
+    from rich.console import Console
+
+    code = exit_code(results, inconclusive)
+    if as_json:
+        typer.echo(json.dumps(gate_document(results, code), indent=2, allow_nan=False))
+    else:
+        print_gate(Console(highlight=False), results)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in github_annotations(results):
+            typer.echo(line, err=as_json)  # GitHub reads both streams
+    if junit is not None:
+        try:
+            junit.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(junit) as file:
+                file.write(junit_xml(results, inconclusive))
+        except OSError as error:
+            raise write_failure(junit, error) from error
+    summary_page = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary_page:
+        try:
+            with Path(summary_page).open("a", encoding="utf-8") as file:
+                file.write(gate_markdown(results))
+        except OSError as error:
+            raise write_failure(Path(summary_page), error) from error
+    return code
+
+
+def _select(config: Path | None, names: Sequence[str] | None) -> list[Check]:
+    file = config or find_file()
+    checks = read_checks(file)
+    known = [check.name for check in checks]
+    for name in names or ():
+        if name not in known:
+            hint = did_you_mean(name, known) or ";"
+            raise UsageError(f"--check {name}: unknown{hint} {file} has {', '.join(known)}")
+    return [check for check in checks if not names or check.name in names]
+
+
+def _rehearse(check: Check, rules: RuleSet) -> None:
+    """Plan without measuring: raises UsageError for what only the model and the disk can tell."""
+    try:
+        if rules.baseline is not None:
+            find_run(rules.baseline, check.file.parent)
+        plan(check.spec, open_sampler(check.spec, load_weights=False))
+    except UsageError as error:
+        raise check.locate(error) from error
+    except BackendError:
+        pass  # the run itself will say so, as a result
+
+
+def _judge(name: str, run: Run, rules: RuleSet, folder: Path) -> CheckResult:
+    comparison = None
+    if rules.baseline is not None:
+        comparison = compare(Run(find_run(rules.baseline, folder)).measured, run.measured)
+    return CheckResult(
+        name,
+        run.command,
+        directory=str(run.path),
+        started_at=run.record.started_at,
+        elapsed_s=run.record.elapsed_s,
+        verdict=judge_gate(run.record, run.summary, rules, comparison),
+    )

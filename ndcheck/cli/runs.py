@@ -1,0 +1,76 @@
+"""`ndcheck runs`: a folder of runs at a glance."""
+
+from __future__ import annotations
+
+import csv
+import json as json_module
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ndcheck.cli import options as o
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where the runs are.", metavar="DIR")] = Path(
+        "ndcheck-runs"
+    ),
+    json: o.Json = False,
+) -> None:
+    """List the runs of a folder, the newest first."""
+    from rich.console import Console
+
+    from ndcheck.errors import UsageError
+    from ndcheck.reports.listing import run_lines
+
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no directory of runs")
+    found = sorted(_read(folder), key=lambda run: str(run["started_at"]), reverse=True)
+    if json:
+        typer.echo(json_module.dumps(found, indent=2))
+    elif not found:
+        raise UsageError(f"{folder} holds no run")
+    else:
+        console = Console(highlight=False)
+        for line in run_lines(found):
+            console.print(line, soft_wrap=True)
+
+
+def _read(folder: Path) -> Iterator[dict[str, Any]]:
+    from ndcheck.cli.session import note
+    from ndcheck.errors import UsageError
+    from ndcheck.store import RUN_FILE, read_run
+    from ndcheck.verdict import worst
+
+    for path in folder.iterdir():
+        if not (path / RUN_FILE).is_file():
+            continue
+        try:
+            run = read_run(path)
+        except UsageError as error:
+            note(str(error), quiet=False)
+            continue
+        rows = _read_summary(path / "summary.csv")
+        yield {
+            "name": path.name,
+            "directory": str(path),
+            "started_at": run.started_at,
+            "model": run.spec.model,
+            "arms": list(run.spec.arms),
+            "status": run.status,
+            # The reports hold these: a run that was killed has none until `ndcheck report`.
+            "verdict": worst([row["verdict"] for row in rows]) if rows else None,  # type: ignore[misc]
+            "n_unique": max((int(row["n_unique"]) for row in rows), default=None),
+            "diverged_trials": sum(int(row["diverged_trials"]) for row in rows) if rows else None,
+            "n_trials": sum(int(row["n_trials"]) for row in rows) if rows else None,
+        }
+
+
+def _read_summary(file: Path) -> list[dict[str, str]]:
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            return list(csv.DictReader(lines))
+    except OSError:
+        return []

@@ -1,0 +1,248 @@
+"""What differs between two runs: how they were made, and what they gave; pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndcheck.analysis.divergence import first_divergence, latent_divergence, read_stream
+from ndcheck.analysis.statistics import fisher_exact, k1_kl, k3_kl
+from ndcheck.analysis.summary import ProbeSummary, Summary
+from ndcheck.records import Arm, Run, Sample
+from ndcheck.verdict import Verdict
+
+Group = Literal["environment", "model", "kernels", "load"]
+DriftKind = Literal["none", "latent", "tokens"]
+FailOn = Literal["environment", "model", "kernels", "load", "tokens", "bits", "unique", "rate"]
+References = Mapping[tuple[Arm, str], Sample]
+
+FAIL_ON: tuple[FailOn, ...] = get_args(FailOn)
+MODEL_FIELDS = ("model", "dtype", "device", "attention", "chat", "trust_remote_code", "decoding")
+KERNEL_FIELDS = ("arms",)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A run with what it showed; ``references`` are the probes' completions alone, by arm."""
+
+    run: Run
+    summary: Summary
+    references: References
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A field of the runs' records that differs; None is unknown or absent."""
+
+    group: Group
+    name: str
+    a: Any
+    b: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """One probe in B against the same prompt in A, reference against reference.
+
+    ``kind`` is ``latent`` where tokens are equal and bits are not. ``bits_recorded`` is False where
+    a run recorded none, so that ``none`` speaks of tokens alone. ``max_abs_dlogprob`` (nats) and
+    the KL estimates (A's reference against B's, nats per token) are over the shared prefix.
+    ``fisher_p`` tests that both runs' trials diverge at one rate.
+    """
+
+    prompt: str
+    a: ProbeSummary
+    b: ProbeSummary
+    kind: DriftKind
+    bits_recorded: bool
+    first_divergence: int | None
+    tokens: tuple[str, str] | None
+    n_shared_tokens: int
+    max_abs_dlogprob: float | None
+    k1_kl: float | None
+    k3_kl: float | None
+    n_shared_completions: int
+    fisher_p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """``only_in_a`` and ``only_in_b`` name probes without a partner, or without a reference."""
+
+    changes: tuple[Change, ...]
+    drifts: tuple[Drift, ...]
+    only_in_a: tuple[str, ...]
+    only_in_b: tuple[str, ...]
+
+
+def find_references(samples: Iterable[Sample]) -> dict[tuple[Arm, str], Sample]:
+    """The first completion of each probe alone in its batch, by arm and probe id."""
+    found: dict[tuple[Arm, str], Sample] = {}
+    for sample in samples:
+        is_reference = sample.axis == "reference" and sample.baseline is None
+        if is_reference and sample.error is None:
+            found.setdefault((sample.arm, sample.probe_id), sample)
+    return found
+
+
+def compare(a: Measured, b: Measured) -> Comparison:
+    """Probes are partners if their prompts and arms are equal; two runs of one arm each are too."""
+    partners_a, partners_b = _by_prompt(a), _by_prompt(b)
+    arms_a, arms_b = set(a.run.spec.arms), set(b.run.spec.arms)
+    if len(arms_a) == len(arms_b) == 1 and arms_a != arms_b:
+        (arm_a,), (arm_b,) = arms_a, arms_b
+        partners_b = {(arm_a, prompt): v for (arm, prompt), v in partners_b.items() if arm == arm_b}
+    shared = [key for key in partners_a if key in partners_b]
+    return Comparison(
+        changes=tuple(_find_changes(a.run, b.run)),
+        drifts=tuple(_drift(key[1], *partners_a[key], *partners_b[key]) for key in shared),
+        only_in_a=tuple(f"{arm} {prompt}" for arm, prompt in partners_a.keys() - shared),
+        only_in_b=tuple(f"{arm} {prompt}" for arm, prompt in partners_b.keys() - shared),
+    )
+
+
+def judge_comparison(
+    comparison: Comparison, fail_on: Iterable[FailOn], confidence: float
+) -> dict[FailOn, Verdict]:
+    """A verdict on each kind of difference that was asked for.
+
+    It is INCONCLUSIVE where the runs share no prompt, where bits were not recorded, and where a
+    clean B has fewer trials than A, so that a difference had less chance to show.
+    """
+    return {name: _judge(name, comparison, confidence) for name in fail_on}
+
+
+def _by_prompt(measured: Measured) -> dict[tuple[Arm, str], tuple[ProbeSummary, Sample]]:
+    prompts = {probe.probe_id: probe.prompt for probe in measured.run.spec.probes}
+    return {
+        (probe.arm, prompts[probe.probe_id]): (probe, reference)
+        for probe in measured.summary.probes
+        if (reference := measured.references.get((probe.arm, probe.probe_id))) is not None
+    }
+
+
+def _find_changes(a: Run, b: Run) -> Iterator[Change]:
+    found: list[tuple[Group, str, Any, Any]] = [
+        ("environment", "ndcheck", a.ndcheck_version, b.ndcheck_version)
+    ]
+    here, there = dataclasses.asdict(a.environment), dataclasses.asdict(b.environment)
+    for part, facts in here.items():
+        group: Group = "model" if part == "model" else "environment"
+        found += [
+            (group, f"{part}.{name}", facts.get(name), there[part].get(name))
+            for name in dict.fromkeys((*facts, *there[part]))
+        ]
+    for field in dataclasses.fields(a.spec):
+        if field.name == "probes":
+            continue
+        group = "kernels" if field.name in KERNEL_FIELDS else "load"
+        group = "model" if field.name in MODEL_FIELDS else group
+        values = (getattr(run.spec, field.name) for run in (a, b))
+        found.append((group, f"spec.{field.name}", *values))
+    groups = get_args(Group)
+    for group, name, x, y in sorted(found, key=lambda change: groups.index(change[0])):
+        if x != y:
+            yield Change(group, name, _plain(x), _plain(y))
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: dataclasses as dictionaries, tuples as lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _drift(
+    prompt: str, a: ProbeSummary, sample_a: Sample, b: ProbeSummary, sample_b: Sample
+) -> Drift:
+    stream_a, stream_b = read_stream(sample_a), read_stream(sample_b)
+    at = first_divergence(stream_a.token_ids, stream_b.token_ids)
+    n_shared = min(len(sample_a.token_ids), len(sample_b.token_ids)) if at is None else at
+    latent = latent_divergence(stream_a, stream_b, n_shared)
+    n = min(n_shared, len(stream_a.logprobs), len(stream_b.logprobs))
+    here, there = stream_a.logprobs[:n], stream_b.logprobs[:n]
+    both_digests = bool(len(stream_a.row_digests) and len(stream_b.row_digests))
+    kind: DriftKind = "none" if latent is None else "latent"
+    return Drift(
+        prompt=prompt,
+        a=a,
+        b=b,
+        kind="tokens" if at is not None else kind,
+        bits_recorded=bool(n) or both_digests,
+        first_divergence=at,
+        tokens=None if at is None else (_token(sample_a, at), _token(sample_b, at)),
+        n_shared_tokens=n_shared,
+        max_abs_dlogprob=_largest(here, there) if n else None,
+        k1_kl=k1_kl(here, there) if n else None,
+        k3_kl=k3_kl(here, there) if n else None,
+        n_shared_completions=len(
+            {c.sha256 for c in a.completions} & {c.sha256 for c in b.completions}
+        ),
+        fisher_p=fisher_exact(a.diverged_trials, a.n_trials, b.diverged_trials, b.n_trials),
+    )
+
+
+def _token(sample: Sample, at: int) -> str:
+    """Its text; empty where the completion had ended."""
+    return "".join(sample.token_texts[at : at + 1])
+
+
+def _largest(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    return float(np.abs(a.astype(np.float64) - b).max())
+
+
+def _judge(name: FailOn, comparison: Comparison, confidence: float) -> Verdict:
+    if name in get_args(Group):
+        changed = [change.name for change in comparison.changes if change.group == name]
+        if changed:
+            return Verdict("FAIL", (f"{name}: {', '.join(changed)} changed",))
+        return Verdict("PASS", (f"{name}: unchanged",))
+    if not comparison.drifts:
+        return Verdict("INCONCLUSIVE", (f"{name}: the runs share no prompt and arm",))
+    verdicts = [_judge_drift(name, drift, confidence) for drift in comparison.drifts]
+    for outcome in ("FAIL", "INCONCLUSIVE"):
+        reasons = [r for v in verdicts if v.outcome == outcome for r in v.reasons]
+        if reasons:
+            return Verdict(outcome, tuple(reasons))
+    missing = (*comparison.only_in_a, *comparison.only_in_b)
+    if missing:
+        return Verdict("INCONCLUSIVE", (f"{name}: prompts without a partner: {len(missing)}",))
+    return Verdict("PASS", tuple(r for v in verdicts for r in v.reasons))
+
+
+def _judge_drift(name: FailOn, drift: Drift, confidence: float) -> Verdict:
+    a, b = drift.a, drift.b
+    subject = f"{name}: {b.arm} {b.probe_id}"
+    if name in ("tokens", "bits"):
+        if drift.first_divergence is not None:
+            at = drift.first_divergence + 1
+            return Verdict("FAIL", (f"{subject}: another token at {at}",))
+        if name == "tokens":
+            return Verdict("PASS", (f"{subject}: {drift.n_shared_tokens} tokens equal",))
+        if not drift.bits_recorded:
+            return Verdict("INCONCLUSIVE", (f"{subject}: bits were not recorded in both runs",))
+        if drift.kind == "latent":
+            return Verdict("FAIL", (f"{subject}: equal tokens, other bits",))
+        return Verdict("PASS", (f"{subject}: {drift.n_shared_tokens} tokens equal bit for bit",))
+    if name == "unique":
+        counts = f"{subject}: {b.n_unique} unique completions, {a.n_unique} in the baseline"
+        is_worse = b.n_unique > a.n_unique
+    else:
+        counts = (
+            f"{subject}: {b.diverged_trials} of {b.n_trials} trials diverged, "
+            f"{a.diverged_trials} of {a.n_trials} in the baseline "
+            f"(p = {drift.fisher_p:.2g}, Fisher's exact test)"
+        )
+        higher = b.diverged_trials * a.n_trials > a.diverged_trials * b.n_trials
+        is_worse = higher and drift.fisher_p < 1 - confidence
+    if is_worse:
+        return Verdict("FAIL", (counts,))
+    if b.n_trials < a.n_trials:
+        fewer = f"{counts}, but only {b.n_trials} trials against {a.n_trials}"
+        return Verdict("INCONCLUSIVE", (fewer,))
+    return Verdict("PASS", (counts,))

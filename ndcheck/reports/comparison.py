@@ -1,0 +1,191 @@
+"""Two runs side by side: what changed in how they were made, and in what they gave."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ndcheck.analysis.summary import ProbeSummary
+from ndcheck.comparison import Change, Comparison, Drift, FailOn
+from ndcheck.environment import MUST_MATCH
+from ndcheck.reports import phrases
+from ndcheck.reports.document import published
+from ndcheck.reports.terminal import STYLES, print_without_padding
+from ndcheck.reports.untrusted import quoted, visible
+from ndcheck.verdict import Verdict
+
+SCHEMA_VERSION = 1
+VALUE_WIDTH = 28
+PROMPT_WIDTH = 50
+
+
+def print_comparison(
+    console: Console,
+    names: tuple[str, str],
+    comparison: Comparison,
+    verdicts: Mapping[FailOn, Verdict],
+) -> None:
+    """``names`` are A's and B's, as the user gave them."""
+    for verdict in verdicts.values():
+        for reason in verdict.reasons:
+            label = Text(verdict.outcome, style=STYLES[verdict.outcome])
+            console.print(Text.assemble(label, "  ", visible(reason)))
+    if verdicts:
+        console.print()
+    for letter, name in zip("AB", names, strict=True):
+        console.print(Text(f"{letter}  {visible(name)}"), soft_wrap=True)
+    console.print()
+    if comparison.changes:
+        print_without_padding(console, _changes(comparison.changes))
+    else:
+        console.print("Made in the same way: environment, model, kernels and load are equal")
+    if any(_decides_bits(change) for change in comparison.changes):
+        console.print("* decides bits: other bits in B are no fault by themselves")
+    for drift in comparison.drifts:
+        console.print()
+        heading = f"{_arms(drift)} {visible(drift.b.probe_id)}: "
+        console.print(
+            Text(heading + quoted(drift.prompt, PROMPT_WIDTH), style="bold"), soft_wrap=True
+        )
+        console.print(Text(f"  {drift_sentence(drift)}"))
+        print_without_padding(console, _figures(drift))
+        for line in _tests(drift):
+            console.print(f"  {line}")
+    if not comparison.drifts:
+        console.print("\nThe runs share no prompt and arm: outputs cannot be compared")
+    for letter, alone in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
+        for name in alone:
+            console.print(Text(f"only in {letter}: {visible(name)}"))
+
+
+def drift_sentence(drift: Drift) -> str:
+    """What became of the completion of the probe alone in its batch."""
+    tokens = phrases.count(drift.n_shared_tokens, "token")
+    if drift.first_divergence is not None and drift.tokens is not None:
+        texts = [quoted(text, PROMPT_WIDTH) if text else "the end" for text in drift.tokens]
+        return f"TOKENS differ from token {drift.first_divergence + 1}: {texts[0]}, now {texts[1]}"
+    if drift.kind == "latent":
+        return f"BITS differ, {tokens} are equal"
+    if drift.bits_recorded:
+        return f"no drift: {tokens} equal bit for bit"
+    return f"no drift: {tokens} equal; bits were not recorded in both runs"
+
+
+def comparison_document(
+    names: tuple[str, str], comparison: Comparison, verdicts: Mapping[FailOn, Verdict], code: int
+) -> dict[str, Any]:
+    """The ``--json`` document."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "exit_code": code,
+        "a": names[0],
+        "b": names[1],
+        "fail_on": {
+            name: {"verdict": verdict.outcome, "reasons": list(verdict.reasons)}
+            for name, verdict in verdicts.items()
+        },
+        "changes": [
+            {**dataclasses.asdict(change), "decides_bits": _decides_bits(change)}
+            for change in comparison.changes
+        ],
+        "drifts": [_drift_document(drift) for drift in comparison.drifts],
+        "only_in_a": list(comparison.only_in_a),
+        "only_in_b": list(comparison.only_in_b),
+    }
+
+
+def _drift_document(drift: Drift) -> dict[str, Any]:
+    fields = {
+        field.name: getattr(drift, field.name)
+        for field in dataclasses.fields(drift)
+        if field.name not in ("a", "b")
+    }
+    sides = {
+        side: {
+            "arm": probe.arm,
+            "probe_id": probe.probe_id,
+            "n_trials": probe.n_trials,
+            "diverged_trials": probe.diverged_trials,
+            "n_samples": probe.n_samples,
+            "n_unique": probe.n_unique,
+            "common_prefix_tokens": probe.common_prefix_tokens,
+            "tokens_per_s": probe.tokens_per_s,
+            "slowdown_vs_stock": probe.slowdown_vs_stock,
+            "metrics": published(probe.metrics),
+        }
+        for side, probe in (("a", drift.a), ("b", drift.b))
+    }
+    return {**fields, **sides}
+
+
+def _arms(drift: Drift) -> str:
+    return drift.b.arm if drift.a.arm == drift.b.arm else f"{drift.a.arm} -> {drift.b.arm}"
+
+
+def _decides_bits(change: Change) -> bool:
+    return change.name in MUST_MATCH or change.name.partition(".")[0] in MUST_MATCH
+
+
+def _changes(changes: Sequence[Change]) -> Table:
+    table = _table("changed", "", "A", "B")
+    for change in changes:
+        mark = "*" if _decides_bits(change) else ""
+        table.add_row(
+            change.group, f"{visible(change.name)}{mark}", _value(change.a), _value(change.b)
+        )
+    return table
+
+
+def _value(value: Any) -> Text:
+    if value is None:
+        return Text("unknown")
+    if isinstance(value, dict):
+        value = ", ".join(f"{name} {item}" for name, item in value.items())
+    elif isinstance(value, list):
+        value = ", ".join(map(str, value))
+    return Text(visible(str(value)))
+
+
+def _figures(drift: Drift) -> Table:
+    table = _table("", "A", "B")
+    for name, *values in _rows(drift.a, drift.b):
+        table.add_row(f"  {name}", *values)
+    return table
+
+
+def _tests(drift: Drift) -> Iterator[str]:
+    yield f"{phrases.count(drift.n_shared_completions, 'completion')} in common"
+    yield f"one rate of divergence: p = {drift.fisher_p:.2g} (Fisher's exact test)"
+    if drift.max_abs_dlogprob is not None:
+        kl = f"KL k1 {_number(drift.k1_kl)}, k3 {_number(drift.k3_kl)} nats/token"
+        yield f"logprobs differ by up to {drift.max_abs_dlogprob:.3g} nats; {kl}"
+
+
+def _rows(a: ProbeSummary, b: ProbeSummary) -> Iterator[tuple[str, ...]]:
+    yield "unique", *(f"{p.n_unique} of {p.n_samples}" for p in (a, b))
+    yield "diverged", *(f"{p.diverged_trials} of {p.n_trials} trials" for p in (a, b))
+    yield "rate", *(phrases.rate(p) for p in (a, b))
+    yield "common prefix", *(phrases.count(p.common_prefix_tokens, "token") for p in (a, b))
+    metrics_a, metrics_b = published(a.metrics), published(b.metrics)
+    for name in metrics_a:
+        if metrics_a[name] is not None or metrics_b[name] is not None:
+            yield name, _number(metrics_a[name]), _number(metrics_b[name])
+    yield "tokens/s", *(phrases.speed(p.tokens_per_s) for p in (a, b))
+    if a.slowdown_vs_stock is not None or b.slowdown_vs_stock is not None:
+        yield "time over stock's", *(_number(p.slowdown_vs_stock) for p in (a, b))
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value + 0.0:.3g}"  # no minus before 0
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name, overflow="fold", max_width=VALUE_WIDTH)
+    return table

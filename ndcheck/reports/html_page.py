@@ -1,0 +1,153 @@
+"""The report of a run as one HTML file: no network, no outside file, readable without scripts."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ndcheck.analysis.summary import Summary
+from ndcheck.records import Arm, Run, RunSpec
+from ndcheck.reports import phrases
+from ndcheck.reports.claims import claims, exclusions
+from ndcheck.reports.document import published
+from ndcheck.reports.figures import ArmFigures
+from ndcheck.reports.markdown import METRIC_MEANINGS
+from ndcheck.reports.page_data import make_data
+from ndcheck.reports.page_views import load_matrix, make_views
+from ndcheck.reports.remedies import remedies
+from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
+from ndcheck.reports.trunks import walk
+from ndcheck.reports.untrusted import quoted, quoted_tail, visible, without_controls
+from ndcheck.verdict import Judgement
+
+PAGE = Path(__file__).parent / "page"
+SCRIPTS = ("vendor/uPlot.iife.min.js", "vendor/diff.min.js", "charts.js", "strip.js", "compare.js")
+STYLES = ("vendor/uPlot.min.css", "report.css")
+COMMAND_WIDTH = 88
+
+
+def html_report(
+    run: Run,
+    figures: Mapping[tuple[Arm, str], ArmFigures],
+    summary: Summary,
+    judgement: Judgement,
+    defaults: RunSpec,
+    advice: Sequence[str] = (),
+) -> str:
+    """The whole page; a function of its arguments alone, so it renders to the same bytes.
+
+    ``figures`` are what `ndcheck.reports.figures.gather` finds, ``advice`` what `ndcheck trace`
+    made of it.
+    """
+    probes = make_views(run, figures, judgement)
+    scripts = [Markup(_asset(name)) for name in SCRIPTS]
+    styles = [Markup(_asset(name)) for name in STYLES]
+    page = _environment().get_template("report.html.jinja")
+    return page.render(
+        run=run,
+        summary=summary,
+        judgement=judgement,
+        headline=_headline(summary, judgement),
+        probes=probes,
+        multiple=len(probes) > 1,
+        worst_probe=next((p for p in probes if p.outcome == judgement.verdict.outcome), None),
+        command_lines=wrapped_command(run.spec, defaults, COMMAND_WIDTH),
+        prompts_file=PROMPTS_FILE if prompts_file(run.spec, defaults) else None,
+        remedies=remedies(run, summary, judgement, defaults, "", COMMAND_WIDTH),
+        advice=advice,
+        claims=claims(summary, visible),
+        exclusions=exclusions(run),
+        environment=_facts(run),
+        policy=_policy(scripts, styles),
+        scripts=scripts,
+        styles=styles,
+        data=Markup(_json(make_data(probes))),
+    )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_without_controls,
+    )
+    environment.globals["phrases"] = phrases
+    environment.globals["meanings"] = METRIC_MEANINGS
+    environment.filters |= {
+        "load_matrix": load_matrix,
+        "published": published,
+        "quoted": quoted,
+        "quoted_tail": quoted_tail,
+        "token": phrases.token,
+        "tree_size": lambda trunk: sum(1 for _ in walk(trunk)),
+        "visible": visible,
+    }
+    return environment
+
+
+def _without_controls(value: object) -> object:
+    """Applied to whatever the template prints: a rule that no template can forget."""
+    return without_controls(value) if type(value) is str else value
+
+
+def _headline(summary: Summary, judgement: Judgement) -> str:
+    if judgement.verdict.outcome == "PASS":
+        return "No divergence under these loads"
+    if judgement.verdict.outcome == "INCONCLUSIVE":
+        return "Not enough evidence"
+    if any(probe.diverged_trials for probe in summary.probes):
+        return "The output depends on the load"
+    return "Equal tokens, but not equal bits"
+
+
+def _asset(name: str) -> str:
+    """A vendored file carries its licence into the page."""
+    text = (PAGE / name).read_text(encoding="utf-8").strip()
+    licence = PAGE / f"{name.partition('.')[0]}.LICENSE"
+    if not licence.is_file():
+        return text
+    return f"/*!\n{licence.read_text(encoding='utf-8').strip()}\n*/\n{text}"
+
+
+def _policy(scripts: list[Markup], styles: list[Markup]) -> str:
+    """Only these very scripts and styles run, and nothing is loaded from anywhere."""
+    return (
+        f"default-src 'none'; img-src data:; script-src {_digests(scripts)}; "
+        f"style-src {_digests(styles)}; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _digests(texts: list[Markup]) -> str:
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in texts)
+    return " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
+
+
+def _facts(run: Run) -> dict[str, list[tuple[str, str]]]:
+    where = run.environment
+    groups = {
+        "Model": where.model,
+        "Hardware": where.hardware,
+        "Software": {"ndcheck": run.ndcheck_version, **where.software},
+        "Numeric flags": where.numeric_flags,
+        "Run": {"id": run.run_id, "started": run.started_at, "seconds": f"{run.elapsed_s:.1f}"},
+    }
+    return {
+        group: [(name, visible(str(value))) for name, value in facts.items() if value is not None]
+        for group, facts in groups.items()
+    }
+
+
+def _json(value: Any) -> str:
+    """JSON that no character in it can lead out of its script element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,0 +1,312 @@
+"""What a gate demands of a run: rules for all of it, for an arm, for a property; pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+
+from ndcheck.analysis.statistics import clopper_pearson, trials_needed
+from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
+from ndcheck.comparison import Comparison, FailOn, judge_comparison
+from ndcheck.errors import UsageError
+from ndcheck.records import Arm, Axis, Run, RunSpec
+from ndcheck.verdict import (
+    DOUBTS,
+    STATUS_REASONS,
+    STOCK_DID_NOT_FAIL,
+    Outcome,
+    Verdict,
+    judge_axis,
+    judge_probe,
+    worst,
+)
+
+BASELINE_DEFAULT: tuple[FailOn, ...] = ("tokens", "unique", "rate")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Limits of one scope; None is unset.
+
+    With none of the first three no trial may diverge. ``max_divergence_rate`` passes where the
+    upper end of the interval at ``confidence`` is no higher, fails where its lower end is, and is
+    inconclusive between; 0 asks that no trial diverged. Left unset, ``allow_latent`` is true
+    where tokens may differ too, else what the run was asked for.
+    """
+
+    max_unique: int | None = None
+    max_divergence_rate: float | None = None
+    min_common_prefix: int | None = None
+    allow_latent: bool | None = None
+    confidence: float | None = None
+    max_slowdown: float | None = None
+
+    def over(self, wider: Rules) -> Rules:
+        """These, and the wider scope's where unset."""
+        own = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        return replace(wider, **own)
+
+    @property
+    def tolerates_divergence(self) -> bool:
+        """Is any of the limits on tokens given?"""
+        limits = (self.max_unique, self.max_divergence_rate, self.min_common_prefix)
+        return any(limit is not None for limit in limits)
+
+    @property
+    def allows_other_tokens(self) -> bool:
+        return self.tolerates_divergence and self.max_unique != 1 and self.max_divergence_rate != 0
+
+
+PROPERTY_RULES = ("max_divergence_rate", "min_common_prefix", "allow_latent", "confidence")
+"""Those that one property can have; the others are about all completions of a probe."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSet:
+    """All rules of a check: the narrower scope wins over the wider, rule by rule.
+
+    ``arms`` are those that must pass, None for all; an arm that only serves as the other's control
+    may fail. ``baseline`` names a run that ``fail_on`` compares this one with.
+    """
+
+    general: Rules = Rules()
+    by_arm: Mapping[Arm, Rules] = field(default_factory=dict)
+    by_property: Mapping[tuple[Arm | None, Axis], Rules] = field(default_factory=dict)
+    arms: tuple[Arm, ...] | None = None
+    baseline: str | None = None
+    fail_on: tuple[FailOn, ...] = BASELINE_DEFAULT
+
+    def of_arm(self, arm: Arm) -> Rules:
+        return self.by_arm.get(arm, Rules()).over(self.general)
+
+    def of_property(self, arm: Arm, axis: Axis) -> Rules:
+        """Only those that are given for the property itself."""
+        general = self.by_property.get((None, axis), Rules())
+        return self.by_property.get((arm, axis), Rules()).over(general)
+
+    def check(self, spec: RunSpec) -> None:
+        """Raise UsageError for a rule on what the run does not measure: it could not fail."""
+        arms = {*self.by_arm, *(arm for arm, _ in self.by_property if arm), *(self.arms or ())}
+        for arm in arms - set(spec.arms):
+            raise UsageError(f"{arm}: the run has no such arm, only {', '.join(spec.arms)}")
+        for _, axis in self.by_property:
+            if axis not in spec.axes:
+                raise UsageError(f"{axis}: not measured; the run has {', '.join(spec.axes)}")
+        all_rules = (self.general, *self.by_arm.values(), *self.by_property.values())
+        for rules in all_rules:
+            _check_limits(rules, spec.decoding.max_tokens)
+        judged = self.arms or spec.arms
+        slowdowns = any(self.of_arm(arm).max_slowdown is not None for arm in judged)
+        if slowdowns and not ("invariant" in judged and "stock" in spec.arms):
+            raise UsageError(
+                "max_slowdown: the invariant arm is compared with stock: run both with "
+                "kernels = stock,invariant, and judge the invariant one"
+            )
+
+
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "max_unique": (lambda limit: limit >= 1, "give 1 or more"),
+    "max_divergence_rate": (lambda limit: 0 <= limit < 1, "give a rate from 0 to below 1"),
+    "min_common_prefix": (lambda limit: limit >= 1, "give 1 or more"),
+    "confidence": (lambda limit: 0 < limit < 1, "give a level between 0 and 1, such as 0.95"),
+    "max_slowdown": (lambda limit: 0 < limit < math.inf, "give a factor above 0, such as 1.5"),
+}
+
+
+def _check_limits(rules: Rules, max_tokens: int) -> None:
+    for name, (is_fine, accepted) in LIMITS.items():
+        limit = getattr(rules, name)
+        if limit is not None and not is_fine(limit):
+            raise UsageError(f"{name}: {limit} is out of range; {accepted}")
+    if rules.min_common_prefix is not None and rules.min_common_prefix > max_tokens:
+        raise UsageError(
+            f"min_common_prefix: {rules.min_common_prefix} is more than a completion has; "
+            f"give at most max_tokens, {max_tokens}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What one rule said; ``axis`` and ``probe_id`` are None where it is about more than one."""
+
+    rule: str
+    arm: Arm | None
+    probe_id: str | None
+    axis: Axis | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class GateVerdict:
+    """FAIL over INCONCLUSIVE over PASS, over all rulings."""
+
+    outcome: Outcome
+    rulings: tuple[Ruling, ...]
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Those of the rulings that decided, each once."""
+        deciding = (r.verdict for r in self.rulings if r.verdict.outcome == self.outcome)
+        return tuple(dict.fromkeys(reason for v in deciding for reason in v.reasons))
+
+
+def judge_gate(
+    run: Run, summary: Summary, rules: RuleSet, comparison: Comparison | None = None
+) -> GateVerdict:
+    """Every rule on every probe and judged arm. A PASS needs the evidence that `judge` asks for.
+
+    ``comparison`` is of the baseline (A) with this run (B), where the rules name a baseline.
+    """
+    rulings = list(_judge_run(run, rules, comparison))
+    judged = rules.arms or run.spec.arms
+    probes = [probe for probe in summary.probes if probe.arm in judged]
+    for probe in probes:
+        stock = next(
+            (p for p in summary.probes if p.arm == "stock" and p.probe_id == probe.probe_id), None
+        )
+        rulings += _judge_probe(probe, stock, run.spec, rules)
+    if not probes:
+        verdict = Verdict("INCONCLUSIVE", ("no sample was taken",))
+        rulings.append(Ruling("evidence", None, None, None, verdict))
+    return GateVerdict(worst([r.verdict.outcome for r in rulings]), tuple(rulings))
+
+
+def _judge_run(run: Run, rules: RuleSet, comparison: Comparison | None) -> Iterator[Ruling]:
+    if run.status != "finished":
+        verdict = Verdict("INCONCLUSIVE", (STATUS_REASONS[run.status],))
+        yield Ruling("evidence", None, None, None, verdict)
+    if rules.baseline is None:
+        return
+    confidence = rules.general.confidence or run.spec.confidence
+    if comparison is None:
+        raise ValueError("the rules name a baseline, so a comparison with it is needed")
+    for name, verdict in judge_comparison(comparison, rules.fail_on, confidence).items():
+        yield Ruling(f"baseline-{name}", None, None, None, verdict)
+
+
+def _judge_probe(
+    probe: ProbeSummary, stock: ProbeSummary | None, spec: RunSpec, rules: RuleSet
+) -> Iterator[Ruling]:
+    own = rules.of_arm(probe.arm)
+
+    def ruling(rule: str, verdict: Verdict, axis: Axis | None = None) -> Ruling:
+        return Ruling(rule, probe.arm, probe.probe_id, axis, verdict)
+
+    yield ruling("evidence", _judge_evidence(probe, stock, spec, own))
+    findings = {finding.axis: finding for finding in probe.axes}
+    for axis in spec.axes:
+        narrow = rules.of_property(probe.arm, axis)
+        verdict = _judge_property(axis, findings.get(axis), spec, own, narrow)
+        yield ruling("property", verdict, axis)
+    if own.max_unique is not None:
+        yield ruling("max_unique", _judge_unique(probe, own.max_unique))
+    if own.max_divergence_rate is not None:
+        confidence = own.confidence or spec.confidence
+        verdict = _judge_rate(
+            probe.diverged_trials, probe.n_trials, own.max_divergence_rate, confidence
+        )
+        yield ruling("max_divergence_rate", verdict)
+    if own.min_common_prefix is not None:
+        verdict = _judge_prefix(
+            probe.common_prefix_tokens, probe.n_unique > 1, own.min_common_prefix
+        )
+        yield ruling("min_common_prefix", verdict)
+    if own.max_slowdown is not None and probe.arm == "invariant":
+        yield ruling("max_slowdown", _judge_slowdown(probe.slowdown_vs_stock, own.max_slowdown))
+
+
+def _judge_evidence(
+    probe: ProbeSummary, stock: ProbeSummary | None, spec: RunSpec, rules: Rules
+) -> Verdict:
+    doubts = [reason for check in DOUBTS if (reason := check(probe))]
+    if not probe.n_trials:
+        doubts.append("no trial could be compared with the probe alone")
+    control = "the planted fault was caught"
+    if probe.arm == "invariant" and stock is not None:
+        asked = replace(spec, allow_latent=_allows_latent(rules, spec))
+        if judge_probe(stock, asked).verdict.outcome == "FAIL":
+            control += ", and stock, the other control, failed"
+        else:
+            doubts.append(STOCK_DID_NOT_FAIL)
+    if doubts:
+        return Verdict("INCONCLUSIVE", tuple(doubts))
+    return Verdict("PASS", (f"{probe.n_trials} trials, each witnessed at its size; {control}",))
+
+
+def _judge_property(
+    axis: Axis, finding: AxisFinding | None, spec: RunSpec, own: Rules, narrow: Rules
+) -> Verdict:
+    """``own`` are the rules of the probe, which a property of many trials need not meet alone."""
+    asked = replace(spec, allow_latent=_allows_latent(narrow.over(own), spec))
+    if finding is None or not finding.n_trials:
+        return judge_axis(axis, finding, asked)
+    k, n = finding.diverged_trials, finding.n_trials
+    verdicts = []
+    if narrow.max_divergence_rate is not None:
+        confidence = narrow.confidence or own.confidence or spec.confidence
+        verdicts.append(_judge_rate(k, n, narrow.max_divergence_rate, confidence))
+    if narrow.min_common_prefix is not None:
+        at = finding.first_divergence_min
+        verdicts.append(_judge_prefix(at or 0, at is not None, narrow.min_common_prefix))
+    if not verdicts and k and own.tolerates_divergence:
+        reason = f"{k} of {n} trials diverged; judged by the rules on all trials"
+        verdicts.append(Verdict("PASS", (reason,)))
+    if not verdicts:
+        return judge_axis(axis, finding, asked)
+    bits = judge_axis(axis, replace(finding, diverged_trials=0), asked)
+    if bits.outcome == "FAIL":
+        return bits
+    outcome = worst([v.outcome for v in verdicts])
+    reasons = [reason for v in verdicts if v.outcome == outcome for reason in v.reasons]
+    return Verdict(outcome, tuple(f"{axis}: {reason}" for reason in reasons))
+
+
+def _allows_latent(rules: Rules, spec: RunSpec) -> bool:
+    if rules.allow_latent is not None:
+        return rules.allow_latent
+    return rules.allows_other_tokens or spec.allow_latent
+
+
+def _judge_unique(probe: ProbeSummary, limit: int) -> Verdict:
+    reason = f"{probe.n_unique} unique completions of {probe.n_samples}; at most {limit} accepted"
+    if not probe.n_samples:
+        return Verdict("INCONCLUSIVE", (reason,))
+    return Verdict("PASS" if probe.n_unique <= limit else "FAIL", (reason,))
+
+
+def _judge_rate(n_diverged: int, n_trials: int, limit: float, confidence: float) -> Verdict:
+    seen = f"{n_diverged} of {n_trials} trials diverged"
+    if not n_trials:
+        return Verdict("INCONCLUSIVE", (seen,))
+    if limit == 0:
+        outcome: Outcome = "FAIL" if n_diverged else "PASS"
+        return Verdict(outcome, (f"{seen}; none accepted",))
+    low, high = clopper_pearson(n_diverged, n_trials, confidence)
+    reason = (
+        f"{seen}: at {100 * confidence:g} % the rate is within {100 * low:.3g}-{100 * high:.3g} %; "
+        f"at most {100 * limit:g} % accepted"
+    )
+    if high <= limit:
+        return Verdict("PASS", (reason,))
+    if low > limit:
+        return Verdict("FAIL", (reason,))
+    needed = trials_needed(limit, confidence)
+    return Verdict(
+        "INCONCLUSIVE",
+        (f"{reason}, which takes {needed} clean trials to show (target_rate = {limit:g})",),
+    )
+
+
+def _judge_prefix(n_tokens: int, has_forked: bool, limit: int) -> Verdict:
+    if not has_forked:
+        return Verdict("PASS", ("the completions do not part",))
+    reason = f"the completions part after {n_tokens} common tokens; at least {limit} asked for"
+    return Verdict("PASS" if n_tokens >= limit else "FAIL", (reason,))
+
+
+def _judge_slowdown(slowdown: float | None, limit: float) -> Verdict:
+    if slowdown is None:
+        return Verdict("INCONCLUSIVE", ("no load was timed in both arms",))
+    reason = f"{slowdown:.3g} times the time of stock; at most {limit:g} accepted"
+    return Verdict("PASS" if slowdown <= limit else "FAIL", (reason,))

@@ -1,0 +1,141 @@
+"""The decode steps of an exact batch, and what each of them gave, kept on the device.
+
+On CUDA the second step is captured as a graph and the others replay it: no launch is made by
+Python and nothing is read back until a block of steps is done. The captured step is the uncaptured
+one, so both give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ndcheck.errors import TrialError
+from ndcheck.records import Decoding, Fault, FinishReason
+from ndcheck.samplers.batch import ExactBatch
+from ndcheck.samplers.selection import gumbel_noise, plant, read_step
+
+STEPS_BETWEEN_CHECKS = 32
+"""On CUDA, decode steps between two looks at whether every probe row has finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What one probe row generated, per token."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    margins: tuple[float, ...]
+    row_digests: tuple[str, ...]
+    finish_reason: FinishReason
+
+
+class DecodeSteps:
+    """Decodes one `ExactBatch`, again and again if it is reset in between."""
+
+    def __init__(self, batch: ExactBatch, decoding: Decoding) -> None:
+        self.batch = batch
+        self._decoding = decoding
+        n_tokens, n_rows, device = decoding.max_tokens, batch.n_rows, batch.device
+        shape = (n_tokens, n_rows)
+        self._next_ids = torch.zeros(n_rows, dtype=torch.int64, device=device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        # In the order of `Reading`.
+        self._log = (
+            torch.zeros(shape, dtype=torch.int64, device=device),
+            torch.zeros(shape, dtype=torch.float32, device=device),
+            torch.zeros(shape, dtype=torch.float32, device=device),
+            torch.zeros(shape, dtype=torch.int64, device=device),
+        )
+        self._noise: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured_fires: Counter[str] = Counter()
+
+    def run(
+        self, logits: Tensor, slots: Sequence[int], stop_ids: set[int], fault: Fault | None
+    ) -> list[Stream]:
+        """Decode on from the prompt's logits [B, V]; one stream for each of the ``slots``.
+
+        Raises TrialError where a probe row's logits hold NaN.
+        """
+        self._position.zero_()
+        self._draw_noise(0, logits.shape[-1])
+        self._record(plant(logits, 0, fault))
+        n_done = 1
+        while n_done < self._decoding.max_tokens and not self._is_over(n_done, slots, stop_ids):
+            self._draw_noise(n_done, logits.shape[-1])
+            if fault is not None or n_done == 1 or not self.batch.can_be_captured:
+                # The first step stays uncaptured: it compiles what the capture needs.
+                self._step(n_done, fault)
+            else:
+                self._replay()
+            n_done += 1
+        return self._streams(n_done, slots, stop_ids)
+
+    def _step(self, position: int, fault: Fault | None = None) -> None:
+        self._record(plant(self.batch.step(self._next_ids), position, fault))
+
+    def _record(self, logits: Tensor) -> None:
+        reading = read_step(logits, self._decoding, self._noise)
+        for log, values in zip(self._log, reading, strict=True):
+            log.index_copy_(0, self._position, values[None])
+        self._next_ids.copy_(reading.token_ids)
+        self._position.add_(1)
+
+    def _replay(self) -> None:
+        from ndcheck_kernels import active_scope
+
+        scope = active_scope()
+        if self._graph is None:
+            before = Counter() if scope is None else scope.fires.copy()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._step(0)
+            self.batch.row_counts.pop()  # Captured, not executed.
+            if scope is not None:
+                self._captured_fires = scope.fires - before
+                scope.fires.subtract(self._captured_fires)
+        self._graph.replay()
+        self.batch.row_counts.append(self.batch.n_rows)
+        if scope is not None:
+            scope.fires.update(self._captured_fires)
+
+    def _draw_noise(self, position: int, n_vocabulary: int) -> None:
+        if self._decoding.temperature == 0:
+            return
+        noise = gumbel_noise(self._decoding.seed, position, n_vocabulary)
+        if self._noise is None:
+            self._noise = noise.to(self.batch.device)
+        else:
+            self._noise.copy_(noise)
+
+    def _is_over(self, n_done: int, slots: Sequence[int], stop_ids: set[int]) -> bool:
+        if not stop_ids or (self.batch.device.type == "cuda" and n_done % STEPS_BETWEEN_CHECKS):
+            return False
+        token_ids = self._log[0][:n_done].cpu().numpy()[:, list(slots)]
+        return bool(np.isin(token_ids, list(stop_ids)).any(axis=0).all())
+
+    def _streams(self, n_done: int, slots: Sequence[int], stop_ids: set[int]) -> list[Stream]:
+        logs = [log[:n_done].cpu().numpy()[:, list(slots)] for log in self._log]
+        streams = []
+        for token_ids, margins, logprobs, digests in zip(*(log.T for log in logs), strict=True):
+            stops = np.flatnonzero(np.isin(token_ids, list(stop_ids)))
+            end = int(stops[0]) + 1 if stops.size else n_done
+            if np.isnan(margins[:end]).any():
+                position = int(np.isnan(margins[:end]).argmax())
+                raise TrialError(f"the probe's logits hold NaN at token {position + 1}")
+            streams.append(
+                Stream(
+                    tuple(token_ids[:end].tolist()),
+                    tuple(logprobs[:end].tolist()),
+                    tuple(margins[:end].tolist()),
+                    tuple(f"{digest:016x}" for digest in digests[:end].view(np.uint64).tolist()),
+                    "stop" if stops.size else "length",
+                )
+            )
+        return streams

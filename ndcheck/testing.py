@@ -1,0 +1,201 @@
+"""Assertions for tests: is a model deterministic, is an op batch-invariant?
+
+Bits are compared, never values within a tolerance. Each assertion has a control: it has to find a
+fault of one bit that it plants itself, or it fails as vacuous.
+"""
+
+from __future__ import annotations
+
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH_SIZES = (1, 2, 3, 4, 5, 8, 16, 17, 32)
+N_CALLS = 10
+
+
+def assert_deterministic(
+    model: str | Path | Callable[..., Any], *inputs: Any, n: int = N_CALLS, **options: Any
+) -> None:
+    """Fail unless equal inputs give equal bits.
+
+    A model (a name as in `ndcheck run --model`) is measured with ``options``, those of
+    `ndcheck.measure`; anything but a PASS fails. A function is called ``n`` times with ``inputs``
+    and ``options``; it returns tensors, arrays, numbers, text, or lists and dictionaries of these.
+
+    >>> assert_deterministic("scripted:clean", loads=[1, 4], samples=40, max_tokens=8)
+    >>> assert_deterministic(sorted, [3, 1, 2])
+    """
+    __tracebackhide__ = True
+    if not callable(model):
+        _assert_passes(str(model), options)
+        return
+    if n < 2:
+        raise ValueError(f"n = {n}: give 2 or more calls to compare")
+    calls = [dict(_leaves(model(*inputs, **options))) for _ in range(n)]
+    if not any(leaf.bits for leaf in calls[0].values()):
+        raise AssertionError("vacuous: the function returned nothing to compare")
+    faulty = {place: leaf.with_fault() for place, leaf in calls[0].items()}
+    if _compare_calls([calls[0], faulty]) is None:
+        raise AssertionError("vacuous: a planted fault went unseen")
+    difference = _compare_calls(calls)
+    if difference is not None:
+        raise AssertionError(difference)
+
+
+def assert_batch_invariant(
+    op: Callable[..., torch.Tensor],
+    rows: torch.Tensor,
+    *shared: Any,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+) -> None:
+    """Fail unless each row's result has the same bits in every batch.
+
+    ``op(batch, *shared)`` maps a tensor of shape [B, ...] to one of shape [B, ...], row by row;
+    ``rows`` has shape [N, ...]. Each row alone (B = 1) is its reference, and it has to keep its
+    bits in batches of ``batch_sizes``, in every slot, among the other rows (repeated where there
+    are too few).
+
+    >>> import torch
+    >>> assert_batch_invariant(torch.relu, torch.randn(4, 8))
+    """
+    __tracebackhide__ = True
+    if len(rows) < 2:
+        raise ValueError("rows: give at least 2, so that a row can have another as its neighbour")
+    if max(batch_sizes, default=1) < 2:
+        raise ValueError("batch_sizes: give at least one above 1")
+
+    def faulty(batch: torch.Tensor, *shared: Any) -> torch.Tensor:
+        result = op(batch, *shared)
+        return result if len(batch) == 1 else _flip_one_bit(result)
+
+    if _find_variance(faulty, rows, shared, batch_sizes) is None:
+        raise AssertionError("vacuous: a planted fault went unseen")
+    difference = _find_variance(op, rows, shared, batch_sizes)
+    if difference is not None:
+        raise AssertionError(difference)
+
+
+def _assert_passes(model: str, options: dict[str, Any]) -> None:
+    __tracebackhide__ = True
+    from ndcheck.api import measure
+
+    with tempfile.TemporaryDirectory(prefix="ndcheck-") as folder:
+        run = measure(model, out=Path(folder) / "run", **options)
+        if run.verdict != "PASS":
+            raise AssertionError("\n".join((run.command, run.verdict, *run.reasons)))
+
+
+class _Leaf(NamedTuple):
+    """A value as bytes: a copy, since its buffer may be the next call's too."""
+
+    kind: str
+    bits: bytes
+
+    def with_fault(self) -> _Leaf:
+        return _Leaf(self.kind, bytes([self.bits[0] ^ 1]) + self.bits[1:]) if self.bits else self
+
+
+def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, _Leaf]]:
+    """Everything in ``value`` with where it is, such as ``[0]['logits']``."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{place}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        yield place, _Leaf(f"{type(value).__name__} of {len(value)}", b"")
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{place}[{index}]")
+    elif value is not None:
+        yield place, _leaf(value)
+
+
+def _leaf(value: Any) -> _Leaf:
+    kind = type(value).__name__
+    if isinstance(value, str):
+        return _Leaf(kind, value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, bytes):
+        return _Leaf(kind, value)
+    if isinstance(value, float):
+        return _Leaf(kind, struct.pack("<d", value))
+    if isinstance(value, int):
+        return _Leaf(kind, str(value).encode())
+    if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
+        import torch
+
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return _Leaf(f"{value.dtype} {list(value.shape)}", flat.numpy().tobytes())
+    if hasattr(value, "dtype") and hasattr(value, "tobytes"):
+        return _Leaf(f"{value.dtype} {list(value.shape)}", value.tobytes())
+    raise TypeError(f"cannot compare the bits of a {kind}: return tensors, arrays, numbers or text")
+
+
+def _compare_calls(calls: Sequence[dict[str, _Leaf]]) -> str | None:
+    first = calls[0]
+    for number, call in enumerate(calls[1:], 2):
+        if call.keys() != first.keys():
+            return f"call {number} of {len(calls)} returned another structure than call 1"
+        for place, leaf in call.items():
+            difference = _difference(leaf, first[place])
+            if difference is not None:
+                return f"result{place} of call {number} differs from that of call 1: {difference}"
+    return None
+
+
+def _find_variance(
+    op: Callable[..., torch.Tensor],
+    rows: torch.Tensor,
+    shared: tuple[Any, ...],
+    batch_sizes: Sequence[int],
+) -> str | None:
+    """The first row, by batch size, that differs from the same row alone."""
+    n = len(rows)
+    alone = [_apply(op, rows[i : i + 1], shared)[0] for i in range(n)]
+    if not alone[0].bits or len(set(alone)) == 1:
+        raise AssertionError("vacuous: the op gives every row the same result")
+    for batch_size in sorted(batch_sizes):
+        for offset in range(n):
+            order = [(offset + slot) % n for slot in range(batch_size)]
+            results = _apply(op, rows[order], shared)
+            for slot, row in enumerate(order):
+                difference = _difference(results[slot], alone[row])
+                if difference is not None:
+                    return (
+                        f"row {row} in slot {slot} of a batch of {batch_size} differs from the "
+                        f"row alone: {difference}"
+                    )
+    return None
+
+
+def _apply(
+    op: Callable[..., torch.Tensor], batch: torch.Tensor, shared: tuple[Any, ...]
+) -> list[_Leaf]:
+    result = op(batch, *shared)
+    if result.shape[:1] != batch.shape[:1]:
+        raise ValueError(
+            f"the op gave shape {list(result.shape)} for a batch of {len(batch)}: its first "
+            "dimension has to be the batch's"
+        )
+    return [_leaf(row) for row in result]
+
+
+def _flip_one_bit(result: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    faulty = result.detach().clone().contiguous()
+    faulty.reshape(-1).view(torch.uint8)[:1] ^= 1
+    return faulty
+
+
+def _difference(a: _Leaf, b: _Leaf) -> str | None:
+    if a.kind != b.kind:
+        return f"{a.kind}, not {b.kind}"
+    if a.bits == b.bits:
+        return None
+    n_differ = sum(x != y for x, y in zip(a.bits, b.bits, strict=False))
+    n_differ += abs(len(a.bits) - len(b.bits))
+    return f"{n_differ} of {max(len(a.bits), len(b.bits))} bytes ({a.kind})"

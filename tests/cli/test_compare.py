@@ -1,0 +1,114 @@
+"""`ndcheck compare` and `ndcheck runs`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+
+import ndcheck
+
+SMALL = {"loads": [1, 4], "samples": 40, "max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def measured_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    ndcheck.measure("scripted:clean", out=folder / "clean", **SMALL)
+    ndcheck.measure("scripted:batch-dependent", out=folder / "forks", **SMALL)
+    ndcheck.measure("scripted:clean", out=folder / "longer", **{**SMALL, "max_tokens": 12})
+    ndcheck.measure("scripted:hostile", out=folder / "hostile", prompt="=1\x1b[31m", **SMALL)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def folder(measured_runs, tmp_path):
+    return shutil.copytree(measured_runs, tmp_path, dirs_exist_ok=True)
+
+
+def test_equal_runs(ndcheck):
+    done = ndcheck("compare", "clean", "clean", "--fail-on", "tokens,bits,unique,rate,load")
+    assert done.returncode == 0, done.stderr
+    assert "Made in the same way" in done.stdout
+    assert "no drift: 8 tokens equal bit for bit" in done.stdout
+    assert done.stdout.count("PASS") == 5
+
+
+@pytest.mark.parametrize(
+    ("kinds", "code"),
+    [(None, 0), ("tokens", 0), ("unique", 1), ("rate", 1), ("model", 1), ("kernels", 0)],
+)
+def test_fail_on(ndcheck_here, kinds, code):
+    options = () if kinds is None else ("--fail-on", kinds)
+    done = ndcheck_here("compare", "clean", "forks", *options)
+    assert done.returncode == code, done.stderr
+    assert re.search(r"unique +1 of 40 +2 of 40\n", done.stdout)
+    assert "Fisher's exact test" in done.stdout
+    assert re.search("scripted:clean +scripted:batch-dependent", done.stdout)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_tokens_that_end_earlier_drift(ndcheck_here):
+    done = ndcheck_here("compare", "longer", "clean", "--fail-on", "tokens,load")
+    assert done.returncode == 1
+    assert re.search("TOKENS differ from token 9: '[a-z]+ ', now the end", done.stdout)
+
+
+def test_nothing_to_compare_is_inconclusive(ndcheck_here):
+    done = ndcheck_here("compare", "clean", "hostile", "--fail-on", "tokens")
+    assert done.returncode == 3
+    assert "share no prompt" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_json(ndcheck_here):
+    done = ndcheck_here("compare", "clean", "forks", "--json", "--fail-on", "unique")
+    document = json.loads(done.stdout)
+    (drift,) = document["drifts"]
+    assert document["exit_code"] == 1 == done.returncode
+    assert document["fail_on"]["unique"]["verdict"] == "FAIL"
+    assert (drift["a"]["n_unique"], drift["b"]["n_unique"]) == (1, 2)
+    assert {change["group"] for change in document["changes"]} == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("clean", "none"), "none holds no run; saved baselines: none"),
+        (("clean", "forks", "--fail-on", "token"), "'token' is unknown; choose from environment"),
+        (("clean", "forks", "--confidence", "2"), "--confidence 2.0"),
+        (("clean",), "'B'"),
+    ],
+)
+def test_bad_input(ndcheck_here, options, part):
+    done = ndcheck_here("compare", *options)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert part in line
+
+
+def test_runs(ndcheck_here, folder):
+    (folder / "forks" / "summary.csv").unlink()
+    (folder / "hostile" / "run.json").write_text("{")
+    (folder / "other").mkdir()
+    done = ndcheck_here("runs", ".")
+    assert done.returncode == 0
+    lines = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert {line[0] for line in lines} == {"clean", "forks", "longer"}
+    rows = {line[0]: line[1:] for line in lines}
+    assert rows["clean"] == ["PASS", "1", "0/20", "scripted:clean", "(stock)"]
+    assert rows["forks"][0] == "finished"
+    assert "hostile/run.json cannot be read" in done.stderr
+    newest_first = json.loads(ndcheck_here("runs", ".", "--json").stdout)
+    started = [run["started_at"] for run in newest_first]
+    assert started == sorted(started, reverse=True)
+
+
+def test_no_runs(ndcheck_here, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "nowhere"):
+        done = ndcheck_here("runs", name)
+        assert done.returncode == 2
+        assert name in done.stderr

@@ -1,0 +1,137 @@
+"""Fused decoder layers: the numbers of transformers' own, and one row's bits in any company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from ndcheck_kernels import invariant_kernels, mode, register_attention
+from ndcheck_kernels.decoder import fused_layers
+from ndcheck_kernels.qkv import qkv
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+FAMILIES = {
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+PROBE = [5, 17, 90, 33, 21, 8, 64, 2, 11]
+OTHERS = [[3] * 14, [9, 4], [77] * 11]
+
+
+@pytest.fixture(autouse=True)
+def cuda_registrations(device, monkeypatch):
+    mode.covered_ops("cpu")
+    mode.covered_ops("cuda")
+    if device == "cpu":
+        monkeypatch.setitem(mode._implementations, "cpu", mode._implementations["cuda"])
+    mode._found.clear()
+    yield
+    mode._found.clear()
+
+
+@pytest.fixture
+def make_model(dtype, device):
+    def make(family):
+        register_attention()
+        config_class, model_class = FAMILIES[family]
+        torch.manual_seed(0)
+        values = SIZES | ({"sliding_window": None} if family == "mistral" else {})
+        model = model_class(config_class(**values, attn_implementation="ndcheck_invariant"))
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        return model.to(device=device, dtype=dtype).eval()
+
+    return make
+
+
+@torch.no_grad()
+def logits_of(model, prompts, chunk=None, steps=()):
+    """Last logits after the prompt and after each of `steps`: [B, 1 + len(steps), V]."""
+    length = max(map(len, prompts))
+    device = model.device
+    ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts], device=device)
+    pads = torch.tensor([length - len(p) for p in prompts], device=device)
+    width = length + len(steps)
+    mask = (torch.arange(width, device=device) >= pads[:, None]).long()
+    cache = transformers.StaticCache(config=model.config, max_cache_len=width)
+    rows, begin = [], 0
+    pieces = [ids[:, b : b + (chunk or length)] for b in range(0, length, chunk or length)]
+    pieces += [torch.full((len(prompts), 1), step, device=device) for step in steps]
+    for piece in pieces:
+        columns = torch.arange(begin, begin + piece.shape[1], device=device)
+        out = model(
+            input_ids=piece,
+            attention_mask=mask,
+            position_ids=(columns - pads[:, None]).clamp(min=0),
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+        begin += piece.shape[1]
+        rows.append(out.logits[:, -1])
+    return torch.stack(rows[-1 - len(steps) :], 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_layers_compute_what_transformers_does(family, make_model, dtype) -> None:
+    model = make_model(family)
+    with invariant_kernels() as scope:
+        plain = logits_of(model, [PROBE, OTHERS[0]], steps=[4, 9])
+        before = scope.fires.copy()
+        with fused_layers(model) as n_layers:
+            fused = logits_of(model, [PROBE, OTHERS[0]], steps=[4, 9])
+    assert n_layers == 2
+    assert (scope.fires - before)["qkv"] == 3 * n_layers
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    torch.testing.assert_close(fused, plain, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_row_has_the_same_bits_in_any_company(family, make_model) -> None:
+    model = make_model(family)
+    with invariant_kernels(), fused_layers(model):
+        alone = logits_of(model, [PROBE], steps=[4, 9])[0]
+        for slot in range(4):
+            batch = [*OTHERS[:slot], PROBE, *OTHERS[slot:]]
+            assert torch.equal(logits_of(model, batch, steps=[4, 9])[slot], alone), f"slot {slot}"
+        assert torch.equal(logits_of(model, [PROBE, OTHERS[0]], 5, [4, 9])[0], alone)
+        changed = logits_of(model, [[*PROBE[:-1], 12]], steps=[4, 9])[0]
+    assert not torch.equal(changed, alone)
+
+
+def test_the_model_is_as_before_when_the_block_ends(make_model) -> None:
+    model = make_model("qwen3")
+    names = [name for name, _ in model.named_parameters()]
+    weights = [p.detach().clone() for p in model.parameters()]
+    with fused_layers(model):
+        pass
+    assert "forward" not in vars(model.model.layers[0])
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+
+
+def test_other_models_and_windows_are_left_alone(make_model) -> None:
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2))
+    with fused_layers(gpt2) as n_layers:
+        assert n_layers == 0
+    model = make_model("qwen3")
+    model.model.layers[1].self_attn.sliding_window = 8
+    with fused_layers(model) as n_layers:
+        assert n_layers == 0
+
+
+def test_qkv_refuses_what_it_cannot_split(device) -> None:
+    x, angles = torch.zeros(1, 2, 48, device=device), torch.zeros(1, 2, 12, device=device)
+    cache = torch.zeros(1, 1, 4, 12, device=device)
+    with pytest.raises(ValueError, match="heads of 12"):
+        qkv(x, angles, angles, cache, cache, torch.tensor(0, device=device))

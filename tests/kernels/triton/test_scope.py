@@ -1,0 +1,172 @@
+"""The Triton kernels behind torch's own ops: what `invariant_kernels()` computes on CUDA.
+
+Without a GPU the CUDA registrations stand in for the CPU's, under the interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from ndcheck_kernels import UncoveredOpError, invariant_kernels, mode, register_attention
+from ndcheck_kernels.attention_interface import attention_op, causal_spans
+from ndcheck_kernels.reference import attention_reference
+
+K, N = 96, 40
+ROW_OPS = {
+    "mm": (lambda x, w: x @ w.t(), "matmul"),
+    "linear": (lambda x, w: F.linear(x, w), "linear"),
+    "linear with bias": (lambda x, w: F.linear(x, w, w[:, 0]), "linear"),
+    "addmm": (lambda x, w: torch.addmm(w[:, 0], x, w.t(), beta=0.5, alpha=2), "addmm"),
+    "mv": (lambda x, w: torch.mv(x, w[0]), "mv"),
+    "einsum": (lambda x, w: torch.einsum("mk,nk->mn", x, w), "bmm"),
+    "out": (lambda x, w: torch.mm(x, w.t(), out=x.new_empty(len(x), N)), "mm"),
+    "softmax": (lambda x, w: x.softmax(-1), "softmax"),
+    "log_softmax": (lambda x, w: x.log_softmax(-1, dtype=torch.float32), "log_softmax"),
+    "logsumexp": (lambda x, w: x.logsumexp(-1), "logsumexp"),
+    "sum": (lambda x, w: x.sum(-1, keepdim=True), "sum"),
+    "mean": (lambda x, w: x.mean(-1), "mean"),
+    "layer_norm": (lambda x, w: F.layer_norm(x, (K,), w[0], w[1]), "layer_norm"),
+    "rms_norm": (lambda x, w: F.rms_norm(x, (K,), w[0], 1e-6), "rms_norm"),
+}
+
+
+@pytest.fixture(autouse=True)
+def cuda_registrations(device, monkeypatch):
+    mode.covered_ops("cpu")
+    mode.covered_ops("cuda")
+    if device == "cpu":
+        monkeypatch.setitem(mode._implementations, "cpu", mode._implementations["cuda"])
+        mode._found.clear()
+    yield
+    mode._found.clear()
+
+
+@pytest.mark.parametrize("name", ROW_OPS)
+def test_a_row_op_is_accurate_counted_and_batch_invariant(
+    name, dtype, device, wide, batch_sizes, assert_accurate, assert_batch_invariant
+) -> None:
+    op, fired = ROW_OPS[name]
+    rows = wide(34, K, dtype=dtype, device=device)
+    weight = torch.randn(N, K, device=device).to(dtype)
+    with invariant_kernels() as scope:
+        result = op(rows, weight)
+        assert_batch_invariant(
+            lambda x: op(x, weight), rows, [m for m in batch_sizes if m < len(rows)]
+        )
+    assert scope.fires[fired] > 0
+    assert_accurate(result, op(rows.double(), weight.double()), op(rows, weight))
+
+
+def test_a_batch_of_products_has_the_bits_of_each(dtype, device) -> None:
+    a = torch.randn(3, 5, K, device=device).to(dtype)
+    b = torch.randn(3, K, N, device=device).to(dtype)
+    with invariant_kernels():
+        together = torch.bmm(a, b)
+        shared = torch.matmul(a, b[:1])
+        assert all(torch.equal(together[i], a[i] @ b[i]) for i in range(3))
+        assert all(torch.equal(shared[i], a[i] @ b[0]) for i in range(3))
+
+
+def test_topk_breaks_ties_by_the_lowest_index(device) -> None:
+    x = torch.zeros(3, 64, device=device)
+    x[:, [7, 20, 40]] = 1
+    with invariant_kernels():
+        values, indices = x.topk(4, dim=-1)
+    assert indices.tolist() == [[7, 20, 40, 0]] * 3
+    assert values[0].tolist() == [1, 1, 1, 0]
+
+
+def attention_operands(dtype, device):
+    q = torch.randn(2, 4, 9, 32, device=device).to(dtype)
+    k, v = (torch.randn(2, 2, 40, 32, device=device).to(dtype) for _ in range(2))
+    return q, k, v
+
+
+def test_attention_takes_causal_spans_and_what_amounts_to_them(dtype, device) -> None:
+    q, k, v = attention_operands(dtype, device)
+    spans = torch.tensor([[[3, 40]], [[0, 36]]], dtype=torch.int32, device=device)
+    position = torch.arange(9, device=device) - 8
+    spelt_out = torch.stack([spans[:, :, 0].expand(2, 9)] * 2 + [spans[:, :, 1] + position], -1)
+    with invariant_kernels() as scope:
+        result = attention_op(q, k, v, spans, 0.2, 0.0)
+        assert torch.equal(attention_op(q, k, v, spelt_out.int(), 0.2, 0.0), result)
+        mask = torch.arange(40, device=device) <= position[:, None] + 39
+        sdpa = F.scaled_dot_product_attention(q, k, v, mask.expand(2, 1, 9, 40), scale=0.2)
+        whole = attention_op(q, k, v, causal_spans(2, 40, device), 0.2, 0.0)
+    assert torch.equal(sdpa, whole)
+    assert scope.fires["attention"] == 3
+    exact = attention_reference(q, k, v, spans, 0.2)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda q, k, v, s: attention_op(q, k, v, s, 0.2, 30.0), "soft-cap"),
+        (lambda q, k, v, s: attention_op(q, k, v[..., :16], s, 0.2, 0.0), "attention of"),
+        (
+            lambda q, k, v, s: attention_op(
+                q, k, v, torch.tensor([0, 5, 20]).int().expand(2, 9, 3).to(q.device), 0.2, 0.0
+            ),
+            "sliding window",
+        ),
+        (lambda q, k, v, s: q.double() @ k.double().mT[:, :1], "float64"),
+        (lambda q, k, v, s: torch.logsumexp(q, (0, 1)), "several dims"),
+        (lambda q, k, v, s: q.cumsum(-1), "nothing is registered"),
+    ],
+    ids=["softcap", "head dims", "window", "float64", "logsumexp", "cumsum"],
+)
+def test_what_is_not_covered_is_refused(call, reason, device) -> None:
+    q, k, v = attention_operands(torch.float32, device)
+    with invariant_kernels() as scope, pytest.raises(UncoveredOpError, match=reason):
+        call(q, k, v, causal_spans(2, 40, device))
+    assert scope.refused.total() == 1
+
+
+@torch.no_grad()
+def last_logits(model, prompts, device, chunk=None):
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
+    cache = transformers.DynamicCache(config=model.config)
+    for begin in range(0, length, chunk or length):
+        end = min(begin + (chunk or length), length)
+        out = model(
+            input_ids=ids[:, begin:end],
+            attention_mask=mask[:, :end],
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, begin:end],
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+    return out.logits[:, -1]
+
+
+def test_a_model_gives_a_row_the_same_bits_in_any_company(dtype, device) -> None:
+    register_attention()
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        attn_implementation="ndcheck_invariant",
+    )
+    model = transformers.Qwen3ForCausalLM(config).to(device=device, dtype=dtype).eval()
+    probe = [5, 17, 90, 33, 21, 8, 64, 2, 11]
+    others = [[3] * 14, [9, 4], [77] * 11]
+    with invariant_kernels() as scope:
+        alone = last_logits(model, [probe], device)[0]
+        for slot in range(4):
+            batch = [*others[:slot], probe, *others[slot:]]
+            assert torch.equal(last_logits(model, batch, device)[slot], alone), f"slot {slot}"
+        assert torch.equal(last_logits(model, [probe, others[0]], device, chunk=5)[0], alone)
+        changed = last_logits(model, [[*probe[:-1], 12]], device)[0]
+    assert not torch.equal(alone, changed)
+    assert scope.missing() == ()

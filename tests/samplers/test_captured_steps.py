@@ -1,0 +1,110 @@
+"""On a GPU: a captured step gives the tokens and the bits of the uncaptured one, in both arms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from ndcheck.analysis.accumulate import summarise
+from ndcheck.load import plan_trials, plant_fault
+from ndcheck.records import Decoding, Load, Probe, Trial
+from ndcheck.request import DEFAULTS
+from ndcheck.samplers.batch import ExactBatch
+from ndcheck.samplers.transformers import TransformersSampler
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+PROBE = Probe("p1", "Tell me about Richard Feynman")
+
+
+def sampler_spec(directory):
+    transformers.Qwen3Config(
+        vocab_size=50000,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=2048,
+        architectures=["Qwen3ForCausalLM"],
+        dtype="bfloat16",
+    ).save_pretrained(directory)
+    return replace(DEFAULTS, model=str(directory), device="cuda", random_weights=0)
+
+
+@pytest.fixture(scope="module")
+def sampler(tmp_path_factory):
+    return TransformersSampler(sampler_spec(tmp_path_factory.mktemp("qwen3")))
+
+
+def run(sampler, arm, load, decoding):
+    length = len(load.slots)
+    return sampler.sample(Trial(0, arm, "p1", "neighbours", load, 0), PROBE, decoding)[:length]
+
+
+LOADS = [
+    Load(1),
+    Load(4, tuple(range(4))),
+    Load(3, (1,), (40, 7), 5),
+    Load(3, (2,), (40, 7), 5, "chunked"),
+    Load(2, (0,), (30,), 5, "prefix"),
+]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("arm", ["stock", "invariant"])
+def test_captured_and_uncaptured_steps_agree(sampler, monkeypatch, arm, temperature):
+    decoding = Decoding(70, temperature)
+    captured = [run(sampler, arm, load, decoding) for load in LOADS]
+    again = [run(sampler, arm, load, decoding) for load in LOADS]
+    assert sampler._captured
+    sampler._captured.clear()
+    monkeypatch.setattr(ExactBatch, "can_be_captured", False)
+    plain = [run(sampler, arm, load, decoding) for load in LOADS]
+    for rows in zip(captured, again, plain, strict=True):
+        for one, two, three in zip(*rows, strict=True):
+            for name in ("token_ids", "logprobs", "margins", "row_digests", "witness"):
+                assert getattr(one, name) == getattr(two, name) == getattr(three, name), name
+    sampler._captured.clear()
+
+
+def test_the_invariant_arm_is_and_stock_is_not_invariant(sampler):
+    spec = replace(
+        DEFAULTS,
+        probes=(PROBE,),
+        decoding=Decoding(120),
+        batch_sizes=(1, 2, 5, 16, 64),
+        n_samples=400,
+        arms=("stock", "invariant"),
+    )
+    lengths = {"p1": sampler.count_tokens(PROBE.prompt)}
+    samples, decoding_length = [], spec.decoding.max_tokens
+    for trial in plan_trials(spec, lengths, sampler.context):
+        fault = plant_fault(decoding_length) if trial.axis == "control" else None
+        samples += sampler.sample(replace(trial, fault=fault), PROBE, spec.decoding)
+    arms = {probe.arm: probe for probe in summarise(samples, spec).probes}
+    assert arms["stock"].n_unique > 1
+    assert arms["invariant"].n_unique == 1
+    assert all(arm.control.n_caught == arm.control.n_trials == 1 for arm in arms.values())
+    assert not any(s.error for s in samples)
+    assert all(s.witness.override_fires for s in samples if s.arm == "invariant")
+
+
+def test_arms_take_turns_on_graphs_captured_before(tmp_path):
+    """The invariant arm joins weights; a stock graph that holds their old place reads waste."""
+    spec = replace(sampler_spec(tmp_path), arms=("stock", "invariant"))
+    fresh = TransformersSampler(spec)
+    decoding = Decoding(40)
+    first = [run(fresh, arm, Load(2, (0, 1)), decoding) for arm in ("stock", "invariant")]
+    torch.empty(1 << 28, device="cuda").fill_(torch.nan)
+    again = [run(fresh, arm, Load(2, (0, 1)), decoding) for arm in ("stock", "invariant")]
+    assert [[s.row_digests for s in rows] for rows in first] == [
+        [s.row_digests for s in rows] for rows in again
+    ]

@@ -1,0 +1,133 @@
+"""`ndcheck.measure` and what it returns; the examples of the README and the docstrings run."""
+
+from __future__ import annotations
+
+import doctest
+import io
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+import ndcheck
+from ndcheck import api, testing
+from ndcheck.errors import UsageError
+
+README = Path(__file__).parents[1] / "README.md"
+SMALL = {"loads": [1, 4], "samples": 40, "max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return ndcheck.measure("scripted:batch-dependent", out=out, **SMALL)
+
+
+def test_verdict_and_command(run):
+    assert run.verdict == "FAIL"
+    assert run.reasons == ("batch-size: tokens diverged in 3 of 3 trials",)
+    assert run.command.startswith(
+        "ndcheck run --model scripted:batch-dependent --loads 1,4 -n 40 --max-tokens 8"
+    )
+    assert run.record.status == "finished"
+
+
+def test_progress(tmp_path):
+    seen = []
+    ndcheck.measure(
+        "scripted:clean",
+        out=tmp_path / "run",
+        on_progress=lambda progress: seen.append((progress.n_done, progress.n_trials)),
+        **SMALL,
+    )
+    assert seen == [(i, 22) for i in range(1, 23)]
+
+
+def test_data_frames_are_the_csv_files(run):
+    for name, frame in (
+        ("samples", run.samples),
+        ("completions", run.completions),
+        ("loads", run.loads),
+        ("summary", run.probes),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            file = pd.read_csv(run.path / f"{name}.csv")
+        assert list(file.columns) == list(frame.columns)
+        assert len(file) == len(frame) == len(set(frame.index))
+        assert file.isna().equals(frame.replace("", None).isna())
+    assert run.samples["completion_id"].value_counts().to_dict() == {1: 33, 2: 7}
+
+
+def test_a_run_is_read_again(run):
+    again = ndcheck.Run(run.path)
+    assert again.judgement == run.judgement
+    assert repr(again) == repr(run)
+    with pytest.raises(UsageError, match="holds no run"):
+        ndcheck.Run(run.path / "none")
+
+
+def test_it_shows_the_screen(run):
+    assert repr(run).startswith(f"<ndcheck.Run {str(run.path)!r} FAIL: 14 of 20 trials diverged")
+    console = Console(file=io.StringIO(), width=80)
+    console.print(run)
+    screen = console.file.getvalue()
+    assert screen.startswith("FAIL  14 of 20 trials diverged")
+    assert "at token 4" in screen
+    html = run._repr_html_()
+    assert html.startswith("<pre")
+    assert "14 of 20 trials diverged" in html
+
+
+def test_hostile_completions_stay_text_in_a_notebook(tmp_path):
+    run = ndcheck.measure("scripted:hostile", max_tokens=20, out=tmp_path / "run")
+    html = run._repr_html_()
+    assert "&lt;script&gt;" in html
+    assert "<script" not in html
+    assert not {"\x1b", "\u202e"} & set(html)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loads": [0]}, "--loads: '0' is not a batch size"),
+        ({"load": [1]}, r"measure\(\) got an unexpected keyword argument 'load'"),
+        ({"axes": ["slots"]}, "--axes: 'slots' is unknown"),
+    ],
+)
+def test_wrong_options(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        ndcheck.measure("scripted:clean", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_import_ndcheck_imports_nothing_heavy():
+    code = (
+        "import sys, ndcheck; ndcheck.__version__;"
+        "print(*sorted(set(sys.modules) & {'torch', 'numpy', 'pandas', 'rich', 'ndcheck.api'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+    with pytest.raises(AttributeError, match="no attribute 'mesure'"):
+        ndcheck.mesure  # noqa: B018
+
+
+@pytest.mark.parametrize("module", [api, testing])
+def test_examples_of_the_docstrings(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = doctest.testmod(module)
+    assert results.failed == 0
+    assert results.attempted > 2
+
+
+def test_example_of_the_readme(tmp_path):
+    """In a process of its own, where torch is not imported yet, as in a notebook."""
+    command = [sys.executable, "-m", "doctest", "-v", str(README)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "5 passed" in done.stdout

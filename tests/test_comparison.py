@@ -1,0 +1,111 @@
+"""What changed between two runs, in how they were made and what they gave."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ndcheck.comparison import FAIL_ON, compare, judge_comparison
+from ndcheck.records import Environment, Probe
+
+
+def verdicts(a, b, *kinds, confidence=0.95):
+    found = judge_comparison(compare(a, b), kinds or FAIL_ON, confidence)
+    return {name: verdict.outcome for name, verdict in found.items()}
+
+
+def moved(by=1, at=2):
+    """Changes one token of every completion from ``at`` on, or only its bits."""
+
+    def change(sample):
+        tokens = tuple(t + by * (i >= at) for i, t in enumerate(sample.token_ids))
+        digests = tuple("f" * 16 if i == at else d for i, d in enumerate(sample.row_digests))
+        logprobs = tuple(p - 0.25 * (i == at - 1) for i, p in enumerate(sample.logprobs))
+        return replace(sample, token_ids=tokens, row_digests=digests, logprobs=logprobs)
+
+    return change
+
+
+def test_a_run_does_not_differ_from_itself(measured):
+    found = compare(measured(), measured())
+    assert found.changes == ()
+    (drift,) = found.drifts
+    assert (drift.kind, drift.bits_recorded, drift.n_shared_tokens) == ("none", True, 8)
+    assert (drift.max_abs_dlogprob, drift.k1_kl, drift.k3_kl) == (0, 0, 0)
+    assert drift.fisher_p == 1
+    assert set(verdicts(measured(), measured()).values()) == {"PASS"}
+
+
+def test_other_tokens(measured):
+    a, b = measured(), measured(change=moved(at=2))
+    (drift,) = compare(a, b).drifts
+    assert (drift.kind, drift.first_divergence, drift.n_shared_tokens) == ("tokens", 2, 2)
+    assert drift.max_abs_dlogprob == pytest.approx(0.25)
+    assert drift.k1_kl == pytest.approx(0.125)
+    assert drift.n_shared_completions == 0
+    assert verdicts(a, b, "tokens", "bits", "unique", "rate") == {
+        "tokens": "FAIL",
+        "bits": "FAIL",
+        "unique": "PASS",
+        "rate": "PASS",
+    }
+
+
+def test_other_bits_alone(measured):
+    a, b = measured(), measured(change=moved(by=0))
+    (drift,) = compare(a, b).drifts
+    assert (drift.kind, drift.first_divergence) == ("latent", None)
+    assert verdicts(a, b, "tokens", "bits") == {"tokens": "PASS", "bits": "FAIL"}
+
+
+def test_bits_that_were_not_recorded_prove_nothing(measured):
+    def strip(sample):
+        return replace(sample, logprobs=(), row_digests=(), margins=())
+
+    found = verdicts(measured(), measured(change=strip), "tokens", "bits")
+    assert found == {"tokens": "PASS", "bits": "INCONCLUSIVE"}
+
+
+def test_how_the_runs_were_made(measured):
+    a = measured(environment=Environment(software={"torch": "2.12"}, model={"digest": "a"}))
+    b = measured(environment=Environment(software={"torch": "2.13"}, model={"digest": "b"}))
+    found = compare(a, b)
+    assert [(c.group, c.name, c.a, c.b) for c in found.changes] == [
+        ("environment", "software.torch", "2.12", "2.13"),
+        ("model", "model.digest", "a", "b"),
+    ]
+    assert verdicts(a, b, "environment", "model", "kernels", "load") == {
+        "environment": "FAIL",
+        "model": "FAIL",
+        "kernels": "PASS",
+        "load": "PASS",
+    }
+
+
+def test_runs_of_one_arm_each_are_compared_across_arms(measured):
+    spec = measured().run.spec
+    b = measured(spec=replace(spec, arms=("invariant",)))
+    found = compare(measured(), b)
+    assert [change.name for change in found.changes] == ["spec.arms"]
+    assert [(drift.a.arm, drift.b.arm) for drift in found.drifts] == [("stock", "invariant")]
+
+
+def test_probes_are_matched_by_prompt_not_by_id(measured):
+    a = measured()
+    b = measured(spec=replace(a.run.spec, probes=(Probe("p1", "another prompt"),)))
+    found = compare(a, b)
+    assert found.drifts == ()
+    assert found.only_in_a == ("stock class Queue:",)
+    assert found.only_in_b == ("stock another prompt",)
+    assert verdicts(a, b, "tokens", "unique") == {
+        "tokens": "INCONCLUSIVE",
+        "unique": "INCONCLUSIVE",
+    }
+
+
+def test_a_clean_run_of_fewer_trials_is_no_evidence(measured):
+    a = measured("batch-dependent")
+    fewer = measured("batch-dependent", spec=replace(a.run.spec, n_samples=10))
+    assert verdicts(a, fewer, "unique", "rate") == dict.fromkeys(("unique", "rate"), "INCONCLUSIVE")
+    assert verdicts(measured(), fewer, "unique")["unique"] == "FAIL"

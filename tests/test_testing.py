@@ -1,0 +1,135 @@
+"""The assertions: each passes, fails, and refuses to pass where it could not have failed."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from ndcheck.testing import assert_batch_invariant, assert_deterministic
+
+SMALL = {"loads": [1, 4], "samples": 40, "max_tokens": 8}
+ROWS = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_models():
+    assert_deterministic("scripted:clean", **SMALL)
+    with pytest.raises(AssertionError) as caught:
+        assert_deterministic("scripted:batch-dependent", **SMALL)
+    command, verdict, reason = str(caught.value).splitlines()
+    assert command.startswith(
+        "ndcheck run --model scripted:batch-dependent --loads 1,4 -n 40 --max-tokens 8"
+    )
+    assert (verdict, reason) == ("FAIL", "batch-size: tokens diverged in 3 of 3 trials")
+    with pytest.raises(AssertionError, match="INCONCLUSIVE"):
+        assert_deterministic("scripted:never-batches", **SMALL)
+
+
+@pytest.mark.parametrize(
+    "result",
+    ["text", 1, 1.5, float("nan"), b"x", ROWS, ROWS.bfloat16().t(), np.arange(3), np.float32(2)],
+)
+def test_equal_calls_pass(result):
+    assert_deterministic(lambda: {"a": [result, result], "b": (None, "c")})
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("a", "b"),
+        (1.0, 1),
+        (0.0, -0.0),
+        ([1], [1, 2]),
+        ([1], (1,)),
+        ({"a": 1}, {"b": 1}),
+        (torch.tensor(0.0), torch.tensor(-0.0)),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.float16)),
+        (torch.zeros(2), torch.zeros(1, 2)),
+        (np.float32(1), np.nextafter(np.float32(1), np.float32(2))),
+    ],
+)
+def test_one_call_that_differs_fails(first, second):
+    results = itertools.chain([first] * 9, [second])
+    with pytest.raises(AssertionError, match="call 10"):
+        assert_deterministic(lambda: next(results))
+
+
+def test_a_buffer_that_is_written_again_is_no_excuse():
+    buffer = torch.zeros(3)
+    with pytest.raises(AssertionError, match="call 2"):
+        assert_deterministic(lambda: buffer.add_(1))
+
+
+def test_inputs_and_options_reach_the_function():
+    assert_deterministic(lambda a, b: a + b, 1, b=2)
+    rng = random.Random(0)
+    with pytest.raises(AssertionError):
+        assert_deterministic(lambda low, high: rng.randint(low, high), 0, 2**60)
+
+
+@pytest.mark.parametrize("result", [None, [], {}, "", torch.zeros(0)])
+def test_nothing_to_compare_is_no_pass(result):
+    with pytest.raises(AssertionError, match="vacuous"):
+        assert_deterministic(lambda: result)
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(TypeError, match="a object"):
+        assert_deterministic(object)
+    with pytest.raises(ValueError, match="n = 1"):
+        assert_deterministic(lambda: 1, n=1)
+
+
+def test_ops_that_are_invariant():
+    assert_batch_invariant(torch.relu, ROWS)
+    assert_batch_invariant(lambda x, y: x * y, ROWS.bfloat16(), torch.tensor(2))
+    assert_batch_invariant(lambda x: x.argmax(dim=-1), ROWS)
+
+
+def test_the_invariant_kernels_pass_where_a_split_sum_fails():
+    from ndcheck_kernels import invariant_kernels
+
+    weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
+
+    def invariant(batch, weight):
+        with invariant_kernels():
+            return batch @ weight
+
+    def split(batch, weight):
+        half = 32 if len(batch) > 1 else 64
+        return batch[:, :half] @ weight[:half] + batch[:, half:] @ weight[half:]
+
+    assert_batch_invariant(invariant, ROWS, weight)
+    with pytest.raises(AssertionError, match="batch of 2 differs"):
+        assert_batch_invariant(split, ROWS, weight, batch_sizes=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("op", "message"),
+    [
+        (lambda x: x + 1e-3 * (len(x) == 17), r"batch of 17 differs .*: \d+ of 256 bytes"),
+        (lambda x: x + torch.arange(len(x))[:, None], "row 1 in slot 1 of a batch of 2"),
+        (lambda x: x - x.mean(dim=0), "row 0 in slot 0 of a batch of 2"),
+    ],
+)
+def test_batch_slot_and_neighbours_are_seen(op, message):
+    if "row 0" in message:  # alone it is zero for every row, which is no evidence
+        with pytest.raises(AssertionError, match="vacuous"):
+            assert_batch_invariant(op, ROWS)
+        op = lambda x: 2 * x - x.mean(dim=0)  # noqa: E731
+    with pytest.raises(AssertionError, match=message):
+        assert_batch_invariant(op, ROWS)
+
+
+def test_ops_that_cannot_fail_are_vacuous():
+    with pytest.raises(AssertionError, match="vacuous"):
+        assert_batch_invariant(torch.zeros_like, ROWS)
+    with pytest.raises(ValueError, match="at least 2"):
+        assert_batch_invariant(torch.relu, ROWS[:1])
+    with pytest.raises(ValueError, match="above 1"):
+        assert_batch_invariant(torch.relu, ROWS, batch_sizes=(1,))
+    with pytest.raises(ValueError, match=r"shape \[64\]"):
+        assert_batch_invariant(lambda x: x[0], ROWS)
