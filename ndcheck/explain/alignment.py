@@ -62,6 +62,16 @@ def clone_exactly(tensor: Tensor) -> Tensor:
     return copy
 
 
+def write_exactly(target: Tensor, place: Place, values: Tensor) -> bool:
+    """Write a part of ``target``; False where it repeats one element that ``values`` does not."""
+    for size, stride, repeats in zip(values.shape, values.stride(), target.stride(), strict=True):
+        if repeats == 0 and stride != 0 and size > 1:
+            return False
+    once = tuple(slice(0, 1) if s == 0 else slice(None) for s in target.stride())
+    target[place][once] = values[once]
+    return True
+
+
 def equal_bits(a: Tensor, b: Tensor) -> bool:
     """Equality of bit patterns: NaN equals itself, and +0 is not -0."""
     if a.dtype != b.dtype or a.shape != b.shape:

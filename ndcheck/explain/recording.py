@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ndcheck.explain.alignment import Geometry, clone_exactly, equal_bits, max_ulp
+from ndcheck.explain.alignment import (
+    Geometry,
+    clone_exactly,
+    equal_bits,
+    max_ulp,
+    write_exactly,
+)
 from ndcheck.explain.modules import ModulePath, without_numbers
 
 Status = Literal["introduces", "inherits", "clean", "not compared"]
@@ -240,14 +246,11 @@ class LoadedRecorder(_Recorder):
             own = solo.inputs.get(name)
             if not isinstance(own, Tensor):
                 return None
-            if self._geometry.place(own.shape, loaded.shape, self._slot) is None:
-                own = _with_repeated_heads(own, loaded)
             copy = clone_exactly(loaded)
             for slot in slots:
                 place = self._geometry.place(own.shape, loaded.shape, slot)
-                if place is None:
+                if place is None or not write_exactly(copy, place, own):
                     return None
-                copy[place] = own
             fed[name] = copy
         return fed
 
@@ -283,13 +286,6 @@ def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
         for name, value in (*zip(names, args, strict=False), *kwargs.items())
         for i, leaf in enumerate(tree_flatten(value)[0])
     }
-
-
-def _with_repeated_heads(own: Tensor, loaded: Tensor) -> Tensor:
-    """Keys or values [1, heads, ...] as grouped queries take them where there is a mask."""
-    if own.dim() != 4 or loaded.dim() != 4 or loaded.shape[1] % own.shape[1]:
-        return own
-    return own.repeat_interleave(loaded.shape[1] // own.shape[1], 1)
 
 
 def weight_storages(model: torch.nn.Module) -> set[int]:

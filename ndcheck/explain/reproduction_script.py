@@ -37,10 +37,9 @@ def complete(rows, slot, n_chunks):
     cache = transformers.StaticCache(config=model.config, max_cache_len=width + N_TOKENS)
     parts, end, tokens, bits = list(ids.split(-(-width // n_chunks), dim=1)), 0, [], []
     while len(tokens) < N_TOKENS:
-        part = parts.pop(0)
-        start, end = end, end + part.shape[1]
-        positions = (columns[start:end] - pads).clamp(min=0)
-        logits = model(part, attention_mask=(columns >= pads).long(), position_ids=positions,
+        start, end = end, end + parts[0].shape[1]
+        position = (columns[start:end] - pads).clamp(min=0)
+        logits = model(parts.pop(0), attention_mask=(columns >= pads).long(), position_ids=position,
                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         if not parts:
             parts = [(logits == logits.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)]

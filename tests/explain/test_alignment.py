@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ndcheck.explain.alignment import Geometry, clone_exactly, equal_bits, max_ulp
+from ndcheck.explain.alignment import Geometry, clone_exactly, equal_bits, max_ulp, write_exactly
 
 PREFILL = Geometry(3, 2, (5, 7), (9, 11))
 DECODE = Geometry(3, 2, (1, 1), (9, 11))
@@ -32,6 +32,18 @@ def test_places(geometry, alone, loaded, place):
     if isinstance(place, str):
         place = tuple(slice(*map(int, part.split(":"))) for part in place.split())
     assert geometry.place(alone, loaded, slot=1) == place
+
+
+def test_repeated_elements_are_written_once():
+    """As keys are, that several heads share."""
+    target = torch.zeros(3, 2, 1, 4).expand(3, 2, 5, 4)
+    own = torch.ones(1, 2, 1, 4)
+    place = (slice(1, 2), slice(0, 2), slice(0, 5), slice(0, 4))
+    assert not write_exactly(target, place, own.repeat(1, 1, 5, 1))
+    assert not target.any()
+    assert write_exactly(target, place, own.expand(1, 2, 5, 4))
+    assert target[1].all()
+    assert not target[::2].any()
 
 
 def test_a_copy_has_the_strides_and_alignment_of_the_original():
