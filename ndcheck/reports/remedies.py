@@ -51,6 +51,9 @@ def remedies(
             suggest(
                 f"Narrow it down to {axis} at the smallest batch that diverged, {size}", narrower
             )
+        if directory and run.environment.model.get("class"):  # it ran in this process
+            command = f"ndcheck trace --run {argument(directory)}"
+            found.append(Remedy("Name the ops that do it", (command,)))
         if "invariant" not in spec.arms:
             suggest("Try batch-invariant kernels", replace(spec, arms=("stock", "invariant")))
     elif any(probe.latent_trials for probe in summary.probes) and not spec.allow_latent:
