@@ -56,7 +56,7 @@ TINY = {
     "max_position_embeddings": 512,
 }
 N_PROMPT = 20
-BUDGET_S = 180
+BUDGET_S = 140
 PHRASE_LENGTH = 160
 
 
