@@ -16,6 +16,7 @@ from ndcheck.analysis.accumulate import summarise
 from ndcheck.comparison import Measured, find_references
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.reports import phrases, tables
+from ndcheck.reports.explanation import read_advice
 from ndcheck.reports.reproduction import reproduce_command
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
@@ -179,14 +180,28 @@ class Run:
         """Write report.md and the CSV files. Raises BackendError if the disk refuses."""
         try:
             write_reports(
-                self.path, self.record, self._samples, self.summary, self.judgement, DEFAULTS
+                self.path,
+                self.record,
+                self._samples,
+                self.summary,
+                self.judgement,
+                DEFAULTS,
+                read_advice(self.path),
             )
         except OSError as error:
             raise write_failure(self.path, error) from error
 
     def print(self, console: Console) -> None:
         """The screen of `ndcheck run`."""
-        print_report(console, self.record, self.summary, self.judgement, DEFAULTS, str(self.path))
+        print_report(
+            console,
+            self.record,
+            self.summary,
+            self.judgement,
+            DEFAULTS,
+            str(self.path),
+            read_advice(self.path),
+        )
 
     def __repr__(self) -> str:
         found = "; ".join(phrases.outcome(probe) for probe in self.summary.probes)

@@ -59,7 +59,7 @@ def step_ms(sampler: TransformersSampler, arm: Any, batch_size: int) -> float:
     """Median time of a captured step, PROMPT_TOKENS + 2 to + 2 + REPLAYS tokens deep."""
     decoding = Decoding(N_TOKENS)
     rows = [[(7 * i + j) % 4096 for j in range(PROMPT_TOKENS)] for i in range(batch_size)]
-    with torch.inference_mode(), sampler._kernels(arm):
+    with torch.inference_mode(), sampler.arm(arm):
         batch = ExactBatch(
             sampler._model, sampler._device, batch_size, PROMPT_TOKENS + decoding.max_tokens
         )
@@ -77,7 +77,7 @@ def requests_s(sampler: TransformersSampler, arm: Any, n_requests: int, most_row
     Every batch decodes to its longest row, as ndcheck does.
     """
     lengths = [90 + i * 7 % 21 for i in range(n_requests)]
-    with torch.inference_mode(), sampler._kernels(arm):
+    with torch.inference_mode(), sampler.arm(arm):
         start = time.perf_counter()
         for first in range(0, n_requests, most_rows):
             part = lengths[first : first + most_rows]

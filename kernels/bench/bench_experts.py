@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import transformers
 from table import Table
-from timing import medians_us
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from ndcheck_kernels import experts, invariant_kernels
+from ndcheck_kernels.timing import medians_us
 
 TOKENS = (1, 8, 64, 512, 4096)
 INPUTS = 8

@@ -12,7 +12,6 @@ is negative if a sliding cache has dropped it. So padding shifts nothing.
 
 `sinks` [H] is one more score per head, with no value: weights sum to less than 1. `slopes` [H] adds
 slope * (column - the row's first column), rounded to the query's dtype, to the scores (ALiBi).
-`window` says that spans of three come of a sliding window of so many keys; they hold without it.
 """
 
 from collections.abc import Callable
@@ -32,7 +31,7 @@ NAME = "ndcheck_invariant"
 _library = torch.library.Library("ndcheck_kernels", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale, "
-    "float softcap=0.0, Tensor? sinks=None, Tensor? slopes=None, int window=0) -> Tensor"
+    "float softcap=0.0, Tensor? sinks=None, Tensor? slopes=None) -> Tensor"
 )
 attention_op = torch.ops.ndcheck_kernels.attention.default
 
@@ -136,16 +135,7 @@ def _attention_forward(
     else:
         spans = spans_from_any(attention_mask, bool(is_causal), query, key)
     scale = width**-0.5 if scaling is None else scaling
-    out = attention_op(
-        query,
-        key,
-        value,
-        spans,
-        scale,
-        softcap or 0.0,
-        sinks=kwargs.get("s_aux"),
-        window=kwargs.get("sliding_window") or 0,
-    )
+    out = attention_op(query, key, value, spans, scale, softcap or 0.0, sinks=kwargs.get("s_aux"))
     return out.transpose(1, 2).contiguous(), None
 
 

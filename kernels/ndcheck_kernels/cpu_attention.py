@@ -43,7 +43,6 @@ def attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
-    window: int = 0,
 ) -> torch.Tensor:
     """[B, H, Q, D] x [B, H_kv, KV, D] -> [B, H, Q, D_v]; the rest as in `attention_interface`."""
     batch, heads, queries, width = query.shape

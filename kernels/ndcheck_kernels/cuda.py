@@ -18,7 +18,7 @@ from ndcheck_kernels import cuda_experts as cuda_experts
 from ndcheck_kernels import layer_norm as layer_norm_kernels
 from ndcheck_kernels import matmul as matmul_kernels
 from ndcheck_kernels import reductions, rms_norm, softmax
-from ndcheck_kernels.attention_interface import attention_op, spans_from_any
+from ndcheck_kernels.attention_interface import as_causal, attention_op, spans_from_any
 from ndcheck_kernels.mode import UnsupportedCallError, accept, implements
 from ndcheck_kernels.products import register_products
 
@@ -73,44 +73,22 @@ def attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
-    window: int = 0,
 ) -> torch.Tensor:
-    """[B, H, Q, D] x [B, H_kv, KV, D] -> [B, H, Q, D_v]; causal spans, or those of a window."""
+    """[B, H, Q, D] x [B, H_kv, KV, D]; causal spans and windows, as in `attention_interface`."""
     if slopes is not None:
         raise UnsupportedCallError("it has no ALiBi")
-    if spans.shape[-1] == 2:
-        window = 0  # The spans say that every earlier key is seen.
-    else:
-        spans = _causal(spans, window)
+    starts, lengths, window = as_causal(spans)
     return attention_kernels.attention(
         query,
         key,
         value,
-        starts=spans[:, 0, 0],
-        lengths=spans[:, 0, 1],
+        starts=starts,
+        lengths=lengths,
         scale=scale,
-        window=window or None,
+        window=window,
         softcap=softcap,
         sinks=sinks,
     )
-
-
-def _causal(spans: torch.Tensor, window: int) -> torch.Tensor:
-    """[B, Q, 3] spans as the [B, 1, 2] of causal attention over the last `window` keys, 0 for all.
-
-    Raises UnsupportedCallError where that is not what they are.
-    """
-    origin, begin, end = spans.unbind(-1)
-    start, stop = origin[:, :1], end[:, -1:]
-    own_end = stop - torch.arange(spans.shape[1] - 1, -1, -1, device=spans.device)
-    own_begin = torch.maximum(start, own_end - window) if window else start
-    if window:
-        own_begin = own_begin.clamp(min=0)  # What a sliding cache has dropped has no column.
-    sees = own_end > own_begin
-    alike = torch.where(sees, (begin == own_begin) & (end == own_end), end <= begin)
-    if not bool((alike & (origin == start)).all()):
-        raise UnsupportedCallError("it has no masks but causal ones and sliding windows")
-    return torch.stack([start, stop], -1)
 
 
 @implements(aten.scaled_dot_product_attention.default, device="cuda")

@@ -62,14 +62,14 @@ def experts_forward(
     layer: Any, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """What a transformers experts module calls: x [T, H], both others [T, k] -> [T, H]."""
-    if layer._is_expert_parallel:
+    if getattr(layer, "_is_expert_parallel", False):  # Since transformers 5.18.
         raise refusal("experts", x.dtype, x.device.type, "experts are spread over devices")
     token, expert, place, weights, ends = route_op(top_k_index, top_k_weights, layer.num_experts)
     hidden = x[token]
     hidden = _linear(layer, "gate_up_proj" if layer.has_gate else "up_proj", hidden, expert, ends)
     hidden = layer._apply_gate(hidden) if layer.has_gate else layer.act_fn(hidden)
     hidden = _linear(layer, "down_proj", hidden, expert, ends)
-    if layer.has_post_expert_norm:
+    if getattr(layer, "has_post_expert_norm", False):
         hidden = layer.post_expert_norm(hidden)
     return combine_op(hidden, place, weights)
 

@@ -18,6 +18,7 @@ from ndcheck.cli.progress import ProgressLine
 from ndcheck.errors import NdcheckError, UsageError
 from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
+from ndcheck.reports.explanation import read_advice
 from ndcheck.reports.plots import MAX_PROBES
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
@@ -152,8 +153,11 @@ def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bo
     for line in samples.bad_lines:
         note(line, quiet=False)
     judgement = judge(run, summary)
+    advice = read_advice(path)
     try:
-        write_reports(path, run, samples, summary, judgement, DEFAULTS, html=html, plots=plots)
+        write_reports(
+            path, run, samples, summary, judgement, DEFAULTS, advice, html=html, plots=plots
+        )
     except OSError as error:
         raise write_failure(path, error) from error
     if html:
@@ -166,7 +170,8 @@ def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bo
     if as_json:
         typer.echo(json.dumps(make_document(run, summary, judgement), indent=2, allow_nan=False))
     else:
-        print_report(Console(highlight=False), run, summary, judgement, DEFAULTS, str(path))
+        console = Console(highlight=False)
+        print_report(console, run, summary, judgement, DEFAULTS, str(path), advice)
     return EXIT_CODES[judgement.verdict.outcome]
 
 
@@ -210,13 +215,15 @@ def plan_row(trial: Trial) -> tuple[str, ...]:
     )
 
 
-def refuse_other_options(context: typer.Context, allowed: set[str]) -> None:
-    """Raise UsageError if the command line holds an option beside ``--resume`` that it ignores."""
+def refuse_other_options(
+    context: typer.Context, allowed: set[str], option: str = "--resume"
+) -> None:
+    """Raise UsageError if the command line holds an option that ``option`` leaves no room for."""
     for name in context.params:
         source = context.get_parameter_source(name)
         if name not in allowed and source is not None and source.name == "COMMANDLINE":
             raise UsageError(
-                f"--resume goes on with the run as it was: --{name.replace('_', '-')} "
+                f"{option} goes on with the run as it was: --{name.replace('_', '-')} "
                 "cannot be changed; start a new run for that"
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,12 @@ def html_report(
     summary: Summary,
     judgement: Judgement,
     defaults: RunSpec,
+    advice: Sequence[str] = (),
 ) -> str:
     """The whole page; a function of its arguments alone, so it renders to the same bytes.
 
-    ``figures`` are what `ndcheck.reports.figures.gather` finds.
+    ``figures`` are what `ndcheck.reports.figures.gather` finds, ``advice`` what `ndcheck trace`
+    made of it.
     """
     unit = phrases.unit(run)
     probes = make_views(run, figures, judgement)
@@ -61,6 +63,7 @@ def html_report(
         command_lines=wrapped_command(run.spec, defaults, COMMAND_WIDTH),
         prompts_file=PROMPTS_FILE if prompts_file(run.spec, defaults) else None,
         remedies=remedies(run, summary, judgement, defaults, "", COMMAND_WIDTH),
+        advice=advice,
         claims=claims(run, summary, visible),
         exclusions=exclusions(run),
         environment=_facts(run),

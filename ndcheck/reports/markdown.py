@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from ndcheck.analysis.summary import ProbeSummary, Summary
@@ -31,13 +31,20 @@ METRIC_MEANINGS = {
 }
 
 
-def markdown_report(run: Run, summary: Summary, judgement: Judgement, defaults: RunSpec) -> str:
+def markdown_report(
+    run: Run,
+    summary: Summary,
+    judgement: Judgement,
+    defaults: RunSpec,
+    advice: Sequence[str] = (),
+) -> str:
     """The whole report; a function of its arguments alone, so it renders to the same bytes."""
     verdicts = {(verdict.arm, verdict.probe_id): verdict for verdict in judgement.probes}
     parts = [
         f"# ndcheck: {judgement.verdict.outcome}",
         *_verdict(summary, judgement, verdicts),
         *_reproduction(run, defaults),
+        *(["## Explanation", _bullets(map(markdown_text, advice))] if advice else []),
         *_next_steps(run, summary, judgement, defaults),
         *(part for probe in summary.probes for part in _probe(probe, run, summary, verdicts)),
         "## Claims",

@@ -58,6 +58,9 @@ def remedies(
             suggest(
                 f"Narrow it down to {axis} at the smallest batch that diverged, {size}", narrower
             )
+        if directory and run.environment.model.get("class"):  # it ran in this process
+            command = f"ndcheck trace --run {argument(directory)}"
+            found.append(Remedy("Name the ops that do it", (command,)))
         if spec.endpoint is not None:
             server = str(run.environment.model.get("server"))
             found.append(Remedy(SERVER_REMEDIES.get(server, SERVER_REMEDY), ()))

@@ -40,8 +40,12 @@ def print_report(
     judgement: Judgement,
     defaults: RunSpec,
     directory: str = "",
+    advice: Sequence[str] = (),
 ) -> None:
-    """Print the screen; ``directory`` is the run's, as the user named it."""
+    """Print the screen; ``directory`` is the run's, as the user named it.
+
+    ``advice`` is what `ndcheck trace` made of it.
+    """
     width = console.width
     verdicts = {(verdict.arm, verdict.probe_id): verdict for verdict in judgement.probes}
     ranked = sorted(
@@ -60,6 +64,7 @@ def print_report(
         *([*_heading(group, detailed), *_loads(group, unit)] for group in groups),
         [*_comparison(summary)],
         [*_trees(detailed, width, unit)],
+        [Text(visible(f"trace: {sentence}")) for sentence in advice],
         [*_next_steps(run, summary, judgement, defaults, directory, width)],
     ]
     for index, section in enumerate(section for section in sections if section):

@@ -33,6 +33,7 @@ class ExactBatch:
         self._next_positions = torch.zeros(n_rows, 1, dtype=torch.int64, device=device)
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=width)
         self._cache_argument = cache_argument(model)
+        self._has_states = any(isinstance(x, LinearAttentionLayer) for x in self.cache.layers)
         self.row_counts: list[int] = []
 
     @property
@@ -51,6 +52,7 @@ class ExactBatch:
         self._mask.copy_(torch.arange(self._mask.shape[1], device=self.device) >= self._pads)
         self._next_positions.copy_(self._n_columns - self._pads)
         self.cache.reset()
+        self._length = 0
         self.row_counts.clear()
 
     def prefill(self, cache_state: CacheState) -> Tensor:
@@ -76,9 +78,14 @@ class ExactBatch:
         return logits
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        self._length += input_ids.shape[1]
+        mask = self._mask
+        if self._has_states:
+            # Recurrent layers take the last columns of the mask for those of the input.
+            mask = mask[:, : self._length]
         logits = self._model(
             input_ids=input_ids,
-            attention_mask=self._mask,
+            attention_mask=mask,
             position_ids=position_ids,
             use_cache=True,
             logits_to_keep=1,
@@ -112,6 +119,7 @@ class ExactBatch:
             else:
                 keys, values = (torch.cat([_pad_left(s, n_prefix) for s in p]) for p in parts)
                 self.cache.update(keys, values, layer)
+        self._length = n_prefix
         return n_prefix
 
     def _prefix_states(self, prefix: tuple[int, ...]) -> list[LayerState]:
@@ -121,8 +129,9 @@ class ExactBatch:
         the others; or the last inputs of a convolution and a recurrent state.
         """
         # A row as short as the rest: one padded column gives the shapes, and is masked.
-        batch = ExactBatch(self._model, self.device, 1, max(1, len(prefix)))
-        batch.reset([list(prefix) or [0]])
+        row = list(prefix) or [0]
+        batch = ExactBatch(self._model, self.device, 1, len(row))
+        batch.reset([row])
         batch.prefill("whole")
         n_tokens = max(1, len(prefix))
         states: list[LayerState] = []

@@ -77,6 +77,21 @@ class TransformersSampler:
         limit = getattr(self._text_config, "max_position_embeddings", None)
         return int(limit) if limit else 1 << 20
 
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self._model
+
+    def open_batch(self, rows: list[list[int]], max_tokens: int) -> ExactBatch:
+        """A batch of these prompts, before its prefill."""
+        batch = ExactBatch(self._model, self._device, len(rows), max(map(len, rows)) + max_tokens)
+        batch.reset(rows)
+        return batch
+
+    def decode(self, token_id: int) -> str:
+        """The text of one token."""
+        return str(self._tokenizer.decode([token_id]))
+
     def count_tokens(self, prompt: str) -> int:
         return len(self._encode(prompt))
 
@@ -102,7 +117,7 @@ class TransformersSampler:
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
-        rows = self._rows(trial.load, probe)
+        rows = self.rows(trial.load, probe)
         try:
             streams, witness = self._try_decode(trial, rows, decoding)
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -136,7 +151,7 @@ class TransformersSampler:
         """Decode with the arm's kernels; what was kept of other shapes makes room if it must."""
         while True:
             try:
-                with self._kernels(trial.arm) as fires:
+                with self.arm(trial.arm) as fires:
                     streams, witness = self._decode(trial, rows, decoding)
                 return streams, replace(witness, override_fires=fires())
             except torch.OutOfMemoryError:
@@ -146,9 +161,10 @@ class TransformersSampler:
             torch.cuda.empty_cache()
 
     @contextmanager
-    def _kernels(self, arm: Arm) -> Iterator[Callable[[], int | None]]:
+    def arm(self, arm: Arm, *, fuse: bool = True) -> Iterator[Callable[[], int | None]]:
         """Compute with the arm's kernels; yields how many ops its overrides have computed.
 
+        ``fuse`` False keeps the ops of fused decoder layers apart, to be seen one by one.
         Raises BackendError for an op the invariant arm does not cover, or if nothing fired.
         """
         if arm == "stock":
@@ -159,7 +175,7 @@ class TransformersSampler:
         try:
             with (
                 ndcheck_kernels.invariant_model(self._model),
-                self._fused_layers(),
+                self._fused_layers(fuse),
                 ndcheck_kernels.invariant_kernels() as scope,
             ):
                 before = scope.fires.total()
@@ -175,14 +191,14 @@ class TransformersSampler:
                 "would have measured stock: use --kernels stock"
             )
 
-    def _fused_layers(self) -> AbstractContextManager[object]:
-        if self._device.type != "cuda":
+    def _fused_layers(self, fuse: bool) -> AbstractContextManager[object]:
+        if not fuse or self._device.type != "cuda":
             return nullcontext()
         from ndcheck_kernels.decoder import fused_layers
 
         return fused_layers(self._model)
 
-    def _rows(self, load: Load, probe: Probe) -> list[list[int]]:
+    def rows(self, load: Load, probe: Probe) -> list[list[int]]:
         """Token ids of every row of the batch: probes at their slots, fillers elsewhere."""
         probe_ids = self._encode(probe.prompt)
         fillers = iter(enumerate(load.filler_lengths))

@@ -161,11 +161,13 @@ def test_padded_rows_over_windows_and_states(family, cache_state):
         ndcheck_kernels.invariant_model(model),
         invariant_kernels(),
     ):
-        beside = ExactBatch(model, torch.device("cpu"), rows, 3)
+        beside = ExactBatch(model, torch.device("cpu"), len(rows), max(map(len, rows)) + 3)
+        beside.reset(rows)
         together = [beside.prefill(cache_state)]
         tokens = together[0].argmax(-1)
         together.append(beside.step(tokens))
         for slot, row in enumerate(rows):
-            alone = ExactBatch(model, torch.device("cpu"), [row], 3)
+            alone = ExactBatch(model, torch.device("cpu"), 1, len(row) + 3)
+            alone.reset([row])
             assert torch.equal(alone.prefill("whole")[0], together[0][slot])
             assert torch.equal(alone.step(tokens[slot : slot + 1])[0], together[1][slot])

@@ -103,38 +103,22 @@ def test_attention_takes_causal_spans_and_what_amounts_to_them(dtype, device) ->
     torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-def test_a_sliding_window_is_what_its_spans_say(dtype, device) -> None:
-    q, k, v = attention_operands(dtype, device)
-    end = 32 + torch.arange(9, device=device)
-    sinks = torch.randn(4, device=device)
-    origin = torch.tensor([[-3], [28]], device=device).expand(2, 9)
-    begin = torch.maximum(origin, end - 7).clamp(min=0)
-    spans = torch.stack([origin, begin, end.expand(2, 9)], -1).int()
-    with invariant_kernels():
-        result = attention_op(q, k, v, spans, 0.2, 20.0, sinks=sinks, window=7)
-        with pytest.raises(UncoveredOpError, match="sliding windows"):
-            attention_op(q, k, v, spans, 0.2, 20.0, sinks=sinks, window=8)
-    exact = attention_reference(q, k, v, spans, 0.2, 20.0, sinks=sinks)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda q, k, v, s: attention_op(q, k, v, s, 0.2, slopes=k[0, 0, 0, :4]), "ALiBi"),
-        (lambda q, k, v, s: attention_op(q, k[..., :16], v, s, 0.2, 0.0), "attention of"),
+        (lambda q, k, v, s: attention_op(q, k, v, s, 0.2, slopes=q[0, :, 0, 0]), "ALiBi"),
+        (lambda q, k, v, s: attention_op(q, k[:, :, 1:], v, s, 0.2, 0.0), "attention of"),
         (
             lambda q, k, v, s: attention_op(
                 q, k, v, torch.tensor([0, 5, 20]).int().expand(2, 9, 3).to(q.device), 0.2, 0.0
             ),
-            "sliding windows",
+            "causal ones and windows",
         ),
         (lambda q, k, v, s: q.double() @ k.double().mT[:, :1], "float64"),
         (lambda q, k, v, s: torch.logsumexp(q, (0, 1)), "several dims"),
         (lambda q, k, v, s: q.cumsum(-1), "nothing is registered"),
     ],
-    ids=["alibi", "head dims", "mask", "float64", "logsumexp", "cumsum"],
+    ids=["alibi", "lengths", "other mask", "float64", "logsumexp", "cumsum"],
 )
 def test_what_is_not_covered_is_refused(call, reason, device) -> None:
     q, k, v = attention_operands(torch.float32, device)
