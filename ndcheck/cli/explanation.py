@@ -256,6 +256,8 @@ def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
     from ndcheck.samplers.base import open_sampler
     from ndcheck.samplers.transformers import TransformersSampler
 
+    if spec.endpoint is not None:
+        raise UsageError(f"{spec.model} runs at {spec.endpoint.url}: no op can be seen there")
     note(f"loading {spec.model}", quiet=quiet)
     sampler = open_sampler(spec)
     if not isinstance(sampler, TransformersSampler):

@@ -37,6 +37,15 @@ def test_assert_deterministic(mock):
         assert_deterministic("mock", endpoint=mock(fault="concurrency"), **SMALL)
 
 
+def test_the_ops_of_a_server_are_not_traced(mock, tmp_path, capsys):
+    url = mock(fault="concurrency")
+    run = ndcheck.measure("mock", endpoint=url, out=tmp_path / "run", **SMALL)
+    for command in ("trace", "shrink"):
+        assert run_command_line([command, "--run", str(run.path)]) == 2
+        assert f"mock runs at {url}: no op can be seen there" in capsys.readouterr().err
+    assert "ndcheck trace" not in (run.path / "report.md").read_text(encoding="utf-8")
+
+
 def test_gate(mock, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     config = f"""
