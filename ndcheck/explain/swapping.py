@@ -49,7 +49,8 @@ class _Swap(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if (op_name(func), without_numbers(self._path.path)) in self._places:
+        is_swapped = (op_name(func), without_numbers(self._path.path)) in self._places
+        if is_swapped or func.is_view:  # As for the recorder, a view is made once.
             return func(*args, **(kwargs or {}))
         with torch._C._ForceDispatchKeyGuard(*self._stock_keys):
             return func(*args, **(kwargs or {}))

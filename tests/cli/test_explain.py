@@ -150,8 +150,9 @@ def test_trace_of_the_invariant_arm_is_clean(here):
 def test_a_recorded_divergence_is_traced_shrunk_and_shown(here, tmp_path):
     """From a run of 16 rows to a script of its own; skipped where this machine does not diverge."""
     options = ("--loads", "16", "--mode", "mixed", "--axes", "neighbours", "--kernels", "stock")
-    length = ("--max-tokens", "100", "-n", "24", "--stop-on-divergence", "--seed", "3")
-    run = here("run", *options, *length, "--out", "run", "-q", "--json")
+    length = ("--max-tokens", "48", "-n", "24", "--stop-on-divergence")
+    probe = ("--prompt", "def read_file(path):")
+    run = here("run", *probe, *options, *length, "--out", "run", "-q", "--json")
     document = json.loads(run.stdout)
     if not document["probes"][0]["diverged_trials"]:
         pytest.skip("no trial diverged on this machine")
