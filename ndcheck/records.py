@@ -8,12 +8,13 @@ completion of a probe.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Arm = Literal["stock", "invariant"]
 Axis = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
 CacheState = Literal["whole", "chunked", "prefix"]
 EngineName = Literal["vllm"]
+Fillers = Literal["words", "shared-prefix"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
@@ -122,7 +123,8 @@ class Sample:
     completion's text); ``logprobs[t]``, the chosen token's log-probability, an exact fp32 value
     held as a float; ``margins[t]``, top-1 minus top-2 logit; ``row_digests[t]``, 16 hexadecimal
     digits over the bits of the full logits row. The last three are empty where the backend does
-    not give them. A sample with ``error`` has no tokens and no part in any count of completions.
+    not give them; where it gives no token ids either, other stable ids stand for the pieces that
+    are compared. A sample with ``error`` has no tokens and no part in any count of completions.
     """
 
     sample_id: int
@@ -143,6 +145,7 @@ class Sample:
     row_digests: tuple[str, ...] = ()
     fault: Fault | None = None
     error: str | None = None
+    n_retries: int = 0
 
     @property
     def text(self) -> str:
@@ -163,6 +166,7 @@ class Sample:
         margins: tuple[float, ...] = (),
         row_digests: tuple[str, ...] = (),
         error: str | None = None,
+        n_retries: int = 0,
     ) -> Sample:
         """What came of the ``nth`` of the trial's probe rows, counted in the order of its slots."""
         return cls(
@@ -184,6 +188,7 @@ class Sample:
             row_digests=row_digests,
             fault=trial.fault,
             error=error,
+            n_retries=n_retries,
         )
 
 
@@ -211,8 +216,37 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A server that speaks the OpenAI API, and how it is loaded. No secret is ever part of it.
+
+    ``header_names`` are sent with values that the command line gives again. ``arrival`` says when
+    the requests of a trial are sent: ``together``, ``closed`` (each row's next request when its
+    last is answered), or as an open loop, ``poisson:RATE`` or ``bursts:SIZE:SECONDS``. Fillers
+    are ``words``, or the probe with words after it (``shared-prefix``).
+    """
+
+    url: str
+    api_key_file: str | None = None
+    header_names: tuple[str, ...] = ()
+    arrival: str = "together"
+    fillers: Fillers = "words"
+    timeout_s: float = 300.0
+    n_retries: int = 2
+
+    CLOSED_ARRIVALS: ClassVar[tuple[str, ...]] = ("together", "closed")
+
+    @property
+    def sets_batch_size(self) -> bool:
+        """False in an open loop, where the server's speed decides how many run at a time."""
+        return self.arrival in self.CLOSED_ARRIVALS
+
+
+@dataclass(frozen=True, slots=True)
 class RunSpec:
-    """Everything needed to repeat a run. ``engine`` None: transformers, in this process."""
+    """Everything needed to repeat a run.
+
+    ``engine`` and ``endpoint`` None: transformers, in this process.
+    """
 
     model: str
     probes: tuple[Probe, ...]
@@ -237,11 +271,15 @@ class RunSpec:
     allow_latent: bool = False
     answer_pattern: str | None = None
     engine: Engine | None = None
+    endpoint: Endpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What run.json holds: the spec to repeat it, where it ran, and how it ended."""
+    """What run.json holds: the spec to repeat it, where it ran, and how it ended.
+
+    ``changes`` says what became of the backend in mid-run: another version, another replica.
+    """
 
     run_id: str
     ndcheck_version: str
@@ -252,3 +290,4 @@ class Run:
     n_trials_planned: int = 0
     elapsed_s: float = 0.0
     stop_reason: str | None = None
+    changes: tuple[str, ...] = ()

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, get_args
+from urllib.parse import urlsplit
 
 from ndcheck.errors import UsageError, did_you_mean
+from ndcheck.load import parse_arrival
 from ndcheck.records import (
     ARMS,
     AXES,
     Arm,
     Axis,
     Decoding,
+    Endpoint,
     Engine,
     EngineName,
+    Fillers,
     Mode,
     Probe,
     RunSpec,
@@ -46,6 +51,7 @@ OWN_OPTIONS = {
 }
 """Arguments of the engine that have options of ndcheck's."""
 FIXED_ARGUMENTS = ("skip_tokenizer_init", "data_parallel_size", "logprobs_mode")
+ENDPOINT_DEFAULTS = Endpoint("")
 
 Name = TypeVar("Name", bound=str)
 
@@ -78,6 +84,12 @@ def make_spec(
     tp: int = ENGINE_DEFAULTS.tensor_parallel,
     pp: int = ENGINE_DEFAULTS.pipeline_parallel,
     engine_arg: str | Sequence[str] = (),
+    endpoint: str | None = None,
+    arrival: str = ENDPOINT_DEFAULTS.arrival,
+    fillers: str = ENDPOINT_DEFAULTS.fillers,
+    timeout: float = ENDPOINT_DEFAULTS.timeout_s,
+    retries: int = ENDPOINT_DEFAULTS.n_retries,
+    api_key_file: Path | None = None,
 ) -> RunSpec:
     """The spec that these options ask for: those of `ndcheck run`, by the names they have there.
 
@@ -92,7 +104,9 @@ def make_spec(
         axes=parse_axes(_join(axes)),
         mode=parse_mode(mode),
         n_samples=samples,
-        arms=parse_arms(None if kernels is None else _join(kernels), model),
+        arms=parse_arms(
+            None if kernels is None else _join(kernels), model, is_served=endpoint is not None
+        ),
         seed=seed,
         dtype=dtype,
         device=device,
@@ -108,6 +122,7 @@ def make_spec(
         engine=make_engine(
             engine, tp, pp, [engine_arg] if isinstance(engine_arg, str) else engine_arg
         ),
+        endpoint=make_endpoint(endpoint, api_key_file, arrival, fillers, timeout, retries),
     )
     check(spec)
     return spec
@@ -135,11 +150,17 @@ def parse_axes(text: str) -> tuple[Axis, ...]:
     return AXES if text == "all" else parse_names("--axes", text, AXES)
 
 
-def parse_arms(text: str | None, model: str) -> tuple[Arm, ...]:
-    """``"stock,invariant"`` as kernel sets; None is both, where the model computes here."""
+def parse_arms(text: str | None, model: str, *, is_served: bool = False) -> tuple[Arm, ...]:
+    """``"stock,invariant"`` as kernel sets; None is both, where the model computes here.
+
+    A served model has one, whatever it is. Raises UsageError where another is asked for.
+    """
     if text is None:
-        return ("stock",) if model.startswith("scripted:") else DEFAULTS.arms
-    return parse_names("--kernels", text, ARMS)
+        return ("stock",) if is_served or model.startswith("scripted:") else DEFAULTS.arms
+    arms = parse_names("--kernels", text, ARMS)
+    if is_served and arms != ("stock",):
+        raise UsageError(f"--kernels {text}: with --endpoint this is the server's own to choose")
+    return arms
 
 
 def parse_mode(text: str) -> Mode:
@@ -206,6 +227,10 @@ def _parse_engine_argument(text: str) -> str:
 
 
 def _check_for_engine(spec: RunSpec) -> None:
+    if spec.endpoint is not None:
+        raise UsageError(
+            "--engine: with --endpoint the server has its engine already; give one of the two"
+        )
     if spec.model.startswith("scripted:"):
         raise UsageError(f"--engine: vLLM cannot compute {spec.model}")
     if spec.device != DEFAULTS.device:
@@ -214,6 +239,88 @@ def _check_for_engine(spec: RunSpec) -> None:
         raise UsageError(
             "--attn: with --engine vllm give --engine-arg attention_backend=NAME instead"
         )
+
+
+def parse_headers(headers: Sequence[str]) -> dict[str, str]:
+    """``"Name: value"`` lines by name. Raises UsageError without repeating a value."""
+    parsed = {}
+    for header in headers:
+        name, colon, value = header.partition(":")
+        if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name.strip()):
+            raise UsageError("--header: give it as 'Name: value'")
+        if not value.strip().isascii() or not value.strip().isprintable():
+            raise UsageError(f"--header {name.strip()}: the value holds characters HTTP refuses")
+        parsed[name.strip()] = value.strip()
+    return parsed
+
+
+def add_headers(spec: RunSpec, headers: Mapping[str, str]) -> RunSpec:
+    """``spec`` with the names of the headers, whose values no record holds."""
+    if not headers:
+        return spec
+    if spec.endpoint is None:
+        raise UsageError("--header: this is for a server: give --endpoint")
+    return replace(spec, endpoint=replace(spec.endpoint, header_names=tuple(headers)))
+
+
+def make_endpoint(
+    url: str | None,
+    api_key_file: Path | None,
+    arrival: str,
+    fillers: str,
+    timeout_s: float,
+    n_retries: int,
+) -> Endpoint | None:
+    """None without a URL. Raises UsageError naming the option that does not fit."""
+    kinds: tuple[Fillers, ...] = get_args(Fillers)
+    if fillers not in kinds:
+        raise UsageError(f"--fillers {fillers}: choose from {', '.join(kinds)}")
+    endpoint = Endpoint(
+        url=url or "",
+        api_key_file=None if api_key_file is None else str(api_key_file),
+        arrival=arrival,
+        fillers=fillers,
+        timeout_s=timeout_s,
+        n_retries=n_retries,
+    )
+    if url is None:
+        if endpoint != ENDPOINT_DEFAULTS:
+            raise UsageError(
+                "--endpoint: give a server's address, since --arrival, --fillers, --timeout, "
+                "--retries and --api-key-file are for one"
+            )
+        return None
+    _check_endpoint(endpoint)
+    return endpoint
+
+
+def _check_endpoint(endpoint: Endpoint) -> None:
+    try:
+        parts = urlsplit(endpoint.url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+        has_secret = bool(parts.username or parts.password or parts.query or parts.fragment)
+        is_address = is_address and (parts.port is None or parts.port > 0)
+    except ValueError:
+        is_address = has_secret = False
+    if has_secret:
+        raise UsageError(
+            "--endpoint: leave out user, password and query, which would be recorded: give a key "
+            "in NDCHECK_API_KEY or with --api-key-file, other secrets with --header"
+        )
+    if not is_address or not endpoint.url.isprintable():
+        raise UsageError(
+            f"--endpoint {endpoint.url}: give the address of an OpenAI API, such as "
+            "http://127.0.0.1:8000/v1"
+        )
+    if parse_arrival(endpoint.arrival) is None:
+        raise UsageError(
+            f"--arrival {endpoint.arrival}: give together, closed, poisson:RATE (a second) or "
+            "bursts:SIZE:SECONDS"
+        )
+    if not 0 < endpoint.timeout_s < float("inf"):
+        raise UsageError(f"--timeout {endpoint.timeout_s}: give a positive number of seconds")
+    if endpoint.n_retries < 0:
+        raise UsageError(f"--retries {endpoint.n_retries}: give 0 or more")
 
 
 def check(spec: RunSpec) -> None:
@@ -245,11 +352,27 @@ def check(spec: RunSpec) -> None:
             raise UsageError(message)
     if spec.engine is not None:
         _check_for_engine(spec)
+    if spec.endpoint is not None:
+        _check_for_server(spec)
     if spec.answer_pattern is not None:
         try:
             re.compile(spec.answer_pattern)
         except re.error as error:
             raise UsageError(f"--answer-pattern {spec.answer_pattern!r}: {error}") from error
+
+
+def _check_for_server(spec: RunSpec) -> None:
+    if spec.model == DEFAULTS.model:
+        raise UsageError("--endpoint: give the name of a served model as --model")
+    for option, value, default in (
+        ("--dtype", spec.dtype, DEFAULTS.dtype),
+        ("--device", spec.device, DEFAULTS.device),
+        ("--attn", spec.attention, DEFAULTS.attention),
+        ("--random-weights", spec.random_weights, DEFAULTS.random_weights),
+        ("--trust-remote-code", spec.trust_remote_code, DEFAULTS.trust_remote_code),
+    ):
+        if value != default:
+            raise UsageError(f"{option}: with --endpoint this is the server's own to choose")
 
 
 def parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Name, ...]:

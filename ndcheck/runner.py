@@ -13,18 +13,24 @@ from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.errors import TrialError, UsageError
 from ndcheck.load import plan_trials, plant_fault
-from ndcheck.records import Arm, Run, RunSpec, RunStatus, Sample, Trial
+from ndcheck.records import AXES, Arm, Environment, Run, RunSpec, RunStatus, Sample, Trial
+from ndcheck.reports import phrases
 from ndcheck.samplers.base import Sampler
 from ndcheck.store import RunDirectory, failed_samples
 
 RUNS_DIRECTORY = Path("ndcheck-runs")
+NO_CACHE_CONTROL = "what the prefix cache holds cannot be set here and seen to work"
 
 
 @dataclass(slots=True)
 class Progress:
-    """What is known so far; ``unique`` counts each arm's completions over all its probes."""
+    """What is known so far; ``unique`` counts each arm's completions over all its probes.
+
+    Positions count ``unit``s.
+    """
 
     n_trials: int
+    unit: str = "token"
     n_done: int = 0
     unique: dict[str, int] = field(default_factory=dict)
     first_divergence: int | None = None
@@ -52,6 +58,22 @@ class Progress:
         return diverged
 
 
+def fit_axes(spec: RunSpec, sampler: Sampler) -> RunSpec:
+    """``spec`` without ``cache`` where nothing can vary it. Raises UsageError if it was named."""
+    if sampler.cache_states or "cache" not in spec.axes:
+        return spec
+    if spec.axes != AXES:
+        raise UsageError(f"--axes: {NO_CACHE_CONTROL}: leave out cache")
+    return replace(spec, axes=tuple(axis for axis in AXES if axis != "cache"))
+
+
+def capture(spec: RunSpec, sampler: Sampler) -> Environment:
+    """Where the model runs: of a server only it can tell."""
+    if spec.endpoint is not None:
+        return environment.capture_client(sampler.describe())
+    return environment.capture(sampler.describe())
+
+
 def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
     """The run's trials. Raises UsageError where a prompt is empty or too long for the model."""
     lengths = {probe.probe_id: sampler.count_tokens(probe.prompt) for probe in spec.probes}
@@ -59,7 +81,7 @@ def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
         if length == 0:
             raise UsageError(f"prompt {probe_id} has no tokens")
     n_trials = trials_needed(spec.target_rate, spec.confidence) if spec.target_rate else None
-    trials = plan_trials(spec, lengths, sampler.context, n_trials)
+    trials = plan_trials(spec, lengths, sampler.context, n_trials, sampler.cache_states)
     if not sampler.interleaves_arms:
         trials.sort(key=lambda trial: spec.arms.index(trial.arm))
     return trials
@@ -75,7 +97,7 @@ def create_directory(
         run_id=path.name,
         ndcheck_version=__version__,
         spec=spec,
-        environment=environment.capture(sampler.describe()),
+        environment=capture(spec, sampler),
         started_at=now.isoformat(timespec="seconds"),
         n_trials_planned=len(trials),
     )
@@ -111,14 +133,21 @@ def run_trials(
     """
     run = directory.run
     probes = {probe.probe_id: probe for probe in run.spec.probes}
-    progress = Progress(len(trials), elapsed_s=run.elapsed_s)
+    progress = Progress(len(trials), phrases.unit(run), elapsed_s=run.elapsed_s)
     reference_lengths: dict[tuple[Arm, str], int] = {}
     elapsed_before_s, started = run.elapsed_s, time.perf_counter()
 
     def close(status: RunStatus, stop_reason: str | None = None) -> Run:
         elapsed_s = elapsed_before_s + time.perf_counter() - started
+        changes = tuple(dict.fromkeys((*run.changes, *sampler.changes())))
         directory.save(
-            replace(run, status=status, stop_reason=stop_reason, elapsed_s=round(elapsed_s, 3))
+            replace(
+                run,
+                status=status,
+                stop_reason=stop_reason,
+                elapsed_s=round(elapsed_s, 3),
+                changes=changes,
+            )
         )
         return directory.run
 

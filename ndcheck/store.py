@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, TextIO
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.records import (
     Decoding,
+    Endpoint,
     Engine,
     Environment,
     Fault,
@@ -151,6 +152,8 @@ def read_run(path: Path) -> Run:
             )
         spec = document.pop("spec")
         engine = spec.get("engine")
+        endpoint = spec.get("endpoint")
+        document["changes"] = tuple(document.get("changes", ()))
         return Run(
             spec=RunSpec(
                 **{
@@ -158,6 +161,7 @@ def read_run(path: Path) -> Run:
                     "probes": tuple(Probe(**probe) for probe in spec["probes"]),
                     "decoding": Decoding(**spec["decoding"]),
                     "engine": Engine(**_tupled(engine)) if engine else None,
+                    "endpoint": Endpoint(**_tupled(endpoint)) if endpoint else None,
                 }
             ),
             environment=Environment(**document.pop("environment")),

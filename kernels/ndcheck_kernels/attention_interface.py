@@ -9,6 +9,9 @@ run of keys, so an int32 tensor of *spans* replaces the mask:
 
 Splits of the keys are counted from the row's own first token, at column `start` or `origin`, which
 is negative if a sliding cache has dropped it. So padding shifts nothing.
+
+`sinks` [H] is one more score per head, with no value: weights sum to less than 1. `slopes` [H] adds
+slope * (column - the row's first column), rounded to the query's dtype, to the scores (ALiBi).
 """
 
 from collections.abc import Callable
@@ -16,14 +19,19 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.mode import UncoveredOpError, active_scope, refusal
+from ndcheck_kernels.mode import (
+    UncoveredOpError,
+    UnsupportedCallError,
+    active_scope,
+    refusal,
+)
 
 NAME = "ndcheck_invariant"
 
 _library = torch.library.Library("ndcheck_kernels", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale, "
-    "float softcap=0.0) -> Tensor"
+    "float softcap=0.0, Tensor? sinks=None, Tensor? slopes=None) -> Tensor"
 )
 attention_op = torch.ops.ndcheck_kernels.attention.default
 
@@ -69,6 +77,28 @@ def spans_from_mask(visible: torch.Tensor, origin: torch.Tensor | None = None) -
     return torch.stack([origin[:, None].expand_as(begin), begin, end], -1).to(torch.int32)
 
 
+def as_causal(spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+    """(start [B], end [B], window) of spans: causal ones, or a window of the last keys.
+
+    For kernels that take no spans. Raises UnsupportedCallError if spans are neither.
+    """
+    if spans.shape[-1] == 2:
+        return spans[:, 0, 0], spans[:, 0, 1], None
+    origin, begin, end = spans.unbind(-1)
+    start, stop = origin[:, :1], end[:, -1:]
+    expected = stop - torch.arange(spans.shape[1] - 1, -1, -1, device=spans.device)
+    sees = expected > start
+    cut = sees & (begin > start)
+    window = int((end - begin)[cut].amax()) if bool(cut.any()) else None
+    first = start if window is None else torch.maximum(start, expected - window)
+    fits = (origin == start) & torch.where(
+        sees, (end == expected) & (begin == first.clamp(min=0)), end <= begin
+    )
+    if not bool(fits.all()):
+        raise UnsupportedCallError("it has no other masks than causal ones and windows")
+    return start[:, 0], stop[:, 0], window
+
+
 def register_attention() -> None:
     """Make `attn_implementation="ndcheck_invariant"` known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -91,7 +121,7 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What a transformers attention module calls; the mask comes from `_mask_maker`."""
-    used = [name for name in ("position_bias", "s_aux", "cache") if kwargs.get(name) is not None]
+    used = [name for name in ("position_bias", "cache") if kwargs.get(name) is not None]
     if used or dropout:
         raise _refuse(query, f"it has no {', '.join(used) or 'dropout'}")
     if active_scope() is None:
@@ -105,7 +135,7 @@ def _attention_forward(
     else:
         spans = spans_from_any(attention_mask, bool(is_causal), query, key)
     scale = width**-0.5 if scaling is None else scaling
-    out = attention_op(query, key, value, spans, scale, softcap or 0.0)
+    out = attention_op(query, key, value, spans, scale, softcap or 0.0, sinks=kwargs.get("s_aux"))
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import PurePath
 
-from ndcheck.records import Engine, Probe, RunSpec
+from ndcheck.records import Endpoint, Engine, Probe, RunSpec
 
 PROMPTS_FILE = "prompts.jsonl"
 _MAX_PROMPTS = 4
@@ -36,6 +36,7 @@ def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
     pairs: list[tuple[str, object, object]] = [
         ("--model", spec.model, defaults.model),
         *_engine_options(spec.engine),
+        *_endpoint_options(spec.endpoint),
         ("--loads", _commas(spec.batch_sizes), _commas(defaults.batch_sizes)),
         ("--axes", _commas(spec.axes), _commas(defaults.axes)),
         ("--mode", spec.mode, defaults.mode),
@@ -47,7 +48,7 @@ def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
         ("--dtype", spec.dtype, defaults.dtype),
         ("--device", spec.device, defaults.device),
         ("--attn", spec.attention, defaults.attention),
-        ("--kernels", _commas(spec.arms), _commas(defaults.arms)),
+        ("--kernels", None if spec.endpoint else _commas(spec.arms), _commas(defaults.arms)),
         ("--confidence", spec.confidence, defaults.confidence),
         ("--target-rate", spec.target_rate, defaults.target_rate),
         ("--random-weights", spec.random_weights, defaults.random_weights),
@@ -78,6 +79,22 @@ def _engine_options(engine: Engine | None) -> list[tuple[str, object, object]]:
         ("--tp", engine.tensor_parallel, 1),
         ("--pp", engine.pipeline_parallel, 1),
         *(("--engine-arg", argument, None) for argument in engine.arguments),
+    ]
+
+
+def _endpoint_options(endpoint: Endpoint | None) -> list[tuple[str, object, object]]:
+    """Header values are not known: their names show what to fill in."""
+    if endpoint is None:
+        return []
+    defaults = Endpoint("")
+    return [
+        ("--endpoint", endpoint.url, defaults.url),
+        ("--api-key-file", endpoint.api_key_file, defaults.api_key_file),
+        *(("--header", f"{name}: VALUE", None) for name in endpoint.header_names),
+        ("--arrival", endpoint.arrival, defaults.arrival),
+        ("--fillers", endpoint.fillers, defaults.fillers),
+        ("--timeout", f"{endpoint.timeout_s:g}", f"{defaults.timeout_s:g}"),
+        ("--retries", endpoint.n_retries, defaults.n_retries),
     ]
 
 

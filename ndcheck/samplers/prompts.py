@@ -47,6 +47,10 @@ class Prompts:
         )
         return list(encoded["input_ids"])
 
+    def decode(self, token_id: int) -> str:
+        """The text of one token."""
+        return str(self._tokenizer.decode([token_id]))
+
     @functools.lru_cache(maxsize=1024)  # noqa: B019  one sampler lives as long as the process
     def token_texts(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
         """What each token adds to the decoded text; "" inside a character of several tokens."""

@@ -19,6 +19,7 @@ import transformers
 
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, TrialError, UsageError
+from ndcheck.load import CACHE_STATES
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.device import choose_device
@@ -42,6 +43,7 @@ class TransformersSampler:
     loading fails.
     """
 
+    cache_states = CACHE_STATES
     notes = ()
     interleaves_arms = True
 
@@ -72,6 +74,21 @@ class TransformersSampler:
         limit = getattr(self._text_config, "max_position_embeddings", None)
         return int(limit) if limit else 1 << 20
 
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self._model
+
+    def open_batch(self, rows: list[list[int]], max_tokens: int) -> ExactBatch:
+        """A batch of these prompts, before its prefill."""
+        batch = ExactBatch(self._model, self._device, len(rows), max(map(len, rows)) + max_tokens)
+        batch.reset(rows)
+        return batch
+
+    def decode(self, token_id: int) -> str:
+        """The text of one token."""
+        return self._prompts.decode(token_id)
+
     def count_tokens(self, prompt: str) -> int:
         return len(self._prompts.encode(prompt))
 
@@ -91,6 +108,12 @@ class TransformersSampler:
             "vocabulary": self._text_config.vocab_size,
             "digest": digest_weights(self._model),
         }
+
+    def changes(self) -> tuple[str, ...]:
+        return ()
+
+    def close(self) -> None:
+        pass
 
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
@@ -129,7 +152,7 @@ class TransformersSampler:
         """Decode with the arm's kernels; what was kept of other shapes makes room if it must."""
         while True:
             try:
-                with self._kernels(trial.arm) as fires:
+                with self.arm(trial.arm) as fires:
                     streams, witness = self._decode(trial, rows, decoding)
                 return streams, replace(witness, override_fires=fires())
             except torch.OutOfMemoryError:
@@ -139,22 +162,23 @@ class TransformersSampler:
             torch.cuda.empty_cache()
 
     @contextmanager
-    def _kernels(self, arm: Arm) -> Iterator[Callable[[], int | None]]:
+    def arm(self, arm: Arm, *, fuse: bool = True) -> Iterator[Callable[[], int | None]]:
         """Compute with the arm's kernels; yields how many ops its overrides have computed.
 
+        ``fuse`` False keeps the ops of fused decoder layers apart, to be seen one by one.
         Raises BackendError for an op the invariant arm does not cover, or if nothing fired.
         """
         if arm == "stock":
             yield lambda: None
             return
         import ndcheck_kernels
-        from ndcheck_kernels.attention_interface import NAME as INVARIANT_ATTENTION
 
-        stock_attention = self._model.config._attn_implementation
-        ndcheck_kernels.register_attention()
-        self._model.set_attn_implementation(INVARIANT_ATTENTION)
         try:
-            with self._fused_layers(), ndcheck_kernels.invariant_kernels() as scope:
+            with (
+                ndcheck_kernels.invariant_model(self._model),
+                self._fused_layers(fuse),
+                ndcheck_kernels.invariant_kernels() as scope,
+            ):
                 before = scope.fires.total()
                 yield lambda: scope.fires.total() - before
                 missing = scope.missing()
@@ -162,16 +186,14 @@ class TransformersSampler:
             raise BackendError(
                 f"invariant arm: {first_line(error)} Without this arm: --kernels stock"
             ) from error
-        finally:
-            self._model.set_attn_implementation(stock_attention)
         if missing:
             raise BackendError(
                 f"invariant arm: no {' or '.join(missing)} ran in a batch-invariant kernel, so it "
                 "would have measured stock: use --kernels stock"
             )
 
-    def _fused_layers(self) -> AbstractContextManager[object]:
-        if self._device.type != "cuda":
+    def _fused_layers(self, fuse: bool) -> AbstractContextManager[object]:
+        if not fuse or self._device.type != "cuda":
             return nullcontext()
         from ndcheck_kernels.decoder import fused_layers
 

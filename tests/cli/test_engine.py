@@ -103,6 +103,10 @@ def test_ctrl_c_ends_the_workers(started, wait_for_lines, with_fake, tmp_path):
         (("--engine", "vllm", "--device", "cuda:1"), ("CUDA_VISIBLE_DEVICES",)),
         (("--engine", "vllm", "--attn", "eager"), ("attention_backend=NAME",)),
         (("--engine", "vllm", "--model", "scripted:clean"), ("scripted:clean",)),
+        (
+            ("--engine", "vllm", "--endpoint", "http://127.0.0.1:1/v1", "--model", "m"),
+            ("--engine: with --endpoint", "one of the two"),
+        ),
     ],
 )
 def test_options_that_do_not_fit(ndcheck_here, options, parts):

@@ -14,7 +14,19 @@ import transformers
 
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.records import Arm, Decoding, Engine, Fault, Probe, RunSpec, Sample, Trial, Witness
+from ndcheck.load import CACHE_STATES
+from ndcheck.records import (
+    Arm,
+    CacheState,
+    Decoding,
+    Engine,
+    Fault,
+    Probe,
+    RunSpec,
+    Sample,
+    Trial,
+    Witness,
+)
 from ndcheck.samplers.engine.checkpoint import (
     digest_checkpoint,
     find_checkpoint,
@@ -72,14 +84,25 @@ class EngineSampler:
         return self._context
 
     @property
+    def cache_states(self) -> tuple[CacheState, ...]:
+        """A prompt that fits one block of the prefix cache leaves no prefix in it."""
+        return CACHE_STATES if self._can_share_prefixes() else ("chunked",)
+
+    @property
     def interleaves_arms(self) -> bool:
         return not self._arms_apart
 
     @property
     def notes(self) -> tuple[str, ...]:
-        if len(self._spec.arms) == 1:
-            return ()
-        return (f"the arms run {self._how_arms_run}",)
+        notes = []
+        if len(self._spec.arms) > 1:
+            notes.append(f"the arms run {self._how_arms_run}")
+        if "cache" in self._spec.axes and not self._can_share_prefixes():
+            notes.append(
+                "no prompt is taken from the prefix cache, which holds blocks of "
+                f"{self._ready['block_size']} tokens: give longer prompts for that"
+            )
+        return tuple(notes)
 
     @property
     def _how_arms_run(self) -> str:
@@ -190,7 +213,6 @@ class EngineSampler:
         if not self._workers:
             self._worker(arms[0])
         self._context = min(self._context, self._ready["context"])
-        self._check_prompts()
 
     def _worker(self, arm: Arm) -> Worker:
         if arm not in self._workers:
@@ -198,16 +220,13 @@ class EngineSampler:
             self._workers[arm] = Worker(arm, self._arguments())
         return self._workers[arm]
 
-    def _check_prompts(self) -> None:
-        block_size = self._ready["block_size"]
-        for probe in self._spec.probes:
-            length = self.count_tokens(probe.prompt)
-            if "cache" in self._spec.axes and length <= block_size:
-                others = ",".join(axis for axis in self._spec.axes if axis != "cache")
-                raise UsageError(
-                    f"--axes: prompt {probe.probe_id} has {length} tokens, and vLLM caches "
-                    f"prefixes in blocks of {block_size}: give a longer prompt, or --axes {others}"
-                )
+    def _can_share_prefixes(self) -> bool:
+        """Whether every prompt is longer than a block; not known before an engine has started."""
+        if not self._workers:
+            return True
+        lengths = (self.count_tokens(probe.prompt) for probe in self._spec.probes)
+        block_size: int = self._ready["block_size"]
+        return min(lengths) > block_size
 
     def _longest_row(self) -> int:
         """Tokens of the longest prompt in any batch: fillers may be twice the probe's length."""

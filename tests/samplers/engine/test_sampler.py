@@ -192,11 +192,22 @@ def test_engine_arguments_are_the_engines_own(open_fake, spec, argument, message
         open_fake(replace(spec, engine=Engine(arguments=(argument,))))
 
 
-def test_a_prompt_shorter_than_a_cache_block_is_refused(open_fake, spec):
-    short = replace(spec, probes=(Probe("p1", "a"),))
-    with pytest.raises(UsageError, match="blocks of 4: give a longer prompt, or --axes run-to-run"):
-        open_fake(short)
-    assert open_fake(replace(short, axes=("slot",)))
+def test_a_prompt_shorter_than_a_cache_block_is_chunked_and_never_a_prefix(open_fake, spec):
+    short = replace(spec, arms=("stock",), probes=(*spec.probes, Probe("p2", "a b")))
+    sampler = open_fake(short)
+    assert sampler.count_tokens("a b") <= 4 < sampler.count_tokens(spec.probes[0].prompt)
+    (note,) = sampler.notes
+    assert "blocks of 4 tokens: give longer prompts" in note
+    assert {each.load.cache_state for each in plan(short, sampler)} == {"whole", "chunked"}
+    assert sampler.sample(trial(Load(2, (0, 1), cache_state="chunked")), short.probes[1], Decoding(8))
+    assert open_fake(replace(short, axes=("slot",))).notes == ()
+
+
+def test_a_prompt_longer_than_a_cache_block_is_both(open_fake, spec):
+    sampler = open_fake(replace(spec, arms=("stock",)))
+    assert sampler.notes == ()
+    states = {each.load.cache_state for each in plan(spec, sampler)}
+    assert states == {"whole", "chunked", "prefix"}
 
 
 @pytest.mark.parametrize(
