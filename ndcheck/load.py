@@ -131,6 +131,8 @@ def _round_of_cells(
             continue
         mixed = Load(batch_size, (0,), (length,) * (batch_size - 1), seed)
         copies = Load(batch_size, tuple(range(batch_size)))
+        if spec.batching == "continuous":  # The seed also says who comes when.
+            copies = replace(copies, filler_seed=seed)
         base = copies if spec.mode == "copies" else mixed
         # A baseline of other axes is evidence for batch size too, where that is asked for.
         base_axis: Axis = "batch-size" if "batch-size" in spec.axes else "reference"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Arm = Literal["stock", "invariant"]
+Batching = Literal["exact", "continuous"]
 Axis = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
 CacheState = Literal["whole", "chunked", "prefix"]
 FinishReason = Literal["stop", "length", "error"]
@@ -100,7 +101,9 @@ class Trial:
 class Witness:
     """Evidence of the batch that really ran; None where the backend gives none.
 
-    ``achieved_batch_size`` is the smallest number of rows any forward pass of the trial had;
+    ``achieved_batch_size`` is the smallest number of rows any forward pass of the trial had; under
+    continuous batching the largest that the sample's own steps had, the least of the trial's
+    samples, and ``step_batch_sizes`` is the number at each token of this sample.
     ``override_fires`` counts the ops that an invariant implementation computed.
     """
 
@@ -108,6 +111,7 @@ class Witness:
     prefill_calls: int | None = None
     decode_calls: int | None = None
     override_fires: int | None = None
+    step_batch_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +217,9 @@ class RunSpec:
     dtype: str = "auto"
     device: str = "auto"
     attention: str = "auto"
+    batching: Batching = "exact"
+    arrivals: str = "closed"
+    """Who comes when under continuous batching; see `ndcheck.arrivals`."""
     chat: bool = False
     trust_remote_code: bool = False
     random_weights: int | None = None

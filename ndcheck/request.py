@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar, get_args
 
+from ndcheck.arrivals import check_arrivals
 from ndcheck.errors import UsageError, did_you_mean
-from ndcheck.records import ARMS, AXES, Arm, Axis, Decoding, Mode, Probe, RunSpec
+from ndcheck.records import ARMS, AXES, Arm, Axis, Batching, Decoding, Mode, Probe, RunSpec
 
 DEFAULTS = RunSpec(
     model="builtin",
@@ -34,6 +35,8 @@ def make_spec(
     loads: str | Sequence[int] = DEFAULTS.batch_sizes,
     axes: str | Sequence[str] = DEFAULTS.axes,
     mode: str = DEFAULTS.mode,
+    batching: str = DEFAULTS.batching,
+    arrivals: str = DEFAULTS.arrivals,
     kernels: str | Sequence[str] | None = None,
     samples: int = DEFAULTS.n_samples,
     target_rate: float | None = DEFAULTS.target_rate,
@@ -62,6 +65,8 @@ def make_spec(
         batch_sizes=parse_batch_sizes(_join(loads)),
         axes=parse_axes(_join(axes)),
         mode=parse_mode(mode),
+        batching=parse_batching(batching),
+        arrivals=arrivals,
         n_samples=samples,
         arms=parse_arms(None if kernels is None else _join(kernels), model),
         seed=seed,
@@ -118,6 +123,14 @@ def parse_mode(text: str) -> Mode:
     raise UsageError(f"--mode {text}: choose from {', '.join(get_args(Mode))}")
 
 
+def parse_batching(text: str) -> Batching:
+    """``exact`` or ``continuous``."""
+    for batching in get_args(Batching):
+        if text == batching:
+            return batching  # type: ignore[no-any-return]
+    raise UsageError(f"--batching {text}: choose from {', '.join(get_args(Batching))}")
+
+
 def make_probes(prompts: Sequence[str], file: Path | None) -> tuple[Probe, ...]:
     """Probes p1, p2, ... from prompts given one by one and from a file.
 
@@ -170,6 +183,11 @@ def check(spec: RunSpec) -> None:
     for is_fine, message in checks:
         if not is_fine:
             raise UsageError(message)
+    check_arrivals(spec.arrivals)
+    if spec.batching == "exact" and spec.arrivals != DEFAULTS.arrivals:
+        raise UsageError(f"--arrivals {spec.arrivals} needs --batching continuous")
+    if spec.batching == "continuous" and spec.model.startswith("scripted:"):
+        raise UsageError("--batching continuous needs a model that computes, not scripted:NAME")
     if spec.answer_pattern is not None:
         try:
             re.compile(spec.answer_pattern)

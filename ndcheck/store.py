@@ -270,7 +270,7 @@ _WITNESS_FIELDS = tuple(Witness.__dataclass_fields__)
 def _decode(line: bytes) -> Sample:
     fields = _tupled(json.loads(line))
     load = Load(**{name: fields.pop(name) for name in _LOAD_FIELDS})
-    witness = Witness(**{name: fields.pop(name) for name in _WITNESS_FIELDS})
+    witness = Witness(**{name: fields.pop(name) for name in _WITNESS_FIELDS if name in fields})
     bits = bytes.fromhex(fields.pop("logprob_bits"))
     digests = fields.pop("row_digests")
     fault = fields.pop("fault")

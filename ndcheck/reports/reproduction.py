@@ -38,6 +38,8 @@ def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
         ("--loads", _commas(spec.batch_sizes), _commas(defaults.batch_sizes)),
         ("--axes", _commas(spec.axes), _commas(defaults.axes)),
         ("--mode", spec.mode, defaults.mode),
+        ("--batching", spec.batching, defaults.batching),
+        ("--arrivals", spec.arrivals, defaults.arrivals),
         ("--max-tokens", spec.decoding.max_tokens, defaults.decoding.max_tokens),
         ("--temperature", spec.decoding.temperature, defaults.decoding.temperature),
         ("--seed", spec.seed, defaults.seed),
@@ -51,7 +53,7 @@ def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
         ("--answer-pattern", spec.answer_pattern, defaults.answer_pattern),
     ]
     if spec.target_rate is None:  # a target rate chooses the number of samples
-        pairs.insert(4, ("-n", spec.n_samples, defaults.n_samples))
+        pairs.insert(6, ("-n", spec.n_samples, defaults.n_samples))
     switches = [
         ("--chat", spec.chat),
         ("--trust-remote-code", spec.trust_remote_code),

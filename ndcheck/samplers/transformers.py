@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from ndcheck.arrivals import Request, queue_requests
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.load import filler_text, fit_to_length
@@ -46,6 +47,7 @@ class TransformersSampler:
 
     def __init__(self, spec: RunSpec, *, load_weights: bool = True) -> None:
         self._name = spec.model
+        self._arrivals = spec.arrivals if spec.batching == "continuous" else None
         source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
         self._device = choose_device(spec.device)
         if spec.dtype != "auto" and spec.dtype not in DTYPES:
@@ -93,9 +95,13 @@ class TransformersSampler:
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
-        rows = self._rows(trial.load, probe)
         try:
-            streams, witness = self._try_decode(trial, rows, decoding)
+            if self._arrivals is not None:
+                streams, witnesses = self._serve(trial, probe, decoding)
+            else:
+                rows = self._rows(trial.load, probe)
+                streams, witness = self._try_decode(trial, rows, decoding)
+                witnesses = [witness] * len(streams)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise self._out_of_memory(trial.load) from error
         except torch.AcceleratorError as error:
@@ -109,7 +115,7 @@ class TransformersSampler:
             Sample.of(
                 trial,
                 nth,
-                witness,
+                witnesses[nth],
                 stream.finish_reason,
                 elapsed_s,
                 token_ids=tuple(stream.token_ids),
@@ -136,10 +142,50 @@ class TransformersSampler:
                 self._captured.clear()
             torch.cuda.empty_cache()
 
+    def _serve(
+        self, trial: Trial, probe: Probe, decoding: Decoding
+    ) -> tuple[list[Stream], list[Witness]]:
+        """Decode under continuous batching."""
+        from ndcheck.samplers.continuous import serve_load
+
+        load, prompt = trial.load, self._encode(probe.prompt)
+        queue = queue_requests(load, self._arrivals or "", len(prompt), decoding.max_tokens)
+        served, n_fires = serve_load(
+            self._model,
+            ((request, self._prompt_of(request, prompt)) for request in queue),
+            lambda: self._kernels(trial.arm, fused=False),
+            decoding=decoding,
+            stop_ids=self._stop_ids,
+            batch_size=load.batch_size,
+            probe=prompt,
+            longest=max(len(prompt), *load.filler_lengths, 1),
+            n_rows=len(load.slots),
+            cache_state=load.cache_state,
+            fault=trial.fault,
+        )
+        achieved = min(max(row.batch_sizes) for row in served)
+        witnesses = [
+            Witness(
+                achieved,
+                row.prefill_calls,
+                len(row.batch_sizes) - 1,
+                n_fires,
+                tuple(row.batch_sizes),
+            )
+            for row in served
+        ]
+        return [row.stream(self._stop_ids) for row in served], witnesses
+
+    def _prompt_of(self, request: Request, probe: list[int]) -> list[int]:
+        if request.filler_seed is None or request.n_prompt_tokens is None:
+            return probe
+        return self._filler(request.filler_seed, request.n_prompt_tokens)
+
     @contextmanager
-    def _kernels(self, arm: Arm) -> Iterator[Callable[[], int | None]]:
+    def _kernels(self, arm: Arm, *, fused: bool = True) -> Iterator[Callable[[], int | None]]:
         """Compute with the arm's kernels; yields how many ops its overrides have computed.
 
+        ``fused``: with fused layers where there are any; they need a static cache.
         Raises BackendError for an op the invariant arm does not cover, or if nothing fired.
         """
         if arm == "stock":
@@ -152,7 +198,8 @@ class TransformersSampler:
         ndcheck_kernels.register_attention()
         self._model.set_attn_implementation(INVARIANT_ATTENTION)
         try:
-            with self._fused_layers(), ndcheck_kernels.invariant_kernels() as scope:
+            layers = self._fused_layers() if fused else nullcontext()
+            with layers, ndcheck_kernels.invariant_kernels() as scope:
                 before = scope.fires.total()
                 yield lambda: scope.fires.total() - before
                 missing = scope.missing()
@@ -185,9 +232,11 @@ class TransformersSampler:
                 rows.append(probe_ids)
             else:
                 i, length = next(fillers)
-                text = filler_text(load.filler_seed + i, length)
-                rows.append(fit_to_length(self._tokenizer(text)["input_ids"], length))
+                rows.append(self._filler(load.filler_seed + i, length))
         return rows
+
+    def _filler(self, seed: int, length: int) -> list[int]:
+        return fit_to_length(self._tokenizer(filler_text(seed, length))["input_ids"], length)
 
     def _encode(self, prompt: str) -> list[int]:
         if not self._chat:
