@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ndcheck.arrivals import ARRIVALS
 from ndcheck.records import ARMS, AXES
 from ndcheck.request import DEFAULTS
 
@@ -101,6 +102,26 @@ LoadMode = Annotated[
         "mixed: one probe row among fillers.",
         envvar="NDCHECK_MODE",
         metavar="MODE",
+    ),
+]
+Batching = Annotated[
+    str,
+    typer.Option(
+        "--batching",
+        help="exact: the batch that a load asks for, to the end. continuous: requests come and go "
+        "between steps, as in a server.",
+        envvar="NDCHECK_BATCHING",
+        metavar="BATCHING",
+    ),
+]
+Arrivals = Annotated[
+    str,
+    typer.Option(
+        "--arrivals",
+        help=f"Under continuous batching: {ARRIVALS} (requests a decode step); --loads says how "
+        "many are in flight.",
+        envvar="NDCHECK_ARRIVALS",
+        metavar="ARRIVALS",
     ),
 ]
 Samples = Annotated[

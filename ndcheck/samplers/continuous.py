@@ -9,6 +9,7 @@ token that was chosen.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,8 +64,8 @@ class Served:
 class ContinuousBatch:
     """A manager with room for ``batch_size`` requests at a time, and what it served.
 
-    ``longest`` is the longest prompt in tokens, ``chunk`` how many prompt tokens a step takes in
-    (None: whole prompts), ``page_tokens`` the page of a cache that shares equal prefixes (None:
+    ``longest`` is the longest prompt in tokens, ``chunk`` how much of a prompt a step takes in (None:
+    all of it), ``page_tokens`` the page of a cache that shares equal prefixes (None:
     nothing is shared).
     """
 
@@ -82,10 +83,9 @@ class ContinuousBatch:
         self._decoding = decoding
         self._stop_ids = stop_ids
         self._batch_size = batch_size
-        self._chunk = chunk
         self._prefill_tokens = max(longest, PREFILL_TOKENS)
         self._served: dict[str, Served] = {}
-        self._in_flight: dict[str, int] = {}
+        self._in_flight: set[str] = set()
         self._fault: Fault | None = None
         self._noise: dict[int, Tensor] = {}
         page = page_tokens or PAGE_TOKENS
@@ -106,6 +106,8 @@ class ContinuousBatch:
             GenerationConfig(do_sample=False, eos_token_id=-1), config
         )
         self._processor = self._manager._create_batch_processor()
+        if chunk is not None:
+            _split_prompts(self._processor.scheduler, chunk)
 
     def serve(
         self, requests: Iterable[tuple[Request, list[int]]], n_rows: int, fault: Fault | None
@@ -139,7 +141,7 @@ class ContinuousBatch:
     ) -> list[str]:
         """Hand the manager who has come and has a place; the names of the load's rows among them.
 
-        Whole prompts have to fit in the step's share of tokens, or they would be chunked.
+        Whole prompts have to fit in the step's share of tokens, or the manager would split them.
         """
         rows, room = [], self._prefill_tokens
         while len(self._in_flight) < self._batch_size:
@@ -149,12 +151,12 @@ class ContinuousBatch:
                 break
             request, prompt = queue[0]
             room -= len(prompt)
-            if room < 0 and self._chunk is None:
+            if room < 0:
                 break
             queue.popleft()
             name = f"{len(self._served)}"
             self._served[name] = Served(request, prompt)
-            self._in_flight[name] = request.max_tokens
+            self._in_flight.add(name)
             is_row = request.slot is not None and request.filler_seed is None
             self._manager.add_request(
                 prompt,
@@ -169,15 +171,12 @@ class ContinuousBatch:
 
     def _step(self) -> None:
         scheduler, processor = self._processor.scheduler, self._processor
-        if self._chunk is not None:
-            n_decoding = sum(bool(self._served[name].readings) for name in self._in_flight)
-            processor.max_batch_tokens = n_decoding + self._chunk
         if not processor.prepare_next_batch():
             raise TrialError("continuous batching scheduled nothing: its cache is too small")
         processor._generation_step(self._model)
         processor.update_batch()
         there = scheduler.active_requests.keys() | scheduler.waiting_requests.keys()
-        self._in_flight = {k: v for k, v in self._in_flight.items() if k in there}
+        self._in_flight &= there
 
     def _read_logits(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -223,6 +222,16 @@ class ContinuousBatch:
         return torch.stack([self._noise[position] for position in positions]).to(logits.device)
 
 
+def _split_prompts(scheduler: Any, chunk: int) -> None:
+    """Let no step take in more than ``chunk`` tokens of a prompt; the rest has to wait."""
+    schedule = scheduler._schedule_request
+
+    def schedule_chunk(state: Any, tokens: Any, budget: int, *rest: Any) -> None:
+        schedule(state, tokens, min(budget, chunk), *rest)
+
+    scheduler._schedule_request = schedule_chunk
+
+
 def _lists(reading: Reading) -> list[list[Any]]:
     return [values.tolist() for values in reading]
 
@@ -236,9 +245,12 @@ def _config(page_tokens: int, **options: Any) -> ContinuousBatchingConfig:
 
 
 @contextmanager
-def paged_attention(model: Any) -> Iterator[None]:
+def _managed(model: Any) -> Iterator[None]:
     """What the manager changes of the model's attention is put back at the end."""
     stock = model.config._attn_implementation
+    log = logging.getLogger("ContinuousBatchingLogger")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # What matters of it comes as an exception.
     known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
     if "auto_switch_to_flash" not in known and "|" not in stock:
         # Without that option, only this name keeps the manager from choosing an attention itself.
@@ -246,6 +258,7 @@ def paged_attention(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        log.setLevel(level)
         model.set_attn_implementation(stock)
 
 
@@ -273,15 +286,16 @@ def serve_load(
     """
     chunk = -(-len(probe) // N_PREFILL_CHUNKS) if cache_state == "chunked" else None
     page = _shared_page(len(probe)) if cache_state == "prefix" else None
-    with paged_attention(model):
+    with _managed(model):
         try:
             batch = ContinuousBatch(model, decoding, stop_ids, batch_size, longest, chunk, page)
         except ValueError as error:
             raise UsageError(f"--batching continuous: {str(error).splitlines()[0]}") from error
         with kernels() as fires:
             if page is not None:
-                # Alone and beforehand, so that its pages are there to be shared.
-                first = Request(0, None, None, 1)
+                # Alone and beforehand, so that its pages are there to be shared; a request of one
+                # token is gone before they are.
+                first = Request(0, None, None, 2)
                 batch.serve([(first, probe)], 1, None)
             rows = batch.serve(requests, n_rows, fault)
             n_fires = fires()
