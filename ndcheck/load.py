@@ -18,6 +18,9 @@ from ndcheck.records import Arm, Axis, CacheState, Fault, Load, Probe, RunSpec, 
 
 CACHE_STATES: tuple[CacheState, ...] = ("chunked", "prefix")
 
+SMALLEST_PAGE_TOKENS = 4
+"""A paged cache shares whole pages, none smaller, so a prompt must be longer to share a prefix."""
+
 FILLER_TEXT = (
     "the quick answer depends on order because floating point addition is not associative and "
     "every kernel may split its sums in another way when more requests arrive at once so a "
@@ -112,6 +115,9 @@ def _round_of_cells(
 ) -> Iterator[Cell]:
     """One pass over the grid. Only baselines that an asked-for axis needs are included."""
     index = 0
+    cache_states = CACHE_STATES
+    if spec.batching == "continuous" and length <= SMALLEST_PAGE_TOKENS:
+        cache_states = ("chunked",)
 
     def cell(axis: Axis, load: Load, baseline: int | None) -> Cell:
         nonlocal index
@@ -126,7 +132,7 @@ def _round_of_cells(
             if "run-to-run" in spec.axes:
                 yield cell("run-to-run", alone, None)
             if "cache" in spec.axes:
-                for state in CACHE_STATES:
+                for state in cache_states:
                     yield cell("cache", replace(alone, cache_state=state), None)
             continue
         mixed = Load(batch_size, (0,), (length,) * (batch_size - 1), seed)
@@ -143,7 +149,7 @@ def _round_of_cells(
         if "run-to-run" in spec.axes:
             yield cell("run-to-run", base, base_index)
         if "cache" in spec.axes:
-            for state in CACHE_STATES:
+            for state in cache_states:
                 yield cell("cache", replace(base, cache_state=state), base_index)
         if not {"slot", "neighbours"} & set(spec.axes):
             continue

@@ -149,11 +149,15 @@ def print_plan(spec: RunSpec) -> int:
         typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
     n_rows = sum(trial.load.batch_size for trial in trials)
     counts = Counter(trial.axis for trial in trials)
+    cost = (
+        f"up to {len(trials) * spec.decoding.max_tokens} decode steps and "
+        f"{n_rows * spec.decoding.max_tokens} generated tokens"
+    )
+    if spec.batching == "continuous":
+        cost = f"continuous batching, arrivals {spec.arrivals}: batch is the most in flight"
     typer.echo(
         f"\n{len(trials)} trials ({', '.join(f'{n} {axis}' for axis, n in counts.items())}), "
-        f"{sum(t.n_samples for t in trials if t.axis != 'control')} samples; up to "
-        f"{len(trials) * spec.decoding.max_tokens} decode steps and "
-        f"{n_rows * spec.decoding.max_tokens} generated tokens"
+        f"{sum(t.n_samples for t in trials if t.axis != 'control')} samples; {cost}"
     )
     return 0
 

@@ -23,14 +23,13 @@ from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
 from ndcheck.arrivals import Request
 from ndcheck.errors import TrialError, UsageError
+from ndcheck.load import SMALLEST_PAGE_TOKENS
 from ndcheck.records import CacheState, Decoding, Fault
 from ndcheck.samplers.batch import N_PREFILL_CHUNKS
 from ndcheck.samplers.selection import Reading, gumbel_noise, plant, read_step
 from ndcheck.samplers.steps import Stream
 
 PAGE_TOKENS = 32
-SMALLEST_PAGE_TOKENS = 4
-"""transformers takes no smaller page, so a prompt must be longer to share one."""
 PREFILL_TOKENS = 256
 """Prompt tokens that a step takes in beside the requests that decode, or the longest prompt."""
 
@@ -300,7 +299,10 @@ def serve_load(
             rows = batch.serve(requests, n_rows, fault)
             n_fires = fires()
     if page is not None and any(row.n_prefilled == len(probe) for row in rows):
-        raise TrialError("cache state prefix: transformers shared no page of the prompt")
+        raise TrialError(
+            "cache state prefix: transformers shared no page of the prompt, as with sliding windows; "
+            "leave cache out of --axes"
+        )
     return rows, n_fires
 
 
