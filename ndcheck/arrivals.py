@@ -32,6 +32,10 @@ class Request:
     max_tokens: int
     arrives_at: float = 0.0
 
+    @property
+    def is_probe(self) -> bool:
+        return self.filler_seed is None
+
 
 def check_arrivals(text: str) -> None:
     """Raise UsageError unless ``text`` is one of ARRIVALS, with a positive rate."""

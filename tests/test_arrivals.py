@@ -37,11 +37,12 @@ def test_the_rows_of_a_load_come_in_order_and_the_rest_is_company(
     requests = queue(load, arrivals, max_tokens)
     assert requests == queue(load, arrivals, max_tokens)
     assert [r.slot for r in requests if r.slot is not None] == list(range(batch_size))
-    assert [r.slot for r in requests if r.filler_seed is None] == list(slots)
-    assert [r.n_prompt_tokens for r in requests if r.slot is not None and r.filler_seed] == [
-        *lengths[seed == 0 :]
-    ] or seed == 0
-    assert all(r.max_tokens == max_tokens for r in requests if r.filler_seed is None)
+    assert [r.slot for r in requests if r.is_probe] == list(slots)
+    fillers = [r for r in requests if r.slot is not None and not r.is_probe]
+    assert [(r.filler_seed, r.n_prompt_tokens) for r in fillers] == [
+        (seed + i, length) for i, length in enumerate(lengths)
+    ]
+    assert all(r.max_tokens == max_tokens for r in requests if r.is_probe)
     assert all(1 <= r.max_tokens <= max_tokens for r in requests)
     times = [r.arrives_at for r in requests]
     assert times == sorted(times)
@@ -73,7 +74,9 @@ def test_a_probe_alone_has_no_company(arrivals):
              "poisson:nan", "poisson:x", "closed:2", "together:"]
 )  # fmt: skip
 def test_bad_arrivals(text):
-    with pytest.raises(UsageError, match="--arrivals .*choose from closed, together, poisson:RATE"):
+    with pytest.raises(
+        UsageError, match=r"--arrivals .*choose from closed, together, poisson:RATE"
+    ):
         check_arrivals(text)
 
 

@@ -107,7 +107,7 @@ def _attention_forward(
     if kwargs.get("cache") is not None:
 
         def attend(*operands: torch.Tensor) -> torch.Tensor:
-            return attention_op(*operands, scale, softcap or 0.0)  # type: ignore[no-any-return]
+            return attention_op(*operands, scale, softcap or 0.0)
 
         try:
             out = paged_attention(module, query, key, value, kwargs, attend)

@@ -9,12 +9,14 @@ token that was chosen.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -63,9 +65,9 @@ class Served:
 class ContinuousBatch:
     """A manager with room for ``batch_size`` requests at a time, and what it served.
 
-    ``longest`` is the longest prompt in tokens, ``chunk`` how much of a prompt a step takes in (None:
-    all of it), ``page_tokens`` the page of a cache that shares equal prefixes (None:
-    nothing is shared).
+    ``longest`` is the longest prompt in tokens, ``chunk`` how much of a prompt a step takes in
+    (None: all of it), ``page_tokens`` the page of a cache that shares equal prefixes (None: nothing
+    is shared).
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class ContinuousBatch:
     def serve(
         self, requests: Iterable[tuple[Request, list[int]]], n_rows: int, fault: Fault | None
     ) -> list[Served]:
-        """Serve until the ``n_rows`` requests with a slot are done; those, by slot."""
+        """Serve until the ``n_rows`` probes are done; what they got, by slot."""
         self._served.clear()
         self._fault = fault
         queue = deque[tuple[Request, list[int]]]()
@@ -138,14 +140,14 @@ class ContinuousBatch:
         arriving: Iterator[tuple[Request, list[int]]],
         now: float,
     ) -> list[str]:
-        """Hand the manager who has come and has a place; the names of the load's rows among them.
+        """Hand the manager who has come and has a place; the names of the probes among them.
 
         Whole prompts have to fit in the step's share of tokens, or the manager would split them.
         """
         rows, room = [], self._prefill_tokens
         while len(self._in_flight) < self._batch_size:
-            if not queue and (request := next(arriving, None)) is not None:
-                queue.append(request)
+            if not queue:
+                queue.extend(islice(arriving, 1))
             if not queue or queue[0][0].arrives_at > now:
                 break
             request, prompt = queue[0]
@@ -156,15 +158,14 @@ class ContinuousBatch:
             name = f"{len(self._served)}"
             self._served[name] = Served(request, prompt)
             self._in_flight.add(name)
-            is_row = request.slot is not None and request.filler_seed is None
             self._manager.add_request(
                 prompt,
                 request_id=name,
                 max_new_tokens=request.max_tokens,
                 # Fillers go when the plan says so; only probes stop by themselves.
-                eos_token_id=sorted(self._stop_ids) if is_row else -1,
+                eos_token_id=sorted(self._stop_ids) if request.is_probe else -1,
             )
-            if is_row:
+            if request.is_probe:
                 rows.append(name)
         return rows
 
@@ -199,7 +200,7 @@ class ContinuousBatch:
         rows = torch.tensor([row for row, _ in chosen], device=output.logits.device)
         logits = output.logits[0, rows]
         for i, (_, served) in enumerate(chosen):
-            if self._fault is not None and served.request.filler_seed is None:
+            if self._fault is not None and served.request.is_probe:
                 logits[i : i + 1] = plant(logits[i : i + 1], len(served.readings), self._fault)
         reading = read_step(logits, self._decoding, self._draw(chosen, logits))
         for (_, served), values in zip(chosen, zip(*_lists(reading), strict=True), strict=True):
@@ -250,6 +251,7 @@ def _managed(model: Any) -> Iterator[None]:
     log = logging.getLogger("ContinuousBatchingLogger")
     level = log.level
     log.setLevel(logging.CRITICAL)  # What matters of it comes as an exception.
+    gc.freeze()  # Its end collects garbage: that is not to search all of torch for every trial.
     known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
     if "auto_switch_to_flash" not in known and "|" not in stock:
         # Without that option, only this name keeps the manager from choosing an attention itself.
@@ -257,6 +259,7 @@ def _managed(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.unfreeze()
         log.setLevel(level)
         model.set_attn_implementation(stock)
 
@@ -298,10 +301,11 @@ def serve_load(
                 batch.serve([(first, probe)], 1, None)
             rows = batch.serve(requests, n_rows, fault)
             n_fires = fires()
+        del batch
     if page is not None and any(row.n_prefilled == len(probe) for row in rows):
         raise TrialError(
-            "cache state prefix: transformers shared no page of the prompt, as with sliding windows; "
-            "leave cache out of --axes"
+            "cache state prefix: transformers shared no page of the prompt (it never does with "
+            "sliding windows): leave cache out of --axes"
         )
     return rows, n_fires
 

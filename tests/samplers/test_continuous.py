@@ -145,7 +145,9 @@ def test_stock_bits_follow_the_company_and_invariant_bits_do_not(sampler):
     assert outcomes == {"stock": "FAIL", "invariant": "PASS"}
 
 
-INVARIANT_ALONE = replace(SPEC, arms=("invariant",), batch_sizes=(1, 3), n_samples=12)
+INVARIANT_ALONE = replace(
+    SPEC, arms=("invariant",), batch_sizes=(3,), axes=("batch-size", "slot"), n_samples=8
+)
 
 
 def test_an_order_that_follows_the_batch_is_caught(sampler, monkeypatch):
@@ -157,8 +159,8 @@ def test_an_order_that_follows_the_batch_is_caught(sampler, monkeypatch):
 
     def linear(x, weight, bias=None):
         n_parts = 1 + x.numel() // x.shape[-1] % 3
-        parts = zip(x.float().chunk(n_parts, -1), weight.float().chunk(n_parts, -1), strict=True)
-        return sum(a @ b.t() for a, b in parts).to(x.dtype)
+        parts = zip(x.chunk(n_parts, -1), weight.chunk(n_parts, -1), strict=True)
+        return sum((a.float() @ b.float().t()).to(x.dtype) for a, b in parts)
 
     _, clean = measure(sampler, INVARIANT_ALONE)
     assert clean.verdict.outcome == "PASS"
