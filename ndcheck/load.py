@@ -41,6 +41,12 @@ def fit_to_length(token_ids: list[int], length: int) -> list[int]:
     return (token_ids * repeats)[:length]
 
 
+def batch_sizes_up_to(largest: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and the largest."""
+    powers = (2**i for i in range(largest.bit_length()))
+    return tuple(dict.fromkeys((*powers, largest)))
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One load of a round: ``baseline`` is the index of another cell of the same round.

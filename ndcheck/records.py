@@ -104,7 +104,8 @@ class Witness:
     ``achieved_batch_size`` is the smallest number of rows any forward pass of the trial had; under
     continuous batching the largest that the sample's own steps had, the least of the trial's
     samples, and ``step_batch_sizes`` is the number at each token of this sample.
-    ``override_fires`` counts the ops that an invariant implementation computed.
+    ``override_fires`` counts the ops that an invariant implementation computed;
+    ``out_of_memory_at`` is the last batch size that did not fit, before it was halved.
     """
 
     achieved_batch_size: int | None
@@ -112,6 +113,7 @@ class Witness:
     decode_calls: int | None = None
     override_fires: int | None = None
     step_batch_sizes: tuple[int, ...] = ()
+    out_of_memory_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +210,7 @@ class RunSpec:
     probes: tuple[Probe, ...]
     decoding: Decoding
     batch_sizes: tuple[int, ...]
+    """Empty until `ndcheck.runner.fit_loads` has found what fits."""
     axes: tuple[Axis, ...]
     mode: Mode
     n_samples: int

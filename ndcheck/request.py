@@ -91,12 +91,19 @@ def _join(values: str | Sequence[object]) -> str:
 
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:
-    """``"1,2,4"`` as batch sizes. Raises UsageError on anything but distinct numbers >= 1."""
+    """``"1,2,4"`` as batch sizes; none yet for ``auto``.
+
+    Raises UsageError on anything but distinct numbers >= 1.
+    """
+    if text == "auto":
+        return ()
     sizes: list[int] = []
     for part in text.split(","):
         part = part.strip()
         if not part.isdecimal() or int(part) < 1:
-            raise UsageError(f"--loads: {part!r} is not a batch size; give numbers of 1 or more")
+            raise UsageError(
+                f"--loads: {part!r} is not a batch size; give numbers of 1 or more, or auto"
+            )
         if int(part) in sizes:
             raise UsageError(f"--loads: {int(part)} is given twice")
         sizes.append(int(part))

@@ -12,7 +12,7 @@ from ndcheck import __version__, environment
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.errors import TrialError, UsageError
-from ndcheck.load import plan_trials, plant_fault
+from ndcheck.load import batch_sizes_up_to, plan_trials, plant_fault
 from ndcheck.records import Arm, Run, RunSpec, RunStatus, Sample, Trial
 from ndcheck.samplers.base import Sampler
 from ndcheck.store import RunDirectory, failed_samples
@@ -50,6 +50,15 @@ class Progress:
                 if self.first_divergence is None or position < self.first_divergence:
                     self.first_divergence = position
         return diverged
+
+
+def fit_loads(spec: RunSpec, sampler: Sampler) -> RunSpec:
+    """The spec with batch sizes: its own, or for `--loads auto` all that fit in memory."""
+    if spec.batch_sizes:
+        return spec
+    longest = max(sampler.count_tokens(probe.prompt) for probe in spec.probes)
+    largest = sampler.largest_batch_size(longest, spec.decoding)
+    return replace(spec, batch_sizes=batch_sizes_up_to(largest))
 
 
 def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:

@@ -22,6 +22,34 @@ def test_batch_sizes():
     assert request.parse_batch_sizes(" 1, 2,16") == (1, 2, 16)
 
 
+def test_auto_batch_sizes_are_found_later():
+    assert request.parse_batch_sizes("auto") == ()
+    assert request.make_spec(loads="auto").batch_sizes == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batching": "dynamic"}, "--batching dynamic: choose from exact, continuous"),
+        ({"arrivals": "together"}, "--arrivals together needs --batching continuous"),
+        ({"batching": "continuous", "arrivals": "poisson:0"}, "--arrivals poisson:0: choose from"),
+        (
+            {"batching": "continuous", "model": "scripted:clean"},
+            "--batching continuous needs a model that computes",
+        ),
+    ],
+)
+def test_bad_batching(options, message):
+    with pytest.raises(UsageError, match=message):
+        request.make_spec(**options)
+
+
+def test_batching():
+    spec = request.make_spec(batching="continuous", arrivals="poisson:0.5")
+    assert (spec.batching, spec.arrivals) == ("continuous", "poisson:0.5")
+    assert DEFAULTS.batching == "exact"
+
+
 def test_axes():
     assert request.parse_axes("all") == AXES
     assert request.parse_axes("cache,slot") == ("slot", "cache")

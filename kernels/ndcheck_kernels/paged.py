@@ -49,8 +49,8 @@ def paged_attention(
         columns_k = columns_k.clamp(max=key.shape[2] - 1)  # Beyond a request's own: hidden.
         own = lengths_k[rows].int()
         spans = torch.stack([torch.zeros_like(own), own], -1)[:, None]
-        operands = (_unpack(query, columns_q), *(_unpack(t, columns_k) for t in (key, value)))
-        result = attend(*operands, spans)
+        keys, values = _unpack(key, columns_k), _unpack(value, columns_k)
+        result = attend(_unpack(query, columns_q), keys, values, spans)
         out[0, :, columns_q] = result.transpose(0, 1)
     return out
 

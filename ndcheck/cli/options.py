@@ -83,7 +83,13 @@ Attention = Annotated[
     ),
 ]
 Loads = Annotated[
-    str, typer.Option("--loads", help="Batch sizes.", envvar="NDCHECK_LOADS", metavar="1,2,...")
+    str,
+    typer.Option(
+        "--loads",
+        help="Batch sizes; auto: up to the largest that fits in memory.",
+        envvar="NDCHECK_LOADS",
+        metavar="1,2,...",
+    ),
 ]
 Axes = Annotated[
     str,

@@ -21,7 +21,7 @@ from ndcheck.reports.plots import MAX_PROBES
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import create_directory, plan, run_trials
+from ndcheck.runner import create_directory, fit_loads, plan, run_trials
 from ndcheck.samplers.base import Sampler, open_sampler
 from ndcheck.store import RunDirectory, SampleReader, write_failure
 from ndcheck.verdict import EXIT_CODES, judge
@@ -36,6 +36,9 @@ def start(
     check_plots(wanted=plots)
     note(f"loading {spec.model}", quiet=quiet)
     sampler = open_sampler(spec)
+    if not spec.batch_sizes:
+        spec = fit_loads(spec, sampler)
+        note(f"--loads auto is {','.join(map(str, spec.batch_sizes))}", quiet=quiet)
     trials = plan(spec, sampler)
     if spec.target_rate:
         n_trials = trials_needed(spec.target_rate, spec.confidence)
@@ -140,7 +143,9 @@ def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bo
 
 def print_plan(spec: RunSpec) -> int:
     """Print the trials that a run would execute, and what they cost. Returns the exit code."""
-    sampler = open_sampler(spec, load_weights=False)
+    # What fits beside the weights is only known with them.
+    sampler = open_sampler(spec, load_weights=not spec.batch_sizes)
+    spec = fit_loads(spec, sampler)
     trials = plan(spec, sampler)
     header = ("trial", "arm", "probe", "axis", "batch", "slots", "fillers", "cache", "baseline")
     rows = [header, *(plan_row(trial) for trial in trials)]

@@ -35,7 +35,7 @@ def wrapped_command(spec: RunSpec, defaults: RunSpec, width: int, directory: str
 def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
     pairs: list[tuple[str, object, object]] = [
         ("--model", spec.model, defaults.model),
-        ("--loads", _commas(spec.batch_sizes), _commas(defaults.batch_sizes)),
+        ("--loads", _commas(spec.batch_sizes) or "auto", _commas(defaults.batch_sizes)),
         ("--axes", _commas(spec.axes), _commas(defaults.axes)),
         ("--mode", spec.mode, defaults.mode),
         ("--batching", spec.batching, defaults.batching),

@@ -78,6 +78,9 @@ class ScriptedSampler:
     def describe(self) -> dict[str, Any]:
         return {"name": f"scripted:{self._behaviour}", "digest": self._behaviour}
 
+    def largest_batch_size(self, n_prompt_tokens: int, decoding: Decoding) -> int:
+        return 3 if self._behaviour == "out-of-memory" else 16
+
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
         if self._behaviour == "slow":

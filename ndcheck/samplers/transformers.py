@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,6 +25,8 @@ from ndcheck.load import filler_text, fit_to_length
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.device import choose_device
+from ndcheck.samplers.memory import is_out_of_memory, largest_batch_size
+from ndcheck.samplers.selection import read_step
 from ndcheck.samplers.steps import DecodeSteps, Stream
 
 DTYPES = {
@@ -47,6 +48,7 @@ class TransformersSampler:
 
     def __init__(self, spec: RunSpec, *, load_weights: bool = True) -> None:
         self._name = spec.model
+        self._arms = spec.arms
         self._arrivals = spec.arrivals if spec.batching == "continuous" else None
         source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
         self._device = choose_device(spec.device)
@@ -93,22 +95,28 @@ class TransformersSampler:
         }
 
     @torch.inference_mode()
+    def largest_batch_size(self, n_prompt_tokens: int, decoding: Decoding) -> int:
+        # The longest row that the plan may put beside a probe, and what a paged cache keeps free.
+        n_prompt = min(2 * n_prompt_tokens + 16, self.context - decoding.max_tokens)
+        width = (n_prompt + decoding.max_tokens) * (1 if self._arrivals is None else 3)
+
+        def try_rows(n_rows: int) -> None:
+            for arm in self._arms:
+                with self._kernels(arm, fused=self._arrivals is None):
+                    batch = ExactBatch(self._model, self._device, n_rows, width)
+                    batch.reset([[0] * n_prompt] * n_rows)
+                    read_step(batch.prefill("whole"), decoding, None)
+
+        return largest_batch_size(self._model, self._device, n_prompt, width, try_rows)
+
+    @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
         try:
-            if self._arrivals is not None:
-                streams, witnesses = self._serve(trial, probe, decoding)
-            else:
-                rows = self._rows(trial.load, probe)
-                streams, witness = self._try_decode(trial, rows, decoding)
-                witnesses = [witness] * len(streams)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise self._out_of_memory(trial.load) from error
+            streams, witnesses = self._run_in_halves(trial, probe, decoding)
         except torch.AcceleratorError as error:
             raise BackendError(f"{self._device} failed: {_first_line(error)}") from error
         except RuntimeError as error:
-            if re.search(r"out of memory|allocate memory", str(error)):
-                raise self._out_of_memory(trial.load) from error
             raise TrialError(f"{type(error).__name__}: {_first_line(error)}") from error
         elapsed_s = time.perf_counter() - started
         return [
@@ -127,25 +135,54 @@ class TransformersSampler:
             for nth, stream in enumerate(streams)
         ]
 
-    def _try_decode(
-        self, trial: Trial, rows: list[list[int]], decoding: Decoding
-    ) -> tuple[list[Stream], Witness]:
-        """Decode with the arm's kernels; what was kept of other shapes makes room if it must."""
-        while True:
-            try:
-                with self._kernels(trial.arm) as fires:
-                    streams, witness = self._decode(trial, rows, decoding)
-                return streams, replace(witness, override_fires=fires())
-            except torch.OutOfMemoryError:
-                if not self._captured:
-                    raise
-                self._captured.clear()
-            torch.cuda.empty_cache()
-
-    def _serve(
+    def _run_in_halves(
         self, trial: Trial, probe: Probe, decoding: Decoding
     ) -> tuple[list[Stream], list[Witness]]:
-        """Decode under continuous batching."""
+        """The trial, in batches half as large each time that memory runs out.
+
+        The witness says what ran: a batch that was halved is not the one that was asked for.
+        """
+        run = self._decode_rows if self._arrivals is None else self._serve
+        size, failed_at, has_made_room = trial.load.batch_size, None, False
+        while True:
+            try:
+                streams, witnesses = run(trial, probe, decoding, size)
+                return streams, [replace(w, out_of_memory_at=failed_at) for w in witnesses]
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                # Batches of other shapes that were kept make room first, once.
+                if has_made_room or not self._captured:
+                    if size == 1:
+                        raise TrialError(
+                            f"out of memory at batch size {trial.load.batch_size}, and at 1, on "
+                            f"{self._device}: use a smaller --max-tokens or a shorter prompt"
+                        ) from error
+                    failed_at, size = size, -(-size // 2)
+                self._captured.clear()
+                has_made_room = True
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _decode_rows(
+        self, trial: Trial, probe: Probe, decoding: Decoding, size: int
+    ) -> tuple[list[Stream], list[Witness]]:
+        """Decode the trial's rows in exact batches of ``size``; those without a probe are left."""
+        rows, streams, witnesses = self._rows(trial.load, probe), [], []
+        for start in range(0, len(rows), size):
+            slots = tuple(s - start for s in trial.load.slots if start <= s < start + size)
+            if not slots:
+                continue
+            with self._kernels(trial.arm) as fires:
+                part, witness = self._decode(trial, rows[start : start + size], slots, decoding)
+            streams += part
+            witnesses += [replace(witness, override_fires=fires())] * len(part)
+        return streams, witnesses
+
+    def _serve(
+        self, trial: Trial, probe: Probe, decoding: Decoding, size: int
+    ) -> tuple[list[Stream], list[Witness]]:
+        """Decode under continuous batching, with ``size`` requests in flight."""
         from ndcheck.samplers.continuous import serve_load
 
         load, prompt = trial.load, self._encode(probe.prompt)
@@ -156,7 +193,7 @@ class TransformersSampler:
             lambda: self._kernels(trial.arm, fused=False),
             decoding=decoding,
             stop_ids=self._stop_ids,
-            batch_size=load.batch_size,
+            batch_size=size,
             probe=prompt,
             longest=max(len(prompt), *load.filler_lengths, 1),
             n_rows=len(load.slots),
@@ -264,14 +301,14 @@ class TransformersSampler:
         return tuple(texts)
 
     def _decode(
-        self, trial: Trial, rows: list[list[int]], decoding: Decoding
+        self, trial: Trial, rows: list[list[int]], slots: tuple[int, ...], decoding: Decoding
     ) -> tuple[list[Stream], Witness]:
         steps = self._steps_for(trial.arm, rows, decoding)
         batch = steps.batch
         batch.reset(rows)
         logits = batch.prefill(trial.load.cache_state)
         prefill_calls = len(batch.row_counts)
-        streams = steps.run(logits, trial.load.slots, self._stop_ids, trial.fault)
+        streams = steps.run(logits, slots, self._stop_ids, trial.fault)
         achieved = min(batch.row_counts)
         return streams, Witness(achieved, prefill_calls, len(batch.row_counts) - prefill_calls)
 
@@ -288,14 +325,6 @@ class TransformersSampler:
         if steps.batch.can_be_captured:
             self._captured[key] = steps  # Last in, as the most recently used.
         return steps
-
-    def _out_of_memory(self, load: Load) -> TrialError:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        return TrialError(
-            f"out of memory at batch size {load.batch_size} on {self._device}: "
-            "use smaller --loads or --max-tokens"
-        )
 
 
 def digest_weights(model: Any) -> str:
