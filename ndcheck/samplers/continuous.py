@@ -119,6 +119,8 @@ class ContinuousBatch:
         queue = deque[tuple[Request, list[int]]]()
         arriving = iter(requests)
         now, rows = 0.0, list[str]()
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize()
         hook = self._model.register_forward_hook(self._read_logits, with_kwargs=True)
         try:
             while len(rows) < n_rows or any(name in self._in_flight for name in rows):
@@ -171,10 +173,12 @@ class ContinuousBatch:
 
     def _step(self) -> None:
         scheduler, processor = self._processor.scheduler, self._processor
-        if not processor.prepare_next_batch():
-            raise TrialError("continuous batching scheduled nothing: its cache is too small")
-        processor._generation_step(self._model)
-        processor.update_batch()
+        # The manager computes on a stream of its own, but writes what goes in on the current one.
+        with torch.cuda.stream(processor.inputs_and_outputs.compute_stream):
+            if not processor.prepare_next_batch():
+                raise TrialError("continuous batching scheduled nothing: its cache is too small")
+            processor._generation_step(self._model)
+            processor.update_batch()
         there = scheduler.active_requests.keys() | scheduler.waiting_requests.keys()
         self._in_flight &= there
 

@@ -53,15 +53,15 @@ def bytes_per_row(model: Any, device: torch.device, n_prompt: int, width: int) -
     batch = ExactBatch(model, device, 1, width)
     batch.reset([[0]])
     vocabulary = batch.prefill("whole").shape[-1]
-    cache = sum(
+    cache: int = sum(
         part.numel() * part.element_size()
         for layer in batch.cache.layers
         for part in (layer.keys, layer.values)
     )
     config = model.config.get_text_config(decoder=True)
     widest = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", 0) or 0)
-    activations = n_prompt * widest * int(model.dtype.itemsize)
-    return int(cache) + 16 * int(vocabulary) + activations
+    activations: int = n_prompt * widest * model.dtype.itemsize
+    return cache + 16 * vocabulary + activations
 
 
 def free_bytes(device: torch.device) -> int:
