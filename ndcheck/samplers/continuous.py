@@ -91,10 +91,10 @@ class ContinuousBatch:
         self._noise: dict[int, Tensor] = {}
         page = page_tokens or PAGE_TOKENS
         pages = math.ceil((longest + decoding.max_tokens) / page) + 1
-        # The scheduler keeps a part of the cache free, so twice of what is needed.
         config = _config(
             page_tokens=page,
-            num_blocks=2 * batch_size * pages,
+            # One more than fit in flight: the prompt whose pages are shared beforehand.
+            num_blocks=(batch_size + 1) * pages,
             max_batch_tokens=batch_size + self._prefill_tokens,
             max_requests_per_batch=batch_size,
             max_blocks_per_request=0,
@@ -107,6 +107,8 @@ class ContinuousBatch:
             GenerationConfig(do_sample=False, eos_token_id=-1), config
         )
         self._processor = self._manager._create_batch_processor()
+        # All of it is meant to be filled: nothing is kept free for who may come.
+        self._processor.scheduler.safety_margin = 0.0
         if chunk is not None:
             _split_prompts(self._processor.scheduler, chunk)
 
@@ -256,16 +258,20 @@ def _managed(model: Any) -> Iterator[None]:
     level = log.level
     log.setLevel(logging.CRITICAL)  # What matters of it comes as an exception.
     gc.freeze()  # Its end collects garbage: that is not to search all of torch for every trial.
-    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
-    if "auto_switch_to_flash" not in known and "|" not in stock:
-        # Without that option, only this name keeps the manager from choosing an attention itself.
-        model.set_attn_implementation(f"paged|{stock}")
     try:
         yield
     finally:
         gc.unfreeze()
         log.setLevel(level)
         model.set_attn_implementation(stock)
+
+
+def _keep_attention(model: Any) -> None:
+    """Before transformers 5.18 only this name keeps the manager from choosing one itself."""
+    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    stock = model.config._attn_implementation
+    if "auto_switch_to_flash" not in known and "|" not in stock:
+        model.set_attn_implementation(f"paged|{stock}")
 
 
 Kernels = Callable[[], AbstractContextManager[Callable[[], int | None]]]
@@ -294,6 +300,7 @@ def serve_load(
     page = _shared_page(len(probe)) if cache_state == "prefix" else None
     with _managed(model):
         try:
+            _keep_attention(model)
             batch = ContinuousBatch(model, decoding, stop_ids, batch_size, longest, chunk, page)
         except ValueError as error:
             raise UsageError(f"--batching continuous: {str(error).splitlines()[0]}") from error

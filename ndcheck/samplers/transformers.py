@@ -96,9 +96,9 @@ class TransformersSampler:
 
     @torch.inference_mode()
     def largest_batch_size(self, n_prompt_tokens: int, decoding: Decoding) -> int:
-        # The longest row that the plan may put beside a probe, and what a paged cache keeps free.
+        # The longest row that the plan may put beside a probe; a paged cache is read into a copy.
         n_prompt = min(2 * n_prompt_tokens + 16, self.context - decoding.max_tokens)
-        width = (n_prompt + decoding.max_tokens) * (1 if self._arrivals is None else 3)
+        width = (n_prompt + decoding.max_tokens) * (1 if self._arrivals is None else 2)
 
         def try_rows(n_rows: int) -> None:
             for arm in self._arms:
