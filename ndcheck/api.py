@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,12 @@ from ndcheck.analysis.accumulate import summarise
 from ndcheck.comparison import Measured, find_references
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.reports import phrases, tables
+from ndcheck.reports.explanation import read_advice
 from ndcheck.reports.reproduction import reproduce_command
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
-from ndcheck.request import DEFAULTS, make_spec
-from ndcheck.runner import Progress, create_directory, fit_loads, plan, run_trials
+from ndcheck.request import DEFAULTS, add_headers, make_spec, parse_headers
+from ndcheck.runner import Progress, create_directory, fit_spec, plan, run_trials
 from ndcheck.samplers.base import open_sampler
 from ndcheck.store import RUN_FILE, SAMPLES_FILE, SampleReader, read_run, write_failure
 from ndcheck.verdict import Outcome, judge
@@ -38,6 +39,7 @@ def measure(
     model: str = DEFAULTS.model,
     *,
     out: str | Path | None = None,
+    header: str | Sequence[str] = (),
     on_progress: Watcher = lambda progress: None,
     **options: Any,
 ) -> Run:
@@ -52,26 +54,30 @@ def measure(
 
     ``out`` is a new or empty directory (default: one in ``ndcheck-runs``); ``on_progress`` is
     called after every trial. Raises UsageError for an option that is wrong, BackendError where
-    the model or its device fails.
+    the model, its device or its server fails.
     """
+    headers = parse_headers([header] if isinstance(header, str) else header)
     try:
-        spec = make_spec(model=model, **options)
+        spec = add_headers(make_spec(model=model, **options), headers)
     except TypeError as error:
         raise UsageError(str(error).replace("make_spec()", "measure()")) from error
-    return measure_spec(spec, None if out is None else Path(out), on_progress)
+    return measure_spec(spec, None if out is None else Path(out), on_progress, headers)
 
 
 def measure_spec(
-    spec: records.RunSpec, out: Path | None, on_progress: Watcher = lambda progress: None
+    spec: records.RunSpec,
+    out: Path | None,
+    on_progress: Watcher = lambda progress: None,
+    headers: Mapping[str, str] | None = None,
 ) -> Run:
     """The same for a spec; the reports are written beside the samples."""
     # Read when torch is imported, if it is not yet; `__main__` says why.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sampler = open_sampler(spec)
-    spec = fit_loads(spec, sampler)
-    trials = plan(spec, sampler)
-    with closing(create_directory(spec, sampler, trials, out)) as directory:
-        run_trials(trials, sampler, directory, on_progress=on_progress)
+    with closing(open_sampler(spec, headers=headers)) as sampler:
+        spec = fit_spec(spec, sampler)
+        trials = plan(spec, sampler)
+        with closing(create_directory(spec, sampler, trials, out)) as directory:
+            run_trials(trials, sampler, directory, on_progress=on_progress)
     run = Run(directory.path)
     run.write_reports()
     return run
@@ -174,14 +180,28 @@ class Run:
         """Write report.md and the CSV files. Raises BackendError if the disk refuses."""
         try:
             write_reports(
-                self.path, self.record, self._samples, self.summary, self.judgement, DEFAULTS
+                self.path,
+                self.record,
+                self._samples,
+                self.summary,
+                self.judgement,
+                DEFAULTS,
+                read_advice(self.path),
             )
         except OSError as error:
             raise write_failure(self.path, error) from error
 
     def print(self, console: Console) -> None:
         """The screen of `ndcheck run`."""
-        print_report(console, self.record, self.summary, self.judgement, DEFAULTS, str(self.path))
+        print_report(
+            console,
+            self.record,
+            self.summary,
+            self.judgement,
+            DEFAULTS,
+            str(self.path),
+            read_advice(self.path),
+        )
 
     def __repr__(self) -> str:
         found = "; ".join(phrases.outcome(probe) for probe in self.summary.probes)

@@ -91,19 +91,27 @@ def find_references(samples: Iterable[Sample]) -> dict[tuple[Arm, str], Sample]:
 
 
 def compare(a: Measured, b: Measured) -> Comparison:
-    """Probes are partners if their prompts and arms are equal; two runs of one arm each are too."""
+    """Probes are partners if their prompts and arms are equal; two runs of one arm each are too.
+
+    None are where one run holds token ids and the other what stands for them, like a server's text.
+    """
     partners_a, partners_b = _by_prompt(a), _by_prompt(b)
     arms_a, arms_b = set(a.run.spec.arms), set(b.run.spec.arms)
     if len(arms_a) == len(arms_b) == 1 and arms_a != arms_b:
         (arm_a,), (arm_b,) = arms_a, arms_b
         partners_b = {(arm_a, prompt): v for (arm, prompt), v in partners_b.items() if arm == arm_b}
-    shared = [key for key in partners_a if key in partners_b]
+    is_alike = _compared(a.run) == _compared(b.run)
+    shared = [key for key in partners_a if key in partners_b and is_alike]
     return Comparison(
         changes=tuple(_find_changes(a.run, b.run)),
         drifts=tuple(_drift(key[1], *partners_a[key], *partners_b[key]) for key in shared),
         only_in_a=tuple(f"{arm} {prompt}" for arm, prompt in partners_a.keys() - shared),
         only_in_b=tuple(f"{arm} {prompt}" for arm, prompt in partners_b.keys() - shared),
     )
+
+
+def _compared(run: Run) -> str:
+    return str(run.environment.model.get("compared", "token ids"))
 
 
 def judge_comparison(

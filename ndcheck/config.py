@@ -37,6 +37,8 @@ FILES = (Path("ndcheck.toml"), Path("pyproject.toml"))
 Table = Mapping[str, Any]
 OPTIONS = {name: hint for name, hint in get_type_hints(make_spec).items() if name != "return"}
 """Whatever `ndcheck run` accepts, by the same names."""
+FILE_OPTIONS = {"prompts_file", "api_key_file"}
+"""Relative to the configuration's folder."""
 RULES = get_type_hints(Rules)
 RUN_RULES = {"arms": Sequence[str], "baseline": str, "fail_on": Sequence[str]}
 CHECK_NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -123,8 +125,8 @@ def _read_checks(table: Table, file: Path) -> list[Check]:
 
 
 def _make_spec(options: Table, folder: Path, place: str) -> RunSpec:
-    if isinstance(options.get("prompts_file"), str):
-        options = {**options, "prompts_file": folder / options["prompts_file"]}
+    for name in FILE_OPTIONS & options.keys():
+        options = {**options, name: folder / options[name]}
     try:
         return make_spec(**options)
     except UsageError as error:

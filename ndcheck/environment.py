@@ -54,6 +54,18 @@ def capture(model: dict[str, Any]) -> Environment:
     )
 
 
+def capture_client(model: dict[str, Any]) -> Environment:
+    """This client's; the hardware, versions and flags that decide bits are the server's own."""
+    return Environment(
+        software={
+            "python": platform.python_version(),
+            "platform": platform.platform(terse=True),
+            **{name: _version(name) for name in ("ndcheck", "httpx2")},
+        },
+        model=model,
+    )
+
+
 def differences(a: Environment, b: Environment) -> list[str]:
     """``field: a's value, b's value`` for every field of MUST_MATCH in which they differ."""
     found = []

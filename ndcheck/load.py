@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ndcheck.errors import UsageError
-from ndcheck.records import Arm, Axis, CacheState, Fault, Load, Probe, RunSpec, Trial
+from ndcheck.records import Arm, Axis, CacheState, Endpoint, Fault, Load, Probe, RunSpec, Trial
 
 CACHE_STATES: tuple[CacheState, ...] = ("chunked", "prefix")
 
@@ -60,13 +60,18 @@ class Cell:
 
 
 def plan_trials(
-    spec: RunSpec, prompt_lengths: Mapping[str, int], context: int, n_trials: int | None = None
+    spec: RunSpec,
+    prompt_lengths: Mapping[str, int],
+    context: int,
+    n_trials: int | None = None,
+    cache_states: tuple[CacheState, ...] = CACHE_STATES,
 ) -> list[Trial]:
     """All trials of a run in execution order, arms interleaved on the same loads.
 
     ``prompt_lengths`` are in tokens by probe id, ``context`` is the model's limit in tokens.
     ``n_trials`` asks for that many trials of each probe and arm, beside the reference and the
-    control, instead of ``spec.n_samples`` samples.
+    control, instead of ``spec.n_samples`` samples. ``cache_states`` are those that the backend
+    can bring about. A server may change while it runs, so there the probe alone comes last too.
     Raises UsageError where a prompt and its completion do not fit the context.
     """
     trials: list[Trial] = []
@@ -94,11 +99,14 @@ def plan_trials(
         room = context - spec.decoding.max_tokens
         reference = add(probe, "reference", Load(1), {})
         add(probe, "control", Load(1), reference)
-        n_samples, n_evidence = 1, 0
+        closes_alone = spec.endpoint is not None and spec.n_samples > 1
+        n_samples, n_evidence = 1 + closes_alone, 0
 
         round_index = 0
         while n_evidence < n_trials if n_trials else n_samples < spec.n_samples:
-            cells = list(_round_of_cells(spec, probe.probe_id, length, room, round_index))
+            cells = list(
+                _round_of_cells(spec, probe.probe_id, length, room, round_index, cache_states)
+            )
             if not cells:
                 break
             placed: list[dict[Arm, int]] = []
@@ -113,17 +121,23 @@ def plan_trials(
                 if n_evidence == n_trials or (not n_trials and n_samples == spec.n_samples):
                     break
             round_index += 1
+        if closes_alone:
+            add(probe, "run-to-run", Load(1), reference)
     return trials
 
 
 def _round_of_cells(
-    spec: RunSpec, probe_id: str, length: int, room: int, round_index: int
+    spec: RunSpec,
+    probe_id: str,
+    length: int,
+    room: int,
+    round_index: int,
+    cache_states: tuple[CacheState, ...],
 ) -> Iterator[Cell]:
     """One pass over the grid. Only baselines that an asked-for axis needs are included."""
     index = 0
-    cache_states = CACHE_STATES
-    if spec.batching == "continuous" and length <= SMALLEST_PAGE_TOKENS:
-        cache_states = ("chunked",)
+    if spec.batching == "continuous" and length <= SMALLEST_PAGE_TOKENS:  # No page to share.
+        cache_states = tuple(state for state in cache_states if state != "prefix")
 
     def cell(axis: Axis, load: Load, baseline: int | None) -> Cell:
         nonlocal index
@@ -196,6 +210,46 @@ def _trim_copies(load: Load, n_copies: int, length: int) -> Load:
 def _derive_seed(*parts: object) -> int:
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big")
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """``together``, ``closed``, ``poisson`` with a rate per second, or ``bursts`` of a size."""
+
+    kind: str
+    rate_per_s: float = 0.0
+    burst_size: int = 0
+    gap_s: float = 0.0
+
+    def offsets_s(self, load: Load) -> list[float]:
+        """When each row of an open loop is sent, in seconds from the start, in row order."""
+        if self.kind == "poisson":
+            rng = random.Random(f"{load.filler_seed}/{load.batch_size}")
+            offsets = [0.0]
+            for _ in range(load.batch_size - 1):
+                offsets.append(offsets[-1] + rng.expovariate(self.rate_per_s))
+            return offsets
+        if self.kind == "bursts":
+            return [row // self.burst_size * self.gap_s for row in range(load.batch_size)]
+        return [0.0] * load.batch_size
+
+
+def parse_arrival(text: str) -> Arrival | None:
+    """``together``, ``closed``, ``poisson:RATE`` or ``bursts:SIZE:SECONDS``; None if neither."""
+    kind, *numbers = text.split(":")
+    try:
+        if kind in Endpoint.CLOSED_ARRIVALS and not numbers:
+            return Arrival(kind)
+        if kind == "poisson":
+            (rate,) = map(float, numbers)
+            return Arrival(kind, rate_per_s=rate) if 0 < rate < float("inf") else None
+        if kind == "bursts":
+            size, gap = int(numbers[0]), float(numbers[1])
+            if len(numbers) == 2 and size >= 1 and 0 < gap < float("inf"):
+                return Arrival(kind, burst_size=size, gap_s=gap)
+    except (ValueError, IndexError):
+        pass
+    return None
 
 
 def plant_fault(n_tokens: int) -> Fault | None:

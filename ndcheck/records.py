@@ -8,12 +8,13 @@ completion of a probe.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Arm = Literal["stock", "invariant"]
 Batching = Literal["exact", "continuous"]
 Axis = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
 CacheState = Literal["whole", "chunked", "prefix"]
+Fillers = Literal["words", "shared-prefix"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
@@ -124,7 +125,8 @@ class Sample:
     completion's text); ``logprobs[t]``, the chosen token's log-probability, an exact fp32 value
     held as a float; ``margins[t]``, top-1 minus top-2 logit; ``row_digests[t]``, 16 hexadecimal
     digits over the bits of the full logits row. The last three are empty where the backend does
-    not give them. A sample with ``error`` has no tokens and no part in any count of completions.
+    not give them; where it gives no token ids either, other stable ids stand for the pieces that
+    are compared. A sample with ``error`` has no tokens and no part in any count of completions.
     """
 
     sample_id: int
@@ -145,6 +147,7 @@ class Sample:
     row_digests: tuple[str, ...] = ()
     fault: Fault | None = None
     error: str | None = None
+    n_retries: int = 0
 
     @property
     def text(self) -> str:
@@ -165,6 +168,7 @@ class Sample:
         margins: tuple[float, ...] = (),
         row_digests: tuple[str, ...] = (),
         error: str | None = None,
+        n_retries: int = 0,
     ) -> Sample:
         """What came of the ``nth`` of the trial's probe rows, counted in the order of its slots."""
         return cls(
@@ -186,6 +190,7 @@ class Sample:
             row_digests=row_digests,
             fault=trial.fault,
             error=error,
+            n_retries=n_retries,
         )
 
 
@@ -203,14 +208,40 @@ class Environment:
 
 
 @dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A server that speaks the OpenAI API, and how it is loaded. No secret is ever part of it.
+
+    ``header_names`` are sent with values that the command line gives again. ``arrival`` says when
+    the requests of a trial are sent: ``together``, ``closed`` (each row's next request when its
+    last is answered), or as an open loop, ``poisson:RATE`` or ``bursts:SIZE:SECONDS``. Fillers
+    are ``words``, or the probe with words after it (``shared-prefix``).
+    """
+
+    url: str
+    api_key_file: str | None = None
+    header_names: tuple[str, ...] = ()
+    arrival: str = "together"
+    fillers: Fillers = "words"
+    timeout_s: float = 300.0
+    n_retries: int = 2
+
+    CLOSED_ARRIVALS: ClassVar[tuple[str, ...]] = ("together", "closed")
+
+    @property
+    def sets_batch_size(self) -> bool:
+        """False in an open loop, where the server's speed decides how many run at a time."""
+        return self.arrival in self.CLOSED_ARRIVALS
+
+
+@dataclass(frozen=True, slots=True)
 class RunSpec:
-    """Everything needed to repeat a run."""
+    """Everything needed to repeat a run. ``endpoint`` None: in this process."""
 
     model: str
     probes: tuple[Probe, ...]
     decoding: Decoding
     batch_sizes: tuple[int, ...]
-    """Empty until `ndcheck.runner.fit_loads` has found what fits."""
+    """Empty until `ndcheck.runner.fit_spec` has found what fits."""
     axes: tuple[Axis, ...]
     mode: Mode
     n_samples: int
@@ -232,11 +263,15 @@ class RunSpec:
     stop_on_divergence: bool = False
     allow_latent: bool = False
     answer_pattern: str | None = None
+    endpoint: Endpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What run.json holds: the spec to repeat it, where it ran, and how it ended."""
+    """What run.json holds: the spec to repeat it, where it ran, and how it ended.
+
+    ``changes`` says what became of the backend in mid-run: another version, another replica.
+    """
 
     run_id: str
     ndcheck_version: str
@@ -247,3 +282,4 @@ class Run:
     n_trials_planned: int = 0
     elapsed_s: float = 0.0
     stop_reason: str | None = None
+    changes: tuple[str, ...] = ()

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, get_args
+from urllib.parse import urlsplit
 
 from ndcheck.arrivals import check_arrivals
 from ndcheck.errors import UsageError, did_you_mean
-from ndcheck.records import ARMS, AXES, Arm, Axis, Batching, Decoding, Mode, Probe, RunSpec
+from ndcheck.load import parse_arrival
+from ndcheck.records import (
+    ARMS,
+    AXES,
+    Arm,
+    Axis,
+    Batching,
+    Decoding,
+    Endpoint,
+    Fillers,
+    Mode,
+    Probe,
+    RunSpec,
+)
 
 DEFAULTS = RunSpec(
     model="builtin",
@@ -22,6 +37,8 @@ DEFAULTS = RunSpec(
     n_samples=150,
     arms=("stock", "invariant"),
 )
+
+ENDPOINT_DEFAULTS = Endpoint("")
 
 Name = TypeVar("Name", bound=str)
 
@@ -52,6 +69,12 @@ def make_spec(
     answer_pattern: str | None = DEFAULTS.answer_pattern,
     random_weights: int | None = DEFAULTS.random_weights,
     trust_remote_code: bool = DEFAULTS.trust_remote_code,
+    endpoint: str | None = None,
+    arrival: str = ENDPOINT_DEFAULTS.arrival,
+    fillers: str = ENDPOINT_DEFAULTS.fillers,
+    timeout: float = ENDPOINT_DEFAULTS.timeout_s,
+    retries: int = ENDPOINT_DEFAULTS.n_retries,
+    api_key_file: Path | None = None,
 ) -> RunSpec:
     """The spec that these options ask for: those of `ndcheck run`, by the names they have there.
 
@@ -68,7 +91,9 @@ def make_spec(
         batching=parse_batching(batching),
         arrivals=arrivals,
         n_samples=samples,
-        arms=parse_arms(None if kernels is None else _join(kernels), model),
+        arms=parse_arms(
+            None if kernels is None else _join(kernels), model, is_served=endpoint is not None
+        ),
         seed=seed,
         dtype=dtype,
         device=device,
@@ -81,6 +106,7 @@ def make_spec(
         stop_on_divergence=stop_on_divergence,
         allow_latent=allow_latent,
         answer_pattern=answer_pattern,
+        endpoint=make_endpoint(endpoint, api_key_file, arrival, fillers, timeout, retries),
     )
     check(spec)
     return spec
@@ -115,11 +141,17 @@ def parse_axes(text: str) -> tuple[Axis, ...]:
     return AXES if text == "all" else parse_names("--axes", text, AXES)
 
 
-def parse_arms(text: str | None, model: str) -> tuple[Arm, ...]:
-    """``"stock,invariant"`` as kernel sets; None is both, where the model computes here."""
+def parse_arms(text: str | None, model: str, *, is_served: bool = False) -> tuple[Arm, ...]:
+    """``"stock,invariant"`` as kernel sets; None is both, where the model computes here.
+
+    A served model has one, whatever it is. Raises UsageError where another is asked for.
+    """
     if text is None:
-        return ("stock",) if model.startswith("scripted:") else DEFAULTS.arms
-    return parse_names("--kernels", text, ARMS)
+        return ("stock",) if is_served or model.startswith("scripted:") else DEFAULTS.arms
+    arms = parse_names("--kernels", text, ARMS)
+    if is_served and arms != ("stock",):
+        raise UsageError(f"--kernels {text}: with --endpoint this is the server's own to choose")
+    return arms
 
 
 def parse_mode(text: str) -> Mode:
@@ -163,6 +195,88 @@ def make_probes(prompts: Sequence[str], file: Path | None) -> tuple[Probe, ...]:
     return tuple(probes)
 
 
+def parse_headers(headers: Sequence[str]) -> dict[str, str]:
+    """``"Name: value"`` lines by name. Raises UsageError without repeating a value."""
+    parsed = {}
+    for header in headers:
+        name, colon, value = header.partition(":")
+        if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name.strip()):
+            raise UsageError("--header: give it as 'Name: value'")
+        if not value.strip().isascii() or not value.strip().isprintable():
+            raise UsageError(f"--header {name.strip()}: the value holds characters HTTP refuses")
+        parsed[name.strip()] = value.strip()
+    return parsed
+
+
+def add_headers(spec: RunSpec, headers: Mapping[str, str]) -> RunSpec:
+    """``spec`` with the names of the headers, whose values no record holds."""
+    if not headers:
+        return spec
+    if spec.endpoint is None:
+        raise UsageError("--header: this is for a server: give --endpoint")
+    return replace(spec, endpoint=replace(spec.endpoint, header_names=tuple(headers)))
+
+
+def make_endpoint(
+    url: str | None,
+    api_key_file: Path | None,
+    arrival: str,
+    fillers: str,
+    timeout_s: float,
+    n_retries: int,
+) -> Endpoint | None:
+    """None without a URL. Raises UsageError naming the option that does not fit."""
+    kinds: tuple[Fillers, ...] = get_args(Fillers)
+    if fillers not in kinds:
+        raise UsageError(f"--fillers {fillers}: choose from {', '.join(kinds)}")
+    endpoint = Endpoint(
+        url=url or "",
+        api_key_file=None if api_key_file is None else str(api_key_file),
+        arrival=arrival,
+        fillers=fillers,
+        timeout_s=timeout_s,
+        n_retries=n_retries,
+    )
+    if url is None:
+        if endpoint != ENDPOINT_DEFAULTS:
+            raise UsageError(
+                "--endpoint: give a server's address, since --arrival, --fillers, --timeout, "
+                "--retries and --api-key-file are for one"
+            )
+        return None
+    _check_endpoint(endpoint)
+    return endpoint
+
+
+def _check_endpoint(endpoint: Endpoint) -> None:
+    try:
+        parts = urlsplit(endpoint.url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+        has_secret = bool(parts.username or parts.password or parts.query or parts.fragment)
+        is_address = is_address and (parts.port is None or parts.port > 0)
+    except ValueError:
+        is_address = has_secret = False
+    if has_secret:
+        raise UsageError(
+            "--endpoint: leave out user, password and query, which would be recorded: give a key "
+            "in NDCHECK_API_KEY or with --api-key-file, other secrets with --header"
+        )
+    if not is_address or not endpoint.url.isprintable():
+        raise UsageError(
+            f"--endpoint {endpoint.url}: give the address of an OpenAI API, such as "
+            "http://127.0.0.1:8000/v1"
+        )
+    if parse_arrival(endpoint.arrival) is None:
+        raise UsageError(
+            f"--arrival {endpoint.arrival}: give together, closed, poisson:RATE (a second) or "
+            "bursts:SIZE:SECONDS"
+        )
+    if not 0 < endpoint.timeout_s < float("inf"):
+        raise UsageError(f"--timeout {endpoint.timeout_s}: give a positive number of seconds")
+    if endpoint.n_retries < 0:
+        raise UsageError(f"--retries {endpoint.n_retries}: give 0 or more")
+
+
 def check(spec: RunSpec) -> None:
     """Raise UsageError naming the option that is out of range."""
     decoding = spec.decoding
@@ -195,11 +309,30 @@ def check(spec: RunSpec) -> None:
         raise UsageError(f"--arrivals {spec.arrivals} needs --batching continuous")
     if spec.batching == "continuous" and spec.model.startswith("scripted:"):
         raise UsageError("--batching continuous needs a model that computes, not scripted:NAME")
+    if spec.endpoint is not None:
+        _check_for_server(spec)
     if spec.answer_pattern is not None:
         try:
             re.compile(spec.answer_pattern)
         except re.error as error:
             raise UsageError(f"--answer-pattern {spec.answer_pattern!r}: {error}") from error
+
+
+def _check_for_server(spec: RunSpec) -> None:
+    if spec.model == DEFAULTS.model:
+        raise UsageError("--endpoint: give the name of a served model as --model")
+    if not spec.batch_sizes:
+        raise UsageError("--loads auto: with --endpoint the memory is the server's: give numbers")
+    for option, value, default in (
+        ("--dtype", spec.dtype, DEFAULTS.dtype),
+        ("--device", spec.device, DEFAULTS.device),
+        ("--attn", spec.attention, DEFAULTS.attention),
+        ("--batching", spec.batching, DEFAULTS.batching),
+        ("--random-weights", spec.random_weights, DEFAULTS.random_weights),
+        ("--trust-remote-code", spec.trust_remote_code, DEFAULTS.trust_remote_code),
+    ):
+        if value != default:
+            raise UsageError(f"{option}: with --endpoint this is the server's own to choose")
 
 
 def parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Name, ...]:

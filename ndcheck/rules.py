@@ -176,6 +176,9 @@ def _judge_run(run: Run, rules: RuleSet, comparison: Comparison | None) -> Itera
     if run.status != "finished":
         verdict = Verdict("INCONCLUSIVE", (STATUS_REASONS[run.status],))
         yield Ruling("evidence", None, None, None, verdict)
+    if run.changes:
+        verdict = Verdict("INCONCLUSIVE", run.changes)
+        yield Ruling("evidence", None, None, None, verdict)
     if rules.baseline is None:
         return
     confidence = rules.general.confidence or run.spec.confidence

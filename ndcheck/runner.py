@@ -13,18 +13,24 @@ from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.errors import TrialError, UsageError
 from ndcheck.load import batch_sizes_up_to, plan_trials, plant_fault
-from ndcheck.records import Arm, Run, RunSpec, RunStatus, Sample, Trial
+from ndcheck.records import AXES, Arm, Environment, Run, RunSpec, RunStatus, Sample, Trial
+from ndcheck.reports import phrases
 from ndcheck.samplers.base import Sampler
 from ndcheck.store import RunDirectory, failed_samples
 
 RUNS_DIRECTORY = Path("ndcheck-runs")
+NO_CACHE_CONTROL = "what the prefix cache holds cannot be set here and seen to work"
 
 
 @dataclass(slots=True)
 class Progress:
-    """What is known so far; ``unique`` counts each arm's completions over all its probes."""
+    """What is known so far; ``unique`` counts each arm's completions over all its probes.
+
+    Positions count ``unit``s.
+    """
 
     n_trials: int
+    unit: str = "token"
     n_done: int = 0
     unique: dict[str, int] = field(default_factory=dict)
     first_divergence: int | None = None
@@ -52,13 +58,37 @@ class Progress:
         return diverged
 
 
-def fit_loads(spec: RunSpec, sampler: Sampler) -> RunSpec:
+def fit_spec(spec: RunSpec, sampler: Sampler) -> RunSpec:
+    """The spec that `plan` takes: with what the sampler can vary and the batches that it can hold.
+
+    Raises UsageError where it cannot do what was asked for by name.
+    """
+    return _fit_loads(_fit_axes(spec, sampler), sampler)
+
+
+def _fit_axes(spec: RunSpec, sampler: Sampler) -> RunSpec:
+    """``spec`` without ``cache`` where nothing can vary it. Raises UsageError if it was named."""
+    if sampler.cache_states or "cache" not in spec.axes:
+        return spec
+    if spec.axes != AXES:
+        raise UsageError(f"--axes: {NO_CACHE_CONTROL}: leave out cache")
+    return replace(spec, axes=tuple(axis for axis in AXES if axis != "cache"))
+
+
+def _fit_loads(spec: RunSpec, sampler: Sampler) -> RunSpec:
     """The spec with batch sizes: its own, or for `--loads auto` all that fit in memory."""
     if spec.batch_sizes:
         return spec
     longest = max(sampler.count_tokens(probe.prompt) for probe in spec.probes)
     largest = sampler.largest_batch_size(longest, spec.decoding)
     return replace(spec, batch_sizes=batch_sizes_up_to(largest))
+
+
+def capture(spec: RunSpec, sampler: Sampler) -> Environment:
+    """Where the model runs: of a server only it can tell."""
+    if spec.endpoint is not None:
+        return environment.capture_client(sampler.describe())
+    return environment.capture(sampler.describe())
 
 
 def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
@@ -68,7 +98,7 @@ def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
         if length == 0:
             raise UsageError(f"prompt {probe_id} has no tokens")
     n_trials = trials_needed(spec.target_rate, spec.confidence) if spec.target_rate else None
-    return plan_trials(spec, lengths, sampler.context, n_trials)
+    return plan_trials(spec, lengths, sampler.context, n_trials, sampler.cache_states)
 
 
 def create_directory(
@@ -81,7 +111,7 @@ def create_directory(
         run_id=path.name,
         ndcheck_version=__version__,
         spec=spec,
-        environment=environment.capture(sampler.describe()),
+        environment=capture(spec, sampler),
         started_at=now.isoformat(timespec="seconds"),
         n_trials_planned=len(trials),
     )
@@ -117,14 +147,21 @@ def run_trials(
     """
     run = directory.run
     probes = {probe.probe_id: probe for probe in run.spec.probes}
-    progress = Progress(len(trials), elapsed_s=run.elapsed_s)
+    progress = Progress(len(trials), phrases.unit(run), elapsed_s=run.elapsed_s)
     reference_lengths: dict[tuple[Arm, str], int] = {}
     elapsed_before_s, started = run.elapsed_s, time.perf_counter()
 
     def close(status: RunStatus, stop_reason: str | None = None) -> Run:
         elapsed_s = elapsed_before_s + time.perf_counter() - started
+        changes = tuple(dict.fromkeys((*run.changes, *sampler.changes())))
         directory.save(
-            replace(run, status=status, stop_reason=stop_reason, elapsed_s=round(elapsed_s, 3))
+            replace(
+                run,
+                status=status,
+                stop_reason=stop_reason,
+                elapsed_s=round(elapsed_s, 3),
+                changes=changes,
+            )
         )
         return directory.run
 

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, TextIO
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.records import (
     Decoding,
+    Endpoint,
     Environment,
     Fault,
     Load,
@@ -149,12 +150,15 @@ def read_run(path: Path) -> Run:
                 f"{SCHEMA_VERSION}: upgrade ndcheck"
             )
         spec = document.pop("spec")
+        endpoint = spec.get("endpoint")
+        document["changes"] = tuple(document.get("changes", ()))
         return Run(
             spec=RunSpec(
                 **{
                     **_tupled(spec),
                     "probes": tuple(Probe(**probe) for probe in spec["probes"]),
                     "decoding": Decoding(**spec["decoding"]),
+                    "endpoint": Endpoint(**_tupled(endpoint)) if endpoint else None,
                 }
             ),
             environment=Environment(**document.pop("environment")),

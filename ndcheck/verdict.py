@@ -50,7 +50,8 @@ def judge(run: Run, summary: Summary) -> Judgement:
     """The run's verdict: FAIL over INCONCLUSIVE over PASS, over probes, arms and properties.
 
     A PASS needs evidence: every property asked for was tried, every batch was witnessed at the
-    size asked for, nothing errored, the run finished, and the planted fault was caught. With both
+    size asked for, nothing errored, the run finished on the backend it began with, and the planted
+    fault was caught. With both
     arms, stock is the invariant arm's control too: where it did not fail, nothing is shown.
     """
     probes = tuple(judge_probe(probe, run.spec) for probe in summary.probes)
@@ -66,10 +67,14 @@ def judge(run: Run, summary: Summary) -> Judgement:
         outcomes = [Verdict("INCONCLUSIVE", ("no sample was taken",))]
     if run.status != "finished":
         outcomes.append(Verdict("INCONCLUSIVE", (STATUS_REASONS[run.status],)))
+    if run.changes:
+        outcomes.append(Verdict("INCONCLUSIVE", run.changes))
     outcome = worst([v.outcome for v in outcomes])
     for verdict in outcomes:
         if verdict.outcome == outcome:
             reasons += [r for r in verdict.reasons if r not in reasons]
+    # A changed backend may explain a failure: that is said whatever the outcome.
+    reasons += [r for r in run.changes if r not in reasons]
     return Judgement(Verdict(outcome, tuple(reasons)), probes)
 
 
@@ -122,12 +127,15 @@ def _lacks_control(probe: ProbeSummary) -> str | None:
 
 
 def _lacks_witness(probe: ProbeSummary) -> str | None:
-    if probe.unwitnessed_trials:
-        return (
-            "trials whose batch was not witnessed at the size asked for: "
-            f"{probe.unwitnessed_trials} of {probe.n_trials}"
-        )
-    return None
+    if not probe.unwitnessed_trials:
+        return None
+    asked = max((load.batch_size for load in probe.loads), default=0)
+    seen = max((load.achieved_batch_size_min or 0 for load in probe.loads), default=0)
+    hint = f" (largest batch seen: {seen}, asked for: {asked})" if 0 < seen < asked else ""
+    return (
+        "trials whose batch was not witnessed at the size asked for: "
+        f"{probe.unwitnessed_trials} of {probe.n_trials}{hint}"
+    )
 
 
 def _has_errors(probe: ProbeSummary) -> str | None:

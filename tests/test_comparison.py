@@ -37,6 +37,16 @@ def test_a_run_does_not_differ_from_itself(measured):
     assert set(verdicts(measured(), measured()).values()) == {"PASS"}
 
 
+def test_a_servers_text_is_not_compared_with_token_ids(measured):
+    ours, served = measured(), measured()
+    for compared, n_drifts in (("token ids", 1), ("text", 0), ("logprob tokens", 0)):
+        where = Environment(model={"compared": compared})
+        found = compare(ours, replace(served, run=replace(served.run, environment=where)))
+        assert len(found.drifts) == n_drifts
+        assert "model.compared" in [change.name for change in found.changes]
+    assert judge_comparison(found, ["tokens"], 0.95)["tokens"].outcome == "INCONCLUSIVE"
+
+
 def test_other_tokens(measured):
     a, b = measured(), measured(change=moved(at=2))
     (drift,) = compare(a, b).drifts

@@ -9,11 +9,12 @@ import pytest
 from ndcheck.cli.run import run
 from ndcheck.config import OPTIONS, read_checks
 from ndcheck.errors import UsageError
-from ndcheck.records import Probe
+from ndcheck.records import Endpoint, Probe
 from ndcheck.rules import Rules
 
 NOT_OF_A_CHECK = {"context", "out", "resume", "dry_run", "html", "plots", "json", "quiet"}
-"""Options of `ndcheck run` that say what to do with a run, not what it measures."""
+NOT_OF_A_CHECK |= {"header"}
+"""Options of `ndcheck run` that say what to do with a run, not what it measures, and secrets."""
 
 
 def write(tmp_path, text, name="ndcheck.toml"):
@@ -24,6 +25,26 @@ def write(tmp_path, text, name="ndcheck.toml"):
 
 def test_a_check_takes_whatever_ndcheck_run_takes():
     assert set(OPTIONS) == set(inspect.signature(run).parameters) - NOT_OF_A_CHECK
+
+
+def test_a_check_of_a_server(tmp_path):
+    (check,) = read_checks(
+        write(
+            tmp_path,
+            """
+            [checks.served]
+            endpoint = "http://host/v1"
+            model = "big"
+            arrival = "closed"
+            timeout = 5
+            api_key_file = "key.txt"
+            """,
+        )
+    )
+    assert check.spec.endpoint == Endpoint(
+        "http://host/v1", str(tmp_path / "key.txt"), arrival="closed", timeout_s=5
+    )
+    assert check.spec.arms == ("stock",)
 
 
 def test_options_defaults_and_rules(tmp_path):

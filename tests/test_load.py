@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ndcheck.errors import UsageError
 from ndcheck.load import batch_sizes_up_to, filler_text, fit_to_length, plan_trials, plant_fault
-from ndcheck.records import AXES, Decoding, Probe
+from ndcheck.records import AXES, Decoding, Endpoint, Load, Probe
 from ndcheck.request import DEFAULTS as RUN_DEFAULTS
 
 DEFAULTS = replace(RUN_DEFAULTS, arms=("stock",))
@@ -106,6 +106,21 @@ def test_neighbours_are_shorter_longer_and_ragged():
     assert any(max(x) < 9 for x in lengths)
     assert any(min(x) > 9 for x in lengths)
     assert any(min(x) < 9 < max(x) for x in lengths)
+
+
+def test_a_server_is_asked_alone_before_and_after():
+    spec = replace(DEFAULTS, endpoint=Endpoint("http://host/v1"), n_samples=50)
+    trials = plan(spec)
+    first, last = trials[0], trials[-1]
+    assert (first.axis, first.load) == ("reference", Load(1))
+    assert (last.axis, last.load, last.baseline) == ("run-to-run", Load(1), first.trial_id)
+    assert sum(t.n_samples for t in trials if t.axis != "control") == 50
+
+
+def test_only_cache_states_that_the_backend_has_are_planned():
+    for states in ((), ("prefix",)):
+        trials = plan_trials(DEFAULTS, {"p1": 4}, CONTEXT, cache_states=states)
+        assert {t.load.cache_state for t in trials if t.axis == "cache"} == set(states)
 
 
 def test_plan_is_reproducible_and_follows_the_seed():

@@ -28,7 +28,7 @@ def help_text(*command: str) -> str:
 def commands() -> list[str]:
     from ndcheck.cli.app import app
 
-    return [command.callback.__name__ for command in app.registered_commands]
+    return [c.callback.__name__ for c in app.registered_commands if not c.hidden]
 
 
 def blocks() -> str:

@@ -61,6 +61,10 @@ def test_arms_and_mode():
     assert request.parse_arms("invariant,stock", "builtin") == ("stock", "invariant")
     assert request.parse_arms(None, "builtin") == ("stock", "invariant")
     assert request.parse_arms(None, "scripted:fork") == ("stock",)
+    assert request.parse_arms(None, "served", is_served=True) == ("stock",)
+    assert request.parse_arms("stock", "served", is_served=True) == ("stock",)
+    with pytest.raises(UsageError, match="--kernels stock,invariant: with --endpoint"):
+        request.parse_arms("stock,invariant", "served", is_served=True)
     assert request.parse_mode("mixed") == "mixed"
     with pytest.raises(UsageError, match="choose from copies, mixed"):
         request.parse_mode("both")

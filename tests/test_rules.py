@@ -89,6 +89,13 @@ def test_an_unfinished_run_and_an_empty_one_do_not_pass(measured):
     assert gate(empty, max_unique=1).outcome == "INCONCLUSIVE"
 
 
+def test_a_backend_that_changed_does_not_pass(measured):
+    found = measured()
+    changed = replace(found, run=replace(found.run, changes=("it changed",)))
+    verdict = gate(changed)
+    assert (verdict.outcome, verdict.reasons) == ("INCONCLUSIVE", ("it changed",))
+
+
 def test_a_property_may_have_rules_of_its_own(measured):
     found = measured("cache-dependent")
     assert gate(found).outcome == "FAIL"

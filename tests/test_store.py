@@ -16,10 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.records import Environment, Fault, Load, Run, Sample, Trial, Witness
+from ndcheck.records import Endpoint, Environment, Fault, Load, Run, Sample, Trial, Witness
 from ndcheck.request import DEFAULTS
 from ndcheck.store import RunDirectory, SampleReader, failed_samples, read_run
 
+SERVER_RUN = Run(
+    "r", "0.1.0",
+    replace(DEFAULTS, endpoint=Endpoint("http://host/v1", header_names=("X-Team",))),
+    Environment(), "", changes=("it changed",),
+)  # fmt: skip
 RUN = Run("r", "0.1.0", DEFAULTS, Environment(model={"digest": "d"}), "2026-11-24T00:00:00+00:00")
 
 
@@ -30,6 +35,11 @@ def make_sample(sample_id=0, slots=(0,), slot=0, trial_id=0, **changed):
         (1, 2), ("a", "b"), "length", 0.5, (-0.5, -0.25), (1.0, 0.0), ("0" * 16, "f" * 16),
     )  # fmt: skip
     return replace(sample, **changed)
+
+
+def test_a_run_of_a_server_is_read_back(tmp_path):
+    RunDirectory.create(tmp_path, SERVER_RUN).close()
+    assert read_run(tmp_path) == SERVER_RUN
 
 
 def write(path, *trials):

@@ -9,7 +9,7 @@ import pytest
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.load import plan_trials, plant_fault
-from ndcheck.records import Decoding, Environment, Run, Witness
+from ndcheck.records import Decoding, Endpoint, Environment, Run, Witness
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.scripted import ScriptedSampler
 from ndcheck.selftest import CASES, check, judge_sampler
@@ -87,6 +87,38 @@ def test_an_axis_that_was_not_tried_is_inconclusive():
 def test_an_unfinished_run_does_not_pass(status):
     assert judged(samples_of(), status=status).verdict.outcome == "INCONCLUSIVE"
     assert judged(samples_of("fork"), status=status).verdict.outcome == "FAIL"
+
+
+@pytest.mark.parametrize("behaviour", ["clean", "fork"])
+def test_a_backend_that_changed_does_not_pass_and_is_always_named(behaviour):
+    run = Run("r", "0", SPEC, Environment(), "", status="finished", changes=("it changed",))
+    judgement = judge(run, summarise(samples_of(behaviour), SPEC))
+    assert judgement.verdict.outcome == {"clean": "INCONCLUSIVE", "fork": "FAIL"}[behaviour]
+    assert "it changed" in judgement.verdict.reasons
+
+
+@pytest.mark.parametrize(
+    ("arrival", "achieved", "outcome"),
+    [
+        ("together", 3, "PASS"),
+        ("together", 2, "INCONCLUSIVE"),
+        ("closed", 2, "INCONCLUSIVE"),
+        ("poisson:5", 2, "PASS"),
+        ("poisson:5", 1, "INCONCLUSIVE"),
+    ],
+)
+def test_an_open_loop_needs_some_batch_and_other_loads_the_one_asked_for(
+    arrival, achieved, outcome
+):
+    spec = replace(SPEC, endpoint=Endpoint("http://host/v1", arrival=arrival))
+    samples = [
+        replace(s, witness=Witness(achieved if s.load.batch_size > 1 else 1))
+        for s in samples_of(spec=spec)
+    ]
+    judgement = judged(samples, spec)
+    assert judgement.verdict.outcome == outcome
+    hint = f"(largest batch seen: {achieved}, asked for: 3)"
+    assert (hint in " ".join(judgement.verdict.reasons)) == (outcome != "PASS")
 
 
 def test_no_samples_at_all():

@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,7 @@ def step_ms(sampler: TransformersSampler, arm: Any, batch_size: int) -> float:
     """Median time of a captured step, PROMPT_TOKENS + 2 to + 2 + REPLAYS tokens deep."""
     decoding = Decoding(N_TOKENS)
     rows = [[(7 * i + j) % 4096 for j in range(PROMPT_TOKENS)] for i in range(batch_size)]
-    with torch.inference_mode(), sampler._kernels(arm):
+    with torch.inference_mode(), sampler.arm(arm):
         batch = ExactBatch(
             sampler._model, sampler._device, batch_size, PROMPT_TOKENS + decoding.max_tokens
         )
@@ -68,6 +69,26 @@ def step_ms(sampler: TransformersSampler, arm: Any, batch_size: int) -> float:
         steps._step(1)
         steps._replay()
         return statistics.median(elapsed_us(steps._replay) for _ in range(REPLAYS)) / 1000
+
+
+def requests_s(sampler: TransformersSampler, arm: Any, n_requests: int, most_rows: int) -> float:
+    """Seconds for requests of 90 to 110 tokens, in exact batches of `most_rows`, prompts included.
+
+    Every batch decodes to its longest row, as ndcheck does.
+    """
+    lengths = [90 + i * 7 % 21 for i in range(n_requests)]
+    with torch.inference_mode(), sampler.arm(arm):
+        start = time.perf_counter()
+        for first in range(0, n_requests, most_rows):
+            part = lengths[first : first + most_rows]
+            rows = [[(7 * i + j) % 4096 for j in range(PROMPT_TOKENS)] for i in range(len(part))]
+            batch = ExactBatch(
+                sampler._model, sampler._device, len(rows), PROMPT_TOKENS + max(part)
+            )
+            batch.reset(rows)
+            steps = DecodeSteps(batch, Decoding(max(part)))
+            steps.run(batch.prefill("whole"), range(len(rows)), set(), None)
+        return time.perf_counter() - start
 
 
 def profile(sampler: TransformersSampler, arm: Any, batch_size: int) -> None:
@@ -97,6 +118,7 @@ def main() -> None:
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--requests", type=int, default=0, help="time so many of 90-110 tokens")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,6 +144,13 @@ def main() -> None:
             slowdown=ours / min(stock, best),
         )  # fmt: skip
         torch.cuda.empty_cache()
+    if options.requests:
+        requests = Table(options.out / "requests.csv", echo=True)
+        for most_rows in (256, 512):
+            for arm in ("invariant", "stock", "invariant"):
+                seconds = requests_s(sampler, arm, options.requests, most_rows)
+                requests.add(arm=arm, requests=options.requests, rows=most_rows, seconds=seconds)
+                torch.cuda.empty_cache()
     if options.profile:
         for batch_size in (1, 64, 256):
             profile(sampler, "invariant", batch_size)

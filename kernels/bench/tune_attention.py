@@ -28,7 +28,7 @@ CONFIGS = tuple(
 
 
 def _ours(config: AttentionConfig, parallel: bool, operands: Operands) -> torch.Tensor:
-    return attention._launch(*operands, None, None, None, config, parallel=parallel)
+    return attention._launch(*operands, None, None, attention.Kind(), config, parallel=parallel)
 
 
 def tune(out: Path) -> None:

@@ -14,6 +14,7 @@ from ndcheck_kernels.mode import (
     implements_pointwise,
     invariant_kernels,
 )
+from ndcheck_kernels.models import invariant_model
 
 __all__ = [
     "OP_GROUPS",
@@ -27,5 +28,6 @@ __all__ = [
     "implements",
     "implements_pointwise",
     "invariant_kernels",
+    "invariant_model",
     "register_attention",
 ]

@@ -9,6 +9,9 @@ run of keys, so an int32 tensor of *spans* replaces the mask:
 
 Splits of the keys are counted from the row's own first token, at column `start` or `origin`, which
 is negative if a sliding cache has dropped it. So padding shifts nothing.
+
+`sinks` [H] is one more score per head, with no value: weights sum to less than 1. `slopes` [H] adds
+slope * (column - the row's first column), rounded to the query's dtype, to the scores (ALiBi).
 """
 
 from collections.abc import Callable
@@ -29,7 +32,7 @@ NAME = "ndcheck_invariant"
 _library = torch.library.Library("ndcheck_kernels", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale, "
-    "float softcap=0.0) -> Tensor"
+    "float softcap=0.0, Tensor? sinks=None, Tensor? slopes=None) -> Tensor"
 )
 attention_op = torch.ops.ndcheck_kernels.attention.default
 
@@ -75,6 +78,28 @@ def spans_from_mask(visible: torch.Tensor, origin: torch.Tensor | None = None) -
     return torch.stack([origin[:, None].expand_as(begin), begin, end], -1).to(torch.int32)
 
 
+def as_causal(spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+    """(start [B], end [B], window) of spans: causal ones, or a window of the last keys.
+
+    For kernels that take no spans. Raises UnsupportedCallError if spans are neither.
+    """
+    if spans.shape[-1] == 2:
+        return spans[:, 0, 0], spans[:, 0, 1], None
+    origin, begin, end = spans.unbind(-1)
+    start, stop = origin[:, :1], end[:, -1:]
+    expected = stop - torch.arange(spans.shape[1] - 1, -1, -1, device=spans.device)
+    sees = expected > start
+    cut = sees & (begin > start)
+    window = int((end - begin)[cut].amax()) if bool(cut.any()) else None
+    first = start if window is None else torch.maximum(start, expected - window)
+    fits = (origin == start) & torch.where(
+        sees, (end == expected) & (begin == first.clamp(min=0)), end <= begin
+    )
+    if not bool(fits.all()):
+        raise UnsupportedCallError("it has no other masks than causal ones and windows")
+    return start[:, 0], stop[:, 0], window
+
+
 def register_attention() -> None:
     """Make `attn_implementation="ndcheck_invariant"` known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -97,17 +122,17 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What a transformers attention module calls; the mask comes from `_mask_maker`."""
-    used = [name for name in ("position_bias", "s_aux") if kwargs.get(name) is not None]
-    if used or dropout:
-        raise _refuse(query, f"it has no {', '.join(used) or 'dropout'}")
+    if dropout or kwargs.get("position_bias") is not None:
+        raise _refuse(query, f"it has no {'dropout' if dropout else 'position_bias'}")
     if active_scope() is None:
         _refuse_outside_scope()
     batch, _, length, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
+    sinks = kwargs.get("s_aux")
     if kwargs.get("cache") is not None:
 
         def attend(*operands: torch.Tensor) -> torch.Tensor:
-            return attention_op(*operands, scale, softcap or 0.0)
+            return attention_op(*operands, scale, softcap or 0.0, sinks=sinks)
 
         try:
             out = paged_attention(module, query, key, value, kwargs, attend)
@@ -121,7 +146,7 @@ def _attention_forward(
         spans = causal_spans(batch, key.shape[2], query.device)
     else:
         spans = spans_from_any(attention_mask, bool(is_causal), query, key)
-    out = attention_op(query, key, value, spans, scale, softcap or 0.0)
+    out = attention_op(query, key, value, spans, scale, softcap or 0.0, sinks=sinks)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -182,6 +182,34 @@ def selectable_configs(n: int, k: int, itemsize: int, capability: int) -> set[Ma
     return {config for _, config in (*_table(n, k), *_POINTER)}
 
 
+# Up to which mean number of rows in a group. A group may have many more: its tiles run in parallel.
+_GROUPED: _Table = (
+    (16, _swap(16, 64, 256, 4, 5)),
+    (32, _swap(32, 64, 128, 4, 6)),
+    (64, _swap(64, 64, 128, 4, 6)),
+    (_ANY, _tile(128, 128, 64, 8, 4)),
+)
+
+
+def grouped_config(rows: int, groups: int, itemsize: int, capability: int) -> MatmulConfig:
+    """Schedule of a product of rows in groups with weights of their own, each [N, K]."""
+    if _fixed(itemsize, capability):
+        return _ONE_FOR_ALL
+    return next(config for mean, config in _GROUPED if rows <= mean * groups)
+
+
+def grouped_pointer_config(rows: int, groups: int, itemsize: int, capability: int) -> MatmulConfig:
+    """For operands that TMA cannot read."""
+    return pointer_config(-(-rows // groups), itemsize, capability)
+
+
+def selectable_grouped_configs(itemsize: int, capability: int) -> set[MatmulConfig]:
+    """Every configuration that some number of rows or some alignment can select."""
+    if _fixed(itemsize, capability):
+        return {_ONE_FOR_ALL}
+    return {config for _, config in (*_GROUPED, *_POINTER)}
+
+
 @dataclass(frozen=True, slots=True)
 class RowTile:
     """Whole rows in one program; chosen by the row's length alone."""

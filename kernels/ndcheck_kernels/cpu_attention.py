@@ -1,11 +1,13 @@
 """Batch-invariant attention on CPU, one arithmetic for prefill, chunked prefill and decode.
 
-Computes: softmax(scale * q k^T, capped if asked) v, per query head, in float32 (float64 for
-    float64), rounded once. A query that sees nothing gives 0.
+Computes: softmax(scale * q k^T, capped if asked, plus ALiBi's slope * position) v, per query head,
+    in float32 (float64 for float64), rounded once; a sink is one more score without a value. A
+    query that sees nothing gives 0.
 Reduction order: keys in splits of `SPLIT`, counted from the row's own first token. Scores by `bmm`
     of fixed (head_dim, SPLIT); the maximum is exact in any order; each split's exponentials are
     summed, and multiplied with its values, by kernels of fixed (SPLIT, head_dim); splits are added
-    in ascending order. A hidden key counts as exactly 0, so whole hidden splits change no bit.
+    in ascending order, after the sink. A hidden key counts as exactly 0, so whole hidden splits
+    change no bit.
 Depends on: the query, the row's own keys and values that it sees, head_dim, dtype, the CPU and
     torch's build. Never on batch, padding, neighbours, the cache's length or how many of the row's
     queries come at once.
@@ -23,6 +25,8 @@ from ndcheck_kernels.mode import UnsupportedCallError, implements
 
 aten = torch.ops.aten
 
+Used = list[tuple[int, int, int]]
+
 SPLIT = 128
 # Scores held at a time: queries beyond that are computed in turns, which no result depends on.
 _SCORES = 2**20
@@ -37,8 +41,10 @@ def attention(
     spans: torch.Tensor,
     scale: float,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[B, H, Q, D] x [B, H_kv, KV, D] -> [B, H, Q, D_v]; spans as in `attention_interface`."""
+    """[B, H, Q, D] x [B, H_kv, KV, D] -> [B, H, Q, D_v]; the rest as in `attention_interface`."""
     batch, heads, queries, width = query.shape
     kv_heads = key.shape[1]
     out = query.new_zeros(batch, heads, queries, value.shape[-1])
@@ -50,6 +56,12 @@ def attention(
     keys = _on_grid(key, used, splits, compute)
     values = _on_grid(value, used, splits, compute)
     column = torch.arange(splits * SPLIT)
+    bias = None
+    if slopes is not None:
+        shifts = torch.tensor([[shift] for shift, _, _ in used])
+        positions = shifts - spans[:, :1, 0] + column
+        bias = slopes[:, None] * positions[:, None]
+        bias = bias.to(query.dtype).to(compute)
     turn = max(1, _SCORES // (batch * heads * splits * SPLIT))
     for first in range(0, queries, turn):
         part = slice(first, first + turn)
@@ -58,7 +70,7 @@ def attention(
         hidden = column >= end[:, part, None]
         if begin is not None:
             hidden |= column < begin[:, part, None]
-        result = _attend(rows, keys, values, hidden, heads // kv_heads, softcap)
+        result = _attend(rows, keys, values, hidden, heads // kv_heads, softcap, sinks, bias)
         out[:, :, part] = result.view(batch, heads, -1, value.shape[-1])
     return out
 
@@ -70,30 +82,37 @@ def _attend(
     hidden: torch.Tensor,
     group: int,
     softcap: float,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """rows [B * H_kv, group * Q, D]; keys, values [B * H_kv, splits * SPLIT, D]; hidden [B, Q,
-    splits * SPLIT].
+    splits * SPLIT]; sinks [H]; bias [B, H, splits * SPLIT].
     """
     splits = [slice(s, s + SPLIT) for s in range(0, keys.shape[1], SPLIT)]
     scores = torch.cat([bmm(rows, keys[:, s].transpose(1, 2)) for s in splits], -1)
     if softcap:
         scores = pointwise(aten.tanh.default, scores / softcap) * softcap
     batch, queries, columns = hidden.shape
-    scores.view(batch, -1, group, queries, columns).masked_fill_(hidden[:, None, None], -torch.inf)
+    by_query = scores.view(batch, -1, group, queries, columns)
+    if bias is not None:
+        by_query += bias.view(batch, -1, group, 1, columns)
+    by_query.masked_fill_(hidden[:, None, None], -torch.inf)
     # Finite also for a query that sees nothing, so that its weights are 0 and not NaN.
     top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+    total = rows.new_zeros(*rows.shape[:-1], 1)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, group, 1).expand(batch, -1, group, queries)
+        sink = sink.reshape(top.shape)
+        top = torch.maximum(top, sink)
+        total = pointwise(aten.exp.default, sink - top)
     weights = pointwise(aten.exp.default, scores.sub_(top))
     acc = rows.new_zeros(*rows.shape[:-1], values.shape[-1])
-    total = rows.new_zeros(*rows.shape[:-1], 1)
     for s in splits:
         part = weights[..., s].contiguous()
         acc += bmm(part, values[:, s])
         total += sum_rows(part.view(-1, SPLIT)).view_as(total)
     # The key with the top score counts 1, so only the total of nothing is below.
     return acc / total.clamp_(min=1)
-
-
-Used = list[tuple[int, int, int]]
 
 
 def _grid(spans: torch.Tensor, queries: int) -> tuple[torch.Tensor | None, torch.Tensor, Used]:

@@ -12,6 +12,7 @@ Not claimed: invariance in N or K. A product whose *columns* or reduced dimensio
 """
 
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> tor
         if _is_even(k, n):
             raise
         wide = None if bias is None else F.pad(bias, (0, -n % BASE_ROWS))
-        return _product(*_make_even(a, b), wide)[:, :n]
+        return _product(*_make_even(a, b), wide)[:, :n].contiguous()
 
 
 def _row_product(b: torch.Tensor, bias: torch.Tensor | None) -> RowKernel:
@@ -145,8 +146,9 @@ def grouped_mm(
         raise UnsupportedCallError("only rows in groups, without bias")
     out = a.new_zeros(a.shape[0], b.shape[-1], dtype=out_dtype)
     starts = [0, *offs.tolist()]
-    for weight, start, stop in zip(b, starts, starts[1:], strict=False):
-        out[start:stop] = mm(a[start:stop], weight)
+    for group, (start, stop) in enumerate(pairwise(starts)):
+        if start < stop:
+            out[start:stop] = mm(a[start:stop], b[group])
     return out
 
 

@@ -8,7 +8,7 @@ Depends on: the op, the reduced length, dtype, the CPU and torch's build. Never 
 Dtypes: float64, float32, bfloat16, float16.
 Not claimed: equal results for one row whose reduced length differs, such as a padded one.
 
-Comparisons (max, argmax, topk, sort, any, all) give the same result in every order, and torch
+Comparisons (max, argmax, sort, any, all) give the same result in every order, and torch
 breaks ties row by row: its own kernels are accepted.
 """
 
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 accept(
     *(aten.max.default, aten.max.dim, aten.min.default, aten.min.dim, aten.amax.default),
     *(aten.amin.default, aten.aminmax.default, aten.argmax.default, aten.argmin.default),
-    *(aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default),
+    *(aten.sort.default, aten.sort.stable, aten.argsort.default),
     *(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims),
     *(aten.cummax.default, aten.cummin.default, aten.histc.default),
     device="cpu",

@@ -74,7 +74,8 @@ def map_rows(
             "on this CPU, with this number of threads, torch's kernel gives a row other bits in "
             "another place; try torch.set_num_threads(1)"
         )
-    return kernel(*(_pad(r, size) for r in rows))[..., :count, :]
+    # Contiguous, as torch's own results are: models call view() on them.
+    return kernel(*(_pad(r, size) for r in rows))[..., :count, :].contiguous()
 
 
 def _prove(probe: Probe, size: int) -> bool:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from ndcheck_kernels import attention as attention_kernels
+from ndcheck_kernels import cuda_experts as cuda_experts
 from ndcheck_kernels import layer_norm as layer_norm_kernels
 from ndcheck_kernels import matmul as matmul_kernels
 from ndcheck_kernels import reductions, rms_norm, softmax
-from ndcheck_kernels.attention_interface import attention_op, spans_from_any
+from ndcheck_kernels.attention_interface import as_causal, attention_op, spans_from_any
 from ndcheck_kernels.mode import UnsupportedCallError, accept, implements
 from ndcheck_kernels.products import register_products
 
@@ -70,28 +71,24 @@ def attention(
     spans: torch.Tensor,
     scale: float,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[B, H, Q, D] x [B, H_kv, KV, D]; causal spans only, as in `attention_interface`."""
-    if softcap:
-        raise UnsupportedCallError("it has no logit soft-cap")
-    if spans.shape[-1] == 3:
-        spans = _causal(spans)
+    """[B, H, Q, D] x [B, H_kv, KV, D]; causal spans and windows, as in `attention_interface`."""
+    if slopes is not None:
+        raise UnsupportedCallError("it has no ALiBi")
+    starts, lengths, window = as_causal(spans)
     return attention_kernels.attention(
-        query, key, value, starts=spans[:, 0, 0], lengths=spans[:, 0, 1], scale=scale
+        query,
+        key,
+        value,
+        starts=starts,
+        lengths=lengths,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
     )
-
-
-def _causal(spans: torch.Tensor) -> torch.Tensor:
-    """[B, Q, 3] spans as the [B, 1, 2] of causal attention, if that is what they are."""
-    origin, begin, end = spans.unbind(-1)
-    queries = spans.shape[1]
-    start, stop = origin[:, :1], end[:, -1:]
-    expected = stop - torch.arange(queries - 1, -1, -1, device=spans.device)
-    sees = expected > start
-    alike = (origin == start) & (~sees | ((begin == start) & (end == expected)))
-    if not bool((alike & (sees | (end <= begin))).all()):
-        raise UnsupportedCallError("it has no sliding window or other masks than causal ones")
-    return torch.stack([start, stop], -1)
 
 
 @implements(aten.scaled_dot_product_attention.default, device="cuda")

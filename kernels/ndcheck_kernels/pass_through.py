@@ -7,6 +7,7 @@ lane, a scalar loop tail and a GPU thread agree), or they only compare, select o
 
 from typing import Any
 
+import torch
 from torch._ops import OpOverload
 
 _MOVES = """
@@ -36,26 +37,41 @@ threshold hardtanh nan_to_num
 _EXACT = frozenset(_MOVES.split()) | {
     name + suffix for name in _ROUNDS_ONCE.split() for suffix in ("", "_")
 }
+# Of complex numbers these take several roundings, fused in some lanes and not in others.
+_REAL_ONLY = frozenset(
+    name + suffix
+    for name in ("abs", "mul", "div", "true_divide", "reciprocal", "sqrt", "sgn")
+    for suffix in ("", "_")
+)
 _SCATTERS = frozenset({"scatter", "scatter_"})
 _INDEX_PUTS = frozenset({"index_put", "index_put_", "_unsafe_index_put"})
 
-_known: dict[OpOverload, bool] = {}
+# None: only of real numbers.
+_known: dict[OpOverload, bool | None] = {}
 
 
 def is_exact(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether torch may compute this call itself, whatever the device."""
-    known = _known.get(op)
+    if op not in _known:
+        _known[op] = _is_exact(op)
+    known = _known[op]
     if known is None:
-        known = _known[op] = _is_exact(op)
+        return not any(isinstance(a, complex) or _is_complex(a) for a in args)
     if not known:
         return _writes_once(op, args, kwargs)
     # add(x, y, alpha=a) is a * y + x: two roundings in a scalar loop, one in a vector lane (FMA).
     return "alpha" not in kwargs
 
 
-def _is_exact(op: OpOverload) -> bool:
+def _is_complex(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_complex()
+
+
+def _is_exact(op: OpOverload) -> bool | None:
     name = op._schema.name.removeprefix("aten::")
-    return op.namespace in ("aten", "prim") and (op.is_view or name in _EXACT)
+    if op.namespace not in ("aten", "prim") or not (op.is_view or name in _EXACT):
+        return False
+    return None if name in _REAL_ONLY else True
 
 
 def _writes_once(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

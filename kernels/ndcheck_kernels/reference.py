@@ -83,6 +83,51 @@ def rms_norm_reference(
     return out if weight is None else out * weight.double()
 
 
+def experts_reference(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """Each token's weighted sum of silu(gate) * up through its own experts, concatenated layout.
+
+    x [T, H], gate_up [E, 2I, H], down [E, H, I], index and weights [T, k].
+    """
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for token, (chosen, shares) in enumerate(zip(index.tolist(), weights.double(), strict=True)):
+        for expert, share in zip(chosen, shares, strict=True):
+            gate, up = (gate_up[expert].double() @ x[token].double()).chunk(2)
+            hidden = torch.nn.functional.silu(gate) * up
+            out[token] += share * (down[expert].double() @ hidden)
+    return out
+
+
+def gated_delta_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+) -> torch.Tensor:
+    """o_t = S_t^T q_t with S_t = e^decay_t S_{t-1} + beta_t k_t (v_t - e^decay_t S_{t-1}^T k_t)^T.
+
+    query, key [B, T, H, D], of unit length after this; value [B, T, H, D_v]; decay, beta [B, T, H].
+    The query is divided by the square root of D (Yang, Kautz and Hatamizadeh 2025).
+    """
+    query, key = (torch.nn.functional.normalize(t.double(), dim=-1) for t in (query, key))
+    query = query / query.shape[-1] ** 0.5
+    value, decay, beta = value.double(), decay.double(), beta.double()
+    state = query.new_zeros(*query.shape[::2], query.shape[-1], value.shape[-1])
+    out = []
+    for t in range(query.shape[1]):
+        state = state * decay[:, t, :, None, None].exp()
+        error = value[:, t] - torch.einsum("bhkv,bhk->bhv", state, key[:, t])
+        state = state + torch.einsum("bhk,bhv->bhkv", key[:, t], error * beta[:, t, :, None])
+        out.append(torch.einsum("bhkv,bhk->bhv", state, query[:, t]))
+    return torch.stack(out, 1)
+
+
 def attention_reference(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -90,10 +135,12 @@ def attention_reference(
     spans: torch.Tensor,
     scale: float,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T, capped) v over the keys in each query's span; 0 where it is empty.
+    """softmax(scale * q k^T, capped, plus slopes) v over each query's span; 0 where it is empty.
 
-    [B, H, Q, D] x [B, H_kv, KV, D]; spans as in `attention_interface`.
+    [B, H, Q, D] x [B, H_kv, KV, D]; spans, sinks and slopes as in `attention_interface`.
     """
     queries, group = query.shape[2], query.shape[1] // key.shape[1]
     if spans.shape[-1] == 2:
@@ -107,7 +154,14 @@ def attention_reference(
     scores = query.double() @ keys.transpose(-1, -2) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+    if slopes is not None:
+        bias = slopes.double()[:, None] * (column - spans[:, :1, 0])[:, None]  # [B, H, KV]
+        scores = scores + bias.to(query.dtype).double()[:, :, None]
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    if sinks is not None:
+        sink = sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
     # An empty span gives NaN weights; a hidden value may hold anything.
     weights = weights.masked_fill(~visible[:, None], 0)
     return weights @ values.masked_fill(~visible.any(1)[:, None, :, None], 0)

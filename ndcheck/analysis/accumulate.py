@@ -104,6 +104,7 @@ def _summarise_probe(
     n_diverged = int((compared & trials.diverged).sum())
     low, high = clopper_pearson(n_diverged, n_trials, spec.confidence)
     unseen_mass, n_kinds = _estimate_unseen(trials, completions)
+    exactly = spec.endpoint is None or spec.endpoint.sets_batch_size
     elapsed_s = float(trials.elapsed_s.sum())
     n_tokens = int((completions.counts * completions.lengths).sum())
     return ProbeSummary(
@@ -123,7 +124,7 @@ def _summarise_probe(
         confidence=spec.confidence,
         unseen_mass=unseen_mass,
         chao1=n_kinds,
-        unwitnessed_trials=int((compared & ~trials.is_witnessed).sum()),
+        unwitnessed_trials=int((compared & ~trials.is_witnessed(exactly=exactly)).sum()),
         elapsed_s=elapsed_s,
         tokens_per_s=n_tokens / elapsed_s if elapsed_s else None,
         slowdown_vs_stock=_slowdown(trials, stock.trials) if stock else None,

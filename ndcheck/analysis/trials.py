@@ -49,11 +49,14 @@ class Trials:
         is_evidence: NDArray[np.bool_] = self.column("axis") != axis_code("reference")
         return is_evidence
 
-    @property
-    def is_witnessed(self) -> NDArray[np.bool_]:
-        """Did the batch asked for really run? False where the backend does not say."""
-        is_witnessed: NDArray[np.bool_] = self.column("achieved") == self.column("batch_size")
-        return is_witnessed
+    def is_witnessed(self, *, exactly: bool) -> NDArray[np.bool_]:
+        """Did the batch asked for really run, or any batch at all if not ``exactly``?
+
+        False where the backend does not say.
+        """
+        achieved, asked = self.column("achieved"), self.column("batch_size")
+        is_witnessed: NDArray[np.bool_] = achieved == asked
+        return is_witnessed if exactly else is_witnessed | ((achieved > 1) & (asked > 1))
 
 
 def axis_code(axis: Axis) -> int:

@@ -10,12 +10,17 @@ import typer
 
 from ndcheck import __version__
 from ndcheck.cli.compare import compare
+from ndcheck.cli.demo import demo
 from ndcheck.cli.doctor import doctor
 from ndcheck.cli.gate import gate
 from ndcheck.cli.kernels import kernels
+from ndcheck.cli.mock_server import mock_server
+from ndcheck.cli.order import order
 from ndcheck.cli.report import report
 from ndcheck.cli.run import run
 from ndcheck.cli.runs import runs
+from ndcheck.cli.shrink import shrink
+from ndcheck.cli.trace_command import trace
 from ndcheck.errors import NdcheckError
 
 INTERRUPTED = 130
@@ -48,8 +53,9 @@ def root(
     """Measures, explains, fixes and gates nondeterminism in LLM inference."""
 
 
-for command in (run, report, gate, compare, runs, doctor):
+for command in (run, report, trace, shrink, order, demo, gate, compare, runs, doctor):
     app.command()(command)
+app.command(hidden=True)(mock_server)
 app.add_typer(kernels)
 
 

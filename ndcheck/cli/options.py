@@ -15,9 +15,55 @@ Model = Annotated[
     str,
     typer.Option(
         "--model",
-        help="builtin, a directory, a hub id, or scripted:NAME.",
+        help="builtin, a directory, a hub id, or scripted:NAME; with --endpoint a served name.",
         envvar="NDCHECK_MODEL",
         metavar="MODEL",
+    ),
+]
+EndpointUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint",
+        help="Measure a running server through its OpenAI API, such as http://host:8000/v1.",
+        envvar="NDCHECK_ENDPOINT",
+        metavar="URL",
+    ),
+]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file",
+        help="Holds the API key [default: NDCHECK_API_KEY, OPENAI_API_KEY]; never recorded.",
+        metavar="FILE",
+    ),
+]
+Header = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--header",
+        help="Sent with every request; the value is not recorded.",
+        metavar="'NAME: V'",
+    ),
+]
+ArrivalMode = Annotated[
+    str,
+    typer.Option(
+        "--arrival",
+        help="How a trial's requests arrive: together, closed (next when answered), "
+        "poisson:RATE or bursts:SIZE:SECONDS.",
+        metavar="HOW",
+    ),
+]
+FillerKind = Annotated[
+    str, typer.Option("--fillers", help="words, or shared-prefix: the prompt and words.")
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout", help="For one whole answer.", metavar="SECONDS")
+]
+Retries = Annotated[
+    int,
+    typer.Option(
+        "--retries", help="Of a request that met 429, 5xx or a broken connection.", metavar="N"
     ),
 ]
 Prompt = Annotated[

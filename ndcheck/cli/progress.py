@@ -41,6 +41,7 @@ class ProgressLine:
             progress.first_divergence,
             eta_s,
             width - 1,
+            progress.unit,
         )
         if self._is_terminal:
             sys.stderr.write(f"\r\x1b[2K{line}")

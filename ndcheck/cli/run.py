@@ -5,12 +5,13 @@ from __future__ import annotations
 import typer
 
 from ndcheck.cli import options as o
-from ndcheck.request import DEFAULTS, make_spec
+from ndcheck.request import DEFAULTS, ENDPOINT_DEFAULTS, add_headers, make_spec, parse_headers
 
 
 def run(
     context: typer.Context,
     model: o.Model = DEFAULTS.model,
+    endpoint: o.EndpointUrl = None,
     prompt: o.Prompt = None,
     prompts_file: o.PromptsFile = None,
     chat: o.Chat = False,
@@ -34,6 +35,12 @@ def run(
     answer_pattern: o.AnswerPattern = None,
     random_weights: o.RandomWeights = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    arrival: o.ArrivalMode = ENDPOINT_DEFAULTS.arrival,
+    fillers: o.FillerKind = ENDPOINT_DEFAULTS.fillers,
+    timeout: o.Timeout = ENDPOINT_DEFAULTS.timeout_s,
+    retries: o.Retries = ENDPOINT_DEFAULTS.n_retries,
+    api_key_file: o.ApiKeyFile = None,
+    header: o.Header = None,
     out: o.Out = None,
     resume: o.Resume = None,
     dry_run: o.DryRun = False,
@@ -49,9 +56,11 @@ def run(
     """
     from ndcheck.cli import session
 
+    headers = parse_headers(header or ())
     if resume is not None:
-        session.refuse_other_options(context, allowed={"resume", "html", "plots", "json", "quiet"})
-        code = session.resume(resume, as_json=json, quiet=quiet, html=html, plots=plots)
+        also_accepted = {"header", "html", "plots", "json", "quiet"}
+        session.refuse_other_options(context, allowed={"resume", *also_accepted})
+        code = session.resume(resume, headers, as_json=json, quiet=quiet, html=html, plots=plots)
         raise typer.Exit(code)
     spec = make_spec(
         model=model,
@@ -78,8 +87,15 @@ def run(
         answer_pattern=answer_pattern,
         random_weights=random_weights,
         trust_remote_code=trust_remote_code,
+        endpoint=endpoint,
+        arrival=arrival,
+        fillers=fillers,
+        timeout=timeout,
+        retries=retries,
+        api_key_file=api_key_file,
     )
+    spec = add_headers(spec, headers)
     if dry_run:
-        raise typer.Exit(session.print_plan(spec))
-    code = session.start(spec, out, as_json=json, quiet=quiet, html=html, plots=plots)
+        raise typer.Exit(session.print_plan(spec, headers))
+    code = session.start(spec, headers, out, as_json=json, quiet=quiet, html=html, plots=plots)
     raise typer.Exit(code)

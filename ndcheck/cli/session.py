@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -17,11 +18,19 @@ from ndcheck.cli.progress import ProgressLine
 from ndcheck.errors import NdcheckError, UsageError
 from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
+from ndcheck.reports.explanation import read_advice
 from ndcheck.reports.plots import MAX_PROBES
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import create_directory, fit_loads, plan, run_trials
+from ndcheck.runner import (
+    NO_CACHE_CONTROL,
+    capture,
+    create_directory,
+    fit_spec,
+    plan,
+    run_trials,
+)
 from ndcheck.samplers.base import Sampler, open_sampler
 from ndcheck.store import RunDirectory, SampleReader, write_failure
 from ndcheck.verdict import EXIT_CODES, judge
@@ -30,38 +39,42 @@ INTERRUPTED = 130
 
 
 def start(
-    spec: RunSpec, out: Path | None, *, as_json: bool, quiet: bool, html: bool, plots: bool
+    spec: RunSpec,
+    headers: Mapping[str, str],
+    out: Path | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+    html: bool,
+    plots: bool,
 ) -> int:
     """Measure from the beginning. Returns the exit code."""
     check_plots(wanted=plots)
-    note(f"loading {spec.model}", quiet=quiet)
-    sampler = open_sampler(spec)
-    if not spec.batch_sizes:
-        spec = fit_loads(spec, sampler)
-        note(f"--loads auto is {','.join(map(str, spec.batch_sizes))}", quiet=quiet)
-    trials = plan(spec, sampler)
-    if spec.target_rate:
-        n_trials = trials_needed(spec.target_rate, spec.confidence)
-        note(
-            f"{n_trials} trials of each probe and arm: if none diverges, a rate of "
-            f"{spec.target_rate:g} is excluded at {spec.confidence:.0%}",
-            quiet=quiet,
-        )
-    with closing(create_directory(spec, sampler, trials, out)) as directory:
-        return measure(
-            directory, trials, sampler, [], as_json=as_json, quiet=quiet, html=html, plots=plots
-        )
+    with closing(open_for_run(spec, headers, quiet=quiet)) as sampler:
+        spec = fit(spec, sampler, quiet=quiet)
+        trials = plan(spec, sampler)
+        if spec.target_rate:
+            n_trials = trials_needed(spec.target_rate, spec.confidence)
+            note(
+                f"{n_trials} trials of each probe and arm: if none diverges, a rate of "
+                f"{spec.target_rate:g} is excluded at {spec.confidence:.0%}",
+                quiet=quiet,
+            )
+        with closing(create_directory(spec, sampler, trials, out)) as directory:
+            return measure(
+                directory, trials, sampler, [], as_json=as_json, quiet=quiet, html=html, plots=plots
+            )
 
 
-def resume(path: Path, *, as_json: bool, quiet: bool, html: bool, plots: bool) -> int:
+def resume(
+    path: Path, headers: Mapping[str, str], *, as_json: bool, quiet: bool, html: bool, plots: bool
+) -> int:
     """Go on with a run as it was. Returns the exit code."""
     check_plots(wanted=plots)
     directory, finished = RunDirectory.resume(path)
-    with closing(directory):
-        spec = directory.run.spec
-        note(f"loading {spec.model}", quiet=quiet)
-        sampler = open_sampler(spec)
-        here = environment.capture(sampler.describe())
+    spec = directory.run.spec
+    with closing(directory), closing(open_for_run(spec, headers, quiet=quiet)) as sampler:
+        here = capture(spec, sampler)
         changed = environment.differences(directory.run.environment, here)
         if changed:
             raise UsageError(
@@ -79,6 +92,25 @@ def resume(path: Path, *, as_json: bool, quiet: bool, html: bool, plots: bool) -
             html=html,
             plots=plots,
         )
+
+
+def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> Sampler:
+    """The run's sampler, and what to know of it on stderr."""
+    note(f"{'probing' if spec.endpoint else 'loading'} {spec.model}", quiet=quiet)
+    sampler = open_sampler(spec, headers=headers)
+    for line in sampler.notes:
+        note(line, quiet=quiet)
+    return sampler
+
+
+def fit(spec: RunSpec, sampler: Sampler, *, quiet: bool) -> RunSpec:
+    """What of the spec the backend can vary and hold, and on stderr what became of the rest."""
+    fitted = fit_spec(spec, sampler)
+    if fitted.axes != spec.axes:
+        note(f"cache is left out: {NO_CACHE_CONTROL}", quiet=quiet)
+    if fitted.batch_sizes != spec.batch_sizes:
+        note(f"--loads auto is {','.join(map(str, fitted.batch_sizes))}", quiet=quiet)
+    return fitted
 
 
 def measure(
@@ -123,8 +155,11 @@ def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bo
     for line in samples.bad_lines:
         note(line, quiet=False)
     judgement = judge(run, summary)
+    advice = read_advice(path)
     try:
-        write_reports(path, run, samples, summary, judgement, DEFAULTS, html=html, plots=plots)
+        write_reports(
+            path, run, samples, summary, judgement, DEFAULTS, advice, html=html, plots=plots
+        )
     except OSError as error:
         raise write_failure(path, error) from error
     if html:
@@ -137,16 +172,18 @@ def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bo
     if as_json:
         typer.echo(json.dumps(make_document(run, summary, judgement), indent=2, allow_nan=False))
     else:
-        print_report(Console(highlight=False), run, summary, judgement, DEFAULTS, str(path))
+        console = Console(highlight=False)
+        print_report(console, run, summary, judgement, DEFAULTS, str(path), advice)
     return EXIT_CODES[judgement.verdict.outcome]
 
 
-def print_plan(spec: RunSpec) -> int:
+def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
     """Print the trials that a run would execute, and what they cost. Returns the exit code."""
     # What fits beside the weights is only known with them.
-    sampler = open_sampler(spec, load_weights=not spec.batch_sizes)
-    spec = fit_loads(spec, sampler)
-    trials = plan(spec, sampler)
+    load_weights = not spec.batch_sizes
+    with closing(open_sampler(spec, load_weights=load_weights, headers=headers)) as sampler:
+        spec = fit(spec, sampler, quiet=False)
+        trials = plan(spec, sampler)
     header = ("trial", "arm", "probe", "axis", "batch", "slots", "fillers", "cache", "baseline")
     rows = [header, *(plan_row(trial) for trial in trials)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -186,13 +223,15 @@ def plan_row(trial: Trial) -> tuple[str, ...]:
     )
 
 
-def refuse_other_options(context: typer.Context, allowed: set[str]) -> None:
-    """Raise UsageError if the command line holds an option beside ``--resume`` that it ignores."""
+def refuse_other_options(
+    context: typer.Context, allowed: set[str], option: str = "--resume"
+) -> None:
+    """Raise UsageError if the command line holds an option that ``option`` leaves no room for."""
     for name in context.params:
         source = context.get_parameter_source(name)
         if name not in allowed and source is not None and source.name == "COMMANDLINE":
             raise UsageError(
-                f"--resume goes on with the run as it was: --{name.replace('_', '-')} "
+                f"{option} goes on with the run as it was: --{name.replace('_', '-')} "
                 "cannot be changed; start a new run for that"
             )
 

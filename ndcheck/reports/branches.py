@@ -17,23 +17,25 @@ _MAX_SEARCHED = 1000
 """Completions are built when looked at; going through a million for a mark takes a minute."""
 
 
-def tree_lines(probe: ProbeSummary, width: int, max_completions: int) -> list[str]:
+def tree_lines(
+    probe: ProbeSummary, width: int, max_completions: int, unit: str = "token"
+) -> list[str]:
     """The most frequent completions, from what they share to where each goes its own way.
 
     Among them are the reference, if it is not a rare one, and the first fork, where the divergence
-    begins; forks between completions that are not shown are left out.
+    begins; forks between completions that are not shown are left out. Positions count ``unit``s.
     """
     if not probe.completions:
         return []
     shared = "".join(probe.completions[0].token_texts[: probe.common_prefix_tokens])
-    label = f"{count(probe.common_prefix_tokens, 'token')} in common: "
+    label = f"{count(probe.common_prefix_tokens, unit)} in common: "
     text_width = max(_MIN_TEXT_WIDTH, width - len(label))
     if probe.tree is None:
         return [label + quoted(shared, text_width)]
     reference = reference_id(probe)
     shown = shown_completions(probe, max_completions)
-    lines = [label + quoted_tail(shared, text_width) if shared else "no token in common"]
-    lines += _fork_lines(probe.tree, shown, reference, "", width)
+    lines = [label + quoted_tail(shared, text_width) if shared else f"no {unit} in common"]
+    lines += _fork_lines(probe.tree, shown, reference, unit, "", width)
     if len(shown) < len(probe.completions):
         rest = probe.n_samples - sum(probe.completions[i - 1].count for i in shown)
         n_more = len(probe.completions) - len(shown)
@@ -59,10 +61,10 @@ def reference_id(probe: ProbeSummary) -> int | None:
 
 
 def _fork_lines(
-    fork: Fork, shown: set[int], reference: int | None, indent: str, width: int
+    fork: Fork, shown: set[int], reference: int | None, unit: str, indent: str, width: int
 ) -> Iterator[str]:
     margin = "" if fork.margin is None else f" (top-2 margin {fork.margin:.2g})"
-    yield f"{indent}at token {fork.position + 1}{margin}:"
+    yield f"{indent}at {unit} {fork.position + 1}{margin}:"
     branches = branches_to(fork, shown)
     digits = len(str(branches[0].count))
     for branch in branches:
@@ -76,7 +78,7 @@ def _fork_lines(
             text_width = width - len(label) - len(mark)
             yield label + quoted(text, max(_MIN_TEXT_WIDTH, text_width)) + mark
         if next_fork is not None:
-            yield from _fork_lines(next_fork, below, reference, indent + _INDENT, width)
+            yield from _fork_lines(next_fork, below, reference, unit, indent + _INDENT, width)
 
 
 def branches_to(fork: Fork, shown: set[int]) -> list[Branch]:

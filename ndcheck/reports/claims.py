@@ -9,9 +9,10 @@ from ndcheck.records import Run
 from ndcheck.reports import phrases
 
 
-def claims(summary: Summary, escape: Callable[[str], str]) -> list[str]:
+def claims(run: Run, summary: Summary, escape: Callable[[str], str]) -> list[str]:
     """One sentence for each probe and arm; ``escape`` makes the names in it safe to show."""
-    found = [_claim(probe, summary, escape) for probe in sorted(summary.probes, key=_weakness)]
+    ranked = sorted(summary.probes, key=_weakness)
+    found = [_claim(probe, run, summary, escape) for probe in ranked]
     return found or ["None: nothing was measured."]
 
 
@@ -19,7 +20,7 @@ def _weakness(probe: ProbeSummary) -> tuple[bool, bool, bool]:
     return not probe.n_trials, bool(probe.diverged_trials), bool(probe.latent_trials)
 
 
-def _claim(probe: ProbeSummary, summary: Summary, escape: Callable[[str], str]) -> str:
+def _claim(probe: ProbeSummary, run: Run, summary: Summary, escape: Callable[[str], str]) -> str:
     subject = phrases.subject(probe, summary)
     start = f"{escape(subject)}: " if subject else ""
     if not probe.n_trials:
@@ -36,14 +37,20 @@ def _claim(probe: ProbeSummary, summary: Summary, escape: Callable[[str], str]) 
         latent = f"{probe.latent_trials} of {phrases.count(probe.n_trials, 'trial')}"
         return f"{start}equal tokens, not equal bits (these differ in {latent}): {bound}."
     if probe.metrics.k1_kl is None:
-        return f"{start}equal tokens (the backend gave no bits to compare): {bound}."
+        return f"{start}equal {phrases.unit(run)}s (the backend gave no bits to compare): {bound}."
     return f"{start}equal tokens and equal bits across these loads: {bound}."
 
 
 def exclusions(run: Run) -> list[str]:
     sizes = ", ".join(map(str, run.spec.batch_sizes))
     axes = ", ".join(run.spec.axes)
+    witness = run.environment.model.get("witness")
+    overlap = [
+        "That the server computed these requests in one batch: their answers were seen to arrive "
+        "interleaved, and the server tells no more."
+    ]
     return [
+        *(overlap if witness == "client-side overlap" else []),
         "Anything on other hardware, other versions of the software or other numeric flags.",
         "Other models, prompts, decoding settings or longer completions.",
         f"Other loads: batch sizes {sizes} were enumerated over {axes}; the contents and lengths "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,14 @@ def html_report(
     summary: Summary,
     judgement: Judgement,
     defaults: RunSpec,
+    advice: Sequence[str] = (),
 ) -> str:
     """The whole page; a function of its arguments alone, so it renders to the same bytes.
 
-    ``figures`` are what `ndcheck.reports.figures.gather` finds.
+    ``figures`` are what `ndcheck.reports.figures.gather` finds, ``advice`` what `ndcheck trace`
+    made of it.
     """
+    unit = phrases.unit(run)
     probes = make_views(run, figures, judgement)
     scripts = [Markup(_asset(name)) for name in SCRIPTS]
     styles = [Markup(_asset(name)) for name in STYLES]
@@ -52,6 +55,7 @@ def html_report(
         run=run,
         summary=summary,
         judgement=judgement,
+        unit=unit,
         headline=_headline(summary, judgement),
         probes=probes,
         multiple=len(probes) > 1,
@@ -59,13 +63,14 @@ def html_report(
         command_lines=wrapped_command(run.spec, defaults, COMMAND_WIDTH),
         prompts_file=PROMPTS_FILE if prompts_file(run.spec, defaults) else None,
         remedies=remedies(run, summary, judgement, defaults, "", COMMAND_WIDTH),
-        claims=claims(summary, visible),
+        advice=advice,
+        claims=claims(run, summary, visible),
         exclusions=exclusions(run),
         environment=_facts(run),
         policy=_policy(scripts, styles),
         scripts=scripts,
         styles=styles,
-        data=Markup(_json(make_data(probes))),
+        data=Markup(_json(make_data(probes, unit))),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from ndcheck.analysis.summary import ProbeSummary, Summary
@@ -31,17 +31,24 @@ METRIC_MEANINGS = {
 }
 
 
-def markdown_report(run: Run, summary: Summary, judgement: Judgement, defaults: RunSpec) -> str:
+def markdown_report(
+    run: Run,
+    summary: Summary,
+    judgement: Judgement,
+    defaults: RunSpec,
+    advice: Sequence[str] = (),
+) -> str:
     """The whole report; a function of its arguments alone, so it renders to the same bytes."""
     verdicts = {(verdict.arm, verdict.probe_id): verdict for verdict in judgement.probes}
     parts = [
         f"# ndcheck: {judgement.verdict.outcome}",
         *_verdict(summary, judgement, verdicts),
         *_reproduction(run, defaults),
+        *(["## Explanation", _bullets(map(markdown_text, advice))] if advice else []),
         *_next_steps(run, summary, judgement, defaults),
         *(part for probe in summary.probes for part in _probe(probe, run, summary, verdicts)),
         "## Claims",
-        _bullets(claims(summary, markdown_text)),
+        _bullets(claims(run, summary, markdown_text)),
         "Not claimed:",
         _bullets(exclusions(run)),
         *_environment(run),
@@ -93,7 +100,7 @@ def _probe(
     summary: Summary,
     verdicts: Mapping[tuple[Arm, str], ProbeVerdict],
 ) -> Iterator[str]:
-    subject = phrases.subject(probe, summary)
+    subject, unit = phrases.subject(probe, summary), phrases.unit(run)
     yield f"## Findings: {markdown_text(subject)}" if subject else "## Findings"
     prompt = next((p.prompt for p in run.spec.probes if p.probe_id == probe.probe_id), None)
     if prompt is not None:
@@ -104,17 +111,17 @@ def _probe(
     completions = f"{phrases.count(probe.n_samples, 'completion')}, {probe.n_unique} unique"
     yield f"{completions}. {caught}; {errors}."
     if probe.axes:
-        yield _properties(probe, verdicts[probe.arm, probe.probe_id])
+        yield _properties(probe, verdicts[probe.arm, probe.probe_id], unit)
     if probe.loads:
-        yield _loads(probe)
+        yield _loads(probe, unit)
     if probe.completions:
-        yield _completions(probe)
+        yield _completions(probe, unit)
         yield "Divergence tree, with the number of samples on each branch:"
-        yield code_block("\n".join(tree_lines(probe, BLOCK_WIDTH, MAX_COMPLETIONS)), "text")
+        yield code_block("\n".join(tree_lines(probe, BLOCK_WIDTH, MAX_COMPLETIONS, unit)), "text")
         yield _metrics(probe)
 
 
-def _properties(probe: ProbeSummary, verdict: ProbeVerdict) -> str:
+def _properties(probe: ProbeSummary, verdict: ProbeVerdict, unit: str) -> str:
     confidence = phrases.percent(probe.confidence)
     rows = [
         (
@@ -130,12 +137,12 @@ def _properties(probe: ProbeSummary, verdict: ProbeVerdict) -> str:
     ]
     return _table(
         "Property | Verdict | Trials diverged | "
-        f"Rate ({confidence} %) | Latent | First at token | At batch sizes",
+        f"Rate ({confidence} %) | Latent | First at {unit} | At batch sizes",
         rows,
     )
 
 
-def _loads(probe: ProbeSummary) -> str:
+def _loads(probe: ProbeSummary, unit: str) -> str:
     rows = [
         (
             phrases.load(load),
@@ -149,11 +156,14 @@ def _loads(probe: ProbeSummary) -> str:
         )
         for load in probe.loads
     ]
-    header = "Load | Batch | Slot | Trials diverged | Unique | First at token | Latent | Tokens/s"
+    header = (
+        f"Load | Batch | Slot | Trials diverged | Unique | First at {unit} | Latent | "
+        f"{unit.capitalize()}s/s"
+    )
     return _table(header, rows)
 
 
-def _completions(probe: ProbeSummary) -> str:
+def _completions(probe: ProbeSummary, unit: str) -> str:
     rows = [
         (
             str(completion.completion_id),
@@ -167,8 +177,8 @@ def _completions(probe: ProbeSummary) -> str:
         for completion in islice(probe.completions, MAX_COMPLETIONS)
     ]
     header = (
-        "Completion | Samples | First divergence at token | Its token | Reference's token | "
-        "Top-2 margin | Tokens"
+        f"Completion | Samples | First divergence at {unit} | Its {unit} | Reference's {unit} | "
+        f"Top-2 margin | {unit.capitalize()}s"
     )
     table = _table(header, rows)
     hidden = len(probe.completions) - len(rows)

@@ -17,8 +17,8 @@ MAX_TOKENS = 1_200_000
 """Tokens embedded for the comparison of any two completions: about 3 bytes each."""
 
 
-def make_data(probes: list[ProbeView]) -> dict[str, Any]:
-    """Plain JSON values, without control characters."""
+def make_data(probes: list[ProbeView], unit: str) -> dict[str, Any]:
+    """Plain JSON values, without control characters; positions count ``unit``s."""
     arms = [arm for probe in probes for arm in probe.arms]
     budget = MAX_TOKENS // max(1, len(arms))
     stored = [_stored_trunks(arm, budget) for arm in arms]
@@ -33,6 +33,7 @@ def make_data(probes: list[ProbeView]) -> dict[str, Any]:
         for arm, (trunks, n_with_tokens) in zip(arms, stored, strict=True)
     )
     return {
+        "unit": unit,
         "vocabulary": [without_controls(text) for _, text in ranks],
         "probes": [
             {"arms": [next(of_arm) for _ in probe.arms], "charts": _charts(probe)}

@@ -71,6 +71,11 @@ def token(position: int | None) -> str:
     return "" if position is None else str(position + 1)
 
 
+def unit(run: Run) -> str:
+    """What positions count: characters where a server gave nothing but text."""
+    return "character" if run.environment.model.get("compared") == "text" else "token"
+
+
 def load(finding: LoadFinding) -> str:
     return load_name(finding.axis, finding.cache_state)
 
@@ -90,6 +95,8 @@ def speed(tokens_per_s: float | None) -> str:
 def environment(run: Run) -> str:
     """The model and what it ran on, in one line."""
     where = run.environment
+    if run.spec.endpoint is not None:
+        return _server(run)
     device = str(where.model.get("device") or run.spec.device)
     torch = where.software.get("torch")
     facts = (
@@ -102,6 +109,18 @@ def environment(run: Run) -> str:
     return ", ".join(visible(str(fact)) for fact in facts if fact and fact != "auto")
 
 
+def _server(run: Run) -> str:
+    model = run.environment.model
+    version = f" {model['version']}" if model.get("version") else ""
+    facts = (
+        f"{run.spec.model} at {model.get('endpoint')}",
+        f"{model.get('server')}{version}",
+        f"comparing {model.get('compared')}",
+        f"batch size from {model.get('witness')}",
+    )
+    return ", ".join(map(visible, facts))
+
+
 def workload(run: Run) -> str:
     """What was decoded and how it was batched, in one line."""
     spec = run.spec
@@ -109,8 +128,15 @@ def workload(run: Run) -> str:
     how = "" if spec.batching == "exact" else f", continuous batching, arrivals {spec.arrivals}"
     return (
         f"{spec.decoding.max_tokens} tokens at temperature {spec.decoding.temperature:g}, "
-        f"batch sizes {loads} ({spec.mode}{how}){_ending(run)}"
+        f"{_rows(run)} {loads} ({spec.mode}{how}){_ending(run)}"
     )
+
+
+def _rows(run: Run) -> str:
+    endpoint = run.spec.endpoint
+    if endpoint is None or endpoint.arrival == "together":
+        return "batch sizes"
+    return "in flight" if endpoint.sets_batch_size else f"requests by {endpoint.arrival}"
 
 
 def _ending(run: Run) -> str:

@@ -39,10 +39,12 @@ SETTINGS: dict[Any, Any] = {
 }
 
 
-def plot_files(figures: Mapping[tuple[Arm, str], ArmFigures]) -> dict[str, bytes]:
+def plot_files(
+    figures: Mapping[tuple[Arm, str], ArmFigures], unit: str = "token"
+) -> dict[str, bytes]:
     """File names and contents, for the first MAX_PROBES probes that have completions.
 
-    Raises ImportError without matplotlib.
+    Positions count ``unit``s. Raises ImportError without matplotlib.
     """
     import matplotlib as mpl
 
@@ -59,7 +61,7 @@ def plot_files(figures: Mapping[tuple[Arm, str], ArmFigures]) -> dict[str, bytes
             # A probe's id may be any text, so files go by its number.
             prefix = f"probe-{index}-" if len(by_probe) > 1 else ""
             for name, draw in PLOTS.items():
-                files |= _save(f"{prefix}{name}", draw(arms))
+                files |= _save(f"{prefix}{name}", draw(arms, unit))
     return files
 
 
@@ -107,7 +109,7 @@ def _by_batch_size(
     return figure
 
 
-def _unique(arms: Sequence[ArmFigures]) -> Figure:
+def _unique(arms: Sequence[ArmFigures], unit: str) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     figure = _by_batch_size(
@@ -117,11 +119,11 @@ def _unique(arms: Sequence[ArmFigures]) -> Figure:
     return figure
 
 
-def _cost(arms: Sequence[ArmFigures]) -> Figure:
-    return _by_batch_size(arms, lambda arm: arm.tokens_per_s, "Cost: probe tokens per second")
+def _cost(arms: Sequence[ArmFigures], unit: str) -> Figure:
+    return _by_batch_size(arms, lambda arm: arm.tokens_per_s, f"Cost: probe {unit}s per second")
 
 
-def _first_divergence(arms: Sequence[ArmFigures]) -> Figure:
+def _first_divergence(arms: Sequence[ArmFigures], unit: str) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     figure, (axes,) = _figure()
@@ -136,19 +138,18 @@ def _first_divergence(arms: Sequence[ArmFigures]) -> Figure:
     axes.set_xlim(0.5, edges[-1] + 0.5)
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("token")
+    axes.set_xlabel(unit)
     axes.set_ylabel("samples")
     axes.set_title("First divergence from the reference")
     axes.legend()
     return figure
 
 
-def _margin(arms: Sequence[ArmFigures]) -> Figure:
+def _margin(arms: Sequence[ArmFigures], unit: str) -> Figure:
     figure, (axes,) = _figure()
     # The first arm that forks: its reference's margins are what its forks are seen against.
     margins = next((arm for arm in arms if arm.forks), arms[0]).reference_margins
-    tokens = range(1, len(margins) + 1)
-    axes.plot(tokens, margins, color="#9aa5af", linewidth=1, label="reference")
+    axes.plot(range(1, len(margins) + 1), margins, color="#9aa5af", linewidth=1, label="reference")
     for arm in arms:
         axes.scatter(
             [position + 1 for position, _ in arm.forks],
@@ -160,14 +161,14 @@ def _margin(arms: Sequence[ArmFigures]) -> Figure:
             label=f"forks, {arm.probe.arm}",
         )
     axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
-    axes.set_xlabel("token")
+    axes.set_xlabel(unit)
     axes.set_ylabel("top-1 minus top-2 logit")
     axes.set_title("Margin at the forks")
     axes.legend()
     return figure
 
 
-def _heat_strip(arms: Sequence[ArmFigures]) -> Figure:
+def _heat_strip(arms: Sequence[ArmFigures], unit: str) -> Figure:
     from matplotlib.collections import PolyCollection
 
     figure, panels = _figure(len(arms), height=0.8 + 2.4 * len(arms))
@@ -184,8 +185,8 @@ def _heat_strip(arms: Sequence[ArmFigures]) -> Figure:
         axes.set_ylim(len(arm.rows), 0)
         axes.grid(visible=False)
         axes.set_ylabel("samples")
-        axes.set_title(f"{arm.probe.arm}: samples by token, coloured by continuation")
-    panels[-1].set_xlabel("token")
+        axes.set_title(f"{arm.probe.arm}: samples by {unit}, coloured by continuation")
+    panels[-1].set_xlabel(unit)
     return figure
 
 
@@ -209,7 +210,7 @@ def _blocks(arm: ArmFigures) -> Iterator[tuple[float, float, int, int, str]]:
         place += n_rows
 
 
-PLOTS: dict[str, Callable[[Sequence[ArmFigures]], Any]] = {
+PLOTS: dict[str, Callable[[Sequence[ArmFigures], str], Any]] = {
     "unique-completions": _unique,
     "first-divergence": _first_divergence,
     "margin-at-fork": _margin,

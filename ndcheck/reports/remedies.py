@@ -10,6 +10,13 @@ from ndcheck.reports.phrases import percent
 from ndcheck.reports.reproduction import argument, wrapped_command
 from ndcheck.verdict import Judgement
 
+SERVER_REMEDY = "Ask the server for batch-invariant kernels, or send one request at a time"
+SERVER_REMEDIES = {
+    "vLLM": "Start the server with VLLM_BATCH_INVARIANT=1 and measure again",
+    "SGLang": "Start the server with --enable-deterministic-inference and measure again",
+    "llama.cpp": "Start the server with -np 1, which batches no requests, and measure again",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
@@ -56,7 +63,13 @@ def remedies(
             suggest(
                 f"Narrow it down to {axis} at the smallest batch that diverged, {size}", narrower
             )
-        if "invariant" not in spec.arms:
+        if directory and run.environment.model.get("class"):  # it ran in this process
+            command = f"ndcheck trace --run {argument(directory)}"
+            found.append(Remedy("Name the ops that do it", (command,)))
+        if spec.endpoint is not None:
+            server = str(run.environment.model.get("server"))
+            found.append(Remedy(SERVER_REMEDIES.get(server, SERVER_REMEDY), ()))
+        elif "invariant" not in spec.arms:
             suggest("Try batch-invariant kernels", replace(spec, arms=("stock", "invariant")))
     elif any(probe.latent_trials for probe in summary.probes) and not spec.allow_latent:
         suggest(

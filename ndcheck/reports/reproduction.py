@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import PurePath
 
-from ndcheck.records import Probe, RunSpec
+from ndcheck.records import Endpoint, Probe, RunSpec
 
 PROMPTS_FILE = "prompts.jsonl"
 _MAX_PROMPTS = 4
@@ -35,25 +35,26 @@ def wrapped_command(spec: RunSpec, defaults: RunSpec, width: int, directory: str
 def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
     pairs: list[tuple[str, object, object]] = [
         ("--model", spec.model, defaults.model),
+        *_endpoint_options(spec.endpoint),
         ("--loads", _commas(spec.batch_sizes) or "auto", _commas(defaults.batch_sizes)),
         ("--axes", _commas(spec.axes), _commas(defaults.axes)),
         ("--mode", spec.mode, defaults.mode),
         ("--batching", spec.batching, defaults.batching),
         ("--arrivals", spec.arrivals, defaults.arrivals),
+        # A target rate chooses the number of samples.
+        ("-n", None if spec.target_rate else spec.n_samples, defaults.n_samples),
         ("--max-tokens", spec.decoding.max_tokens, defaults.decoding.max_tokens),
         ("--temperature", spec.decoding.temperature, defaults.decoding.temperature),
         ("--seed", spec.seed, defaults.seed),
         ("--dtype", spec.dtype, defaults.dtype),
         ("--device", spec.device, defaults.device),
         ("--attn", spec.attention, defaults.attention),
-        ("--kernels", _commas(spec.arms), _commas(defaults.arms)),
+        ("--kernels", None if spec.endpoint else _commas(spec.arms), _commas(defaults.arms)),
         ("--confidence", spec.confidence, defaults.confidence),
         ("--target-rate", spec.target_rate, defaults.target_rate),
         ("--random-weights", spec.random_weights, defaults.random_weights),
         ("--answer-pattern", spec.answer_pattern, defaults.answer_pattern),
     ]
-    if spec.target_rate is None:  # a target rate chooses the number of samples
-        pairs.insert(6, ("-n", spec.n_samples, defaults.n_samples))
     switches = [
         ("--chat", spec.chat),
         ("--trust-remote-code", spec.trust_remote_code),
@@ -68,6 +69,22 @@ def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
             if value is not None and value != default
         ),
         *(name for name, wanted in switches if wanted),
+    ]
+
+
+def _endpoint_options(endpoint: Endpoint | None) -> list[tuple[str, object, object]]:
+    """Header values are not known: their names show what to fill in."""
+    if endpoint is None:
+        return []
+    defaults = Endpoint("")
+    return [
+        ("--endpoint", endpoint.url, defaults.url),
+        ("--api-key-file", endpoint.api_key_file, defaults.api_key_file),
+        *(("--header", f"{name}: VALUE", None) for name in endpoint.header_names),
+        ("--arrival", endpoint.arrival, defaults.arrival),
+        ("--fillers", endpoint.fillers, defaults.fillers),
+        ("--timeout", f"{endpoint.timeout_s:g}", f"{defaults.timeout_s:g}"),
+        ("--retries", endpoint.n_retries, defaults.n_retries),
     ]
 
 

@@ -46,6 +46,7 @@ SAMPLE_COLUMNS: _Columns = {
     "elapsed_s": _FLOAT,
     "error": _TEXT,
     "text": _TEXT,
+    "n_retries": _INT,
 }
 COMPLETION_COLUMNS: _Columns = {
     "arm": _TEXT,
@@ -147,6 +148,7 @@ def _sample_rows(
             sample.elapsed_s,
             sample.error,
             None if failed else sample.text,
+            sample.n_retries,
         )
 
 

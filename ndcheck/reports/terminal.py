@@ -40,8 +40,12 @@ def print_report(
     judgement: Judgement,
     defaults: RunSpec,
     directory: str = "",
+    advice: Sequence[str] = (),
 ) -> None:
-    """Print the screen; ``directory`` is the run's, as the user named it."""
+    """Print the screen; ``directory`` is the run's, as the user named it.
+
+    ``advice`` is what `ndcheck trace` made of it.
+    """
     width = console.width
     verdicts = {(verdict.arm, verdict.probe_id): verdict for verdict in judgement.probes}
     ranked = sorted(
@@ -52,13 +56,15 @@ def print_report(
     detailed = [probe for probe in ranked if probe.probe_id == ranked[0].probe_id]
     detailed.sort(key=lambda probe: ARMS.index(probe.arm))
     groups = [detailed] if width >= MIN_WIDTH_SIDE_BY_SIDE else [[probe] for probe in detailed]
+    unit = phrases.unit(run)
     sections: list[Sequence[RenderableType]] = [
         [_verdicts(ranked, summary, judgement, verdicts)],
         [_setting(run, detailed, defaults, directory, width)],
-        *([*_heading(group, detailed), *_axes(group, verdicts)] for group in groups),
-        *([*_heading(group, detailed), *_loads(group)] for group in groups),
+        *([*_heading(group, detailed), *_axes(group, verdicts, unit)] for group in groups),
+        *([*_heading(group, detailed), *_loads(group, unit)] for group in groups),
         [*_comparison(summary)],
-        [*_trees(detailed, width)],
+        [*_trees(detailed, width, unit)],
+        [Text(visible(f"trace: {sentence}")) for sentence in advice],
         [*_next_steps(run, summary, judgement, defaults, directory, width)],
     ]
     for index, section in enumerate(section for section in sections if section):
@@ -141,12 +147,12 @@ def _command(lines: Sequence[str], width: int) -> Text:
     return Text("\n".join(lines), style="cyan")
 
 
-def _axes(detailed: Sequence[ProbeSummary], verdicts: Verdicts) -> list[Table]:
+def _axes(detailed: Sequence[ProbeSummary], verdicts: Verdicts, unit: str) -> list[Table]:
     """Each property with its own verdict, arms below one another."""
     with_arm = len(detailed) > 1
     table = _table("property", *(["arm"] if with_arm else []), "verdict")
     confidence = phrases.percent(detailed[0].confidence) if detailed else ""
-    for name in ("diverged", f"rate ({confidence} %)", "latent", "at token"):
+    for name in ("diverged", f"rate ({confidence} %)", "latent", f"at {unit}"):
         table.add_column(name, justify="right", no_wrap=True)
     for axis in AXES:
         label: str = axis
@@ -178,7 +184,7 @@ def _comparison(summary: Summary) -> Iterator[Text]:
         yield Text(f"stock against invariant: p = {summary.fisher_p:.2g} (Fisher's exact test)")
 
 
-def _loads(detailed: Sequence[ProbeSummary]) -> list[RenderableType]:
+def _loads(detailed: Sequence[ProbeSummary], unit: str) -> list[RenderableType]:
     """The loads, arms side by side: those that diverged go before those that did not."""
     by_load: dict[tuple[object, ...], dict[str, LoadFinding]] = {}
     for probe in detailed:
@@ -188,13 +194,14 @@ def _loads(detailed: Sequence[ProbeSummary]) -> list[RenderableType]:
     rows = list(by_load.values())
     shown = sorted((row for row in rows if min(_load_rank(row)) == 0), key=_load_rank)
     shown = (shown or rows)[:MAX_LOADS]
+    names = ("token", "tok/s") if unit == "token" else ("char", "char/s")
     # Two arms just fit 80 columns.
     table = _table("load", gap=1 if len(detailed) > 1 else 2)
     for name in ("batch", "slot"):
         table.add_column(name, justify="right", no_wrap=True)
     for probe in detailed:
         arm = f"{probe.arm}\n" if len(detailed) > 1 else ""
-        for name in ("unique", "token", "latent", "tok/s"):
+        for name in ("unique", *names[:1], "latent", *names[1:]):
             table.add_column(f"{arm}{name}", justify="right", no_wrap=True)
             arm = "\n" if arm else ""
     for row in rows:
@@ -247,14 +254,14 @@ def _table(*names: str, gap: int = 2) -> Table:
     return table
 
 
-def _trees(detailed: Sequence[ProbeSummary], width: int) -> Iterator[Text]:
+def _trees(detailed: Sequence[ProbeSummary], width: int, unit: str) -> Iterator[Text]:
     for probe in detailed:
         if not probe.completions:
             continue
         arm = f"{probe.arm}: " if len(detailed) > 1 else ""
         unique = f"{probe.n_unique} unique" if probe.n_unique > 1 else "all the same"
         yield Text(f"{arm}{phrases.count(probe.n_samples, 'completion')}, {unique}", style="bold")
-        for line in tree_lines(probe, width - 2, MAX_COMPLETIONS):
+        for line in tree_lines(probe, width - 2, MAX_COMPLETIONS, unit):
             yield Text(f"  {line}")
 
 
@@ -283,6 +290,7 @@ def progress_line(
     first_divergence: int | None,
     eta_s: float | None,
     width: int = 80,
+    unit: str = "token",
 ) -> str:
     """Trials, unique completions by arm and the earliest divergence so far, and the time left."""
     parts = [f"{done}/{total} trials"]
@@ -290,7 +298,7 @@ def progress_line(
         counts = ", ".join(f"{arm} {count}" for arm, count in unique.items())
         parts.append(f"unique: {counts}")
     if first_divergence is not None:
-        parts.append(f"diverged at token {first_divergence + 1}")
+        parts.append(f"diverged at {unit} {first_divergence + 1}")
     if eta_s is not None:
         minutes, seconds = divmod(round(eta_s), 60)
         parts.append(f"{minutes}:{seconds:02d} left")

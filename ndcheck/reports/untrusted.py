@@ -76,8 +76,11 @@ def code_span(text: str) -> str:
     """A Markdown code span that the text cannot close."""
     shown = visible(text)
     fence = "`" * (_longest_run_of_backticks(shown) + 1)
-    # Markdown strips one space from each side, which keeps the text's own backticks apart.
-    return f"{fence} {shown} {fence}" if "`" in shown else f"{fence}{shown}{fence}"
+    # Markdown strips one space from each side, which keeps the text's own backticks apart; it does
+    # so to the text's own spaces too.
+    loses_spaces = shown.startswith(" ") and shown.endswith(" ") and shown.strip(" ")
+    padding = " " if "`" in shown or loses_spaces else ""
+    return f"{fence}{padding}{shown}{padding}{fence}"
 
 
 def code_cell(text: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ndcheck.analysis.summary import Summary
 from ndcheck.records import Run, RunSpec, Sample
+from ndcheck.reports import phrases
 from ndcheck.reports.figures import gather
 from ndcheck.reports.html_page import html_report
 from ndcheck.reports.markdown import markdown_report
@@ -31,6 +32,7 @@ def write_reports(
     summary: Summary,
     judgement: Judgement,
     defaults: RunSpec,
+    advice: Sequence[str] = (),
     *,
     html: bool = False,
     plots: bool = False,
@@ -53,16 +55,16 @@ def write_reports(
             for index, part in enumerate(parts):
                 # RFC 4180 ends lines with CR LF.
                 part.to_csv(file, index=False, header=index == 0, lineterminator="\r\n")
-    texts = {"report.md": markdown_report(run, summary, judgement, defaults)}
+    texts = {"report.md": markdown_report(run, summary, judgement, defaults, advice)}
     pictures: dict[str, bytes] = {}
     if html or plots:
         figures = gather(samples, summary)
     if html:
-        texts["report.html"] = html_report(run, figures, summary, judgement, defaults)
+        texts["report.html"] = html_report(run, figures, summary, judgement, defaults, advice)
     if plots:
         from ndcheck.reports.plots import plot_files
 
-        pictures = plot_files(figures)
+        pictures = plot_files(figures, phrases.unit(run))
         (directory / PLOTS_DIRECTORY).mkdir(exist_ok=True)
     prompts = prompts_file(run.spec, defaults)
     if prompts is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ndcheck.errors import UsageError
-from ndcheck.records import Decoding, Probe, RunSpec, Sample, Trial
+from ndcheck.records import CacheState, Decoding, Probe, RunSpec, Sample, Trial
 
 
 class Sampler(Protocol):
@@ -14,6 +15,14 @@ class Sampler(Protocol):
     @property
     def context(self) -> int:
         """The longest prompt plus completion, in tokens."""
+
+    @property
+    def cache_states(self) -> tuple[CacheState, ...]:
+        """How a prompt can be made to enter the KV cache other than whole."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of this backend before a run, a line each."""
 
     def count_tokens(self, prompt: str) -> int:
         """Length of the prompt as the model sees it, in tokens; 0 if nothing is left of it."""
@@ -31,13 +40,26 @@ class Sampler(Protocol):
         BackendError where there is no point in going on.
         """
 
+    def changes(self) -> tuple[str, ...]:
+        """What of the backend is no longer as `describe` said, a sentence each."""
 
-def open_sampler(spec: RunSpec, *, load_weights: bool = True) -> Sampler:
-    """The sampler that ``spec.model`` names: ``builtin``, ``scripted:NAME``, or a model.
+    def close(self) -> None:
+        """Let go of its connections, if it has any; it samples no more."""
 
-    ``load_weights`` False is enough for planning: token counts and the context length.
-    Raises UsageError for an unknown model, BackendError where it cannot be loaded.
+
+def open_sampler(
+    spec: RunSpec, *, load_weights: bool = True, headers: Mapping[str, str] | None = None
+) -> Sampler:
+    """The sampler of ``spec``: its endpoint's, or that of its model in this process.
+
+    A model is ``builtin``, ``scripted:NAME``, a directory or a hub id. ``load_weights`` False is
+    enough for planning: token counts and the context length. ``headers`` go with every request.
+    Raises UsageError for an unknown model, BackendError where it cannot be loaded or reached.
     """
+    if spec.endpoint is not None:
+        from ndcheck.samplers.endpoint.sampler import EndpointSampler
+
+        return EndpointSampler(spec, spec.endpoint, headers or {})
     kind, _, name = spec.model.partition(":")
     if kind == "scripted":
         from ndcheck.samplers.scripted import BEHAVIOURS, ScriptedSampler

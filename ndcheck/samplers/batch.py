@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
 
-from ndcheck.errors import TrialError
+from ndcheck.errors import UsageError
 from ndcheck.records import CacheState
 
 N_PREFILL_CHUNKS = 3
+
+LayerState = tuple[Tensor, ...]
 
 
 class ExactBatch:
@@ -28,6 +32,8 @@ class ExactBatch:
         self._mask = torch.zeros(n_rows, width, dtype=torch.int64, device=device)
         self._next_positions = torch.zeros(n_rows, 1, dtype=torch.int64, device=device)
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=width)
+        self._cache_argument = cache_argument(model)
+        self._has_states = any(isinstance(x, LinearAttentionLayer) for x in self.cache.layers)
         self.row_counts: list[int] = []
 
     @property
@@ -46,6 +52,7 @@ class ExactBatch:
         self._mask.copy_(torch.arange(self._mask.shape[1], device=self.device) >= self._pads)
         self._next_positions.copy_(self._n_columns - self._pads)
         self.cache.reset()
+        self._length = 0
         self.row_counts.clear()
 
     def prefill(self, cache_state: CacheState) -> Tensor:
@@ -71,13 +78,18 @@ class ExactBatch:
         return logits
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        self._length += input_ids.shape[1]
+        mask = self._mask
+        if self._has_states:
+            # Recurrent layers take the last columns of the mask for those of the input.
+            mask = mask[:, : self._length]
         logits = self._model(
             input_ids=input_ids,
-            attention_mask=self._mask,
+            attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: self.cache},
         ).logits
         self.row_counts.append(logits.shape[0])
         return torch.as_tensor(logits[:, -1])
@@ -91,38 +103,64 @@ class ExactBatch:
         n_prefix = self._n_columns - n_rest
         if n_prefix == 0:
             return 0
-        states: list[list[tuple[Tensor, Tensor]]] = []
-        alone: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        states: list[list[LayerState]] = []
+        alone: dict[tuple[int, ...], list[LayerState]] = {}
         for row in self._rows:
             prefix = tuple(row[: len(row) - n_rest])
             if prefix not in alone:
                 alone[prefix] = self._prefix_states(prefix)
             states.append(alone[prefix])
         for layer, layer_states in enumerate(zip(*states, strict=True)):
-            keys, values = (
-                torch.cat([_pad_left(state[i], n_prefix) for state in layer_states])
-                for i in range(2)
-            )
-            self.cache.update(keys, values, layer)
+            parts = zip(*layer_states, strict=True)
+            if isinstance(self.cache.layers[layer], LinearAttentionLayer):
+                convolution, recurrent = map(torch.cat, parts)
+                self.cache.update_conv_state(convolution, layer)
+                self.cache.update_recurrent_state(recurrent, layer)
+            else:
+                keys, values = (torch.cat([_pad_left(s, n_prefix) for s in p]) for p in parts)
+                self.cache.update(keys, values, layer)
+        self._length = n_prefix
         return n_prefix
 
-    def _prefix_states(self, prefix: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, each [1, heads, tokens, head_dim]."""
-        if not prefix:
-            # A row as short as the rest: one padded column gives the shapes, and is masked.
-            prefix = (0,)
-        batch = ExactBatch(self._model, self.device, 1, len(prefix))
-        batch.reset([list(prefix)])
+    def _prefix_states(self, prefix: tuple[int, ...]) -> list[LayerState]:
+        """What every layer keeps of a prefix computed alone.
+
+        Keys and values, each [1, heads, tokens, head_dim], the last ones only where a window hides
+        the others; or the last inputs of a convolution and a recurrent state.
+        """
+        # A row as short as the rest: one padded column gives the shapes, and is masked.
+        row = list(prefix) or [0]
+        batch = ExactBatch(self._model, self.device, 1, len(row))
+        batch.reset([row])
         batch.prefill("whole")
-        n_tokens = len(prefix)
-        states = []
+        n_tokens = max(1, len(prefix))
+        states: list[LayerState] = []
         for layer in batch.cache.layers:
-            if layer.keys.shape[-2] < n_tokens:
-                raise TrialError(
-                    f"cache state prefix: {n_tokens} tokens exceed the model's sliding window"
-                )
-            states.append((layer.keys[:, :, :n_tokens], layer.values[:, :, :n_tokens]))
+            state = layer_states(layer)
+            if isinstance(layer, LinearAttentionLayer):
+                states.append(state if prefix else tuple(torch.zeros_like(s) for s in state))
+            else:
+                states.append(tuple(part[:, :, :n_tokens] for part in state))
         return states
+
+
+def layer_states(layer: Any) -> LayerState:
+    """Keys and values of a cache's layer, or its convolution's last inputs and recurrent state."""
+    if isinstance(layer, LinearAttentionLayer):
+        return layer.conv_states[0], layer.recurrent_states[0]
+    return layer.keys, layer.values
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which a model takes its cache. Raises UsageError if it takes none known."""
+    accepted = inspect.signature(model.forward).parameters
+    for name in ("past_key_values", "cache_params"):
+        if name in accepted:
+            return name
+    raise UsageError(
+        f"{type(model).__name__} takes neither past_key_values nor cache_params, so the state that "
+        "it decodes from cannot be controlled"
+    )
 
 
 def _pad_left(states: Tensor, n_columns: int) -> Tensor:

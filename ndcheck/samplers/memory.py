@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from ndcheck.samplers.batch import ExactBatch
+from ndcheck.samplers.batch import ExactBatch, layer_states
 
 MOST_ROWS = {"cpu": 32, "cuda": 512}
 """What `--loads auto` stays below: larger batches cost time before they cost memory."""
@@ -56,7 +56,7 @@ def bytes_per_row(model: Any, device: torch.device, n_prompt: int, width: int) -
     cache: int = sum(
         part.numel() * part.element_size()
         for layer in batch.cache.layers
-        for part in (layer.keys, layer.values)
+        for part in layer_states(layer)
     )
     config = model.config.get_text_config(decoder=True)
     widest = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", 0) or 0)

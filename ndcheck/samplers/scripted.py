@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ndcheck.errors import BackendError, TrialError
-from ndcheck.load import FILLER_WORDS
+from ndcheck.load import CACHE_STATES, FILLER_WORDS
 from ndcheck.records import Decoding, Load, Probe, Sample, Trial, Witness
 
 VOCABULARY = tuple(dict.fromkeys(FILLER_WORDS))
@@ -64,6 +64,8 @@ class ScriptedSampler:
     """Replays one of BEHAVIOURS. Tokens are words; token t is a hash of prompt and t."""
 
     context = 100_000
+    cache_states = CACHE_STATES
+    notes = ()
 
     def __init__(self, behaviour: str) -> None:
         self._behaviour = behaviour
@@ -80,6 +82,12 @@ class ScriptedSampler:
 
     def largest_batch_size(self, n_prompt_tokens: int, decoding: Decoding) -> int:
         return 3 if self._behaviour == "out-of-memory" else 16
+
+    def changes(self) -> tuple[str, ...]:
+        return ()
+
+    def close(self) -> None:
+        pass
 
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()

@@ -12,28 +12,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from ndcheck.arrivals import Request, queue_requests
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, TrialError, UsageError
-from ndcheck.load import filler_text, fit_to_length
+from ndcheck.load import CACHE_STATES, filler_text, fit_to_length
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.device import choose_device
+from ndcheck.samplers.loading import DTYPES, first_line, load_config, load_model, load_tokenizer
 from ndcheck.samplers.memory import is_out_of_memory, largest_batch_size
 from ndcheck.samplers.selection import read_step
 from ndcheck.samplers.steps import DecodeSteps, Stream
-
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
 
 MOST_CAPTURED = 8
 """Batches whose captured step and KV cache are kept for trials of the same shape."""
@@ -46,6 +39,9 @@ class TransformersSampler:
     loading fails.
     """
 
+    cache_states = CACHE_STATES
+    notes = ()
+
     def __init__(self, spec: RunSpec, *, load_weights: bool = True) -> None:
         self._name = spec.model
         self._arms = spec.arms
@@ -54,11 +50,8 @@ class TransformersSampler:
         self._device = choose_device(spec.device)
         if spec.dtype != "auto" and spec.dtype not in DTYPES:
             raise UsageError(f"--dtype {spec.dtype}: choose from auto, {', '.join(DTYPES)}")
-        options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-        transformers.utils.logging.disable_progress_bar()
-        with _one_line_errors(source):
-            config = transformers.AutoConfig.from_pretrained(source, **options)
-        self._tokenizer = _load_tokenizer(_tokenizer_source(source, spec), options)
+        config = load_config(source, spec)
+        self._tokenizer = load_tokenizer(source, spec)
         self._chat = spec.chat
         if spec.chat and not self._tokenizer.chat_template:
             raise UsageError(f"--chat: {source} has no chat template")
@@ -66,7 +59,7 @@ class TransformersSampler:
         self._model: Any = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
         if load_weights:
-            self._model = _load_model(source, config, spec, self._device, options)
+            self._model = load_model(source, config, spec, self._device)
             self._stop_ids = _stop_ids(self._model)
             if "invariant" in spec.arms and self._device.type == "cuda":
                 from ndcheck_kernels.decoder import join_weights
@@ -77,6 +70,21 @@ class TransformersSampler:
     def context(self) -> int:
         limit = getattr(self._text_config, "max_position_embeddings", None)
         return int(limit) if limit else 1 << 20
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self._model
+
+    def open_batch(self, rows: list[list[int]], max_tokens: int) -> ExactBatch:
+        """A batch of these prompts, before its prefill."""
+        batch = ExactBatch(self._model, self._device, len(rows), max(map(len, rows)) + max_tokens)
+        batch.reset(rows)
+        return batch
+
+    def decode(self, token_id: int) -> str:
+        """The text of one token."""
+        return str(self._tokenizer.decode([token_id]))
 
     def count_tokens(self, prompt: str) -> int:
         return len(self._encode(prompt))
@@ -94,15 +102,21 @@ class TransformersSampler:
             "digest": digest_weights(self._model),
         }
 
+    def changes(self) -> tuple[str, ...]:
+        return ()
+
+    def close(self) -> None:
+        pass
+
     @torch.inference_mode()
     def largest_batch_size(self, n_prompt_tokens: int, decoding: Decoding) -> int:
         # The longest row that the plan may put beside a probe; a paged cache is read into a copy.
-        n_prompt = min(2 * n_prompt_tokens + 16, self.context - decoding.max_tokens)
+        n_prompt = max(1, min(2 * n_prompt_tokens + 16, self.context - decoding.max_tokens))
         width = (n_prompt + decoding.max_tokens) * (1 if self._arrivals is None else 2)
 
         def try_rows(n_rows: int) -> None:
             for arm in self._arms:
-                with self._kernels(arm, fused=self._arrivals is None):
+                with self.arm(arm, fuse=self._arrivals is None):
                     batch = ExactBatch(self._model, self._device, n_rows, width)
                     batch.reset([[0] * n_prompt] * n_rows)
                     read_step(batch.prefill("whole"), decoding, None)
@@ -115,9 +129,9 @@ class TransformersSampler:
         try:
             streams, witnesses = self._run_in_halves(trial, probe, decoding)
         except torch.AcceleratorError as error:
-            raise BackendError(f"{self._device} failed: {_first_line(error)}") from error
+            raise BackendError(f"{self._device} failed: {first_line(error)}") from error
         except RuntimeError as error:
-            raise TrialError(f"{type(error).__name__}: {_first_line(error)}") from error
+            raise TrialError(f"{type(error).__name__}: {first_line(error)}") from error
         elapsed_s = time.perf_counter() - started
         return [
             Sample.of(
@@ -168,12 +182,12 @@ class TransformersSampler:
         self, trial: Trial, probe: Probe, decoding: Decoding, size: int
     ) -> tuple[list[Stream], list[Witness]]:
         """Decode the trial's rows in exact batches of ``size``; those without a probe are left."""
-        rows, streams, witnesses = self._rows(trial.load, probe), [], []
+        rows, streams, witnesses = self.rows(trial.load, probe), [], []
         for start in range(0, len(rows), size):
             slots = tuple(s - start for s in trial.load.slots if start <= s < start + size)
             if not slots:
                 continue
-            with self._kernels(trial.arm) as fires:
+            with self.arm(trial.arm) as fires:
                 part, witness = self._decode(trial, rows[start : start + size], slots, decoding)
             streams += part
             witnesses += [replace(witness, override_fires=fires())] * len(part)
@@ -190,7 +204,7 @@ class TransformersSampler:
         served, n_fires = serve_load(
             self._model,
             ((request, self._prompt_of(request, prompt)) for request in queue),
-            lambda: self._kernels(trial.arm, fused=False),
+            lambda: self.arm(trial.arm, fuse=False),
             decoding=decoding,
             stop_ids=self._stop_ids,
             batch_size=size,
@@ -219,47 +233,45 @@ class TransformersSampler:
         return self._filler(request.filler_seed, request.n_prompt_tokens)
 
     @contextmanager
-    def _kernels(self, arm: Arm, *, fused: bool = True) -> Iterator[Callable[[], int | None]]:
+    def arm(self, arm: Arm, *, fuse: bool = True) -> Iterator[Callable[[], int | None]]:
         """Compute with the arm's kernels; yields how many ops its overrides have computed.
 
-        ``fused``: with fused layers where there are any; they need a static cache.
+        ``fuse`` False keeps the ops of fused decoder layers apart, to be seen one by one or to read
+        another cache than a static one.
         Raises BackendError for an op the invariant arm does not cover, or if nothing fired.
         """
         if arm == "stock":
             yield lambda: None
             return
         import ndcheck_kernels
-        from ndcheck_kernels.attention_interface import NAME as INVARIANT_ATTENTION
 
-        stock_attention = self._model.config._attn_implementation
-        ndcheck_kernels.register_attention()
-        self._model.set_attn_implementation(INVARIANT_ATTENTION)
         try:
-            layers = self._fused_layers() if fused else nullcontext()
-            with layers, ndcheck_kernels.invariant_kernels() as scope:
+            with (
+                ndcheck_kernels.invariant_model(self._model),
+                self._fused_layers(fuse),
+                ndcheck_kernels.invariant_kernels() as scope,
+            ):
                 before = scope.fires.total()
                 yield lambda: scope.fires.total() - before
                 missing = scope.missing()
         except ndcheck_kernels.UncoveredOpError as error:
             raise BackendError(
-                f"invariant arm: {_first_line(error)} Without this arm: --kernels stock"
+                f"invariant arm: {first_line(error)} Without this arm: --kernels stock"
             ) from error
-        finally:
-            self._model.set_attn_implementation(stock_attention)
         if missing:
             raise BackendError(
                 f"invariant arm: no {' or '.join(missing)} ran in a batch-invariant kernel, so it "
                 "would have measured stock: use --kernels stock"
             )
 
-    def _fused_layers(self) -> AbstractContextManager[object]:
-        if self._device.type != "cuda":
+    def _fused_layers(self, fuse: bool) -> AbstractContextManager[object]:
+        if not fuse or self._device.type != "cuda":
             return nullcontext()
         from ndcheck_kernels.decoder import fused_layers
 
         return fused_layers(self._model)
 
-    def _rows(self, load: Load, probe: Probe) -> list[list[int]]:
+    def rows(self, load: Load, probe: Probe) -> list[list[int]]:
         """Token ids of every row of the batch: probes at their slots, fillers elsewhere."""
         probe_ids = self._encode(probe.prompt)
         fillers = iter(enumerate(load.filler_lengths))
@@ -341,60 +353,6 @@ def digest_weights(model: Any) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _one_line_errors(source: str) -> Iterator[None]:
-    """Loading fails in many ways; each becomes one line that names the model."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(
-            f"--model {source}: {_first_line(error)} "
-            "(accepted: builtin, a directory with config.json and safetensors, or a hub id)"
-        ) from error
-    except RuntimeError as error:
-        raise BackendError(f"cannot load {source}: {_first_line(error)}") from error
-
-
-def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
-    with _one_line_errors(source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    if not tokenizer("a")["input_ids"]:
-        raise UsageError(f"--model {source}: it has no tokenizer that gives tokens")
-    return tokenizer
-
-
-def _tokenizer_source(source: str, spec: RunSpec) -> str:
-    """A bare config.json has no tokenizer; random weights speak no language, so any will do."""
-    directory = Path(source)
-    is_bare = directory.is_dir() and not any(directory.glob("tokenizer*"))
-    return str(MODEL_DIRECTORY) if spec.random_weights is not None and is_bare else source
-
-
-def _load_model(
-    source: str, config: Any, spec: RunSpec, device: torch.device, options: dict[str, Any]
-) -> Any:
-    if spec.attention != "auto":
-        options = {**options, "attn_implementation": spec.attention}
-    if spec.random_weights is not None:
-        dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
-        torch.manual_seed(spec.random_weights)
-        with _one_line_errors(source), device:
-            made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-        return made.eval()
-    with _one_line_errors(source):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=DTYPES.get(spec.dtype, "auto"),
-            use_safetensors=True,
-            **options,
-        )
-    return model.to(device).eval()
-
-
 def _stop_ids(model: Any) -> set[int]:
     stop = model.generation_config.eos_token_id
     return set(stop if isinstance(stop, list) else [] if stop is None else [stop])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

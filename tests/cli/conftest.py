@@ -62,11 +62,11 @@ def started(tmp_path, environment):
     """Starts ``ndcheck ARGUMENTS`` and returns the running process; it is killed at the end."""
     processes = []
 
-    def start(*arguments):
+    def start(*arguments, **variables):
         process = subprocess.Popen(
             [sys.executable, "-m", "ndcheck", *map(str, arguments)],
             cwd=tmp_path,
-            env=environment,
+            env={**environment, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

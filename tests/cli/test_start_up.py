@@ -24,7 +24,7 @@ def test_help_imports_nothing_heavy():
     code = (
         "import sys; from ndcheck.cli.app import run_command_line; run_command_line(['--help']);"
         "print(*sorted(set(sys.modules) & {'torch', 'transformers', 'pandas', 'numpy', 'scipy',"
-        " 'triton', 'matplotlib'}), file=sys.stderr)"
+        " 'triton', 'matplotlib', 'httpx2'}), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == ""

@@ -152,7 +152,7 @@ def test_sums_in_scatters_are_refused_and_overwriting_passes():
         for refused in (
             lambda: x.scatter_add(0, index, torch.ones(2)),
             lambda: x.scatter(0, index, torch.ones(2), reduce="add"),
-            lambda: x.index_add(0, index, torch.ones(2)),
+            lambda: x.index_add(0, torch.tensor([1, 1]), torch.ones(2)),
             lambda: x.index_put((index,), torch.ones(2), accumulate=True),
         ):
             with pytest.raises(UncoveredOpError):

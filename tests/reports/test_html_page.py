@@ -64,9 +64,18 @@ class Page(HTMLParser):
         return json.loads(self.texts["script"][0])
 
 
-def render(example) -> str:
+def render(example, advice=()) -> str:
     figures = gather(example.samples, example.summary)
-    return html_report(example.run, figures, example.summary, example.judgement, example.defaults)
+    arguments = (example.run, figures, example.summary, example.judgement, example.defaults)
+    return html_report(*arguments, advice)
+
+
+def test_what_a_trace_advises_is_shown_as_text(failing) -> None:
+    assert "Explanation" not in render(failing)
+    text = render(failing, ["linear <b>in</b> lm_head\x1b[31m follows the batch size"])
+    assert "<h2>Explanation</h2>" in text
+    assert "linear &lt;b&gt;in&lt;/b&gt; lm_head" in text
+    assert "\x1b" not in text
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

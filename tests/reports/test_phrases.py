@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from ndcheck.records import Endpoint
 from ndcheck.reports import phrases
+from ndcheck.reports.figures import gather
+from ndcheck.reports.html_page import html_report
+from ndcheck.reports.markdown import markdown_report
+from ndcheck.reports.plots import plot_files
+from ndcheck.reports.remedies import remedies
+from ndcheck.request import DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -55,3 +62,70 @@ def test_the_environment_names_the_device_that_ran(passing) -> None:
     )
     run = replace(passing.run, environment=where)
     assert phrases.environment(run) == "builtin, cuda:0, NVIDIA H100"
+
+
+SERVER = {
+    "endpoint": "http://host/v1",
+    "server": "vLLM",
+    "version": "1.2",
+    "witness": "client-side overlap",
+}
+
+
+def served(example, compared, arrival="together"):
+    """The same run, of a server."""
+    environment = replace(example.run.environment, model={**SERVER, "compared": compared})
+    endpoint = Endpoint("http://host/v1", arrival=arrival)
+    spec = replace(example.run.spec, model="big", endpoint=endpoint)
+    return replace(example.run, spec=spec, environment=environment)
+
+
+def test_a_server_is_named_with_what_it_shows(passing) -> None:
+    assert phrases.environment(served(passing, "token ids")) == (
+        "big at http://host/v1, vLLM 1.2, comparing token ids, batch size from client-side overlap"
+    )
+
+
+@pytest.mark.parametrize(("compared", "unit"), [("token ids", "token"), ("text", "character")])
+def test_the_page_and_the_plots_count_them_too(failing, compared, unit) -> None:
+    run = served(failing, compared)
+    figures = gather(failing.samples, failing.summary)
+    page = html_report(run, figures, failing.summary, failing.judgement, DEFAULTS)
+    assert f'<th class="number">First at {unit}</th>' in page
+    assert f'"unit":"{unit}"' in page
+    assert ("character by character" in page) == (unit == "character")
+    strip = plot_files(figures, phrases.unit(run))["heat-strip.svg"].decode()
+    assert f"samples by {unit}, coloured" in strip
+
+
+def test_positions_of_text_count_characters(passing, failing) -> None:
+    for compared, unit in (("token ids", "token"), ("text", "character")):
+        run = served(failing, compared)
+        report = markdown_report(run, failing.summary, failing.judgement, DEFAULTS)
+        assert f"First at {unit} |" in report
+        assert f"at {unit} " in report
+        assert ("character" in report) == (unit == "character")
+    claims_of = markdown_report(
+        served(passing, "text"), passing.summary, passing.judgement, DEFAULTS
+    )
+    assert "answers were seen to arrive interleaved" in " ".join(claims_of.split())
+
+
+@pytest.mark.parametrize(
+    ("arrival", "shown"),
+    [("together", "batch sizes"), ("closed", "in flight"), ("poisson:2", "requests by poisson:2")],
+)
+def test_the_workload_says_how_requests_arrive(passing, arrival, shown) -> None:
+    assert shown in phrases.workload(served(passing, "text", arrival))
+
+
+@pytest.mark.parametrize(
+    ("server", "remedy"),
+    [("vLLM", "VLLM_BATCH_INVARIANT=1"), ("other", "Ask the server for batch-invariant kernels")],
+)
+def test_a_server_that_fails_gets_its_own_remedy(failing, server, remedy) -> None:
+    run = served(failing, "token ids")
+    run = replace(run, environment=replace(run.environment, model={**SERVER, "server": server}))
+    found = remedies(run, failing.summary, failing.judgement, DEFAULTS, "", 100)
+    assert any(remedy in each.reason for each in found)
+    assert not any("--kernels" in " ".join(each.command) for each in found)

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from ndcheck.records import Decoding, Probe, RunSpec
+from ndcheck.records import Decoding, Endpoint, Probe, RunSpec
 from ndcheck.reports.reproduction import (
     argument,
     prompts_file,
@@ -64,10 +64,20 @@ def test_no_field_of_the_spec_is_forgotten(field) -> None:
         "mode": "mixed",
         "arms": ("invariant",),
         "target_rate": 0.5,
+        "endpoint": Endpoint("http://127.0.0.1:8000/v1"),
     }
     old = getattr(DEFAULTS, field)
     value = other.get(field, not old if isinstance(old, bool) else 77)
     assert reproduce_command(replace(DEFAULTS, **{field: value}), DEFAULTS) != "ndcheck run"
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Endpoint)])
+def test_no_field_of_the_endpoint_is_forgotten(field) -> None:
+    other = {"api_key_file": "key.txt", "header_names": ("X-Team",)}
+    plain = replace(DEFAULTS, endpoint=Endpoint("http://127.0.0.1:8000/v1"))
+    changed = replace(plain.endpoint, **{field: other.get(field, 77)})
+    command = reproduce_command(replace(plain, endpoint=changed), DEFAULTS)
+    assert command != reproduce_command(plain, DEFAULTS)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def samples_of(example, rows=20_000):
 SAMPLES = (
     "run_id,arm,probe_id,trial_id,sample_id,batch_size,achieved_batch_size,slot,filler_lengths,"
     "cache_state,n_tokens,finish_reason,completion_id,first_divergence,margin,latent_divergence,"
-    "max_abs_dlogprob,elapsed_s,error,text"
+    "max_abs_dlogprob,elapsed_s,error,text,n_retries"
 )
 COMPLETIONS = (
     "arm,probe_id,completion_id,count,share,first_divergence,divergent_token,reference_token,"

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.cells import cell_len
@@ -68,6 +68,7 @@ def test_a_pile_of_zero_width_marks_is_bounded() -> None:
 
 
 @given(any_text)
+@example(" 0 ")
 def test_code_spans_and_blocks_hold_the_text_in(text: str) -> None:
     block = MARKDOWN.parse(code_block(text))
     assert [token.type for token in block] == ["fence"]

@@ -12,7 +12,7 @@ from ndcheck.analysis.accumulate import summarise
 from ndcheck.load import plan_trials, plant_fault
 from ndcheck.records import Decoding, Environment, Probe, Run
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import fit_loads
+from ndcheck.runner import fit_spec
 from ndcheck.samplers.transformers import TransformersSampler
 from ndcheck.verdict import judge
 
@@ -83,7 +83,7 @@ def test_the_invariant_arm_is_and_stock_is_not_invariant(directory, arrivals):
 def test_auto_loads_fit(directory, batching):
     spec = replace(make_spec(directory), batching=batching, batch_sizes=())
     sampler = TransformersSampler(spec)
-    largest = fit_loads(spec, sampler).batch_sizes[-1]
+    largest = fit_spec(spec, sampler).batch_sizes[-1]
     assert largest >= 64
     spec = replace(spec, batch_sizes=(largest,), n_samples=largest + 1, axes=("batch-size",))
     for trial in plan_trials(spec, {"p1": sampler.count_tokens(PROBE.prompt)}, sampler.context):

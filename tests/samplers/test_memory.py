@@ -12,7 +12,7 @@ from ndcheck.errors import TrialError
 from ndcheck.load import plan_trials, plant_fault
 from ndcheck.records import Decoding, Environment, Load, Probe, Run, Trial
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import fit_loads
+from ndcheck.runner import fit_spec
 from ndcheck.samplers import memory
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.continuous import ContinuousBatch
@@ -162,11 +162,11 @@ def test_the_machine_has_free_memory():
 )
 def test_auto_loads_go_up_to_the_largest(behaviour, sizes):
     auto = replace(SPEC, batch_sizes=())
-    assert fit_loads(auto, ScriptedSampler(behaviour)).batch_sizes == sizes
-    assert fit_loads(SPEC, ScriptedSampler(behaviour)) == SPEC
+    assert fit_spec(auto, ScriptedSampler(behaviour)).batch_sizes == sizes
+    assert fit_spec(SPEC, ScriptedSampler(behaviour)) == SPEC
 
 
 def test_auto_loads_of_a_model(sampler):
-    fitted = fit_loads(replace(SPEC, batch_sizes=()), sampler)
+    fitted = fit_spec(replace(SPEC, batch_sizes=()), sampler)
     assert fitted.batch_sizes[:2] == (1, 2)
     assert fitted.batch_sizes[-1] <= memory.MOST_ROWS["cpu"]

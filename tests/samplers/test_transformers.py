@@ -52,7 +52,7 @@ def mixed_load(sampler, cache_state="whole"):
 def test_tokens_equal_generate_on_the_same_batch(samplers, family, shape):
     sampler = samplers[family]
     load = {"alone": Load(1), "copies": Load(3, (0, 1, 2)), "mixed": mixed_load(sampler)}[shape]
-    rows = sampler._rows(load, PROBE)
+    rows = sampler.rows(load, PROBE)
     width = max(map(len, rows))
     padded = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -85,7 +85,7 @@ def test_padding_and_cache_state_keep_the_mathematics(tiny_models, family, cache
     )
     length = sampler.count_tokens(PROBE.prompt)
     load = Load(3, (1,), (length + 2, length - 1), 5, cache_state)
-    rows = sampler._rows(load, PROBE)
+    rows = sampler.rows(load, PROBE)
     with torch.inference_mode():
         alone = exact_batch(sampler, [rows[1]], 4)
         beside = exact_batch(sampler, rows, 4)
@@ -109,11 +109,11 @@ def test_the_batch_that_ran_is_witnessed(samplers):
 def test_rows_hold_probe_and_fillers_where_the_load_says(samplers):
     sampler = samplers["qwen3"]
     probe_ids = sampler._encode(PROBE.prompt)
-    rows = sampler._rows(Load(4, (2,), (3, 20, 1), filler_seed=1), PROBE)
+    rows = sampler.rows(Load(4, (2,), (3, 20, 1), filler_seed=1), PROBE)
     assert rows[2] == probe_ids
     assert [len(row) for row in rows] == [3, 20, len(probe_ids), 1]
-    again = sampler._rows(Load(4, (2,), (3, 20, 1), filler_seed=1), PROBE)
-    other = sampler._rows(Load(4, (2,), (3, 20, 1), filler_seed=2), PROBE)
+    again = sampler.rows(Load(4, (2,), (3, 20, 1), filler_seed=1), PROBE)
+    other = sampler.rows(Load(4, (2,), (3, 20, 1), filler_seed=2), PROBE)
     assert rows == again
     assert rows != other
 

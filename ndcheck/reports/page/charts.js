@@ -112,7 +112,7 @@ const report = (() => {
       return {
         x: edges.slice(0, -1).map((edge, i) => (edge + 1 + edges[i + 1]) / 2),
         xNames: names,
-        xLabel: "token",
+        xLabel: data.unit,
         range: [0.5, edges.at(-1) + 0.5],
         isCount: true,
         rows: charts.arms.map((arm) => arm.histogram.map((n) => n || null)),
@@ -136,7 +136,7 @@ const report = (() => {
       }));
       return {
         x: positions.map((position) => position + 1),
-        xLabel: "token",
+        xLabel: data.unit,
         hasZeros: true,
         rows: [column(0), ...charts.arms.map((_, i) => column(i + 1))],
         series: [{ label: "reference", colour: colour("trace"), stroke: colour("trace"), width: 1.25, points: { show: false } }, ...forks],

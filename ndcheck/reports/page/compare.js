@@ -23,7 +23,7 @@
   // Both completions as nodes: what only the left has, and only the right, is marked.
   function sides(a, b) {
     const n = sharedPrefix(a, b);
-    const head = n > SHOWN_OF_SHARED ? `⋯ ${n - SHOWN_OF_SHARED} tokens\n` : "";
+    const head = n > SHOWN_OF_SHARED ? `⋯ ${n - SHOWN_OF_SHARED} ${data.unit}s\n` : "";
     const shared = head + text(a.subarray(Math.max(0, n - SHOWN_OF_SHARED), n));
     const found = [[element("span", shared, "shared")], [element("span", shared, "shared")]];
     const rests = [Array.from(a.subarray(n)), Array.from(b.subarray(n))];
@@ -46,7 +46,7 @@
     const options = probe.arms.flatMap((arm, i) =>
       arm.trunks.slice(0, arm.n_with_tokens).map(([id, , start, , count]) => ({
         value: `${i}/${id}`,
-        label: `${several ? `${arm.arm} ` : ""}${id}: ${count} of ${arm.n_samples}${id === arm.reference ? ", the reference" : start ? `, leaves at token ${start + 1}` : ""}`,
+        label: `${several ? `${arm.arm} ` : ""}${id}: ${count} of ${arm.n_samples}${id === arm.reference ? ", the reference" : start ? `, leaves at ${data.unit} ${start + 1}` : ""}`,
       })),
     );
     selects.forEach((select) => select.append(...options.map(({ value, label }) => Object.assign(element("option", label), { value }))));
@@ -61,8 +61,8 @@
       const { n, found } = sides(a, b);
       const equal = n === a.length && n === b.length;
       status.textContent = equal
-        ? `The same ${n} tokens.`
-        : `${n} ${n === 1 ? "token" : "tokens"} in common; they part at token ${n + 1}. ${a.length} tokens on the left, ${b.length} on the right.`;
+        ? `The same ${n} ${data.unit}s.`
+        : `${n} ${data.unit}${n === 1 ? "" : "s"} in common; they part at ${data.unit} ${n + 1}. ${a.length} ${data.unit}s on the left, ${b.length} on the right.`;
       panes.forEach((pane, i) => pane.replaceChildren(...found[i]));
     }
 

@@ -90,7 +90,7 @@
       const [sample, trial, load, size, slot, index] = rows[at.row];
       const [completion, , , , count] = arm.trunks[index];
       status.replaceChildren(
-        `Sample ${sample}, trial ${trial}: ${arm.loads[load]}, batch ${size}, slot ${slot} · completion ${completion} (${count} of ${arm.n_samples}) · token ${at.token + 1}: `,
+        `Sample ${sample}, trial ${trial}: ${arm.loads[load]}, batch ${size}, slot ${slot} · completion ${completion} (${count} of ${arm.n_samples}) · ${data.unit} ${at.token + 1}: `,
       );
       const own = tokens(arm, index);
       if (own === null) status.append("text in completions.csv");

@@ -83,7 +83,9 @@ def test_decode_is_the_same_in_any_batch(operands, batch):
 def test_both_tiles_of_queries_agree(operands):
     config = attention_config(128, 2, 90)
     short, long = (
-        attention._launch(*operands, None, None, None, replace(config, short=tile), parallel=False)
+        attention._launch(
+            *operands, None, None, attention.Kind(), replace(config, short=tile), parallel=False
+        )
         for tile in (config.short, config.long)
     )
     assert torch.equal(short, long)
@@ -94,7 +96,7 @@ def test_another_split_is_told_apart(operands):
     config = attention_config(128, 2, 90)
     other = replace(config, split=2 * config.split)
     right, wrong = (
-        attention._launch(q[:, :, -1:], k, v, None, None, None, c, parallel=True)
+        attention._launch(q[:, :, -1:], k, v, None, None, attention.Kind(), c, parallel=True)
         for c in (config, other)
     )
     assert not torch.equal(right, wrong)
@@ -105,7 +107,7 @@ def test_accuracy(operands, parallel):
     q, k, v = (t[:1] for t in operands)
     queries = q[:, :, -16:]
     got = attention._launch(
-        queries, k, v, None, None, None, attention_config(128, 2, 90), parallel=parallel
+        queries, k, v, None, None, attention.Kind(), attention_config(128, 2, 90), parallel=parallel
     )
     keys, values = (t.double().repeat_interleave(4, 1) for t in (k, v))
     scores = queries.double() @ keys.mT * 128**-0.5

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -6,20 +8,31 @@ from ndcheck_kernels.configs import AttentionConfig, PrefillTile, attention_conf
 
 TILE = PrefillTile(32, 4, 1)
 SMALL = AttentionConfig(32, 32, TILE, TILE, 4, 1, 16, short_splits=2)  # many in a short context
+PLAIN = attention.Kind()
+SINKS = torch.tensor([-1.0, 2.0, 0.5, 6.0])
+KINDS = {
+    "window": attention.Kind(window=37),
+    "sinks": attention.Kind(sinks=SINKS),
+    "all": attention.Kind(scale=0.3, window=50, softcap=3.0, sinks=SINKS),
+}
 
 
-def exact(q, k, v, starts, lengths):
+def exact(q, k, v, starts, lengths, kind=PLAIN):
     """float64, one query at a time, straight from the definition."""
-    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64, device=q.device)
+    scale = q.shape[3] ** -0.5 if kind.scale is None else kind.scale
     group = q.shape[1] // k.shape[1]
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
         position = int(lengths[b]) - q.shape[2] + i
         if position >= int(starts[b]):
-            keys, values = (
-                t[b, h // group, int(starts[b]) : position + 1].double() for t in (k, v)
-            )
-            weights = torch.softmax(keys @ q[b, h, i].double() * q.shape[3] ** -0.5, 0)
-            out[b, h, i] = weights @ values
+            first = max(int(starts[b]), position + 1 - (kind.window or position + 1), 0)
+            keys, values = (t[b, h // group, first : position + 1].double() for t in (k, v))
+            scores = keys @ q[b, h, i].double() * scale
+            if kind.softcap:
+                scores = kind.softcap * torch.tanh(scores / kind.softcap)
+            sink = -torch.inf if kind.sinks is None else float(kind.sinks[h])
+            scores = torch.cat([scores, torch.full_like(scores[:1], sink)])
+            out[b, h, i] = torch.softmax(scores, 0)[:-1] @ values
     return out
 
 
@@ -35,8 +48,10 @@ def operands(dtype, device):
     return q, k, v, starts, lengths
 
 
-def launch(q, k, v, starts=None, lengths=None, *, config=SMALL, parallel=False):
-    return attention._launch(q, k, v, starts, lengths, None, config, parallel=parallel)
+def launch(q, k, v, starts=None, lengths=None, *, kind=PLAIN, config=SMALL, parallel=False):
+    if kind.sinks is not None:
+        kind = replace(kind, sinks=kind.sinks.to(q.device))
+    return attention._launch(q, k, v, starts, lengths, kind, config, parallel=parallel)
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -83,7 +98,7 @@ def test_splits_counted_from_the_cache_are_caught(operands):
     q_wide, hidden, v_wide = (torch.nn.functional.pad(t, pad) for t in (q_wide, hidden, v))
     v_wide = torch.nn.functional.pad(v, (0, 32))
     faulty = attention._launch(
-        q_wide, hidden, v_wide, None, lengths[1:], 32**-0.5, SMALL, parallel=False
+        q_wide, hidden, v_wide, None, lengths[1:], attention.Kind(32**-0.5), SMALL, parallel=False
     )[..., :32]
     torch.testing.assert_close(faulty, right, atol=1e-2, rtol=1e-2)
     assert not torch.equal(faulty, right)
@@ -110,11 +125,67 @@ def test_what_it_cannot_do_is_refused(device):
     q = torch.ones(1, 3, 4, 32, device=device)
     with pytest.raises(ValueError, match="over"):
         attention.attention(q, q[:, :2], q[:, :2])
-    with pytest.raises(ValueError, match="head_dim 24"):
-        attention.attention(*(q[..., :24],) * 3)
+    with pytest.raises(ValueError, match="head_dim 512"):
+        attention.attention(*(q.repeat(1, 1, 1, 16),) * 3)
     with pytest.raises(TypeError, match="float32"):
         attention.attention(q, q.half(), q.half())
     assert attention.attention(q[:0], q[:0], q[:0]).shape == (0, 3, 4, 32)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_kinds_are_accurate_and_the_same_in_any_slice(operands, kind, dtype):
+    q, k, v, starts, lengths = operands
+    want = exact(*operands, kind)
+    whole = launch(*operands, kind=kind)
+    assert (whole.double() - want).norm() / want.norm() < 4 * torch.finfo(dtype).eps
+    for first, last in ((0, 20), (19, 20)):
+        part = q[:, :, first:last], k, v, starts, lengths - 20 + last
+        for parallel in (False, True):
+            got = launch(*part, kind=kind, parallel=parallel)
+            assert torch.equal(got, whole[:, :, first:last]), (first, last, parallel)
+    own = slice(int(starts[1]), int(lengths[1]))
+    for parallel in (False, True):
+        alone = launch(q[1:], k[1:, :, own], v[1:, :, own], kind=kind, parallel=parallel)
+        assert torch.equal(alone, whole[1:]), parallel
+
+
+def test_a_sliding_cache_that_dropped_tokens_changes_nothing(operands):
+    """Column 0 of the cache is token 70, so the row's first one stands at column -70."""
+    q, k, v, _, _ = (t[:1] for t in operands)
+    for kind in (KINDS["window"], KINDS["all"]):
+        whole = launch(q, k, v, kind=kind)
+        starts = torch.tensor([-70], device=q.device)
+        for queries in (slice(0, 20), slice(19, 20)):
+            for parallel in (False, True):
+                got = launch(
+                    q[:, :, queries],
+                    k[:, :, 70:],
+                    v[:, :, 70:],
+                    starts,
+                    kind=kind,
+                    parallel=parallel,
+                )
+                assert torch.equal(got, whole[:, :, queries]), (queries, parallel)
+
+
+def test_a_window_counted_from_the_cache_is_caught(operands):
+    """The planted fault: a cache that dropped tokens, whose row is taken to begin at column 0."""
+    q, k, v, _, _ = (t[:1] for t in operands)
+    whole = launch(q, k, v, kind=KINDS["window"])
+    faulty = launch(q, k[:, :, 70:], v[:, :, 70:], kind=KINDS["window"])
+    torch.testing.assert_close(faulty, whole, atol=1e-2, rtol=1e-2)
+    assert not torch.equal(faulty, whole)
+
+
+@pytest.mark.parametrize("dims", [(80, 80), (24, 40), (192, 128)], ids=str)
+def test_head_dims(dims, dtype, device):
+    q, k = (torch.randn(1, h, n, dims[0], device=device).to(dtype) for h, n in ((2, 6), (1, 70)))
+    v = torch.randn(1, 1, 70, dims[1], device=device).to(dtype)
+    want = exact(q, k, v, torch.tensor([0]), torch.tensor([70]))
+    whole = launch(q, k, v)
+    assert (whole.double() - want).norm() / want.norm() < 4 * torch.finfo(dtype).eps
+    assert torch.equal(launch(q, k, v, parallel=True), whole)
+    assert torch.equal(launch(q[:, :, 5:], k, v, parallel=True), whole[:, :, 5:])
 
 
 def test_the_host_counts_the_splits_that_the_kernels_walk():

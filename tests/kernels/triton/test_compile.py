@@ -12,8 +12,8 @@ import pytest
 
 SCRIPT = """
 import dataclasses, json, sys, torch
-from ndcheck_kernels import attention, configs, layer_norm, matmul, reductions, resources, rms_norm
-from ndcheck_kernels import rotary, sampling, silu_mul, softmax
+from ndcheck_kernels import attention, configs, grouped_matmul, layer_norm, matmul, reductions
+from ndcheck_kernels import resources, rms_norm, rotary, sampling, silu_mul, softmax
 
 capability, bf16 = int(sys.argv[1]), torch.bfloat16
 shapes = [(6144, 4096), (4096, 4096), (24576, 4096), (151936, 4096), (1280, 8192), (8192, 1024)]
@@ -27,16 +27,30 @@ with resources.compiling(capability) as kernels:
                 x, w = torch.empty(600, k, dtype=bf16), torch.empty(n, k, dtype=bf16)
                 for bias in (None, torch.empty(n, dtype=bf16)):
                     matmul._launch(x, w.t(), bias, 1.0, 1.0, None, config, groups)
+    for config in configs.selectable_grouped_configs(2, capability):
+        x, b = torch.empty(600, 2048, dtype=bf16), torch.empty(128, 2048, 1536, dtype=bf16)
+        ends = torch.empty(128, dtype=torch.int32)
+        for weights in (b, b.view(128, 1536, 2048).mT):
+            groups = configs.k_groups(1536, 2048, 2, capability)
+            grouped_matmul._launch(x, weights, ends, None, config, groups)
+    index, weights = torch.empty(75, 8, dtype=torch.int64), torch.empty(75, 8, dtype=bf16)
+    grouped_matmul.route(index, weights, 128)
+    grouped_matmul.combine(x, index, weights)
     q, k = torch.empty(1, 32, 512, 128, dtype=bf16), torch.empty(1, 8, 512, 128, dtype=bf16)
     for queries in (q, q[:, :, :1]):
         attention.attention(queries, k, k)
     attention.attention(torch.empty(1, 32, 8192, 128, dtype=bf16), k, k)
+    sinks = torch.empty(32, dtype=bf16)
+    q = torch.empty(1, 32, 512, 64, dtype=bf16)
+    for queries in (q, q[:, :, :1]):
+        attention.attention(queries, q, q, window=128, softcap=50.0, sinks=sinks)
     for n in (128, 4096, 16384, 151936):
         x, w = torch.empty(5, n, dtype=bf16), torch.empty(n, dtype=bf16)
         if n < 65536:
             rms_norm.rms_norm(x, w), rms_norm.add_rms_norm(x, x, w), layer_norm.layer_norm(x, w, w)
         softmax.softmax(x), softmax.log_softmax(x), softmax.logsumexp(x), reductions.sum(x, -1)
         reductions._row_keys(x), silu_mul.silu_mul(x, x)
+    q = torch.empty(1, 32, 512, 128, dtype=bf16)
     rotary.rotary(q, q[:, 0], q[:, 0])
 used = [dataclasses.asdict(resources.resources(kernel)) for kernel in kernels]
 print(json.dumps([{**u, "instructions": sorted(u["instructions"])} for u in used]))
@@ -46,7 +60,7 @@ print(json.dumps([{**u, "instructions": sorted(u["instructions"])} for u in used
 TENSOR_CORES = {80: {"HMMA"}, 90: {"HMMA", "HGMMA"}, 100: {"HMMA", "UTCHMMA"}}
 # Triton 3.9 spills a little where 3.6, which made the GPU figures, does not.
 SPILLED = {("_prefill_kernel", 90): 64}
-DOTS = ("_matmul", "_prefill", "_decode")
+DOTS = ("_matmul", "_grouped", "_prefill", "_decode")
 
 
 def compile_in_a_process(script, *args):

@@ -106,19 +106,19 @@ def test_attention_takes_causal_spans_and_what_amounts_to_them(dtype, device) ->
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda q, k, v, s: attention_op(q, k, v, s, 0.2, 30.0), "soft-cap"),
-        (lambda q, k, v, s: attention_op(q, k, v[..., :16], s, 0.2, 0.0), "attention of"),
+        (lambda q, k, v, s: attention_op(q, k, v, s, 0.2, slopes=q[0, :, 0, 0]), "ALiBi"),
+        (lambda q, k, v, s: attention_op(q, k[:, :, 1:], v, s, 0.2, 0.0), "attention of"),
         (
             lambda q, k, v, s: attention_op(
                 q, k, v, torch.tensor([0, 5, 20]).int().expand(2, 9, 3).to(q.device), 0.2, 0.0
             ),
-            "sliding window",
+            "causal ones and windows",
         ),
         (lambda q, k, v, s: q.double() @ k.double().mT[:, :1], "float64"),
         (lambda q, k, v, s: torch.logsumexp(q, (0, 1)), "several dims"),
         (lambda q, k, v, s: q.cumsum(-1), "nothing is registered"),
     ],
-    ids=["softcap", "head dims", "window", "float64", "logsumexp", "cumsum"],
+    ids=["alibi", "lengths", "other mask", "float64", "logsumexp", "cumsum"],
 )
 def test_what_is_not_covered_is_refused(call, reason, device) -> None:
     q, k, v = attention_operands(torch.float32, device)

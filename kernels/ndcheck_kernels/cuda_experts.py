@@ -1,0 +1,43 @@
+"""The experts of a mixture on CUDA: importing this registers them."""
+
+import torch
+
+from ndcheck_kernels import grouped_matmul
+from ndcheck_kernels.experts import combine_op, route_by_sorting, route_op
+from ndcheck_kernels.matmul import DTYPES
+from ndcheck_kernels.mode import UnsupportedCallError, implements
+
+aten = torch.ops.aten
+
+
+@implements(aten._grouped_mm.default, device="cuda")
+def grouped_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """[P, K] x [E, K, N]: rows up to offs[e] and from the offset before it go through item e."""
+    if a.dim() != 2 or b.dim() != 3 or offs is None or bias is not None:
+        raise UnsupportedCallError("only rows in groups, without bias")
+    if a.dtype not in DTYPES or b.dtype != a.dtype or out_dtype not in (None, a.dtype):
+        raise UnsupportedCallError(f"no grouped product of {a.dtype} and {b.dtype}")
+    return grouped_matmul.grouped_matmul(a, b, offs)
+
+
+@implements(route_op, device="cuda")
+def route_experts(
+    index: torch.Tensor, weights: torch.Tensor, experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `experts.route_op`: one launch for few tokens, sorts for many; integers either way."""
+    few = index.numel() <= grouped_matmul.MOST_COUNTED
+    return (grouped_matmul.route if few else route_by_sorting)(index, weights, experts)
+
+
+@implements(combine_op, device="cuda")
+def combine_experts(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[P, H], [T, k], [T, k] -> [T, H]: each token's rows, weighted, in the order given."""
+    if rows.dtype == torch.float64:
+        raise UnsupportedCallError("no float64")
+    return grouped_matmul.combine(rows, place, weights)

@@ -1,0 +1,295 @@
+"""From what a user typed to an explanation on the screen: order, demo, trace, shrink."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ndcheck import request
+from ndcheck.cli.session import note
+from ndcheck.errors import UsageError
+from ndcheck.records import ARMS, Arm, Load, Probe, RunSpec
+from ndcheck.reports.explanation import save_explanation
+from ndcheck.store import replacing, write_failure
+
+if TYPE_CHECKING:
+    from ndcheck.samplers.transformers import TransformersSampler
+
+MAX_DRAWN_TERMS = 1024
+
+
+def order(
+    op: str | None,
+    fn: str | None,
+    *,
+    rows: str,
+    terms: str,
+    columns: int,
+    dtype: str,
+    device: str,
+    kernels: str,
+    drawings: dict[str, Path | None],
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Read the orders and show them. Returns the exit code."""
+    if columns < 1:
+        raise UsageError(f"--columns {columns}: give 1 or more")
+    row_counts, lengths = numbers("--rows", rows), numbers("--terms", terms)
+    if lengths[0] < 2:
+        raise UsageError("--terms: a sum has 2 terms or more")
+    if any(drawings.values()) and lengths[-1] > MAX_DRAWN_TERMS:
+        raise UsageError(f"--dot and --svg draw up to {MAX_DRAWN_TERMS} terms: lower --terms")
+    arm = one_arm(kernels)
+
+    from ndcheck.explain import order as explain
+    from ndcheck.explain import order_report
+    from ndcheck.explain.reductions import REDUCTIONS, Shape, load_function
+    from ndcheck.samplers.device import choose_device
+    from ndcheck.samplers.loading import DTYPES
+
+    if (op is None) == (fn is None):
+        raise UsageError(f"give one OP ({', '.join(REDUCTIONS)}) or --fn module:function")
+    if op is not None and op not in REDUCTIONS:
+        raise UsageError(f"OP {op!r} is unknown; choose from {', '.join(REDUCTIONS)}, or use --fn")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
+    reduction = load_function(fn) if fn else REDUCTIONS[str(op)]
+    shape = Shape(lengths[0], columns, DTYPES[dtype], choose_device(device))
+    points = explain.sweep(
+        reduction,
+        shape,
+        [(n_rows, length) for length, n_rows in product(lengths, row_counts)],
+        arm,
+        lambda point: note(f"{reduction.name}: {point.rows} rows read", quiet=quiet),
+    )
+    setting = {
+        "op": reduction.name,
+        "columns": columns,
+        "dtype": dtype,
+        "device": str(shape.device),
+        "kernels": arm,
+    }
+    _write(drawings, order_report.distinct_orders(points))
+    if as_json:
+        typer.echo(json.dumps(order_report.order_document(setting, points)))
+    else:
+        title = f"{reduction.name}, {dtype}, {columns} columns, {shape.device}, {arm} kernels"
+        for line in order_report.order_lines(title, reduction.rows, points, _width()):
+            typer.echo(line)
+    return int(explain.depends_on_rows(points))
+
+
+def _write(drawings: dict[str, Path | None], orders: dict[str, Any]) -> None:
+    from ndcheck.explain import order_report
+
+    for kind, path in drawings.items():
+        if path is not None:
+            try:
+                with replacing(path) as file:
+                    file.write(getattr(order_report, kind)(orders))
+            except OSError as error:
+                raise write_failure(path, error) from error
+
+
+def trace_loads(
+    spec: RunSpec, steps: list[int], *, with_swaps: bool, as_json: bool, quiet: bool
+) -> int:
+    """Trace a probe under a load of each batch size. Returns the exit code."""
+    sampler = _open(spec, quiet=quiet)
+    length = sampler.count_tokens(spec.probes[0].prompt)
+    if length == 0:
+        raise UsageError("the prompt has no tokens")
+    loads = []
+    for size in spec.batch_sizes:
+        slots = tuple(range(size)) if spec.mode == "copies" else (size // 2,)
+        fillers = (length,) * (size - len(slots))
+        loads.append((Load(size, slots, fillers, spec.seed), slots[-1]))
+    return _trace(spec, sampler, spec.probes[0], steps, loads, with_swaps, as_json, quiet)
+
+
+def trace_run(
+    directory: Path,
+    sample_id: int | None,
+    steps: list[int] | None,
+    *,
+    with_swaps: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Trace the pass in which a recorded sample left its reference. Returns the exit code."""
+    from ndcheck.explain.failing import find_failure
+
+    failure = find_failure(directory, sample_id)
+    sample, what = failure.sample, "bits" if failure.is_latent else "tokens"
+    spec = replace(failure.run.spec, arms=(sample.arm,))
+    note(
+        f"sample {sample.sample_id}: {what} differ from the reference at token "
+        f"{failure.position + 1}, bits from token {failure.bits_position + 1} on",
+        quiet=quiet,
+    )
+    sampler = _open(spec, quiet=quiet)
+    # Where the bits begin to differ, an op is to blame; where the tokens part, perhaps none is.
+    # A prefill in parts has no pass to compare, but the cache that it left is there from step 1 on.
+    first = 0 if sample.load.cache_state == "whole" else 1
+    steps = steps or sorted({max(first, failure.bits_position), max(first, failure.position)})
+    # Beyond the divergence the sample took in other tokens than the trace does.
+    recorded = sample.row_digests[: failure.position + 1]
+    if sample.arm == "invariant" and sampler.model.device.type == "cuda":
+        note("fused layers are traced op by op, whose bits are not the recorded ones", quiet=quiet)
+        recorded = ()
+    return _trace(
+        spec,
+        sampler,
+        failure.probe,
+        steps,
+        [(sample.load, sample.slot)],
+        with_swaps,
+        as_json,
+        quiet,
+        recorded,
+        partial(save_explanation, directory, sample.sample_id),
+    )
+
+
+def _trace(
+    spec: RunSpec,
+    sampler: TransformersSampler,
+    probe: Probe,
+    steps: list[int],
+    loads: list[tuple[Load, int]],
+    with_swaps: bool,
+    as_json: bool,
+    quiet: bool,
+    recorded: tuple[str, ...] = (),
+    save: Callable[[dict[int, list[str]]], None] = lambda advice: None,
+) -> int:
+    from ndcheck.explain import trace_report
+    from ndcheck.explain.swapping import find_swaps
+    from ndcheck.explain.tracing import Tracer, group_findings
+
+    (arm,) = spec.arms
+    explanations = []
+    for step in steps:
+        tracer = Tracer(sampler, probe, step, arm, spec.decoding)
+        alone = tracer.record_alone()
+        traces = []
+        for load, slot in loads:
+            note(f"step {step}: tracing {load.batch_size} rows", quiet=quiet)
+            traces.append(tracer.trace(load, slot, alone))
+        swaps = None
+        if with_swaps and arm == "stock" and any(trace.introducers for trace in traces):
+            note(f"step {step}: swapping ops one at a time", quiet=quiet)
+            swaps = find_swaps(sampler, probe, step, group_findings(traces), loads, spec.decoding)
+        digest = recorded[step] if step < len(recorded) else None
+        explanations.append(trace_report.Explanation(step, traces, swaps, digest))
+    described = sampler.describe()
+    setting = {"model": described, "kernels": arm, "prompt": probe.prompt}
+    if as_json:
+        typer.echo(json.dumps(trace_report.trace_document(setting, explanations)))
+    else:
+        name, dtype, device = (described[key] for key in ("name", "dtype", "device"))
+        title = f"{name}, {dtype}, {device}, {arm} kernels"
+        for line in trace_report.trace_lines(title, explanations, _width()):
+            typer.echo(line)
+    if not any(explanation.doubt for explanation in explanations):
+        save({explanation.step: explanation.advice for explanation in explanations})
+    codes = {explanation.exit_code for explanation in explanations}
+    return next((code for code in (1, 3) if code in codes), 0)
+
+
+def shrink(
+    directory: Path, sample_id: int | None, out: Path | None, *, as_json: bool, quiet: bool
+) -> int:
+    """Shrink a failing load and check the script that shows it. Returns the exit code."""
+    from ndcheck.builtin import MODEL_DIRECTORY
+    from ndcheck.explain import reproduction_script as script
+    from ndcheck.explain.failing import find_failure
+    from ndcheck.explain.shrink_report import shrink_document, shrink_lines
+    from ndcheck.explain.shrinking import Batch, Shrinker
+
+    failure = find_failure(directory, sample_id)
+    if failure.sample.arm != "stock":
+        raise UsageError("shrink makes scripts of plain transformers: choose a stock --sample")
+    spec = failure.run.spec
+    sampler = _open(spec, quiet=quiet)
+
+    def show(n_tests: int, best: Batch) -> None:
+        rows, tokens = best.size
+        note(f"test {n_tests}: {rows} rows, {tokens} tokens beside the probe", quiet=quiet)
+
+    shrunk = Shrinker(sampler, failure, on_test=show).shrink()
+    path = out or directory / "repro.py"
+    source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
+    text = script.write_script(
+        shrunk,
+        sampler.describe(),
+        source,
+        remote=spec.trust_remote_code,
+        random_weights=spec.random_weights,
+    )
+    try:
+        with replacing(path) as file:
+            file.write(text)
+    except OSError as error:
+        raise write_failure(path, error) from error
+    note(f"running {path}", quiet=quiet)
+    reproduction = script.run_script(path, shrunk)
+    if as_json:
+        typer.echo(json.dumps(shrink_document(failure, shrunk, reproduction)))
+    else:
+        for line in shrink_lines(failure, shrunk, reproduction, sampler.decode, _width()):
+            typer.echo(line)
+    return 1 if reproduction.shows_it else 3
+
+
+def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
+    """Raises UsageError for a model whose ops cannot be seen."""
+    from ndcheck.samplers.base import open_sampler
+    from ndcheck.samplers.transformers import TransformersSampler
+
+    if spec.endpoint is not None:
+        raise UsageError(f"{spec.model} runs at {spec.endpoint.url}: no op can be seen there")
+    if spec.batching == "continuous":
+        raise UsageError(
+            "continuous batching: no step can be repeated alone; explain a run of the same prompts "
+            "with --batching exact"
+        )
+    note(f"loading {spec.model}", quiet=quiet)
+    sampler = open_sampler(spec)
+    if not isinstance(sampler, TransformersSampler):
+        raise UsageError(f"--model {spec.model} does not run in this process: no op can be seen")
+    return sampler
+
+
+def one_arm(text: str) -> Arm:
+    """``stock`` or ``invariant``."""
+    (arm, *more) = request.parse_names("--kernels", text, ARMS)
+    if more:
+        raise UsageError(f"--kernels {text}: give one of {', '.join(ARMS)}")
+    return arm
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """``"1-4,8"`` as ascending numbers of ``least`` or more."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()) or int(first) < least:
+            raise UsageError(f"{option}: {part.strip()!r} is not a number or a range such as 1-8")
+        found.update(range(int(first), int(last or first) + 1))
+    if not found:
+        raise UsageError(f"{option}: {text!r} is an empty range")
+    return sorted(found)

@@ -1,0 +1,36 @@
+"""`ndcheck mock-server`: a server with a planted fault, for tests and demonstrations."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def mock_server(
+    fault: Annotated[str, typer.Option("--fault", help="What is wrong with it.")] = "none",
+    flavour: Annotated[str, typer.Option("--flavour", help="What it imitates.")] = "vllm",
+    port: Annotated[int, typer.Option("--port", help="0: any free one.")] = 0,
+    after: Annotated[
+        int, typer.Option("--after", help="The fault spares so many requests first.")
+    ] = 0,
+    every: Annotated[int, typer.Option("--every", help="And strikes every so many.")] = 1,
+    max_batch: Annotated[int, typer.Option("--max-batch", help="So many run at a time.")] = 256,
+    step_ms: Annotated[float, typer.Option("--step-ms", help="Time for one token of each.")] = 2.0,
+) -> None:
+    """Serve scripted completions of the model `mock` with a planted fault."""
+    import asyncio
+
+    from ndcheck.errors import UsageError
+    from ndcheck.mock_server.faults import FAULTS, FLAVOURS
+    from ndcheck.mock_server.server import MockServer, Plan
+
+    for option, value, accepted in (("--fault", fault, FAULTS), ("--flavour", flavour, FLAVOURS)):
+        if value not in accepted:
+            raise UsageError(f"{option} {value}: choose from {', '.join(accepted)}")
+    plan = Plan(fault, flavour, after, max(1, every), max_batch, step_ms / 1000)
+
+    def announce(port: int) -> None:
+        typer.echo(f"http://127.0.0.1:{port}/v1")
+
+    asyncio.run(MockServer(plan).serve("127.0.0.1", port, announce))

@@ -1,0 +1,38 @@
+"""`ndcheck shrink`: the smallest load that still fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ndcheck.cli import options as o
+
+
+def shrink(
+    run: Annotated[Path, typer.Option("--run", help="The run that failed.", metavar="DIR")],
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample",
+            help="Which [default: one that diverged in the smallest batch].",
+            metavar="ID",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Where the script goes [default: DIR/repro.py].", metavar="FILE"
+        ),
+    ] = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Shrink a failing load to the smallest, and write a script that shows the failure.
+
+    Exits with 1 where the script shows it, as it has then been run.
+    """
+    from ndcheck.cli import explanation
+
+    raise typer.Exit(explanation.shrink(run, sample, out, as_json=json, quiet=quiet))

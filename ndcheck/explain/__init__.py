@@ -1,0 +1,1 @@
+"""Why bits differ: which op introduces the difference (trace), in which order it adds (order)."""

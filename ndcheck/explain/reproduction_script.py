@@ -1,0 +1,132 @@
+"""A stand-alone script that shows a shrunk failure with torch and transformers alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from ndcheck.errors import UsageError
+from ndcheck.explain.shrinking import Shrunk
+from ndcheck.samplers.batch import N_PREFILL_CHUNKS
+
+TIMEOUT_S = 600
+
+_SCRIPT = Template('''\
+"""Token $token of row $slot is not the one it gets alone. Found by ndcheck shrink."""
+import torch
+import transformers
+
+ROWS = [
+$rows
+]
+SLOT, N_TOKENS, N_CHUNKS = $slot, $n_tokens, $n_chunks
+torch.set_num_threads($threads)
+$load
+
+@torch.inference_mode()
+def complete(rows, slot, n_chunks):
+    """Greedy tokens and logits of one row in a left-padded batch."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows]).to(model.device)
+    pads = torch.tensor([[width - len(row)] for row in rows]).to(model.device)
+    columns = torch.arange(width + N_TOKENS).to(model.device)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=width + N_TOKENS)
+    parts, end, tokens, bits = list(ids.split(-(-width // n_chunks), dim=1)), 0, [], []
+    while len(tokens) < N_TOKENS:
+        start, end = end, end + parts[0].shape[1]
+        position = (columns[start:end] - pads).clamp(min=0)
+        logits = model(parts.pop(0), attention_mask=(columns >= pads).long(), position_ids=position,
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        if not parts:
+            parts = [(logits == logits.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)]
+            tokens, bits = [*tokens, int(parts[0][slot])], [*bits, logits[slot]]
+    return tokens, bits
+
+alone, bits_alone = complete([ROWS[SLOT]], 0, 1)
+batched, bits_batched = complete(ROWS, SLOT, N_CHUNKS)
+print("alone  ", alone, "\\nbatched", batched)
+differ = $criterion
+raise SystemExit(f"differs at token {differ.index(True) + 1}" if any(differ) else 0)
+''')
+
+_LOAD = Template("""\
+model = transformers.AutoModelForCausalLM.from_pretrained($model, $options$trust)
+model = model.to($device).eval()""")
+
+_MAKE = Template("""\
+torch.manual_seed($seed)
+with torch.device($device):
+    config = transformers.AutoConfig.from_pretrained($model$trust)
+    model = transformers.AutoModelForCausalLM.from_config(config, $options$trust).eval()""")
+
+
+@dataclass(frozen=True, slots=True)
+class Reproduction:
+    """A script, and what it printed when it was run; ``shows_it`` if it found the same token."""
+
+    path: Path
+    shows_it: bool
+    output: str
+
+
+def write_script(
+    shrunk: Shrunk,
+    described: dict[str, Any],
+    source: str,
+    *,
+    remote: bool,
+    random_weights: int | None = None,
+) -> str:
+    """The script's text: at most 37 lines and one for each row.
+
+    ``described`` is the sampler's description of the model, ``source`` where it is loaded from;
+    ``random_weights`` is the seed of weights that are not.
+    Raises UsageError for a cache state that takes more than that.
+    """
+    import torch
+
+    batch = shrunk.batch
+    if batch.cache_state == "prefix":
+        raise UsageError("only a prefilled prefix parts this probe: no short script can show it")
+    load = _LOAD if random_weights is None else _MAKE
+    tokens = "[a != b for a, b in zip(alone, batched)]"
+    return _SCRIPT.substitute(
+        token=shrunk.position + 1,
+        slot=batch.slot,
+        rows="\n".join(f"    {list(row)}," for row in batch.rows),
+        n_tokens=batch.n_tokens,
+        n_chunks=N_PREFILL_CHUNKS if batch.cache_state == "chunked" else 1,
+        threads=torch.get_num_threads(),
+        load=load.substitute(
+            model=repr(source),
+            trust=", trust_remote_code=True" * remote,
+            options=f"dtype=torch.{described['dtype']}, "
+            f"attn_implementation={described['attention']!r}",
+            device=repr(described["device"]),
+            seed=random_weights,
+        ),
+        criterion=tokens.replace("a != b", "not torch.equal(a, b)")
+        .replace("alone", "bits_alone")
+        .replace("batched", "bits_batched")
+        if shrunk.is_latent
+        else tokens,
+    )
+
+
+def run_script(path: Path, shrunk: Shrunk) -> Reproduction:
+    """Run the script in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    expected = f"differs at token {shrunk.position + 1}"
+    lines = [*done.stdout.strip().splitlines(), *done.stderr.strip().splitlines()[-1:]]
+    shows_it = done.returncode == 1 and lines[-1:] == [expected]
+    return Reproduction(path, shows_it, "\n".join(lines))

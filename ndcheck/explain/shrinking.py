@@ -1,0 +1,212 @@
+"""A failing load made as small as it can be while it still parts the probe from its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ndcheck.errors import BackendError, UsageError
+from ndcheck.explain.alignment import equal_bits
+from ndcheck.explain.failing import Failure
+from ndcheck.records import CacheState
+from ndcheck.samplers.selection import lowest_argmax
+from ndcheck.samplers.transformers import TransformersSampler
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids of every row, which row is the probe, and how the prompts are prefilled.
+
+    ``n_tokens`` are decoded at most; the static cache is as long as that asks for.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    slot: int
+    cache_state: CacheState
+    n_tokens: int
+
+    @property
+    def probe(self) -> tuple[int, ...]:
+        return self.rows[self.slot]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(rows, tokens in the other rows)."""
+        return len(self.rows), sum(map(len, self.rows)) - len(self.probe)
+
+
+@dataclass(frozen=True, slots=True)
+class Shrunk:
+    """The smallest batch found, the token (0-based) where it parts, and both tokens there.
+
+    In a latent failure the tokens are equal and the logits' bits are not.
+    """
+
+    batch: Batch
+    before: Batch
+    position: int
+    token_alone: int
+    token_batched: int
+    is_latent: bool
+    n_tests: int
+
+
+class Shrinker:
+    """Runs candidates in the arm of the failure; ``on_test`` is told how many rows are left.
+
+    Raises BackendError if the failure does not come again, and UsageError for a run that is not
+    greedy.
+    """
+
+    def __init__(
+        self,
+        sampler: TransformersSampler,
+        failure: Failure,
+        kernels: Callable[[], AbstractContextManager[Any]] | None = None,
+        on_test: Callable[[int, Batch], None] = lambda n_tests, best: None,
+    ) -> None:
+        if failure.run.spec.decoding.temperature > 0:
+            raise UsageError("shrink works on greedy runs: this one has a temperature above 0")
+        self._sampler = sampler
+        self._failure = failure
+        self._kernels = kernels or (lambda: sampler.arm(failure.sample.arm))
+        self._on_test = on_test
+        self._alone: dict[tuple[tuple[int, ...], int], list[tuple[int, torch.Tensor]]] = {}
+        self.n_tests = 0
+
+    def shrink(self) -> Shrunk:
+        """Fewer rows, then a plainer prefill, shorter and plainer fillers, fewer tokens."""
+        sample = self._failure.sample
+        rows = self._sampler.rows(sample.load, self._failure.probe)
+        before = Batch(
+            tuple(map(tuple, rows)),
+            sample.slot,
+            sample.load.cache_state,
+            self._failure.run.spec.decoding.max_tokens,
+        )
+        if self.parts(before) is None:
+            raise BackendError(
+                f"sample {sample.sample_id} does not differ here: the machine, the number of "
+                "threads or the software are not those of the run"
+            )
+        best = before
+        while True:
+            start = best
+            for simplify in (_plainer_prefill, _fewer_rows, _shorter_rows, _plainer_rows):
+                best = self._descend(best, simplify)
+            if best == start:
+                break
+        position = self.parts(best)
+        fewest = replace(best, n_tokens=(position or 0) + 1)
+        if self.parts(fewest) is not None:
+            best = fewest
+        position = self.parts(best)
+        if position is None:
+            raise BackendError("the smallest load found does not part the probe twice")
+        alone, batched = self._completion(best, alone=True), self._completion(best, alone=False)
+        return Shrunk(
+            best,
+            before,
+            position,
+            alone[position][0],
+            batched[position][0],
+            self._failure.is_latent,
+            self.n_tests,
+        )
+
+    def parts(self, batch: Batch) -> int | None:
+        """The first token at which the probe in ``batch`` differs from the probe alone."""
+        self.n_tests += 1
+        alone = self._completion(batch, alone=True)
+        with torch.inference_mode(), self._kernels():
+            steps = enumerate(zip(alone, self._steps(batch, alone=False), strict=False))
+            for position, ((token, logits), (other, others)) in steps:
+                if token != other or (self._failure.is_latent and not equal_bits(logits, others)):
+                    return position
+        return None
+
+    def _descend(self, best: Batch, simplify: Callable[[Batch], Iterator[Batch]]) -> Batch:
+        """Take the first simpler batch that still fails, again and again."""
+        while True:
+            for candidate in simplify(best):
+                if self.parts(candidate) is not None:
+                    best = candidate
+                    self._on_test(self.n_tests, best)
+                    break
+            else:
+                return best
+
+    def _completion(self, batch: Batch, *, alone: bool) -> list[tuple[int, torch.Tensor]]:
+        key = (batch.probe, batch.n_tokens)
+        if alone and key in self._alone:
+            return self._alone[key]
+        with torch.inference_mode(), self._kernels():
+            completion = list(self._steps(batch, alone=alone))
+        if alone:
+            self._alone[key] = completion
+        return completion
+
+    def _steps(self, batch: Batch, *, alone: bool) -> Iterator[tuple[int, torch.Tensor]]:
+        """The probe's (token id, logits [vocabulary]) step by step; within the arm's kernels."""
+        rows = [batch.probe] if alone else batch.rows
+        slot = 0 if alone else batch.slot
+        state: CacheState = "whole" if alone else batch.cache_state
+        exact = self._sampler.open_batch(list(map(list, rows)), batch.n_tokens)
+        logits = exact.prefill(state)
+        for position in range(batch.n_tokens):
+            token_ids = lowest_argmax(logits)
+            yield int(token_ids[slot]), logits[slot].clone()
+            if position + 1 < batch.n_tokens:
+                logits = exact.step(token_ids)
+
+
+def _plainer_prefill(batch: Batch) -> Iterator[Batch]:
+    plainer: dict[CacheState, tuple[CacheState, ...]] = {
+        "whole": (),
+        "chunked": ("whole",),
+        "prefix": ("whole", "chunked"),
+    }
+    for state in plainer[batch.cache_state]:
+        yield replace(batch, cache_state=state)
+
+
+def _fewer_rows(batch: Batch) -> Iterator[Batch]:
+    """Delta debugging (Zeller and Hildebrandt 2002): leave out halves, then quarters, ..."""
+    others = [row for row in range(len(batch.rows)) if row != batch.slot]
+    part = len(others)
+    while part:
+        for start in range(0, len(others), part):
+            dropped = set(others[start : start + part])
+            rows = tuple(r for i, r in enumerate(batch.rows) if i not in dropped)
+            yield replace(batch, rows=rows, slot=batch.slot - sum(d < batch.slot for d in dropped))
+        part //= 2
+
+
+def _shorter_rows(batch: Batch) -> Iterator[Batch]:
+    """Every other row at once, then one by one, the shortest first."""
+    others = [row for row in range(len(batch.rows)) if row != batch.slot]
+    longest = max((len(batch.rows[row]) for row in others), default=0)
+    lengths = sorted({*range(1, min(longest, 9)), *(longest * k // 8 for k in range(1, 8))} - {0})
+    for chosen in ([others] if len(others) > 1 else []) + [[row] for row in others]:
+        for length in lengths:
+            yield from _changed(batch, chosen, lambda row, n=length: row[:n])  # type: ignore[misc]
+
+
+def _plainer_rows(batch: Batch) -> Iterator[Batch]:
+    """Other rows as one token repeated."""
+    others = [row for row in range(len(batch.rows)) if row != batch.slot]
+    token = batch.probe[:1]
+    for chosen in ([others] if len(others) > 1 else []) + [[row] for row in others]:
+        yield from _changed(batch, chosen, lambda row: token * len(row))
+
+
+def _changed(
+    batch: Batch, chosen: list[int], change: Callable[[tuple[int, ...]], tuple[int, ...]]
+) -> Iterator[Batch]:
+    rows = tuple(change(r) if i in chosen else r for i, r in enumerate(batch.rows))
+    if rows != batch.rows:
+        yield replace(batch, rows=rows)

@@ -1,0 +1,1 @@
+"""A server with planted faults, for tests and demonstrations, over scripted streams."""

@@ -1,0 +1,51 @@
+"""What `ndcheck trace` leaves in a run's directory, for its reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ndcheck.errors import UsageError
+from ndcheck.store import replacing, write_failure
+
+EXPLANATION_FILE = "explanation.json"
+SCHEMA_VERSION = 1
+
+
+def save_explanation(directory: Path, sample_id: int, advice: Mapping[int, Sequence[str]]) -> None:
+    """Keep the advice on one sample, by step, in place of what was there.
+
+    Raises BackendError if the disk refuses.
+    """
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "sample_id": sample_id,
+        "steps": [{"step": step, "advice": list(lines)} for step, lines in advice.items()],
+    }
+    try:
+        with replacing(directory / EXPLANATION_FILE) as file:
+            json.dump(document, file, indent=2)
+            file.write("\n")
+    except OSError as error:
+        raise write_failure(directory, error) from error
+
+
+def read_advice(directory: Path) -> list[str]:
+    """The advice of the last trace of this run, each naming its sample; empty without one.
+
+    Raises UsageError where the file is damaged.
+    """
+    file = directory / EXPLANATION_FILE
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        sample_id = int(document["sample_id"])
+        return [
+            f"sample {sample_id}, token {int(step['step']) + 1}: {sentence}"
+            for step in document["steps"]
+            for sentence in step["advice"]
+        ]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{file} cannot be read: {error}; delete it or trace again") from error

@@ -1,0 +1,1 @@
+"""Samples from a running server through the OpenAI API, under a load that ndcheck makes."""

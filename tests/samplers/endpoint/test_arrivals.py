@@ -1,0 +1,77 @@
+"""When requests are sent."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from ndcheck.load import Arrival, parse_arrival
+from ndcheck.records import Load
+from ndcheck.samplers.endpoint.arrivals import run_trial
+
+
+@pytest.mark.parametrize(
+    ("text", "arrival"),
+    [
+        ("together", Arrival("together")),
+        ("closed", Arrival("closed")),
+        ("poisson:2.5", Arrival("poisson", rate_per_s=2.5)),
+        ("bursts:4:0.5", Arrival("bursts", burst_size=4, gap_s=0.5)),
+    ],
+)
+def test_an_arrival_is_read(text, arrival):
+    assert parse_arrival(text) == arrival
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "open", "closed:3", "poisson", "poisson:0", "poisson:inf", "bursts:2", "bursts:0:1",
+     "bursts:2:nan", "bursts:2:1:1", "poisson:x"],
+)  # fmt: skip
+def test_anything_else_is_not(text):
+    assert parse_arrival(text) is None
+
+
+def test_offsets_of_open_loops():
+    load = Load(5, (0,), (3,) * 4, filler_seed=1)
+    assert Arrival("bursts", burst_size=2, gap_s=0.5).offsets_s(load) == [0, 0, 0.5, 0.5, 1.0]
+    poisson = Arrival("poisson", rate_per_s=100.0)
+    offsets = poisson.offsets_s(load)
+    assert offsets == sorted(offsets) == poisson.offsets_s(load)
+    assert offsets[0] == 0
+    assert offsets[-1] > 0
+
+
+def run(load, arrival):
+    """The most requests in flight at once, and what was sent in order."""
+    in_flight, most, sent = 0, 0, []
+
+    async def request(name, turns):
+        nonlocal in_flight, most
+        in_flight += 1
+        most = max(most, in_flight)
+        sent.append(name)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        in_flight -= 1
+
+    probes = [lambda i=i: request(f"probe {i}", 9) for i in range(len(load.slots))]
+    asyncio.run(
+        run_trial(load, arrival, probes, lambda row, number: request((row, number), 3 + row))
+    )
+    return most, sent
+
+
+def test_together_sends_each_row_once_in_row_order():
+    most, sent = run(Load(4, (2,), (1, 1, 1)), Arrival("together"))
+    assert most == 4
+    assert sent == [(0, 0), (1, 0), "probe 0", (3, 0)]
+
+
+def test_a_closed_loop_keeps_its_number_in_flight_until_the_last_probe():
+    most, sent = run(Load(6, (0, 3), (1,) * 4, filler_seed=5), Arrival("closed"))
+    assert most == 6
+    assert sent.count("probe 0") == sent.count("probe 1") == 1
+    assert len(sent) > 6
+    assert len(set(sent)) == len(sent)  # no filler is sent twice
