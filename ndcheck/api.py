@@ -21,7 +21,7 @@ from ndcheck.reports.reproduction import reproduce_command
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS, add_headers, make_spec, parse_headers
-from ndcheck.runner import Progress, create_directory, fit_axes, plan, run_trials
+from ndcheck.runner import Progress, create_directory, fit_spec, plan, run_trials
 from ndcheck.samplers.base import open_sampler
 from ndcheck.store import RUN_FILE, SAMPLES_FILE, SampleReader, read_run, write_failure
 from ndcheck.verdict import Outcome, judge
@@ -74,7 +74,7 @@ def measure_spec(
     # Read when torch is imported, if it is not yet; `__main__` says why.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with closing(open_sampler(spec, headers=headers)) as sampler:
-        spec = fit_axes(spec, sampler)
+        spec = fit_spec(spec, sampler)
         trials = plan(spec, sampler)
         with closing(create_directory(spec, sampler, trials, out)) as directory:
             run_trials(trials, sampler, directory, on_progress=on_progress)

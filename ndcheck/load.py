@@ -18,6 +18,9 @@ from ndcheck.records import Arm, Axis, CacheState, Endpoint, Fault, Load, Probe,
 
 CACHE_STATES: tuple[CacheState, ...] = ("chunked", "prefix")
 
+SMALLEST_PAGE_TOKENS = 4
+"""A paged cache shares whole pages, none smaller, so a prompt must be longer to share a prefix."""
+
 FILLER_TEXT = (
     "the quick answer depends on order because floating point addition is not associative and "
     "every kernel may split its sums in another way when more requests arrive at once so a "
@@ -36,6 +39,12 @@ def fit_to_length(token_ids: list[int], length: int) -> list[int]:
     """Cut or repeat ``token_ids`` to exactly ``length`` tokens."""
     repeats = -(-length // len(token_ids))
     return (token_ids * repeats)[:length]
+
+
+def batch_sizes_up_to(largest: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and the largest."""
+    powers = (2**i for i in range(largest.bit_length()))
+    return tuple(dict.fromkeys((*powers, largest)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +136,8 @@ def _round_of_cells(
 ) -> Iterator[Cell]:
     """One pass over the grid. Only baselines that an asked-for axis needs are included."""
     index = 0
+    if spec.batching == "continuous" and length <= SMALLEST_PAGE_TOKENS:  # No page to share.
+        cache_states = tuple(state for state in cache_states if state != "prefix")
 
     def cell(axis: Axis, load: Load, baseline: int | None) -> Cell:
         nonlocal index
@@ -146,6 +157,8 @@ def _round_of_cells(
             continue
         mixed = Load(batch_size, (0,), (length,) * (batch_size - 1), seed)
         copies = Load(batch_size, tuple(range(batch_size)))
+        if spec.batching == "continuous":  # The seed also says who comes when.
+            copies = replace(copies, filler_seed=seed)
         base = copies if spec.mode == "copies" else mixed
         # A baseline of other axes is evidence for batch size too, where that is asked for.
         base_axis: Axis = "batch-size" if "batch-size" in spec.axes else "reference"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 Arm = Literal["stock", "invariant"]
+Batching = Literal["exact", "continuous"]
 Axis = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
 CacheState = Literal["whole", "chunked", "prefix"]
 EngineName = Literal["vllm"]
@@ -102,16 +103,21 @@ class Trial:
 class Witness:
     """Evidence of the batch that really ran; None where the backend gives none.
 
-    ``achieved_batch_size`` is the smallest number of rows any forward pass of the trial had;
-    ``override_fires`` counts the ops that an invariant implementation computed. ``passes`` is what
-    an engine's scheduler did: in order, how many equal passes, and of each its rows, its tokens,
-    and the requests then running, waiting and preempted.
+    ``achieved_batch_size`` is the smallest number of rows any forward pass of the trial had; under
+    continuous batching the largest that the sample's own steps had, the least of the trial's
+    samples, and ``step_batch_sizes`` is the number at each token of this sample.
+    ``override_fires`` counts the ops that an invariant implementation computed;
+    ``out_of_memory_at`` is the last batch size that did not fit, before it was halved.
+    ``passes`` is what an engine's scheduler did: in order, how many equal passes, and of each its
+    rows, its tokens, and the requests then running, waiting and preempted.
     """
 
     achieved_batch_size: int | None
     prefill_calls: int | None = None
     decode_calls: int | None = None
     override_fires: int | None = None
+    step_batch_sizes: tuple[int, ...] = ()
+    out_of_memory_at: int | None = None
     passes: tuple[tuple[int, ...], ...] = ()
 
 
@@ -252,6 +258,7 @@ class RunSpec:
     probes: tuple[Probe, ...]
     decoding: Decoding
     batch_sizes: tuple[int, ...]
+    """Empty until `ndcheck.runner.fit_spec` has found what fits."""
     axes: tuple[Axis, ...]
     mode: Mode
     n_samples: int
@@ -261,6 +268,9 @@ class RunSpec:
     dtype: str = "auto"
     device: str = "auto"
     attention: str = "auto"
+    batching: Batching = "exact"
+    arrivals: str = "closed"
+    """Who comes when under continuous batching; see `ndcheck.arrivals`."""
     chat: bool = False
     trust_remote_code: bool = False
     random_weights: int | None = None

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TypeVar, get_args
 from urllib.parse import urlsplit
 
+from ndcheck.arrivals import check_arrivals
+from ndcheck.engine_request import ENGINE_DEFAULTS, NO_AUTO_LOADS, TRANSFORMERS, make_engine
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.load import parse_arrival
 from ndcheck.records import (
@@ -17,10 +19,9 @@ from ndcheck.records import (
     AXES,
     Arm,
     Axis,
+    Batching,
     Decoding,
     Endpoint,
-    Engine,
-    EngineName,
     Fillers,
     Mode,
     Probe,
@@ -38,19 +39,6 @@ DEFAULTS = RunSpec(
     arms=("stock", "invariant"),
 )
 
-TRANSFORMERS = "transformers"
-ENGINES: tuple[EngineName, ...] = get_args(EngineName)
-ENGINE_DEFAULTS = Engine()
-OWN_OPTIONS = {
-    "model": "--model",
-    "tokenizer": "--model",
-    "dtype": "--dtype",
-    "trust_remote_code": "--trust-remote-code",
-    "tensor_parallel_size": "--tp",
-    "pipeline_parallel_size": "--pp",
-}
-"""Arguments of the engine that have options of ndcheck's."""
-FIXED_ARGUMENTS = ("skip_tokenizer_init", "data_parallel_size", "logprobs_mode")
 ENDPOINT_DEFAULTS = Endpoint("")
 
 Name = TypeVar("Name", bound=str)
@@ -65,6 +53,8 @@ def make_spec(
     loads: str | Sequence[int] = DEFAULTS.batch_sizes,
     axes: str | Sequence[str] = DEFAULTS.axes,
     mode: str = DEFAULTS.mode,
+    batching: str = DEFAULTS.batching,
+    arrivals: str = DEFAULTS.arrivals,
     kernels: str | Sequence[str] | None = None,
     samples: int = DEFAULTS.n_samples,
     target_rate: float | None = DEFAULTS.target_rate,
@@ -103,6 +93,8 @@ def make_spec(
         batch_sizes=parse_batch_sizes(_join(loads)),
         axes=parse_axes(_join(axes)),
         mode=parse_mode(mode),
+        batching=parse_batching(batching),
+        arrivals=arrivals,
         n_samples=samples,
         arms=parse_arms(
             None if kernels is None else _join(kernels), model, is_served=endpoint is not None
@@ -133,12 +125,19 @@ def _join(values: str | Sequence[object]) -> str:
 
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:
-    """``"1,2,4"`` as batch sizes. Raises UsageError on anything but distinct numbers >= 1."""
+    """``"1,2,4"`` as batch sizes; none yet for ``auto``.
+
+    Raises UsageError on anything but distinct numbers >= 1.
+    """
+    if text == "auto":
+        return ()
     sizes: list[int] = []
     for part in text.split(","):
         part = part.strip()
         if not part.isdecimal() or int(part) < 1:
-            raise UsageError(f"--loads: {part!r} is not a batch size; give numbers of 1 or more")
+            raise UsageError(
+                f"--loads: {part!r} is not a batch size; give numbers of 1 or more, or auto"
+            )
         if int(part) in sizes:
             raise UsageError(f"--loads: {int(part)} is given twice")
         sizes.append(int(part))
@@ -171,6 +170,14 @@ def parse_mode(text: str) -> Mode:
     raise UsageError(f"--mode {text}: choose from {', '.join(get_args(Mode))}")
 
 
+def parse_batching(text: str) -> Batching:
+    """``exact`` or ``continuous``."""
+    for batching in get_args(Batching):
+        if text == batching:
+            return batching  # type: ignore[no-any-return]
+    raise UsageError(f"--batching {text}: choose from {', '.join(get_args(Batching))}")
+
+
 def make_probes(prompts: Sequence[str], file: Path | None) -> tuple[Probe, ...]:
     """Probes p1, p2, ... from prompts given one by one and from a file.
 
@@ -196,40 +203,17 @@ def make_probes(prompts: Sequence[str], file: Path | None) -> tuple[Probe, ...]:
     return tuple(probes)
 
 
-def make_engine(name: str, tp: int, pp: int, arguments: Sequence[str]) -> Engine | None:
-    """None for transformers. Raises UsageError naming the option that does not fit."""
-    parsed = tuple(map(_parse_engine_argument, arguments))
-    if name == TRANSFORMERS:
-        if (tp, pp, parsed) != (1, 1, ()):
-            raise UsageError("--tp, --pp and --engine-arg are for an engine: give --engine vllm")
-        return None
-    (engine,) = parse_names("--engine", name, ENGINES)
-    for option, value in (("--tp", tp), ("--pp", pp)):
-        if value < 1:
-            raise UsageError(f"{option} {value}: give 1 or more")
-    names = [argument.partition("=")[0] for argument in parsed]
-    for key in names:
-        if names.count(key) > 1:
-            raise UsageError(f"--engine-arg {key}: it is given twice")
-    return Engine(engine, tp, pp, parsed)
-
-
-def _parse_engine_argument(text: str) -> str:
-    key, equals, value = text.partition("=")
-    key = key.strip().lstrip("-").replace("-", "_")
-    if not equals or not key.isidentifier():
-        raise UsageError(f"--engine-arg {text}: give KEY=VALUE, such as max_model_len=4096")
-    if key in OWN_OPTIONS:
-        raise UsageError(f"--engine-arg {key}: give {OWN_OPTIONS[key]} instead")
-    if key in FIXED_ARGUMENTS:
-        raise UsageError(f"--engine-arg {key}: ndcheck needs it as it is")
-    return f"{key}={value.strip()}"
-
-
 def _check_for_engine(spec: RunSpec) -> None:
     if spec.endpoint is not None:
         raise UsageError(
             "--engine: with --endpoint the server has its engine already; give one of the two"
+        )
+    if not spec.batch_sizes:
+        raise UsageError(NO_AUTO_LOADS)
+    if spec.batching != DEFAULTS.batching:
+        raise UsageError(
+            f"--batching {spec.batching}: with --engine vllm a trial is one exact batch; measure "
+            "its continuous batching with `vllm serve` and --endpoint"
         )
     if spec.model.startswith("scripted:"):
         raise UsageError(f"--engine: vLLM cannot compute {spec.model}")
@@ -350,6 +334,11 @@ def check(spec: RunSpec) -> None:
     for is_fine, message in checks:
         if not is_fine:
             raise UsageError(message)
+    check_arrivals(spec.arrivals)
+    if spec.batching == "exact" and spec.arrivals != DEFAULTS.arrivals:
+        raise UsageError(f"--arrivals {spec.arrivals} needs --batching continuous")
+    if spec.batching == "continuous" and spec.model.startswith("scripted:"):
+        raise UsageError("--batching continuous needs a model that computes, not scripted:NAME")
     if spec.engine is not None:
         _check_for_engine(spec)
     if spec.endpoint is not None:
@@ -364,10 +353,13 @@ def check(spec: RunSpec) -> None:
 def _check_for_server(spec: RunSpec) -> None:
     if spec.model == DEFAULTS.model:
         raise UsageError("--endpoint: give the name of a served model as --model")
+    if not spec.batch_sizes:
+        raise UsageError("--loads auto: with --endpoint the memory is the server's: give numbers")
     for option, value, default in (
         ("--dtype", spec.dtype, DEFAULTS.dtype),
         ("--device", spec.device, DEFAULTS.device),
         ("--attn", spec.attention, DEFAULTS.attention),
+        ("--batching", spec.batching, DEFAULTS.batching),
         ("--random-weights", spec.random_weights, DEFAULTS.random_weights),
         ("--trust-remote-code", spec.trust_remote_code, DEFAULTS.trust_remote_code),
     ):

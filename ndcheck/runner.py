@@ -12,7 +12,7 @@ from ndcheck import __version__, environment
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.errors import TrialError, UsageError
-from ndcheck.load import plan_trials, plant_fault
+from ndcheck.load import batch_sizes_up_to, plan_trials, plant_fault
 from ndcheck.records import AXES, Arm, Environment, Run, RunSpec, RunStatus, Sample, Trial
 from ndcheck.reports import phrases
 from ndcheck.samplers.base import Sampler
@@ -58,13 +58,30 @@ class Progress:
         return diverged
 
 
-def fit_axes(spec: RunSpec, sampler: Sampler) -> RunSpec:
+def fit_spec(spec: RunSpec, sampler: Sampler) -> RunSpec:
+    """The spec that `plan` takes: with what the sampler can vary and the batches that it can hold.
+
+    Raises UsageError where it cannot do what was asked for by name.
+    """
+    return _fit_loads(_fit_axes(spec, sampler), sampler)
+
+
+def _fit_axes(spec: RunSpec, sampler: Sampler) -> RunSpec:
     """``spec`` without ``cache`` where nothing can vary it. Raises UsageError if it was named."""
     if sampler.cache_states or "cache" not in spec.axes:
         return spec
     if spec.axes != AXES:
         raise UsageError(f"--axes: {NO_CACHE_CONTROL}: leave out cache")
     return replace(spec, axes=tuple(axis for axis in AXES if axis != "cache"))
+
+
+def _fit_loads(spec: RunSpec, sampler: Sampler) -> RunSpec:
+    """The spec with batch sizes: its own, or for `--loads auto` all that fit in memory."""
+    if spec.batch_sizes:
+        return spec
+    longest = max(sampler.count_tokens(probe.prompt) for probe in spec.probes)
+    largest = sampler.largest_batch_size(longest, spec.decoding)
+    return replace(spec, batch_sizes=batch_sizes_up_to(largest))
 
 
 def capture(spec: RunSpec, sampler: Sampler) -> Environment:

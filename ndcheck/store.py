@@ -278,7 +278,8 @@ def _decode(line: bytes) -> Sample:
     fields = _tupled(json.loads(line))
     load = Load(**{name: fields.pop(name) for name in _LOAD_FIELDS})
     passes = tuple(map(tuple, fields.pop("passes", ())))
-    witness = Witness(**{name: fields.pop(name) for name in _WITNESS_FIELDS}, passes=passes)
+    known = {name: fields.pop(name) for name in _WITNESS_FIELDS if name in fields}
+    witness = Witness(**known, passes=passes)
     bits = bytes.fromhex(fields.pop("logprob_bits"))
     digests = fields.pop("row_digests")
     fault = fields.pop("fault")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ndcheck.errors import UsageError
-from ndcheck.load import filler_text, fit_to_length, plan_trials, plant_fault
+from ndcheck.load import batch_sizes_up_to, filler_text, fit_to_length, plan_trials, plant_fault
 from ndcheck.records import AXES, Decoding, Endpoint, Load, Probe
 from ndcheck.request import DEFAULTS as RUN_DEFAULTS
 
@@ -176,3 +176,25 @@ def test_planted_fault_lies_within_the_completion():
     for n in range(2, 100):
         fault = plant_fault(n)
         assert 0 <= fault.latent_at < fault.fork_at < n
+
+
+def test_batch_sizes_up_to_the_largest():
+    assert batch_sizes_up_to(1) == (1,)
+    assert batch_sizes_up_to(8) == (1, 2, 4, 8)
+    assert batch_sizes_up_to(9) == (1, 2, 4, 8, 9)
+
+
+def test_under_continuous_batching_copies_meet_other_company_in_each_round():
+    spec = replace(DEFAULTS, batch_sizes=(4,), axes=("batch-size",), n_samples=13)
+    exact, continuous = plan(spec), plan(replace(spec, batching="continuous"))
+    assert len({t.load for t in evidence(exact)}) == 1
+    assert len({t.load.filler_seed for t in evidence(continuous)}) == 3
+
+
+def test_a_prompt_shorter_than_a_page_shares_no_prefix():
+    spec = replace(DEFAULTS, batching="continuous", axes=("cache",), batch_sizes=(1, 3))
+    states = {
+        length: {t.load.cache_state for t in plan_trials(spec, {"p1": length}, CONTEXT)}
+        for length in (4, 5)
+    }
+    assert states == {4: {"whole", "chunked"}, 5: {"whole", "chunked", "prefix"}}

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ndcheck import request
+from ndcheck import engine_request, request
 from ndcheck.errors import UsageError
 from ndcheck.records import AXES, Decoding, Engine
 from ndcheck.request import DEFAULTS
@@ -20,6 +20,34 @@ def test_bad_batch_sizes(text):
 
 def test_batch_sizes():
     assert request.parse_batch_sizes(" 1, 2,16") == (1, 2, 16)
+
+
+def test_auto_batch_sizes_are_found_later():
+    assert request.parse_batch_sizes("auto") == ()
+    assert request.make_spec(loads="auto").batch_sizes == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batching": "dynamic"}, "--batching dynamic: choose from exact, continuous"),
+        ({"arrivals": "together"}, "--arrivals together needs --batching continuous"),
+        ({"batching": "continuous", "arrivals": "poisson:0"}, "--arrivals poisson:0: choose from"),
+        (
+            {"batching": "continuous", "model": "scripted:clean"},
+            "--batching continuous needs a model that computes",
+        ),
+    ],
+)
+def test_bad_batching(options, message):
+    with pytest.raises(UsageError, match=message):
+        request.make_spec(**options)
+
+
+def test_batching():
+    spec = request.make_spec(batching="continuous", arrivals="poisson:0.5")
+    assert (spec.batching, spec.arrivals) == ("continuous", "poisson:0.5")
+    assert DEFAULTS.batching == "exact"
 
 
 def test_axes():
@@ -111,7 +139,7 @@ def test_engine_options():
     spec = request.make_spec(model="m", engine="vllm", tp=2, engine_arg=given)
     assert spec.engine == Engine("vllm", 2, 1, ("max_model_len=4096", "kv_cache_dtype=fp8"))
     assert request.make_spec(model="m").engine is None
-    for key, instead in request.OWN_OPTIONS.items():
+    for key, instead in engine_request.OWN_OPTIONS.items():
         with pytest.raises(UsageError, match=f"{key}: give {instead} instead"):
             request.make_spec(model="m", engine="vllm", engine_arg=f"{key}=1")
 

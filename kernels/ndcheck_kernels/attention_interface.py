@@ -25,6 +25,7 @@ from ndcheck_kernels.mode import (
     active_scope,
     refusal,
 )
+from ndcheck_kernels.paged import paged_attention
 
 NAME = "ndcheck_invariant"
 
@@ -121,12 +122,23 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What a transformers attention module calls; the mask comes from `_mask_maker`."""
-    used = [name for name in ("position_bias", "cache") if kwargs.get(name) is not None]
-    if used or dropout:
-        raise _refuse(query, f"it has no {', '.join(used) or 'dropout'}")
+    if dropout or kwargs.get("position_bias") is not None:
+        raise _refuse(query, f"it has no {'dropout' if dropout else 'position_bias'}")
     if active_scope() is None:
         _refuse_outside_scope()
     batch, _, length, width = query.shape
+    scale = width**-0.5 if scaling is None else scaling
+    sinks = kwargs.get("s_aux")
+    if kwargs.get("cache") is not None:
+
+        def attend(*operands: torch.Tensor) -> torch.Tensor:
+            return attention_op(*operands, scale, softcap or 0.0, sinks=sinks)
+
+        try:
+            out = paged_attention(module, query, key, value, kwargs, attend)
+        except UnsupportedCallError as unsupported:
+            raise _refuse(query, str(unsupported)) from None
+        return out.transpose(1, 2).contiguous(), None
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         spans = attention_mask[:, 0]
     elif attention_mask is None and (is_causal is None and getattr(module, "is_causal", True)):
@@ -134,8 +146,7 @@ def _attention_forward(
         spans = causal_spans(batch, key.shape[2], query.device)
     else:
         spans = spans_from_any(attention_mask, bool(is_causal), query, key)
-    scale = width**-0.5 if scaling is None else scaling
-    out = attention_op(query, key, value, spans, scale, softcap or 0.0, sinks=kwargs.get("s_aux"))
+    out = attention_op(query, key, value, spans, scale, softcap or 0.0, sinks=sinks)
     return out.transpose(1, 2).contiguous(), None
 
 

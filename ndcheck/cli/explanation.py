@@ -54,7 +54,7 @@ def order(
     from ndcheck.explain import order_report
     from ndcheck.explain.reductions import REDUCTIONS, Shape, load_function
     from ndcheck.samplers.device import choose_device
-    from ndcheck.samplers.transformers import DTYPES
+    from ndcheck.samplers.loading import DTYPES
 
     if (op is None) == (fn is None):
         raise UsageError(f"give one OP ({', '.join(REDUCTIONS)}) or --fn module:function")
@@ -260,6 +260,11 @@ def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
         raise UsageError(f"{spec.model} runs at {spec.endpoint.url}: no op can be seen there")
     if spec.engine is not None:
         raise UsageError(f"{spec.model} runs in {spec.engine.name}: no op can be seen there")
+    if spec.batching == "continuous":
+        raise UsageError(
+            "continuous batching: no step can be repeated alone; explain a run of the same prompts "
+            "with --batching exact"
+        )
     note(f"loading {spec.model}", quiet=quiet)
     sampler = open_sampler(spec)
     if not isinstance(sampler, TransformersSampler):

@@ -33,7 +33,7 @@ from ndcheck.reports.junit import junit_xml
 from ndcheck.reports.reproduction import reproduce_command
 from ndcheck.request import DEFAULTS, parse_names
 from ndcheck.rules import Rules, RuleSet, judge_gate
-from ndcheck.runner import RUNS_DIRECTORY, fit_axes, free_path, plan
+from ndcheck.runner import RUNS_DIRECTORY, fit_spec, free_path, plan
 from ndcheck.samplers.base import open_sampler
 from ndcheck.store import replacing, write_failure
 
@@ -202,8 +202,10 @@ def _rehearse(check: Check, rules: RuleSet) -> None:
     try:
         if rules.baseline is not None:
             find_run(rules.baseline, check.file.parent)
-        with closing(open_sampler(check.spec, load_weights=False)) as sampler:
-            spec = fit_axes(check.spec, sampler)
+        # What fits beside the weights is only known with them.
+        load_weights = not check.spec.batch_sizes
+        with closing(open_sampler(check.spec, load_weights=load_weights)) as sampler:
+            spec = fit_spec(check.spec, sampler)
             rules.check(spec)
             plan(spec, sampler)
     except UsageError as error:

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ndcheck.arrivals import ARRIVALS
+from ndcheck.engine_request import ENGINES, TRANSFORMERS
 from ndcheck.records import ARMS, AXES
-from ndcheck.request import DEFAULTS, ENGINES, TRANSFORMERS
+from ndcheck.request import DEFAULTS
 
 Model = Annotated[
     str,
@@ -128,7 +130,13 @@ Attention = Annotated[
     ),
 ]
 Loads = Annotated[
-    str, typer.Option("--loads", help="Batch sizes.", envvar="NDCHECK_LOADS", metavar="1,2,...")
+    str,
+    typer.Option(
+        "--loads",
+        help="Batch sizes; auto: up to the largest that fits in memory.",
+        envvar="NDCHECK_LOADS",
+        metavar="1,2,...",
+    ),
 ]
 Axes = Annotated[
     str,
@@ -147,6 +155,26 @@ LoadMode = Annotated[
         "mixed: one probe row among fillers.",
         envvar="NDCHECK_MODE",
         metavar="MODE",
+    ),
+]
+Batching = Annotated[
+    str,
+    typer.Option(
+        "--batching",
+        help="exact: the batch that a load asks for, to the end. continuous: requests come and go "
+        "between steps, as in a server.",
+        envvar="NDCHECK_BATCHING",
+        metavar="BATCHING",
+    ),
+]
+Arrivals = Annotated[
+    str,
+    typer.Option(
+        "--arrivals",
+        help=f"Under continuous batching: {ARRIVALS} (requests a decode step); --loads says how "
+        "many are in flight.",
+        envvar="NDCHECK_ARRIVALS",
+        metavar="ARRIVALS",
     ),
 ]
 Samples = Annotated[

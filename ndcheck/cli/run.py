@@ -5,11 +5,10 @@ from __future__ import annotations
 import typer
 
 from ndcheck.cli import options as o
+from ndcheck.engine_request import ENGINE_DEFAULTS, TRANSFORMERS
 from ndcheck.request import (
     DEFAULTS,
     ENDPOINT_DEFAULTS,
-    ENGINE_DEFAULTS,
-    TRANSFORMERS,
     add_headers,
     make_spec,
     parse_headers,
@@ -26,6 +25,8 @@ def run(
     loads: o.Loads = o.LOADS_DEFAULT,
     axes: o.Axes = "all",
     mode: o.LoadMode = DEFAULTS.mode,
+    batching: o.Batching = DEFAULTS.batching,
+    arrivals: o.Arrivals = DEFAULTS.arrivals,
     kernels: o.Kernels = None,
     samples: o.Samples = DEFAULTS.n_samples,
     target_rate: o.TargetRate = None,
@@ -80,6 +81,8 @@ def run(
         loads=loads,
         axes=axes,
         mode=mode,
+        batching=batching,
+        arrivals=arrivals,
         kernels=kernels,
         samples=samples,
         target_rate=target_rate,

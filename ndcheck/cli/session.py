@@ -27,7 +27,7 @@ from ndcheck.runner import (
     NO_CACHE_CONTROL,
     capture,
     create_directory,
-    fit_axes,
+    fit_spec,
     plan,
     run_trials,
 )
@@ -51,7 +51,7 @@ def start(
     """Measure from the beginning. Returns the exit code."""
     check_plots(wanted=plots)
     with closing(open_for_run(spec, headers, quiet=quiet)) as sampler:
-        spec = fit_spec(spec, sampler, quiet=quiet)
+        spec = fit(spec, sampler, quiet=quiet)
         trials = plan(spec, sampler)
         if spec.target_rate:
             n_trials = trials_needed(spec.target_rate, spec.confidence)
@@ -103,11 +103,13 @@ def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> S
     return sampler
 
 
-def fit_spec(spec: RunSpec, sampler: Sampler, *, quiet: bool) -> RunSpec:
-    """What of the spec the backend can vary, and on stderr what it cannot."""
-    fitted = fit_axes(spec, sampler)
-    if fitted != spec:
+def fit(spec: RunSpec, sampler: Sampler, *, quiet: bool) -> RunSpec:
+    """What of the spec the backend can vary and hold, and on stderr what became of the rest."""
+    fitted = fit_spec(spec, sampler)
+    if fitted.axes != spec.axes:
         note(f"cache is left out: {NO_CACHE_CONTROL}", quiet=quiet)
+    if fitted.batch_sizes != spec.batch_sizes:
+        note(f"--loads auto is {','.join(map(str, fitted.batch_sizes))}", quiet=quiet)
     return fitted
 
 
@@ -177,8 +179,10 @@ def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bo
 
 def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
     """Print the trials that a run would execute, and what they cost. Returns the exit code."""
-    with closing(open_sampler(spec, load_weights=False, headers=headers)) as sampler:
-        spec = fit_spec(spec, sampler, quiet=False)
+    # What fits beside the weights is only known with them.
+    load_weights = not spec.batch_sizes
+    with closing(open_sampler(spec, load_weights=load_weights, headers=headers)) as sampler:
+        spec = fit(spec, sampler, quiet=False)
         trials = plan(spec, sampler)
     header = ("trial", "arm", "probe", "axis", "batch", "slots", "fillers", "cache", "baseline")
     rows = [header, *(plan_row(trial) for trial in trials)]
@@ -187,11 +191,15 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
         typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
     n_rows = sum(trial.load.batch_size for trial in trials)
     counts = Counter(trial.axis for trial in trials)
+    cost = (
+        f"up to {len(trials) * spec.decoding.max_tokens} decode steps and "
+        f"{n_rows * spec.decoding.max_tokens} generated tokens"
+    )
+    if spec.batching == "continuous":
+        cost = f"continuous batching, arrivals {spec.arrivals}: batch is the most in flight"
     typer.echo(
         f"\n{len(trials)} trials ({', '.join(f'{n} {axis}' for axis, n in counts.items())}), "
-        f"{sum(t.n_samples for t in trials if t.axis != 'control')} samples; up to "
-        f"{len(trials) * spec.decoding.max_tokens} decode steps and "
-        f"{n_rows * spec.decoding.max_tokens} generated tokens"
+        f"{sum(t.n_samples for t in trials if t.axis != 'control')} samples; {cost}"
     )
     return 0
 

@@ -126,9 +126,10 @@ def workload(run: Run) -> str:
     """What was decoded and how it was batched, in one line."""
     spec = run.spec
     loads = ", ".join(map(str, spec.batch_sizes))
+    how = "" if spec.batching == "exact" else f", continuous batching, arrivals {spec.arrivals}"
     return (
         f"{spec.decoding.max_tokens} tokens at temperature {spec.decoding.temperature:g}, "
-        f"{_rows(run)} {loads} ({spec.mode}){_ending(run)}"
+        f"{_rows(run)} {loads} ({spec.mode}{how}){_ending(run)}"
     )
 
 

@@ -45,10 +45,15 @@ def remedies(
         found.append(Remedy("Go on", (f"ndcheck run --resume {argument(directory)}",)))
     if any(probe.n_errors for probe in summary.probes):
         found.append(Remedy("Why samples failed is in the error column of samples.csv", ()))
-        failed = {load.batch_size for p in summary.probes for load in p.loads if load.n_errors}
-        rest = tuple(size for size in spec.batch_sizes if size not in failed)
-        if 0 < len(rest) < len(spec.batch_sizes):
-            suggest("Leave out the batch sizes that failed", replace(spec, batch_sizes=rest))
+    failed = {
+        load.batch_size
+        for probe in summary.probes
+        for load in probe.loads
+        if load.n_errors or (load.achieved_batch_size_min or load.batch_size) < load.batch_size
+    }
+    rest = tuple(size for size in spec.batch_sizes if size not in failed)
+    if 0 < len(rest) < len(spec.batch_sizes):
+        suggest("Leave out the batch sizes that failed", replace(spec, batch_sizes=rest))
     if any(probe.control.n_caught < probe.control.n_trials for probe in summary.probes):
         found.append(Remedy("A planted fault went unseen; test this set-up", ("ndcheck doctor",)))
     narrower = _narrower(spec, summary)

@@ -37,9 +37,11 @@ def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
         ("--model", spec.model, defaults.model),
         *_engine_options(spec.engine),
         *_endpoint_options(spec.endpoint),
-        ("--loads", _commas(spec.batch_sizes), _commas(defaults.batch_sizes)),
+        ("--loads", _commas(spec.batch_sizes) or "auto", _commas(defaults.batch_sizes)),
         ("--axes", _commas(spec.axes), _commas(defaults.axes)),
         ("--mode", spec.mode, defaults.mode),
+        ("--batching", spec.batching, defaults.batching),
+        ("--arrivals", spec.arrivals, defaults.arrivals),
         # A target rate chooses the number of samples.
         ("-n", None if spec.target_rate else spec.n_samples, defaults.n_samples),
         ("--max-tokens", spec.decoding.max_tokens, defaults.decoding.max_tokens),

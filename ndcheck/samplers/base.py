@@ -34,6 +34,9 @@ class Sampler(Protocol):
     def describe(self) -> dict[str, Any]:
         """The model's identity as JSON scalars, with a ``digest`` of its weights."""
 
+    def largest_batch_size(self, n_prompt_tokens: int, decoding: Decoding) -> int:
+        """The most rows of such prompts and completions that fit in memory, within reason."""
+
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         """One sample for each slot of the trial's load, in slot order.
 

@@ -136,12 +136,19 @@ class ExactBatch:
         n_tokens = max(1, len(prefix))
         states: list[LayerState] = []
         for layer in batch.cache.layers:
+            state = layer_states(layer)
             if isinstance(layer, LinearAttentionLayer):
-                state = layer.conv_states[0], layer.recurrent_states[0]
                 states.append(state if prefix else tuple(torch.zeros_like(s) for s in state))
             else:
-                states.append((layer.keys[:, :, :n_tokens], layer.values[:, :, :n_tokens]))
+                states.append(tuple(part[:, :, :n_tokens] for part in state))
         return states
+
+
+def layer_states(layer: Any) -> LayerState:
+    """Keys and values of a cache's layer, or its convolution's last inputs and recurrent state."""
+    if isinstance(layer, LinearAttentionLayer):
+        return layer.conv_states[0], layer.recurrent_states[0]
+    return layer.keys, layer.values
 
 
 def cache_argument(model: Any) -> str:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import transformers
-
-from ndcheck.builtin import MODEL_DIRECTORY
-from ndcheck.errors import BackendError, UsageError
+from ndcheck.errors import UsageError
 from ndcheck.load import filler_text, fit_to_length
 from ndcheck.records import Load, Probe, RunSpec
+from ndcheck.samplers.loading import load_tokenizer
 
 
 class Prompts:
@@ -33,9 +28,12 @@ class Prompts:
                 rows.append(probe_ids)
             else:
                 i, length = next(fillers)
-                text = filler_text(load.filler_seed + i, length)
-                rows.append(fit_to_length(self._tokenizer(text)["input_ids"], length))
+                rows.append(self.filler(load.filler_seed + i, length))
         return rows
+
+    def filler(self, seed: int, length: int) -> list[int]:
+        """A filler of exactly ``length`` tokens, a function of ``seed`` and the tokenizer."""
+        return fit_to_length(self._tokenizer(filler_text(seed, length))["input_ids"], length)
 
     def encode(self, prompt: str) -> list[int]:
         """The prompt as the model sees it."""
@@ -70,42 +68,7 @@ class Prompts:
 
 def load_prompts(source: str, spec: RunSpec) -> Prompts:
     """The prompts of a model's tokenizer. Raises UsageError if it has none that serves."""
-    options = {"trust_remote_code": spec.trust_remote_code}
-    tokenizer = _load_tokenizer(_tokenizer_source(source, spec), options)
+    tokenizer = load_tokenizer(source, spec)
     if spec.chat and not tokenizer.chat_template:
         raise UsageError(f"--chat: {source} has no chat template")
     return Prompts(tokenizer, chat=spec.chat)
-
-
-@contextmanager
-def one_line_errors(source: str) -> Iterator[None]:
-    """Loading fails in many ways; each becomes one line that names the model."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(
-            f"--model {source}: {first_line(error)} "
-            "(accepted: builtin, a directory with config.json and safetensors, or a hub id)"
-        ) from error
-    except RuntimeError as error:
-        raise BackendError(f"cannot load {source}: {first_line(error)}") from error
-
-
-def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
-    with one_line_errors(source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    if not tokenizer("a")["input_ids"]:
-        raise UsageError(f"--model {source}: it has no tokenizer that gives tokens")
-    return tokenizer
-
-
-def _tokenizer_source(source: str, spec: RunSpec) -> str:
-    """A bare config.json has no tokenizer; random weights speak no language, so any will do."""
-    directory = Path(source)
-    is_bare = directory.is_dir() and not any(directory.glob("tokenizer*"))
-    return str(MODEL_DIRECTORY) if spec.random_weights is not None and is_bare else source
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -81,6 +81,9 @@ class ScriptedSampler:
     def describe(self) -> dict[str, Any]:
         return {"name": f"scripted:{self._behaviour}", "digest": self._behaviour}
 
+    def largest_batch_size(self, n_prompt_tokens: int, decoding: Decoding) -> int:
+        return 3 if self._behaviour == "out-of-memory" else 16
+
     def changes(self) -> tuple[str, ...]:
         return ()
 

@@ -7,7 +7,6 @@ to the end of the trial, a finished row's further tokens are dropped, and the ba
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,22 +14,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
 
+from ndcheck.arrivals import Request, queue_requests
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.load import CACHE_STATES
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.device import choose_device
-from ndcheck.samplers.prompts import first_line, load_prompts, one_line_errors
+from ndcheck.samplers.loading import DTYPES, first_line, load_config, load_model
+from ndcheck.samplers.memory import is_out_of_memory, largest_batch_size
+from ndcheck.samplers.prompts import load_prompts
+from ndcheck.samplers.selection import read_step
 from ndcheck.samplers.steps import DecodeSteps, Stream
-
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
 
 MOST_CAPTURED = 8
 """Batches whose captured step and KV cache are kept for trials of the same shape."""
@@ -49,20 +45,19 @@ class TransformersSampler:
 
     def __init__(self, spec: RunSpec, *, load_weights: bool = True) -> None:
         self._name = spec.model
+        self._arms = spec.arms
+        self._arrivals = spec.arrivals if spec.batching == "continuous" else None
         source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
         self._device = choose_device(spec.device)
         if spec.dtype != "auto" and spec.dtype not in DTYPES:
             raise UsageError(f"--dtype {spec.dtype}: choose from auto, {', '.join(DTYPES)}")
-        options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-        transformers.utils.logging.disable_progress_bar()
-        with one_line_errors(source):
-            config = transformers.AutoConfig.from_pretrained(source, **options)
+        config = load_config(source, spec)
         self._prompts = load_prompts(source, spec)
         self._text_config = config.get_text_config(decoder=True)
         self._model: Any = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
         if load_weights:
-            self._model = load_model(source, config, spec, self._device, options)
+            self._model = load_model(source, config, spec, self._device)
             self._stop_ids = _stop_ids(self._model)
             if "invariant" in spec.arms and self._device.type == "cuda":
                 from ndcheck_kernels.decoder import join_weights
@@ -116,25 +111,35 @@ class TransformersSampler:
         pass
 
     @torch.inference_mode()
+    def largest_batch_size(self, n_prompt_tokens: int, decoding: Decoding) -> int:
+        # The longest row that the plan may put beside a probe; a paged cache is read into a copy.
+        n_prompt = max(1, min(2 * n_prompt_tokens + 16, self.context - decoding.max_tokens))
+        width = (n_prompt + decoding.max_tokens) * (1 if self._arrivals is None else 2)
+
+        def try_rows(n_rows: int) -> None:
+            for arm in self._arms:
+                with self.arm(arm, fuse=self._arrivals is None):
+                    batch = ExactBatch(self._model, self._device, n_rows, width)
+                    batch.reset([[0] * n_prompt] * n_rows)
+                    read_step(batch.prefill("whole"), decoding, None)
+
+        return largest_batch_size(self._model, self._device, n_prompt, width, try_rows)
+
+    @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
-        rows = self.rows(trial.load, probe)
         try:
-            streams, witness = self._try_decode(trial, rows, decoding)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise self._out_of_memory(trial.load) from error
+            streams, witnesses = self._run_in_halves(trial, probe, decoding)
         except torch.AcceleratorError as error:
             raise BackendError(f"{self._device} failed: {first_line(error)}") from error
         except RuntimeError as error:
-            if re.search(r"out of memory|allocate memory", str(error)):
-                raise self._out_of_memory(trial.load) from error
             raise TrialError(f"{type(error).__name__}: {first_line(error)}") from error
         elapsed_s = time.perf_counter() - started
         return [
             Sample.of(
                 trial,
                 nth,
-                witness,
+                witnesses[nth],
                 stream.finish_reason,
                 elapsed_s,
                 token_ids=tuple(stream.token_ids),
@@ -146,26 +151,95 @@ class TransformersSampler:
             for nth, stream in enumerate(streams)
         ]
 
-    def _try_decode(
-        self, trial: Trial, rows: list[list[int]], decoding: Decoding
-    ) -> tuple[list[Stream], Witness]:
-        """Decode with the arm's kernels; what was kept of other shapes makes room if it must."""
+    def _run_in_halves(
+        self, trial: Trial, probe: Probe, decoding: Decoding
+    ) -> tuple[list[Stream], list[Witness]]:
+        """The trial, in batches half as large each time that memory runs out.
+
+        The witness says what ran: a batch that was halved is not the one that was asked for.
+        """
+        run = self._decode_rows if self._arrivals is None else self._serve
+        size, failed_at, has_made_room = trial.load.batch_size, None, False
         while True:
             try:
-                with self.arm(trial.arm) as fires:
-                    streams, witness = self._decode(trial, rows, decoding)
-                return streams, replace(witness, override_fires=fires())
-            except torch.OutOfMemoryError:
-                if not self._captured:
+                streams, witnesses = run(trial, probe, decoding, size)
+                return streams, [replace(w, out_of_memory_at=failed_at) for w in witnesses]
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
                     raise
+                # Batches of other shapes that were kept make room first, once.
+                if has_made_room or not self._captured:
+                    if size == 1:
+                        raise TrialError(
+                            f"out of memory at batch size {trial.load.batch_size}, and at 1, on "
+                            f"{self._device}: use a smaller --max-tokens or a shorter prompt"
+                        ) from error
+                    failed_at, size = size, -(-size // 2)
                 self._captured.clear()
-            torch.cuda.empty_cache()
+                has_made_room = True
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _decode_rows(
+        self, trial: Trial, probe: Probe, decoding: Decoding, size: int
+    ) -> tuple[list[Stream], list[Witness]]:
+        """Decode the trial's rows in exact batches of ``size``; those without a probe are left."""
+        rows, streams, witnesses = self.rows(trial.load, probe), [], []
+        for start in range(0, len(rows), size):
+            slots = tuple(s - start for s in trial.load.slots if start <= s < start + size)
+            if not slots:
+                continue
+            with self.arm(trial.arm) as fires:
+                part, witness = self._decode(trial, rows[start : start + size], slots, decoding)
+            streams += part
+            witnesses += [replace(witness, override_fires=fires())] * len(part)
+        return streams, witnesses
+
+    def _serve(
+        self, trial: Trial, probe: Probe, decoding: Decoding, size: int
+    ) -> tuple[list[Stream], list[Witness]]:
+        """Decode under continuous batching, with ``size`` requests in flight."""
+        from ndcheck.samplers.continuous import serve_load
+
+        load, prompt = trial.load, self._prompts.encode(probe.prompt)
+        queue = queue_requests(load, self._arrivals or "", len(prompt), decoding.max_tokens)
+        served, n_fires = serve_load(
+            self._model,
+            ((request, self._prompt_of(request, prompt)) for request in queue),
+            lambda: self.arm(trial.arm, fuse=False),
+            decoding=decoding,
+            stop_ids=self._stop_ids,
+            batch_size=size,
+            probe=prompt,
+            longest=max(len(prompt), *load.filler_lengths, 1),
+            n_rows=len(load.slots),
+            cache_state=load.cache_state,
+            fault=trial.fault,
+        )
+        achieved = min(max(row.batch_sizes) for row in served)
+        witnesses = [
+            Witness(
+                achieved,
+                row.prefill_calls,
+                len(row.batch_sizes) - 1,
+                n_fires,
+                tuple(row.batch_sizes),
+            )
+            for row in served
+        ]
+        return [row.stream(self._stop_ids) for row in served], witnesses
+
+    def _prompt_of(self, request: Request, probe: list[int]) -> list[int]:
+        if request.filler_seed is None or request.n_prompt_tokens is None:
+            return probe
+        return self._prompts.filler(request.filler_seed, request.n_prompt_tokens)
 
     @contextmanager
     def arm(self, arm: Arm, *, fuse: bool = True) -> Iterator[Callable[[], int | None]]:
         """Compute with the arm's kernels; yields how many ops its overrides have computed.
 
-        ``fuse`` False keeps the ops of fused decoder layers apart, to be seen one by one.
+        ``fuse`` False keeps the ops of fused decoder layers apart, to be seen one by one or to read
+        another cache than a static one.
         Raises BackendError for an op the invariant arm does not cover, or if nothing fired.
         """
         if arm == "stock":
@@ -200,14 +274,14 @@ class TransformersSampler:
         return fused_layers(self._model)
 
     def _decode(
-        self, trial: Trial, rows: list[list[int]], decoding: Decoding
+        self, trial: Trial, rows: list[list[int]], slots: tuple[int, ...], decoding: Decoding
     ) -> tuple[list[Stream], Witness]:
         steps = self._steps_for(trial.arm, rows, decoding)
         batch = steps.batch
         batch.reset(rows)
         logits = batch.prefill(trial.load.cache_state)
         prefill_calls = len(batch.row_counts)
-        streams = steps.run(logits, trial.load.slots, self._stop_ids, trial.fault)
+        streams = steps.run(logits, slots, self._stop_ids, trial.fault)
         achieved = min(batch.row_counts)
         return streams, Witness(achieved, prefill_calls, len(batch.row_counts) - prefill_calls)
 
@@ -225,14 +299,6 @@ class TransformersSampler:
             self._captured[key] = steps  # Last in, as the most recently used.
         return steps
 
-    def _out_of_memory(self, load: Load) -> TrialError:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        return TrialError(
-            f"out of memory at batch size {load.batch_size} on {self._device}: "
-            "use smaller --loads or --max-tokens"
-        )
-
 
 def digest_weights(model: Any) -> str:
     """16 hexadecimal digits over every parameter's name, shape, dtype and 4096 of its elements.
@@ -246,27 +312,6 @@ def digest_weights(model: Any) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def load_model(
-    source: str, config: Any, spec: RunSpec, device: torch.device, options: dict[str, Any]
-) -> Any:
-    if spec.attention != "auto":
-        options = {**options, "attn_implementation": spec.attention}
-    if spec.random_weights is not None:
-        dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
-        torch.manual_seed(spec.random_weights)
-        with one_line_errors(source), device:
-            made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-        return made.eval()
-    with one_line_errors(source):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=DTYPES.get(spec.dtype, "auto"),
-            use_safetensors=True,
-            **options,
-        )
-    return model.to(device).eval()
 
 
 def _stop_ids(model: Any) -> set[int]:

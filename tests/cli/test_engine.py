@@ -103,6 +103,11 @@ def test_ctrl_c_ends_the_workers(started, wait_for_lines, with_fake, tmp_path):
         (("--engine", "vllm", "--device", "cuda:1"), ("CUDA_VISIBLE_DEVICES",)),
         (("--engine", "vllm", "--attn", "eager"), ("attention_backend=NAME",)),
         (("--engine", "vllm", "--model", "scripted:clean"), ("scripted:clean",)),
+        (("--engine", "vllm", "--loads", "auto"), ("--loads auto", "give numbers")),
+        (
+            ("--engine", "vllm", "--batching", "continuous"),
+            ("--batching continuous", "--endpoint"),
+        ),
         (
             ("--engine", "vllm", "--endpoint", "http://127.0.0.1:1/v1", "--model", "m"),
             ("--engine: with --endpoint", "one of the two"),

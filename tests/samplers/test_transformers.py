@@ -188,7 +188,7 @@ def test_out_of_memory_names_the_load(samplers, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(ExactBatch, "prefill", refuse)
-    with pytest.raises(TrialError, match="out of memory at batch size 2"):
+    with pytest.raises(TrialError, match="out of memory at batch size 2, and at 1"):
         sample(samplers["qwen3"], Load(2, (0, 1)))
 
 

@@ -21,7 +21,7 @@ from ndcheck.analysis.accumulate import summarise
 from ndcheck.mock_server.server import MockServer, Plan
 from ndcheck.records import Decoding, Endpoint, Environment, Run
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import fit_axes, plan, run_trials
+from ndcheck.runner import fit_spec, plan, run_trials
 from ndcheck.samplers.base import open_sampler
 from ndcheck.store import RunDirectory, SampleReader
 from ndcheck.verdict import judge
@@ -88,7 +88,7 @@ def measure(tmp_path, sampler):
 
     def measure(url, **changed):
         opened, spec = sampler(url, **changed)
-        spec = fit_axes(spec, opened)
+        spec = fit_spec(spec, opened)
         trials = plan(spec, opened)
         run = Run("r", "0", spec, Environment(model=opened.describe()), "")
         with closing(RunDirectory.create(tmp_path / "run", run)) as directory:

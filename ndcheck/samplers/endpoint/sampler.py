@@ -130,6 +130,9 @@ class EndpointSampler:
             "digest": identity.digest(seen.fingerprint, seen.compared),
         }
 
+    def largest_batch_size(self, n_prompt_tokens: int, decoding: Decoding) -> int:
+        raise UsageError("--loads auto: with --endpoint the memory is the server's: give numbers")
+
     def changes(self) -> tuple[str, ...]:
         found = [
             f"the server's system_fingerprint changed in mid-run: {self._fingerprints[0]!r}, "

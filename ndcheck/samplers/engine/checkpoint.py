@@ -26,7 +26,7 @@ def random_checkpoint(source: str, config: Any, spec: RunSpec) -> Path:
     import torch
 
     from ndcheck.samplers.device import choose_device
-    from ndcheck.samplers.transformers import load_model
+    from ndcheck.samplers.loading import load_model
 
     device = choose_device("auto")
     identity = f"{config.to_json_string()}/{spec.random_weights}/{spec.dtype}/{device.type}"
@@ -35,7 +35,7 @@ def random_checkpoint(source: str, config: Any, spec: RunSpec) -> Path:
     checkpoint = caches / "ndcheck" / "checkpoints" / name
     if checkpoint.is_dir():
         return checkpoint
-    model = load_model(source, config, spec, device, {"trust_remote_code": spec.trust_remote_code})
+    model = load_model(source, config, spec, device)
     try:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=checkpoint.parent, prefix=f".{name}."))

@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 
 from ndcheck.builtin import MODEL_DIRECTORY
+from ndcheck.engine_request import NO_AUTO_LOADS
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.load import CACHE_STATES
 from ndcheck.records import (
@@ -34,7 +35,8 @@ from ndcheck.samplers.engine.checkpoint import (
 )
 from ndcheck.samplers.engine.passes import smallest_batch
 from ndcheck.samplers.engine.process import Worker
-from ndcheck.samplers.prompts import load_prompts, one_line_errors
+from ndcheck.samplers.loading import load_config
+from ndcheck.samplers.prompts import load_prompts
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 N_PREFILL_CHUNKS = 3
@@ -57,11 +59,7 @@ class EngineSampler:
             raise UsageError(f"--dtype {spec.dtype}: choose from {', '.join(DTYPES)}")
         if load_weights and importlib.util.find_spec("vllm") is None:
             raise UsageError("--engine vllm needs vLLM: pip install 'ndcheck[vllm]'")
-        transformers.utils.logging.disable_progress_bar()
-        with one_line_errors(self._source):
-            config = transformers.AutoConfig.from_pretrained(
-                self._source, trust_remote_code=spec.trust_remote_code
-            )
+        config = load_config(self._source, spec)
         text_config = config.get_text_config(decoder=True)
         self._context = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
         self._prompts = load_prompts(self._source, spec)
@@ -129,6 +127,9 @@ class EngineSampler:
             "arms": None if len(self._spec.arms) == 1 else self._how_arms_run,
             "digest": None if directory is None else digest_checkpoint(directory),
         }
+
+    def largest_batch_size(self, n_prompt_tokens: int, decoding: Decoding) -> int:
+        raise UsageError(NO_AUTO_LOADS)
 
     def changes(self) -> tuple[str, ...]:
         """Nothing: a worker that went away ends the run."""

@@ -199,7 +199,8 @@ def test_a_prompt_shorter_than_a_cache_block_is_chunked_and_never_a_prefix(open_
     (note,) = sampler.notes
     assert "blocks of 4 tokens: give longer prompts" in note
     assert {each.load.cache_state for each in plan(short, sampler)} == {"whole", "chunked"}
-    assert sampler.sample(trial(Load(2, (0, 1), cache_state="chunked")), short.probes[1], Decoding(8))
+    chunked = trial(Load(2, (0, 1), cache_state="chunked"))
+    assert sampler.sample(chunked, short.probes[1], short.decoding)
     assert open_fake(replace(short, axes=("slot",))).notes == ()
 
 

@@ -1,0 +1,92 @@
+"""A model, its config and its tokenizer, from a hub id or a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ndcheck.builtin import MODEL_DIRECTORY
+from ndcheck.errors import BackendError, UsageError
+from ndcheck.records import RunSpec
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+
+
+def load_config(source: str, spec: RunSpec) -> Any:
+    """Raises UsageError where there is none."""
+    transformers.utils.logging.disable_progress_bar()
+    with _one_line_errors(source):
+        return transformers.AutoConfig.from_pretrained(
+            source, trust_remote_code=spec.trust_remote_code
+        )
+
+
+def load_tokenizer(source: str, spec: RunSpec) -> Any:
+    """Raises UsageError where there is none, or one that gives no tokens."""
+    source = _tokenizer_source(source, spec)
+    with _one_line_errors(source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, trust_remote_code=spec.trust_remote_code
+        )
+    if not tokenizer("a")["input_ids"]:
+        raise UsageError(f"--model {source}: it has no tokenizer that gives tokens")
+    return tokenizer
+
+
+def load_model(source: str, config: Any, spec: RunSpec, device: torch.device) -> Any:
+    """The model on ``device``, as `eval`: its weights, or random ones where the spec wants them.
+
+    Raises UsageError and BackendError as `TransformersSampler` does.
+    """
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if spec.attention != "auto":
+        options["attn_implementation"] = spec.attention
+    if spec.random_weights is not None:
+        dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
+        torch.manual_seed(spec.random_weights)
+        with _one_line_errors(source), device:
+            made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        return made.eval()
+    with _one_line_errors(source):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES.get(spec.dtype, "auto"),
+            use_safetensors=True,
+            **options,
+        )
+    return model.to(device).eval()
+
+
+def _tokenizer_source(source: str, spec: RunSpec) -> str:
+    """A bare config.json has no tokenizer; random weights speak no language, so any will do."""
+    directory = Path(source)
+    is_bare = directory.is_dir() and not any(directory.glob("tokenizer*"))
+    return str(MODEL_DIRECTORY) if spec.random_weights is not None and is_bare else source
+
+
+@contextmanager
+def _one_line_errors(source: str) -> Iterator[None]:
+    """Loading fails in many ways; each becomes one line that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(
+            f"--model {source}: {first_line(error)} "
+            "(accepted: builtin, a directory with config.json and safetensors, or a hub id)"
+        ) from error
+    except RuntimeError as error:
+        raise BackendError(f"cannot load {source}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
