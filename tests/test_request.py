@@ -23,7 +23,8 @@ def test_batch_sizes():
 
 
 def test_auto_batch_sizes_are_found_later():
-    assert request.parse_batch_sizes("auto") == ()
+    assert request.parse_loads("auto") == ()
+    assert request.parse_loads("2,3") == (2, 3)
     assert request.make_spec(loads="auto").batch_sizes == ()
 
 
