@@ -90,7 +90,7 @@ def make_spec(
         model=model,
         probes=make_probes([prompt] if isinstance(prompt, str) else prompt, prompts_file),
         decoding=Decoding(max_tokens, temperature, seed),
-        batch_sizes=parse_batch_sizes(_join(loads)),
+        batch_sizes=parse_loads(_join(loads)),
         axes=parse_axes(_join(axes)),
         mode=parse_mode(mode),
         batching=parse_batching(batching),
@@ -124,20 +124,18 @@ def _join(values: str | Sequence[object]) -> str:
     return values if isinstance(values, str) else ",".join(map(str, values))
 
 
-def parse_batch_sizes(text: str) -> tuple[int, ...]:
-    """``"1,2,4"`` as batch sizes; none yet for ``auto``.
+def parse_loads(text: str) -> tuple[int, ...]:
+    """Batch sizes as `parse_batch_sizes` reads them; none yet for ``auto``."""
+    return () if text == "auto" else parse_batch_sizes(text)
 
-    Raises UsageError on anything but distinct numbers >= 1.
-    """
-    if text == "auto":
-        return ()
+
+def parse_batch_sizes(text: str) -> tuple[int, ...]:
+    """``"1,2,4"`` as batch sizes. Raises UsageError on anything but distinct numbers >= 1."""
     sizes: list[int] = []
     for part in text.split(","):
         part = part.strip()
         if not part.isdecimal() or int(part) < 1:
-            raise UsageError(
-                f"--loads: {part!r} is not a batch size; give numbers of 1 or more, or auto"
-            )
+            raise UsageError(f"--loads: {part!r} is not a batch size; give numbers of 1 or more")
         if int(part) in sizes:
             raise UsageError(f"--loads: {int(part)} is given twice")
         sizes.append(int(part))

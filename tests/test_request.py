@@ -23,7 +23,8 @@ def test_batch_sizes():
 
 
 def test_auto_batch_sizes_are_found_later():
-    assert request.parse_batch_sizes("auto") == ()
+    assert request.parse_loads("auto") == ()
+    assert request.parse_loads("2,3") == (2, 3)
     assert request.make_spec(loads="auto").batch_sizes == ()
 
 
@@ -36,6 +37,14 @@ def test_auto_batch_sizes_are_found_later():
         (
             {"batching": "continuous", "model": "scripted:clean"},
             "--batching continuous needs a model that computes",
+        ),
+        (
+            {"batching": "continuous", "model": "served", "endpoint": "http://127.0.0.1:1/v1"},
+            "--batching: with --endpoint this is the server's own to choose",
+        ),
+        (
+            {"loads": "auto", "model": "served", "endpoint": "http://127.0.0.1:1/v1"},
+            "--loads auto: with --endpoint the memory is the server's",
         ),
     ],
 )

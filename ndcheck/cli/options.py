@@ -138,6 +138,10 @@ Loads = Annotated[
         metavar="1,2,...",
     ),
 ]
+BatchSizes = Annotated[
+    str,
+    typer.Option("--loads", help="Batch sizes.", envvar="NDCHECK_LOADS", metavar="1,2,..."),
+]
 Axes = Annotated[
     str,
     typer.Option(

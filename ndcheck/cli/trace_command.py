@@ -18,7 +18,7 @@ def trace(
         str | None, typer.Option("--prompt", help="The probe.", metavar="TEXT")
     ] = None,
     chat: o.Chat = False,
-    loads: o.Loads = "2,3,4,8,16",
+    loads: o.BatchSizes = "2,3,4,8,16",
     mode: o.LoadMode = DEFAULTS.mode,
     step: Annotated[
         str,

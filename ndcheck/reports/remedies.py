@@ -63,7 +63,8 @@ def remedies(
             suggest(
                 f"Narrow it down to {axis} at the smallest batch that diverged, {size}", narrower
             )
-        if directory and run.environment.model.get("class"):  # it ran in this process
+        is_here = bool(run.environment.model.get("class"))
+        if directory and is_here and spec.batching == "exact":  # so a step can be repeated
             command = f"ndcheck trace --run {argument(directory)}"
             found.append(Remedy("Name the ops that do it", (command,)))
         if spec.endpoint is not None:

@@ -298,6 +298,11 @@ def serve_load(
     """
     chunk = -(-len(probe) // N_PREFILL_CHUNKS) if cache_state == "chunked" else None
     page = _shared_page(len(probe)) if cache_state == "prefix" else None
+    if not model._can_set_attn_implementation():
+        # The manager would not notice that such a model never reads its cache.
+        raise UsageError(
+            f"--batching continuous: the attention of {type(model).__name__} has no paged form"
+        )
     with _managed(model):
         try:
             _keep_attention(model)

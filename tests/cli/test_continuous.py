@@ -42,3 +42,31 @@ def test_auto_loads_are_named_and_repeatable(ndcheck):
     assert "--loads auto is 1,2,3" in done.stderr
     assert "--loads 1,2,3" in done.stdout
     assert done.returncode == 0
+
+
+def test_a_gate_finds_what_fits(ndcheck_here, tmp_path):
+    (tmp_path / "ndcheck.toml").write_text(
+        'loads = "auto"\nsamples = 20\nmax_tokens = 4\n'
+        '[checks.fits]\nmodel = "scripted:out-of-memory"\n'
+    )
+    done = ndcheck_here("gate", "--out", "runs")
+    assert done.returncode == 0, done.stderr
+    spec = json.loads((tmp_path / "runs" / "fits" / "run.json").read_text())["spec"]
+    assert spec["batch_sizes"] == [1, 2, 3]
+
+
+def test_ops_are_named_under_exact_batching_only(ndcheck_here, tmp_path):
+    run = ndcheck_here("run", "--model", "scripted:batch-dependent", "--out", "run", "-q",
+                       "--loads", "1,4", "-n", "20", "--max-tokens", "8")  # fmt: skip
+    assert run.returncode == 1
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    record["environment"]["model"]["class"] = "ModelOfThisProcess"
+    for batching, is_offered in (("exact", True), ("continuous", False)):
+        record["spec"]["batching"] = batching
+        file.write_text(json.dumps(record))
+        assert ("ndcheck trace" in ndcheck_here("report", "run").stdout) == is_offered
+    for command in ("trace", "shrink"):
+        refused = ndcheck_here(command, "--run", "run")
+        assert refused.returncode == 2
+        assert "continuous batching: no step can be repeated alone" in refused.stderr

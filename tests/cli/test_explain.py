@@ -94,6 +94,7 @@ def test_order_of_the_invariant_arm_is_fixed(here):
         (("order", "mm", "--terms", "2000", "--svg", "x.svg"), "up to 1024 terms"),
         (("order", "--fn", "sums.py:absent"), "--fn sums.py:absent"),
         (("trace", "--step", "-1"), "--step"),
+        (("trace", "--loads", "auto"), "'auto' is not a batch size"),
         (("trace", "--sample", "3"), "give --run DIR too"),
         (("trace", "--run", "nowhere"), "holds no run"),
         (("trace", "--run", "nowhere", "--loads", "2"), "--loads cannot be changed"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ndcheck_kernels import UnsupportedCallError, invariant_kernels
-from ndcheck_kernels.attention_interface import attention_op
+from ndcheck_kernels.attention_interface import NAME, attention_op, register_attention
 from ndcheck_kernels.paged import paged_attention
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
@@ -75,6 +75,28 @@ def test_each_request_has_the_bits_it_has_alone(cache, dtype, lengths):
             alone = attend(query[:, :, own_q], key[:, :, own_k], value[:, :, own_k], spans)
         assert torch.equal(packed[:, :, own_q], alone)
         at_q, at_k = own_q.stop, own_k.stop
+
+
+def test_sinks_reach_every_request():
+    from transformers import AttentionInterface
+
+    register_attention()
+    query, key, value, kwargs = make(LENGTHS, torch.float32)
+    sinks = torch.tensor([4.0, 2.0, 0.0, -2.0])
+    module = SimpleNamespace(layer_idx=0)
+    with invariant_kernels():
+        packed, _ = AttentionInterface()[NAME](
+            module, query, query, query, None, s_aux=sinks, **kwargs
+        )
+        at_q = at_k = 0
+        for n_queries, n_keys in LENGTHS:
+            own_q, own_k = slice(at_q, at_q + n_queries), slice(at_k, at_k + n_keys)
+            spans = torch.tensor([[[0, n_keys]]], dtype=torch.int32)
+            operands = query[:, :, own_q], key[:, :, own_k], value[:, :, own_k], spans
+            alone = attention_op(*operands, WIDTH**-0.5, sinks=sinks).transpose(1, 2)
+            assert torch.equal(packed[:, own_q], alone)
+            assert not torch.equal(alone, attend(*operands).transpose(1, 2))
+            at_q, at_k = own_q.stop, own_k.stop
 
 
 def test_a_neighbour_full_of_nan_touches_nobody():

@@ -195,6 +195,14 @@ def test_attention_without_a_paged_form_is_one_line(open_sampler):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("arm", ["stock", "invariant"])
+def test_a_model_with_attention_of_its_own_is_refused(open_sampler, monkeypatch, arm):
+    sampler = open_sampler()
+    monkeypatch.setattr(sampler.model, "_can_set_attn_implementation", lambda: False)
+    with pytest.raises(UsageError, match="attention of Qwen3ForCausalLM has no paged form"):
+        sample(sampler, Load(1), arm=arm)
+
+
 def test_eager_attention_has_a_paged_form(open_sampler):
     sampler = open_sampler(attention="eager", dtype="fp32")
     (expected,) = sample(open_sampler(dtype="fp32"), Load(1))
