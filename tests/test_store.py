@@ -76,6 +76,20 @@ def test_round_trip(tmp_path_factory, texts, logprobs, margins, digests, fault, 
     assert list(map(math.copysign, logprobs, read.logprobs)) == logprobs  # -0.0 is kept
 
 
+def test_every_witness_is_read_back_and_older_files_are_too(tmp_path):
+    witness = Witness(2, 1, 3, 4, (1, 2), 8, ((1, 2, 6, 2, 0, 0), (3, 2, 2, 2, 0, 1)))
+    write(tmp_path, [make_sample(witness=witness)])
+    (sample,) = SampleReader(tmp_path)
+    assert sample.witness == witness
+    lines = tmp_path / "samples.jsonl"
+    document = json.loads(lines.read_text())
+    for name in ("step_batch_sizes", "out_of_memory_at", "passes"):
+        del document[name]
+    lines.write_text(json.dumps(document) + "\n")
+    (older,) = SampleReader(tmp_path)
+    assert older.witness == Witness(2, 1, 3, 4)
+
+
 def test_run_round_trip(tmp_path):
     run = replace(RUN, spec=replace(DEFAULTS, target_rate=0.1, answer_pattern="x"))
     RunDirectory.create(tmp_path, run).close()

@@ -41,6 +41,17 @@ def test_without_vllm_one_line_names_the_extra(ndcheck, tmp_path):
     assert ndcheck("run", *OPTIONS, "--dry-run").returncode == 0
 
 
+def test_the_default_prompt_is_measured_and_the_gap_is_named(ndcheck, with_fake, tmp_path):
+    with_fake("clean")
+    options = ("--engine", "vllm", "--loads", "1,2", "-n", "12", "--max-tokens", "4")
+    done = ndcheck("run", *options, "--out", "run")
+    assert done.returncode == 3, done.stderr  # a clean stock arm is no control
+    assert "the prefix cache, which holds blocks of 4 tokens" in done.stderr
+    states = {s["cache_state"] for s in samples(tmp_path / "run")}
+    assert states == {"whole", "chunked"}
+    assert all(s["error"] is None for s in samples(tmp_path / "run"))
+
+
 def test_stock_is_the_control_of_invariant(ndcheck, with_fake, tmp_path):
     with_fake("batch-dependent")
     done = ndcheck("run", *OPTIONS, "--max-tokens", "8", "--tp", "2", "--out", "run", "--json")
@@ -54,6 +65,9 @@ def test_stock_is_the_control_of_invariant(ndcheck, with_fake, tmp_path):
                     if s["arm"] == arm and s["axis"] != "control"}
               for arm in ("stock", "invariant")}  # fmt: skip
     assert {arm: len(found) for arm, found in by_arm.items()} == {"stock": 2, "invariant": 1}
+    traced = ndcheck("trace", "--run", "run")
+    assert traced.returncode == 2
+    assert traced.stderr.endswith("ndcheck: builtin runs in vllm: no op can be seen there\n")
 
 
 def test_a_killed_worker_loses_nothing_and_resume_completes(
