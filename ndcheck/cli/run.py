@@ -63,7 +63,7 @@ def run(
     """Sample prompts again and again under varying batches, and compare tokens and bits.
 
     Without options: the embedded model, one prompt, stock and batch-invariant kernels, every
-    invariance property, about a minute.
+    invariance property, a minute or two.
     """
     from ndcheck.cli import session
 

@@ -24,9 +24,9 @@ LINEAR = products(48, 96)[0]
 SAME_KERNEL = {
     *("_fused_rms_norm", "_log_softmax", "_softmax", "native_layer_norm", "std", "var_mean"),
     *("dot", "pow", "rsqrt"),
-    # Experts: routing is of integers, and their products are `mm` of each one's rows. What mixes
-    # them, and complex arithmetic, has its own proofs: test_experts.py and test_cpu_complex.py.
-    *("_grouped_mm", "route_experts", "combine_experts", "index_add", "topk", "mul", "polar"),
+    # Routing is of integers. What mixes experts, and complex arithmetic, has its own proofs:
+    # test_experts.py and test_cpu_complex.py.
+    *("route_experts", "combine_experts", "index_add", "topk", "mul", "polar"),
 }
 
 
