@@ -23,6 +23,7 @@ from ndcheck_kernels.mode import (
     UncoveredOpError,
     UnsupportedCallError,
     active_scope,
+    implements,
     refusal,
 )
 from ndcheck_kernels.paged import paged_attention
@@ -148,6 +149,29 @@ def _attention_forward(
         spans = spans_from_any(attention_mask, bool(is_causal), query, key)
     out = attention_op(query, key, value, spans, scale, softcap or 0.0, sinks=sinks)
     return out.transpose(1, 2).contiguous(), None
+
+
+def register_sdpa(device: str, attention: Callable[..., torch.Tensor]) -> None:
+    """Register torch's own attention for a device, from what it has for `attention_op`."""
+
+    @implements(torch.ops.aten.scaled_dot_product_attention.default, device=device)
+    def scaled_dot_product_attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """It refuses masks from which a row's first token cannot be told."""
+        if dropout_p or query.dim() != 4:
+            raise UnsupportedCallError("dropout, or tensors that are not 4-dimensional")
+        spans = spans_from_any(attn_mask, is_causal, query, key)
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        return attention(query, key, value, spans, factor)
 
 
 def spans_from_any(

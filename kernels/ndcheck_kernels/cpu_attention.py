@@ -17,7 +17,7 @@ Not claimed: equal results if the row itself holds infinite or NaN values after 
 
 import torch
 
-from ndcheck_kernels.attention_interface import attention_op, spans_from_any
+from ndcheck_kernels.attention_interface import attention_op, register_sdpa
 from ndcheck_kernels.cpu_gemm import bmm
 from ndcheck_kernels.cpu_pointwise import pointwise
 from ndcheck_kernels.cpu_reductions import sum_rows
@@ -155,21 +155,4 @@ def _on_grid(cache: torch.Tensor, used: Used, splits: int, dtype: torch.dtype) -
     return grid.flatten(0, 1)
 
 
-@implements(aten.scaled_dot_product_attention.default, device="cpu")
-def scaled_dot_product_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """torch's attention; it refuses masks from which a row's first token cannot be told."""
-    if dropout_p or query.dim() != 4:
-        raise UnsupportedCallError("dropout, or tensors that are not 4-dimensional")
-    spans = spans_from_any(attn_mask, is_causal, query, key)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    return attention(query, key, value, spans, factor)
+register_sdpa("cpu", attention)

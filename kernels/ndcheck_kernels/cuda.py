@@ -18,7 +18,7 @@ from ndcheck_kernels import cuda_experts as cuda_experts
 from ndcheck_kernels import layer_norm as layer_norm_kernels
 from ndcheck_kernels import matmul as matmul_kernels
 from ndcheck_kernels import reductions, rms_norm, softmax
-from ndcheck_kernels.attention_interface import as_causal, attention_op, spans_from_any
+from ndcheck_kernels.attention_interface import as_causal, attention_op, register_sdpa
 from ndcheck_kernels.mode import UnsupportedCallError, accept, implements
 from ndcheck_kernels.products import register_products
 
@@ -91,25 +91,7 @@ def attention(
     )
 
 
-@implements(aten.scaled_dot_product_attention.default, device="cuda")
-def scaled_dot_product_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """torch's attention, where its mask is causal."""
-    if dropout_p or query.dim() != 4:
-        raise UnsupportedCallError("dropout, or tensors that are not 4-dimensional")
-    spans = spans_from_any(attn_mask, is_causal, query, key)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    result: torch.Tensor = attention(query, key, value, spans, factor)
-    return result
+register_sdpa("cuda", attention)
 
 
 def _reduce(

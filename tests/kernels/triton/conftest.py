@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from ndcheck_kernels import mode
+
 if not torch.cuda.is_available():
     from triton.runtime import interpreter
 
@@ -115,3 +117,15 @@ def assert_batch_invariant():
                 assert torch.equal(got, alone[0]), f"M={m}, row {position}"
 
     return check
+
+
+@pytest.fixture
+def cuda_registrations(device, monkeypatch):
+    """What `cuda.py` registers is what the scope runs: without a GPU, for CPU tensors."""
+    mode.covered_ops("cpu")
+    mode.covered_ops("cuda")
+    if device == "cpu":
+        monkeypatch.setitem(mode._implementations, "cpu", mode._implementations["cuda"])
+    mode._found.clear()
+    yield
+    mode._found.clear()

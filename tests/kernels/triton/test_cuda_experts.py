@@ -23,7 +23,7 @@ OPS = (torch.ops.aten._grouped_mm.default, experts.route_op, experts.combine_op)
 
 
 @pytest.fixture(autouse=True)
-def cuda_registrations(device, monkeypatch):
+def expert_registrations(device, monkeypatch):
     assert cuda_experts
     mode.covered_ops(device)
     experts.register_experts()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from ndcheck_kernels import invariant_kernels, mode, register_attention
+from ndcheck_kernels import invariant_kernels, register_attention
 from ndcheck_kernels.decoder import fused_layers
 from ndcheck_kernels.qkv import qkv
 
@@ -27,16 +27,7 @@ FAMILIES = {
 PROBE = [5, 17, 90, 33, 21, 8, 64, 2, 11]
 OTHERS = [[3] * 14, [9, 4], [77] * 11]
 
-
-@pytest.fixture(autouse=True)
-def cuda_registrations(device, monkeypatch):
-    mode.covered_ops("cpu")
-    mode.covered_ops("cuda")
-    if device == "cpu":
-        monkeypatch.setitem(mode._implementations, "cpu", mode._implementations["cuda"])
-    mode._found.clear()
-    yield
-    mode._found.clear()
+pytestmark = pytest.mark.usefixtures("cuda_registrations")
 
 
 @pytest.fixture

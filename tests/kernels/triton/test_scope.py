@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from ndcheck_kernels import UncoveredOpError, invariant_kernels, mode, register_attention
+from ndcheck_kernels import UncoveredOpError, invariant_kernels, register_attention
 from ndcheck_kernels.attention_interface import attention_op, causal_spans
 from ndcheck_kernels.reference import attention_reference
 
@@ -32,16 +32,7 @@ ROW_OPS = {
     "rms_norm": (lambda x, w: F.rms_norm(x, (K,), w[0], 1e-6), "rms_norm"),
 }
 
-
-@pytest.fixture(autouse=True)
-def cuda_registrations(device, monkeypatch):
-    mode.covered_ops("cpu")
-    mode.covered_ops("cuda")
-    if device == "cpu":
-        monkeypatch.setitem(mode._implementations, "cpu", mode._implementations["cuda"])
-        mode._found.clear()
-    yield
-    mode._found.clear()
+pytestmark = pytest.mark.usefixtures("cuda_registrations")
 
 
 @pytest.mark.parametrize("name", ROW_OPS)
