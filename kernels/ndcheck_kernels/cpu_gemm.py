@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from ndcheck_kernels.cpu_rows import BASE_ROWS, Probe, RowKernel, map_rows
-from ndcheck_kernels.mode import UnsupportedCallError, implements
-from ndcheck_kernels.products import combine, register_products
+from ndcheck_kernels.mode import UnsupportedCallError
+from ndcheck_kernels.products import combine, register_grouped_product, register_products
 
 aten = torch.ops.aten
 
@@ -133,23 +133,18 @@ def _baddbmm(
 register_products("cpu", mm, bmm, addmm, _baddbmm)
 
 
-@implements(aten._grouped_mm.default, device="cpu")
-def grouped_mm(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    offs: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+def _grouped_mm(
+    a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, out_dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """[M, K] x [G, K, N]: rows up to offs[g] and from the offset before it go through item g."""
-    if a.dim() != 2 or b.dim() != 3 or offs is None or bias is not None:
-        raise UnsupportedCallError("only rows in groups, without bias")
     out = a.new_zeros(a.shape[0], b.shape[-1], dtype=out_dtype)
     starts = [0, *offs.tolist()]
     for group, (start, stop) in enumerate(pairwise(starts)):
         if start < stop:
             out[start:stop] = mm(a[start:stop], b[group])
     return out
+
+
+register_grouped_product("cpu", _grouped_mm)
 
 
 def _check(a: torch.Tensor, b: torch.Tensor) -> None:

@@ -6,24 +6,18 @@ from ndcheck_kernels import grouped_matmul
 from ndcheck_kernels.experts import combine_op, route_by_sorting, route_op
 from ndcheck_kernels.matmul import DTYPES
 from ndcheck_kernels.mode import UnsupportedCallError, implements
+from ndcheck_kernels.products import register_grouped_product
 
-aten = torch.ops.aten
 
-
-@implements(aten._grouped_mm.default, device="cuda")
-def grouped_mm(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    offs: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+def _grouped_mm(
+    a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, out_dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """[P, K] x [E, K, N]: rows up to offs[e] and from the offset before it go through item e."""
-    if a.dim() != 2 or b.dim() != 3 or offs is None or bias is not None:
-        raise UnsupportedCallError("only rows in groups, without bias")
     if a.dtype not in DTYPES or b.dtype != a.dtype or out_dtype not in (None, a.dtype):
         raise UnsupportedCallError(f"no grouped product of {a.dtype} and {b.dtype}")
     return grouped_matmul.grouped_matmul(a, b, offs)
+
+
+register_grouped_product("cuda", _grouped_mm)
 
 
 @implements(route_op, device="cuda")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from ndcheck_kernels.mode import implements
+from ndcheck_kernels.mode import UnsupportedCallError, implements
 
 aten = torch.ops.aten
 
@@ -65,6 +65,28 @@ def register_products(
     def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """[K] x [K]."""
         return mm(a[None], b[:, None]).view(())
+
+
+def register_grouped_product(
+    device: str,
+    product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype | None], torch.Tensor],
+) -> None:
+    """Register the product of rows in groups for a device: `product(a, b, offs, out_dtype)`.
+
+    [M, K] x [G, K, N]: rows up to offs[g] and from the offset before it go through item g.
+    """
+
+    @implements(aten._grouped_mm.default, device=device)
+    def grouped_mm(
+        a: torch.Tensor,
+        b: torch.Tensor,
+        offs: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        if a.dim() != 2 or b.dim() != 3 or offs is None or bias is not None:
+            raise UnsupportedCallError("only rows in groups, without bias")
+        return product(a, b, offs, out_dtype)
 
 
 def combine(

@@ -142,11 +142,11 @@ class TransformersSampler:
                 witnesses[nth],
                 stream.finish_reason,
                 elapsed_s,
-                token_ids=tuple(stream.token_ids),
-                token_texts=self._prompts.token_texts(tuple(stream.token_ids)),
-                logprobs=tuple(stream.logprobs),
-                margins=tuple(stream.margins),
-                row_digests=tuple(stream.row_digests),
+                token_ids=stream.token_ids,
+                token_texts=self._prompts.token_texts(stream.token_ids),
+                logprobs=stream.logprobs,
+                margins=stream.margins,
+                row_digests=stream.row_digests,
             )
             for nth, stream in enumerate(streams)
         ]

@@ -109,7 +109,7 @@ def test_replaced_modules_are_stock_outside_the_scope(family):
     assert not torch.equal(inside, before)
 
 
-def refused(model, match):
+def assert_refused(model, match):
     with pytest.raises(UncoveredOpError, match=match), ndcheck_kernels.invariant_model(model):
         pass
 
@@ -118,7 +118,9 @@ def test_quantised_weights_are_refused_by_name():
     model = families.build_model("Qwen3")
     layer = model.model.layers[1].mlp.down_proj
     layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    refused(model, r"quantised weights \(torch.float8_e4m3fn on cpu\) in model\.layers\.1\.mlp")
+    assert_refused(
+        model, r"quantised weights \(torch.float8_e4m3fn on cpu\) in model\.layers\.1\.mlp"
+    )
 
 
 def test_products_with_quantised_weights_are_refused_by_name():
@@ -147,7 +149,7 @@ def test_other_linear_attention_is_refused_by_name():
         layer_types=["full_attention", "linear_attention"],
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
-    refused(model, r"linear attention .* in model\.layers\.1\.self_attn \(MiniMaxLightning")
+    assert_refused(model, r"linear attention .* in model\.layers\.1\.self_attn \(MiniMaxLightning")
 
 
 @pytest.mark.parametrize("cache_state", ["whole", "chunked", "prefix"])
