@@ -1,5 +1,7 @@
 """Decoder layers of the Llama shape as ten launches each, for the invariant arm on CUDA.
 
+With a mixture of experts in the MLP's place, fourteen (`mixture`).
+
 A transformers decoder layer is some sixty small kernels, most of them elementwise. Here q, k and v
 are one product, as are gate and up; norms, QK norm with rotary and cache write, and silu * up are
 one launch each; residuals are added where the product before them is rounded. Every launch keeps
@@ -19,15 +21,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ndcheck_kernels.attention import attention
 from ndcheck_kernels.matmul import DTYPES, matmul
+from ndcheck_kernels.mixture import FIRES as MIXTURE_FIRES
+from ndcheck_kernels.mixture import is_mixture, mixture
 from ndcheck_kernels.mode import Scope, active_scope, refusal
 from ndcheck_kernels.qkv import qkv
 from ndcheck_kernels.rms_norm import rms_norm
 from ndcheck_kernels.silu_mul import silu_mul
 
-LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+LAYERS = (
+    *("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"),
+    "Qwen3MoeDecoderLayer",
+)
 
-# What one layer computes, as `Scope.fires` counts it.
-_FIRES = {"linear": 4, "attention": 1, "rms_norm": 2, "qkv": 1, "silu_mul": 1}
+# What one layer computes but for its MLP, and what that does, as `Scope.fires` counts it.
+_FIRES = {"linear": 2, "attention": 1, "rms_norm": 2, "qkv": 1}
+_MLP_FIRES = {"linear": 2, "silu_mul": 1}
 
 
 @contextmanager
@@ -56,7 +64,8 @@ def join_weights(model: torch.nn.Module) -> list[Any]:
         if not hasattr(layer, "_joined_qkv"):
             own, mlp = layer.self_attn, layer.mlp
             layer._joined_qkv = _join([own.q_proj, own.k_proj, own.v_proj])
-            layer._joined_gate_up = _join([mlp.gate_proj, mlp.up_proj])
+            if not is_mixture(mlp):
+                layer._joined_gate_up = _join([mlp.gate_proj, mlp.up_proj])
     return layers
 
 
@@ -67,10 +76,16 @@ def _fits(layer: Any) -> bool:
     return (
         getattr(own, "sliding_window", None) is None
         and own.o_proj.bias is None
-        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
-        and all(p.bias is None for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        and (is_mixture(mlp) or _is_gated(mlp))
         and own.head_dim in (16, 32, 64, 128, 256)
         and own.o_proj.weight.dtype in DTYPES
+    )
+
+
+def _is_gated(mlp: Any) -> bool:
+    return hasattr(mlp, "gate_proj") and (
+        type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and all(p.bias is None for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     )
 
 
@@ -146,8 +161,13 @@ def _fused(
     out = out.transpose(1, 2).reshape(batch * length, -1)
     residual = matmul(out, own.o_proj.weight.t(), residual)
     rows = _norm(residual, layer.post_attention_layernorm)
-    gate, up = matmul(rows, layer._joined_gate_up[0].t()).chunk(2, -1)
-    residual = matmul(silu_mul(gate, up), mlp.down_proj.weight.t(), residual)
+    if is_mixture(mlp):
+        residual = mixture(rows, mlp, residual)
+        scope.fires.update(MIXTURE_FIRES)
+    else:
+        gate, up = matmul(rows, layer._joined_gate_up[0].t()).chunk(2, -1)
+        residual = matmul(silu_mul(gate, up), mlp.down_proj.weight.t(), residual)
+        scope.fires.update(_MLP_FIRES)
     if is_last:
         # Together: one launch, where the cache would make one a layer.
         torch._foreach_add_([c.cumulative_length for c in cache.layers], length)

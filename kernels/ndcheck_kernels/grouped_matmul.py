@@ -4,9 +4,11 @@
 """Products of rows with the weights of their own group (expert), and their weighted sum by token.
 
 Computes: y[i] = x[i] @ b[g] for the group g of row i, fp32 accumulation, one rounding at the end;
-    out[t] = sum over j of weights[t, j] * rows[place[t, j]] in fp32, one rounding at the end.
+    out[t] = sum over j of weights[t, j] * rows[place[t, j]], plus a residual if given, in fp32, one
+    rounding at the end.
 Reduction order: the product's is that of `matmul` at the same (N, K): groups change which weights a
-    row meets, not how it meets them. The sum's is that of j, one fused multiply-add each.
+    row meets, not how it meets them. The sum's is that of j, one fused multiply-add each, the
+    residual last.
 Depends on: N, K, dtype, architecture. Not on how many rows a group has, which they are, or the
     other groups: these only choose tiles and schedule, held to one bit class as in `matmul`. No
     group has a capacity, nothing is added by atomics.
@@ -155,8 +157,8 @@ def _route_kernel(
 
 @triton.jit
 def _combine_kernel(
-    rows_ptr, place_ptr, weights_ptr, out_ptr, N, stride_rm,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    rows_ptr, place_ptr, weights_ptr, residual_ptr, out_ptr, N, stride_rm,
+    HAS_RESIDUAL: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     follow(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -168,6 +170,8 @@ def _combine_kernel(
         weight = tl.load(weights_ptr + token * TOP_K + j).to(tl.float32)
         part = tl.load(rows_ptr + row * stride_rm + offs_n, mask, other=0.0).to(tl.float32)
         tot = tl.fma(part, weight, tot)
+    if HAS_RESIDUAL:
+        tot += tl.load(residual_ptr + token * N + offs_n, mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * N + offs_n, tot.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -253,17 +257,27 @@ def route(
     return token, expert, place, ordered, ends
 
 
-def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """rows [P, N], place and weights [T, k] -> [T, N]."""
+def combine(
+    rows: torch.Tensor,
+    place: torch.Tensor,
+    weights: torch.Tensor,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """rows [P, N], place and weights [T, k], residual [T, N] -> [T, N]."""
     device.require_float("combine", rows, weights)
     tokens, n = len(place), rows.shape[1]
     out = torch.empty((tokens, n), dtype=rows.dtype, device=rows.device)
+    if residual is not None and (residual.shape != out.shape or residual.dtype != out.dtype):
+        raise ValueError(
+            f"combine cannot add {residual.dtype} {tuple(residual.shape)} to {tokens} x {n}"
+        )
     if out.numel() == 0:
         return out
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     _combine_kernel[(tokens, triton.cdiv(n, _COMBINE_BLOCK))](
-        rows, place.contiguous(), weights.contiguous(), out, n, rows.stride(0),
-        TOP_K=place.shape[1], BLOCK=_COMBINE_BLOCK, num_warps=4, enable_fp_fusion=False,
-        **pdl(out.device),
+        rows, place.contiguous(), weights.contiguous(),
+        None if residual is None else residual.contiguous(), out, n, rows.stride(0),
+        HAS_RESIDUAL=residual is not None, TOP_K=place.shape[1], BLOCK=_COMBINE_BLOCK, num_warps=4,
+        enable_fp_fusion=False, **pdl(out.device),
     )  # fmt: skip
     return out

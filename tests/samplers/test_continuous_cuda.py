@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
+N_TOKENS = 32
 PROBE = Probe("p1", "Tell me about Richard Feynman")
 
 
@@ -50,9 +51,10 @@ def make_spec(directory, **changes):
         random_weights=0,
         batching="continuous",
         probes=(PROBE,),
-        decoding=Decoding(100),
+        decoding=Decoding(N_TOKENS),
         batch_sizes=(1, 5, 32),
-        n_samples=250,
+        axes=("batch-size", "neighbours"),
+        n_samples=120,
         **changes,
     )
 
@@ -63,7 +65,7 @@ def test_the_invariant_arm_is_and_stock_is_not_invariant(directory, arrivals):
     sampler = TransformersSampler(spec)
     samples = []
     for trial in plan_trials(spec, {"p1": sampler.count_tokens(PROBE.prompt)}, sampler.context):
-        fault = plant_fault(100) if trial.axis == "control" else None
+        fault = plant_fault(N_TOKENS) if trial.axis == "control" else None
         samples += sampler.sample(replace(trial, fault=fault), PROBE, spec.decoding)
     summary = summarise(samples, spec)
     arms = {probe.arm: probe for probe in summary.probes}

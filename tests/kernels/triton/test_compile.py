@@ -13,7 +13,7 @@ import pytest
 SCRIPT = """
 import dataclasses, json, sys, torch
 from ndcheck_kernels import attention, configs, grouped_matmul, layer_norm, matmul, reductions
-from ndcheck_kernels import resources, rms_norm, rotary, sampling, silu_mul, softmax
+from ndcheck_kernels import mixture, resources, rms_norm, rotary, sampling, silu_mul, softmax
 
 capability, bf16 = int(sys.argv[1]), torch.bfloat16
 shapes = [(6144, 4096), (4096, 4096), (24576, 4096), (151936, 4096), (1280, 8192), (8192, 1024)]
@@ -35,7 +35,8 @@ with resources.compiling(capability) as kernels:
             grouped_matmul._launch(x, weights, ends, None, config, groups)
     index, weights = torch.empty(75, 8, dtype=torch.int64), torch.empty(75, 8, dtype=bf16)
     grouped_matmul.route(index, weights, 128)
-    grouped_matmul.combine(x, index, weights)
+    grouped_matmul.combine(x, index, weights), grouped_matmul.combine(x, index, weights, x[:75])
+    mixture.choose(torch.empty(75, 128, dtype=bf16), 8, True)
     q, k = torch.empty(1, 32, 512, 128, dtype=bf16), torch.empty(1, 8, 512, 128, dtype=bf16)
     for queries in (q, q[:, :, :1]):
         attention.attention(queries, k, k)

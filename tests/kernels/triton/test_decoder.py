@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from ndcheck_kernels import invariant_kernels, register_attention
+from ndcheck_kernels import experts, invariant_kernels, register_attention
 from ndcheck_kernels.decoder import fused_layers
 from ndcheck_kernels.qkv import qkv
 
@@ -23,7 +23,13 @@ FAMILIES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "qwen3-moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
 }
+CHANGES = {
+    "mistral": {"sliding_window": None},
+    "qwen3-moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                  "norm_topk_prob": True, "initializer_range": 0.2},
+}  # fmt: skip
 PROBE = [5, 17, 90, 33, 21, 8, 64, 2, 11]
 OTHERS = [[3] * 14, [9, 4], [77] * 11]
 
@@ -34,10 +40,13 @@ pytestmark = pytest.mark.usefixtures("cuda_registrations")
 def make_model(dtype, device):
     def make(family):
         register_attention()
+        experts.register_experts()
         config_class, model_class = FAMILIES[family]
         torch.manual_seed(0)
-        values = SIZES | ({"sliding_window": None} if family == "mistral" else {})
-        model = model_class(config_class(**values, attn_implementation="ndcheck_invariant"))
+        values = SIZES | CHANGES.get(family, {})
+        config = config_class(**values, attn_implementation="ndcheck_invariant")
+        config._experts_implementation = experts.NAME
+        model = model_class(config)
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -82,12 +91,14 @@ def test_fused_layers_compute_what_transformers_does(family, make_model, dtype) 
         with fused_layers(model) as n_layers:
             fused = logits_of(model, [PROBE, OTHERS[0]], steps=[4, 9])
     assert n_layers == 2
-    assert (scope.fires - before)["qkv"] == 3 * n_layers
+    fires = scope.fires - before
+    assert fires["qkv"] == 3 * n_layers
+    assert fires["_grouped_mm"] == (6 * n_layers if family == "qwen3-moe" else 0)
     tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     torch.testing.assert_close(fused, plain, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3-moe"])
 def test_a_row_has_the_same_bits_in_any_company(family, make_model) -> None:
     model = make_model(family)
     with invariant_kernels(), fused_layers(model):
