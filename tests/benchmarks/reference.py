@@ -15,17 +15,15 @@ import csv
 import json
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from reference_training import train
+from reference_summary import rows_of, summarise
 
 ROOT = Path(__file__).parents[2]
 SHAPES = "kernels/bench/shapes"
@@ -37,7 +35,8 @@ GRACE_S = 90
 """What an interrupted run gets to write the reports of what it has."""
 FINISHED = (0, 1, 3)
 """Exit codes of a run that measured: pass, nondeterminism, inconclusive."""
-TINY = {"--loads": "1,2,4", "-n": "8", "--max-tokens": "8", "--device": "cpu"}
+TINY = {"--loads": "1,4", "-n": "15", "--max-tokens": "8", "--device": "cpu"}
+TRAINED_MODEL = Path(tempfile.gettempdir()) / "ndcheck-trained"
 TINY_SHAPES = {"qwen3-8b": "tiny", "qwen3-30b-a3b": "tiny-moe"}
 
 
@@ -184,13 +183,6 @@ def keep_files(folder: Path) -> None:
                 path.unlink()
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -210,16 +202,15 @@ def decode_steps(out: Path, *, tiny: bool) -> bool:
 
 def run_part(part: str, out: Path, train_s: float, *, tiny: bool) -> bool:
     """Whether all of the part's runs measured what they should."""
-    with tempfile.TemporaryDirectory() as scratch:
-        model = None
-        if part == "trained":
-            model = Path(scratch) / "trained"
-            (out / "trained-copies").mkdir(parents=True, exist_ok=True)
-            training = train(model, train_s, tiny=tiny)
-        passed = [run(m, out, model, tiny=tiny) for m in PARTS[part]]
-        if part == "trained":
-            text = json.dumps(training, indent=2) + "\n"
-            (out / "trained-copies" / "training.json").write_text(text, encoding="utf-8")
+    model = None
+    if part == "trained":
+        from reference_training import train
+
+        model = TRAINED_MODEL
+        training = json.dumps(train(model, train_s, tiny=tiny), indent=2)
+        (out / "trained").mkdir(exist_ok=True)
+        (out / "trained" / "training.json").write_text(f"{training}\n", encoding="utf-8")
+    passed = [run(m, out, model, tiny=tiny) for m in PARTS[part]]
     if part == "moe":
         passed.append(decode_steps(out, tiny=tiny))
     return all(passed)
@@ -238,13 +229,10 @@ def main() -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     passed = [
-        run_part(part, out, options.train_seconds, tiny=options.tiny)
-        for part in options.part or ()
+        run_part(part, out, options.train_seconds, tiny=options.tiny) for part in options.part or ()
     ]
     if options.summary:
-        from reference_summary import summarise
-
-        summarise(out)
+        summarise(out, [m.folder for part in PARTS.values() for m in part])
     return 0 if all(passed) else 1
 
 
