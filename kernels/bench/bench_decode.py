@@ -1,9 +1,12 @@
-"""Decode step time of an 8B shape by batch size: both arms under graph capture, and the floor.
+"""Decode step time of a shape by batch size: both arms under graph capture, and the floor.
 
-    PYTHONPATH=.:kernels python kernels/bench/bench_decode.py OUT_DIR [--batches 1,2] [--profile]
+    PYTHONPATH=.:kernels python kernels/bench/bench_decode.py OUT_DIR [--shape qwen3-30b-a3b]
 
 The floor is the larger of reading every weight once at the measured copy bandwidth and
-2 x parameters x batch at the measured matrix rate; the embedding is not read, so not counted.
+2 x parameters x batch at the measured matrix rate; the embedding is not read, so not counted. Of a
+mixture's experts it counts for reading those that a stock step's rows chose (`experts`, on average
+over the layers: E (1 - (1 - k / E)^B) if each of B rows chose k of E evenly, but they agree more
+than that), and for multiplying the k of each row.
 `compiled` is the stock model under torch.compile and the same capture.
 """
 
@@ -12,15 +15,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from table import Table
 
 from ndcheck.records import Decoding
@@ -33,42 +35,67 @@ from ndcheck_kernels.timing import copy_gb_per_s, elapsed_us, mm_tflop_per_s
 PROMPT_TOKENS = 16
 N_TOKENS = 160
 REPLAYS = 30
+SHAPES = Path(__file__).parent / "shapes"
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-def qwen3_8b(directory: Path) -> Path:
-    """Write the config of Qwen3-8B (its published config.json); weights come from a seed."""
-    transformers.Qwen3Config(
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-        tie_word_embeddings=False,
-        architectures=["Qwen3ForCausalLM"],
-        dtype="bfloat16",
-    ).save_pretrained(directory)
-    return directory
+def open_steps(sampler: TransformersSampler, batch_size: int) -> DecodeSteps:
+    """The decode steps of a batch of different prompts, after its first token."""
+    decoding = Decoding(N_TOKENS)
+    rows = [[(7 * i + j) % 4096 for j in range(PROMPT_TOKENS)] for i in range(batch_size)]
+    batch = ExactBatch(
+        sampler._model, sampler._device, batch_size, PROMPT_TOKENS + decoding.max_tokens
+    )
+    steps = DecodeSteps(batch, decoding)
+    batch.reset(rows)
+    steps._record(batch.prefill("whole"))
+    return steps
 
 
 def step_ms(sampler: TransformersSampler, arm: Any, batch_size: int) -> float:
     """Median time of a captured step, PROMPT_TOKENS + 2 to + 2 + REPLAYS tokens deep."""
-    decoding = Decoding(N_TOKENS)
-    rows = [[(7 * i + j) % 4096 for j in range(PROMPT_TOKENS)] for i in range(batch_size)]
     with torch.inference_mode(), sampler.arm(arm):
-        batch = ExactBatch(
-            sampler._model, sampler._device, batch_size, PROMPT_TOKENS + decoding.max_tokens
-        )
-        steps = DecodeSteps(batch, decoding)
-        batch.reset(rows)
-        steps._record(batch.prefill("whole"))
+        steps = open_steps(sampler, batch_size)
         steps._step(1)
-        steps._replay()
-        return statistics.median(elapsed_us(steps._replay) for _ in range(REPLAYS)) / 1000
+        # Nothing is captured on a CPU, which only the tiny shapes are for.
+        advance = steps._replay if steps.batch.can_be_captured else partial(steps._step, 1)
+        advance()
+        times = [elapsed_us(advance, sampler._device.type) for _ in range(REPLAYS)]
+        return statistics.median(times) / 1000
+
+
+def experts_chosen(sampler: TransformersSampler, batch_size: int) -> float | None:
+    """How many different experts a step's rows choose in a layer, on average; None without any."""
+    counts: list[int] = []
+
+    def count(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        (ids,) = (a for a in arguments if torch.is_tensor(a) and not a.is_floating_point())
+        counts.append(ids.unique().numel())
+
+    layers = [m for name, m in sampler.model.named_modules() if name.endswith(".experts")]
+    if not layers:
+        return None
+    with torch.inference_mode():
+        steps = open_steps(sampler, batch_size)
+        hooks = [layer.register_forward_pre_hook(count) for layer in layers]
+        steps._step(1)
+    for hook in hooks:
+        hook.remove()
+    return statistics.mean(counts)
+
+
+def floor_ms(
+    model: Any, batch_size: int, n_experts: float | None, gb_per_s: float, tflop_per_s: float
+) -> float:
+    """Below which no step is; ``n_experts`` of each layer are read."""
+    config = model.config
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    experts = sum(n for name, n in sizes.items() if ".experts." in name)
+    read = used = sum(sizes.values()) - experts - config.vocab_size * config.hidden_size
+    if n_experts is not None:
+        read += experts * n_experts / config.num_experts
+        used += experts * config.num_experts_per_tok / config.num_experts
+    return max(2 * read / gb_per_s / 1e6, 2 * used * batch_size / tflop_per_s / 1e9)
 
 
 def requests_s(sampler: TransformersSampler, arm: Any, n_requests: int, most_rows: int) -> float:
@@ -115,19 +142,23 @@ def compiled(sampler: TransformersSampler) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument(
+        "--shape",
+        default="qwen3-8b",
+        choices=sorted(p.name for p in SHAPES.iterdir() if p.is_dir()),
+    )
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--requests", type=int, default=0, help="time so many of 90-110 tokens")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        spec = replace(DEFAULTS, model=str(qwen3_8b(Path(folder))), device="cuda", random_weights=0)
-        sampler = TransformersSampler(spec)
-    parameters = sampler.describe()["parameters"]
-    read = 2 * (parameters - 151936 * 4096)
-    bandwidth, rate = copy_gb_per_s(), mm_tflop_per_s()
-    print(f"{torch.cuda.get_device_name()}: copy {bandwidth:.0f} GB/s, mm {rate:.0f} TFLOP/s")
+    spec = replace(DEFAULTS, model=str(SHAPES / options.shape), random_weights=0)
+    sampler = TransformersSampler(spec)
+    device = sampler._device.type
+    bandwidth, rate = copy_gb_per_s(device), mm_tflop_per_s(device)
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    print(f"{name}: copy {bandwidth:.0f} GB/s, mm {rate:.0f} TFLOP/s")
     table = Table(options.out / "decode.csv", echo=True)
     for batch_size in map(int, options.batches.split(",")):
         stock = step_ms(sampler, "stock", batch_size)
@@ -137,9 +168,11 @@ def main() -> None:
             undo = compiled(sampler)
             best = step_ms(sampler, "stock", batch_size)
             undo()
-        floor = max(read / bandwidth / 1e6, read * batch_size / rate / 1e9)
+        n_experts = experts_chosen(sampler, batch_size)
+        floor = floor_ms(sampler.model, batch_size, n_experts, bandwidth, rate)
         table.add(
-            batch=batch_size, floor_ms=floor, invariant_ms=ours, stock_ms=stock,
+            batch=batch_size, experts="" if n_experts is None else n_experts,
+            floor_ms=floor, invariant_ms=ours, stock_ms=stock,
             compiled_ms=best if options.compiled else "", over_floor=ours / floor,
             slowdown=ours / min(stock, best),
         )  # fmt: skip

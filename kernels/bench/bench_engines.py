@@ -27,7 +27,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -183,20 +182,20 @@ def measure_ndcheck(table: Table, part: str, checkpoint: str) -> None:
     measure(table, part, generate, captured_step_ms, STATIC_ROWS)
 
 
-def write_checkpoint(folder: Path) -> str:
+def write_checkpoint() -> str:
     """Random bf16 weights of seed 0, in a process of its own, so that no GPU memory stays taken."""
     code = (
-        "import sys, transformers; from dataclasses import replace; from pathlib import Path\n"
-        "from bench_decode import qwen3_8b; from ndcheck.request import DEFAULTS\n"
+        "import transformers; from dataclasses import replace\n"
+        "from bench_decode import SHAPES; from ndcheck.request import DEFAULTS\n"
         "from ndcheck.samplers.engine.checkpoint import random_checkpoint\n"
-        "source = str(qwen3_8b(Path(sys.argv[1])))\n"
+        "source = str(SHAPES / 'qwen3-8b')\n"
         "config = transformers.AutoConfig.from_pretrained(source)\n"
         "print(random_checkpoint(source, config, replace(DEFAULTS, random_weights=0)))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent),
                    os.environ.get("PYTHONPATH", "")])}  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", code, folder],
+        [sys.executable, "-c", code],
         env=environment, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     return done.stdout.splitlines()[-1]
@@ -301,28 +300,27 @@ def main() -> int:
     (options.out / "environment.json").write_text(about, encoding="utf-8")
     print(about, flush=True)
     status = 0
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = write_checkpoint(Path(folder))
-        for part in wanted:
-            started = time.perf_counter()
-            status |= subprocess.run(
-                [
-                    sys.executable,
-                    __file__,
-                    options.out,
-                    "--parts",
-                    part,
-                    "--checkpoint",
-                    checkpoint,
-                ],
-                env={
-                    **os.environ,
-                    "VLLM_BATCH_INVARIANT": str(int(part == "vllm-invariant")),
-                    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                },
-                check=False,
-            ).returncode
-            print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
+    checkpoint = write_checkpoint()
+    for part in wanted:
+        started = time.perf_counter()
+        status |= subprocess.run(
+            [
+                sys.executable,
+                __file__,
+                options.out,
+                "--parts",
+                part,
+                "--checkpoint",
+                checkpoint,
+            ],
+            env={
+                **os.environ,
+                "VLLM_BATCH_INVARIANT": str(int(part == "vllm-invariant")),
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            },
+            check=False,
+        ).returncode
+        print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
     write_summary(options.out)
     return int(status != 0)
 

@@ -69,7 +69,8 @@ class DecodeSteps:
         n_done = 1
         while n_done < self._decoding.max_tokens and not self._is_over(n_done, slots, stop_ids):
             self._draw_noise(n_done, logits.shape[-1])
-            if fault is not None or n_done == 1 or not self.batch.can_be_captured:
+            has_fault = fault is not None and n_done in (fault.latent_at, fault.fork_at)
+            if has_fault or n_done == 1 or not self.batch.can_be_captured:
                 # The first step stays uncaptured: it compiles what the capture needs.
                 self._step(n_done, fault)
             else:

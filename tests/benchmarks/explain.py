@@ -289,7 +289,7 @@ def main() -> None:
             traceback.print_exc()
             here["errors"][name] = f"{type(error).__name__}: {error}"
         here["elapsed_s"][name] = round(time.perf_counter() - begun, 1)
-        print(f"{name}: {here['elapsed_s'][name]} s", flush=True)  # noqa: T201
+        print(f"{name}: {here['elapsed_s'][name]} s", flush=True)
         (arguments.out / "environment.json").write_text(json.dumps(here, indent=1) + "\n")
     sys.exit(1 if here["errors"] else 0)
 
