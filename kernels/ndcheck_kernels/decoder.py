@@ -65,7 +65,8 @@ def _fits(layer: Any) -> bool:
         return False
     own, mlp = layer.self_attn, layer.mlp
     return (
-        getattr(own, "sliding_window", None) is None
+        not hasattr(own.o_proj.weight, "device_mesh")  # Spread over ranks, each with a partial sum.
+        and getattr(own, "sliding_window", None) is None
         and own.o_proj.bias is None
         and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         and all(p.bias is None for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
