@@ -260,6 +260,11 @@ def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
         raise UsageError(f"{spec.model} runs at {spec.endpoint.url}: no op can be seen there")
     if spec.engine is not None:
         raise UsageError(f"{spec.model} runs in {spec.engine.name}: no op can be seen there")
+    if spec.tensor_parallel > 1:
+        raise UsageError(
+            f"{spec.model} runs on {spec.tensor_parallel} ranks: an op is seen in one process; "
+            "explain a run of it with --tp 1"
+        )
     if spec.batching == "continuous":
         raise UsageError(
             "continuous batching: no step can be repeated alone; explain a run of the same prompts "
