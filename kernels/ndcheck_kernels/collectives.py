@@ -10,7 +10,8 @@ Dtypes: float32, float64; of what is only moved, any.
 Not claimed: torch's own collectives, which a scope refuses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,9 +84,16 @@ def _rank_gather(part: torch.Tensor, size: int, group: str) -> torch.Tensor:
     return torch.cat(pieces, -1)[..., :size]
 
 
-def register_collectives(group: Any) -> None:
-    """Let scopes know the ranks that a model is spread over."""
+@contextmanager
+def known_ranks(group: Any) -> Iterator[str]:
+    """Let the ops above find a group of ranks by the name that this yields."""
     _groups[group.group_name] = group
-    for device in ("cpu", "cuda"):
-        implements(rank_sum_op, device=device)(_rank_sum)
-        implements(rank_gather_op, device=device)(_rank_gather)
+    try:
+        yield group.group_name
+    finally:
+        del _groups[group.group_name]  # One that is kept to the end of the process aborts it.
+
+
+for _device in ("cpu", "cuda"):
+    implements(rank_sum_op, device=_device)(_rank_sum)
+    implements(rank_gather_op, device=_device)(_rank_gather)

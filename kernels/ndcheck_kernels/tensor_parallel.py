@@ -23,9 +23,9 @@ import torch.nn.functional as F
 
 from ndcheck_kernels.collectives import (
     add_pairwise,
+    known_ranks,
     rank_gather_op,
     rank_sum_op,
-    register_collectives,
 )
 from ndcheck_kernels.experts import combine_op, route_op
 from ndcheck_kernels.mode import UncoveredOpError, refusal
@@ -72,13 +72,20 @@ def ordered_layers(model: Any, groups: int | None = None) -> Iterator[None]:
         return
     if groups is not None and (groups & (groups - 1) or groups % n_ranks):
         raise ValueError(f"groups {groups}: give a power of two that {n_ranks} ranks divide")
-    rank, name = 0, ""
-    if n_ranks > 1:
-        mesh = model._device_mesh
-        group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
-        register_collectives(group)
-        rank, name = group.rank(), group.group_name
-    spread = Spread(n_ranks, rank, name, groups or n_ranks, groups is not None)
+    if n_ranks == 1:
+        with _replaced(model, Spread(1, 0, "", groups or 1, True)):
+            yield
+        return
+    mesh = model._device_mesh
+    group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+    with known_ranks(group) as name:
+        spread = Spread(n_ranks, group.rank(), name, groups or n_ranks, groups is not None)
+        with _replaced(model, spread):
+            yield
+
+
+@contextmanager
+def _replaced(model: Any, spread: Spread) -> Iterator[None]:
     replaced = [
         (layer, layer.__dict__.get("forward"), forward)
         for path, layer, style in _planned(model)

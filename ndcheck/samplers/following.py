@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import hashlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -38,6 +41,9 @@ class Ranks:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._has_failed = False
+        self.rank: int
+        self.size: int
         try:
             store, self.rank, self.size = next(iter(rendezvous("env://")))
             if device.type == "cuda":
@@ -56,6 +62,7 @@ class Ranks:
         self._store = PrefixStore("ndcheck", store)
         self._n_announced = 0
         ranks.set_speaker(self._is_first)
+        atexit.register(_destroy_group)
         self._end_with_torchrun()
 
     def announce(self, trial: Trial | None) -> None:
@@ -88,22 +95,23 @@ class Ranks:
 
     def failure(self, error: BaseException) -> BackendError:
         """What to raise for an error after which this rank is out of step with the others."""
+        self._has_failed = True
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if re.search(r"gloo|nccl|peer|Connection", line, re.IGNORECASE):
+            line = LOST  # What a collective says of a rank that is gone helps nobody.
         return BackendError(f"rank {self.rank} of {self.size}: {line}")
 
     def leave(self) -> None:
         """End the others' wait and the group."""
         with suppress(RuntimeError):  # The store went with torchrun.
             self.announce(None)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _destroy_group()
 
     def _is_first(self) -> bool:
         try:
-            n_failed: int = self._store.add("failures", 1)
+            return int(self._store.add("failures", 1)) == 1
         except RuntimeError:  # The store went with torchrun.
             return self.rank == 0
-        return n_failed == 1
 
     def _end_with_torchrun(self) -> None:
         """torchrun ends the ranks by SIGTERM, which may find this one waiting for the dead."""
@@ -111,6 +119,9 @@ class Ranks:
         os.set_blocking(writer, False)
 
         def end(*_: Any) -> None:
+            if self._has_failed:  # Its report is under way.
+                return
+            self._has_failed = True
             raise BackendError(f"rank {self.rank} of {self.size}: {LOST}")
 
         def watch() -> None:
@@ -125,6 +136,13 @@ class Ranks:
         signal.signal(signal.SIGTERM, end)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=watch, daemon=True).start()
+
+
+def _destroy_group() -> None:
+    """gloo's threads abort a process that ends with them, so nothing may hold the group either."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
 
 
 def _read_trial(fields: dict[str, Any] | None) -> Trial | None:
