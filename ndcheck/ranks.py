@@ -51,6 +51,8 @@ def check_request(spec: RunSpec) -> None:
         raise UsageError(f"{option} needs a model that computes, not {spec.model}")
     if spec.batching != "exact":
         raise UsageError(f"--batching {spec.batching}: with {option} a trial is one exact batch")
+    if n > 1 and ":" in spec.device:
+        raise UsageError(f"--device {spec.device}: with --tp each rank takes a GPU of its own")
     if n > 1 and not spec.batch_sizes:
         raise UsageError("--loads auto: with --tp each rank has memory of its own: give numbers")
 

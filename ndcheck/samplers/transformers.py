@@ -7,7 +7,6 @@ to the end of the trial, a finished row's further tokens are dropped, and the ba
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -22,7 +21,7 @@ from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.load import CACHE_STATES
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.device import choose_device
+from ndcheck.samplers.device import choose_device, own_device
 from ndcheck.samplers.following import Ranks
 from ndcheck.samplers.loading import DTYPES, first_line, load_config, load_model
 from ndcheck.samplers.memory import is_out_of_memory, largest_batch_size
@@ -57,8 +56,7 @@ class TransformersSampler:
         self._device = choose_device(spec.device)
         self._ranks: Ranks | None = None
         if load_weights and spec.tensor_parallel > 1:
-            if self._device.type == "cuda":
-                self._device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            self._device = own_device(self._device)
             self._ranks = Ranks(self._device)
         if spec.dtype != "auto" and spec.dtype not in DTYPES:
             raise UsageError(f"--dtype {spec.dtype}: choose from auto, {', '.join(DTYPES)}")
@@ -293,8 +291,9 @@ class TransformersSampler:
             ):
                 before = scope.fires.total()
                 yield lambda: scope.fires.total() - before
-                summed = () if self._ranks is None else ("rank_sum",)
-                missing = scope.missing(("gemm", "attention", *summed))
+                missing = scope.missing()
+                if self._ranks is not None:
+                    missing += scope.missing(("rank_sum",))
         except ndcheck_kernels.UncoveredOpError as error:
             raise BackendError(
                 f"invariant arm: {first_line(error)} Without this arm: --kernels stock"

@@ -199,7 +199,6 @@ def test_bits_of_a_mixture_are_those_of_one_process(models, tmp_path):
     assert len(set(bits(plain, "stock").values())) > 1  # The control: stock follows the batch.
     assert bits(out[1], "invariant") == bits(out[2], "invariant")
     assert bits(out[1], "invariant") != bits(plain, "invariant")  # And so would these sums.
-    assert "\nPASS  invariant" in f"\n{shown}"
     assert "torchrun --nproc-per-node 2 -m ndcheck run" in shown
 
 
@@ -216,7 +215,7 @@ def test_four_ranks_have_the_bits_of_one(models, tmp_path):
 
 def test_a_killed_rank_ends_the_run_and_resume_completes_it(models, tmp_path):
     out = tmp_path / "run"
-    arguments = ("--model", models / "dense", *LOADS, "-n", "60", "--max-tokens", "40")
+    arguments = ("--model", models / "dense", *LOADS, "--max-tokens", "24")
     process = subprocess.Popen(
         command(2, "-m", "ndcheck", "run", "--tp", "2", *arguments, "--out", out),
         env=environment(),
@@ -267,6 +266,7 @@ def _child(pid: int, variable: str) -> int:
             {"tp": 2, "model": "served", "endpoint": "http://127.0.0.1:1/v1"},
             "--tp: with --endpoint this is the server's own",
         ),
+        ({"tp": 2, "device": "cuda:1"}, "--device cuda:1: with --tp each rank takes a GPU"),
         ({"tp_groups": 6}, "--tp-groups 6: give a power of two"),
         ({"tp": 4, "tp_groups": 2}, "--tp-groups 2: give a power of two that --tp 4 divides"),
         ({"tp_groups": 8, "kernels": "stock"}, "--tp-groups is for ndcheck's own kernels"),
