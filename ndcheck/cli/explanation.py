@@ -226,6 +226,8 @@ def shrink(
         rows, tokens = best.size
         note(f"test {n_tests}: {rows} rows, {tokens} tokens beside the probe", quiet=quiet)
 
+    if spec.random_weights is not None and spec.tp_groups is not None:
+        raise UsageError("--tp-groups draws random weights that no short script can make: leave it")
     shrunk = Shrinker(sampler, failure, on_test=show).shrink()
     path = out or directory / "repro.py"
     source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model

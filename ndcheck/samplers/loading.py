@@ -58,12 +58,16 @@ def load_model(source: str, config: Any, spec: RunSpec, device: torch.device) ->
         options["attn_implementation"] = spec.attention
     if spec.random_weights is not None:
         dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
+        # One process makes what four lines of a script do; several never have a whole model.
+        is_spread = spec.tensor_parallel > 1 or spec.tp_groups is not None
+        torch.manual_seed(spec.random_weights)
         with _one_line_errors(source):
-            with torch.device("meta"):
+            with torch.device("meta") if is_spread else device:
                 made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
             if spec.tensor_parallel > 1:
                 made = shard(made, spec.tensor_parallel)
-            draw_weights(made, spec.random_weights, device)
+            if is_spread:
+                draw_weights(made, spec.random_weights, device)
         return made.eval()
     if spec.tensor_parallel > 1:
         options["distributed_config"] = distributed_config(spec.tensor_parallel)

@@ -9,8 +9,8 @@ module at a time and keeps its shard, and prints a line for every run and arm:
 
 Qwen3-235B-A22B has 4 key-value heads, which transformers does not repeat on ranks: 4 ranks at
 most, 118 GB of weights on each. The 8B runs at 1, 2 and 4 ranks, as it comes and with
---tp-groups 8, whose bits have to be the same at all three; those of the runs without it, the
-control, are compared too. A finished run is not repeated.
+--tp-groups 8, whose bits have to be the same at all three; those of 2 and 4 without it, the
+control, are compared too (without it, 1 rank draws other weights). A finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def main() -> int:
             for row in rows(path):
                 cells = (shape, n_ranks, groups or "", *row)
                 print("  ".join(f"{cell:>9}" for cell in cells), flush=True)  # noqa: T201
-            if shape == "8b":
+            if shape == "8b" and (groups or n_ranks > 1):
                 by_groups.setdefault((shape, groups), {})[n_ranks] = path
     is_same = True
     for (shape, groups), paths in by_groups.items():
