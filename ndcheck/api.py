@@ -15,6 +15,7 @@ from ndcheck import records
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.comparison import Measured, find_references
 from ndcheck.errors import UsageError, did_you_mean
+from ndcheck.ranks import program
 from ndcheck.reports import phrases, tables
 from ndcheck.reports.explanation import read_advice
 from ndcheck.reports.reproduction import reproduce_command
@@ -73,6 +74,10 @@ def measure_spec(
     """The same for a spec; the reports are written beside the samples."""
     # Read when torch is imported, if it is not yet; `__main__` says why.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if spec.tensor_parallel > 1:
+        raise UsageError(
+            f"tp = {spec.tensor_parallel} takes a process for each rank: use {program(spec)}"
+        )
     with closing(open_sampler(spec, headers=headers)) as sampler:
         spec = fit_spec(spec, sampler)
         trials = plan(spec, sampler)

@@ -28,8 +28,8 @@ def make_engine(name: str, tp: int, pp: int, arguments: Sequence[str]) -> Engine
     """None for transformers. Raises UsageError naming the option that does not fit."""
     parsed = tuple(map(_parse_engine_argument, arguments))
     if name == TRANSFORMERS:
-        if (tp, pp, parsed) != (1, 1, ()):
-            raise UsageError("--tp, --pp and --engine-arg are for an engine: give --engine vllm")
+        if (pp, parsed) != (1, ()):
+            raise UsageError("--pp and --engine-arg are for an engine: give --engine vllm")
         return None
     if name not in ENGINES:
         known = (TRANSFORMERS, *ENGINES)

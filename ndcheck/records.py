@@ -280,6 +280,10 @@ class RunSpec:
     stop_on_divergence: bool = False
     allow_latent: bool = False
     answer_pattern: str | None = None
+    tensor_parallel: int = 1
+    """Processes that share the model, without an engine; an engine has its own."""
+    tp_groups: int | None = None
+    """Parts of every sum over ranks in the invariant arm, whose bits any divisor then shares."""
     engine: Engine | None = None
     endpoint: Endpoint | None = None
 

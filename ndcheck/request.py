@@ -14,6 +14,7 @@ from ndcheck.arrivals import check_arrivals
 from ndcheck.engine_request import ENGINE_DEFAULTS, NO_AUTO_LOADS, TRANSFORMERS, make_engine
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.load import parse_arrival
+from ndcheck.ranks import check_request
 from ndcheck.records import (
     ARMS,
     AXES,
@@ -71,7 +72,8 @@ def make_spec(
     random_weights: int | None = DEFAULTS.random_weights,
     trust_remote_code: bool = DEFAULTS.trust_remote_code,
     engine: str = TRANSFORMERS,
-    tp: int = ENGINE_DEFAULTS.tensor_parallel,
+    tp: int = DEFAULTS.tensor_parallel,
+    tp_groups: int | None = DEFAULTS.tp_groups,
     pp: int = ENGINE_DEFAULTS.pipeline_parallel,
     engine_arg: str | Sequence[str] = (),
     endpoint: str | None = None,
@@ -111,6 +113,8 @@ def make_spec(
         stop_on_divergence=stop_on_divergence,
         allow_latent=allow_latent,
         answer_pattern=answer_pattern,
+        tensor_parallel=tp if engine == TRANSFORMERS else DEFAULTS.tensor_parallel,
+        tp_groups=tp_groups,
         engine=make_engine(
             engine, tp, pp, [engine_arg] if isinstance(engine_arg, str) else engine_arg
         ),
@@ -337,6 +341,7 @@ def check(spec: RunSpec) -> None:
         raise UsageError(f"--arrivals {spec.arrivals} needs --batching continuous")
     if spec.batching == "continuous" and spec.model.startswith("scripted:"):
         raise UsageError("--batching continuous needs a model that computes, not scripted:NAME")
+    check_request(spec)
     if spec.engine is not None:
         _check_for_engine(spec)
     if spec.endpoint is not None:

@@ -19,7 +19,12 @@ import torch.nn.functional as F
 
 from ndcheck_kernels.cpu_rows import BASE_ROWS, Probe, RowKernel, map_rows
 from ndcheck_kernels.mode import UnsupportedCallError
-from ndcheck_kernels.products import combine, register_grouped_product, register_products
+from ndcheck_kernels.products import (
+    combine,
+    register_grouped_product,
+    register_partial_products,
+    register_products,
+)
 
 aten = torch.ops.aten
 
@@ -145,6 +150,18 @@ def _grouped_mm(
 
 
 register_grouped_product("cpu", _grouped_mm)
+
+
+def _partial_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    # torch's CPU GEMM gives what it takes, so operands are widened: that is exact.
+    return mm(*_widen(x, weight.t()))
+
+
+def _partial_grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return _grouped_mm(*_widen(rows, weight), ends, None)
+
+
+register_partial_products("cpu", _partial_linear, _partial_grouped)
 
 
 def _check(a: torch.Tensor, b: torch.Tensor) -> None:

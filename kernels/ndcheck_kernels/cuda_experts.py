@@ -1,12 +1,12 @@
-"""The experts of a mixture on CUDA: importing this registers them."""
+"""Experts and partial products on CUDA: importing this registers them."""
 
 import torch
 
-from ndcheck_kernels import grouped_matmul
+from ndcheck_kernels import grouped_matmul, matmul
 from ndcheck_kernels.experts import combine_op, route_by_sorting, route_op
 from ndcheck_kernels.matmul import DTYPES
 from ndcheck_kernels.mode import UnsupportedCallError, implements
-from ndcheck_kernels.products import register_grouped_product
+from ndcheck_kernels.products import register_grouped_product, register_partial_products
 
 
 def _grouped_mm(
@@ -18,6 +18,24 @@ def _grouped_mm(
 
 
 register_grouped_product("cuda", _grouped_mm)
+
+
+def _partial_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return matmul.matmul(x, weight.t(), out=_wide(x, weight, weight.shape[0]))
+
+
+def _partial_grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    out = _wide(rows, weight, weight.shape[2])
+    return grouped_matmul.grouped_matmul(rows, weight, ends, out)
+
+
+def _wide(x: torch.Tensor, weight: torch.Tensor, n: int) -> torch.Tensor:
+    if x.dtype not in DTYPES or weight.dtype != x.dtype:
+        raise UnsupportedCallError(f"no partial product of {x.dtype} and {weight.dtype}")
+    return torch.empty((x.shape[0], n), dtype=torch.float32, device=x.device)
+
+
+register_partial_products("cuda", _partial_linear, _partial_grouped)
 
 
 @implements(route_op, device="cuda")

@@ -74,7 +74,8 @@ def _fits(layer: Any) -> bool:
         return False
     own, mlp = layer.self_attn, layer.mlp
     return (
-        getattr(own, "sliding_window", None) is None
+        not hasattr(own.o_proj.weight, "device_mesh")  # Spread over ranks, each with a partial sum.
+        and getattr(own, "sliding_window", None) is None
         and own.o_proj.bias is None
         and (is_mixture(mlp) or _is_gated(mlp))
         and own.head_dim in (16, 32, 64, 128, 256)

@@ -175,10 +175,13 @@ def _combine_kernel(
     tl.store(out_ptr + token * N + offs_n, tot.to(out_ptr.dtype.element_ty), mask)
 
 
-def grouped_matmul(x: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def grouped_matmul(
+    x: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """x [P, K] in order of groups, b [E, K, N], ends [E] int32 -> [P, N].
 
-    Group g has the rows from the end of the group before it up to ends[g].
+    Group g has the rows from the end of the group before it up to ends[g]. ``out`` has the dtype of
+    x or fp32.
     """
     if x.dtype not in DTYPES or b.dtype != x.dtype:
         raise TypeError(
@@ -192,7 +195,7 @@ def grouped_matmul(x: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torc
     capability = device.capability(x.device)
     groups = k_groups(b.shape[2], b.shape[1], x.element_size(), capability)
     config = grouped_config(len(x), len(b), x.element_size(), capability)
-    return _launch(x, b, ends, None, config, groups)
+    return _launch(x, b, ends, out, config, groups)
 
 
 def _launch(

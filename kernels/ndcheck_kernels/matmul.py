@@ -10,7 +10,7 @@ Reduction order: K is cut into S chunks of `chunk_length(K, S)`; a chunk is accu
 Depends on: N, K, dtype, architecture. Not on M, the batch size, the row's position, its
     neighbours, strides or alignment: these only choose tiles and schedule, and the GPU tests hold
     every selectable configuration to one bit class.
-Dtypes: bfloat16, float16, float32 (IEEE, no TF32); a, b, c and out share one.
+Dtypes: bfloat16, float16, float32 (IEEE, no TF32); a, b, c and out share one, or out is fp32.
 Not claimed: equality across architectures or Triton versions, float64, gradients.
 """
 
@@ -255,8 +255,12 @@ def matmul(
     a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None, *,
     alpha: float = 1.0, beta: float = 1.0, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """alpha * a @ b + beta * c for [M, K] @ [K, N] or [B, M, K] @ [B, K, N]."""
-    if a.dtype not in DTYPES or any(t.dtype != a.dtype for t in (b, c, out) if t is not None):
+    """alpha * a @ b + beta * c for [M, K] @ [K, N] or [B, M, K] @ [B, K, N].
+
+    ``out`` may be fp32 whatever the operands: the sum as it is, for one that goes on elsewhere.
+    """
+    shared = (b, c, None if out is None or out.dtype == torch.float32 else out)
+    if a.dtype not in DTYPES or any(t.dtype != a.dtype for t in shared if t is not None):
         raise TypeError(f"matmul takes one of {DTYPES} throughout, not {a.dtype} @ {b.dtype}")
     if a.dim() != b.dim() or a.dim() not in (2, 3) or a.shape[-1] != b.shape[-2]:
         raise ValueError(f"matmul cannot multiply {tuple(a.shape)} by {tuple(b.shape)}")
@@ -285,7 +289,9 @@ def _launch(
     if y.numel() == 0:
         return y
     c = None if c is None else c.expand(shape)
-    if config.kind != "pointer" and not all(_fits_tma(t) for t in (a, b.mT, y)):
+    # A persistent kernel stores through shared memory: no room for fp32 beside its operands.
+    is_wide = config.kind == "persistent" and y.element_size() > a.element_size()
+    if config.kind != "pointer" and (is_wide or not all(_fits_tma(t) for t in (a, b.mT, y))):
         config = pointer_config(a.shape[-2], a.element_size(), device.capability(a.device))
     launch = {"pointer": _launch_pointer, "tile": _launch_tile, "persistent": _launch_persistent}
     launch[config.kind](a, b, c, y, alpha, beta, config, groups)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ndcheck_kernels import alibi, attention_interface, experts, gated_delta
+from ndcheck_kernels import alibi, attention_interface, experts, gated_delta, tensor_parallel
 from ndcheck_kernels.mode import UncoveredOpError
 
 # What a layer keeps of earlier tokens: keys and values, or the state of a gated delta rule.
@@ -21,11 +21,13 @@ _REPLACED_ATTENTION = ("BloomAttention",)
 
 
 @contextmanager
-def invariant_model(model: Any) -> Iterator[None]:
+def invariant_model(model: Any, groups: int | None = None) -> Iterator[None]:
     """Let a transformers model use the invariant attention, experts and recurrences.
 
-    On leaving, it has its own again. Raises UncoveredOpError for quantised weights, for attention
-    that cannot be replaced, and for layers with another kind of state.
+    A model that is spread over ranks also adds their partial sums in one order; with ``groups`` its
+    bits are those of any number of ranks that divides it: see `tensor_parallel`. On leaving, it has
+    its own again. Raises UncoveredOpError for quantised weights, for attention that cannot be
+    replaced, for layers with another kind of state, and for those that cannot be spread so.
     """
     _refuse_quantised(model)
     _refuse_states(model)
@@ -37,7 +39,8 @@ def invariant_model(model: Any) -> Iterator[None]:
     own = model.config._attn_implementation, model.config._experts_implementation
     try:
         _set(model, attention_interface.NAME, experts.NAME)
-        yield
+        with tensor_parallel.ordered_layers(model, groups):
+            yield
     finally:
         _set(model, *own)
 
@@ -54,7 +57,8 @@ def _refuse_quantised(model: Any) -> None:
         for name, tensor in tensors:
             packed = tensor.dtype == torch.int32 and "weight" in name
             narrow = tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool
-            if packed or narrow or is_traceable_wrapper_subclass(tensor):
+            wrapped = is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh")
+            if packed or narrow or wrapped:
                 raise _refusal(model, "product with quantised weights", path, tensor.dtype, name)
 
 

@@ -13,6 +13,29 @@ from ndcheck_kernels.mode import UnsupportedCallError, implements
 aten = torch.ops.aten
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+GroupedProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+_library = torch.library.Library("ndcheck_kernels", "FRAGMENT")
+# Products that are one part of a longer sum: fp32 (fp64 for fp64), not rounded to their operands'
+# dtype. [M, K] x [N, K]^T -> [M, N]; and [P, K] x [E, K, N] -> [P, N], rows in groups as below.
+_library.define("partial_linear(Tensor x, Tensor weight) -> Tensor")
+_library.define("partial_grouped(Tensor rows, Tensor weight, Tensor ends) -> Tensor")
+partial_linear_op = torch.ops.ndcheck_kernels.partial_linear.default
+partial_grouped_op = torch.ops.ndcheck_kernels.partial_grouped.default
+
+
+def _refuse_outside_scope(*args: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("partial products only run inside ndcheck_kernels.invariant_kernels()")
+
+
+for _name in ("partial_linear", "partial_grouped"):
+    _library.impl(_name, _refuse_outside_scope, "CompositeExplicitAutograd")
+
+
+def register_partial_products(device: str, linear: Product, grouped: GroupedProduct) -> None:
+    """Register the parts of longer sums for a device."""
+    implements(partial_linear_op, device=device)(linear)
+    implements(partial_grouped_op, device=device)(grouped)
 
 
 def register_products(

@@ -22,6 +22,7 @@ from ndcheck.cli.runs import runs
 from ndcheck.cli.shrink import shrink
 from ndcheck.cli.trace_command import trace
 from ndcheck.errors import NdcheckError
+from ndcheck.ranks import may_speak
 
 INTERRUPTED = 130
 
@@ -70,7 +71,8 @@ def run_command_line(arguments: list[str]) -> int:
         code = typer.main.get_command(app).main(arguments, "ndcheck", standalone_mode=False)
         return int(code or 0)
     except NdcheckError as error:
-        print_error(str(error))
+        if may_speak():
+            print_error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -226,6 +226,8 @@ def shrink(
         rows, tokens = best.size
         note(f"test {n_tests}: {rows} rows, {tokens} tokens beside the probe", quiet=quiet)
 
+    if spec.random_weights is not None and spec.tp_groups is not None:
+        raise UsageError("--tp-groups draws random weights that no short script can make: leave it")
     shrunk = Shrinker(sampler, failure, on_test=show).shrink()
     path = out or directory / "repro.py"
     source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
@@ -260,6 +262,11 @@ def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
         raise UsageError(f"{spec.model} runs at {spec.endpoint.url}: no op can be seen there")
     if spec.engine is not None:
         raise UsageError(f"{spec.model} runs in {spec.engine.name}: no op can be seen there")
+    if spec.tensor_parallel > 1:
+        raise UsageError(
+            f"{spec.model} runs on {spec.tensor_parallel} ranks: an op is seen in one process; "
+            "explain a run of it with --tp 1"
+        )
     if spec.batching == "continuous":
         raise UsageError(
             "continuous batching: no step can be repeated alone; explain a run of the same prompts "

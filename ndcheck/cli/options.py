@@ -257,7 +257,21 @@ EngineChoice = Annotated[
     ),
 ]
 TensorParallel = Annotated[
-    int, typer.Option("--tp", help="vLLM: tensor parallel size.", metavar="N")
+    int,
+    typer.Option(
+        "--tp",
+        help="Tensor parallel size. Without an engine, start one process a rank: torchrun "
+        "--nproc-per-node N -m ndcheck run --tp N ...",
+        metavar="N",
+    ),
+]
+TensorParallelGroups = Annotated[
+    int | None,
+    typer.Option(
+        "--tp-groups",
+        help="Invariant arm: the same bits at --tp 1, 2, 4, ... N; a power of two.",
+        metavar="N",
+    ),
 ]
 PipelineParallel = Annotated[
     int, typer.Option("--pp", help="vLLM: pipeline parallel size.", metavar="N")

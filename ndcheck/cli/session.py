@@ -16,6 +16,7 @@ from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.errors import NdcheckError, UsageError
+from ndcheck.ranks import check_ranks, program, rank
 from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
 from ndcheck.reports.explanation import read_advice
@@ -32,7 +33,7 @@ from ndcheck.runner import (
     run_trials,
 )
 from ndcheck.samplers.base import Sampler, open_sampler
-from ndcheck.store import RunDirectory, SampleReader, write_failure
+from ndcheck.store import RunDirectory, SampleReader, read_run, write_failure
 from ndcheck.verdict import EXIT_CODES, judge
 
 INTERRUPTED = 130
@@ -49,6 +50,9 @@ def start(
     plots: bool,
 ) -> int:
     """Measure from the beginning. Returns the exit code."""
+    check_ranks(spec)
+    if rank() > 0:
+        return follow(spec)
     check_plots(wanted=plots)
     with closing(open_for_run(spec, headers, quiet=quiet)) as sampler:
         spec = fit(spec, sampler, quiet=quiet)
@@ -70,6 +74,9 @@ def resume(
     path: Path, headers: Mapping[str, str], *, as_json: bool, quiet: bool, html: bool, plots: bool
 ) -> int:
     """Go on with a run as it was. Returns the exit code."""
+    check_ranks(read_run(path).spec)
+    if rank() > 0:
+        return follow(read_run(path).spec)
     check_plots(wanted=plots)
     directory, finished = RunDirectory.resume(path)
     spec = directory.run.spec
@@ -92,6 +99,15 @@ def resume(
             html=html,
             plots=plots,
         )
+
+
+def follow(spec: RunSpec) -> int:
+    """Compute what rank 0 measures, in silence. Returns the exit code."""
+    from ndcheck.samplers.transformers import TransformersSampler
+
+    with closing(TransformersSampler(spec)) as sampler:
+        sampler.follow()
+    return 0
 
 
 def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> Sampler:
@@ -126,21 +142,19 @@ def measure(
 ) -> int:
     """Run the trials and report, also on what there is when something ends the run early."""
     failure: NdcheckError | None = None
+    go_on = f"{program(directory.run.spec)} --resume {directory.path}"
     try:
         with ProgressLine(quiet=quiet) as progress:
             run_trials(trials, sampler, directory, finished, progress.show)
     except KeyboardInterrupt:
         report(directory.path, directory.run, as_json=as_json, html=html, plots=plots)
-        note(f"interrupted; go on with: ndcheck run --resume {directory.path}", quiet=False)
+        note(f"interrupted; go on with: {go_on}", quiet=False)
         return INTERRUPTED
     except NdcheckError as error:
         failure = error
     code = report(directory.path, directory.run, as_json=as_json, html=html, plots=plots)
     if failure is not None:
-        note(
-            f"finished trials are kept; go on with: ndcheck run --resume {directory.path}",
-            quiet=False,
-        )
+        note(f"finished trials are kept; go on with: {go_on}", quiet=False)
         raise failure
     return code
 
@@ -179,6 +193,8 @@ def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bo
 
 def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
     """Print the trials that a run would execute, and what they cost. Returns the exit code."""
+    if rank() > 0:
+        return 0
     # What fits beside the weights is only known with them.
     load_weights = not spec.batch_sizes
     with closing(open_sampler(spec, load_weights=load_weights, headers=headers)) as sampler:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import PurePath
 
+from ndcheck.ranks import program
 from ndcheck.records import Endpoint, Engine, Probe, RunSpec
 
 PROMPTS_FILE = "prompts.jsonl"
@@ -18,12 +19,12 @@ def reproduce_command(spec: RunSpec, defaults: RunSpec, directory: str = "") -> 
 
     ``directory`` is the run's, which may hold the prompts: see `prompts_file`.
     """
-    return " ".join(("ndcheck run", *_options(spec, defaults, directory)))
+    return " ".join((program(spec), *_options(spec, defaults, directory)))
 
 
 def wrapped_command(spec: RunSpec, defaults: RunSpec, width: int, directory: str = "") -> list[str]:
     """The same over several lines that a shell still reads as one, where options fit the width."""
-    lines = ["ndcheck run"]
+    lines = [program(spec)]
     for option in _options(spec, defaults, directory):
         if len(lines[-1]) + len(option) + 3 > width:
             lines[-1] += " \\"
@@ -36,6 +37,8 @@ def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
     pairs: list[tuple[str, object, object]] = [
         ("--model", spec.model, defaults.model),
         *_engine_options(spec.engine),
+        ("--tp", spec.tensor_parallel, defaults.tensor_parallel),
+        ("--tp-groups", spec.tp_groups, defaults.tp_groups),
         *_endpoint_options(spec.endpoint),
         ("--loads", _commas(spec.batch_sizes) or "auto", _commas(defaults.batch_sizes)),
         ("--axes", _commas(spec.axes), _commas(defaults.axes)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from ndcheck.errors import UsageError
@@ -23,3 +24,17 @@ def choose_device(name: str) -> torch.device:
         first_line = str(error).strip().partition("\n")[0]
         raise UsageError(f"--device {name} is not available: {first_line}") from error
     return device
+
+
+def own_device(device: torch.device) -> torch.device:
+    """This rank's, by its number on the machine.
+
+    Raises UsageError for the CPU beside a GPU, which transformers takes for its ranks.
+    """
+    import torch
+
+    if device.type == "cpu" and torch.cuda.is_available():
+        raise UsageError(
+            "--device cpu: with --tp transformers takes the GPUs; hide them: CUDA_VISIBLE_DEVICES="
+        )
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device

@@ -13,6 +13,7 @@ import transformers
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.records import RunSpec
+from ndcheck.samplers.sharding import check_heads, distributed_config, draw_weights, shard
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -45,17 +46,31 @@ def load_tokenizer(source: str, spec: RunSpec) -> Any:
 def load_model(source: str, config: Any, spec: RunSpec, device: torch.device) -> Any:
     """The model on ``device``, as `eval`: its weights, or random ones where the spec wants them.
 
-    Raises UsageError and BackendError as `TransformersSampler` does.
+    Where ranks share it, each has its shard. Raises UsageError and BackendError as
+    `TransformersSampler` does.
     """
+    if spec.tensor_parallel > 1:
+        check_heads(config, spec.tensor_parallel)
+        # Its plan names what only other models of the class have.
+        transformers.utils.logging.set_verbosity_error()
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if spec.attention != "auto":
         options["attn_implementation"] = spec.attention
     if spec.random_weights is not None:
         dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
+        # One process makes what four lines of a script do; several never have a whole model.
+        is_spread = spec.tensor_parallel > 1 or spec.tp_groups is not None
         torch.manual_seed(spec.random_weights)
-        with _one_line_errors(source), device:
-            made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        with _one_line_errors(source):
+            with torch.device("meta") if is_spread else device:
+                made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+            if spec.tensor_parallel > 1:
+                made = shard(made, spec.tensor_parallel)
+            if is_spread:
+                draw_weights(made, spec.random_weights, device)
         return made.eval()
+    if spec.tensor_parallel > 1:
+        options["distributed_config"] = distributed_config(spec.tensor_parallel)
     with _one_line_errors(source):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source,
@@ -63,7 +78,7 @@ def load_model(source: str, config: Any, spec: RunSpec, device: torch.device) ->
             use_safetensors=True,
             **options,
         )
-    return model.to(device).eval()
+    return (model if spec.tensor_parallel > 1 else model.to(device)).eval()
 
 
 def _tokenizer_source(source: str, spec: RunSpec) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +21,13 @@ from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.load import CACHE_STATES
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.device import choose_device
+from ndcheck.samplers.device import choose_device, own_device
+from ndcheck.samplers.following import Ranks
 from ndcheck.samplers.loading import DTYPES, first_line, load_config, load_model
 from ndcheck.samplers.memory import is_out_of_memory, largest_batch_size
 from ndcheck.samplers.prompts import load_prompts
 from ndcheck.samplers.selection import read_step
+from ndcheck.samplers.sharding import gather
 from ndcheck.samplers.steps import DecodeSteps, Stream
 
 MOST_CAPTURED = 8
@@ -48,7 +50,14 @@ class TransformersSampler:
         self._arms = spec.arms
         self._arrivals = spec.arrivals if spec.batching == "continuous" else None
         source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
+        self._tp_groups = spec.tp_groups
+        self._probes = {probe.probe_id: probe for probe in spec.probes}
+        self._decoding = spec.decoding
         self._device = choose_device(spec.device)
+        self._ranks: Ranks | None = None
+        if load_weights and spec.tensor_parallel > 1:
+            self._device = own_device(self._device)
+            self._ranks = Ranks(self._device)
         if spec.dtype != "auto" and spec.dtype not in DTYPES:
             raise UsageError(f"--dtype {spec.dtype}: choose from auto, {', '.join(DTYPES)}")
         config = load_config(source, spec)
@@ -59,7 +68,9 @@ class TransformersSampler:
         if load_weights:
             self._model = load_model(source, config, spec, self._device)
             self._stop_ids = _stop_ids(self._model)
-            if "invariant" in spec.arms and self._device.type == "cuda":
+            self._digest = digest_weights(self._model)
+            is_alone = self._ranks is None
+            if "invariant" in spec.arms and self._device.type == "cuda" and is_alone:
                 from ndcheck_kernels.decoder import join_weights
 
                 join_weights(self._model)
@@ -101,14 +112,24 @@ class TransformersSampler:
             "device": str(parameter.device),
             "attention": self._model.config._attn_implementation,
             "vocabulary": self._text_config.vocab_size,
-            "digest": digest_weights(self._model),
+            "digest": self._digest,
+            **({} if self._ranks is None else {"ranks": self._ranks.size}),
         }
 
     def changes(self) -> tuple[str, ...]:
         return ()
 
     def close(self) -> None:
-        pass
+        if self._ranks is not None:
+            self._ranks.leave()
+
+    def follow(self) -> None:
+        """On a rank other than 0: compute its trials, until it has no more."""
+        if self._ranks is None:
+            raise RuntimeError("there is no other rank to follow")
+        while (trial := self._ranks.next_trial()) is not None:
+            with suppress(TrialError):  # All ranks come to the same logits: rank 0 keeps the error.
+                self.sample(trial, self._probes[trial.probe_id], self._decoding)
 
     @torch.inference_mode()
     def largest_batch_size(self, n_prompt_tokens: int, decoding: Decoding) -> int:
@@ -129,7 +150,10 @@ class TransformersSampler:
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
         try:
-            streams, witnesses = self._run_in_halves(trial, probe, decoding)
+            if self._ranks is not None:
+                streams, witnesses = self._run_on_ranks(self._ranks, trial, probe, decoding)
+            else:
+                streams, witnesses = self._run_in_halves(trial, probe, decoding)
         except torch.AcceleratorError as error:
             raise BackendError(f"{self._device} failed: {first_line(error)}") from error
         except RuntimeError as error:
@@ -150,6 +174,18 @@ class TransformersSampler:
             )
             for nth, stream in enumerate(streams)
         ]
+
+    def _run_on_ranks(
+        self, ranks: Ranks, trial: Trial, probe: Probe, decoding: Decoding
+    ) -> tuple[list[Stream], list[Witness]]:
+        """The trial on every rank; what fails on one of them ends the run, not the trial alone."""
+        ranks.announce(trial)
+        try:
+            done = self._decode_rows(trial, probe, decoding, trial.load.batch_size)
+            ranks.agree([stream.token_ids for stream in done[0]])
+        except (RuntimeError, MemoryError) as error:
+            raise ranks.failure(error) from error
+        return done
 
     def _run_in_halves(
         self, trial: Trial, probe: Probe, decoding: Decoding
@@ -249,13 +285,15 @@ class TransformersSampler:
 
         try:
             with (
-                ndcheck_kernels.invariant_model(self._model),
+                ndcheck_kernels.invariant_model(self._model, self._tp_groups),
                 self._fused_layers(fuse),
                 ndcheck_kernels.invariant_kernels() as scope,
             ):
                 before = scope.fires.total()
                 yield lambda: scope.fires.total() - before
                 missing = scope.missing()
+                if self._ranks is not None:
+                    missing += scope.missing(("rank_sum",))
         except ndcheck_kernels.UncoveredOpError as error:
             raise BackendError(
                 f"invariant arm: {first_line(error)} Without this arm: --kernels stock"
@@ -267,7 +305,8 @@ class TransformersSampler:
             )
 
     def _fused_layers(self, fuse: bool) -> AbstractContextManager[object]:
-        if not fuse or self._device.type != "cuda":
+        # A fused layer is one process's, and its products have no parts.
+        if not fuse or self._device.type != "cuda" or self._ranks or self._tp_groups:
             return nullcontext()
         from ndcheck_kernels.decoder import fused_layers
 
@@ -307,7 +346,7 @@ def digest_weights(model: Any) -> str:
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in sorted(model.state_dict().items()):
-        flat = parameter.detach().reshape(-1)
+        flat = gather(parameter.detach()).reshape(-1)
         step = max(1, flat.numel() // 4096)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().data)

@@ -108,7 +108,7 @@ def test_ctrl_c_ends_the_workers(started, wait_for_lines, with_fake, tmp_path):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (("--tp", "2"), ("--tp, --pp and --engine-arg", "--engine vllm")),
+        (("--pp", "2"), ("--pp and --engine-arg", "--engine vllm")),
         (("--engine", "vlm"), ("--engine", "'vlm'", "did you mean vllm")),
         (("--engine", "vllm", "--tp", "0"), ("--tp 0",)),
         (("--engine", "vllm", "--engine-arg", "x"), ("--engine-arg x", "KEY=VALUE")),

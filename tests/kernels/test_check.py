@@ -27,6 +27,8 @@ SAME_KERNEL = {
     # Routing is of integers. What mixes experts, and complex arithmetic, has its own proofs:
     # test_experts.py and test_cpu_complex.py.
     *("route_experts", "combine_experts", "index_add", "topk", "mul", "polar"),
+    # Parts of sums over ranks: test_partial_products.py and samplers/test_tensor_parallel.py.
+    *("partial_linear", "partial_grouped", "rank_sum", "rank_gather"),
 }
 
 

@@ -61,6 +61,16 @@ def test_every_kind_of_schedule_computes_the_product(config, groups, device, wid
     assert_accurate(y, exact(x, w, bias), torch.nn.functional.linear(x, w, bias))
 
 
+def test_an_fp32_result_of_narrow_operands_is_not_rounded(device, wide, assert_accurate):
+    x, w = (wide(*s, dtype=torch.float16, device=device) for s in ((20, 600), (40, 600)))
+    out = torch.full((20, 40), float("nan"), device=device)
+    matmul.matmul(x, w.t(), out=out)
+    assert torch.equal(out.half(), matmul.linear(x, w))
+    assert_accurate(out, exact(x, w), x.float() @ w.float().t())
+    with pytest.raises(TypeError, match="matmul takes one of"):
+        matmul.matmul(x, w.t(), out=out.bfloat16())
+
+
 def test_addmm_scales_both_terms(dtype, device, wide, assert_accurate):
     a, b, c = (wide(*s, dtype=dtype, device=device) for s in ((5, 40), (40, 24), (5, 24)))
     stock = torch.addmm(c, a, b, beta=0.5, alpha=2.0)

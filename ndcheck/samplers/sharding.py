@@ -1,0 +1,97 @@
+"""A model that several ranks share, each with its shard, and weights drawn from a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from ndcheck.errors import UsageError
+
+
+def distributed_config(n_ranks: int) -> Any:
+    """What makes transformers apply a model's tensor-parallel plan.
+
+    Raises UsageError where the installed version has none.
+    """
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return DistributedConfig(tp_size=n_ranks)
+    except (ImportError, TypeError):
+        raise UsageError(
+            f"--tp {n_ranks}: transformers {transformers.__version__} cannot share a model between "
+            "ranks as ndcheck needs it: install 5.17 or newer"
+        ) from None
+
+
+def check_heads(config: Any, n_ranks: int) -> None:
+    """Raise UsageError where a head would be cut in two: transformers repeats no key-value head."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if heads % n_ranks:
+        most = math.gcd(heads, n_ranks)
+        raise UsageError(
+            f"--tp {n_ranks}: the model has {heads} key-value heads, which transformers does not "
+            f"repeat on several ranks; give a number that divides {heads}, such as {most}"
+        )
+
+
+def shard(model: Any, n_ranks: int) -> Any:
+    """Cut a model on the meta device by its plan."""
+    config, _, mesh = model.prepare_distribute_model(distributed_config(n_ranks))
+    return model.maybe_distribute_model(model, config, mesh)
+
+
+@torch.no_grad()
+def draw_weights(model: Any, seed: int, device: torch.device) -> None:
+    """Give a model on the meta device the weights that its class draws, from ``seed``.
+
+    A module's draws depend on the seed and its path alone, so they are the same however many ranks
+    share the model, and no more than one module is ever there as a whole.
+    """
+    _draw(model, "", model._init_weights, seed, device)
+    model.tie_weights()
+
+
+def _draw(
+    module: Any, path: str, init: Callable[[Any], None], seed: int, device: torch.device
+) -> None:
+    for name, child in module.named_children():
+        own = child._init_weights if isinstance(child, transformers.PreTrainedModel) else init
+        _draw(child, f"{path}.{name}", own, seed, device)
+    planned = {name: p for name, p in module._parameters.items() if p is not None}
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+                is_parameter = tensors is module._parameters
+                tensors[name] = torch.nn.Parameter(zeros) if is_parameter else zeros
+    digest = hashlib.blake2b(f"{seed}{path}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest) >> 1)
+    init(module)
+    for name, parameter in planned.items():
+        if hasattr(parameter, "device_mesh"):
+            module._parameters[name] = torch.nn.Parameter(
+                _cut(module._parameters[name].detach(), parameter)
+            )
+
+
+def _cut(whole: torch.Tensor, planned: Any) -> torch.Tensor:
+    """This rank's shard of a tensor, in memory of its own."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    mesh, placements = planned.device_mesh, planned.placements
+    here = distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local().clone()
+    shape, stride = whole.shape, whole.stride()
+    return DTensor.from_local(here, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def gather(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter as a whole; where it is shared, every rank must ask for it."""
+    full_tensor = getattr(parameter, "full_tensor", None)
+    return parameter if full_tensor is None else full_tensor()

@@ -1,0 +1,297 @@
+"""Ranks that share a model: one order of sums, the same trials, one end. Real torchrun, on CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from ndcheck import ranks, request
+from ndcheck.errors import UsageError
+from ndcheck.samplers.sharding import check_heads
+from ndcheck.store import SampleReader, read_run
+from ndcheck_kernels.collectives import GATHERED_ELEMENTS, add_pairwise
+from ndcheck_kernels.mode import Scope
+from ndcheck_kernels.tensor_parallel import ordered_layers
+
+SIZES = {
+    "vocab_size": 4096,  # The embedded tokenizer's, which a bare config gets.
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "dtype": "float32",  # Every rounding shows; bf16 hides most orders.
+}
+CONFIGS = {
+    "dense": transformers.Qwen3Config(**SIZES, architectures=["Qwen3ForCausalLM"]),
+    "moe": transformers.Qwen3MoeConfig(
+        **SIZES,
+        moe_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        architectures=["Qwen3MoeForCausalLM"],
+    ),
+}
+LOADS = ("--random-weights", "0", "--loads", "1,3,8", "-n", "16", "--max-tokens", "6")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    for name, config in CONFIGS.items():
+        config.save_pretrained(root / name)
+    return root
+
+
+def environment():
+    ours = ("NDCHECK_", "TRITON_INTERPRET")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return {**kept, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def command(n_ranks, *arguments):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(n_ranks)]
+    return [sys.executable, *(launcher if n_ranks > 1 else []), *map(str, arguments)]
+
+
+def launch(n_ranks, *arguments):
+    return subprocess.run(
+        command(n_ranks, *arguments),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def measure(n_ranks, model, out, *options):
+    tp = ("--tp", n_ranks) if n_ranks > 1 else ()
+    done = launch(
+        n_ranks, "-m", "ndcheck", "run", *tp, "--model", model, *LOADS, *options, "--out", out
+    )
+    assert read_run(out).status == "finished", done.stderr
+    return done
+
+
+def bits(out, arm):
+    """Row digests of every sample but the controls, by trial and slot."""
+    return {
+        (s.trial_id, s.slot): s.row_digests
+        for s in SampleReader(out)
+        if s.arm == arm and s.axis != "control"
+    }
+
+
+# One order of sums
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 4, 8])
+def test_the_sum_of_a_rank_is_a_branch_of_the_whole_sum(n_ranks):
+    parts = list(torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)))
+    whole = add_pairwise(parts)
+    held = 8 // n_ranks
+    branches = [add_pairwise(parts[i : i + held]) for i in range(0, 8, held)]
+    assert torch.equal(add_pairwise(branches), whole)
+    torch.testing.assert_close(whole, torch.stack(parts).double().sum(0).float())
+    in_a_row = parts[0]
+    for part in parts[1:]:
+        in_a_row = in_a_row + part
+    assert not torch.equal(in_a_row, whole)  # The order shows on these operands.
+
+
+def test_an_odd_part_waits_for_the_next_level():
+    a, b, c = torch.tensor([1.0, 2.0**24, -(2.0**24)])
+    assert add_pairwise([a, b, c]) == (a + b) + c == 0
+    assert a + (b + c) == 1
+
+
+SUMS = f"""
+import gc, json, torch, torch.distributed as dist
+from ndcheck_kernels import invariant_kernels
+from ndcheck_kernels.collectives import add_pairwise, known_ranks, rank_sum_op
+from ndcheck_kernels.mode import UncoveredOpError
+dist.init_process_group("gloo")
+n, rank = dist.get_world_size(), dist.get_rank()
+found = {{"refused": False}}
+for size in (1, 7, 1000, {GATHERED_ELEMENTS}, {GATHERED_ELEMENTS} + 3):
+    parts = [torch.randn(size, generator=torch.Generator().manual_seed(r)) for r in range(n)]
+    with known_ranks(dist.group.WORLD) as group, invariant_kernels() as scope:
+        total = rank_sum_op(parts[rank], group)
+    stock = parts[rank].clone()
+    dist.all_reduce(stock)
+    found[size] = [
+        torch.equal(total, add_pairwise(parts)),
+        torch.equal(total, add_pairwise([parts[0], *parts[:0:-1]])),
+        torch.equal(stock, add_pairwise(parts)),
+        scope.fires["rank_sum"],
+    ]
+try:
+    with invariant_kernels():
+        dist.all_reduce(torch.ones(3))
+except UncoveredOpError as error:
+    found["refused"] = "allreduce_" in str(error)
+if rank == 0:
+    print(json.dumps(found))
+dist.destroy_process_group()
+gc.collect()  # A group that an exception's frames hold would abort the process at its end.
+"""
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_ranks_are_added_in_their_order_whatever_the_size(n_ranks, tmp_path):
+    script = tmp_path / "sums.py"
+    script.write_text(SUMS)
+    done = launch(n_ranks, script)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("refused")
+    assert all(in_order for in_order, *_ in found.values())
+    assert all(fires == 1 for *_, fires in found.values())
+    if n_ranks > 2:  # Two summands have one order.
+        assert not found["1000"][1]  # The ranks in another order: other bits,
+        assert not all(stock for *_, stock, _ in found.values())  # as with gloo's own sum.
+
+
+def test_a_scope_misses_the_sum_that_did_not_run():
+    scope = Scope()
+    scope.fires["linear"] = 1
+    assert scope.missing(("gemm", "rank_sum")) == ("rank_sum",)
+
+
+def test_groups_must_nest():
+    with (
+        pytest.raises(ValueError, match="groups 6: give a power of two"),
+        ordered_layers(torch.nn.Module(), 6),
+    ):
+        pass
+
+
+# The command
+
+
+def test_bits_of_a_mixture_are_those_of_one_process(models, tmp_path):
+    out = {n: tmp_path / str(n) for n in (1, 2)}
+    for n in out:
+        measure(n, models / "moe", out[n], "--tp-groups", "8")
+    plain = tmp_path / "plain"
+    shown = measure(2, models / "moe", plain).stdout
+    runs = [read_run(path) for path in (out[1], out[2], plain)]
+    assert len({run.environment.model["digest"] for run in runs}) == 1  # The same weights.
+    for path in (*out.values(), plain):
+        samples = [s for s in SampleReader(path) if s.axis != "control"]
+        assert all(s.witness.achieved_batch_size == s.load.batch_size for s in samples)
+        assert all(s.witness.override_fires for s in samples if s.arm == "invariant")
+        assert len(set(bits(path, "invariant").values())) == 1
+    assert len(set(bits(plain, "stock").values())) > 1  # The control: stock follows the batch.
+    assert bits(out[1], "invariant") == bits(out[2], "invariant")
+    assert bits(out[1], "invariant") != bits(plain, "invariant")  # And so would these sums.
+    assert "torchrun --nproc-per-node 2 -m ndcheck run" in shown
+
+
+def test_four_ranks_have_the_bits_of_one(models, tmp_path):
+    for n in (1, 4):
+        measure(n, models / "dense", tmp_path / str(n), "--tp-groups", "4")
+    one, four = (bits(tmp_path / str(n), "invariant") for n in (1, 4))
+    assert one == four
+    assert len(set(one.values())) == 1
+    stock = [bits(tmp_path / str(n), "stock") for n in (1, 4)]
+    assert stock[0] != stock[1]
+    assert len(set(stock[1].values())) > 1
+
+
+def test_a_killed_rank_ends_the_run_and_resume_completes_it(models, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("--model", models / "dense", *LOADS, "--max-tokens", "24")
+    process = subprocess.Popen(
+        command(2, "-m", "ndcheck", "run", "--tp", "2", *arguments, "--out", out),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    samples = out / "samples.jsonl"
+    deadline = time.monotonic() + 120
+    while not (samples.exists() and samples.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(_child(process.pid, "RANK=1"), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    said = [line for line in stderr.splitlines() if line.startswith("ndcheck: rank")]
+    assert len(said) == 1, stderr
+    assert "another rank ended" in said[0]
+    assert "exitcode  : 4" in stderr  # Rank 0's; torchrun's own is always 1.
+    assert 'File "' not in stderr.partition("torch/distributed/elastic")[0]
+    assert f"-m ndcheck run --resume {out}" in stderr
+    kept = samples.read_bytes()
+    assert kept
+    assert read_run(out).status == "failed"
+    launch(2, "-m", "ndcheck", "run", "--resume", out)
+    run = read_run(out)
+    assert run.status == "finished"
+    assert samples.read_bytes().startswith(kept)
+    assert len({s.trial_id for s in SampleReader(out)}) == run.n_trials_planned
+
+
+def _child(pid: int, variable: str) -> int:
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if variable in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            return int(child)
+    raise AssertionError(f"no rank with {variable}")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tp": 0}, "--tp 0: give 1 or more"),
+        ({"tp": 2, "loads": "auto"}, "--loads auto: with --tp each rank has memory of its own"),
+        ({"tp": 2, "batching": "continuous"}, "with --tp a trial is one exact batch"),
+        ({"tp": 2, "model": "scripted:clean"}, "--tp needs a model that computes"),
+        (
+            {"tp": 2, "model": "served", "endpoint": "http://127.0.0.1:1/v1"},
+            "--tp: with --endpoint this is the server's own",
+        ),
+        ({"tp": 2, "device": "cuda:1"}, "--device cuda:1: with --tp each rank takes a GPU"),
+        ({"tp_groups": 6}, "--tp-groups 6: give a power of two"),
+        ({"tp": 4, "tp_groups": 2}, "--tp-groups 2: give a power of two that --tp 4 divides"),
+        ({"tp_groups": 8, "kernels": "stock"}, "--tp-groups is for ndcheck's own kernels"),
+        ({"tp_groups": 8, "engine": "vllm"}, "--tp-groups is for ndcheck's own kernels"),
+    ],
+)
+def test_what_ranks_cannot_do(options, message):
+    with pytest.raises(UsageError, match=message):
+        request.make_spec(**options)
+
+
+def test_the_processes_must_be_those_asked_for(monkeypatch):
+    spec = request.make_spec(tp=2)
+    with pytest.raises(UsageError, match="torchrun --nproc-per-node 2 -m ndcheck run --tp 2"):
+        ranks.check_ranks(spec)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ranks.check_ranks(spec)
+    assert (ranks.rank(), ranks.n_ranks(), ranks.may_speak()) == (1, 2, False)
+    with pytest.raises(UsageError, match="torchrun started 2 processes and the run wants 1"):
+        ranks.check_ranks(request.make_spec())
+
+
+def test_a_key_value_head_is_not_cut(models):
+    config = transformers.AutoConfig.from_pretrained(models / "moe")
+    check_heads(config, 4)
+    with pytest.raises(UsageError, match=r"has 4 key-value heads.*that divides 4, such as 4"):
+        check_heads(config, 8)
