@@ -6,6 +6,7 @@ to the end of the trial, a finished row's further tokens are dropped, and the ba
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -121,6 +122,9 @@ class TransformersSampler:
 
     def close(self) -> None:
         if self._ranks is not None:
+            # NCCL lets no group end before the graphs that use it.
+            self._captured.clear()
+            gc.collect()
             self._ranks.leave()
 
     def follow(self) -> None:

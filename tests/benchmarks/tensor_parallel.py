@@ -97,14 +97,14 @@ def main() -> int:
     if options.tiny:
         options.samples, options.max_tokens, options.loads = 24, 8, "1,2,8"
     columns = ("shape", "tp", "groups", "arm", "samples", "unique", "common", "tok/s", "slowdown")
-    print("  ".join(f"{column:>9}" for column in columns))  # noqa: T201
+    print("  ".join(f"{column:>9}" for column in columns))
     by_groups: dict[tuple[str, int | None], dict[int, Path]] = {}
     for shape, n_ranks, groups in RUNS:
         if options.only in (None, shape):
             path = run(shape, n_ranks, groups, options)
             for row in rows(path):
                 cells = (shape, n_ranks, groups or "", *row)
-                print("  ".join(f"{cell:>9}" for cell in cells), flush=True)  # noqa: T201
+                print("  ".join(f"{cell:>9}" for cell in cells), flush=True)
             if shape == "8b" and (groups or n_ranks > 1):
                 by_groups.setdefault((shape, groups), {})[n_ranks] = path
     is_same = True
@@ -115,7 +115,7 @@ def main() -> int:
         sizes = ", ".join(map(str, paths))
         bits_are = "equal" if same else "DIFFER"
         which = f"{shape}, --tp-groups {groups or 'not given'}"
-        print(f"{which}: bits at {sizes} ranks {bits_are}")  # noqa: T201
+        print(f"{which}: bits at {sizes} ranks {bits_are}")
     return 0 if is_same else 1
 
 

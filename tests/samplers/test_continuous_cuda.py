@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-N_TOKENS = 32
+N_TOKENS = 24
 PROBE = Probe("p1", "Tell me about Richard Feynman")
 
 
@@ -52,9 +52,9 @@ def make_spec(directory, **changes):
         batching="continuous",
         probes=(PROBE,),
         decoding=Decoding(N_TOKENS),
-        batch_sizes=(1, 5, 32),
+        batch_sizes=(1, 5, 16),
         axes=("batch-size", "neighbours"),
-        n_samples=120,
+        n_samples=60,
         **changes,
     )
 

@@ -112,7 +112,14 @@ def test_combine(dtype, device):
     for token in (0, 5):
         part = slice(token, token + 1)
         assert torch.equal(grouped_matmul.combine(rows, place[part], weights[part]), out[part])
-    assert not torch.equal(grouped_matmul.combine(rows, place.flip(1), weights.flip(1)), out)
+
+
+def test_experts_are_combined_in_the_order_given(dtype, device):
+    rows = torch.tensor([[2.0**13], [2.0**13], [1.0]], device=device, dtype=dtype)
+    weights = torch.tensor([[2.0**13, -(2.0**13), 1.0]], device=device, dtype=dtype)
+    place = torch.tensor([[0, 1, 2]], device=device)
+    assert grouped_matmul.combine(rows, place, weights).item() == 1
+    assert grouped_matmul.combine(rows, place.flip(1), weights.flip(1)).item() == 0
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 4, 8), (7, 2, 5), (33, 3, 40)])
