@@ -233,7 +233,7 @@ def write_summary(out: Path) -> None:
         return f"| {name} | {' | '.join(text(row) if row else '' for row in found)} |"
 
     def divergence(row: dict[str, str]) -> str:
-        where = f", from token {row['diverges_from']}" if row["diverges_from"] else ""
+        where = f", from token {int(row['diverges_from']) + 1}" if row["diverges_from"] else ""
         return f"{row['unique']} of {row['n']}{where}"
 
     def seconds(row: dict[str, str]) -> str:
