@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:kernels python kernels/bench/bench_engines.py OUT_DIR [--parts ndcheck,vllm]
 
-On one GPU of 140 GB, with vLLM installed. All parts take about eight minutes on an H200, most of it
+On one GPU of 140 GB, with vLLM installed. All parts take about nine minutes on an H200, most of it
 vLLM's two starts and the last measure; ``--parts`` runs some of them, into the same OUT_DIR.
 Each engine runs in a process of its own, one after the other, on the same random checkpoint, and
 greedily. Writes PART.csv as it goes, then engines.csv, table.md, environment.json and, where
