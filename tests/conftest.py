@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, and transformers imports it: so before any test.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A job in a shell's background ignores Ctrl-C, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAMILIES = ("qwen3", "llama", "gemma3")
 
