@@ -32,14 +32,21 @@ def load_config(source: str, spec: RunSpec) -> Any:
 
 
 def load_tokenizer(source: str, spec: RunSpec) -> Any:
-    """Raises UsageError where there is none, or one that gives no tokens."""
-    source = _tokenizer_source(source, spec)
-    with _one_line_errors(source):
+    """Raises UsageError where there is none, or one that does not serve."""
+    origin = _tokenizer_source(source, spec)
+    with _one_line_errors(origin):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source, trust_remote_code=spec.trust_remote_code
+            origin, trust_remote_code=spec.trust_remote_code
         )
     if not tokenizer("a")["input_ids"]:
-        raise UsageError(f"--model {source}: it has no tokenizer that gives tokens")
+        raise UsageError(f"--model {origin}: it has no tokenizer that gives tokens")
+    if origin != source:
+        rows = load_config(source, spec).get_text_config(decoder=True).vocab_size
+        if rows < len(tokenizer):
+            raise UsageError(
+                f"--model {source}: its vocab_size is {rows}; without a tokenizer of its own it "
+                f"needs {len(tokenizer)}, for that of the embedded model"
+            )
     return tokenizer
 
 
