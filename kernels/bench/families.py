@@ -49,6 +49,11 @@ _HYBRID = {
 # Name in the table: transformers' model type, and what its config changes.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3": ("qwen3", {}),
+    "Qwen2": ("qwen2", {}),
+    "Qwen2-MoE": (
+        "qwen2_moe",
+        {"num_experts": 8, "shared_expert_intermediate_size": 48, **_EXPERTS},
+    ),
     "Qwen3-MoE": ("qwen3_moe", {"num_experts": 8, "norm_topk_prob": True, **_EXPERTS}),
     "Qwen3.5 (hybrid)": ("qwen3_5_text", _HYBRID),
     "Qwen3.5-MoE (hybrid)": (
@@ -88,7 +93,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 3": ("gemma3_text", {**_WINDOWED, "query_pre_attn_scalar": 32}),
     "gpt-oss": ("gpt_oss", {**_WINDOWED, "num_local_experts": 8, "num_experts_per_tok": 2}),
     "OLMo 2": ("olmo2", {}),
+    "OLMoE": ("olmoe", {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2}),
     "OLMo 3": ("olmo3", _WINDOWED),
+    "StableLM": ("stablelm", {"head_dim": 16, "use_qkv_bias": True}),
     "Phi-4": ("phi3", {"partial_rotary_factor": 1.0}),
     "GLM-4.x MoE": (
         "glm4_moe",
