@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndcheck.analysis.divergence import first_divergence, latent_divergence, read_stream
+from ndcheck.analysis.outcomes import is_alone
 from ndcheck.analysis.statistics import fisher_exact, k1_kl, k3_kl
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.records import Arm, Run, Sample
@@ -52,7 +54,7 @@ class Drift:
     ``kind`` is ``latent`` where tokens are equal and bits are not. ``bits_recorded`` is False where
     a run recorded none, so that ``none`` speaks of tokens alone. ``max_abs_dlogprob`` (nats) and
     the KL estimates (A's reference against B's, nats per token) are over the shared prefix.
-    ``fisher_p`` tests that both runs' trials diverge at one rate.
+    ``fisher_p`` tests that both runs' draws diverge at one rate.
     """
 
     prompt: str
@@ -81,13 +83,18 @@ class Comparison:
 
 
 def find_references(samples: Iterable[Sample]) -> dict[tuple[Arm, str], Sample]:
-    """The first completion of each probe alone in its batch, by arm and probe id."""
-    found: dict[tuple[Arm, str], Sample] = {}
+    """By arm and probe id, the first sample of the probe's commonest completion alone."""
+    found: dict[tuple[Arm, str], dict[tuple[int, ...], Sample]] = {}
+    counts: Counter[tuple[Arm, str, tuple[int, ...]]] = Counter()
     for sample in samples:
-        is_reference = sample.axis == "reference" and sample.baseline is None
-        if is_reference and sample.error is None:
-            found.setdefault((sample.arm, sample.probe_id), sample)
-    return found
+        if sample.error is None and is_alone(sample):
+            counts[sample.arm, sample.probe_id, sample.token_ids] += 1
+            alone = found.setdefault((sample.arm, sample.probe_id), {})
+            alone.setdefault(sample.token_ids, sample)
+    return {
+        key: alone[max(alone, key=lambda token_ids: counts[(*key, token_ids)])]
+        for key, alone in found.items()
+    }
 
 
 def compare(a: Measured, b: Measured) -> Comparison:
@@ -191,7 +198,7 @@ def _drift(
         n_shared_completions=len(
             {c.sha256 for c in a.completions} & {c.sha256 for c in b.completions}
         ),
-        fisher_p=fisher_exact(a.diverged_trials, a.n_trials, b.diverged_trials, b.n_trials),
+        fisher_p=fisher_exact(a.diverged_draws, a.n_draws, b.diverged_draws, b.n_draws),
     )
 
 
@@ -220,7 +227,8 @@ def _judge(name: FailOn, comparison: Comparison, confidence: float) -> Verdict:
     missing = (*comparison.only_in_a, *comparison.only_in_b)
     if missing:
         return Verdict("INCONCLUSIVE", (f"{name}: prompts without a partner: {len(missing)}",))
-    return Verdict("PASS", tuple(r for v in verdicts for r in v.reasons))
+    accepts = any(v.accepts_divergence for v in verdicts)
+    return Verdict("PASS", tuple(r for v in verdicts for r in v.reasons), accepts)
 
 
 def _judge_drift(name: FailOn, drift: Drift, confidence: float) -> Verdict:
@@ -242,15 +250,15 @@ def _judge_drift(name: FailOn, drift: Drift, confidence: float) -> Verdict:
         is_worse = b.n_unique > a.n_unique
     else:
         counts = (
-            f"{subject}: {b.diverged_trials} of {b.n_trials} trials diverged, "
-            f"{a.diverged_trials} of {a.n_trials} in the baseline "
+            f"{subject}: {b.diverged_draws} of {b.n_draws} {b.draw}s diverged, "
+            f"{a.diverged_draws} of {a.n_draws} {a.draw}s in the baseline "
             f"(p = {drift.fisher_p:.2g}, Fisher's exact test)"
         )
-        higher = b.diverged_trials * a.n_trials > a.diverged_trials * b.n_trials
+        higher = b.diverged_draws * a.n_draws > a.diverged_draws * b.n_draws
         is_worse = higher and drift.fisher_p < 1 - confidence
     if is_worse:
         return Verdict("FAIL", (counts,))
-    if b.n_trials < a.n_trials:
-        fewer = f"{counts}, but only {b.n_trials} trials against {a.n_trials}"
+    if b.n_draws < a.n_draws:
+        fewer = f"{counts}, but only {b.n_draws} {b.draw}s against {a.n_draws}"
         return Verdict("INCONCLUSIVE", (fewer,))
-    return Verdict("PASS", (counts,))
+    return Verdict("PASS", (counts,), accepts_divergence=b.has_diverged)

@@ -55,6 +55,7 @@ class Load:
     hold fillers of ``filler_lengths`` tokens, in row order, with contents drawn from
     ``filler_seed``. ``cache_state`` says how the prompt enters the KV cache: ``whole`` in one
     forward pass, ``chunked`` in several, or on top of a ``prefix`` computed alone beforehand.
+    ``cut`` is how many tokens a chunk has, or follow the prefix; None is the sampler's own choice.
     """
 
     batch_size: int
@@ -62,14 +63,15 @@ class Load:
     filler_lengths: tuple[int, ...] = ()
     filler_seed: int = 0
     cache_state: CacheState = "whole"
+    cut: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """A planted fault: the control that a sound measurement must catch.
 
-    At generated token ``fork_at`` the runner-up is lifted above the winner, and at
-    ``latent_at`` (before it) the winner's logit moves by one unit in the last place.
+    At generated token ``fork_at`` another token is lifted above the one that was drawn, and at
+    ``latent_at`` (before it) the drawn token's logit moves by one unit in the last place.
     """
 
     latent_at: int
@@ -81,8 +83,8 @@ class Trial:
     """One execution of one load: one batch.
 
     ``baseline`` is the trial that differs from this one along ``axis`` only; None for the
-    reference, which is the probe alone (batch size 1). ``first_sample_id`` numbers the samples
-    in plan order, one per slot.
+    first trial of the probe alone (batch size 1). ``first_sample_id`` numbers the samples in plan
+    order, one per slot.
     """
 
     trial_id: int
@@ -262,7 +264,8 @@ class RunSpec:
     axes: tuple[Axis, ...]
     mode: Mode
     n_samples: int
-    """Samples of each probe in each arm, the reference included, controls not."""
+    """Samples of each probe in each arm, the reference included, controls not. A run holds fewer
+    where no other load exists, and more where it confirms a divergence."""
     arms: tuple[Arm, ...] = ("stock",)
     seed: int = 0
     dtype: str = "auto"
@@ -286,6 +289,11 @@ class RunSpec:
     """Parts of every sum over ranks in the invariant arm, whose bits any divisor then shares."""
     engine: Engine | None = None
     endpoint: Endpoint | None = None
+
+    @property
+    def repeats_are_draws(self) -> bool:
+        """Is every batch formed anew, so that a load asked for again is another draw?"""
+        return bool(self.endpoint or self.engine or self.batching == "continuous")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,17 @@ from ndcheck.analysis.statistics import clopper_pearson, trials_needed
 from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
 from ndcheck.comparison import Comparison, FailOn, judge_comparison
 from ndcheck.errors import UsageError
-from ndcheck.records import Arm, Axis, Run, RunSpec
+from ndcheck.records import AXES, Arm, Axis, Run, RunSpec
 from ndcheck.verdict import (
     DOUBTS,
-    STATUS_REASONS,
     STOCK_DID_NOT_FAIL,
     Outcome,
     Verdict,
     judge_axis,
+    judge_divergence,
     judge_probe,
+    judged_axes,
+    run_doubts,
     worst,
 )
 
@@ -29,9 +31,9 @@ BASELINE_DEFAULT: tuple[FailOn, ...] = ("tokens", "unique", "rate")
 class Rules:
     """Limits of one scope; None is unset.
 
-    With none of the first three no trial may diverge. ``max_divergence_rate`` passes where the
-    upper end of the interval at ``confidence`` is no higher, fails where its lower end is, and is
-    inconclusive between; 0 asks that no trial diverged. Left unset, ``allow_latent`` is true
+    With none of the first three nothing may diverge. ``max_divergence_rate`` passes where the upper
+    end of the two-sided interval at ``confidence`` is no higher, fails where its lower end is, and
+    is inconclusive between; 0 asks that nothing diverged. Left unset, ``allow_latent`` is true
     where tokens may differ too, else what the run was asked for.
     """
 
@@ -139,10 +141,16 @@ class Ruling:
 
 @dataclass(frozen=True, slots=True)
 class GateVerdict:
-    """FAIL over INCONCLUSIVE over PASS, over all rulings."""
+    """FAIL over INCONCLUSIVE over PASS, over all rulings; ACCEPTED where a limit let one pass."""
 
     outcome: Outcome
     rulings: tuple[Ruling, ...]
+
+    @property
+    def label(self) -> str:
+        """The outcome as it is shown."""
+        accepts = any(r.verdict.accepts_divergence for r in self.rulings)
+        return Verdict(self.outcome, (), accepts).label
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -156,6 +164,8 @@ def judge_gate(
 ) -> GateVerdict:
     """Every rule on every probe and judged arm. A PASS needs the evidence that `judge` asks for.
 
+    What diverged in an arm that is not judged fails too, but for stock as the other's control.
+
     ``comparison`` is of the baseline (A) with this run (B), where the rules name a baseline.
     """
     rulings = list(_judge_run(run, rules, comparison))
@@ -166,6 +176,9 @@ def judge_gate(
             (p for p in summary.probes if p.arm == "stock" and p.probe_id == probe.probe_id), None
         )
         rulings += _judge_probe(probe, stock, run.spec, rules)
+    for probe in summary.probes:
+        if probe.arm not in judged and not (probe.arm == "stock" and "invariant" in judged):
+            rulings += _judge_other_arm(probe, run.spec, rules)
     if not probes:
         verdict = Verdict("INCONCLUSIVE", ("no sample was taken",))
         rulings.append(Ruling("evidence", None, None, None, verdict))
@@ -173,12 +186,9 @@ def judge_gate(
 
 
 def _judge_run(run: Run, rules: RuleSet, comparison: Comparison | None) -> Iterator[Ruling]:
-    if run.status != "finished":
-        verdict = Verdict("INCONCLUSIVE", (STATUS_REASONS[run.status],))
-        yield Ruling("evidence", None, None, None, verdict)
-    if run.changes:
-        verdict = Verdict("INCONCLUSIVE", run.changes)
-        yield Ruling("evidence", None, None, None, verdict)
+    doubts = run_doubts(run)
+    if doubts:
+        yield Ruling("evidence", None, None, None, Verdict("INCONCLUSIVE", doubts))
     if rules.baseline is None:
         return
     confidence = rules.general.confidence or run.spec.confidence
@@ -186,6 +196,13 @@ def _judge_run(run: Run, rules: RuleSet, comparison: Comparison | None) -> Itera
         raise ValueError("the rules name a baseline, so a comparison with it is needed")
     for name, verdict in judge_comparison(comparison, rules.fail_on, confidence).items():
         yield Ruling(f"baseline-{name}", None, None, None, verdict)
+
+
+def _judge_other_arm(probe: ProbeSummary, spec: RunSpec, rules: RuleSet) -> Iterator[Ruling]:
+    latent = _allows_latent(rules.of_arm(probe.arm), spec)
+    verdict = judge_divergence(probe, allow_latent=latent)
+    if verdict.outcome == "FAIL":
+        yield Ruling("divergence", probe.arm, probe.probe_id, None, verdict)
 
 
 def _judge_probe(
@@ -198,17 +215,16 @@ def _judge_probe(
 
     yield ruling("evidence", _judge_evidence(probe, stock, spec, own))
     findings = {finding.axis: finding for finding in probe.axes}
-    for axis in spec.axes:
+    for axis in judged_axes(probe, spec):
         narrow = rules.of_property(probe.arm, axis)
         verdict = _judge_property(axis, findings.get(axis), spec, own, narrow)
         yield ruling("property", verdict, axis)
+    yield ruling("divergence", _judge_divergence(probe, spec, own, rules))
     if own.max_unique is not None:
         yield ruling("max_unique", _judge_unique(probe, own.max_unique))
     if own.max_divergence_rate is not None:
         confidence = own.confidence or spec.confidence
-        verdict = _judge_rate(
-            probe.diverged_trials, probe.n_trials, own.max_divergence_rate, confidence
-        )
+        verdict = _judge_rate(probe, own.max_divergence_rate, confidence)
         yield ruling("max_divergence_rate", verdict)
     if own.min_common_prefix is not None:
         verdict = _judge_prefix(
@@ -223,8 +239,6 @@ def _judge_evidence(
     probe: ProbeSummary, stock: ProbeSummary | None, spec: RunSpec, rules: Rules
 ) -> Verdict:
     doubts = [reason for check in DOUBTS if (reason := check(probe))]
-    if not probe.n_trials:
-        doubts.append("no trial could be compared with the probe alone")
     control = "the planted fault was caught"
     if probe.arm == "invariant" and stock is not None:
         asked = replace(spec, allow_latent=_allows_latent(rules, spec))
@@ -237,6 +251,18 @@ def _judge_evidence(
     return Verdict("PASS", (f"{probe.n_trials} trials, each witnessed at its size; {control}",))
 
 
+def _judge_divergence(probe: ProbeSummary, spec: RunSpec, own: Rules, rules: RuleSet) -> Verdict:
+    """Over every comparison; what a property has limits of its own for is judged there."""
+    narrow = [rules.of_property(probe.arm, axis) for axis in AXES]
+    on_axis = any(finding.diverged_trials for finding in probe.axes)
+    by_axis = on_axis and any(limits.tolerates_divergence for limits in narrow)
+    return judge_divergence(
+        probe,
+        allow_tokens=own.allows_other_tokens or by_axis,
+        allow_latent=_allows_latent(own, spec) or any(limits.allow_latent for limits in narrow),
+    )
+
+
 def _judge_property(
     axis: Axis, finding: AxisFinding | None, spec: RunSpec, own: Rules, narrow: Rules
 ) -> Verdict:
@@ -244,25 +270,25 @@ def _judge_property(
     asked = replace(spec, allow_latent=_allows_latent(narrow.over(own), spec))
     if finding is None or not finding.n_trials:
         return judge_axis(axis, finding, asked)
-    k, n = finding.diverged_trials, finding.n_trials
     verdicts = []
     if narrow.max_divergence_rate is not None:
         confidence = narrow.confidence or own.confidence or spec.confidence
-        verdicts.append(_judge_rate(k, n, narrow.max_divergence_rate, confidence))
+        verdicts.append(_judge_rate(finding, narrow.max_divergence_rate, confidence))
     if narrow.min_common_prefix is not None:
         at = finding.first_divergence_min
         verdicts.append(_judge_prefix(at or 0, at is not None, narrow.min_common_prefix))
-    if not verdicts and k and own.tolerates_divergence:
-        reason = f"{k} of {n} trials diverged; judged by the rules on all trials"
-        verdicts.append(Verdict("PASS", (reason,)))
+    if not verdicts and finding.diverged_trials and own.tolerates_divergence:
+        reason = f"{_seen(finding)}; judged by the rules on all trials"
+        verdicts.append(Verdict("PASS", (reason,), accepts_divergence=True))
     if not verdicts:
         return judge_axis(axis, finding, asked)
     bits = judge_axis(axis, replace(finding, diverged_trials=0), asked)
-    if bits.outcome == "FAIL":
+    if bits.outcome != "PASS":
         return bits
     outcome = worst([v.outcome for v in verdicts])
     reasons = [reason for v in verdicts if v.outcome == outcome for reason in v.reasons]
-    return Verdict(outcome, tuple(f"{axis}: {reason}" for reason in reasons))
+    accepts = any(v.accepts_divergence for v in verdicts)
+    return Verdict(outcome, tuple(f"{axis}: {reason}" for reason in reasons), accepts)
 
 
 def _allows_latent(rules: Rules, spec: RunSpec) -> bool:
@@ -275,29 +301,34 @@ def _judge_unique(probe: ProbeSummary, limit: int) -> Verdict:
     reason = f"{probe.n_unique} unique completions of {probe.n_samples}; at most {limit} accepted"
     if not probe.n_samples:
         return Verdict("INCONCLUSIVE", (reason,))
-    return Verdict("PASS" if probe.n_unique <= limit else "FAIL", (reason,))
+    accepts = probe.n_unique > 1
+    return Verdict("PASS" if probe.n_unique <= limit else "FAIL", (reason,), accepts)
 
 
-def _judge_rate(n_diverged: int, n_trials: int, limit: float, confidence: float) -> Verdict:
-    seen = f"{n_diverged} of {n_trials} trials diverged"
-    if not n_trials:
+def _seen(found: ProbeSummary | AxisFinding) -> str:
+    return f"{found.diverged_draws} of {found.n_draws} {found.draw}s diverged"
+
+
+def _judge_rate(found: ProbeSummary | AxisFinding, limit: float, confidence: float) -> Verdict:
+    seen = _seen(found)
+    if not found.n_draws:
         return Verdict("INCONCLUSIVE", (seen,))
     if limit == 0:
-        outcome: Outcome = "FAIL" if n_diverged else "PASS"
+        outcome: Outcome = "FAIL" if found.diverged_trials else "PASS"
         return Verdict(outcome, (f"{seen}; none accepted",))
-    low, high = clopper_pearson(n_diverged, n_trials, confidence)
+    low, high = clopper_pearson(found.diverged_draws, found.n_draws, confidence)
     reason = (
         f"{seen}: at {100 * confidence:g} % the rate is within {100 * low:.3g}-{100 * high:.3g} %; "
         f"at most {100 * limit:g} % accepted"
     )
     if high <= limit:
-        return Verdict("PASS", (reason,))
+        return Verdict("PASS", (reason,), accepts_divergence=found.diverged_trials > 0)
     if low > limit:
         return Verdict("FAIL", (reason,))
     needed = trials_needed(limit, confidence)
     return Verdict(
         "INCONCLUSIVE",
-        (f"{reason}, which takes {needed} clean trials to show (target_rate = {limit:g})",),
+        (f"{reason}, which takes {needed} clean {found.draw}s to show (target_rate = {limit:g})",),
     )
 
 
@@ -305,7 +336,7 @@ def _judge_prefix(n_tokens: int, has_forked: bool, limit: int) -> Verdict:
     if not has_forked:
         return Verdict("PASS", ("the completions do not part",))
     reason = f"the completions part after {n_tokens} common tokens; at least {limit} asked for"
-    return Verdict("PASS" if n_tokens >= limit else "FAIL", (reason,))
+    return Verdict("PASS" if n_tokens >= limit else "FAIL", (reason,), accepts_divergence=True)
 
 
 def _judge_slowdown(slowdown: float | None, limit: float) -> Verdict:

@@ -12,7 +12,7 @@ from ndcheck import __version__, environment
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.errors import TrialError, UsageError
-from ndcheck.load import batch_sizes_up_to, plan_trials, plant_fault
+from ndcheck.load import batch_sizes_up_to, plan_confirmations, plan_trials, plant_fault
 from ndcheck.records import AXES, Arm, Environment, Run, RunSpec, RunStatus, Sample, Trial
 from ndcheck.reports import phrases
 from ndcheck.samplers.base import Sampler
@@ -97,8 +97,8 @@ def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
     for probe_id, length in lengths.items():
         if length == 0:
             raise UsageError(f"prompt {probe_id} has no tokens")
-    n_trials = trials_needed(spec.target_rate, spec.confidence) if spec.target_rate else None
-    trials = plan_trials(spec, lengths, sampler.context, n_trials, sampler.cache_states)
+    n_draws = trials_needed(spec.target_rate, spec.confidence) if spec.target_rate else None
+    trials = plan_trials(spec, lengths, sampler.context, n_draws, sampler.cache_states)
     if not sampler.interleaves_arms:
         trials.sort(key=lambda trial: spec.arms.index(trial.arm))
     return trials
@@ -145,13 +145,15 @@ def run_trials(
 ) -> Run:
     """Execute the trials that ``finished`` does not hold yet, and close the run's record.
 
-    A trial that fails alone is kept as samples with its error. KeyboardInterrupt and
-    BackendError end the run, keep what is finished, and are raised again.
+    In process, loads that diverged once are run again after all others, which tells what a load
+    does every time from chance. A trial that fails alone is kept as samples with its error.
+    KeyboardInterrupt and BackendError end the run, keep what is finished, and are raised again.
     """
     run = directory.run
     probes = {probe.probe_id: probe for probe in run.spec.probes}
     progress = Progress(len(trials), phrases.unit(run), elapsed_s=run.elapsed_s)
     reference_lengths: dict[tuple[Arm, str], int] = {}
+    rows_of: dict[int, dict[int, tuple[int, int]]] = {}
     elapsed_before_s, started = run.elapsed_s, time.perf_counter()
 
     def close(status: RunStatus, stop_reason: str | None = None) -> Run:
@@ -172,6 +174,10 @@ def run_trials(
         for sample in samples:
             if sample.axis == "reference" and sample.baseline is None:
                 reference_lengths[sample.arm, sample.probe_id] = len(sample.token_ids)
+            if sample.error is None:
+                bits = hash((sample.logprobs, sample.row_digests))
+                rows = rows_of.setdefault(sample.trial_id, {})
+                rows[sample.slot] = hash(sample.token_ids), bits
         diverged = progress.add(samples)
         progress.elapsed_s = elapsed_before_s + time.perf_counter() - started
         return diverged
@@ -179,7 +185,9 @@ def run_trials(
     by_trial: dict[int, list[Sample]] = {}
     for sample in finished:
         by_trial.setdefault(sample.trial_id, []).append(sample)
-    try:
+
+    def execute(trials: Sequence[Trial]) -> bool:
+        """False if a divergence ended it."""
         for trial in trials:
             if trial.trial_id in by_trial:
                 diverged = take_in(by_trial[trial.trial_id])
@@ -197,11 +205,22 @@ def run_trials(
                 diverged = take_in(samples)
                 on_progress(progress)
             if diverged and run.spec.stop_on_divergence:
-                return close("finished", "stopped at the first divergence, as asked")
+                return False
+        return True
+
+    try:
+        stop_reason = None
+        if not execute(trials):
+            stop_reason = "stopped at the first divergence, as asked"
+        elif not run.spec.repeats_are_draws:
+            again = plan_confirmations(trials, rows_of)
+            progress.n_trials += len(again)
+            run = replace(run, n_trials_planned=len(trials) + len(again))
+            execute(again)
     except KeyboardInterrupt:
         close("interrupted")
         raise
     except BaseException:
         close("failed")
         raise
-    return close("finished")
+    return close("finished", stop_reason)

@@ -37,10 +37,23 @@ CASES = (
     Case("clean", "a clean stream passes", "PASS", frozenset()),
     Case(
         "fork",
-        f"a fork at token {FORK_AT + 1} after the reference is found there",
+        f"one odd execution of the probe alone, at token {FORK_AT + 1}, is laid to run-to-run",
         "FAIL",
-        # Slot and neighbour trials are compared with batches that forked just as they did.
-        frozenset({"run-to-run", "batch-size", "cache"}),
+        frozenset({"run-to-run"}),
+        FORK_AT,
+    ),
+    Case(
+        "flaky",
+        "a fork in every fifth trial, whatever its load, is laid to run-to-run alone",
+        "FAIL",
+        frozenset({"run-to-run"}),
+        FORK_AT,
+    ),
+    Case(
+        "stale",
+        "what a larger batch leaves behind is laid to run-to-run alone",
+        "FAIL",
+        frozenset({"run-to-run"}),
         FORK_AT,
     ),
     Case(

@@ -276,7 +276,7 @@ _WITNESS_FIELDS = tuple(name for name in Witness.__dataclass_fields__ if name !=
 
 def _decode(line: bytes) -> Sample:
     fields = _tupled(json.loads(line))
-    load = Load(**{name: fields.pop(name) for name in _LOAD_FIELDS})
+    load = Load(**{name: fields.pop(name) for name in _LOAD_FIELDS if name in fields})
     passes = tuple(map(tuple, fields.pop("passes", ())))
     known = {name: fields.pop(name) for name in _WITNESS_FIELDS if name in fields}
     witness = Witness(**known, passes=passes)

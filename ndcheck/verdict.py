@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
-from ndcheck.records import Arm, Axis, Run, RunSpec
+from ndcheck.records import AXES, Arm, Axis, Run, RunSpec
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 STATUS_REASONS = {
@@ -17,20 +17,30 @@ STATUS_REASONS = {
 STOCK_DID_NOT_FAIL = (
     "the stock arm, its control, did not fail under these loads: try larger --loads"
 )
+NOT_TOLD_APART = "not told apart from run-to-run"
 EXIT_CODES: dict[Outcome, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """An outcome and the sentences that justify it, the decisive one first."""
+    """An outcome and the sentences that justify it, the decisive one first.
+
+    ``accepts_divergence``: something diverged, and a limit that the user set allows it.
+    """
 
     outcome: Outcome
     reasons: tuple[str, ...]
+    accepts_divergence: bool = False
+
+    @property
+    def label(self) -> str:
+        """The outcome as it is shown: no PASS stands beside what diverged."""
+        return "ACCEPTED" if self.outcome == "PASS" and self.accepts_divergence else self.outcome
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeVerdict:
-    """The verdict on one probe in one arm, and on each invariance property asked for."""
+    """The verdict on one probe in one arm, and on each property asked for, or seen to diverge."""
 
     arm: Arm
     probe_id: str
@@ -49,10 +59,10 @@ class Judgement:
 def judge(run: Run, summary: Summary) -> Judgement:
     """The run's verdict: FAIL over INCONCLUSIVE over PASS, over probes, arms and properties.
 
-    A PASS needs evidence: every property asked for was tried, every batch was witnessed at the
-    size asked for, nothing errored, the run finished on the backend it began with, and the planted
-    fault was caught. With both
-    arms, stock is the invariant arm's control too: where it did not fail, nothing is shown.
+    Any divergence that was seen fails, asked for or not. A PASS needs evidence: every property
+    asked for was tried, every batch was witnessed at the size asked for, nothing errored, the run
+    finished on the backend it began with, and the planted fault was caught. With both arms, stock
+    is the invariant arm's control too: where it did not fail, nothing is shown.
     """
     probes = tuple(judge_probe(probe, run.spec) for probe in summary.probes)
     failed_stock = {p.probe_id for p in probes if p.arm == "stock" and p.verdict.outcome == "FAIL"}
@@ -65,10 +75,7 @@ def judge(run: Run, summary: Summary) -> Judgement:
     reasons: list[str] = []
     if not probes:
         outcomes = [Verdict("INCONCLUSIVE", ("no sample was taken",))]
-    if run.status != "finished":
-        outcomes.append(Verdict("INCONCLUSIVE", (STATUS_REASONS[run.status],)))
-    if run.changes:
-        outcomes.append(Verdict("INCONCLUSIVE", run.changes))
+    outcomes += [Verdict("INCONCLUSIVE", (doubt,)) for doubt in run_doubts(run)]
     outcome = worst([v.outcome for v in outcomes])
     for verdict in outcomes:
         if verdict.outcome == outcome:
@@ -78,34 +85,70 @@ def judge(run: Run, summary: Summary) -> Judgement:
     return Judgement(Verdict(outcome, tuple(reasons)), probes)
 
 
+def run_doubts(run: Run) -> tuple[str, ...]:
+    """What keeps the run as a whole from passing, a sentence each."""
+    unfinished = () if run.status == "finished" else (STATUS_REASONS[run.status],)
+    return (*unfinished, *run.changes)
+
+
 def judge_probe(probe: ProbeSummary, spec: RunSpec) -> ProbeVerdict:
-    """The verdict on one probe in one arm, over the properties that were asked for."""
+    """The verdict on one probe in one arm, over every comparison that was made."""
     findings = {finding.axis: finding for finding in probe.axes}
-    axes: dict[Axis, Verdict] = {
-        axis: judge_axis(axis, findings.get(axis), spec) for axis in spec.axes
-    }
-    doubts = [reason for reason in (check(probe) for check in DOUBTS) if reason]
-    outcome = worst([v.outcome for v in axes.values()])
+    axes = {axis: judge_axis(axis, findings.get(axis), spec) for axis in judged_axes(probe, spec)}
+    divergence = judge_divergence(probe, allow_latent=spec.allow_latent)
+    doubts = [reason for check in DOUBTS if (reason := check(probe))]
+    outcome = worst([divergence.outcome, *(v.outcome for v in axes.values())])
     if outcome == "PASS" and doubts:
         outcome = "INCONCLUSIVE"
     reasons = [r for v in axes.values() if v.outcome == outcome for r in v.reasons]
     if outcome == "INCONCLUSIVE":
         reasons = doubts + reasons
+    elif not reasons:
+        # Nothing else fails: what was seen is laid to no property.
+        unclear = (r for v in axes.values() if v.outcome == "INCONCLUSIVE" for r in v.reasons)
+        reasons = [*divergence.reasons, *unclear]
     return ProbeVerdict(probe.arm, probe.probe_id, Verdict(outcome, tuple(reasons)), axes)
 
 
+def judged_axes(probe: ProbeSummary, spec: RunSpec) -> list[Axis]:
+    """The properties asked for, and those along which something differed all the same."""
+    differing = {f.axis for f in probe.axes if f.diverged_trials or f.latent_trials}
+    return [axis for axis in AXES if axis in spec.axes or axis in differing]
+
+
+def judge_divergence(
+    probe: ProbeSummary, *, allow_latent: bool, allow_tokens: bool = False
+) -> Verdict:
+    """FAIL if any two completions differ, in whatever comparison, asked for or not."""
+    n, noun = probe.n_draws, f"{probe.draw}s"
+    seen = f"{probe.diverged_draws} of {n} {noun} diverged from the probe alone"
+    unique = f"{probe.n_unique} unique completions of {probe.n_samples}"
+    if probe.has_diverged and not allow_tokens:
+        return Verdict("FAIL", (f"{seen}; {unique}" if n else unique,))
+    if probe.has_latent and not allow_latent:
+        return Verdict("FAIL", ("the bits of equal completions differed",))
+    return Verdict("PASS", (seen,), accepts_divergence=probe.has_diverged)
+
+
 def judge_axis(axis: Axis, finding: AxisFinding | None, spec: RunSpec) -> Verdict:
-    """One property: FAIL if any trial diverged, or only its bits did and that is not allowed."""
+    """One property: FAIL if any trial diverged, or only its bits did and that is not allowed.
+
+    INCONCLUSIVE where that may be run-to-run: the run fails, but not by this property.
+    """
     if finding is None or finding.n_trials == 0:
         return Verdict("INCONCLUSIVE", (f"{axis}: no trial compared it",))
-    n, k, latent = finding.n_trials, finding.diverged_trials, finding.latent_trials
-    if k:
-        return Verdict("FAIL", (f"{axis}: tokens diverged in {k} of {n} trials",))
-    if latent and not spec.allow_latent:
-        return Verdict(
-            "FAIL", (f"{axis}: tokens equal, but bits differed in {latent} of {n} trials",)
-        )
-    return Verdict("PASS", (f"{axis}: 0 of {n} trials diverged",))
+    n, noun = finding.n_draws, f"{finding.draw}s"
+    outcome: Outcome = "FAIL" if finding.told_apart is not False else "INCONCLUSIVE"
+    note = "" if outcome == "FAIL" else f"; {NOT_TOLD_APART}"
+    if finding.draw == "load" and finding.told_apart and finding.n_confirmed:
+        note = f"; {finding.n_confirmed} of them repeated, alike each time"
+    if finding.diverged_trials:
+        k = finding.diverged_draws
+        return Verdict(outcome, (f"{axis}: tokens diverged in {k} of {n} {noun}{note}",))
+    if finding.latent_trials and not spec.allow_latent:
+        latent = f"{finding.latent_draws} of {n} {noun}"
+        return Verdict(outcome, (f"{axis}: tokens equal, but bits differed in {latent}{note}",))
+    return Verdict("PASS", (f"{axis}: 0 of {n} {noun} diverged",))
 
 
 def _without_stock_control(probe: ProbeVerdict) -> ProbeVerdict:
@@ -119,9 +162,11 @@ def _lacks_control(probe: ProbeSummary) -> str | None:
     if probe.control.n_trials == 0:
         return "no control ran, so nothing shows that a divergence would have been seen"
     if probe.control.n_caught < probe.control.n_trials:
+        is_short = not any(completion.n_tokens > 1 for completion in probe.completions)
+        why = " (a completion of one token is too short for it)" * is_short
         return (
             f"the planted fault was caught in {probe.control.n_caught} of "
-            f"{probe.control.n_trials} controls (a completion of one token is too short for it)"
+            f"{probe.control.n_trials} controls{why}"
         )
     return None
 
@@ -144,7 +189,13 @@ def _has_errors(probe: ProbeSummary) -> str | None:
     return None
 
 
-DOUBTS = (_has_errors, _lacks_witness, _lacks_control)
+def _lacks_comparison(probe: ProbeSummary) -> str | None:
+    if not probe.n_trials:
+        return "no trial could be compared with the probe alone"
+    return None
+
+
+DOUBTS = (_has_errors, _lacks_comparison, _lacks_witness, _lacks_control)
 """Rules that keep a clean result from passing; each returns a reason or None."""
 
 

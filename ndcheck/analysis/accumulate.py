@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ndcheck.analysis.axes import find_axes
 from ndcheck.analysis.loads import find_loads
 from ndcheck.analysis.metrics import measure
-from ndcheck.analysis.outcomes import Group, collect
+from ndcheck.analysis.outcomes import ALONE, Group, collect
 from ndcheck.analysis.statistics import (
     chao1,
     clopper_pearson,
@@ -20,7 +20,7 @@ from ndcheck.analysis.statistics import (
 )
 from ndcheck.analysis.summary import ControlFinding, ProbeSummary, SampleColumns, Summary
 from ndcheck.analysis.tree import build_tree
-from ndcheck.analysis.trials import Trials, axis_code, group_trials
+from ndcheck.analysis.trials import Trials, axis_code, count_bit_patterns, group_trials
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import ARMS, Arm, RunSpec, Sample
 
@@ -88,7 +88,7 @@ def _gather(group: Group, rows: NDArray[np.void], columns: SampleColumns) -> _Ev
     return _Evidence(
         group,
         completions,
-        trials=group_trials(rows, completions),
+        trials=group_trials(rows, completions, group.reference),
         errors=rest[rest["axis"] != axis_code("control")],
     )
 
@@ -99,10 +99,26 @@ def _summarise_probe(
     group, completions, trials = evidence.group, evidence.completions, evidence.trials
     tree = build_tree(completions)
     common_prefix = tree.position if tree else int(completions.lengths.max(initial=0))
-    compared = trials.is_evidence & (group.reference is not None)
-    n_trials = int(compared.sum())
-    n_diverged = int((compared & trials.diverged).sum())
-    low, high = clopper_pearson(n_diverged, n_trials, spec.confidence)
+    draw, axes = find_axes(
+        trials,
+        completions,
+        spec.axes,
+        spec.confidence,
+        repeats_are_draws=spec.repeats_are_draws,
+    )
+    compared = ~trials.is_reference & (group.reference is not None)
+    tried, diverged, latent = map(
+        np.flatnonzero, (compared, compared & trials.diverged, compared & trials.latent)
+    )
+    other_loads = np.flatnonzero(trials.column("load") != hash(ALONE))
+    if draw == "load" and len(other_loads):
+        n_draws, n_diverged, n_latent = trials.count_draws(draw, other_loads, diverged, latent)
+    else:
+        draw = "trial"
+        n_draws, n_diverged, n_latent = len(tried), len(diverged), len(latent)
+    if group.reference is None:
+        n_draws = 0
+    low, high = clopper_pearson(n_diverged, n_draws, spec.confidence)
     unseen_mass, n_kinds = _estimate_unseen(trials, completions)
     exactly = spec.endpoint is None or spec.endpoint.sets_batch_size
     elapsed_s = float(trials.elapsed_s.sum())
@@ -110,17 +126,17 @@ def _summarise_probe(
     return ProbeSummary(
         arm=arm,
         probe_id=probe_id,
-        n_trials=n_trials,
+        n_trials=len(tried),
         n_samples=completions.n_samples,
         n_errors=len(evidence.errors),
         n_unique=len(completions),
         modal_count=int(completions.counts.max(initial=0)),
         common_prefix_tokens=common_prefix,
-        diverged_trials=n_diverged,
-        latent_trials=int((compared & trials.latent).sum()),
-        divergence_rate=n_diverged / n_trials if n_trials else None,
-        rate_ci_low=low if n_trials else None,
-        rate_ci_high=high if n_trials else None,
+        diverged_trials=len(diverged),
+        latent_trials=len(latent),
+        divergence_rate=n_diverged / n_draws if n_draws else None,
+        rate_ci_low=low if n_draws else None,
+        rate_ci_high=high if n_draws else None,
         confidence=spec.confidence,
         unseen_mass=unseen_mass,
         chao1=n_kinds,
@@ -129,11 +145,16 @@ def _summarise_probe(
         tokens_per_s=n_tokens / elapsed_s if elapsed_s else None,
         slowdown_vs_stock=_slowdown(trials, stock.trials) if stock else None,
         completions=completions,
-        axes=find_axes(trials, completions, spec.axes, spec.confidence),
+        axes=axes,
         loads=find_loads(trials, completions, evidence.errors, group.kinds),
         control=ControlFinding(len(group.controls), sum(group.controls.values())),
         tree=tree,
         metrics=measure(completions, common_prefix, group.logprob_sums, spec.answer_pattern),
+        draw=draw,
+        n_draws=n_draws,
+        diverged_draws=n_diverged,
+        latent_draws=n_latent,
+        n_unique_bits=count_bit_patterns(trials.rows, len(completions)),
     )
 
 
@@ -167,9 +188,9 @@ def _mean_times(trials: Trials) -> tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
 def _compare_arms(probes: tuple[ProbeSummary, ...]) -> float | None:
-    """None unless both arms have trials."""
+    """None unless both arms have draws."""
     table = [
-        (sum(p.diverged_trials for p in arm), sum(p.n_trials for p in arm))
+        (sum(p.diverged_draws for p in arm), sum(p.n_draws for p in arm))
         for arm in ([p for p in probes if p.arm == name] for name in ARMS)
     ]
     (stock_diverged, n_stock), (invariant_diverged, n_invariant) = table

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ndcheck.analysis.divergence import first_divergence
-from ndcheck.analysis.statistics import clopper_pearson
-from ndcheck.analysis.summary import AxisFinding
+from ndcheck.analysis.statistics import clopper_pearson, fisher_exact
+from ndcheck.analysis.summary import AxisFinding, Draw
 from ndcheck.analysis.trials import Trials, axis_code
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import AXES, Axis
@@ -19,32 +20,82 @@ Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def find_axes(
-    trials: Trials, completions: Completions, asked: tuple[Axis, ...], confidence: float
-) -> tuple[AxisFinding, ...]:
-    """One finding for each axis that was asked for or has evidence.
+    trials: Trials,
+    completions: Completions,
+    asked: tuple[Axis, ...],
+    confidence: float,
+    *,
+    repeats_are_draws: bool,
+) -> tuple[Draw, tuple[AxisFinding, ...]]:
+    """What a draw is, and one finding for each axis that was asked for or has evidence.
 
     A row is compared with the baseline's row in the same slot; where the two trials share no slot
-    (axis ``slot``), their first rows are compared. A trial without a baseline counts nowhere.
-    Every trial with several rows is evidence on ``slot`` besides: its rows against its first.
+    (axis ``slot``), their first rows are compared. Where the baseline's load ran several times, its
+    commonest completion is the baseline. A trial without a baseline counts nowhere. Every trial
+    with several rows is evidence on ``slot`` besides: its rows against its first. Every load that
+    ran more than once is evidence on ``run-to-run``: each of its trials against the commonest
+    completion among them.
+
+    A draw is a trial if ``repeats_are_draws``, or where some load did not repeat itself; else a
+    load. Along ``run-to-run`` it is always a trial.
     """
-    return tuple(_find_axes(trials, completions, asked, confidence))
+    (repeats,) = _judge_axes(("run-to-run",), trials, completions, confidence, "trial")
+    draw: Draw = "trial" if repeats_are_draws or not _agrees(repeats) else "load"
+    others = _judge_axes(AXES[1:], trials, completions, confidence, draw)
+    findings = (repeats, *(_tell_apart(finding, repeats, confidence) for finding in others))
+    return draw, tuple(found for found in findings if found.n_trials or found.axis in asked)
 
 
-def _find_axes(
-    trials: Trials, completions: Completions, asked: tuple[Axis, ...], confidence: float
+def _agrees(repeats: AxisFinding) -> bool:
+    return not repeats.diverged_trials and not repeats.latent_trials
+
+
+def _tell_apart(finding: AxisFinding, repeats: AxisFinding, confidence: float) -> AxisFinding:
+    """With ``told_apart``: can the divergences along the axis be anything but chance?
+
+    Where loads repeat themselves, and one that diverged did so again, they are the axis's. So they
+    are where Fisher's exact test tells their rate from that of repeats. Where repeats of equal
+    loads differ too, nothing is laid to another axis.
+    """
+    if not finding.diverged_trials and not finding.latent_trials:
+        return finding
+    if repeats.diverged_trials or (repeats.latent_trials and not finding.diverged_trials):
+        return replace(finding, told_apart=False)
+    # Bits count as well where repeats agree in them.
+    n_differing = finding.diverged_trials + finding.latent_trials * _agrees(repeats)
+    p = fisher_exact(n_differing, finding.n_trials, 0, repeats.n_trials)
+    return replace(finding, told_apart=finding.n_confirmed > 0 or p < 1 - confidence)
+
+
+def _judge_axes(
+    axes: tuple[Axis, ...],
+    trials: Trials,
+    completions: Completions,
+    confidence: float,
+    draw: Draw,
 ) -> Iterator[AxisFinding]:
-    for axis in AXES:
-        rows, partners = _pair_with_baselines(trials, axis)
+    for axis in axes:
+        rows, partners = (
+            _pair_repeats(trials) if axis == "run-to-run" else _pair_with_baselines(trials, axis)
+        )
         if axis == "slot":
             own_rows, own_partners = _pair_within_trials(trials)
             rows = np.concatenate((rows, own_rows))
             partners = np.concatenate((partners, own_partners))
-        if len(rows) or axis in asked:
-            yield _judge(axis, trials, completions, (rows, partners), confidence)
+        yield _judge(axis, trials, completions, (rows, partners), confidence, draw)
+
+
+def _pair_repeats(trials: Trials) -> Pairs:
+    rows = np.flatnonzero(trials.is_repeated[trials.of_row])
+    return rows, trials.commonest[rows]
 
 
 def _pair_with_baselines(trials: Trials, axis: Axis) -> Pairs:
-    rows = np.flatnonzero(trials.rows["axis"] == axis_code(axis))
+    is_of_axis = trials.rows["axis"] == axis_code(axis)
+    if axis == "batch-size":
+        # Batches that only served as baselines: runs before version 0.2 did not ask them.
+        is_of_axis |= trials.rows["axis"] == axis_code("reference")
+    rows = np.flatnonzero(is_of_axis)
     rows = rows[np.isin(trials.rows["baseline"][rows], trials.ids)]
     baselines = np.searchsorted(trials.ids, trials.rows["baseline"][rows])
 
@@ -56,12 +107,10 @@ def _pair_with_baselines(trials: Trials, axis: Axis) -> Pairs:
 
     shares_slot = np.isin(trials.of_row[rows], trials.of_row[rows[same_slot]])
     first_only = ~shares_slot & (trials.starts[trials.of_row[rows]] == rows)
-    return (
-        np.concatenate((rows[same_slot], rows[first_only])),
-        np.concatenate(
-            (np.searchsorted(keys, wanted[same_slot]), trials.starts[baselines[first_only]])
-        ),
+    partners = np.concatenate(
+        (np.searchsorted(keys, wanted[same_slot]), trials.starts[baselines[first_only]])
     )
+    return np.concatenate((rows[same_slot], rows[first_only])), trials.commonest[partners]
 
 
 def _pair_within_trials(trials: Trials) -> Pairs:
@@ -71,7 +120,12 @@ def _pair_within_trials(trials: Trials) -> Pairs:
 
 
 def _judge(
-    axis: Axis, trials: Trials, completions: Completions, pairs: Pairs, confidence: float
+    axis: Axis,
+    trials: Trials,
+    completions: Completions,
+    pairs: Pairs,
+    confidence: float,
+    draw: Draw,
 ) -> AxisFinding:
     rows, partners = pairs
     of_pair = trials.of_row[rows]
@@ -83,10 +137,11 @@ def _judge(
         here, there = bits[rows], bits[partners]
         differs |= (here != there) & (here != 0) & (there != 0)
 
-    n_trials = len(np.unique(of_pair))
+    tried = np.unique(of_pair)
     diverged = np.unique(of_pair[diverges])
     latent = np.setdiff1d(of_pair[differs & ~diverges], diverged)
-    low, high = clopper_pearson(len(diverged), n_trials, confidence)
+    n, k, n_latent = trials.count_draws(draw, tried, diverged, latent)
+    low, high = clopper_pearson(k, n, confidence)
     n_unique = max(1, len(completions))
     parted = np.unique(
         completion[rows[diverges]].astype(np.int64) * n_unique + completion[partners[diverges]]
@@ -95,14 +150,21 @@ def _judge(
         first_divergence(completions.token_ids(i), completions.token_ids(j))
         for i, j in zip(parted // n_unique, parted % n_unique, strict=True)
     )
+    found = diverged if len(diverged) else latent
     return AxisFinding(
         axis=axis,
-        n_trials=n_trials,
+        n_trials=len(tried),
         diverged_trials=len(diverged),
         latent_trials=len(latent),
-        rate=len(diverged) / n_trials if n_trials else None,
-        rate_ci_low=low if n_trials else None,
-        rate_ci_high=high if n_trials else None,
+        rate=k / n if n else None,
+        rate_ci_low=low if n else None,
+        rate_ci_high=high if n else None,
         first_divergence_min=min((at for at in positions if at is not None), default=None),
         batch_sizes_diverged=tuple(np.unique(trials.column("batch_size")[diverged]).tolist()),
+        draw=draw,
+        n_draws=n,
+        diverged_draws=k,
+        latent_draws=n_latent,
+        n_confirmed=len(np.unique(trials.column("load")[found[trials.is_repeated[found]]])),
+        told_apart=None,
     )

@@ -1,12 +1,15 @@
 """One pass over a stream of samples: a row of numbers for each, and a group for each probe and arm.
 
-The rows (about 90 bytes each), the distinct completions and the references are all that is kept.
+The rows (about 90 bytes each), the distinct completions and what the probe gave alone are all that
+is kept. The reference is the commonest completion of the probe alone, which is known at the end: if
+it is not the first, whose bits the others were compared with, the stream is read once more.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -21,9 +24,10 @@ from ndcheck.analysis.divergence import (
 )
 from ndcheck.analysis.metrics import LogprobSums
 from ndcheck.analysis.unique import Interner
-from ndcheck.records import Arm, Axis, CacheState, Fault, RunSpec, Sample
+from ndcheck.records import Arm, Axis, CacheState, Fault, Load, RunSpec, Sample
 
 AXIS_CODES: tuple[Axis, ...] = get_args(Axis)
+ALONE = Load(1)
 
 OUTCOME = np.dtype(
     [
@@ -64,17 +68,33 @@ def collect(samples: Iterable[Sample], spec: RunSpec) -> tuple[NDArray[np.void],
     """Read all samples: their OUTCOME rows, and the groups, the spec's first.
 
     The rows are sorted by group, then completions before errors and controls, then by trial and
-    slot, so that what belongs together is a slice and need not be copied.
+    slot, so that what belongs together is a slice and need not be copied. A stream that can be
+    iterated only once is kept.
     """
+    if isinstance(samples, Iterator):
+        samples = list(samples)
+    rows, groups = _collect(samples, spec, {})
+    commonest = {key: group.commonest_alone(rows) for key, group in groups.items()}
+    chosen = {key: sample for key, sample in commonest.items() if sample is not None}
+    if any(not groups[key].starts_from(sample) for key, sample in chosen.items()):
+        rows, groups = _collect(samples, spec, chosen)
+    order = np.lexsort((rows["slot"], rows["trial"], rows["completion"] < 0, rows["group"]))
+    return rows[order], groups
+
+
+def _collect(
+    samples: Iterable[Sample], spec: RunSpec, references: Mapping[tuple[Arm, str], Sample]
+) -> tuple[NDArray[np.void], Groups]:
+    """One pass, in the order of the stream; without a reference given, the first alone is it."""
     groups: Groups = {}
     for probe in spec.probes:
         for arm in spec.arms:
             groups[arm, probe.probe_id] = Group(len(groups))
+    for key, sample in references.items():
+        groups.setdefault(key, Group(len(groups))).set_reference(sample)
     # Log-probabilities of minus infinity are legal; their differences are NaN.
     with np.errstate(invalid="ignore", over="ignore"):
-        rows = np.fromiter(_read(samples, groups), OUTCOME)
-    order = np.lexsort((rows["slot"], rows["trial"], rows["completion"] < 0, rows["group"]))
-    return rows[order], groups
+        return np.fromiter(_read(samples, groups), OUTCOME), groups
 
 
 def _read(samples: Iterable[Sample], groups: Groups) -> Iterator[tuple[Any, ...]]:
@@ -89,7 +109,7 @@ def _read(samples: Iterable[Sample], groups: Groups) -> Iterator[tuple[Any, ...]
 class Group:
     """What one probe in one arm has shown so far.
 
-    The reference comes first in a run; samples before it wait, so that any order gives the same.
+    The probe alone comes first in a run; samples before it wait, so that any order gives the same.
     """
 
     def __init__(self, number: int) -> None:
@@ -99,34 +119,67 @@ class Group:
         """From the reference, by completion in order of arrival; -1: none."""
         self.reference: Reference | None = None
         self.logprob_sums: LogprobSums | None = None
-        self.controls: dict[int, bool] = {}
-        """Whether the planted fault was caught, by trial."""
+        self._controls: dict[int, tuple[int | None, bool]] = {}
+        """Its baseline, and whether the planted fault showed, by trial."""
         self.kinds: dict[LoadKind, int] = {}
-        self._waiting: list[tuple[int, Sample]] | None = []
+        self._alone: Counter[tuple[int, int, int]] = Counter()
+        self._alone_trials: set[int] = set()
+        self._alone_samples: dict[tuple[int, int, int], Sample] = {}
+        """The first sample of each completion and bits that the probe gave alone."""
+        self._waiting: list[tuple[int, Sample]] = []
         self._trial: int | None = None
         self._load_columns: tuple[int, ...] = ()
 
     def read(self, index: int, sample: Sample) -> Iterator[tuple[Any, ...]]:
         """OUTCOME rows of this sample and of those that waited for it; none if it has to wait."""
-        if self._waiting is None:
-            yield self._outcome(index, sample)
-            return
-        self._waiting.append((index, sample))
-        if sample.axis == "reference" and sample.baseline is None:
-            if sample.error is None:
-                self._set_reference(sample)
+        if self.reference is None and sample.error is None and is_alone(sample):
+            self.set_reference(sample)
             yield from self.read_waiting()
+        if self.reference is None:
+            self._waiting.append((index, sample))
+        else:
+            yield self._outcome(index, sample)
 
     def read_waiting(self) -> Iterator[tuple[Any, ...]]:
-        waiting, self._waiting = self._waiting or [], None
+        waiting, self._waiting = self._waiting, []
         for index, sample in waiting:
             yield self._outcome(index, sample)
 
-    def _set_reference(self, sample: Sample) -> None:
+    def set_reference(self, sample: Sample) -> None:
+        """Compare all that follow with this one; only before any other is read."""
         stream = read_stream(sample)
         number = self._intern(sample, stream)
         self.reference = Reference(sample.trial_id, number, stream)
         self.logprob_sums = LogprobSums(stream.logprobs)
+
+    def starts_from(self, sample: Sample) -> bool:
+        """Is this the sample that the others were compared with?"""
+        return self.reference is not None and self.reference.trial_id == sample.trial_id
+
+    @property
+    def controls(self) -> dict[int, bool]:
+        """Whether the planted fault was caught, by trial; not where the baseline failed."""
+        return {
+            trial_id: baseline in self._alone_trials and shows
+            for trial_id, (baseline, shows) in self._controls.items()
+        }
+
+    def commonest_alone(self, rows: NDArray[np.void]) -> Sample | None:
+        """The first sample with the commonest completion, and bits, of the probe alone.
+
+        Between equally frequent ones all of the group's ``rows`` decide, then the order of trials.
+        """
+        own = rows["completion"][rows["group"] == self.number]
+        in_all = np.bincount(own[own >= 0], minlength=len(self.interner))
+        tokens: Counter[int] = Counter()
+        for (number, *_), n in self._alone.items():
+            tokens[number] += n
+
+        def rank(key: tuple[int, int, int]) -> tuple[int, ...]:
+            number, trial_id = key[0], self._alone_samples[key].trial_id
+            return tokens[number], int(in_all[number]), self._alone[key], -trial_id
+
+        return self._alone_samples[max(self._alone, key=rank)] if self._alone else None
 
     def _intern(self, sample: Sample, stream: Stream) -> int:
         number = self.interner.add(sample, stream)
@@ -160,13 +213,14 @@ class Group:
             self._judge_control(sample, stream)
             return (*origin, -1, -1, np.nan, 0, 0)
         number = self._intern(sample, stream)
-        return (
-            *origin,
-            number,
-            *self._compare(sample, stream, number),
-            _fingerprint(stream.logprobs),
-            _fingerprint(stream.row_digests),
-        )
+        bits = _fingerprint(stream.logprobs), _fingerprint(stream.row_digests)
+        if is_alone(sample):
+            self._alone[number, *bits] += 1
+            self._alone_trials.add(sample.trial_id)
+            first = self._alone_samples.setdefault((number, *bits), sample)
+            if sample.trial_id < first.trial_id:
+                self._alone_samples[number, *bits] = sample
+        return (*origin, number, *self._compare(sample, stream, number), *bits)
 
     def _read_load(self, sample: Sample) -> tuple[int, int, int]:
         """The columns ``batch_size``, ``kind`` and ``load``."""
@@ -188,14 +242,19 @@ class Group:
         return -1 if latent is None else latent, dlogprob
 
     def _judge_control(self, sample: Sample, stream: Stream) -> None:
-        """Without a fault, or without the baseline, which is the reference, nothing is caught."""
-        caught = (
+        """Without a fault, or without the reference, nothing shows."""
+        shows = (
             sample.fault is not None
             and self.reference is not None
-            and self.reference.trial_id == sample.baseline
             and is_caught(sample.fault, self.reference.stream, stream)
         )
-        self.controls[sample.trial_id] = self.controls.get(sample.trial_id, True) and caught
+        _, all_show = self._controls.get(sample.trial_id, (None, True))
+        self._controls[sample.trial_id] = sample.baseline, all_show and shows
+
+
+def is_alone(sample: Sample) -> bool:
+    """Is it the probe alone in its batch, prefilled as a whole, and nothing planted in it?"""
+    return sample.axis != "control" and sample.load == ALONE
 
 
 def is_caught(fault: Fault, baseline: Stream, stream: Stream) -> bool:

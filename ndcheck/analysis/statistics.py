@@ -13,34 +13,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def clopper_pearson(n_events: int, n_trials: int, confidence: float) -> tuple[float, float]:
-    """Exact interval for a rate of which ``n_events`` were seen in ``n_trials``.
+def clopper_pearson(n_events: int, n_draws: int, confidence: float) -> tuple[float, float]:
+    """Exact two-sided interval for a rate of which ``n_events`` were seen in ``n_draws``.
 
-    With alpha = 1 - confidence: two-sided from the beta quantiles at alpha/2 and 1 - alpha/2
-    (Clopper and Pearson, Biometrika 1934). At ``n_events`` 0 the whole of alpha goes to the upper
-    end, 1 - alpha^(1/n): the exact form of the "rule of three" (3/n at 95 %); the lower end is 0.
+    With alpha = 1 - confidence: the beta quantiles at alpha/2 and 1 - alpha/2, for every count
+    alike (Clopper and Pearson, Biometrika 1934). At 0 events the ends are 0 and
+    1 - (alpha/2)^(1/n); without a draw, 0 and 1. Independent draws of one rate are covered with a
+    probability of at least ``confidence``.
     """
     alpha = 1 - confidence
-    if n_trials == 0:
+    if n_draws == 0:
         return 0.0, 1.0
-    if n_events == 0:
-        return 0.0, 1 - alpha ** (1 / n_trials)
     from scipy.special import betaincinv
 
-    low = betaincinv(n_events, n_trials - n_events + 1, alpha / 2)
-    if n_events == n_trials:
-        return float(low), 1.0
-    return float(low), float(betaincinv(n_events + 1, n_trials - n_events, 1 - alpha / 2))
+    low, high = 0.0, 1.0
+    if n_events > 0:
+        low = float(betaincinv(n_events, n_draws - n_events + 1, alpha / 2))
+    if n_events < n_draws:
+        high = float(betaincinv(n_events + 1, n_draws - n_events, 1 - alpha / 2))
+    return low, high
 
 
 def trials_needed(rate: float, confidence: float) -> int:
-    """Clean trials that exclude a rate of ``rate`` or more: ceil(ln alpha / ln(1 - rate)).
+    """Clean draws that exclude a rate of ``rate`` or more: ceil(ln(alpha/2) / ln(1 - rate)).
 
-    0 < ``rate`` < 1. It is `clopper_pearson` at 0 events, solved for n: 299 for 1 % at 95 %.
+    0 < ``rate`` < 1. It is `clopper_pearson` at 0 events, solved for n: 368 for 1 % at 95 %.
     """
-    n_trials = math.log(1 - confidence) / math.log1p(-rate)
+    n_draws = math.log((1 - confidence) / 2) / math.log1p(-rate)
     # Rounding keeps a whole number that floating point missed by a hair from being raised by one.
-    return math.ceil(round(n_trials, 9))
+    return math.ceil(round(n_draws, 9))
 
 
 def fisher_exact(events_a: int, n_a: int, events_b: int, n_b: int) -> float:

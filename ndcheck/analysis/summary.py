@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ndcheck.analysis.tree import Fork
 from ndcheck.records import Arm, Axis, CacheState
+
+Draw = Literal["load", "trial"]
+"""What a rate counts. In process, a load that is run again gives what it gave before: each distinct
+load is one draw. A server forms every batch anew, and what is random differs at every repeat: there
+each trial is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +52,12 @@ class Completion:
 class AxisFinding:
     """One invariance property: trials compared with the baseline that differs along it only.
 
-    ``rate_ci_*`` is Clopper-Pearson at ``confidence``, the upper end alone (1 - alpha^(1/n))
-    where nothing diverged. ``first_divergence_min`` and ``batch_sizes_diverged`` are over the
-    trials whose tokens diverged.
+    Along ``run-to-run`` the trials are those of loads that ran more than once, each compared with
+    the commonest completion of its load. ``rate`` and ``rate_ci_*`` are over the draws, which
+    ``draw`` names: two-sided Clopper-Pearson at ``confidence``, for each axis by itself.
+    ``first_divergence_min`` and ``batch_sizes_diverged`` are over the trials whose tokens diverged.
+    ``n_confirmed`` counts the distinct loads that diverged and ran more than once. ``told_apart``
+    is False where what diverged may be run-to-run, None where nothing diverged.
     """
 
     axis: Axis
@@ -60,6 +69,12 @@ class AxisFinding:
     rate_ci_high: float | None
     first_divergence_min: int | None
     batch_sizes_diverged: tuple[int, ...]
+    draw: Draw
+    n_draws: int
+    diverged_draws: int
+    latent_draws: int
+    n_confirmed: int
+    told_apart: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +142,13 @@ class Metrics:
 class ProbeSummary:
     """One probe in one arm; controls count in ``control`` only, failed samples in ``n_errors``.
 
-    ``divergence_rate`` is of trials, against the reference: the probe alone in its batch. Trials
-    that are only a baseline of others are no evidence in it, though their samples count. Without
-    a reference nothing can be compared, so ``n_trials`` is 0.
+    The reference is the commonest completion of the probe alone in its batch, over all the trials
+    of that; the first of these that gave it is compared with nothing and is not in ``n_trials``.
+    ``divergence_rate`` and its interval are over the draws, which ``draw`` names: the share that
+    differs from the reference, given the reference. Without one nothing can be compared, so
+    ``n_trials`` is 0.
+
+    ``n_unique_bits`` counts completions that differ in tokens or, where recorded, in bits.
 
     ``unseen_mass`` and ``chao1`` take trials as draws, the reference's included, since the rows of
     one batch are one draw: a completion's frequency is the number of trials it was seen in.
@@ -165,6 +184,25 @@ class ProbeSummary:
     control: ControlFinding
     tree: Fork | None
     metrics: Metrics
+    draw: Draw
+    n_draws: int
+    diverged_draws: int
+    latent_draws: int
+    n_unique_bits: int
+
+    @property
+    def has_diverged(self) -> bool:
+        """Do the tokens of any two completions differ, in whatever comparison?"""
+        return bool(self.n_unique > 1 or self.diverged_trials or self._on_any_axis("diverged"))
+
+    @property
+    def has_latent(self) -> bool:
+        """Do the bits of any two equal completions differ?"""
+        more_bits = self.n_unique_bits > self.n_unique
+        return bool(more_bits or self.latent_trials or self._on_any_axis("latent"))
+
+    def _on_any_axis(self, kind: str) -> bool:
+        return any(getattr(finding, f"{kind}_trials") for finding in self.axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,4 +228,4 @@ class Summary:
     probes: tuple[ProbeSummary, ...]
     samples: SampleColumns
     fisher_p: float | None
-    """Fisher's exact test, two-sided, on diverged trials: stock against invariant."""
+    """Fisher's exact test, two-sided, on diverged draws: stock against invariant."""

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ndcheck.analysis.divergence import Reference
 from ndcheck.analysis.outcomes import AXIS_CODES
+from ndcheck.analysis.summary import Draw
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import Axis
 
 NO_DIVERGENCE = np.iinfo(np.int32).max
+NO_TRIAL = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +24,8 @@ class Trials:
 
     Trial i has the rows ``starts[i]`` to ``starts[i + 1]``. ``divergence`` is the first token at
     which any of its rows differs from the reference, NO_DIVERGENCE where none does. ``latent``:
-    the tokens are the reference's, the bits are not.
+    the tokens are the reference's, the bits are not. ``commonest`` gives for each row the one that
+    stands for its load and slot, and ``is_reference`` is the trial that gave the reference.
     """
 
     rows: NDArray[np.void]
@@ -31,6 +35,8 @@ class Trials:
     divergence: NDArray[np.int32]
     latent: NDArray[np.bool_]
     elapsed_s: NDArray[np.float64]
+    commonest: NDArray[np.int64]
+    is_reference: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,10 +50,35 @@ class Trials:
         return self.divergence < NO_DIVERGENCE
 
     @property
-    def is_evidence(self) -> NDArray[np.bool_]:
-        """False for the reference, and for batches that only serve as baselines."""
-        is_evidence: NDArray[np.bool_] = self.column("axis") != axis_code("reference")
-        return is_evidence
+    def is_repeated(self) -> NDArray[np.bool_]:
+        """Did the trial's load run more than once?"""
+        _, of_trial, n_trials = np.unique(
+            self.column("load"), return_inverse=True, return_counts=True
+        )
+        is_repeated: NDArray[np.bool_] = n_trials[of_trial] > 1
+        return is_repeated
+
+    def count_draws(
+        self,
+        draw: Draw,
+        tried: NDArray[np.int64],
+        diverged: NDArray[np.int64],
+        latent: NDArray[np.int64],
+    ) -> tuple[int, int, int]:
+        """How many draws the ``tried`` trials are, and how many diverged, or did in bits only.
+
+        All are indices of trials. A load counts once however often it ran, as what any trial of it
+        was.
+        """
+        if draw == "trial":
+            return len(tried), len(diverged), len(latent)
+        loads = self.column("load")
+        parted = np.unique(loads[diverged])
+        return (
+            len(np.unique(loads[tried])),
+            len(parted),
+            len(np.setdiff1d(loads[latent], parted)),
+        )
 
     def is_witnessed(self, *, exactly: bool) -> NDArray[np.bool_]:
         """Did the batch asked for really run, or any batch at all if not ``exactly``?
@@ -63,7 +94,9 @@ def axis_code(axis: Axis) -> int:
     return AXIS_CODES.index(axis)
 
 
-def group_trials(rows: NDArray[np.void], completions: Completions) -> Trials:
+def group_trials(
+    rows: NDArray[np.void], completions: Completions, reference: Reference | None
+) -> Trials:
     """``rows``: as `Trials` holds them, with completions by their index."""
     ids, starts, of_row = np.unique(rows["trial"], return_index=True, return_inverse=True)
     divergence = completions.first_divergences[rows["completion"]]
@@ -78,7 +111,52 @@ def group_trials(rows: NDArray[np.void], completions: Completions) -> Trials:
         divergence=divergence,
         latent=has_latent & (divergence == NO_DIVERGENCE),
         elapsed_s=_reduce(np.maximum, rows["elapsed_s"], starts),
+        commonest=_find_commonest(rows, completions),
+        is_reference=ids == (reference.trial_id if reference else NO_TRIAL),
     )
+
+
+def count_bit_patterns(rows: NDArray[np.void], n_unique: int) -> int:
+    """Completions that differ in tokens or in recorded bits."""
+    n_patterns = np.ones(n_unique, np.int64)
+    for name in ("logprobs", "row_digests"):
+        recorded = rows[rows[name] != 0]
+        pairs = _number(recorded["completion"], recorded[name])
+        _, first = np.unique(pairs, return_index=True)
+        counts = np.bincount(recorded["completion"][first], minlength=n_unique)
+        n_patterns = np.maximum(n_patterns, counts)
+    return int(n_patterns.sum())
+
+
+def _find_commonest(rows: NDArray[np.void], completions: Completions) -> NDArray[np.int64]:
+    """For each row the first one with the commonest completion, and bits, of its load and slot.
+
+    Between equally frequent completions the one that all rows gave more often is taken, so that one
+    odd execution of two does not decide, then the earlier one.
+    """
+    place = _number(rows["load"], rows["slot"])
+    in_place = _sizes(_number(place, rows["completion"]))
+    in_bits = _sizes(_number(place, rows["completion"], rows["logprobs"], rows["row_digests"]))
+    in_all = completions.counts[rows["completion"]]
+    order = np.lexsort((rows["trial"], -in_bits, -in_all, -in_place, place))
+    _, first, of_row = np.unique(place[order], return_index=True, return_inverse=True)
+    found = np.empty(len(rows), np.int64)
+    found[order] = order[first[of_row]]
+    return found
+
+
+def _number(*columns: NDArray[Any]) -> NDArray[np.int64]:
+    """One number for each distinct row of the columns, from 0."""
+    numbers = np.zeros(len(columns[0]), np.int64)
+    for column in columns:
+        kinds, of_row = np.unique(column, return_inverse=True)
+        _, numbers = np.unique(numbers * max(1, len(kinds)) + of_row, return_inverse=True)
+    return numbers
+
+
+def _sizes(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each row's number comes up."""
+    return np.bincount(numbers)[numbers] if len(numbers) else numbers
 
 
 def _reduce(operation: np.ufunc, values: NDArray[Any], starts: NDArray[np.int64]) -> NDArray[Any]:

@@ -182,7 +182,7 @@ class Tracer:
         rows = []
         with self._kernels():
             batch = self._open(load)
-            logits = batch.prefill(load.cache_state)
+            logits = batch.prefill(load.cache_state, load.cut)
             for position in range(self._step + 1):
                 if position:
                     logits = batch.step(self._next_tokens(logits, position - 1, load, slot))
@@ -194,7 +194,7 @@ class Tracer:
         batch = self._open(load)
         if self._step == 0:
             return batch, None
-        logits = batch.prefill(load.cache_state)
+        logits = batch.prefill(load.cache_state, load.cut)
         for position in range(self._step - 1):
             logits = batch.step(self._next_tokens(logits, position, load, slot))
         return batch, self._next_tokens(logits, self._step - 1, load, slot)
@@ -205,7 +205,11 @@ class Tracer:
 
     @staticmethod
     def _forward(batch: ExactBatch, token_ids: Tensor | None, load: Load) -> Tensor:
-        return batch.prefill(load.cache_state) if token_ids is None else batch.step(token_ids)
+        return (
+            batch.prefill(load.cache_state, load.cut)
+            if token_ids is None
+            else batch.step(token_ids)
+        )
 
     def _next_tokens(self, logits: Tensor, position: int, load: Load, slot: int | None) -> Tensor:
         """Every row's own next token, but the probe's is the one it takes alone."""

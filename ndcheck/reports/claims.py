@@ -17,33 +17,44 @@ def claims(run: Run, summary: Summary, escape: Callable[[str], str]) -> list[str
 
 
 def _weakness(probe: ProbeSummary) -> tuple[bool, bool, bool]:
-    return not probe.n_trials, bool(probe.diverged_trials), bool(probe.latent_trials)
+    return not probe.n_trials, probe.has_diverged, probe.has_latent
 
 
 def _claim(probe: ProbeSummary, run: Run, summary: Summary, escape: Callable[[str], str]) -> str:
     subject = phrases.subject(probe, summary)
     start = f"{escape(subject)}: " if subject else ""
+    if probe.has_diverged and not probe.diverged_draws:
+        unique = f"{probe.n_unique} unique completions of {probe.n_samples}"
+        return f"{start}output is not always the same: {unique}."
     if not probe.n_trials:
         return f"{start}none, since no trial gave a completion to compare."
     confidence = f"{phrases.percent(probe.confidence)} %"
-    trials = f"{probe.diverged_trials} of {phrases.count(probe.n_trials, 'trial')} diverged"
-    if probe.diverged_trials:
+    seen = f"{probe.diverged_draws} of {phrases.draws(probe)} diverged"
+    if probe.diverged_draws:
+        what = "depends on the load" if _is_laid_to_a_load(probe) else "is not always the same"
         return (
-            f"{start}output depends on the load: {trials}; for this distribution of loads the rate "
-            f"is in {phrases.rate(probe)} at {confidence}."
+            f"{start}output {what}: {seen} from the commonest completion of the probe alone; for "
+            f"this distribution of loads the rate is in {phrases.rate(probe)} at {confidence}."
         )
-    bound = f"{trials}; rate {phrases.rate(probe)} at {confidence} for this distribution of loads"
-    if probe.latent_trials:
-        latent = f"{probe.latent_trials} of {phrases.count(probe.n_trials, 'trial')}"
+    bound = f"{seen}; rate {phrases.rate(probe)} at {confidence} for this distribution of loads"
+    if probe.has_latent:
+        latent = f"{probe.latent_draws} of {phrases.draws(probe)}"
         return f"{start}equal tokens, not equal bits (these differ in {latent}): {bound}."
     if probe.metrics.k1_kl is None:
         return f"{start}equal {phrases.unit(run)}s (the backend gave no bits to compare): {bound}."
     return f"{start}equal tokens and equal bits across these loads: {bound}."
 
 
+def _is_laid_to_a_load(probe: ProbeSummary) -> bool:
+    return any(finding.told_apart for finding in probe.axes)
+
+
 def exclusions(run: Run) -> list[str]:
     sizes = ", ".join(map(str, run.spec.batch_sizes))
     axes = ", ".join(run.spec.axes)
+    distinct = (
+        "That a load would be drawn so often elsewhere: the rate counts distinct loads alike."
+    )
     witness = run.environment.model.get("witness")
     overlap = [
         "That the server computed these requests in one batch: their answers were seen to arrive "
@@ -56,5 +67,7 @@ def exclusions(run: Run) -> list[str]:
         f"Other loads: batch sizes {sizes} were enumerated over {axes}; the contents and lengths "
         "of fillers and the random slots are a sample.",
         "That something is deterministic: a clean run bounds a rate and does not make it zero.",
-        "Independent rows: copies in one batch are one draw, so trials are counted, not samples.",
+        "Independent rows: copies in one batch are one draw, so batches are counted, not samples.",
+        *([] if run.spec.repeats_are_draws else [distinct]),
+        "All properties, probes and arms at once: each interval holds at its confidence by itself.",
     ]

@@ -33,7 +33,7 @@ def print_comparison(
     """``names`` are A's and B's, as the user gave them."""
     for verdict in verdicts.values():
         for reason in verdict.reasons:
-            label = Text(verdict.outcome, style=STYLES[verdict.outcome])
+            label = Text(verdict.label, style=STYLES[verdict.outcome])
             console.print(Text.assemble(label, "  ", visible(reason)))
     if verdicts:
         console.print()
@@ -111,6 +111,9 @@ def _drift_document(drift: Drift) -> dict[str, Any]:
             "probe_id": probe.probe_id,
             "n_trials": probe.n_trials,
             "diverged_trials": probe.diverged_trials,
+            "draw": probe.draw,
+            "n_draws": probe.n_draws,
+            "diverged_draws": probe.diverged_draws,
             "n_samples": probe.n_samples,
             "n_unique": probe.n_unique,
             "common_prefix_tokens": probe.common_prefix_tokens,
@@ -168,7 +171,7 @@ def _tests(drift: Drift) -> Iterator[str]:
 
 def _rows(a: ProbeSummary, b: ProbeSummary) -> Iterator[tuple[str, ...]]:
     yield "unique", *(f"{p.n_unique} of {p.n_samples}" for p in (a, b))
-    yield "diverged", *(f"{p.diverged_trials} of {p.n_trials} trials" for p in (a, b))
+    yield "diverged", *(f"{p.diverged_draws} of {phrases.draws(p)}" for p in (a, b))
     yield "rate", *(phrases.rate(p) for p in (a, b))
     yield "common prefix", *(phrases.count(p.common_prefix_tokens, "token") for p in (a, b))
     metrics_a, metrics_b = published(a.metrics), published(b.metrics)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from ndcheck.analysis.outcomes import is_alone
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.records import Arm, Sample
 from ndcheck.reports import phrases
@@ -106,7 +107,7 @@ def gather(samples: Iterable[Sample], summary: Summary) -> dict[tuple[Arm, str],
         arm.unique_by_load.setdefault((load, batch_size), set()).add(completion_id)
         if first_divergence >= 0:
             arm.divergences[first_divergence] += 1
-        if sample.axis == "reference" and sample.baseline is None:
+        if is_alone(sample) and first_divergence < 0 and not arm.reference_margins:
             arm.reference_margins = tuple(
                 margin if math.isfinite(margin) else math.nan for margin in sample.margins
             )

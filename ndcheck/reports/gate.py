@@ -44,7 +44,7 @@ class CheckResult:
 
     @property
     def label(self) -> str:
-        return "ERROR" if self.verdict is None else self.verdict.outcome
+        return "ERROR" if self.verdict is None else self.verdict.label
 
     @property
     def headline(self) -> str:
@@ -71,7 +71,7 @@ def print_gate(console: Console, results: Sequence[CheckResult]) -> None:
         if result.label in ("FAIL", "ERROR"):
             # A command that is wrapped cannot be copied.
             console.print(Text(visible(result.command), style="cyan"), soft_wrap=True)
-        style = STYLES.get(result.label, "bold red")  # type: ignore[call-overload]
+        style = "bold red" if result.verdict is None else STYLES[result.verdict.outcome]
         headline = Text.assemble((result.label, style), "  ", visible(result.name))
         if result.verdict is None:
             headline.append(f": {visible(str(result.error))}")
@@ -98,7 +98,7 @@ def _rulings(verdict: GateVerdict) -> Table:
     for ruling in verdict.rulings:
         outcome = ruling.verdict.outcome
         grid.add_row(
-            Text(f"  {outcome}", style=STYLES[outcome].removeprefix("bold ")),
+            Text(f"  {ruling.verdict.label}", style=STYLES[outcome].removeprefix("bold ")),
             Text(_rule(ruling)),
             Text(subject(ruling) if with_subject else ""),
             Text("\n".join(map(visible, _reasons(ruling)))),
@@ -131,7 +131,7 @@ def gate_markdown(results: Sequence[CheckResult]) -> str:
     parts = [f"## ndcheck: {', '.join(sorted({r.label for r in results}))}"]
     for result in results:
         parts.append(f"### {result.label}: {markdown_text(result.name)}")
-        if result.label != "PASS":
+        if result.label not in ("PASS", "ACCEPTED"):
             parts.append(code_block(result.command, "sh"))
         parts.append(markdown_text(result.headline))
         if result.verdict is not None:
@@ -144,7 +144,7 @@ def _markdown_rulings(verdict: GateVerdict) -> Iterator[str]:
     ranked = sorted(verdict.rulings, key=lambda r: list(STYLES).index(r.verdict.outcome))
     rows = [
         (
-            ruling.verdict.outcome,
+            ruling.verdict.label,
             _rule(ruling),
             markdown_text(subject(ruling)),
             markdown_text("; ".join(_reasons(ruling))),
@@ -160,7 +160,7 @@ def _markdown_rulings(verdict: GateVerdict) -> Iterator[str]:
 def github_annotations(results: Sequence[CheckResult]) -> Iterator[str]:
     """GitHub's workflow commands: an error or a warning for each check that did not pass."""
     for result in results:
-        if result.label == "PASS":
+        if result.label in ("PASS", "ACCEPTED"):
             continue
         level = "warning" if result.label == "INCONCLUSIVE" else "error"
         title = _command_data(f"ndcheck {result.label}: {visible(result.name)}", ":,")
@@ -195,6 +195,7 @@ def gate_document(results: Sequence[CheckResult], code: int) -> dict[str, Any]:
                         "probe_id": ruling.probe_id,
                         "axis": ruling.axis,
                         "verdict": ruling.verdict.outcome,
+                        "accepts_divergence": ruling.verdict.accepts_divergence,
                         "reasons": list(ruling.verdict.reasons),
                     }
                     for ruling in (result.verdict.rulings if result.verdict else ())

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from ndcheck.analysis.summary import Summary
-from ndcheck.records import Arm, Run, RunSpec
+from ndcheck.records import AXES, Arm, Run, RunSpec
 from ndcheck.reports import phrases
 from ndcheck.reports.claims import claims, exclusions
 from ndcheck.reports.document import published
@@ -25,7 +25,7 @@ from ndcheck.reports.remedies import remedies
 from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
 from ndcheck.reports.trunks import walk
 from ndcheck.reports.untrusted import quoted, quoted_tail, visible, without_controls
-from ndcheck.verdict import Judgement
+from ndcheck.verdict import NOT_TOLD_APART, Judgement
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("vendor/uPlot.iife.min.js", "vendor/diff.min.js", "charts.js", "strip.js", "compare.js")
@@ -57,6 +57,7 @@ def html_report(
         judgement=judgement,
         unit=unit,
         headline=_headline(summary, judgement),
+        shortfall=phrases.shortfall(run, summary),
         probes=probes,
         multiple=len(probes) > 1,
         worst_probe=next((p for p in probes if p.outcome == judgement.verdict.outcome), None),
@@ -84,6 +85,8 @@ def _environment() -> jinja2.Environment:
         finalize=_without_controls,
     )
     environment.globals["phrases"] = phrases
+    environment.globals["axes"] = AXES
+    environment.globals["not_told_apart"] = NOT_TOLD_APART
     environment.globals["meanings"] = METRIC_MEANINGS
     environment.filters |= {
         "load_matrix": load_matrix,
@@ -107,8 +110,9 @@ def _headline(summary: Summary, judgement: Judgement) -> str:
         return "No divergence under these loads"
     if judgement.verdict.outcome == "INCONCLUSIVE":
         return "Not enough evidence"
-    if any(probe.diverged_trials for probe in summary.probes):
-        return "The output depends on the load"
+    if any(probe.has_diverged for probe in summary.probes):
+        is_of_load = any(finding.told_apart for p in summary.probes for finding in p.axes)
+        return "The output depends on the load" if is_of_load else "The output is not repeatable"
     return "Equal tokens, but not equal bits"
 
 

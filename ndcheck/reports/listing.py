@@ -30,11 +30,18 @@ def run_lines(runs: Sequence[dict[str, Any]]) -> Iterator[Text]:
         yield line
 
 
+def _verdict(run: dict[str, Any]) -> str | None:
+    """What the run's report says; one of an older version may have passed what diverged."""
+    if run["verdict"] == "PASS" and (run["diverged_trials"] or run["n_unique"] > 1):
+        return "FAIL"
+    return str(run["verdict"]) if run["verdict"] else None
+
+
 def _cells(run: dict[str, Any]) -> tuple[str, ...]:
     known = run["n_trials"] is not None
     return (
         visible(run["name"]),
-        run["verdict"] or run["status"],
+        _verdict(run) or run["status"],
         str(run["n_unique"]) if known else "",
         f"{run['diverged_trials']}/{run['n_trials']}" if known else "",
         f"{visible(run['model'])} ({', '.join(run['arms'])})",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
-from ndcheck.analysis.summary import ProbeSummary, Summary
+from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
 from ndcheck.records import Arm, Run, RunSpec
 from ndcheck.reports import phrases
 from ndcheck.reports.branches import tree_lines
@@ -14,7 +14,7 @@ from ndcheck.reports.document import published
 from ndcheck.reports.remedies import remedies
 from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
 from ndcheck.reports.untrusted import code_block, code_cell, code_span, markdown_text, quoted
-from ndcheck.verdict import Judgement, ProbeVerdict
+from ndcheck.verdict import NOT_TOLD_APART, Judgement, ProbeVerdict
 
 MAX_COMPLETIONS = 20
 TEXT_WIDTH = 60
@@ -43,7 +43,7 @@ def markdown_report(
     parts = [
         f"# ndcheck: {judgement.verdict.outcome}",
         *_verdict(summary, judgement, verdicts),
-        *_reproduction(run, defaults),
+        *_reproduction(run, summary, defaults),
         *(["## Explanation", _bullets(map(markdown_text, advice))] if advice else []),
         *_next_steps(run, summary, judgement, defaults),
         *(part for probe in summary.probes for part in _probe(probe, run, summary, verdicts)),
@@ -73,13 +73,16 @@ def _verdict(
     yield "\n".join(line if line.startswith(" ") else f"- {line}" for line in lines)
 
 
-def _reproduction(run: Run, defaults: RunSpec) -> Iterator[str]:
+def _reproduction(run: Run, summary: Summary, defaults: RunSpec) -> Iterator[str]:
     command = wrapped_command(run.spec, defaults, BLOCK_WIDTH)
     yield "To repeat this run:"
     yield code_block("\n".join(command), "sh")
     if prompts_file(run.spec, defaults) is not None:
         yield f"`{PROMPTS_FILE}` lies beside this report."
     yield f"{code_span(phrases.environment(run))}: {phrases.workload(run)}."
+    shortfall = phrases.shortfall(run, summary)
+    if shortfall:
+        yield f"{shortfall}."
 
 
 def _next_steps(
@@ -126,20 +129,28 @@ def _properties(probe: ProbeSummary, verdict: ProbeVerdict, unit: str) -> str:
     rows = [
         (
             finding.axis,
-            verdict.axes[finding.axis].outcome if finding.axis in verdict.axes else "not asked for",
-            f"{finding.diverged_trials} of {finding.n_trials}",
+            _axis_outcome(finding, verdict),
+            f"{finding.diverged_draws} of {phrases.draws(finding)}",
             phrases.rate(finding),
-            f"{finding.latent_trials} of {finding.n_trials}",
+            f"{finding.latent_draws} of {phrases.draws(finding)}",
             phrases.token(finding.first_divergence_min),
             ", ".join(map(str, finding.batch_sizes_diverged)),
         )
         for finding in probe.axes
     ]
-    return _table(
-        "Property | Verdict | Trials diverged | "
+    table = _table(
+        "Property | Verdict | Diverged | "
         f"Rate ({confidence} %) | Latent | First at {unit} | At batch sizes",
         rows,
     )
+    return f"{table}\n\n{phrases.scope([probe])}."
+
+
+def _axis_outcome(finding: AxisFinding, verdict: ProbeVerdict) -> str:
+    if finding.axis not in verdict.axes:
+        return "not asked for"
+    unclear = f" ({NOT_TOLD_APART})" if finding.told_apart is False else ""
+    return verdict.axes[finding.axis].outcome + unclear
 
 
 def _loads(probe: ProbeSummary, unit: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ndcheck.analysis.summary import LoadFinding
+from ndcheck.analysis.summary import LoadFinding, ProbeSummary
 from ndcheck.records import Arm, Run
 from ndcheck.reports import phrases
 from ndcheck.reports.figures import ArmFigures
@@ -38,6 +38,10 @@ class ProbeView:
     probe_id: str
     prompt: str
     arms: tuple[ArmView, ...]
+
+    @property
+    def summaries(self) -> list[ProbeSummary]:
+        return [arm.figures.probe for arm in self.arms]
 
     @property
     def has_margins(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
 
 from ndcheck.analysis.summary import AxisFinding, LoadFinding, ProbeSummary, Summary
@@ -28,14 +29,20 @@ def interval(low: float, high: float) -> str:
 
 
 def upper_bound(high: float) -> str:
+    """The upper end of the interval, where its lower end is 0."""
     return f"< {percent(high, ROUND_CEILING)} %"
 
 
+def draws(finding: ProbeSummary | AxisFinding) -> str:
+    """What was counted: "38 loads", "45 trials"."""
+    return count(finding.n_draws, finding.draw)
+
+
 def rate(finding: ProbeSummary | AxisFinding) -> str:
-    """What the trials say of the rate of divergence; empty where there was no trial."""
+    """What the draws say of the rate of divergence; empty where there was none."""
     if finding.rate_ci_high is None:
         return ""
-    if finding.diverged_trials and finding.rate_ci_low is not None:
+    if finding.diverged_draws and finding.rate_ci_low is not None:
         return interval(finding.rate_ci_low, finding.rate_ci_high)
     return upper_bound(finding.rate_ci_high)
 
@@ -43,19 +50,42 @@ def rate(finding: ProbeSummary | AxisFinding) -> str:
 def outcome(probe: ProbeSummary) -> str:
     """The sentence beside the verdict."""
     if probe.divergence_rate is None:
-        return "no trial gave a completion to compare"
-    sentence = f"{probe.diverged_trials} of {count(probe.n_trials, 'trial')} diverged"
+        return "no trial gave a completion to compare with the probe alone"
+    sentence = f"{probe.diverged_draws} of {draws(probe)} diverged"
     confidence = f"{percent(probe.confidence)} %"
-    if probe.diverged_trials:
+    if probe.diverged_draws:
         share = percent(probe.divergence_rate)
         sentence += f" ({share} %, {confidence} CI {rate(probe)})"
         if probe.n_errors:
             sentence += f"; {count(probe.n_errors, 'sample')} failed"
     else:
         sentence += f"; rate {rate(probe)} at {confidence}"
-        if probe.latent_trials:
-            sentence += f"; {probe.latent_trials} latent (bits only)"
+        if probe.latent_draws:
+            sentence += f"; {probe.latent_draws} latent (bits only)"
     return sentence
+
+
+def scope(probes: Sequence[ProbeSummary]) -> str:
+    """Over what the intervals of the properties are, in one line."""
+    confidence = percent(probes[0].confidence) if probes else ""
+    unit = {"load": "distinct loads", "trial": "trials"}
+    others = unit[probes[0].draw] if len({probe.draw for probe in probes}) == 1 else "draws"
+    of_repeats = "" if others == "trials" else ", of run-to-run over trials of repeated loads"
+    return f"Each interval at {confidence} %, not jointly; over {others}{of_repeats}"
+
+
+def shortfall(run: Run, summary: Summary) -> str | None:
+    """That fewer samples were planned than asked for, where no other load exists."""
+    fewest = min((p.n_samples + p.n_errors for p in summary.probes), default=run.spec.n_samples)
+    if run.status != "finished" or run.stop_reason or run.spec.target_rate:
+        return None
+    if fewest >= run.spec.n_samples:
+        return None
+    n_loads = min(probe.n_draws for probe in summary.probes)
+    return (
+        f"{fewest} of {run.spec.n_samples} samples taken: "
+        f"no more than {count(n_loads, 'distinct load')} exist, and a repeat is no new draw"
+    )
 
 
 def subject(probe: ProbeSummary, summary: Summary) -> str:

@@ -73,7 +73,7 @@ def remedies(
             found.append(Remedy(SERVER_REMEDIES.get(server, SERVER_REMEDY), ()))
         elif "invariant" not in spec.arms:
             suggest("Try batch-invariant kernels", replace(spec, arms=("stock", "invariant")))
-    elif any(probe.latent_trials for probe in summary.probes) and not spec.allow_latent:
+    elif any(probe.has_latent for probe in summary.probes) and not spec.allow_latent:
         suggest(
             "Bits differ but no token did; judge tokens alone", replace(spec, allow_latent=True)
         )

@@ -97,6 +97,9 @@ SUMMARY_COLUMNS: _Columns = {
     "slowdown_vs_stock": _FLOAT,
     "verdict": _TEXT,
     "reasons": _TEXT,
+    "draw": _TEXT,
+    "n_draws": _INT,
+    "diverged_draws": _INT,
 }
 
 
@@ -180,8 +183,12 @@ def summary_table(summary: Summary, judgement: Judgement) -> pd.DataFrame:
     rows = []
     for probe in summary.probes:
         verdict = verdicts[probe.arm, probe.probe_id]
-        facts = (getattr(probe, name) for name in list(SUMMARY_COLUMNS)[:-2])
-        rows.append((*facts, verdict.outcome, "; ".join(verdict.reasons)))
+        judged = {"verdict": verdict.outcome, "reasons": "; ".join(verdict.reasons)}
+        rows.append(
+            tuple(
+                judged[name] if name in judged else getattr(probe, name) for name in SUMMARY_COLUMNS
+            )
+        )
     return _frame(SUMMARY_COLUMNS, rows)
 
 

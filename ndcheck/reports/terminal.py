@@ -17,7 +17,7 @@ from ndcheck.reports.branches import tree_lines
 from ndcheck.reports.remedies import remedies
 from ndcheck.reports.reproduction import argument, wrapped_command
 from ndcheck.reports.untrusted import quoted, visible
-from ndcheck.verdict import Judgement, Outcome, ProbeVerdict
+from ndcheck.verdict import NOT_TOLD_APART, Judgement, Outcome, ProbeVerdict
 
 MAX_VERDICTS = 8
 MAX_LOADS = 10
@@ -59,7 +59,7 @@ def print_report(
     unit = phrases.unit(run)
     sections: list[Sequence[RenderableType]] = [
         [_verdicts(ranked, summary, judgement, verdicts)],
-        [_setting(run, detailed, defaults, directory, width)],
+        [_setting(run, summary, detailed, defaults, directory, width)],
         *([*_heading(group, detailed), *_axes(group, verdicts, unit)] for group in groups),
         *([*_heading(group, detailed), *_loads(group, unit)] for group in groups),
         [*_comparison(summary)],
@@ -108,7 +108,7 @@ def _verdicts(
                 for r in axis.reasons
             }
             sentences += [reason for reason in verdict.reasons if reason not in of_axes]
-        elif verdict.outcome == "FAIL" and not probe.diverged_trials:
+        elif verdict.outcome == "FAIL" and not probe.diverged_draws:
             sentences += verdict.reasons[:1]
         rows.append((verdict.outcome, phrases.subject(probe, summary), sentences))
     with_subject = any(subject for _, subject, _ in rows)
@@ -123,13 +123,21 @@ def _verdicts(
 
 
 def _setting(
-    run: Run, detailed: Sequence[ProbeSummary], defaults: RunSpec, directory: str, width: int
+    run: Run,
+    summary: Summary,
+    detailed: Sequence[ProbeSummary],
+    defaults: RunSpec,
+    directory: str,
+    width: int,
 ) -> Table:
     """Where and what was measured, and the command that does it again."""
     grid = _grid(2)
     width -= len("decoding  ")
     grid.add_row("model", Text(phrases.environment(run)))
     grid.add_row("decoding", Text(phrases.workload(run)))
+    shortfall = phrases.shortfall(run, summary)
+    if shortfall:
+        grid.add_row("loads", Text(shortfall))
     shown = {probe.probe_id for probe in detailed}
     for probe in run.spec.probes:
         if probe.probe_id in shown:
@@ -147,7 +155,7 @@ def _command(lines: Sequence[str], width: int) -> Text:
     return Text("\n".join(lines), style="cyan")
 
 
-def _axes(detailed: Sequence[ProbeSummary], verdicts: Verdicts, unit: str) -> list[Table]:
+def _axes(detailed: Sequence[ProbeSummary], verdicts: Verdicts, unit: str) -> list[RenderableType]:
     """Each property with its own verdict, arms below one another."""
     with_arm = len(detailed) > 1
     table = _table("property", *(["arm"] if with_arm else []), "verdict")
@@ -165,13 +173,18 @@ def _axes(detailed: Sequence[ProbeSummary], verdicts: Verdicts, unit: str) -> li
                 label,
                 *([probe.arm] if with_arm else []),
                 Text(verdict.outcome, style=STYLES[verdict.outcome].removeprefix("bold ")),
-                f"{finding.diverged_trials}/{finding.n_trials}",
+                f"{finding.diverged_draws}/{finding.n_draws}",
                 phrases.rate(finding),
-                str(finding.latent_trials),
+                str(finding.latent_draws),
                 phrases.token(finding.first_divergence_min),
             )
             label = ""
-    return [table] if table.row_count else []
+    if not table.row_count:
+        return []
+    notes = [phrases.scope(detailed)]
+    if any(finding.told_apart is False for probe in detailed for finding in probe.axes):
+        notes.append(f"INCONCLUSIVE: something diverged, {NOT_TOLD_APART}")
+    return [table, *map(Text, notes)]
 
 
 def _comparison(summary: Summary) -> Iterator[Text]:

@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
 from ndcheck.errors import UsageError
+from ndcheck.load import N_PREFILL_CHUNKS as N_PREFILL_CHUNKS
 from ndcheck.records import CacheState
-
-N_PREFILL_CHUNKS = 3
 
 LayerState = tuple[Tensor, ...]
 
@@ -55,16 +54,18 @@ class ExactBatch:
         self._length = 0
         self.row_counts.clear()
 
-    def prefill(self, cache_state: CacheState) -> Tensor:
-        """Logits after the prompt, [rows, vocabulary]."""
+    def prefill(self, cache_state: CacheState, cut: int | None = None) -> Tensor:
+        """Logits after the prompt, [rows, vocabulary]; ``cut`` is that of a `Load`."""
         padded = torch.tensor(
             [[0] * (self._n_columns - len(row)) + row for row in self._rows], device=self.device
         )
         start = 0
         if cache_state == "prefix":
-            start = self._load_prefix()
+            start = self._load_prefix(cut)
         n_chunks = N_PREFILL_CHUNKS if cache_state == "chunked" else 1
         chunk = -(-(self._n_columns - start) // n_chunks)
+        if cache_state == "chunked" and cut is not None:
+            chunk = cut
         for begin in range(start, self._n_columns, chunk):
             columns = torch.arange(begin, min(begin + chunk, self._n_columns), device=self.device)
             positions = (columns - self._pads).clamp(min=0)
@@ -94,12 +95,14 @@ class ExactBatch:
         self.row_counts.append(logits.shape[0])
         return torch.as_tensor(logits[:, -1])
 
-    def _load_prefix(self) -> int:
+    def _load_prefix(self, n_rest: int | None) -> int:
         """Fill the cache with each row's own prefix, computed alone; columns filled.
 
-        All but the last half of the shortest row is prefix, so every row has a rest to prefill.
+        All but the last ``n_rest`` tokens of a row, or half of the shortest row, are prefix, so
+        every row has a rest to prefill.
         """
-        n_rest = max(1, min(map(len, self._rows)) // 2)
+        shortest = min(map(len, self._rows))
+        n_rest = max(1, shortest // 2) if n_rest is None else min(n_rest, shortest)
         n_prefix = self._n_columns - n_rest
         if n_prefix == 0:
             return 0

@@ -205,10 +205,18 @@ class ContinuousBatch:
             return output
         rows = torch.tensor([row for row, _ in chosen], device=output.logits.device)
         logits = output.logits[0, rows]
+        noise = self._draw(chosen, logits)
         for i, (_, served) in enumerate(chosen):
             if self._fault is not None and served.request.is_probe:
-                logits[i : i + 1] = plant(logits[i : i + 1], len(served.readings), self._fault)
-        reading = read_step(logits, self._decoding, self._draw(chosen, logits))
+                row = slice(i, i + 1)
+                logits[row] = plant(
+                    logits[row],
+                    len(served.readings),
+                    self._fault,
+                    self._decoding,
+                    None if noise is None else noise[row],
+                )
+        reading = read_step(logits, self._decoding, noise)
         for (_, served), values in zip(chosen, zip(*_lists(reading), strict=True), strict=True):
             served.readings.append(values)
         output.logits = torch.zeros_like(output.logits)

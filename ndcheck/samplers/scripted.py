@@ -40,6 +40,7 @@ BEHAVIOURS: dict[str, str] = {
     "slot-dependent": "forks in every row but the first",
     "neighbour-dependent": "forks where the fillers' lengths differ",
     "cache-dependent": "forks where the prompt is not prefilled whole",
+    "stale": "forks wherever a larger batch ran before",
     "latent": "equal tokens, one logit off by one unit in the last place in batches",
     "never-batches": "claims success but runs every row alone",
     "out-of-memory": "fails at batch sizes of 4 and more",
@@ -74,6 +75,7 @@ class ScriptedSampler:
         self._latents = _LATENTS.get(behaviour, _NEVER)
         self._pieces = _HOSTILE_PIECES if behaviour == "hostile" else VOCABULARY
         self._n_run = 0
+        self._largest = 0
 
     def count_tokens(self, prompt: str) -> int:
         return len(prompt.split())
@@ -101,6 +103,7 @@ class ScriptedSampler:
         # "trials run before" is read off the plan, so that a resumed run goes on as it began.
         n_run = trial.trial_id
         self._n_run += 1
+        self._largest = max(self._largest, trial.load.batch_size)
         achieved = 1 if self._behaviour == "never-batches" else trial.load.batch_size
         rows = [self._stream(trial, slot, probe, decoding, n_run) for slot in trial.load.slots]
         elapsed_s = time.perf_counter() - started
@@ -124,7 +127,8 @@ class ScriptedSampler:
     def _stream(
         self, trial: Trial, slot: int, probe: Probe, decoding: Decoding, n_run: int
     ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
-        fork_at = FORK_AT if self._forks(trial.load, slot, n_run) else None
+        is_stale = self._behaviour == "stale" and trial.load.batch_size < self._largest
+        fork_at = FORK_AT if is_stale or self._forks(trial.load, slot, n_run) else None
         latent_at = LATENT_AT if self._latents(trial.load, slot, n_run) else None
         if trial.fault:
             fork_at, latent_at = trial.fault.fork_at, trial.fault.latent_at

@@ -95,16 +95,25 @@ def _mixed_sum(h: np.ndarray) -> np.uint32:
     return np.sum(h ^ (h >> np.uint32(16)), dtype=np.uint32)
 
 
-def plant(logits_B_V: Tensor, position: int, fault: Fault | None) -> Tensor:
-    """The logits with the control's fault: one unit in the last place, or a swapped winner."""
+def plant(
+    logits_B_V: Tensor,
+    position: int,
+    fault: Fault | None,
+    decoding: Decoding,
+    noise: Tensor | None,
+) -> Tensor:
+    """The logits with the control's fault: one unit in the last place, or another token drawn.
+
+    ``decoding`` and ``noise`` are those that `read_step` will choose by.
+    """
     if fault is None or position not in (fault.latent_at, fault.fork_at):
         return logits_B_V
     logits_B_V = logits_B_V.clone()
     rows = torch.arange(logits_B_V.shape[0], device=logits_B_V.device)
-    winner = lowest_argmax(logits_B_V)
+    drawn = choose_tokens(logits_B_V, decoding.temperature, noise)
     if position == fault.fork_at:
-        logits_B_V[rows, winner] = -torch.inf
+        logits_B_V[rows, drawn] = -torch.inf
     else:
-        top = logits_B_V[rows, winner]
-        logits_B_V[rows, winner] = torch.nextafter(top, torch.full_like(top, torch.inf))
+        logit = logits_B_V[rows, drawn]
+        logits_B_V[rows, drawn] = torch.nextafter(logit, torch.full_like(logit, torch.inf))
     return logits_B_V

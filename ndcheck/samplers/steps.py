@@ -65,7 +65,7 @@ class DecodeSteps:
         """
         self._position.zero_()
         self._draw_noise(0, logits.shape[-1])
-        self._record(plant(logits, 0, fault))
+        self._record(self._plant(logits, 0, fault))
         n_done = 1
         while n_done < self._decoding.max_tokens and not self._is_over(n_done, slots, stop_ids):
             self._draw_noise(n_done, logits.shape[-1])
@@ -79,7 +79,10 @@ class DecodeSteps:
         return self._streams(n_done, slots, stop_ids)
 
     def _step(self, position: int, fault: Fault | None = None) -> None:
-        self._record(plant(self.batch.step(self._next_ids), position, fault))
+        self._record(self._plant(self.batch.step(self._next_ids), position, fault))
+
+    def _plant(self, logits: Tensor, position: int, fault: Fault | None) -> Tensor:
+        return plant(logits, position, fault, self._decoding, self._noise)
 
     def _record(self, logits: Tensor) -> None:
         reading = read_step(logits, self._decoding, self._noise)

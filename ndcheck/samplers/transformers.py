@@ -322,7 +322,7 @@ class TransformersSampler:
         steps = self._steps_for(trial.arm, rows, decoding)
         batch = steps.batch
         batch.reset(rows)
-        logits = batch.prefill(trial.load.cache_state)
+        logits = batch.prefill(trial.load.cache_state, trial.load.cut)
         prefill_calls = len(batch.row_counts)
         streams = steps.run(logits, slots, self._stop_ids, trial.fault)
         achieved = min(batch.row_counts)

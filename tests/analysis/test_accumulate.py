@@ -108,9 +108,10 @@ def test_counts_of_trials_samples_and_completions(build):
 
 
 def test_no_divergence_is_bounded_from_above_only(build):
-    probe = build.probe([build.reference("ab"), build.sample(1, "ab"), build.sample(2, "ab")])
+    samples = [build.reference("ab"), build.sample(1, "ab"), build.sample(2, "ab", slot=1)]
+    probe = build.probe(samples)
     assert (probe.divergence_rate, probe.rate_ci_low) == (0, 0)
-    assert probe.rate_ci_high == pytest.approx(1 - 0.05**0.5)
+    assert probe.rate_ci_high == pytest.approx(1 - 0.025**0.5)
     assert probe.unseen_mass is probe.chao1 is probe.tree is None
     assert probe.common_prefix_tokens == 2
 
@@ -130,16 +131,17 @@ def test_prefix_completions_diverge_where_one_ends(build):
     assert summary.samples.first_divergence.tolist() == [-1, 2, 1]
 
 
-def test_a_baseline_that_was_not_asked_for_is_no_evidence_on_its_own(build):
+def test_a_baseline_that_was_not_asked_for_is_evidence_all_the_same(build):
     samples = [
         build.reference("ab"),
         build.sample(1, "ax", axis="reference"),
         build.sample(2, "ax", axis="cache", baseline=1),
     ]
     probe = build.probe(samples)
-    assert (probe.n_trials, probe.n_samples) == (1, 3)
+    assert (probe.n_trials, probe.diverged_trials, probe.n_samples) == (2, 2, 3)
     assert probe.completions[0].first_divergence == 1
     assert finding_of(probe, "cache").diverged_trials == 0
+    assert finding_of(probe, "batch-size").diverged_trials == 1
 
 
 def test_a_batch_that_serves_as_a_baseline_is_never_the_reference(build):
@@ -370,8 +372,8 @@ def test_only_the_neighbours_differ(build):
     samples = [
         build.reference("abc"),
         build.sample(1, "axc", batch_size=8),
-        build.sample(2, "axy", batch_size=8, axis="neighbours", baseline=1),
-        build.sample(3, "axc", batch_size=8, axis="neighbours", baseline=1),
+        build.sample(2, "axy", axis="neighbours", baseline=1, load=Load(8, (0,), (4,) * 7)),
+        build.sample(3, "axc", axis="neighbours", baseline=1, load=Load(8, (0,), (5,) * 7)),
         build.sample(4, "axc", batch_size=8, axis="run-to-run", baseline=1),
     ]
     probe = build.probe(samples)
@@ -507,8 +509,10 @@ def test_arms_are_compared_by_trials_and_by_time_on_the_same_loads(build):
     stock, invariant = summary.probes
     assert (stock.diverged_trials, stock.n_trials) == (4, 4)
     assert (invariant.diverged_trials, invariant.n_trials) == (0, 5)
-    # All events in one group: one table of C(9, 4) is as unlikely, and no other.
-    assert summary.fisher_p == pytest.approx(1 / math.comb(9, 4))
+    # Two loads of stock's, both diverged, and three of the other's: one table of C(5, 2).
+    assert (stock.diverged_draws, stock.n_draws) == (2, 2)
+    assert (invariant.diverged_draws, invariant.n_draws) == (0, 3)
+    assert summary.fisher_p == pytest.approx(1 / math.comb(5, 2))
     assert stock.slowdown_vs_stock is None
     assert invariant.slowdown_vs_stock == 3.0  # of 1.5, 3 and 3; batch size 77 ran once only
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom, binomtest
 
 from ndcheck.analysis.statistics import (
     chao1,
@@ -17,16 +18,28 @@ from ndcheck.analysis.statistics import (
 )
 
 
+INTERVALS = {n: [clopper_pearson(k, n, 0.95) for k in range(n + 1)] for n in (1, 10, 45, 200)}
+
+
 def binomial_tail(k: int, n: int, rate: float) -> float:
     """P(X >= k)."""
     return sum(math.comb(n, i) * rate**i * (1 - rate) ** (n - i) for i in range(k, n + 1))
 
 
-def test_clean_trials_exclude_the_rates_of_the_rule_of_three():
-    assert clopper_pearson(0, 299, 0.95)[1] < 0.01 < clopper_pearson(0, 298, 0.95)[1]
-    low, high = clopper_pearson(0, 1000, 0.95)
-    assert low == 0
-    assert round(100 * high, 2) == 0.30
+@pytest.mark.parametrize("n", [1, 2, 5, 45, 368])
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+def test_interval_equals_scipys_for_every_count(n, confidence):
+    for k in range(n + 1):
+        exact = binomtest(k, n).proportion_ci(confidence, method="exact")
+        assert clopper_pearson(k, n, confidence) == pytest.approx((exact.low, exact.high))
+
+
+@pytest.mark.parametrize("n", [1, 10, 45, 200])
+@given(rate=st.floats(1e-9, 1))
+def test_interval_covers_every_rate_at_its_confidence(n, rate):
+    """Summed over all counts, with SciPy's probabilities: no rate is missed too often."""
+    covered = [low <= rate <= high for low, high in INTERVALS[n]]
+    assert binom.pmf(np.arange(n + 1), n, rate)[covered].sum() >= 0.95 - 1e-9
 
 
 def test_known_interval():
@@ -45,10 +58,10 @@ def test_interval_ends_where_the_count_gets_too_unlikely(n, data, confidence):
     low, high = clopper_pearson(k, n, confidence)
     alpha = 1 - confidence
     assert low <= k / n <= high
-    if k == 0:
-        assert (1 - high) ** n == pytest.approx(alpha)
-        return
-    assert binomial_tail(k, n, low) == pytest.approx(alpha / 2)
+    if k > 0:
+        assert binomial_tail(k, n, low) == pytest.approx(alpha / 2)
+    else:
+        assert low == 0
     if k < n:
         assert 1 - binomial_tail(k + 1, n, high) == pytest.approx(alpha / 2)
     else:
@@ -56,7 +69,7 @@ def test_interval_ends_where_the_count_gets_too_unlikely(n, data, confidence):
 
 
 @pytest.mark.parametrize(
-    ("rate", "confidence", "n"), [(0.01, 0.95, 299), (0.001, 0.95, 2995), (0.5, 0.75, 2)]
+    ("rate", "confidence", "n"), [(0.01, 0.95, 368), (0.001, 0.95, 3688), (0.5, 0.75, 3)]
 )
 def test_trials_needed(rate, confidence, n):
     assert trials_needed(rate, confidence) == n

@@ -73,18 +73,28 @@ def test_digest_sees_one_bit(dtype):
     assert digest_row(torch.stack([row, row])[1]) == digest_row(row)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_planted_fault_moves_one_ulp_then_swaps_the_winner(dtype):
+def test_planted_fault_moves_one_ulp_then_another_token_is_drawn(dtype, temperature):
     logits = random_logits(dtype=dtype)
     fault = Fault(latent_at=1, fork_at=4)
-    before = lowest_argmax(logits)
-    assert plant(logits, 0, fault) is logits
-    latent = plant(logits, 1, fault)
-    assert torch.equal(lowest_argmax(latent), before)
+    decoding = Decoding(8, temperature, seed=3)
+    noise = gumbel_noise(3, 5, logits.shape[-1]) if temperature else None
+    # A draw by NumPy in float64, and the argmax that it is not where noise decides.
+    scores = logits.double().numpy() / (temperature or 1)
+    before = (scores + (0 if noise is None else noise.numpy())).argmax(-1)
+    assert (before != scores.argmax(-1)).any() == bool(temperature)
+
+    def drawn(faulty):
+        return read_step(faulty, decoding, noise).token_ids.numpy()
+
+    assert plant(logits, 0, fault, decoding, noise) is logits
+    latent = plant(logits, 1, fault, decoding, noise)
+    assert (drawn(latent) == before).all()
     assert (latent != logits).sum(dim=-1).tolist() == [1] * logits.shape[0]
     integers = {2: torch.int16, 4: torch.int32}[logits.element_size()]
     assert (latent.view(integers) - logits.view(integers)).abs().max() == 1
-    assert (lowest_argmax(plant(logits, 4, fault)) != before).all()
+    assert (drawn(plant(logits, 4, fault, decoding, noise)) != before).all()
 
 
 def test_a_reading_holds_the_logprob_and_the_digest_of_the_row():
