@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,10 +130,11 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         """Read a run. Raises UsageError if ``path`` holds none."""
         self.path = Path(path)
-        self.record = read_run(self.path)
-        self._samples = SampleReader(self.path)
-        self.summary = summarise(self._samples, self.record.spec)
+        record = read_run(self.path)
+        self._samples = SampleReader(self.path, record)
+        self.summary = summarise(self._samples, record.spec)
         self.bad_lines = tuple(self._samples.bad_lines)
+        self.record = replace(record, flaws=self._samples.flaws)
         self.judgement = judge(self.record, self.summary)
 
     @property

@@ -13,12 +13,12 @@ from ndcheck.errors import UsageError
 from ndcheck.records import Arm, Axis, Run, RunSpec
 from ndcheck.verdict import (
     DOUBTS,
-    STATUS_REASONS,
     STOCK_DID_NOT_FAIL,
     Outcome,
     Verdict,
     judge_axis,
     judge_probe,
+    run_doubts,
     worst,
 )
 
@@ -173,12 +173,9 @@ def judge_gate(
 
 
 def _judge_run(run: Run, rules: RuleSet, comparison: Comparison | None) -> Iterator[Ruling]:
-    if run.status != "finished":
-        verdict = Verdict("INCONCLUSIVE", (STATUS_REASONS[run.status],))
-        yield Ruling("evidence", None, None, None, verdict)
-    if run.changes:
-        verdict = Verdict("INCONCLUSIVE", run.changes)
-        yield Ruling("evidence", None, None, None, verdict)
+    doubts = run_doubts(run)
+    if doubts:
+        yield Ruling("evidence", None, None, None, Verdict("INCONCLUSIVE", doubts))
     if rules.baseline is None:
         return
     confidence = rules.general.confidence or run.spec.confidence

@@ -12,6 +12,7 @@ from ndcheck import __version__, environment
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.errors import TrialError, UsageError
+from ndcheck.evidence import trial_digests
 from ndcheck.load import batch_sizes_up_to, plan_trials, plant_fault
 from ndcheck.records import AXES, Arm, Environment, Run, RunSpec, RunStatus, Sample, Trial
 from ndcheck.reports import phrases
@@ -117,6 +118,7 @@ def create_directory(
         environment=capture(spec, sampler),
         started_at=now.isoformat(timespec="seconds"),
         n_trials_planned=len(trials),
+        trial_digests=trial_digests(trials),
     )
     return RunDirectory.create(path, run)
 

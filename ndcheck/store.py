@@ -15,28 +15,20 @@ import fcntl
 import io
 import json
 import math
+import os
+import re
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import BinaryIO, TextIO
 
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.records import (
-    Decoding,
-    Endpoint,
-    Engine,
-    Environment,
-    Fault,
-    Load,
-    Probe,
-    Run,
-    RunSpec,
-    Sample,
-    Trial,
-    Witness,
-)
+from ndcheck.evidence import Ledger
+from ndcheck.reading import MAX_LINE_BYTES, decode, open_file, parse_json, read_lines, read_text
+from ndcheck.records import Load, Run, Sample, Trial, Witness
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
@@ -78,7 +70,7 @@ class RunDirectory:
         handle = None
         try:
             handle = _open_locked(path / SAMPLES_FILE, path)
-            finished, end = _finished_trials(path)
+            finished, end = _finished_trials(path, run)
             handle.truncate(end)
         except (OSError, UsageError) as error:
             if handle is not None:
@@ -101,6 +93,7 @@ class RunDirectory:
         """Replace run.json as a whole. Raises BackendError if the disk refuses."""
         self.run = run
         document = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(run)}
+        del document["flaws"]
         try:
             with replacing(self.path / RUN_FILE) as file:
                 json.dump(document, file, indent=2, ensure_ascii=False, allow_nan=False)
@@ -140,59 +133,67 @@ def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_run(path: Path) -> Run:
-    """Read run.json. Raises UsageError if it is missing, unreadable or of a newer schema."""
+    """Read run.json. Raises UsageError if it is missing, unreadable or of another schema."""
     file = path / RUN_FILE
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        version = document.pop("schema_version")
+        document = parse_json(read_text(file))
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if type(version) is not int or version < 1:
+            raise ValueError(f"{version!r:.40} is no schema version")
         if version > SCHEMA_VERSION:
             raise UsageError(
-                f"{file} has schema version {version}; this ndcheck reads up to "
+                f"{file} has schema version {version:.40g}; this ndcheck reads up to "
                 f"{SCHEMA_VERSION}: upgrade ndcheck"
             )
-        spec = document.pop("spec")
-        engine = spec.get("engine")
-        endpoint = spec.get("endpoint")
-        document["changes"] = tuple(document.get("changes", ()))
-        return Run(
-            spec=RunSpec(
-                **{
-                    **_tupled(spec),
-                    "probes": tuple(Probe(**probe) for probe in spec["probes"]),
-                    "decoding": Decoding(**spec["decoding"]),
-                    "engine": Engine(**_tupled(engine)) if engine else None,
-                    "endpoint": Endpoint(**_tupled(endpoint)) if endpoint else None,
-                }
-            ),
-            environment=Environment(**document.pop("environment")),
-            **document,
-        )
+        return decode(Run, document)
     except FileNotFoundError:
         raise UsageError(f"{path} holds no run: {RUN_FILE} is missing") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
 
 
 class SampleReader:
-    """Streams samples.jsonl; lines that cannot be read are skipped and named in ``bad_lines``."""
+    """Streams the samples of a run, the same ones each time.
 
-    def __init__(self, path: Path) -> None:
+    Lines that cannot be read, or that contradict the run, are left out and named in ``bad_lines``;
+    ``flaws`` are the sentences that `Run.flaws` holds. Both are those of the last full reading.
+    """
+
+    def __init__(self, path: Path, run: Run | None = None) -> None:
+        """Without ``run`` no sample is held against its plan."""
         self._file = path / SAMPLES_FILE
+        self._run = run
+        self._end: int | None = None
         self.bad_lines: list[str] = []
+        self.flaws: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Sample]:
         self.bad_lines.clear()
+        ledger = Ledger(self._run) if self._run is not None else None
         try:
-            with self._file.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
+            with open_file(self._file) as file:
+                # What a process that is still measuring adds would not be in the summary.
+                if self._end is None:
+                    self._end = os.fstat(file.fileno()).st_size
+                for number, line in enumerate(read_lines(file), 1):
                     try:
-                        yield _decode(line)
-                    except (ValueError, TypeError, KeyError, struct.error) as error:
-                        self.bad_lines.append(
-                            f"{self._file.name} line {number} is ignored: {_why(error)}"
-                        )
+                        sample = _decode(line)
+                        reason = ledger.refuse(sample) if ledger is not None else None
+                    except ValueError as error:
+                        reason = str(error)
+                    if reason is None:
+                        yield sample
+                    else:
+                        name = f"{self._file.name} line {number}"
+                        self.bad_lines.append(f"{name} is ignored: {reason}")
+                    if file.tell() >= self._end:
+                        break
         except OSError as error:
             raise UsageError(f"{self._file} cannot be read: {error.strerror}") from error
+        if ledger is not None:
+            self.flaws = ledger.flaws(self.bad_lines)
 
 
 def failed_samples(trial: Trial, message: str, elapsed_s: float) -> list[Sample]:
@@ -213,24 +214,29 @@ def _open_locked(file: Path, path: Path) -> io.FileIO:
     return handle
 
 
-def _finished_trials(path: Path) -> tuple[list[Sample], int]:
+def _finished_trials(path: Path, run: Run) -> tuple[list[Sample], int]:
     """Samples of the complete trials at the head of the file, and the offset where they end."""
     finished: list[Sample] = []
     pending: list[Sample] = []
-    end = offset = 0
-    with (path / SAMPLES_FILE).open("rb") as lines:
-        for line in lines:
-            offset += len(line)
+    ledger = Ledger(run)
+    end = 0
+    with open_file(path / SAMPLES_FILE) as file:
+        lines = read_lines(file)
+        for number, line in enumerate(lines, 1):
+            offset = file.tell()
             try:
                 sample = _decode(line)
-            except (ValueError, TypeError, KeyError, struct.error) as error:
+                reason = ledger.refuse(sample)
+            except ValueError as error:
+                reason = str(error)
                 if next(lines, None) is None:
                     break
+            if reason is not None:
                 # Cutting here would lose finished trials, so this is the user's to decide.
                 raise UsageError(
-                    f"{path / SAMPLES_FILE} is damaged before its end ({_why(error)}): "
+                    f"{path / SAMPLES_FILE} is damaged before its end (line {number}: {reason}): "
                     f"`ndcheck report {path}` reads the rest, a resume cannot"
-                ) from error
+                )
             pending.append(sample)
             if len(pending) == len(sample.load.slots):
                 finished += pending
@@ -242,14 +248,6 @@ def _finished_trials(path: Path) -> tuple[list[Sample], int]:
 def write_failure(path: Path, error: OSError) -> BackendError:
     """The one line that a user sees when the disk refuses."""
     return BackendError(f"cannot write to {path}: {error.strerror or error}")
-
-
-def _why(error: Exception) -> str:
-    return f"no field {error}" if isinstance(error, KeyError) else str(error)
-
-
-def _tupled(fields: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def _encode(sample: Sample) -> bytes:
@@ -270,26 +268,39 @@ def _encode(sample: Sample) -> bytes:
     return text.encode("ascii") + b"\n"
 
 
-_LOAD_FIELDS = tuple(Load.__dataclass_fields__)
-_WITNESS_FIELDS = tuple(name for name in Witness.__dataclass_fields__ if name != "passes")
+_DIGITS_PER_DIGEST = 16
+_HEXADECIMAL = re.compile(r"(?:[0-9a-f]{8})*")
 
 
-def _decode(line: bytes) -> Sample:
-    fields = _tupled(json.loads(line))
-    load = Load(**{name: fields.pop(name) for name in _LOAD_FIELDS})
-    passes = tuple(map(tuple, fields.pop("passes", ())))
-    known = {name: fields.pop(name) for name in _WITNESS_FIELDS if name in fields}
-    witness = Witness(**known, passes=passes)
-    bits = bytes.fromhex(fields.pop("logprob_bits"))
-    digests = fields.pop("row_digests")
-    fault = fields.pop("fault")
-    margins = fields.pop("margins")
-    return Sample(
-        load=load,
-        witness=witness,
-        fault=Fault(**fault) if fault else None,
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """What a line holds in a form of its own; a margin of infinity is null."""
+
+    logprob_bits: str = ""
+    margins: tuple[float | None, ...] = ()
+    row_digests: str = ""
+
+
+def _decode(line: bytes | None) -> Sample:
+    """Raises ValueError saying what is wrong with the line."""
+    if line is None:
+        raise ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB")
+    document = parse_json(line.decode("utf-8"))
+    packed = decode(_Packed, document)
+    for name, digits in (("logprob_bits", 8), ("row_digests", _DIGITS_PER_DIGEST)):
+        text = getattr(packed, name)
+        if len(text) % digits or not _HEXADECIMAL.fullmatch(text):
+            raise ValueError(f"{name}: give {digits} hexadecimal digits a token")
+    bits, digests = bytes.fromhex(packed.logprob_bits), packed.row_digests
+    return decode(
+        Sample,
+        document,
+        load=decode(Load, document),
+        witness=decode(Witness, document),
         logprobs=struct.unpack(f">{len(bits) // 4}f", bits),
-        margins=tuple(math.inf if m is None else m for m in margins),
-        row_digests=tuple(digests[i : i + 16] for i in range(0, len(digests), 16)),
-        **fields,
+        margins=tuple(math.inf if margin is None else margin for margin in packed.margins),
+        row_digests=tuple(
+            digests[at : at + _DIGITS_PER_DIGEST]
+            for at in range(0, len(digests), _DIGITS_PER_DIGEST)
+        ),
     )

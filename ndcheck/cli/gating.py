@@ -15,7 +15,7 @@ import typer
 
 from ndcheck.api import Run, find_run, measure_spec, save_baseline
 from ndcheck.cli.progress import ProgressLine
-from ndcheck.cli.session import note
+from ndcheck.cli.session import note, note_bad_lines
 from ndcheck.comparison import FAIL_ON, compare
 from ndcheck.config import Check, find_file, read_checks
 from ndcheck.errors import BackendError, NdcheckError, UsageError, did_you_mean
@@ -105,8 +105,7 @@ def judge_runs(
     results = []
     for path in paths:
         run = Run(path)
-        for line in run.bad_lines:
-            note(line, quiet=False)
+        note_bad_lines(run.bad_lines)
         results.append(_judge(str(path), run, demands.over(rules, run.record.spec), folder))
         if baseline_name is not None:
             note(f"saved {save_baseline(run, baseline_name)}", quiet=False)

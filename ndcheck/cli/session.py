@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -16,6 +17,7 @@ from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.errors import NdcheckError, UsageError
+from ndcheck.evidence import is_continued_by
 from ndcheck.ranks import check_ranks, program, rank
 from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
@@ -37,6 +39,7 @@ from ndcheck.store import RunDirectory, SampleReader, read_run, write_failure
 from ndcheck.verdict import EXIT_CODES, judge
 
 INTERRUPTED = 130
+MAX_BAD_LINES_SHOWN = 5
 
 
 def start(
@@ -89,6 +92,11 @@ def resume(
                 f"({'; '.join(changed)}): start a new run"
             )
         trials = plan(spec, sampler)
+        if not is_continued_by(directory.run, finished, trials):
+            raise UsageError(
+                f"--resume {path}: ndcheck {directory.run.ndcheck_version} planned it otherwise: "
+                "start a new run"
+            )
         return measure(
             directory,
             trials,
@@ -164,10 +172,10 @@ def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bo
     from rich.console import Console
 
     check_plots(wanted=plots)
-    samples = SampleReader(path)
+    samples = SampleReader(path, run)
     summary = summarise(samples, run.spec)
-    for line in samples.bad_lines:
-        note(line, quiet=False)
+    note_bad_lines(samples.bad_lines)
+    run = replace(run, flaws=samples.flaws)
     judgement = judge(run, summary)
     advice = read_advice(path)
     try:
@@ -256,6 +264,14 @@ def check_plots(*, wanted: bool) -> None:
     """Raise UsageError before anything is measured if the plots could not be drawn."""
     if wanted and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plots needs matplotlib: pip install 'ndcheck[plots]'")
+
+
+def note_bad_lines(lines: Sequence[str]) -> None:
+    """The first few on stderr; the verdict's reasons hold their number."""
+    for line in lines[:MAX_BAD_LINES_SHOWN]:
+        note(line, quiet=False)
+    if len(lines) > MAX_BAD_LINES_SHOWN:
+        note(f"and {len(lines) - MAX_BAD_LINES_SHOWN} more lines", quiet=False)
 
 
 def note(line: str, *, quiet: bool) -> None:
