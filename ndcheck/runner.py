@@ -11,7 +11,7 @@ from pathlib import Path
 from ndcheck import __version__, environment
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.statistics import trials_needed
-from ndcheck.errors import TrialError, UsageError
+from ndcheck.errors import TrialError, UsageError, doing
 from ndcheck.evidence import trial_digests
 from ndcheck.load import batch_sizes_up_to, plan_trials, plant_fault
 from ndcheck.records import AXES, Arm, Environment, Run, RunSpec, RunStatus, Sample, Trial
@@ -191,7 +191,9 @@ def run_trials(
                     trial = replace(trial, fault=fault)
                 trial_started = time.perf_counter()
                 try:
-                    samples = sampler.sample(trial, probes[trial.probe_id], run.spec.decoding)
+                    with doing(f"sampling trial {trial.trial_id}"):
+                        probe = probes[trial.probe_id]
+                        samples = sampler.sample(trial, probe, run.spec.decoding)
                 except TrialError as error:
                     elapsed_s = time.perf_counter() - trial_started
                     samples = failed_samples(trial, str(error), elapsed_s)

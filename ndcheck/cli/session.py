@@ -15,8 +15,9 @@ import typer
 from ndcheck import environment
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.statistics import trials_needed
+from ndcheck.cli.boundary import INTERRUPTED
 from ndcheck.cli.progress import ProgressLine
-from ndcheck.errors import NdcheckError, UsageError
+from ndcheck.errors import NdcheckError, UsageError, doing
 from ndcheck.evidence import is_continued_by
 from ndcheck.ranks import check_ranks, program, rank
 from ndcheck.records import Run, RunSpec, Sample, Trial
@@ -38,7 +39,6 @@ from ndcheck.samplers.base import Sampler, open_sampler
 from ndcheck.store import RunDirectory, SampleReader, read_run, write_failure
 from ndcheck.verdict import EXIT_CODES, judge
 
-INTERRUPTED = 130
 MAX_BAD_LINES_SHOWN = 5
 
 
@@ -121,7 +121,8 @@ def follow(spec: RunSpec) -> int:
 def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> Sampler:
     """The run's sampler, and what to know of it on stderr."""
     note(f"{'probing' if spec.endpoint else 'loading'} {spec.model}", quiet=quiet)
-    sampler = open_sampler(spec, headers=headers)
+    with doing(f"opening {spec.model}"):
+        sampler = open_sampler(spec, headers=headers)
     for line in sampler.notes:
         note(line, quiet=quiet)
     return sampler
