@@ -17,6 +17,7 @@ from ndcheck.analysis.accumulate import summarise
 from ndcheck.comparison import Measured, find_references
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.ranks import program
+from ndcheck.reading import exists
 from ndcheck.reports import phrases, tables
 from ndcheck.reports.explanation import read_advice
 from ndcheck.reports.reproduction import reproduce_command
@@ -96,7 +97,7 @@ def find_run(name: str, folder: Path = Path()) -> Path:
     """
     saved = folder / BASELINES_DIRECTORY
     for path in (folder / name, saved / name):
-        if (path / RUN_FILE).is_file():
+        if exists(path / RUN_FILE):
             return path
     names = sorted(path.name for path in saved.iterdir()) if saved.is_dir() else []
     raise UsageError(

@@ -25,6 +25,7 @@ from typing import (
     get_type_hints,
 )
 
+from ndcheck.errors import UsageError
 from ndcheck.records import Range
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
@@ -57,6 +58,19 @@ def open_file(path: Path) -> BinaryIO:
         kind = next((name for is_kind, name in KINDS if is_kind(mode)), "no file")
         raise OSError(errno.EINVAL, f"it is {kind}, not a file")
     return open(descriptor, "rb")  # noqa: PTH123 - a descriptor has no path
+
+
+def exists(path: Path) -> bool:
+    """Is there anything at ``path``? Raises UsageError where that cannot be told, saying why."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+    return True
 
 
 def read_text(path: Path) -> str:

@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from ndcheck.errors import NdcheckError
 
@@ -69,18 +70,18 @@ class Output(io.FileIO):
 
     failure: OSError | None = None
 
-    def write(self, data: object, /) -> int:
-        size = memoryview(data).nbytes  # type: ignore[call-overload]
+    def write(self, data: Any, /) -> int:
+        size = memoryview(data).nbytes
         while self.failure is None:
             try:
-                written = super().write(data)  # type: ignore[arg-type]
+                written = super().write(data)
             except OSError as error:
                 self.failure = error
             else:
                 if written is not None:
                     return written
                 select.select([], [self], [])  # A pipe that does not block, and is full.
-        return int(size)
+        return size
 
 
 def main(action: Callable[[], int]) -> int:
