@@ -280,7 +280,6 @@ def make_endpoint(
                 "--retries and --api-key-file are for one"
             )
         return None
-    _check_endpoint(endpoint)
     return endpoint
 
 
@@ -352,15 +351,15 @@ def check(spec: RunSpec) -> None:
     if spec.engine is not None:
         _check_for_engine(spec)
     if spec.endpoint is not None:
-        _check_for_server(spec)
+        _check_for_server(spec, spec.endpoint)
     if spec.answer_pattern is not None:
-        try:
-            re.compile(spec.answer_pattern)
-        except re.error as error:
-            raise UsageError(f"--answer-pattern {spec.answer_pattern!r}: {error}") from error
+        from ndcheck.analysis.metrics import compile_answer_pattern
+
+        compile_answer_pattern(spec.answer_pattern)
 
 
-def _check_for_server(spec: RunSpec) -> None:
+def _check_for_server(spec: RunSpec, endpoint: Endpoint) -> None:
+    _check_endpoint(endpoint)
     if spec.model == DEFAULTS.model:
         raise UsageError("--endpoint: give the name of a served model as --model")
     if not spec.batch_sizes:

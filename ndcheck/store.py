@@ -11,12 +11,14 @@ Per-token values that must survive bit for bit are hexadecimal strings of fixed 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import io
 import json
 import math
 import os
 import re
+import stat
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -118,6 +120,8 @@ def replacing(path: Path) -> Iterator[TextIO]:
 @contextmanager
 def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
     """The same for a file that is not text."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, f"{path.name} is no file")
     with tempfile.NamedTemporaryFile(
         dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
@@ -205,7 +209,12 @@ def failed_samples(trial: Trial, message: str, elapsed_s: float) -> list[Sample]
 
 
 def _open_locked(file: Path, path: Path) -> io.FileIO:
-    handle = file.open("ab", buffering=0)
+    # A link would have another file written.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = io.FileIO(os.open(file, flags, 0o644), "ab")
+    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        handle.close()
+        raise OSError(errno.EINVAL, f"{file.name} is no file")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -32,7 +32,7 @@ from ndcheck.reports.gate import (
     print_gate,
 )
 from ndcheck.reports.junit import junit_xml
-from ndcheck.reports.reproduction import argument, reproduce_command
+from ndcheck.reports.reproduction import argument, reproduce_command, resume_command
 from ndcheck.request import DEFAULTS, parse_names
 from ndcheck.rules import Rules, RuleSet, judge_gate
 from ndcheck.runner import RUNS_DIRECTORY, fit_spec, free_path, plan
@@ -152,7 +152,7 @@ def run_checks(
                 run = measure_spec(check.spec, path, progress.show)
             results.append(_judge(check.name, run, demanded, check.file.parent))
         except KeyboardInterrupt:
-            note(f"interrupted; go on with: ndcheck run --resume {path}", quiet=False)
+            note(f"interrupted; go on with: {resume_command(check.spec, str(path))}", quiet=False)
             raise
         except UsageError as error:
             raise check.locate(error) from error

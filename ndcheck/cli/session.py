@@ -17,13 +17,15 @@ from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.cli.boundary import INTERRUPTED
 from ndcheck.cli.progress import ProgressLine
+from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import NdcheckError, UsageError, doing
 from ndcheck.evidence import is_continued_by
-from ndcheck.ranks import check_ranks, program, rank
+from ndcheck.ranks import check_ranks, rank
 from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
 from ndcheck.reports.explanation import read_advice
 from ndcheck.reports.plots import MAX_PROBES
+from ndcheck.reports.reproduction import resume_command
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
@@ -74,15 +76,26 @@ def start(
 
 
 def resume(
-    path: Path, headers: Mapping[str, str], *, as_json: bool, quiet: bool, html: bool, plots: bool
+    path: Path,
+    headers: Mapping[str, str],
+    given: Sequence[Given],
+    *,
+    as_json: bool,
+    quiet: bool,
+    html: bool,
+    plots: bool,
 ) -> int:
     """Go on with a run as it was. Returns the exit code."""
-    check_ranks(read_run(path).spec)
+    spec = read_run(path).spec
+    confirm(spec, given, f"--resume {path}")
+    check_ranks(spec)
     if rank() > 0:
-        return follow(read_run(path).spec)
+        return follow(spec)
     check_plots(wanted=plots)
     directory, finished = RunDirectory.resume(path)
-    spec = directory.run.spec
+    if directory.run.spec != spec:
+        directory.close()
+        raise UsageError(f"--resume {path}: its run.json was changed meanwhile")
     with closing(directory), closing(open_for_run(spec, headers, quiet=quiet)) as sampler:
         here = capture(spec, sampler)
         changed = environment.differences(directory.run.environment, here)
@@ -151,7 +164,7 @@ def measure(
 ) -> int:
     """Run the trials and report, also on what there is when something ends the run early."""
     failure: NdcheckError | None = None
-    go_on = f"{program(directory.run.spec)} --resume {directory.path}"
+    go_on = resume_command(directory.run.spec, str(directory.path))
     try:
         with ProgressLine(quiet=quiet) as progress:
             run_trials(trials, sampler, directory, finished, progress.show)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -66,6 +67,8 @@ def write_reports(
 
         pictures = plot_files(figures, phrases.unit(run))
         (directory / PLOTS_DIRECTORY).mkdir(exist_ok=True)
+        if (directory / PLOTS_DIRECTORY).is_symlink():
+            raise OSError(errno.ELOOP, f"{PLOTS_DIRECTORY} is a link")
     prompts = prompts_file(run.spec, defaults)
     if prompts is not None:
         texts[PROMPTS_FILE] = prompts
