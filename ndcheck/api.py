@@ -24,9 +24,16 @@ from ndcheck.reports.reproduction import reproduce_command
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS, add_headers, make_spec, parse_headers
-from ndcheck.runner import Progress, create_directory, fit_spec, plan, run_trials
+from ndcheck.runner import Progress, begin, fit_spec, new_directory, plan, run_trials, slug
 from ndcheck.samplers.base import open_sampler
-from ndcheck.store import RUN_FILE, SAMPLES_FILE, SampleReader, read_run, write_failure
+from ndcheck.store import (
+    RUN_FILE,
+    SAMPLES_FILE,
+    NewDirectory,
+    SampleReader,
+    read_run,
+    write_failure,
+)
 from ndcheck.verdict import Outcome, judge
 
 if TYPE_CHECKING:
@@ -64,12 +71,13 @@ def measure(
         spec = add_headers(make_spec(model=model, **options), headers)
     except TypeError as error:
         raise UsageError(str(error).replace("make_spec()", "measure()")) from error
-    return measure_spec(spec, None if out is None else Path(out), on_progress, headers)
+    with closing(new_directory(slug(spec.model), None if out is None else Path(out))) as new:
+        return measure_spec(spec, new, on_progress, headers)
 
 
 def measure_spec(
     spec: records.RunSpec,
-    out: Path | None,
+    new: NewDirectory,
     on_progress: Watcher = lambda progress: None,
     headers: Mapping[str, str] | None = None,
 ) -> Run:
@@ -83,7 +91,7 @@ def measure_spec(
     with closing(open_sampler(spec, headers=headers)) as sampler:
         spec = fit_spec(spec, sampler)
         trials = plan(spec, sampler)
-        with closing(create_directory(spec, sampler, trials, out)) as directory:
+        with closing(begin(new, spec, sampler, trials)) as directory:
             run_trials(trials, sampler, directory, on_progress=on_progress)
     run = Run(directory.path)
     run.write_reports()

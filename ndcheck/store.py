@@ -3,38 +3,119 @@
 Schema history (a reader accepts every version up to its own; changes only add):
 
 1. 2026-11: first version.
-
-Per-token values that must survive bit for bit are hexadecimal strings of fixed width per token:
-``logprob_bits`` 8 digits (big-endian fp32), ``row_digests`` 16 digits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
 import io
 import json
-import math
 import os
 import re
 import stat
-import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.evidence import Ledger
-from ndcheck.reading import MAX_LINE_BYTES, decode, open_file, parse_json, read_lines, read_text
-from ndcheck.records import Load, Run, Sample, Trial, Witness
+from ndcheck.reading import decode, exists, open_file, parse_json, read_lines, read_text
+from ndcheck.records import Run, Sample, Trial, Witness
+from ndcheck.sample_lines import decode_line, encode_line
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.jsonl"
+
+
+class NewDirectory:
+    """A directory that this process alone may begin a run in, taken before a model is loaded.
+
+    Closed before a run began, it leaves nothing behind.
+    """
+
+    def __init__(self, path: Path, created: Sequence[Path], handle: io.FileIO) -> None:
+        self.path = path
+        self._created = created
+        self._handle: io.FileIO | None = handle
+
+    @classmethod
+    def take(cls, path: Path) -> NewDirectory:
+        """A new or empty directory, or what a start that was killed left of one.
+
+        Raises UsageError if it is neither, BackendError if the disk refuses.
+        """
+        if exists(path) and not path.is_dir():
+            raise UsageError(f"{path} is a file: choose a new or empty directory for --out")
+        try:
+            created = [each for each in (path, *path.parents) if not each.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            if any(not _is_leftover(file) for file in path.iterdir()):
+                raise UsageError(
+                    f"{path} is not empty: choose another --out, or continue it with "
+                    f"--resume {path}"
+                )
+            return cls(path, created, _open_locked(path / SAMPLES_FILE, path))
+        except OSError as error:
+            raise write_failure(path, error) from error
+
+    @classmethod
+    def take_free(cls, path: Path) -> NewDirectory:
+        """The same at ``path``, or the first of path-2, path-3, ... that does not exist."""
+        try:
+            created = [each for each in path.parents if not each.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            free, n = path, 1
+            while not _make(free):
+                n += 1
+                free = path.with_name(f"{path.name}-{n}")
+            return cls(free, [free, *created], _open_locked(free / SAMPLES_FILE, free))
+        except OSError as error:
+            raise write_failure(path, error) from error
+
+    def begin(self, run: Run) -> RunDirectory:
+        """Write run.json. Raises BackendError if the disk refuses."""
+        handle, self._handle = self._handle, None
+        if handle is None:
+            raise ValueError("a run was begun here already")
+        directory = RunDirectory(self.path, run, handle)
+        try:
+            directory.save(run)
+        except BackendError:
+            directory.close()
+            raise
+        return directory
+
+    def close(self) -> None:
+        if self._handle is None:
+            return
+        with contextlib.suppress(OSError):
+            (self.path / SAMPLES_FILE).unlink()
+            for path in self._created:
+                path.rmdir()
+        self._handle.close()
+        self._handle = None
+
+
+def _make(path: Path) -> bool:
+    """Make a directory, at which only one process can succeed."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _is_leftover(file: Path) -> bool:
+    """Does a start that was killed before run.json leave such a file?"""
+    if file.name == SAMPLES_FILE:
+        return not file.is_symlink() and file.stat().st_size == 0
+    return bool(_TEMPORARY.fullmatch(file.name))
 
 
 class RunDirectory:
@@ -48,19 +129,7 @@ class RunDirectory:
     @classmethod
     def create(cls, path: Path, run: Run) -> RunDirectory:
         """Start a run in a new or empty directory. Raises UsageError if it is neither."""
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file: choose a new or empty directory for --out")
-        if path.exists() and any(path.iterdir()):
-            raise UsageError(
-                f"{path} is not empty: choose another --out, or continue it with --resume {path}"
-            )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            directory = cls(path, run, _open_locked(path / SAMPLES_FILE, path))
-            directory.save(run)
-        except OSError as error:
-            raise write_failure(path, error) from error
-        return directory
+        return NewDirectory.take(path).begin(run)
 
     @classmethod
     def resume(cls, path: Path) -> tuple[RunDirectory, list[Sample]]:
@@ -84,7 +153,7 @@ class RunDirectory:
 
     def append(self, samples: Iterable[Sample]) -> None:
         """Write one trial's samples, unbuffered. Raises BackendError if the disk refuses."""
-        rest = b"".join(_encode(sample) for sample in samples)
+        rest = b"".join(encode_line(sample) for sample in samples)
         try:
             while rest:
                 rest = rest[self._handle.write(rest) :]
@@ -122,18 +191,41 @@ def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
     """The same for a file that is not text."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, f"{path.name} is no file")
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
+    with _open_temporary(path) as file:
         temporary = Path(file.name)
         try:
-            yield file  # type: ignore[misc]
-            file.close()
+            yield file
+            file.flush()
             temporary.chmod(0o644)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+_TEMPORARY = re.compile(r"\.[\w.-]+\.\w{8}\.tmp")
+
+
+def _open_temporary(path: Path) -> BinaryIO:
+    """A new file beside ``path``, locked, so that what a killed process leaves can be told."""
+    while True:
+        file = tempfile.NamedTemporaryFile(  # noqa: SIM115 - the caller closes it
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+        )
+        with contextlib.suppress(OSError):  # Some file systems have no locks.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_nlink:  # Else it was taken for a leftover before the lock.
+            return file  # type: ignore[return-value]
+        file.close()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files in a run's folder whose processes were killed."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
+            with contextlib.suppress(OSError), open_file(path) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def read_run(path: Path) -> Run:
@@ -151,7 +243,10 @@ def read_run(path: Path) -> Run:
             )
         return decode(Run, document)
     except FileNotFoundError:
-        raise UsageError(f"{path} holds no run: {RUN_FILE} is missing") from None
+        begin = ""
+        if (path / SAMPLES_FILE).exists() and all(map(_is_leftover, path.iterdir())):
+            begin = f" (it was ended before its first trial: begin it again with --out {path})"
+        raise UsageError(f"{path} holds no run: {RUN_FILE} is missing{begin}") from None
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -183,7 +278,7 @@ class SampleReader:
                     self._end = os.fstat(file.fileno()).st_size
                 for number, line in enumerate(read_lines(file), 1):
                     try:
-                        sample = _decode(line)
+                        sample = decode_line(line)
                         reason = ledger.refuse(sample) if ledger is not None else None
                     except ValueError as error:
                         reason = str(error)
@@ -234,7 +329,7 @@ def _finished_trials(path: Path, run: Run) -> tuple[list[Sample], int]:
         for number, line in enumerate(lines, 1):
             offset = file.tell()
             try:
-                sample = _decode(line)
+                sample = decode_line(line)
                 reason = ledger.refuse(sample)
             except ValueError as error:
                 reason = str(error)
@@ -257,59 +352,3 @@ def _finished_trials(path: Path, run: Run) -> tuple[list[Sample], int]:
 def write_failure(path: Path, error: OSError) -> BackendError:
     """The one line that a user sees when the disk refuses."""
     return BackendError(f"cannot write to {path}: {error.strerror or error}")
-
-
-def _encode(sample: Sample) -> bytes:
-    fields = {name: getattr(sample, name) for name in Sample.__dataclass_fields__}
-    load, witness = fields.pop("load"), fields.pop("witness")
-    logprobs = fields.pop("logprobs")
-    document = {
-        **fields,
-        **dataclasses.asdict(load),
-        **dataclasses.asdict(witness),
-        "fault": dataclasses.asdict(sample.fault) if sample.fault else None,
-        "logprob_bits": struct.pack(f">{len(logprobs)}f", *logprobs).hex(),
-        "margins": [m if math.isfinite(m) else None for m in sample.margins],
-        "row_digests": "".join(sample.row_digests),
-    }
-    # One line whatever the text holds: JSON escapes line feeds, and lone surrogates become \\uXXXX.
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
-    return text.encode("ascii") + b"\n"
-
-
-_DIGITS_PER_DIGEST = 16
-_HEXADECIMAL = re.compile(r"(?:[0-9a-f]{8})*")
-
-
-@dataclass(frozen=True, slots=True)
-class _Packed:
-    """What a line holds in a form of its own; a margin of infinity is null."""
-
-    logprob_bits: str = ""
-    margins: tuple[float | None, ...] = ()
-    row_digests: str = ""
-
-
-def _decode(line: bytes | None) -> Sample:
-    """Raises ValueError saying what is wrong with the line."""
-    if line is None:
-        raise ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB")
-    document = parse_json(line.decode("utf-8"))
-    packed = decode(_Packed, document)
-    for name, digits in (("logprob_bits", 8), ("row_digests", _DIGITS_PER_DIGEST)):
-        text = getattr(packed, name)
-        if len(text) % digits or not _HEXADECIMAL.fullmatch(text):
-            raise ValueError(f"{name}: give {digits} hexadecimal digits a token")
-    bits, digests = bytes.fromhex(packed.logprob_bits), packed.row_digests
-    return decode(
-        Sample,
-        document,
-        load=decode(Load, document),
-        witness=decode(Witness, document),
-        logprobs=struct.unpack(f">{len(bits) // 4}f", bits),
-        margins=tuple(math.inf if margin is None else margin for margin in packed.margins),
-        row_digests=tuple(
-            digests[at : at + _DIGITS_PER_DIGEST]
-            for at in range(0, len(digests), _DIGITS_PER_DIGEST)
-        ),
-    )

@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
@@ -21,6 +20,7 @@ from ndcheck.cli.session import note, note_bad_lines
 from ndcheck.comparison import FAIL_ON, compare
 from ndcheck.config import Check, find_file, read_checks
 from ndcheck.errors import UsageError, did_you_mean, doing
+from ndcheck.reading import exists
 from ndcheck.records import ARMS, RunSpec
 from ndcheck.reports.gate import (
     CheckResult,
@@ -35,9 +35,9 @@ from ndcheck.reports.junit import junit_xml
 from ndcheck.reports.reproduction import argument, reproduce_command, resume_command
 from ndcheck.request import DEFAULTS, parse_names
 from ndcheck.rules import Rules, RuleSet, judge_gate
-from ndcheck.runner import RUNS_DIRECTORY, fit_spec, free_path, plan
+from ndcheck.runner import fit_spec, new_directory, plan
 from ndcheck.samplers.base import open_sampler
-from ndcheck.store import replacing, write_failure
+from ndcheck.store import RUN_FILE, replacing, write_failure
 
 SURVIVED = (Exception, SystemExit)
 """What ends one check and not the gate: a library may end the process too."""
@@ -138,21 +138,21 @@ def run_checks(
     rules = [demands.over(check.rules, check.spec) for check in checks]
     for check, demanded in zip(checks, rules, strict=True):
         _rehearse(check, demanded)
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is not None and exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: it is not empty; choose a new folder")
-    now = datetime.now(UTC)
     results = []
     for number, (check, demanded) in enumerate(zip(checks, rules, strict=True), 1):
-        path = free_path(RUNS_DIRECTORY / f"{now:%Y%m%d-%H%M%S}-{check.name}")
-        if out is not None:
-            path = out / check.name
+        new = new_directory(check.name, None if out is None else out / check.name)
+        path = new.path
         note(f"check {check.name} ({number} of {len(checks)}): {path}", quiet=quiet)
         try:
-            with ProgressLine(quiet=quiet) as progress:
-                run = measure_spec(check.spec, path, progress.show)
+            with closing(new), ProgressLine(quiet=quiet) as progress:
+                run = measure_spec(check.spec, new, progress.show)
             results.append(_judge(check.name, run, demanded, check.file.parent))
         except KeyboardInterrupt:
-            note(f"interrupted; go on with: {resume_command(check.spec, str(path))}", quiet=False)
+            if (path / RUN_FILE).exists():
+                go_on = resume_command(check.spec, str(path))
+                note(f"interrupted; go on with: {go_on}", quiet=False)
             raise
         except UsageError as error:
             raise check.locate(error) from error

@@ -28,9 +28,10 @@ def runs(
     from rich.console import Console
 
     from ndcheck.errors import UsageError
+    from ndcheck.reading import exists
     from ndcheck.reports.listing import run_lines
 
-    if not folder.is_dir():
+    if not exists(folder) or not folder.is_dir():
         raise UsageError(f"{folder} is no directory of runs")
     found = sorted(_read(folder), key=lambda run: str(run["started_at"]), reverse=True)
     if json:

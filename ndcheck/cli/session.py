@@ -31,11 +31,13 @@ from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import (
     NO_CACHE_CONTROL,
+    begin,
     capture,
-    create_directory,
     fit_spec,
+    new_directory,
     plan,
     run_trials,
+    slug,
 )
 from ndcheck.samplers.base import Sampler, open_sampler
 from ndcheck.store import RunDirectory, SampleReader, read_run, write_failure
@@ -59,7 +61,10 @@ def start(
     if rank() > 0:
         return follow(spec)
     check_plots(wanted=plots)
-    with closing(open_for_run(spec, headers, quiet=quiet)) as sampler:
+    with (
+        closing(new_directory(slug(spec.model), out)) as new,
+        closing(open_for_run(spec, headers, quiet=quiet)) as sampler,
+    ):
         spec = fit(spec, sampler, quiet=quiet)
         trials = plan(spec, sampler)
         if spec.target_rate:
@@ -69,7 +74,7 @@ def start(
                 f"{spec.target_rate:g} is excluded at {spec.confidence:.0%}",
                 quiet=quiet,
             )
-        with closing(create_directory(spec, sampler, trials, out)) as directory:
+        with closing(begin(new, spec, sampler, trials)) as directory:
             return measure(
                 directory, trials, sampler, [], as_json=as_json, quiet=quiet, html=html, plots=plots
             )

@@ -96,10 +96,10 @@ def test_a_gate_of_checks_goes_on_after_a_crash(ndcheck_here, monkeypatch, tmp_p
     )
     (tmp_path / "ndcheck.toml").write_text(checks)
 
-    def crash(spec, path, *rest, measure=gating.measure_spec):
-        if path.name.endswith("first"):
+    def crash(spec, new, *rest, measure=gating.measure_spec):
+        if new.path.name.endswith("first"):
             raise RuntimeError("boom")
-        return measure(spec, path, *rest)
+        return measure(spec, new, *rest)
 
     monkeypatch.setattr(gating, "measure_spec", crash)
     done = ndcheck_here("gate", "--json", "--quiet", "--junit", "j.xml")
