@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +17,23 @@ from ndcheck.analysis.accumulate import summarise
 from ndcheck.comparison import Measured, find_references
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.ranks import program
+from ndcheck.reading import exists
 from ndcheck.reports import phrases, tables
 from ndcheck.reports.explanation import read_advice
 from ndcheck.reports.reproduction import reproduce_command
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS, add_headers, make_spec, parse_headers
-from ndcheck.runner import Progress, create_directory, fit_spec, plan, run_trials
+from ndcheck.runner import Progress, begin, fit_spec, new_directory, plan, run_trials, slug
 from ndcheck.samplers.base import open_sampler
-from ndcheck.store import RUN_FILE, SAMPLES_FILE, SampleReader, read_run, write_failure
+from ndcheck.store import (
+    RUN_FILE,
+    SAMPLES_FILE,
+    NewDirectory,
+    SampleReader,
+    read_run,
+    write_failure,
+)
 from ndcheck.verdict import Outcome, judge
 
 if TYPE_CHECKING:
@@ -62,12 +71,13 @@ def measure(
         spec = add_headers(make_spec(model=model, **options), headers)
     except TypeError as error:
         raise UsageError(str(error).replace("make_spec()", "measure()")) from error
-    return measure_spec(spec, None if out is None else Path(out), on_progress, headers)
+    with closing(new_directory(slug(spec.model), None if out is None else Path(out))) as new:
+        return measure_spec(spec, new, on_progress, headers)
 
 
 def measure_spec(
     spec: records.RunSpec,
-    out: Path | None,
+    new: NewDirectory,
     on_progress: Watcher = lambda progress: None,
     headers: Mapping[str, str] | None = None,
 ) -> Run:
@@ -81,7 +91,7 @@ def measure_spec(
     with closing(open_sampler(spec, headers=headers)) as sampler:
         spec = fit_spec(spec, sampler)
         trials = plan(spec, sampler)
-        with closing(create_directory(spec, sampler, trials, out)) as directory:
+        with closing(begin(new, spec, sampler, trials)) as directory:
             run_trials(trials, sampler, directory, on_progress=on_progress)
     run = Run(directory.path)
     run.write_reports()
@@ -95,7 +105,7 @@ def find_run(name: str, folder: Path = Path()) -> Path:
     """
     saved = folder / BASELINES_DIRECTORY
     for path in (folder / name, saved / name):
-        if (path / RUN_FILE).is_file():
+        if exists(path / RUN_FILE):
             return path
     names = sorted(path.name for path in saved.iterdir()) if saved.is_dir() else []
     raise UsageError(
@@ -129,10 +139,11 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         """Read a run. Raises UsageError if ``path`` holds none."""
         self.path = Path(path)
-        self.record = read_run(self.path)
-        self._samples = SampleReader(self.path)
-        self.summary = summarise(self._samples, self.record.spec)
+        record = read_run(self.path)
+        self._samples = SampleReader(self.path, record)
+        self.summary = summarise(self._samples, record.spec)
         self.bad_lines = tuple(self._samples.bad_lines)
+        self.record = replace(record, flaws=self._samples.flaws)
         self.judgement = judge(self.record, self.summary)
 
     @property

@@ -80,6 +80,8 @@ class Comparison:
     drifts: tuple[Drift, ...]
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
+    flaws: tuple[str, ...] = ()
+    """What is wrong with the samples of either."""
 
 
 def find_references(samples: Iterable[Sample]) -> dict[tuple[Arm, str], Sample]:
@@ -114,6 +116,7 @@ def compare(a: Measured, b: Measured) -> Comparison:
         drifts=tuple(_drift(key[1], *partners_a[key], *partners_b[key]) for key in shared),
         only_in_a=tuple(f"{arm} {prompt}" for arm, prompt in partners_a.keys() - shared),
         only_in_b=tuple(f"{arm} {prompt}" for arm, prompt in partners_b.keys() - shared),
+        flaws=(*a.run.flaws, *b.run.flaws),
     )
 
 
@@ -126,8 +129,9 @@ def judge_comparison(
 ) -> dict[FailOn, Verdict]:
     """A verdict on each kind of difference that was asked for.
 
-    It is INCONCLUSIVE where the runs share no prompt, where bits were not recorded, and where a
-    clean B has fewer trials than A, so that a difference had less chance to show.
+    It is INCONCLUSIVE where the runs share no prompt, where bits were not recorded, where
+    samples are missing or damaged, and where a clean B has fewer trials than A, so that a
+    difference had less chance to show.
     """
     return {name: _judge(name, comparison, confidence) for name in fail_on}
 
@@ -225,6 +229,8 @@ def _judge(name: FailOn, comparison: Comparison, confidence: float) -> Verdict:
         if reasons:
             return Verdict(outcome, tuple(reasons))
     missing = (*comparison.only_in_a, *comparison.only_in_b)
+    if comparison.flaws:
+        return Verdict("INCONCLUSIVE", tuple(f"{name}: {flaw}" for flaw in comparison.flaws))
     if missing:
         return Verdict("INCONCLUSIVE", (f"{name}: prompts without a partner: {len(missing)}",))
     accepts = any(v.accepts_divergence for v in verdicts)

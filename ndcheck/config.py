@@ -28,6 +28,7 @@ from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from ndcheck.comparison import FAIL_ON
 from ndcheck.errors import UsageError, did_you_mean
+from ndcheck.reading import read_text
 from ndcheck.records import ARMS, AXES, Arm, Axis, RunSpec
 from ndcheck.request import make_spec
 from ndcheck.rules import BASELINE_DEFAULT, PROPERTY_RULES, Rules, RuleSet
@@ -89,14 +90,19 @@ def read_checks(file: Path) -> list[Check]:
 
 def _read_table(file: Path) -> Table | None:
     try:
-        table: Table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table: Table = tomllib.loads(read_text(file))
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from error
+    except RecursionError:
+        raise UsageError(f"{file}: it is nested too deeply") from None
     except ValueError as error:
         raise UsageError(f"{file}: {error}") from error
     if file.name != "pyproject.toml":
         return table
-    tool: Table | None = table.get("tool", {}).get("ndcheck")
+    tools = table.get("tool", {})
+    tool = tools.get("ndcheck") if isinstance(tools, dict) else None
+    if tool is not None and not isinstance(tool, dict):
+        raise UsageError(f"{file}: tool.ndcheck: give a table, [tool.ndcheck]")
     return tool
 
 
@@ -111,7 +117,7 @@ def _read_checks(table: Table, file: Path) -> list[Check]:
     found = []
     for name, check in checks.items():
         place = f"checks.{name}."
-        if not CHECK_NAME.fullmatch(name):
+        if not CHECK_NAME.fullmatch(name) or name.strip(".") == "":
             raise UsageError(f"{place[:-1]!r}: name it with letters, digits, and _ . - alone")
         if not isinstance(check, dict):
             raise UsageError(f"{place[:-1]}: give a table, [checks.{name}]")

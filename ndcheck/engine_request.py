@@ -26,7 +26,7 @@ NO_AUTO_LOADS = "--loads auto: with --engine vllm the memory is the engine's: gi
 
 def make_engine(name: str, tp: int, pp: int, arguments: Sequence[str]) -> Engine | None:
     """None for transformers. Raises UsageError naming the option that does not fit."""
-    parsed = tuple(map(_parse_engine_argument, arguments))
+    parsed = tuple(map(parse_engine_argument, arguments))
     if name == TRANSFORMERS:
         if (pp, parsed) != (1, ()):
             raise UsageError("--pp and --engine-arg are for an engine: give --engine vllm")
@@ -47,7 +47,8 @@ def make_engine(name: str, tp: int, pp: int, arguments: Sequence[str]) -> Engine
     return Engine(name, tp, pp, parsed)
 
 
-def _parse_engine_argument(text: str) -> str:
+def parse_engine_argument(text: str) -> str:
+    """``KEY=VALUE`` in the form that a spec holds."""
     key, equals, value = text.partition("=")
     key = key.strip().lstrip("-").replace("-", "_")
     if not equals or not key.isidentifier():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class NdcheckError(Exception):
@@ -28,6 +29,18 @@ class TrialError(NdcheckError):
     """One trial failed and the next may not: recorded as samples with an error, never dropped."""
 
     exit_code = 4
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Note on an error that nobody expected what was being done, for the one line about it."""
+    try:
+        yield
+    except NdcheckError:
+        raise
+    except Exception as error:
+        error.add_note(what)
+        raise
 
 
 def did_you_mean(name: str, accepted: Iterable[str]) -> str:

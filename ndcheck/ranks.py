@@ -13,12 +13,21 @@ _is_first: Callable[[], bool] | None = None
 
 def rank() -> int:
     """0 outside torchrun."""
-    return int(os.environ["RANK"]) if _is_launched() else 0
+    return _number("RANK") if _is_launched() else 0
 
 
 def n_ranks() -> int:
     """1 outside torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if _is_launched() else 1
+    return _number("WORLD_SIZE") if _is_launched() else 1
+
+
+def _number(variable: str) -> int:
+    text = os.environ[variable]
+    if not text.isdecimal() or len(text) > 9:
+        raise UsageError(
+            f"{variable}={text}: torchrun sets a whole number; unset it without torchrun"
+        )
+    return int(text)
 
 
 def _is_launched() -> bool:

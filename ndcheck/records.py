@@ -8,7 +8,40 @@ completion of a probe.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers that a field may hold, both ends included unless ``is_open``.
+
+    `ndcheck.reading.decode` holds files to it; from the command line options have lines of their
+    own.
+    """
+
+    low: float
+    high: float
+    is_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        if self.is_open:
+            return self.low < value < self.high
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        if self.high == INFINITY:
+            return f"of {self.low:g} or more"
+        ends = f"{self.low} and {self.high}" if self.is_open else f"{self.low} to {self.high}"
+        return f"{'between' if self.is_open else 'from'} {ends}"
+
+
+INFINITY = float("inf")
+Count = Annotated[int, Range(0, 2**31 - 1)]
+Positive = Annotated[int, Range(1, 2**31 - 1)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+NotNegative = Annotated[float, Range(0, INFINITY)]
+RawText = Annotated[str, "may hold half a character, as servers stream them"]
+Level = Annotated[float, Range(0, 1, is_open=True)]
 
 Arm = Literal["stock", "invariant"]
 Batching = Literal["exact", "continuous"]
@@ -42,9 +75,9 @@ class Decoding:
     two samples can differ only where their logits do.
     """
 
-    max_tokens: int
-    temperature: float = 0.0
-    seed: int = 0
+    max_tokens: Positive
+    temperature: NotNegative = 0.0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +91,12 @@ class Load:
     ``cut`` is how many tokens a chunk has, or follow the prefix; None is the sampler's own choice.
     """
 
-    batch_size: int
-    slots: tuple[int, ...] = (0,)
-    filler_lengths: tuple[int, ...] = ()
-    filler_seed: int = 0
+    batch_size: Positive
+    slots: tuple[Count, ...] = (0,)
+    filler_lengths: tuple[Count, ...] = ()
+    filler_seed: Seed = 0
     cache_state: CacheState = "whole"
-    cut: int | None = None
+    cut: Positive | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +107,8 @@ class Fault:
     ``latent_at`` (before it) the drawn token's logit moves by one unit in the last place.
     """
 
-    latent_at: int
-    fork_at: int
+    latent_at: Count
+    fork_at: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +147,13 @@ class Witness:
     rows, its tokens, and the requests then running, waiting and preempted.
     """
 
-    achieved_batch_size: int | None
-    prefill_calls: int | None = None
-    decode_calls: int | None = None
-    override_fires: int | None = None
-    step_batch_sizes: tuple[int, ...] = ()
-    out_of_memory_at: int | None = None
-    passes: tuple[tuple[int, ...], ...] = ()
+    achieved_batch_size: Count | None
+    prefill_calls: Count | None = None
+    decode_calls: Count | None = None
+    override_fires: Seed | None = None
+    step_batch_sizes: tuple[Count, ...] = ()
+    out_of_memory_at: Count | None = None
+    passes: tuple[tuple[Seed, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,25 +168,25 @@ class Sample:
     are compared. A sample with ``error`` has no tokens and no part in any count of completions.
     """
 
-    sample_id: int
-    trial_id: int
+    sample_id: Seed
+    trial_id: Seed
     arm: Arm
     probe_id: str
     axis: Axis
-    baseline: int | None
+    baseline: Seed | None
     load: Load
-    slot: int
+    slot: Count
     witness: Witness
-    token_ids: tuple[int, ...]
-    token_texts: tuple[str, ...]
+    token_ids: tuple[Count, ...]
+    token_texts: tuple[RawText, ...]
     finish_reason: FinishReason
-    elapsed_s: float
+    elapsed_s: NotNegative
     logprobs: tuple[float, ...] = ()
     margins: tuple[float, ...] = ()
     row_digests: tuple[str, ...] = ()
     fault: Fault | None = None
-    error: str | None = None
-    n_retries: int = 0
+    error: RawText | None = None
+    n_retries: Count = 0
 
     @property
     def text(self) -> str:
@@ -218,8 +251,8 @@ class Engine:
     """A serving engine that computes in processes of its own; ``arguments`` are ``KEY=VALUE``."""
 
     name: EngineName = "vllm"
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
     arguments: tuple[str, ...] = ()
 
 
@@ -238,8 +271,8 @@ class Endpoint:
     header_names: tuple[str, ...] = ()
     arrival: str = "together"
     fillers: Fillers = "words"
-    timeout_s: float = 300.0
-    n_retries: int = 2
+    timeout_s: NotNegative = 300.0
+    n_retries: Count = 2
 
     CLOSED_ARRIVALS: ClassVar[tuple[str, ...]] = ("together", "closed")
 
@@ -259,15 +292,15 @@ class RunSpec:
     model: str
     probes: tuple[Probe, ...]
     decoding: Decoding
-    batch_sizes: tuple[int, ...]
+    batch_sizes: tuple[Positive, ...]
     """Empty until `ndcheck.runner.fit_spec` has found what fits."""
     axes: tuple[Axis, ...]
     mode: Mode
-    n_samples: int
+    n_samples: Positive
     """Samples of each probe in each arm, the reference included, controls not. A run holds fewer
     where no other load exists, and more where it confirms a divergence."""
     arms: tuple[Arm, ...] = ("stock",)
-    seed: int = 0
+    seed: Seed = 0
     dtype: str = "auto"
     device: str = "auto"
     attention: str = "auto"
@@ -276,16 +309,16 @@ class RunSpec:
     """Who comes when under continuous batching; see `ndcheck.arrivals`."""
     chat: bool = False
     trust_remote_code: bool = False
-    random_weights: int | None = None
+    random_weights: Seed | None = None
     """Seed of weights made from the model's config alone; None loads the stored ones."""
-    target_rate: float | None = None
-    confidence: float = 0.95
+    target_rate: Level | None = None
+    confidence: Level = 0.95
     stop_on_divergence: bool = False
     allow_latent: bool = False
     answer_pattern: str | None = None
-    tensor_parallel: int = 1
+    tensor_parallel: Positive = 1
     """Processes that share the model, without an engine; an engine has its own."""
-    tp_groups: int | None = None
+    tp_groups: Positive | None = None
     """Parts of every sum over ranks in the invariant arm, whose bits any divisor then shares."""
     engine: Engine | None = None
     endpoint: Endpoint | None = None
@@ -301,6 +334,9 @@ class Run:
     """What run.json holds: the spec to repeat it, where it ran, and how it ended.
 
     ``changes`` says what became of the backend in mid-run: another version, another replica.
+    ``trial_digests`` hold each planned trial, 8 hexadecimal digits by trial id (empty in files
+    from before they were kept). ``flaws`` say what is wrong with the samples, a sentence each:
+    found when they are read, never written.
     """
 
     run_id: str
@@ -309,7 +345,9 @@ class Run:
     environment: Environment
     started_at: str
     status: RunStatus = "running"
-    n_trials_planned: int = 0
-    elapsed_s: float = 0.0
+    n_trials_planned: Seed = 0
+    elapsed_s: NotNegative = 0.0
     stop_reason: str | None = None
     changes: tuple[str, ...] = ()
+    trial_digests: str = ""
+    flaws: tuple[str, ...] = ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,10 @@ from ndcheck.arrivals import check_arrivals
 from ndcheck.engine_request import ENGINE_DEFAULTS, NO_AUTO_LOADS, TRANSFORMERS, make_engine
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.load import parse_arrival
+from ndcheck.plan_size import MAX_BATCH_SIZE, check_size
+from ndcheck.prompts import read_prompts
 from ndcheck.ranks import check_request
+from ndcheck.reading import is_unicode
 from ndcheck.records import (
     ARMS,
     AXES,
@@ -138,8 +140,10 @@ def parse_batch_sizes(text: str) -> tuple[int, ...]:
     sizes: list[int] = []
     for part in text.split(","):
         part = part.strip()
-        if not part.isdecimal() or int(part) < 1:
+        if not part.isdecimal() or not part.strip("0"):
             raise UsageError(f"--loads: {part!r} is not a batch size; give numbers of 1 or more")
+        if len(part.lstrip("0")) > len(str(MAX_BATCH_SIZE)):
+            raise UsageError(f"--loads {part:.20}: a batch has at most {MAX_BATCH_SIZE} rows")
         if int(part) in sizes:
             raise UsageError(f"--loads: {int(part)} is given twice")
         sizes.append(int(part))
@@ -189,7 +193,7 @@ def make_probes(prompts: Sequence[str], file: Path | None) -> tuple[Probe, ...]:
     """
     entries: list[tuple[str | None, str]] = [(None, prompt) for prompt in prompts]
     if file is not None:
-        entries += _read_prompts(file)
+        entries += read_prompts(file)
     if file is None and not prompts:
         return DEFAULTS.probes
     probes = [Probe(name or f"p{i}", prompt) for i, (name, prompt) in enumerate(entries, 1)]
@@ -198,7 +202,7 @@ def make_probes(prompts: Sequence[str], file: Path | None) -> tuple[Probe, ...]:
     for probe in probes:
         if not probe.prompt.strip():
             raise UsageError(f"prompt {probe.probe_id} is empty")
-        if any("\ud800" <= character <= "\udfff" for character in probe.prompt):
+        if not is_unicode(probe.prompt):
             raise UsageError(f"prompt {probe.probe_id} is not valid UTF-8")
     if len({probe.probe_id for probe in probes}) < len(probes):
         raise UsageError(f"--prompts-file {file}: two prompts have the same id")
@@ -276,7 +280,6 @@ def make_endpoint(
                 "--retries and --api-key-file are for one"
             )
         return None
-    _check_endpoint(endpoint)
     return endpoint
 
 
@@ -312,7 +315,9 @@ def _check_endpoint(endpoint: Endpoint) -> None:
 def check(spec: RunSpec) -> None:
     """Raise UsageError naming the option that is out of range."""
     decoding = spec.decoding
+    texts = (spec.model, spec.device, spec.attention, spec.answer_pattern or "")
     checks = (
+        *((is_unicode(text), f"{text!r} is not valid UTF-8") for text in texts),
         (spec.n_samples >= 1, f"--samples {spec.n_samples}: give 1 or more"),
         (decoding.max_tokens >= 1, f"--max-tokens {decoding.max_tokens}: give 1 or more"),
         (
@@ -336,6 +341,7 @@ def check(spec: RunSpec) -> None:
     for is_fine, message in checks:
         if not is_fine:
             raise UsageError(message)
+    check_size(spec)
     check_arrivals(spec.arrivals)
     if spec.batching == "exact" and spec.arrivals != DEFAULTS.arrivals:
         raise UsageError(f"--arrivals {spec.arrivals} needs --batching continuous")
@@ -345,15 +351,15 @@ def check(spec: RunSpec) -> None:
     if spec.engine is not None:
         _check_for_engine(spec)
     if spec.endpoint is not None:
-        _check_for_server(spec)
+        _check_for_server(spec, spec.endpoint)
     if spec.answer_pattern is not None:
-        try:
-            re.compile(spec.answer_pattern)
-        except re.error as error:
-            raise UsageError(f"--answer-pattern {spec.answer_pattern!r}: {error}") from error
+        from ndcheck.analysis.metrics import compile_answer_pattern
+
+        compile_answer_pattern(spec.answer_pattern)
 
 
-def _check_for_server(spec: RunSpec) -> None:
+def _check_for_server(spec: RunSpec, endpoint: Endpoint) -> None:
+    _check_endpoint(endpoint)
     if spec.model == DEFAULTS.model:
         raise UsageError("--endpoint: give the name of a served model as --model")
     if not spec.batch_sizes:
@@ -380,28 +386,3 @@ def parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Nam
                 f"{did_you_mean(name, accepted)}"
             )
     return tuple(name for name in accepted if name in names)
-
-
-def _read_prompts(file: Path) -> list[tuple[str | None, str]]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts-file {file}: {error}") from error
-    if file.suffix != ".jsonl":
-        return [(None, line) for line in lines if line.strip()]
-    entries: list[tuple[str | None, str]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"--prompts-file {file} line {number}: {error}") from error
-        fields = {"prompt": value} if isinstance(value, str) else value
-        if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-            raise UsageError(
-                f'--prompts-file {file} line {number}: give a string or {{"prompt": "..."}}'
-            )
-        name = fields.get("id")
-        entries.append((None if name is None else str(name), fields["prompt"]))
-    return entries

@@ -11,12 +11,13 @@ from pathlib import Path
 from ndcheck import __version__, environment
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.statistics import trials_needed
-from ndcheck.errors import TrialError, UsageError
+from ndcheck.errors import TrialError, UsageError, doing
+from ndcheck.evidence import trial_digests
 from ndcheck.load import batch_sizes_up_to, plan_confirmations, plan_trials, plant_fault
 from ndcheck.records import AXES, Arm, Environment, Run, RunSpec, RunStatus, Sample, Trial
 from ndcheck.reports import phrases
 from ndcheck.samplers.base import Sampler
-from ndcheck.store import RunDirectory, failed_samples
+from ndcheck.store import NewDirectory, RunDirectory, failed_samples
 
 RUNS_DIRECTORY = Path("ndcheck-runs")
 NO_CACHE_CONTROL = "what the prefix cache holds cannot be set here and seen to work"
@@ -104,30 +105,27 @@ def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
     return trials
 
 
-def create_directory(
-    spec: RunSpec, sampler: Sampler, trials: Sequence[Trial], out: Path | None
+def new_directory(name: str, out: Path | None) -> NewDirectory:
+    """``out``, or a directory named by time and ``name`` in RUNS_DIRECTORY."""
+    if out is not None:
+        return NewDirectory.take(out)
+    return NewDirectory.take_free(RUNS_DIRECTORY / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}")
+
+
+def begin(
+    new: NewDirectory, spec: RunSpec, sampler: Sampler, trials: Sequence[Trial]
 ) -> RunDirectory:
-    """A new run's directory: ``out``, or one named by time and model in RUNS_DIRECTORY."""
-    now = datetime.now(UTC)
-    path = out or free_path(RUNS_DIRECTORY / f"{now:%Y%m%d-%H%M%S}-{slug(spec.model)}")
+    """The run that ``trials`` were planned for, in its directory."""
     run = Run(
-        run_id=path.name,
+        run_id=new.path.name,
         ndcheck_version=__version__,
         spec=spec,
         environment=capture(spec, sampler),
-        started_at=now.isoformat(timespec="seconds"),
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         n_trials_planned=len(trials),
+        trial_digests=trial_digests(trials),
     )
-    return RunDirectory.create(path, run)
-
-
-def free_path(path: Path) -> Path:
-    """``path``, or the first of path-2, path-3, ... that does not exist."""
-    candidate, n = path, 1
-    while candidate.exists():
-        n += 1
-        candidate = path.with_name(f"{path.name}-{n}")
-    return candidate
+    return new.begin(run)
 
 
 def slug(model: str) -> str:
@@ -197,7 +195,9 @@ def run_trials(
                     trial = replace(trial, fault=fault)
                 trial_started = time.perf_counter()
                 try:
-                    samples = sampler.sample(trial, probes[trial.probe_id], run.spec.decoding)
+                    with doing(f"sampling trial {trial.trial_id}"):
+                        probe = probes[trial.probe_id]
+                        samples = sampler.sample(trial, probe, run.spec.decoding)
                 except TrialError as error:
                     elapsed_s = time.perf_counter() - trial_started
                     samples = failed_samples(trial, str(error), elapsed_s)
@@ -215,7 +215,15 @@ def run_trials(
         elif not run.spec.repeats_are_draws:
             again = plan_confirmations(trials, rows_of)
             progress.n_trials += len(again)
-            run = replace(run, n_trials_planned=len(trials) + len(again))
+            if again:
+                # On disk before the first of them: a later reading holds every sample against it.
+                everything = (*trials, *again)
+                run = replace(
+                    run,
+                    n_trials_planned=len(everything),
+                    trial_digests=trial_digests(everything),
+                )
+                directory.save(run)
             execute(again)
     except KeyboardInterrupt:
         close("interrupted")

@@ -3,44 +3,119 @@
 Schema history (a reader accepts every version up to its own; changes only add):
 
 1. 2026-11: first version.
-
-Per-token values that must survive bit for bit are hexadecimal strings of fixed width per token:
-``logprob_bits`` 8 digits (big-endian fp32), ``row_digests`` 16 digits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import fcntl
 import io
 import json
-import math
-import struct
+import os
+import re
+import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import BinaryIO, TextIO
 
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.records import (
-    Decoding,
-    Endpoint,
-    Engine,
-    Environment,
-    Fault,
-    Load,
-    Probe,
-    Run,
-    RunSpec,
-    Sample,
-    Trial,
-    Witness,
-)
+from ndcheck.evidence import Ledger
+from ndcheck.reading import decode, exists, open_file, parse_json, read_lines, read_text
+from ndcheck.records import Run, Sample, Trial, Witness
+from ndcheck.sample_lines import decode_line, encode_line
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.jsonl"
+
+
+class NewDirectory:
+    """A directory that this process alone may begin a run in, taken before a model is loaded.
+
+    Closed before a run began, it leaves nothing behind.
+    """
+
+    def __init__(self, path: Path, created: Sequence[Path], handle: io.FileIO) -> None:
+        self.path = path
+        self._created = created
+        self._handle: io.FileIO | None = handle
+
+    @classmethod
+    def take(cls, path: Path) -> NewDirectory:
+        """A new or empty directory, or what a start that was killed left of one.
+
+        Raises UsageError if it is neither, BackendError if the disk refuses.
+        """
+        if exists(path) and not path.is_dir():
+            raise UsageError(f"{path} is a file: choose a new or empty directory for --out")
+        try:
+            created = [each for each in (path, *path.parents) if not each.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            if any(not _is_leftover(file) for file in path.iterdir()):
+                raise UsageError(
+                    f"{path} is not empty: choose another --out, or continue it with "
+                    f"--resume {path}"
+                )
+            return cls(path, created, _open_locked(path / SAMPLES_FILE, path))
+        except OSError as error:
+            raise write_failure(path, error) from error
+
+    @classmethod
+    def take_free(cls, path: Path) -> NewDirectory:
+        """The same at ``path``, or the first of path-2, path-3, ... that does not exist."""
+        try:
+            created = [each for each in path.parents if not each.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            free, n = path, 1
+            while not _make(free):
+                n += 1
+                free = path.with_name(f"{path.name}-{n}")
+            return cls(free, [free, *created], _open_locked(free / SAMPLES_FILE, free))
+        except OSError as error:
+            raise write_failure(path, error) from error
+
+    def begin(self, run: Run) -> RunDirectory:
+        """Write run.json. Raises BackendError if the disk refuses."""
+        handle, self._handle = self._handle, None
+        if handle is None:
+            raise ValueError("a run was begun here already")
+        directory = RunDirectory(self.path, run, handle)
+        try:
+            directory.save(run)
+        except BackendError:
+            directory.close()
+            raise
+        return directory
+
+    def close(self) -> None:
+        if self._handle is None:
+            return
+        with contextlib.suppress(OSError):
+            (self.path / SAMPLES_FILE).unlink()
+            for path in self._created:
+                path.rmdir()
+        self._handle.close()
+        self._handle = None
+
+
+def _make(path: Path) -> bool:
+    """Make a directory, at which only one process can succeed."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _is_leftover(file: Path) -> bool:
+    """Does a start that was killed before run.json leave such a file?"""
+    if file.name == SAMPLES_FILE:
+        return not file.is_symlink() and file.stat().st_size == 0
+    return bool(_TEMPORARY.fullmatch(file.name))
 
 
 class RunDirectory:
@@ -54,19 +129,7 @@ class RunDirectory:
     @classmethod
     def create(cls, path: Path, run: Run) -> RunDirectory:
         """Start a run in a new or empty directory. Raises UsageError if it is neither."""
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file: choose a new or empty directory for --out")
-        if path.exists() and any(path.iterdir()):
-            raise UsageError(
-                f"{path} is not empty: choose another --out, or continue it with --resume {path}"
-            )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            directory = cls(path, run, _open_locked(path / SAMPLES_FILE, path))
-            directory.save(run)
-        except OSError as error:
-            raise write_failure(path, error) from error
-        return directory
+        return NewDirectory.take(path).begin(run)
 
     @classmethod
     def resume(cls, path: Path) -> tuple[RunDirectory, list[Sample]]:
@@ -78,7 +141,7 @@ class RunDirectory:
         handle = None
         try:
             handle = _open_locked(path / SAMPLES_FILE, path)
-            finished, end = _finished_trials(path)
+            finished, end = _finished_trials(path, run)
             handle.truncate(end)
         except (OSError, UsageError) as error:
             if handle is not None:
@@ -90,7 +153,7 @@ class RunDirectory:
 
     def append(self, samples: Iterable[Sample]) -> None:
         """Write one trial's samples, unbuffered. Raises BackendError if the disk refuses."""
-        rest = b"".join(_encode(sample) for sample in samples)
+        rest = b"".join(encode_line(sample) for sample in samples)
         try:
             while rest:
                 rest = rest[self._handle.write(rest) :]
@@ -101,6 +164,7 @@ class RunDirectory:
         """Replace run.json as a whole. Raises BackendError if the disk refuses."""
         self.run = run
         document = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(run)}
+        del document["flaws"]
         try:
             with replacing(self.path / RUN_FILE) as file:
                 json.dump(document, file, indent=2, ensure_ascii=False, allow_nan=False)
@@ -125,13 +189,13 @@ def replacing(path: Path) -> Iterator[TextIO]:
 @contextmanager
 def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
     """The same for a file that is not text."""
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, f"{path.name} is no file")
+    with _open_temporary(path) as file:
         temporary = Path(file.name)
         try:
-            yield file  # type: ignore[misc]
-            file.close()
+            yield file
+            file.flush()
             temporary.chmod(0o644)
             temporary.replace(path)
         except BaseException:
@@ -139,60 +203,96 @@ def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
+_TEMPORARY = re.compile(r"\.[\w.-]+\.\w{8}\.tmp")
+
+
+def _open_temporary(path: Path) -> BinaryIO:
+    """A new file beside ``path``, locked, so that what a killed process leaves can be told."""
+    while True:
+        file = tempfile.NamedTemporaryFile(  # noqa: SIM115 - the caller closes it
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+        )
+        with contextlib.suppress(OSError):  # Some file systems have no locks.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_nlink:  # Else it was taken for a leftover before the lock.
+            return file  # type: ignore[return-value]
+        file.close()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files in a run's folder whose processes were killed."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
+            with contextlib.suppress(OSError), open_file(path) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+
+
 def read_run(path: Path) -> Run:
-    """Read run.json. Raises UsageError if it is missing, unreadable or of a newer schema."""
+    """Read run.json. Raises UsageError if it is missing, unreadable or of another schema."""
     file = path / RUN_FILE
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        version = document.pop("schema_version")
+        document = parse_json(read_text(file))
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if type(version) is not int or version < 1:
+            raise ValueError(f"{version!r:.40} is no schema version")
         if version > SCHEMA_VERSION:
             raise UsageError(
-                f"{file} has schema version {version}; this ndcheck reads up to "
+                f"{file} has schema version {version:.40g}; this ndcheck reads up to "
                 f"{SCHEMA_VERSION}: upgrade ndcheck"
             )
-        spec = document.pop("spec")
-        engine = spec.get("engine")
-        endpoint = spec.get("endpoint")
-        document["changes"] = tuple(document.get("changes", ()))
-        return Run(
-            spec=RunSpec(
-                **{
-                    **_tupled(spec),
-                    "probes": tuple(Probe(**probe) for probe in spec["probes"]),
-                    "decoding": Decoding(**spec["decoding"]),
-                    "engine": Engine(**_tupled(engine)) if engine else None,
-                    "endpoint": Endpoint(**_tupled(endpoint)) if endpoint else None,
-                }
-            ),
-            environment=Environment(**document.pop("environment")),
-            **document,
-        )
+        return decode(Run, document)
     except FileNotFoundError:
-        raise UsageError(f"{path} holds no run: {RUN_FILE} is missing") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        begin = ""
+        if (path / SAMPLES_FILE).exists() and all(map(_is_leftover, path.iterdir())):
+            begin = f" (it was ended before its first trial: begin it again with --out {path})"
+        raise UsageError(f"{path} holds no run: {RUN_FILE} is missing{begin}") from None
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
 
 
 class SampleReader:
-    """Streams samples.jsonl; lines that cannot be read are skipped and named in ``bad_lines``."""
+    """Streams the samples of a run, the same ones each time.
 
-    def __init__(self, path: Path) -> None:
+    Lines that cannot be read, or that contradict the run, are left out and named in ``bad_lines``;
+    ``flaws`` are the sentences that `Run.flaws` holds. Both are those of the last full reading.
+    """
+
+    def __init__(self, path: Path, run: Run | None = None) -> None:
+        """Without ``run`` no sample is held against its plan."""
         self._file = path / SAMPLES_FILE
+        self._run = run
+        self._end: int | None = None
         self.bad_lines: list[str] = []
+        self.flaws: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Sample]:
         self.bad_lines.clear()
+        ledger = Ledger(self._run) if self._run is not None else None
         try:
-            with self._file.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
+            with open_file(self._file) as file:
+                # What a process that is still measuring adds would not be in the summary.
+                if self._end is None:
+                    self._end = os.fstat(file.fileno()).st_size
+                for number, line in enumerate(read_lines(file), 1):
                     try:
-                        yield _decode(line)
-                    except (ValueError, TypeError, KeyError, struct.error) as error:
-                        self.bad_lines.append(
-                            f"{self._file.name} line {number} is ignored: {_why(error)}"
-                        )
+                        sample = decode_line(line)
+                        reason = ledger.refuse(sample) if ledger is not None else None
+                    except ValueError as error:
+                        reason = str(error)
+                    if reason is None:
+                        yield sample
+                    else:
+                        name = f"{self._file.name} line {number}"
+                        self.bad_lines.append(f"{name} is ignored: {reason}")
+                    if file.tell() >= self._end:
+                        break
         except OSError as error:
             raise UsageError(f"{self._file} cannot be read: {error.strerror}") from error
+        if ledger is not None:
+            self.flaws = ledger.flaws(self.bad_lines)
 
 
 def failed_samples(trial: Trial, message: str, elapsed_s: float) -> list[Sample]:
@@ -204,7 +304,12 @@ def failed_samples(trial: Trial, message: str, elapsed_s: float) -> list[Sample]
 
 
 def _open_locked(file: Path, path: Path) -> io.FileIO:
-    handle = file.open("ab", buffering=0)
+    # A link would have another file written.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = io.FileIO(os.open(file, flags, 0o644), "ab")
+    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        handle.close()
+        raise OSError(errno.EINVAL, f"{file.name} is no file")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -213,24 +318,29 @@ def _open_locked(file: Path, path: Path) -> io.FileIO:
     return handle
 
 
-def _finished_trials(path: Path) -> tuple[list[Sample], int]:
+def _finished_trials(path: Path, run: Run) -> tuple[list[Sample], int]:
     """Samples of the complete trials at the head of the file, and the offset where they end."""
     finished: list[Sample] = []
     pending: list[Sample] = []
-    end = offset = 0
-    with (path / SAMPLES_FILE).open("rb") as lines:
-        for line in lines:
-            offset += len(line)
+    ledger = Ledger(run)
+    end = 0
+    with open_file(path / SAMPLES_FILE) as file:
+        lines = read_lines(file)
+        for number, line in enumerate(lines, 1):
+            offset = file.tell()
             try:
-                sample = _decode(line)
-            except (ValueError, TypeError, KeyError, struct.error) as error:
+                sample = decode_line(line)
+                reason = ledger.refuse(sample)
+            except ValueError as error:
+                reason = str(error)
                 if next(lines, None) is None:
                     break
+            if reason is not None:
                 # Cutting here would lose finished trials, so this is the user's to decide.
                 raise UsageError(
-                    f"{path / SAMPLES_FILE} is damaged before its end ({_why(error)}): "
+                    f"{path / SAMPLES_FILE} is damaged before its end (line {number}: {reason}): "
                     f"`ndcheck report {path}` reads the rest, a resume cannot"
-                ) from error
+                )
             pending.append(sample)
             if len(pending) == len(sample.load.slots):
                 finished += pending
@@ -242,54 +352,3 @@ def _finished_trials(path: Path) -> tuple[list[Sample], int]:
 def write_failure(path: Path, error: OSError) -> BackendError:
     """The one line that a user sees when the disk refuses."""
     return BackendError(f"cannot write to {path}: {error.strerror or error}")
-
-
-def _why(error: Exception) -> str:
-    return f"no field {error}" if isinstance(error, KeyError) else str(error)
-
-
-def _tupled(fields: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-
-
-def _encode(sample: Sample) -> bytes:
-    fields = {name: getattr(sample, name) for name in Sample.__dataclass_fields__}
-    load, witness = fields.pop("load"), fields.pop("witness")
-    logprobs = fields.pop("logprobs")
-    document = {
-        **fields,
-        **dataclasses.asdict(load),
-        **dataclasses.asdict(witness),
-        "fault": dataclasses.asdict(sample.fault) if sample.fault else None,
-        "logprob_bits": struct.pack(f">{len(logprobs)}f", *logprobs).hex(),
-        "margins": [m if math.isfinite(m) else None for m in sample.margins],
-        "row_digests": "".join(sample.row_digests),
-    }
-    # One line whatever the text holds: JSON escapes line feeds, and lone surrogates become \\uXXXX.
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
-    return text.encode("ascii") + b"\n"
-
-
-_LOAD_FIELDS = tuple(Load.__dataclass_fields__)
-_WITNESS_FIELDS = tuple(name for name in Witness.__dataclass_fields__ if name != "passes")
-
-
-def _decode(line: bytes) -> Sample:
-    fields = _tupled(json.loads(line))
-    load = Load(**{name: fields.pop(name) for name in _LOAD_FIELDS if name in fields})
-    passes = tuple(map(tuple, fields.pop("passes", ())))
-    known = {name: fields.pop(name) for name in _WITNESS_FIELDS if name in fields}
-    witness = Witness(**known, passes=passes)
-    bits = bytes.fromhex(fields.pop("logprob_bits"))
-    digests = fields.pop("row_digests")
-    fault = fields.pop("fault")
-    margins = fields.pop("margins")
-    return Sample(
-        load=load,
-        witness=witness,
-        fault=Fault(**fault) if fault else None,
-        logprobs=struct.unpack(f">{len(bits) // 4}f", bits),
-        margins=tuple(math.inf if m is None else m for m in margins),
-        row_digests=tuple(digests[i : i + 16] for i in range(0, len(digests), 16)),
-        **fields,
-    )

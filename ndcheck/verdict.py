@@ -56,39 +56,44 @@ class Judgement:
     probes: tuple[ProbeVerdict, ...]
 
 
+def run_doubts(run: Run) -> tuple[str, ...]:
+    """What keeps any of a run's probes from passing: how it ended, its backend, its samples."""
+    status = () if run.status == "finished" else (STATUS_REASONS[run.status],)
+    return (*status, *run.changes, *run.flaws)
+
+
 def judge(run: Run, summary: Summary) -> Judgement:
     """The run's verdict: FAIL over INCONCLUSIVE over PASS, over probes, arms and properties.
 
     Any divergence that was seen fails, asked for or not. A PASS needs evidence: every property
     asked for was tried, every batch was witnessed at the size asked for, nothing errored, the run
-    finished on the backend it began with, and the planted fault was caught. With both arms, stock
-    is the invariant arm's control too: where it did not fail, nothing is shown.
+    finished on the backend it began with, its samples are those that were planned, and the planted
+    fault was caught. With both arms, stock is the invariant arm's control too: where it did not
+    fail, nothing is shown.
     """
+    doubts = run_doubts(run)
     probes = tuple(judge_probe(probe, run.spec) for probe in summary.probes)
     failed_stock = {p.probe_id for p in probes if p.arm == "stock" and p.verdict.outcome == "FAIL"}
     if "stock" in run.spec.arms:
         probes = tuple(
-            p if p.arm == "stock" or p.probe_id in failed_stock else _without_stock_control(p)
+            p if p.arm == "stock" or p.probe_id in failed_stock else _weaken(p, STOCK_DID_NOT_FAIL)
             for p in probes
         )
+    if doubts:
+        probes = tuple(_weaken(p, *doubts) for p in probes)
     outcomes = [p.verdict for p in probes]
     reasons: list[str] = []
     if not probes:
         outcomes = [Verdict("INCONCLUSIVE", ("no sample was taken",))]
-    outcomes += [Verdict("INCONCLUSIVE", (doubt,)) for doubt in run_doubts(run)]
+    if doubts:
+        outcomes.insert(0, Verdict("INCONCLUSIVE", doubts))
     outcome = worst([v.outcome for v in outcomes])
     for verdict in outcomes:
         if verdict.outcome == outcome:
             reasons += [r for r in verdict.reasons if r not in reasons]
-    # A changed backend may explain a failure: that is said whatever the outcome.
-    reasons += [r for r in run.changes if r not in reasons]
+    # A changed backend may explain a failure, and so may what is missing: that is always said.
+    reasons += [r for r in (*run.changes, *run.flaws) if r not in reasons]
     return Judgement(Verdict(outcome, tuple(reasons)), probes)
-
-
-def run_doubts(run: Run) -> tuple[str, ...]:
-    """What keeps the run as a whole from passing, a sentence each."""
-    unfinished = () if run.status == "finished" else (STATUS_REASONS[run.status],)
-    return (*unfinished, *run.changes)
 
 
 def judge_probe(probe: ProbeSummary, spec: RunSpec) -> ProbeVerdict:
@@ -151,10 +156,11 @@ def judge_axis(axis: Axis, finding: AxisFinding | None, spec: RunSpec) -> Verdic
     return Verdict("PASS", (f"{axis}: 0 of {n} {noun} diverged",))
 
 
-def _without_stock_control(probe: ProbeVerdict) -> ProbeVerdict:
+def _weaken(probe: ProbeVerdict, *doubts: str) -> ProbeVerdict:
+    """A clean result that does not pass."""
     if probe.verdict.outcome != "PASS":
         return probe
-    reasons = (STOCK_DID_NOT_FAIL, *probe.verdict.reasons)
+    reasons = (*doubts, *probe.verdict.reasons)
     return replace(probe, verdict=Verdict("INCONCLUSIVE", reasons))
 
 

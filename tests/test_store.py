@@ -25,7 +25,10 @@ SERVER_RUN = Run(
     replace(DEFAULTS, endpoint=Endpoint("http://host/v1", header_names=("X-Team",))),
     Environment(), "", changes=("it changed",),
 )  # fmt: skip
-RUN = Run("r", "0.1.0", DEFAULTS, Environment(model={"digest": "d"}), "2026-11-24T00:00:00+00:00")
+RUN = Run(
+    "r", "0.1.0", DEFAULTS, Environment(model={"digest": "d"}), "2026-11-24T00:00:00+00:00",
+    n_trials_planned=3,
+)  # fmt: skip
 
 
 def make_sample(sample_id=0, slots=(0,), slot=0, trial_id=0, **changed):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
+import time
 from collections import deque
 from collections.abc import Iterable
+from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ndcheck.analysis.summary import Metrics
 from ndcheck.analysis.unique import Completions
+from ndcheck.errors import UsageError
+
+ANSWERS_TIMEOUT_S = 10.0
 
 
 class LogprobSums:
@@ -72,13 +78,14 @@ def measure(
     answer_pattern: str | None,
 ) -> Metrics:
     """All metrics of one probe in one arm. ``sums`` is None where there is no reference."""
-    answers = None
+    tar_a = None
     if answer_pattern is not None:
-        pattern = re.compile(answer_pattern)
-        answers = (_parse_answer(pattern, text) for text in completions.texts())
+        parse = _AnswerParser.of(answer_pattern)
+        with contextlib.suppress(TimeoutError):
+            tar_a = _agreement(map(parse, completions.texts()), completions.n_samples)
     return Metrics(
         tar_r=_agreement(completions.texts(), completions.n_samples),
-        tar_a=_agreement(answers, completions.n_samples),
+        tar_a=tar_a,
         div_index=_mean_divergence(completions),
         avg_std_top1_prob=sums.mean_std(common_prefix) if sums else None,
         k1_kl=sums.k1_kl() if sums else None,
@@ -96,10 +103,42 @@ def _agreement(answers: Iterable[str | None] | None, n_samples: int) -> float | 
     return float(all(answer == first for answer in answers))
 
 
-def _parse_answer(pattern: re.Pattern[str], text: str) -> str | None:
-    """Group 1 of the last match, or all of it where the pattern has no group."""
-    matches = deque(pattern.finditer(text), maxlen=1)
-    return matches[0][1 if pattern.groups else 0] if matches else None
+class _AnswerParser:
+    """Finds answers; a pattern that backtracks for ever is given up, once for all completions."""
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = compile_answer_pattern(pattern)
+        self._left_s = ANSWERS_TIMEOUT_S
+
+    @classmethod
+    @cache
+    def of(cls, pattern: str) -> _AnswerParser:
+        return cls(pattern)
+
+    def __call__(self, text: str) -> str | None:
+        """Group 1 of the last match, or all of it where the pattern has no group.
+
+        Raises TimeoutError where all texts together took too long.
+        """
+        if self._left_s <= 0:
+            raise TimeoutError
+        started = time.perf_counter()
+        try:
+            matches = deque(self._pattern.finditer(text, timeout=self._left_s), maxlen=1)
+        finally:
+            self._left_s -= time.perf_counter() - started
+        return matches[0][1 if self._pattern.groups else 0] if matches else None
+
+
+def compile_answer_pattern(pattern: str) -> Any:
+    """Raises UsageError for what is no regular expression."""
+    # The standard library's cannot be stopped.
+    import regex
+
+    try:
+        return regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise UsageError(f"--answer-pattern {pattern!r:.80}: {error}") from error
 
 
 def _mean_divergence(completions: Completions) -> float | None:

@@ -124,7 +124,8 @@ class Metrics:
     tar_r: float | None
     """TARr@N (Atil 2024): 1 if all N raw completions agree, else 0; a share over probes."""
     tar_a: float | None
-    """TARa@N (Atil 2024): the same for answers parsed by the run's answer pattern."""
+    """TARa@N (Atil 2024): the same for answers parsed by the run's answer pattern; None
+    where that takes too long."""
     div_index: float | None
     """Div_Index (Yuan 2025): mean first-divergence position over diverged samples."""
     avg_std_top1_prob: float | None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ndcheck import __version__
+from ndcheck.cli.boundary import FAILED, run_guarded
 from ndcheck.cli.compare import compare
 from ndcheck.cli.demo import demo
 from ndcheck.cli.doctor import doctor
@@ -21,10 +22,8 @@ from ndcheck.cli.run import run
 from ndcheck.cli.runs import runs
 from ndcheck.cli.shrink import shrink
 from ndcheck.cli.trace_command import trace
-from ndcheck.errors import NdcheckError
+from ndcheck.errors import NdcheckError, UsageError, doing
 from ndcheck.ranks import may_speak
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="ndcheck",
@@ -54,42 +53,54 @@ def root(
     """Measures, explains, fixes and gates nondeterminism in LLM inference."""
 
 
-for command in (run, report, trace, shrink, order, demo, gate, compare, runs, doctor):
+COMMANDS = {
+    command.__name__: command
+    for command in (run, report, trace, shrink, order, demo, gate, compare, runs, doctor)
+}
+for command in COMMANDS.values():
     app.command()(command)
 app.command(hidden=True)(mock_server)
 app.add_typer(kernels)
 
 
 def run_command_line(arguments: list[str]) -> int:
-    """The exit code; an error the user can act on becomes one line on stderr."""
+    """The exit code; whatever is raised becomes one line on stderr."""
+    return run_guarded(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
     # A CI job that is cancelled should leave the same partial report as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        # Completions hold any character; a terminal or a pipe may be limited to ASCII.
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    command = typer.main.get_command(app)
+    if "_NDCHECK_COMPLETE" in os.environ:
+        return _complete(command)
+    verb = next((argument for argument in arguments if argument in COMMANDS), "")
     try:
-        code = typer.main.get_command(app).main(arguments, "ndcheck", standalone_mode=False)
-        return int(code or 0)
+        # Not its main(), which turns a broken pipe and the end of a file into exit code 1.
+        with (
+            doing(f"ndcheck {verb}".strip()),
+            command.make_context("ndcheck", arguments) as context,
+        ):
+            command.invoke(context)
+    except typer.Exit as done:
+        return int(done.exit_code)
     except NdcheckError as error:
         if may_speak():
-            print_error(str(error))
+            raise
         return error.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader (head, less) has what it wanted; nothing more can be said on stdout.
-        sys.stderr.close()
-        return 0
     except Exception as error:
         # typer's own usage errors; its exception classes moved between versions.
         if not hasattr(error, "format_message"):
             raise
-        print_error(error.format_message() or "give a command; see ndcheck --help")
-        return int(getattr(error, "exit_code", 2))
+        message = error.format_message() or "give a command; see ndcheck --help"
+        raise UsageError(message) from error
+    return 0
 
 
-def print_error(message: str) -> None:
-    """One line, whatever the message holds."""
-    from ndcheck.reports.untrusted import visible
-
-    print(f"ndcheck: {visible(message)}", file=sys.stderr)  # noqa: T201
+def _complete(command: Any) -> int:
+    """What a shell asks for when a user presses the tab key."""
+    try:
+        command.main([], "ndcheck")
+    except SystemExit as done:
+        return FAILED if done.code else 0
+    return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -15,6 +15,7 @@ import typer
 
 from ndcheck import request
 from ndcheck.cli.session import note
+from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import UsageError
 from ndcheck.records import ARMS, Arm, Load, Probe, RunSpec
 from ndcheck.reports.explanation import save_explanation
@@ -120,6 +121,7 @@ def trace_run(
     directory: Path,
     sample_id: int | None,
     steps: list[int] | None,
+    given: Sequence[Given],
     *,
     with_swaps: bool,
     as_json: bool,
@@ -130,6 +132,7 @@ def trace_run(
 
     failure = find_failure(directory, sample_id)
     sample, what = failure.sample, "bits" if failure.is_latent else "tokens"
+    confirm(failure.run.spec, given, f"--run {directory}")
     spec = replace(failure.run.spec, arms=(sample.arm,))
     note(
         f"sample {sample.sample_id}: {what} differ from the reference at token "
@@ -207,7 +210,13 @@ def _trace(
 
 
 def shrink(
-    directory: Path, sample_id: int | None, out: Path | None, *, as_json: bool, quiet: bool
+    directory: Path,
+    sample_id: int | None,
+    out: Path | None,
+    given: Sequence[Given],
+    *,
+    as_json: bool,
+    quiet: bool,
 ) -> int:
     """Shrink a failing load and check the script that shows it. Returns the exit code."""
     from ndcheck.builtin import MODEL_DIRECTORY
@@ -220,6 +229,7 @@ def shrink(
     if failure.sample.arm != "stock":
         raise UsageError("shrink makes scripts of plain transformers: choose a stock --sample")
     spec = failure.run.spec
+    confirm(spec, given, f"--run {directory}")
     sampler = _open(spec, quiet=quiet)
 
     def show(n_tests: int, best: Batch) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import traceback
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
 
 from ndcheck.api import Run, find_run, measure_spec, save_baseline
+from ndcheck.cli.boundary import DEBUG, describe
 from ndcheck.cli.progress import ProgressLine
-from ndcheck.cli.session import note
+from ndcheck.cli.session import note, note_bad_lines
 from ndcheck.comparison import FAIL_ON, compare
 from ndcheck.config import Check, find_file, read_checks
-from ndcheck.errors import BackendError, NdcheckError, UsageError, did_you_mean
+from ndcheck.errors import UsageError, did_you_mean, doing
+from ndcheck.reading import exists
 from ndcheck.records import ARMS, RunSpec
 from ndcheck.reports.gate import (
     CheckResult,
@@ -30,12 +32,15 @@ from ndcheck.reports.gate import (
     print_gate,
 )
 from ndcheck.reports.junit import junit_xml
-from ndcheck.reports.reproduction import reproduce_command
+from ndcheck.reports.reproduction import argument, reproduce_command, resume_command
 from ndcheck.request import DEFAULTS, parse_names
 from ndcheck.rules import Rules, RuleSet, judge_gate
-from ndcheck.runner import RUNS_DIRECTORY, fit_spec, free_path, plan
+from ndcheck.runner import fit_spec, new_directory, plan
 from ndcheck.samplers.base import open_sampler
-from ndcheck.store import replacing, write_failure
+from ndcheck.store import RUN_FILE, replacing, write_failure
+
+SURVIVED = (Exception, SystemExit)
+"""What ends one check and not the gate: a library may end the process too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +109,19 @@ def judge_runs(
         raise UsageError("--save-baseline: give one RUN")
     results = []
     for path in paths:
-        run = Run(path)
-        for line in run.bad_lines:
-            note(line, quiet=False)
-        results.append(_judge(str(path), run, demands.over(rules, run.record.spec), folder))
-        if baseline_name is not None:
-            note(f"saved {save_baseline(run, baseline_name)}", quiet=False)
+        try:
+            with doing(f"judging {path}"):
+                run = Run(path)
+                note_bad_lines(run.bad_lines)
+                results.append(_judge(str(path), run, demands.over(rules, run.record.spec), folder))
+        except UsageError:
+            raise
+        except SURVIVED as error:
+            command = f"ndcheck gate {argument(str(path))}"
+            results.append(_failed(str(path), command, error))
+        else:
+            if baseline_name is not None:
+                note(f"saved {save_baseline(run, baseline_name)}", quiet=False)
     return results
 
 
@@ -126,29 +138,34 @@ def run_checks(
     rules = [demands.over(check.rules, check.spec) for check in checks]
     for check, demanded in zip(checks, rules, strict=True):
         _rehearse(check, demanded)
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is not None and exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: it is not empty; choose a new folder")
-    now = datetime.now(UTC)
     results = []
     for number, (check, demanded) in enumerate(zip(checks, rules, strict=True), 1):
-        path = free_path(RUNS_DIRECTORY / f"{now:%Y%m%d-%H%M%S}-{check.name}")
-        if out is not None:
-            path = out / check.name
+        new = new_directory(check.name, None if out is None else out / check.name)
+        path = new.path
         note(f"check {check.name} ({number} of {len(checks)}): {path}", quiet=quiet)
         try:
-            with ProgressLine(quiet=quiet) as progress:
-                run = measure_spec(check.spec, path, progress.show)
+            with closing(new), ProgressLine(quiet=quiet) as progress:
+                run = measure_spec(check.spec, new, progress.show)
+            results.append(_judge(check.name, run, demanded, check.file.parent))
         except KeyboardInterrupt:
-            note(f"interrupted; go on with: ndcheck run --resume {path}", quiet=False)
+            if (path / RUN_FILE).exists():
+                go_on = resume_command(check.spec, str(path))
+                note(f"interrupted; go on with: {go_on}", quiet=False)
             raise
         except UsageError as error:
             raise check.locate(error) from error
-        except NdcheckError as error:
-            command = reproduce_command(check.spec, DEFAULTS)
-            results.append(CheckResult(check.name, command, error=str(error)))
-        else:
-            results.append(_judge(check.name, run, demanded, check.file.parent))
+        except SURVIVED as error:
+            results.append(_failed(check.name, reproduce_command(check.spec, DEFAULTS), error))
     return results
+
+
+def _failed(name: str, command: str, error: BaseException) -> CheckResult:
+    """An error that ends this check and not the gate."""
+    if os.environ.get(DEBUG):
+        traceback.print_exception(error)
+    return CheckResult(name, command, error=describe(error))
 
 
 def publish(
@@ -169,13 +186,6 @@ def publish(
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in github_annotations(results):
             typer.echo(line, err=as_json)  # GitHub reads both streams
-    if junit is not None:
-        try:
-            junit.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(junit) as file:
-                file.write(junit_xml(results, inconclusive))
-        except OSError as error:
-            raise write_failure(junit, error) from error
     summary_page = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary_page:
         try:
@@ -183,6 +193,13 @@ def publish(
                 file.write(gate_markdown(results))
         except OSError as error:
             raise write_failure(Path(summary_page), error) from error
+    if junit is not None:
+        try:
+            junit.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(junit) as file:
+                file.write(junit_xml(results, inconclusive))
+        except OSError as error:
+            raise write_failure(junit, error) from error
     return code
 
 
@@ -210,7 +227,7 @@ def _rehearse(check: Check, rules: RuleSet) -> None:
             plan(spec, sampler)
     except UsageError as error:
         raise check.locate(error) from error
-    except BackendError:
+    except SURVIVED:
         pass  # the run itself will say so, as a result
 
 

@@ -66,13 +66,16 @@ def run(
     Without options: the embedded model, one prompt, stock and batch-invariant kernels, every
     invariance property, a minute or two.
     """
-    from ndcheck.cli import session
+    from ndcheck.cli import session, trust
 
     headers = parse_headers(header or ())
     if resume is not None:
-        also_accepted = {"header", "html", "plots", "json", "quiet"}
+        also_accepted = {*trust.PARAMETERS, "header", "html", "plots", "json", "quiet"}
         session.refuse_other_options(context, allowed={"resume", *also_accepted})
-        code = session.resume(resume, headers, as_json=json, quiet=quiet, html=html, plots=plots)
+        given = trust.given_options(context)
+        code = session.resume(
+            resume, headers, given, as_json=json, quiet=quiet, html=html, plots=plots
+        )
         raise typer.Exit(code)
     spec = make_spec(
         model=model,

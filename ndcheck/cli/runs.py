@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 import json as json_module
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ndcheck.cli import options as o
+
+if TYPE_CHECKING:
+    from ndcheck.verdict import Outcome
 
 
 def runs(
@@ -23,9 +28,10 @@ def runs(
     from rich.console import Console
 
     from ndcheck.errors import UsageError
+    from ndcheck.reading import exists
     from ndcheck.reports.listing import run_lines
 
-    if not folder.is_dir():
+    if not exists(folder) or not folder.is_dir():
         raise UsageError(f"{folder} is no directory of runs")
     found = sorted(_read(folder), key=lambda run: str(run["started_at"]), reverse=True)
     if json:
@@ -61,16 +67,39 @@ def _read(folder: Path) -> Iterator[dict[str, Any]]:
             "arms": list(run.spec.arms),
             "status": run.status,
             # The reports hold these: a run that was killed has none until `ndcheck report`.
-            "verdict": worst([row["verdict"] for row in rows]) if rows else None,  # type: ignore[misc]
-            "n_unique": max((int(row["n_unique"]) for row in rows), default=None),
-            "diverged_trials": sum(int(row["diverged_trials"]) for row in rows) if rows else None,
-            "n_trials": sum(int(row["n_trials"]) for row in rows) if rows else None,
+            "verdict": worst([row.verdict for row in rows]) if rows else None,
+            "n_unique": max((row.n_unique for row in rows), default=None),
+            "diverged_trials": sum(row.diverged_trials for row in rows) if rows else None,
+            "n_trials": sum(row.n_trials for row in rows) if rows else None,
         }
 
 
-def _read_summary(file: Path) -> list[dict[str, str]]:
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What is shown of a probe in an arm."""
+
+    verdict: Outcome
+    n_unique: int
+    diverged_trials: int
+    n_trials: int
+
+
+def _read_summary(file: Path) -> list[_Row]:
+    from ndcheck.cli.session import note
+    from ndcheck.reading import read_text
+
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            return list(csv.DictReader(lines))
-    except OSError:
+        rows = list(csv.DictReader(io.StringIO(read_text(file), newline="")))
+        return [_read_row(row) for row in rows]
+    except FileNotFoundError:
         return []
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        note(f"{file} cannot be read ({error}): ndcheck report writes it again", quiet=False)
+        return []
+
+
+def _read_row(row: dict[str, str]) -> _Row:
+    from ndcheck.verdict import EXIT_CODES
+
+    (verdict,) = (outcome for outcome in EXIT_CODES if outcome == row["verdict"])
+    return _Row(verdict, int(row["n_unique"]), int(row["diverged_trials"]), int(row["n_trials"]))

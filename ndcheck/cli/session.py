@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -14,29 +15,35 @@ import typer
 from ndcheck import environment
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.statistics import trials_needed
+from ndcheck.cli.boundary import INTERRUPTED
 from ndcheck.cli.progress import ProgressLine
-from ndcheck.errors import NdcheckError, UsageError
-from ndcheck.ranks import check_ranks, program, rank
+from ndcheck.cli.trust import Given, confirm
+from ndcheck.errors import NdcheckError, UsageError, doing
+from ndcheck.evidence import is_continued_by
+from ndcheck.ranks import check_ranks, rank
 from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
 from ndcheck.reports.explanation import read_advice
 from ndcheck.reports.plots import MAX_PROBES
+from ndcheck.reports.reproduction import resume_command
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import (
     NO_CACHE_CONTROL,
+    begin,
     capture,
-    create_directory,
     fit_spec,
+    new_directory,
     plan,
     run_trials,
+    slug,
 )
 from ndcheck.samplers.base import Sampler, open_sampler
 from ndcheck.store import RunDirectory, SampleReader, read_run, write_failure
 from ndcheck.verdict import EXIT_CODES, judge
 
-INTERRUPTED = 130
+MAX_BAD_LINES_SHOWN = 5
 
 
 def start(
@@ -54,7 +61,10 @@ def start(
     if rank() > 0:
         return follow(spec)
     check_plots(wanted=plots)
-    with closing(open_for_run(spec, headers, quiet=quiet)) as sampler:
+    with (
+        closing(new_directory(slug(spec.model), out)) as new,
+        closing(open_for_run(spec, headers, quiet=quiet)) as sampler,
+    ):
         spec = fit(spec, sampler, quiet=quiet)
         trials = plan(spec, sampler)
         if spec.target_rate:
@@ -64,22 +74,33 @@ def start(
                 f"{spec.target_rate:g} is excluded at {spec.confidence:.0%}",
                 quiet=quiet,
             )
-        with closing(create_directory(spec, sampler, trials, out)) as directory:
+        with closing(begin(new, spec, sampler, trials)) as directory:
             return measure(
                 directory, trials, sampler, [], as_json=as_json, quiet=quiet, html=html, plots=plots
             )
 
 
 def resume(
-    path: Path, headers: Mapping[str, str], *, as_json: bool, quiet: bool, html: bool, plots: bool
+    path: Path,
+    headers: Mapping[str, str],
+    given: Sequence[Given],
+    *,
+    as_json: bool,
+    quiet: bool,
+    html: bool,
+    plots: bool,
 ) -> int:
     """Go on with a run as it was. Returns the exit code."""
-    check_ranks(read_run(path).spec)
+    spec = read_run(path).spec
+    confirm(spec, given, f"--resume {path}")
+    check_ranks(spec)
     if rank() > 0:
-        return follow(read_run(path).spec)
+        return follow(spec)
     check_plots(wanted=plots)
     directory, finished = RunDirectory.resume(path)
-    spec = directory.run.spec
+    if directory.run.spec != spec:
+        directory.close()
+        raise UsageError(f"--resume {path}: its run.json was changed meanwhile")
     with closing(directory), closing(open_for_run(spec, headers, quiet=quiet)) as sampler:
         here = capture(spec, sampler)
         changed = environment.differences(directory.run.environment, here)
@@ -89,6 +110,11 @@ def resume(
                 f"({'; '.join(changed)}): start a new run"
             )
         trials = plan(spec, sampler)
+        if not is_continued_by(directory.run, finished, trials):
+            raise UsageError(
+                f"--resume {path}: ndcheck {directory.run.ndcheck_version} planned it otherwise: "
+                "start a new run"
+            )
         return measure(
             directory,
             trials,
@@ -113,7 +139,8 @@ def follow(spec: RunSpec) -> int:
 def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> Sampler:
     """The run's sampler, and what to know of it on stderr."""
     note(f"{'probing' if spec.endpoint else 'loading'} {spec.model}", quiet=quiet)
-    sampler = open_sampler(spec, headers=headers)
+    with doing(f"opening {spec.model}"):
+        sampler = open_sampler(spec, headers=headers)
     for line in sampler.notes:
         note(line, quiet=quiet)
     return sampler
@@ -142,7 +169,7 @@ def measure(
 ) -> int:
     """Run the trials and report, also on what there is when something ends the run early."""
     failure: NdcheckError | None = None
-    go_on = f"{program(directory.run.spec)} --resume {directory.path}"
+    go_on = resume_command(directory.run.spec, str(directory.path))
     try:
         with ProgressLine(quiet=quiet) as progress:
             run_trials(trials, sampler, directory, finished, progress.show)
@@ -164,10 +191,10 @@ def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bo
     from rich.console import Console
 
     check_plots(wanted=plots)
-    samples = SampleReader(path)
+    samples = SampleReader(path, run)
     summary = summarise(samples, run.spec)
-    for line in samples.bad_lines:
-        note(line, quiet=False)
+    note_bad_lines(samples.bad_lines)
+    run = replace(run, flaws=samples.flaws)
     judgement = judge(run, summary)
     advice = read_advice(path)
     try:
@@ -256,6 +283,14 @@ def check_plots(*, wanted: bool) -> None:
     """Raise UsageError before anything is measured if the plots could not be drawn."""
     if wanted and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plots needs matplotlib: pip install 'ndcheck[plots]'")
+
+
+def note_bad_lines(lines: Sequence[str]) -> None:
+    """The first few on stderr; the verdict's reasons hold their number."""
+    for line in lines[:MAX_BAD_LINES_SHOWN]:
+        note(line, quiet=False)
+    if len(lines) > MAX_BAD_LINES_SHOWN:
+        note(f"and {len(lines) - MAX_BAD_LINES_SHOWN} more lines", quiet=False)
 
 
 def note(line: str, *, quiet: bool) -> None:

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from ndcheck.cli import options as o
+from ndcheck.request import DEFAULTS
 
 
 def shrink(
+    context: typer.Context,
     run: Annotated[Path, typer.Option("--run", help="The run that failed.", metavar="DIR")],
     sample: Annotated[
         int | None,
@@ -26,6 +28,8 @@ def shrink(
             "--out", help="Where the script goes [default: DIR/repro.py].", metavar="FILE"
         ),
     ] = None,
+    attn: o.Attention = DEFAULTS.attention,
+    trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -33,6 +37,7 @@ def shrink(
 
     Exits with 1 where the script shows it, as it has then been run.
     """
-    from ndcheck.cli import explanation
+    from ndcheck.cli import explanation, trust
 
-    raise typer.Exit(explanation.shrink(run, sample, out, as_json=json, quiet=quiet))
+    given = trust.given_options(context)
+    raise typer.Exit(explanation.shrink(run, sample, out, given, as_json=json, quiet=quiet))

@@ -61,18 +61,24 @@ def trace(
     from dataclasses import replace
 
     from ndcheck import request
-    from ndcheck.cli import explanation, session
+    from ndcheck.cli import explanation, session, trust
     from ndcheck.errors import UsageError
     from ndcheck.records import Decoding
 
     steps = explanation.numbers("--step", step, least=0)
     if run is not None:
-        allowed = {"run", "sample", "step", "swaps", "json", "quiet"}
+        allowed = {*trust.PARAMETERS, "run", "sample", "step", "swaps", "json", "quiet"}
         session.refuse_other_options(context, allowed, "--run")
         given = context.get_parameter_source("step")
         chosen = steps if given is not None and given.name == "COMMANDLINE" else None
         code = explanation.trace_run(
-            run, sample, chosen, with_swaps=swaps, as_json=json, quiet=quiet
+            run,
+            sample,
+            chosen,
+            trust.given_options(context),
+            with_swaps=swaps,
+            as_json=json,
+            quiet=quiet,
         )
         raise typer.Exit(code)
     if sample is not None:

@@ -36,7 +36,7 @@ def find_failure(directory: Path, sample_id: int | None) -> Failure:
     probes = {probe.probe_id: probe for probe in run.spec.probes}
     references: dict[tuple[Arm, str], Sample] = {}
     best: Failure | None = None
-    for sample in SampleReader(directory):
+    for sample in SampleReader(directory, run):
         if sample.sample_id == sample_id and (sample.error or sample.axis == "control"):
             raise UsageError(f"--sample {sample_id} is a control or failed: choose another")
         if sample.error or sample.axis == "control":

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ndcheck.errors import UsageError
+from ndcheck.reading import decode, parse_json, read_text
+from ndcheck.records import Count
 from ndcheck.store import replacing, write_failure
 
 EXPLANATION_FILE = "explanation.json"
@@ -38,14 +41,26 @@ def read_advice(directory: Path) -> list[str]:
     """
     file = directory / EXPLANATION_FILE
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        sample_id = int(document["sample_id"])
-        return [
-            f"sample {sample_id}, token {int(step['step']) + 1}: {sentence}"
-            for step in document["steps"]
-            for sentence in step["advice"]
-        ]
+        explanation = decode(_Explanation, parse_json(read_text(file)))
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{file} cannot be read: {error}; delete it or trace again") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{file} cannot be read: {reason}; delete it or trace again") from error
+    return [
+        f"sample {explanation.sample_id}, token {step.step + 1}: {sentence}"
+        for step in explanation.steps
+        for sentence in step.advice
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    step: Count
+    advice: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Explanation:
+    sample_id: Count
+    steps: tuple[_Step, ...]

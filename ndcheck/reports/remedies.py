@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ndcheck.analysis.summary import Summary
-from ndcheck.ranks import program
 from ndcheck.records import AXES, Probe, Run, RunSpec
 from ndcheck.reports.phrases import percent
-from ndcheck.reports.reproduction import argument, wrapped_command
+from ndcheck.reports.reproduction import argument, resume_command, wrapped_command
 from ndcheck.verdict import Judgement
 
 SERVER_REMEDY = "Ask the server for batch-invariant kernels, or send one request at a time"
@@ -43,7 +42,7 @@ def remedies(
         found.append(Remedy(reason, tuple(wrapped_command(wanted, defaults, width, directory))))
 
     if run.status != "finished" and directory:
-        found.append(Remedy("Go on", (f"{program(spec)} --resume {argument(directory)}",)))
+        found.append(Remedy("Go on", (resume_command(spec, directory),)))
     if any(probe.n_errors for probe in summary.probes):
         found.append(Remedy("Why samples failed is in the error column of samples.csv", ()))
     failed = {

@@ -103,6 +103,34 @@ def _endpoint_options(endpoint: Endpoint | None) -> list[tuple[str, object, obje
     ]
 
 
+def trusted_options(spec: RunSpec) -> list[tuple[str, str]]:
+    """Options of a run that may run code, or say where and what is sent; a flag has no value."""
+    found = []
+    if spec.endpoint is not None:
+        found.append(("--endpoint", spec.endpoint.url))
+        if spec.endpoint.api_key_file is not None:
+            found.append(("--api-key-file", spec.endpoint.api_key_file))
+        found += [("--header", f"{name}: VALUE") for name in spec.endpoint.header_names]
+    if spec.engine is not None:
+        found += [("--engine-arg", argument) for argument in spec.engine.arguments]
+    if "/" in spec.attention:  # A kernel of the hub's.
+        found.append(("--attn", spec.attention))
+    if spec.trust_remote_code:
+        found.append(("--trust-remote-code", ""))
+    return found
+
+
+def shell_options(options: Iterable[tuple[str, str]]) -> str:
+    """Options as a shell reads them."""
+    return " ".join(f"{name} {argument(value)}" if value else name for name, value in options)
+
+
+def resume_command(spec: RunSpec, directory: str) -> str:
+    """The command that goes on with a run, with what only a command line may say."""
+    trusted = shell_options(trusted_options(spec))
+    return f"{program(spec)} --resume {argument(directory)} {trusted}".rstrip()
+
+
 def prompts_file(spec: RunSpec, defaults: RunSpec) -> str | None:
     """What the file holds that the command names; None if the command names none."""
     if spec.probes == defaults.probes or _fit_options(spec.probes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -16,7 +17,7 @@ from ndcheck.reports.markdown import markdown_report
 from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file
 from ndcheck.reports.tables import completion_tables, loads_table, sample_tables, summary_table
 from ndcheck.reports.untrusted import csv_text
-from ndcheck.store import replacing, replacing_bytes, write_failure
+from ndcheck.store import remove_leftovers, replacing, replacing_bytes, write_failure
 from ndcheck.verdict import Judgement
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def write_reports(
         "loads.csv": [loads_table(summary)],
         "summary.csv": [summary_table(summary, judgement)],
     }
+    remove_leftovers(directory)
+    remove_leftovers(directory / PLOTS_DIRECTORY)
     for name, parts in tables.items():
         with replacing(directory / name) as file:
             for index, part in enumerate(parts):
@@ -66,6 +69,8 @@ def write_reports(
 
         pictures = plot_files(figures, phrases.unit(run))
         (directory / PLOTS_DIRECTORY).mkdir(exist_ok=True)
+        if (directory / PLOTS_DIRECTORY).is_symlink():
+            raise OSError(errno.ELOOP, f"{PLOTS_DIRECTORY} is a link")
     prompts = prompts_file(run.spec, defaults)
     if prompts is not None:
         texts[PROMPTS_FILE] = prompts

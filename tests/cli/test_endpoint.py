@@ -38,7 +38,7 @@ def test_a_killed_server_keeps_what_is_finished_and_resumes(started, tmp_path):
     code, stdout, stderr = finish(run)
     assert code == 4
     assert stdout.startswith("INCONCLUSIVE")
-    assert "ndcheck run --resume run" in stderr
+    assert f"ndcheck run --resume run --endpoint {url}" in stderr
     assert "ndcheck: the server is gone: cannot connect to" in stderr
     before = samples.read_text().splitlines()
     assert 4 <= len(before) < 41
@@ -47,7 +47,7 @@ def test_a_killed_server_keeps_what_is_finished_and_resumes(started, tmp_path):
     port = url.rpartition(":")[2].removesuffix("/v1")
     again = started("mock-server", "--port", port)
     assert again.stdout.readline().strip() == url
-    code, stdout, stderr = finish(started("run", "--resume", "run"))
+    code, stdout, stderr = finish(started("run", "--resume", "run", "--endpoint", url))
     assert code == 0, stdout + stderr
     after = samples.read_text().splitlines()
     assert after[: len(before)] == before
@@ -74,7 +74,7 @@ def test_secrets_are_in_no_artifact(started, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["spec"]["endpoint"][
         "header_names"
     ] == ["X-Team"]
-    code, _, stderr = finish(started("run", "--resume", "run"))
+    code, _, stderr = finish(started("run", "--resume", "run", "--endpoint", url))
     assert code == 2
     assert "--header 'X-Team: VALUE'" in stderr
 

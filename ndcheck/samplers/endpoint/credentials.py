@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ndcheck.errors import UsageError
+from ndcheck.reading import read_text
 from ndcheck.records import Endpoint
 
 KEY_VARIABLES = ("NDCHECK_API_KEY", "OPENAI_API_KEY")
@@ -35,8 +36,8 @@ def _read_key(file: str | None) -> str | None:
     if file is None:
         return next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
     try:
-        key = Path(file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        key = read_text(Path(file)).strip()
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UsageError(f"--api-key-file {file}: {reason}") from error
     if not key:

@@ -14,7 +14,7 @@ from ndcheck.analysis.accumulate import summarise
 from ndcheck.environment import MUST_MATCH
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.records import Decoding, Engine, Fault, Load, Probe, Run, Trial
-from ndcheck.runner import create_directory, plan, run_trials
+from ndcheck.runner import begin, new_directory, plan, run_trials
 from ndcheck.samplers.engine.process import Worker
 from ndcheck.store import SampleReader, read_run
 from ndcheck.verdict import judge
@@ -32,7 +32,7 @@ def sample(sampler, spec, *arguments, **keywords):
 
 def measure(sampler, spec, out: Path) -> Run:
     trials = plan(spec, sampler)
-    directory = create_directory(spec, sampler, trials, out)
+    directory = begin(new_directory("run", out), spec, sampler, trials)
     try:
         return run_trials(trials, sampler, directory)
     finally:

@@ -1,0 +1,129 @@
+"""Where every command ends: one line on stderr and an exit code, whatever happened.
+
+1 says that nondeterminism was found, so nothing that nobody expected may end with it, and an output
+that nobody can read takes nothing away from a verdict. Imports the standard library alone, since
+what fails may be an import.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from ndcheck.errors import NdcheckError
+
+FAILED = 4
+INTERRUPTED = 130
+DEBUG = "NDCHECK_DEBUG"
+MAX_WORDS = 400
+
+
+def run_guarded(action: Callable[[], int]) -> int:
+    """What ``action`` returns, or the exit code of what it raised, said in one line."""
+    try:
+        return action()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BaseException as error:
+        if os.environ.get(DEBUG):
+            traceback.print_exception(error)
+        print_error(describe(error))
+        return error.exit_code if isinstance(error, NdcheckError) else FAILED
+
+
+def describe(error: BaseException) -> str:
+    """One line on what went wrong: an error of ours says it all, of others what to do is added."""
+    if isinstance(error, NdcheckError):
+        return str(error)
+    place = "".join(f"{note}: " for note in getattr(error, "__notes__", ())[:1])
+    if isinstance(error, OSError) and error.strerror:
+        file = f"{error.filename}: " if isinstance(error.filename, str) else ""
+        return f"{place}{file}{error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"{place}out of memory"
+    kind = type(error).__name__
+    words = " ".join(str(error).split())
+    if len(words) > MAX_WORDS:
+        words = f"{words[:MAX_WORDS]}..."
+    return (
+        f"{place}unexpected {kind}{f': {words}' if words else ''}; please report it with what the "
+        f"same command prints under {DEBUG}=1, and `ndcheck doctor`"
+    )
+
+
+def print_error(message: str) -> None:
+    """One line, whatever the message holds."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    print(f"ndcheck: {''.join(shown)}", file=sys.stderr)  # noqa: T201
+
+
+class Output(io.FileIO):
+    """A standard stream that never fails: what cannot be written is dropped, and why is kept."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        size = memoryview(data).nbytes
+        while self.failure is None:
+            try:
+                written = super().write(data)
+            except OSError as error:
+                self.failure = error
+            else:
+                if written is not None:
+                    return written
+                select.select([], [self], [])  # A pipe that does not block, and is full.
+        return size
+
+
+def main(action: Callable[[], int]) -> int:
+    """`run_guarded` for a whole process: its streams, its other threads, and Ctrl-C at its end."""
+    outputs = [_guard_stream(name, number) for name, number in (("stdout", 1), ("stderr", 2))]
+    lost: list[BaseException] = []
+    threading.excepthook = lambda hook: lost.append(hook.exc_value or SystemError("a thread died"))
+    if not os.environ.get(DEBUG):
+        sys.unraisablehook = lambda hook: None
+    code = run_guarded(action)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if lost and code in (0, 3):
+        code = run_guarded(lambda: _raise(lost[0]))
+    sys.stdout.flush()
+    failure = outputs[0].failure
+    # A reader that has left (head, less) has what it wanted.
+    if failure is not None and failure.errno != errno.EPIPE:
+        print_error(f"stdout: {failure.strerror}")
+        code = code if code == 1 else FAILED
+    sys.stderr.flush()
+    return code
+
+
+def _raise(error: BaseException) -> int:
+    raise error
+
+
+def _guard_stream(name: str, number: int) -> Output:
+    stream = getattr(sys, name)
+    if stream is None:
+        # Where it was closed, the next file to be opened would take its number.
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, number)
+        if descriptor != number:
+            os.close(descriptor)
+    output = Output(number, "wb", closefd=False)
+    guarded = io.TextIOWrapper(
+        io.BufferedWriter(output),
+        encoding=stream.encoding if stream is not None else "utf-8",
+        # Completions hold any character; a terminal or a pipe may be limited to ASCII.
+        errors="backslashreplace",
+        line_buffering=number == 2 or output.isatty(),
+    )
+    setattr(sys, name, guarded)
+    return output

@@ -1,0 +1,149 @@
+"""Is it the evidence that was planned? Each sample against its trial, and all trials at the end.
+
+A run's directory may be cut short, edited or put together from others. What contradicts the plan
+is left out and named, and what is left out or missing keeps a run from passing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+
+from ndcheck.records import Arm, Axis, Load, Run, Sample, Trial
+
+DIGITS_PER_TRIAL = 8
+MAX_NAMED = 5
+
+Planned = tuple[Arm, str, Axis, int | None, Load, int]
+"""What all samples of a trial have in common, and the id of its first."""
+
+
+class Ledger:
+    """Takes a run's samples in one by one, each only once."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._arms = set(run.spec.arms)
+        self._probes = {probe.probe_id for probe in run.spec.probes}
+        self._trials: dict[int, Planned] = {}
+        self._n_samples: dict[int, int] = {}
+        self._seen: set[int] = set()
+
+    def refuse(self, sample: Sample) -> str | None:
+        """Why a sample is no evidence of this run, or None, and then it is counted."""
+        reason = self._contradicts_itself(sample) or self._contradicts_its_trial(sample)
+        if reason is None and sample.sample_id in self._seen:
+            reason = f"sample {sample.sample_id} is there twice"
+        if reason is None:
+            self._seen.add(sample.sample_id)
+            self._n_samples[sample.trial_id] = self._n_samples.get(sample.trial_id, 0) + 1
+        return reason
+
+    def _contradicts_itself(self, sample: Sample) -> str | None:
+        load, n_tokens = sample.load, len(sample.token_ids)
+        if sample.arm not in self._arms:
+            return f"the run has no arm {sample.arm}"
+        if sample.probe_id not in self._probes:
+            return f"the run has no probe {sample.probe_id!r}"
+        if sample.slot not in load.slots:
+            return f"slot {sample.slot} is none of its load's"
+        rows = sorted(set(load.slots))
+        if len(rows) < len(load.slots) or rows[-1] >= load.batch_size:
+            return f"its load has {load.batch_size} rows and the slots {load.slots}"
+        if len(load.filler_lengths) != load.batch_size - len(rows):
+            return f"its load has {load.batch_size} rows and {len(load.filler_lengths)} fillers"
+        if sample.error is not None and n_tokens:
+            return "it has tokens and an error"
+        if len(sample.token_texts) != n_tokens:
+            return f"it has {n_tokens} tokens and the texts of {len(sample.token_texts)}"
+        for name in ("logprobs", "margins", "row_digests"):
+            n_values = len(getattr(sample, name))
+            if n_values not in (0, n_tokens):
+                return f"it has {n_tokens} tokens and the {name} of {n_values}"
+        return None
+
+    def _contradicts_its_trial(self, sample: Sample) -> str | None:
+        number, n_planned = sample.trial_id, self._run.n_trials_planned
+        if 0 < n_planned <= number:
+            return f"trial {number} was not planned: the run has {n_planned}"
+        first_sample_id = sample.sample_id - sample.load.slots.index(sample.slot)
+        planned = (
+            sample.arm,
+            sample.probe_id,
+            sample.axis,
+            sample.baseline,
+            sample.load,
+            first_sample_id,
+        )
+        known = self._trials.get(number)
+        if known is None:
+            at = number * DIGITS_PER_TRIAL
+            digest = self._run.trial_digests[at : at + DIGITS_PER_TRIAL]
+            if digest and digest != _digest(planned):
+                return f"trial {number} was planned otherwise"
+            self._trials[number] = planned
+        elif known != planned:
+            return f"it contradicts another sample of trial {number}"
+        return None
+
+    def flaws(self, bad_lines: Sequence[str]) -> tuple[str, ...]:
+        """What keeps the samples taken in from being all that was planned, a sentence each."""
+        run, found = self._run, []
+        if bad_lines:
+            found.append(f"lines of samples left out: {len(bad_lines)} (the first: {bad_lines[0]})")
+        if run.trial_digests and len(run.trial_digests) != DIGITS_PER_TRIAL * run.n_trials_planned:
+            found.append("run.json contradicts itself: it holds another number of trials")
+        short = [
+            number
+            for number, n_samples in sorted(self._n_samples.items())
+            if n_samples < len(self._trials[number][4].slots)
+        ]
+        if short:
+            found.append(f"trials without all of their samples: {_list(short)}")
+        # A run that was cut short says so itself, and where.
+        n_missing = run.n_trials_planned - len(self._n_samples)
+        if not run.n_trials_planned:
+            found.append("run.json does not say how many trials were planned")
+        elif run.status == "finished" and n_missing:
+            stopped = f" ({run.stop_reason})" if run.stop_reason else ""
+            found.append(
+                f"trials that are missing: {n_missing} of {run.n_trials_planned} planned{stopped}"
+            )
+        return tuple(found)
+
+
+def trial_digests(trials: Iterable[Trial]) -> str:
+    """What `Run.trial_digests` holds of a plan."""
+    ordered = sorted(trials, key=lambda trial: trial.trial_id)
+    return "".join(
+        _digest((t.arm, t.probe_id, t.axis, t.baseline, t.load, t.first_sample_id)) for t in ordered
+    )
+
+
+def is_continued_by(run: Run, finished: Iterable[Sample], trials: Sequence[Trial]) -> bool:
+    """Are ``trials`` the plan that the run began with, and its samples some of theirs?
+
+    A run that went on to confirm divergences holds more than it began with.
+    """
+    if run.trial_digests:
+        return run.trial_digests.startswith(trial_digests(trials))
+    if len(trials) != run.n_trials_planned:
+        return False
+    planned = {t.trial_id: (t.arm, t.probe_id, t.axis, t.baseline, t.load) for t in trials}
+    return all(
+        planned[s.trial_id] == (s.arm, s.probe_id, s.axis, s.baseline, s.load) for s in finished
+    )
+
+
+def _digest(planned: Planned) -> str:
+    *rest, load, first_sample_id = planned
+    # A field that a later version adds leaves the digests of earlier runs as they are.
+    varied = {f.name: v for f in fields(load) if (v := getattr(load, f.name)) != f.default}
+    text = repr((rest, varied, first_sample_id))
+    return hashlib.blake2b(text.encode(), digest_size=DIGITS_PER_TRIAL // 2).hexdigest()
+
+
+def _list(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:MAX_NAMED]))
+    return shown + (f" and {len(numbers) - MAX_NAMED} more" if len(numbers) > MAX_NAMED else "")

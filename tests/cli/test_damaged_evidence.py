@@ -1,0 +1,197 @@
+"""Samples that are missing, doubled, damaged or another run's never pass, whatever is asked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from xml.etree import ElementTree as ET
+
+import pytest
+
+OPTIONS = ("--loads", "1,4", "-n", "60", "--max-tokens", "8", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run that passes and one that fails, by what the scripted sampler plants."""
+    from ndcheck.cli.app import run_command_line
+
+    root = tmp_path_factory.mktemp("runs")
+    for name, code in (("clean", 0), ("batch-dependent", 1)):
+        options = ("--model", f"scripted:{name}", *OPTIONS, "--out", str(root / name))
+        assert run_command_line(["run", *options]) == code
+    return root
+
+
+@pytest.fixture
+def damaged(runs, tmp_path):
+    """``damaged(name, change)``: a copy whose samples, as dictionaries, went through ``change``."""
+
+    def damage(name, change):
+        path = tmp_path / name
+        shutil.copytree(runs / name, path)
+        file = path / "samples.jsonl"
+        samples = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = [s if isinstance(s, str) else json.dumps(s) for s in change(samples)]
+        file.write_text("".join(f"{line}\n" for line in lines))
+        return path
+
+    return damage
+
+
+def one(**changed):
+    """Changes the sample of a trial with one, neither the reference nor the control."""
+
+    def change(samples):
+        at = max(i for i, s in enumerate(samples) if s["axis"] == "slot")
+        samples[at] = {**samples[at], **changed}
+        return samples
+
+    return change
+
+
+def rename_key(samples, chosen=lambda sample: True):
+    return [
+        {("tokenIds" if chosen(s) and k == "token_ids" else k): v for k, v in s.items()}
+        for s in samples
+    ]
+
+
+def without_trials(n):
+    def change(samples):
+        last = samples[-1]["trial_id"]
+        return [s for s in samples if s["trial_id"] <= last - n]
+
+    return change
+
+
+DAMAGES = {
+    "one key renamed": (lambda s: [*s[:-1], *rename_key(s[-1:])], "lines of samples left out: 1"),
+    "a line of garbage": (lambda s: [*s, "garbage"], "lines of samples left out: 1"),
+    "a blank line": (lambda s: [*s, ""], "lines of samples left out: 1"),
+    "half a line": (lambda s: [*s[:-1], json.dumps(s[-1])[:50]], "lines of samples left out"),
+    "the last trials gone": (without_trials(5), "trials that are missing: 5 of"),
+    "one trial gone": (lambda s: [x for x in s if x["trial_id"] != 9], "missing: 1 of"),
+    "all gone": (lambda s: [], "trials that are missing"),
+    "the reference gone": (lambda s: [x for x in s if x["trial_id"] != 0], "missing: 1 of"),
+    "the control gone": (lambda s: [x for x in s if x["axis"] != "control"], "missing: 1 of"),
+    "every line twice": (lambda s: [x for x in s for _ in range(2)], "there twice"),
+    "one line twice": (lambda s: [*s, s[3]], "there twice"),
+    "one copy of a batch gone": (
+        lambda s: [x for x in s if not (len(x["slots"]) == 4 and x["slot"] == 1)],
+        "trials without all of their samples",
+    ),
+    "another arm": (one(arm="invariant"), "no arm invariant"),
+    "another probe": (one(probe_id="p9"), "no probe 'p9'"),
+    "another axis": (one(axis="run-to-run"), "planned otherwise"),
+    "a control": (one(axis="control"), "planned otherwise"),
+    "another load": (one(filler_seed=12345), "planned otherwise"),
+    "another batch size": (one(batch_size=1, slots=[0], slot=0, filler_lengths=[]), "otherwise"),
+    "another baseline": (one(baseline=None), "planned otherwise"),
+    "a slot outside the load": (one(slot=7), "slot 7 is none of its load's"),
+    "a trial beyond the plan": (one(trial_id=10**6), "trial 1000000 was not planned"),
+    "another sample's id": (one(sample_id=0), "otherwise"),
+    "more texts than tokens": (one(token_texts=["a"]), "8 tokens and the texts of 1"),
+    "fewer digests than tokens": (one(row_digests="0" * 16), "row_digests of 1"),
+    "digests that are no hex": (one(row_digests="x" * 128), "hexadecimal"),
+    "a token id beyond 31 bits": (one(token_ids=[2**31] * 8), "2147483648"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_evidence_never_passes(ndcheck_here, damaged, name):
+    change, reason = DAMAGES[name]
+    run = damaged("clean", change)
+    screen = ndcheck_here("report", run, "--html")
+    assert screen.returncode == 3, screen.stdout
+    assert screen.stdout.startswith("INCONCLUSIVE")
+    assert "Traceback" not in screen.stderr
+    document = json.loads(ndcheck_here("report", run, "--json").stdout)
+    assert document["verdict"] == "INCONCLUSIVE"
+    assert any(reason in sentence for sentence in document["reasons"]), document["reasons"]
+    assert all(probe["verdict"] == "INCONCLUSIVE" for probe in document["probes"])
+    assert "INCONCLUSIVE" in (run / "report.md").read_text()
+    assert "INCONCLUSIVE" in (run / "report.html").read_text()
+    with (run / "summary.csv").open(newline="") as rows:
+        assert [row["verdict"] for row in csv.DictReader(rows)] == ["INCONCLUSIVE"]
+    gate = ndcheck_here("gate", run, "--junit", "junit.xml")
+    assert gate.returncode == 3
+    lenient = ndcheck_here("gate", run, "--max-divergence-rate", "0.9", "--allow-latent")
+    assert lenient.returncode == 3
+    junit = ET.parse(run.parent / "junit.xml").getroot()
+    assert int(junit.get("errors")) >= 1
+    assert reason in ET.tostring(junit, "unicode")
+
+
+def test_the_same_runs_undamaged_are_judged(ndcheck_here, damaged):
+    assert ndcheck_here("gate", damaged("clean", list)).returncode == 0
+    assert ndcheck_here("gate", damaged("batch-dependent", list)).returncode == 1
+
+
+def test_a_failure_hidden_by_a_renamed_key_does_not_pass(ndcheck_here, damaged):
+    run = damaged(
+        "batch-dependent", lambda samples: rename_key(samples, lambda s: s["batch_size"] > 1)
+    )
+    assert ndcheck_here("gate", run).returncode == 3
+    assert ndcheck_here("report", run).returncode == 3
+
+
+def test_a_failure_that_is_left_stays_one_and_says_what_is_missing(ndcheck_here, damaged):
+    run = damaged("batch-dependent", without_trials(5))
+    assert ndcheck_here("gate", run).returncode == 1
+    document = json.loads(ndcheck_here("report", run, "--json").stdout)
+    assert document["verdict"] == "FAIL"
+    assert any("trials that are missing: 5 of" in reason for reason in document["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"status": "running"}, "still going on"),
+        ({"status": "interrupted"}, "interrupted"),
+        ({"n_trials_planned": 500}, "missing"),
+        ({"n_trials_planned": 3}, "was not planned"),
+        ({"n_trials_planned": 0}, "does not say how many"),
+        ({"trial_digests": "00000000"}, "planned otherwise"),
+    ],
+)
+def test_a_record_that_does_not_fit(ndcheck_here, damaged, changed, reason):
+    run = damaged("clean", list)
+    file = run / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    document = json.loads(ndcheck_here("report", run, "--json").stdout)
+    assert document["verdict"] == "INCONCLUSIVE"
+    assert any(reason in sentence for sentence in document["reasons"]), document["reasons"]
+    assert ndcheck_here("gate", run).returncode == 3
+
+
+def test_a_run_stopped_at_a_divergence_that_is_gone(ndcheck_here, damaged, tmp_path):
+    options = ("--model", "scripted:flaky", "--stop-on-divergence", *OPTIONS)
+    assert ndcheck_here("run", *options, "--out", "stopped").returncode == 1
+    file = tmp_path / "stopped" / "samples.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    done = ndcheck_here("gate", "stopped")
+    assert done.returncode == 3
+    assert "stopped at the first divergence" in " ".join(done.stdout.split())
+
+
+def test_a_comparison_with_damaged_samples_is_inconclusive(ndcheck_here, damaged, runs):
+    run = damaged("clean", without_trials(5))
+    options = ("--fail-on", "tokens,unique,rate")
+    assert ndcheck_here("compare", runs / "clean", runs / "clean", *options).returncode == 0
+    assert ndcheck_here("compare", run, runs / "clean", *options).returncode == 3
+
+
+def test_a_run_without_digests_is_held_to_itself(ndcheck_here, damaged):
+    """As runs from before they were kept have none."""
+    run = damaged("clean", lambda samples: [*samples, samples[-1]])
+    file = run / "run.json"
+    document = json.loads(file.read_text())
+    del document["trial_digests"]
+    file.write_text(json.dumps(document))
+    done = ndcheck_here("gate", run)
+    assert done.returncode == 3
+    lines = (run / "samples.jsonl").read_text().splitlines(keepends=True)
+    (run / "samples.jsonl").write_text("".join(lines[:-1]))
+    assert ndcheck_here("gate", run).returncode == 0
