@@ -67,14 +67,16 @@ def judge(run: Run, summary: Summary) -> Judgement:
         outcomes = [Verdict("INCONCLUSIVE", ("no sample was taken",))]
     if run.status != "finished":
         outcomes.append(Verdict("INCONCLUSIVE", (STATUS_REASONS[run.status],)))
-    if run.changes:
-        outcomes.append(Verdict("INCONCLUSIVE", run.changes))
+    of_server = (c for p in summary.probes if p.serving for c in p.serving.changes)
+    changes = tuple(dict.fromkeys((*run.changes, *of_server)))
+    if changes:
+        outcomes.append(Verdict("INCONCLUSIVE", changes))
     outcome = worst([v.outcome for v in outcomes])
     for verdict in outcomes:
         if verdict.outcome == outcome:
             reasons += [r for r in verdict.reasons if r not in reasons]
     # A changed backend may explain a failure: that is said whatever the outcome.
-    reasons += [r for r in run.changes if r not in reasons]
+    reasons += [r for r in changes if r not in reasons]
     return Judgement(Verdict(outcome, tuple(reasons)), probes)
 
 
@@ -85,6 +87,7 @@ def judge_probe(probe: ProbeSummary, spec: RunSpec) -> ProbeVerdict:
         axis: judge_axis(axis, findings.get(axis), spec) for axis in spec.axes
     }
     doubts = [reason for reason in (check(probe) for check in DOUBTS) if reason]
+    doubts += probe.serving.doubts if probe.serving else ()
     outcome = worst([v.outcome for v in axes.values()])
     if outcome == "PASS" and doubts:
         outcome = "INCONCLUSIVE"
@@ -119,9 +122,11 @@ def _lacks_control(probe: ProbeSummary) -> str | None:
     if probe.control.n_trials == 0:
         return "no control ran, so nothing shows that a divergence would have been seen"
     if probe.control.n_caught < probe.control.n_trials:
+        is_short = any(completion.n_tokens < 2 for completion in probe.completions[:1])
+        why = " (a completion of one token is too short for it)" if is_short else ""
         return (
             f"the planted fault was caught in {probe.control.n_caught} of "
-            f"{probe.control.n_trials} controls (a completion of one token is too short for it)"
+            f"{probe.control.n_trials} controls{why}"
         )
     return None
 

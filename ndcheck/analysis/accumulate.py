@@ -134,6 +134,7 @@ def _summarise_probe(
         control=ControlFinding(len(group.controls), sum(group.controls.values())),
         tree=tree,
         metrics=measure(completions, common_prefix, group.logprob_sums, spec.answer_pattern),
+        serving=group.serving.finding(sets_batch_size=exactly) if spec.endpoint else None,
     )
 
 

@@ -20,6 +20,7 @@ from ndcheck.analysis.divergence import (
     read_stream,
 )
 from ndcheck.analysis.metrics import LogprobSums
+from ndcheck.analysis.serving import Serving
 from ndcheck.analysis.unique import Interner
 from ndcheck.records import Arm, Axis, CacheState, Fault, RunSpec, Sample
 
@@ -102,6 +103,7 @@ class Group:
         self.controls: dict[int, bool] = {}
         """Whether the planted fault was caught, by trial."""
         self.kinds: dict[LoadKind, int] = {}
+        self.serving = Serving()
         self._waiting: list[tuple[int, Sample]] | None = []
         self._trial: int | None = None
         self._load_columns: tuple[int, ...] = ()
@@ -141,6 +143,8 @@ class Group:
         if sample.trial_id != self._trial:
             self._trial = sample.trial_id
             self._load_columns = self._read_load(sample)
+        if sample.witness.connection:
+            self.serving.add(sample)
         achieved = sample.witness.achieved_batch_size
         origin = (
             index,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ndcheck.analysis.serving import ServingFinding
 from ndcheck.analysis.tree import Fork
 from ndcheck.records import Arm, Axis, CacheState
 
@@ -165,6 +166,8 @@ class ProbeSummary:
     control: ControlFinding
     tree: Fork | None
     metrics: Metrics
+    serving: ServingFinding | None = None
+    """Of a server's answers; None where the model ran in this process."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ def follow(spec: RunSpec) -> int:
 def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> Sampler:
     """The run's sampler, and what to know of it on stderr."""
     note(f"{'probing' if spec.endpoint else 'loading'} {spec.model}", quiet=quiet)
-    sampler = open_sampler(spec, headers=headers)
+    sampler = open_sampler(spec, headers=headers, say=lambda line: note(line, quiet=quiet))
     for line in sampler.notes:
         note(line, quiet=quiet)
     return sampler
