@@ -33,6 +33,10 @@ class ReachedBatch:
         return sum(n for size, n in self.tokens_by_size if size >= self.asked)
 
     @property
+    def n_alone(self) -> int:
+        return sum(n for size, n in self.tokens_by_size if size <= 1)
+
+    @property
     def distribution(self) -> str:
         """The sizes that ran, each with its share of the tokens."""
         total = self.n_tokens
@@ -99,8 +103,14 @@ class ServingFinding:
                 f"{self.n_trials} trials came through {self.n_connections} connections: no more "
                 "than so many draws of a replica"
             )
-        for batch in self.reached if self.sets_batch_size else ():
-            if 2 * batch.n_full < batch.n_tokens:
+        for batch in self.reached:
+            if not self.sets_batch_size:
+                if 2 * batch.n_alone >= batch.n_tokens:
+                    found.append(
+                        f"of {batch.n_tokens} tokens with up to {batch.asked} requests by these "
+                        f"arrivals, most ran alone: batches of {batch.distribution}"
+                    )
+            elif 2 * batch.n_full < batch.n_tokens:
                 found.append(
                     f"thinner than asked for at most tokens: of {batch.n_tokens} with "
                     f"{batch.asked} in flight, batches of {batch.distribution}"
