@@ -180,6 +180,12 @@ async def open_server(
         )
         n_others = await _vary_limit(spec, dialect, client, capabilities)
     except RequestFailure as failure:
+        if (
+            failure.status is not None
+            and 400 <= failure.status < 500
+            and failure.status not in BUSY
+        ):
+            raise await _explain(failure, spec, transport) from failure
         raise BackendError(f"--endpoint {transport.base}: {failure}") from failure
     metrics = MetricsWitness(transport, gauge) if gauge else None
     return Server(spec, identity, dialect, client, capabilities, metrics, cache, n_others)
@@ -203,9 +209,7 @@ async def _find_capabilities(
         except RequestFailure as failure:
             if dialect.take_hint(str(failure)):
                 continue
-            if failure.status is None or not 400 <= failure.status < 500 or failure.is_temporary:
-                raise
-            raise await _explain(failure, spec, transport) from failure
+            raise
     if not first.text and not first.token_ids:
         empty = EMPTY.format(first.n_reasoning_tokens or first.n_tokens or n_tokens)
         raise UsageError(f"--endpoint {transport.base} --model {spec.model}: {empty}")
