@@ -140,11 +140,16 @@ class Witness:
 
     ``achieved_batch_size`` is the smallest number of rows any forward pass of the trial had; under
     continuous batching the largest that the sample's own steps had, the least of the trial's
-    samples, and ``step_batch_sizes`` is the number at each token of this sample.
+    samples, and ``step_batch_sizes`` is the number at each token of this sample; of a server's
+    answer the one that more than half of its tokens had at least, the least of the trial's.
     ``override_fires`` counts the ops that an invariant implementation computed;
     ``out_of_memory_at`` is the last batch size that did not fit, before it was halved.
     ``passes`` is what an engine's scheduler did: in order, how many equal passes, and of each its
     rows, its tokens, and the requests then running, waiting and preempted.
+
+    Of a server's answer: the ``connection`` that it came through, its ``response_id`` where these
+    tell answers apart, the server's ``fingerprint``, a digest of the tokens' names, and
+    ``is_replayed``: it came sooner than a first token can. Empty where unknown.
     """
 
     achieved_batch_size: Count | None
@@ -154,6 +159,11 @@ class Witness:
     step_batch_sizes: tuple[Count, ...] = ()
     out_of_memory_at: Count | None = None
     passes: tuple[tuple[Seed, ...], ...] = ()
+    connection: str = ""
+    response_id: str = ""
+    fingerprint: str = ""
+    names_digest: str = ""
+    is_replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

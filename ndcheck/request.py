@@ -287,7 +287,7 @@ def _check_endpoint(endpoint: Endpoint) -> None:
     try:
         parts = urlsplit(endpoint.url)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
-        has_secret = bool(parts.username or parts.password or parts.query or parts.fragment)
+        has_secret = bool("@" in endpoint.url or parts.query or parts.fragment)
         is_address = is_address and (parts.port is None or parts.port > 0)
     except ValueError:
         is_address = has_secret = False
@@ -297,9 +297,9 @@ def _check_endpoint(endpoint: Endpoint) -> None:
             "in NDCHECK_API_KEY or with --api-key-file, other secrets with --header"
         )
     if not is_address or not endpoint.url.isprintable():
+        # Not repeated: an address that cannot be read may hold a password anywhere.
         raise UsageError(
-            f"--endpoint {endpoint.url}: give the address of an OpenAI API, such as "
-            "http://127.0.0.1:8000/v1"
+            "--endpoint: give the address of an OpenAI API, such as http://127.0.0.1:8000/v1"
         )
     if parse_arrival(endpoint.arrival) is None:
         raise UsageError(

@@ -12,7 +12,6 @@ from ndcheck.comparison import Comparison, FailOn, judge_comparison
 from ndcheck.errors import UsageError
 from ndcheck.records import AXES, Arm, Axis, Run, RunSpec
 from ndcheck.verdict import (
-    DOUBTS,
     STOCK_DID_NOT_FAIL,
     Outcome,
     Verdict,
@@ -20,7 +19,9 @@ from ndcheck.verdict import (
     judge_divergence,
     judge_probe,
     judged_axes,
+    probe_doubts,
     run_doubts,
+    server_changes,
     worst,
 )
 
@@ -168,7 +169,7 @@ def judge_gate(
 
     ``comparison`` is of the baseline (A) with this run (B), where the rules name a baseline.
     """
-    rulings = list(_judge_run(run, rules, comparison))
+    rulings = list(_judge_run(run, summary, rules, comparison))
     judged = rules.arms or run.spec.arms
     probes = [probe for probe in summary.probes if probe.arm in judged]
     for probe in probes:
@@ -185,8 +186,10 @@ def judge_gate(
     return GateVerdict(worst([r.verdict.outcome for r in rulings]), tuple(rulings))
 
 
-def _judge_run(run: Run, rules: RuleSet, comparison: Comparison | None) -> Iterator[Ruling]:
-    doubts = run_doubts(run)
+def _judge_run(
+    run: Run, summary: Summary, rules: RuleSet, comparison: Comparison | None
+) -> Iterator[Ruling]:
+    doubts = (*run_doubts(run), *server_changes(summary))
     if doubts:
         yield Ruling("evidence", None, None, None, Verdict("INCONCLUSIVE", doubts))
     if rules.baseline is None:
@@ -238,7 +241,7 @@ def _judge_probe(
 def _judge_evidence(
     probe: ProbeSummary, stock: ProbeSummary | None, spec: RunSpec, rules: Rules
 ) -> Verdict:
-    doubts = [reason for check in DOUBTS if (reason := check(probe))]
+    doubts = probe_doubts(probe)
     control = "the planted fault was caught"
     if probe.arm == "invariant" and stock is not None:
         asked = replace(spec, allow_latent=_allows_latent(rules, spec))

@@ -62,6 +62,12 @@ def run_doubts(run: Run) -> tuple[str, ...]:
     return (*status, *run.changes, *run.flaws)
 
 
+def server_changes(summary: Summary) -> tuple[str, ...]:
+    """What the answers say of a server that was not one and the same, a sentence each."""
+    changes = (c for probe in summary.probes if probe.serving for c in probe.serving.changes)
+    return tuple(dict.fromkeys(changes))
+
+
 def judge(run: Run, summary: Summary) -> Judgement:
     """The run's verdict: FAIL over INCONCLUSIVE over PASS, over probes, arms and properties.
 
@@ -71,7 +77,7 @@ def judge(run: Run, summary: Summary) -> Judgement:
     fault was caught. With both arms, stock is the invariant arm's control too: where it did not
     fail, nothing is shown.
     """
-    doubts = run_doubts(run)
+    doubts = (*run_doubts(run), *server_changes(summary))
     probes = tuple(judge_probe(probe, run.spec) for probe in summary.probes)
     failed_stock = {p.probe_id for p in probes if p.arm == "stock" and p.verdict.outcome == "FAIL"}
     if "stock" in run.spec.arms:
@@ -92,7 +98,7 @@ def judge(run: Run, summary: Summary) -> Judgement:
         if verdict.outcome == outcome:
             reasons += [r for r in verdict.reasons if r not in reasons]
     # A changed backend may explain a failure, and so may what is missing: that is always said.
-    reasons += [r for r in (*run.changes, *run.flaws) if r not in reasons]
+    reasons += [r for r in (*run.changes, *server_changes(summary), *run.flaws) if r not in reasons]
     return Judgement(Verdict(outcome, tuple(reasons)), probes)
 
 
@@ -101,7 +107,7 @@ def judge_probe(probe: ProbeSummary, spec: RunSpec) -> ProbeVerdict:
     findings = {finding.axis: finding for finding in probe.axes}
     axes = {axis: judge_axis(axis, findings.get(axis), spec) for axis in judged_axes(probe, spec)}
     divergence = judge_divergence(probe, allow_latent=spec.allow_latent)
-    doubts = [reason for check in DOUBTS if (reason := check(probe))]
+    doubts = probe_doubts(probe)
     outcome = worst([divergence.outcome, *(v.outcome for v in axes.values())])
     if outcome == "PASS" and doubts:
         outcome = "INCONCLUSIVE"
@@ -203,6 +209,12 @@ def _lacks_comparison(probe: ProbeSummary) -> str | None:
 
 DOUBTS = (_has_errors, _lacks_comparison, _lacks_witness, _lacks_control)
 """Rules that keep a clean result from passing; each returns a reason or None."""
+
+
+def probe_doubts(probe: ProbeSummary) -> list[str]:
+    """What keeps a clean result from passing, a sentence each."""
+    doubts = [reason for check in DOUBTS if (reason := check(probe))]
+    return doubts + list(probe.serving.doubts if probe.serving else ())
 
 
 def worst(outcomes: list[Outcome]) -> Outcome:

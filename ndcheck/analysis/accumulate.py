@@ -121,6 +121,11 @@ def _summarise_probe(
     low, high = clopper_pearson(n_diverged, n_draws, spec.confidence)
     unseen_mass, n_kinds = _estimate_unseen(trials, completions)
     exactly = spec.endpoint is None or spec.endpoint.sets_batch_size
+    serving = group.serving.finding(sets_batch_size=exactly) if spec.endpoint else None
+    is_witnessed = trials.is_witnessed(exactly=exactly)
+    if serving is not None and not exactly:
+        # Whom an open loop brings together is judged over all of its trials.
+        is_witnessed = trials.column("achieved") > 0
     elapsed_s = float(trials.elapsed_s.sum())
     n_tokens = int((completions.counts * completions.lengths).sum())
     return ProbeSummary(
@@ -140,7 +145,7 @@ def _summarise_probe(
         confidence=spec.confidence,
         unseen_mass=unseen_mass,
         chao1=n_kinds,
-        unwitnessed_trials=int((compared & ~trials.is_witnessed(exactly=exactly)).sum()),
+        unwitnessed_trials=int((compared & ~is_witnessed).sum()),
         elapsed_s=elapsed_s,
         tokens_per_s=n_tokens / elapsed_s if elapsed_s else None,
         slowdown_vs_stock=_slowdown(trials, stock.trials) if stock else None,
@@ -155,6 +160,7 @@ def _summarise_probe(
         diverged_draws=n_diverged,
         latent_draws=n_latent,
         n_unique_bits=count_bit_patterns(trials.rows, len(completions)),
+        serving=serving,
     )
 
 

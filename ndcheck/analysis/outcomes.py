@@ -23,6 +23,7 @@ from ndcheck.analysis.divergence import (
     read_stream,
 )
 from ndcheck.analysis.metrics import LogprobSums
+from ndcheck.analysis.serving import Serving
 from ndcheck.analysis.unique import Interner
 from ndcheck.records import Arm, Axis, CacheState, Fault, Load, RunSpec, Sample
 
@@ -126,6 +127,7 @@ class Group:
         self._alone_trials: set[int] = set()
         self._alone_samples: dict[tuple[int, int, int], Sample] = {}
         """The first sample of each completion and bits that the probe gave alone."""
+        self.serving = Serving()
         self._waiting: list[tuple[int, Sample]] = []
         self._trial: int | None = None
         self._load_columns: tuple[int, ...] = ()
@@ -194,6 +196,8 @@ class Group:
         if sample.trial_id != self._trial:
             self._trial = sample.trial_id
             self._load_columns = self._read_load(sample)
+        if sample.witness.connection:
+            self.serving.add(sample)
         achieved = sample.witness.achieved_batch_size
         origin = (
             index,

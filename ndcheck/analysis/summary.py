@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ndcheck.analysis.serving import ServingFinding
 from ndcheck.analysis.tree import Fork
 from ndcheck.records import Arm, Axis, CacheState
 
@@ -190,6 +191,8 @@ class ProbeSummary:
     diverged_draws: int
     latent_draws: int
     n_unique_bits: int
+    serving: ServingFinding | None = None
+    """Of a server's answers; None where the model ran in this process."""
 
     @property
     def has_diverged(self) -> bool:

@@ -140,7 +140,7 @@ def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> S
     """The run's sampler, and what to know of it on stderr."""
     note(f"{'probing' if spec.endpoint else 'loading'} {spec.model}", quiet=quiet)
     with doing(f"opening {spec.model}"):
-        sampler = open_sampler(spec, headers=headers)
+        sampler = open_sampler(spec, headers=headers, say=lambda line: note(line, quiet=quiet))
     for line in sampler.notes:
         note(line, quiet=quiet)
     return sampler

@@ -119,14 +119,24 @@ class MockServer:
 
     async def _generate(self, writer: asyncio.StreamWriter, fields: Json) -> None:
         n = int(fields["sampling_params"]["max_new_tokens"])
+        n_prompt = len(fields["text"].split())
+        streamed = bool(fields.get("stream"))
         tokens: list[Token] = []
-        n_cached = 0
+        content: Json = {}
+        if streamed:
+            writer.write(_head("text/event-stream"))
         async for request, token in self._tokens(fields["text"], n, fields):
             tokens.append(token)
-            n_cached = len(fields["text"].split()) if request.is_cached else 0
-        counts = shapes.usage(len(fields["text"].split()), n, n_cached)
-        content = json.dumps(shapes.generated(tokens, counts)).encode()
-        _send(writer, 200, "application/json", content)
+            n_cached = n_prompt if request.is_cached else 0
+            content = shapes.generated(tokens, n, shapes.usage(n_prompt, len(tokens), n_cached))
+            if streamed:
+                _write(writer, _event(content))
+                await writer.drain()
+        if streamed:
+            _write(writer, b"data: [DONE]\n\n")
+            writer.write(b"0\r\n\r\n")
+        else:
+            _send(writer, 200, "application/json", json.dumps(content).encode())
 
     async def _answer(
         self, writer: asyncio.StreamWriter, fields: Json, chat: bool, fault: str
@@ -136,9 +146,7 @@ class MockServer:
         n_asked = int(fields.get("max_completion_tokens") or fields["max_tokens"])
         n = max(1, n_asked - 1) if fault == "short" else n_asked
         fingerprint = "fp_other" if fault == "fingerprint" else FINGERPRINT
-        kind = "text/event-stream" if streamed else "application/json"
-        head = f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ntransfer-encoding: chunked\r\n\r\n"
-        writer.write(head.encode())
+        writer.write(_head("text/event-stream" if streamed else "application/json"))
         tokens: list[Token] = []
         n_cached = 0
         async for request, token in self._tokens(prompt, n, fields):
@@ -208,6 +216,12 @@ async def _break(writer: asyncio.StreamWriter, fault: str, event: bytes) -> bool
             await writer.drain()
     writer.write(b"0\r\n\r\n")
     return True
+
+
+def _head(kind: str) -> bytes:
+    """Of an answer in chunks."""
+    head = f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ntransfer-encoding: chunked\r\n\r\n"
+    return head.encode()
 
 
 def _event(document: Json) -> bytes:

@@ -62,13 +62,14 @@ def usage(n_prompt: int, n_tokens: int, n_cached: int) -> Json:
     }
 
 
-def generated(tokens: list[Token], counts: Json) -> Json:
-    """SGLang's answer to ``/generate``, and with ``return_logprob``."""
+def generated(tokens: list[Token], max_tokens: int, counts: Json) -> Json:
+    """SGLang's answer to ``/generate``, and with ``return_logprob``; streamed, the one so far."""
+    is_end = len(tokens) == max_tokens
     return {
         "text": "".join(token.text for token in tokens),
         "output_ids": [token.token_id for token in tokens],
         "meta_info": {
-            "finish_reason": {"type": "length", "length": len(tokens)},
+            "finish_reason": {"type": "length", "length": len(tokens)} if is_end else None,
             "prompt_tokens": counts["prompt_tokens"],
             "completion_tokens": counts["completion_tokens"],
             "cached_tokens": counts["prompt_tokens_details"]["cached_tokens"],

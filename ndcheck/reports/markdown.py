@@ -7,7 +7,7 @@ from itertools import islice
 
 from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
 from ndcheck.records import Arm, Run, RunSpec
-from ndcheck.reports import phrases
+from ndcheck.reports import phrases, serving
 from ndcheck.reports.branches import tree_lines
 from ndcheck.reports.claims import claims, exclusions
 from ndcheck.reports.document import published
@@ -113,6 +113,9 @@ def _probe(
     errors = f"{phrases.count(probe.n_errors, 'sample')} failed"
     completions = f"{phrases.count(probe.n_samples, 'completion')}, {probe.n_unique} unique"
     yield f"{completions}. {caught}; {errors}."
+    if probe.serving is not None:
+        lines = (serving.origin(probe.serving, run), *serving.batches(probe.serving))
+        yield _bullets(map(markdown_text, lines))
     if probe.axes:
         yield _properties(probe, verdicts[probe.arm, probe.probe_id], unit)
     if probe.loads:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ndcheck.analysis.summary import LoadFinding, ProbeSummary, Summary
 from ndcheck.records import ARMS, AXES, Arm, Run, RunSpec
-from ndcheck.reports import phrases
+from ndcheck.reports import phrases, serving
 from ndcheck.reports.branches import tree_lines
 from ndcheck.reports.remedies import remedies
 from ndcheck.reports.reproduction import argument, wrapped_command
@@ -144,6 +144,11 @@ def _setting(
             label = f"{visible(probe.probe_id)}: " if len(run.spec.probes) > 1 else ""
             text_width = max(MIN_PROMPT_WIDTH, width - cell_len(label))
             grid.add_row("prompt", Text(label + quoted(probe.prompt, text_width)))
+    for served in (summary.serving for summary in detailed):
+        if served is not None:
+            grid.add_row("answers", Text(serving.origin(served, run)))
+            if served.reached:
+                grid.add_row("batches", Text("\n".join(serving.batches(served))))
     grid.add_row("repeat", _command(wrapped_command(run.spec, defaults, width, directory), width))
     return grid
 

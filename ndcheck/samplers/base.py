@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ndcheck.errors import UsageError
@@ -52,19 +52,24 @@ class Sampler(Protocol):
 
 
 def open_sampler(
-    spec: RunSpec, *, load_weights: bool = True, headers: Mapping[str, str] | None = None
+    spec: RunSpec,
+    *,
+    load_weights: bool = True,
+    headers: Mapping[str, str] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Sampler:
     """The sampler of ``spec``: its endpoint's, its engine's, or that of its model in this process.
 
     A model is ``builtin``, ``scripted:NAME``, a directory or a hub id. An engine computes it in
     processes of its own. ``load_weights`` False is enough for planning: token counts and the
-    context length. ``headers`` go with every request.
+    context length. ``headers`` go with every request; ``say`` is told what a server makes us wait
+    for.
     Raises UsageError for an unknown model, BackendError where it cannot be loaded or reached.
     """
     if spec.endpoint is not None:
         from ndcheck.samplers.endpoint.sampler import EndpointSampler
 
-        return EndpointSampler(spec, spec.endpoint, headers or {})
+        return EndpointSampler(spec, spec.endpoint, headers or {}, say)
     kind, _, name = spec.model.partition(":")
     if kind == "scripted":
         from ndcheck.samplers.scripted import BEHAVIOURS, ScriptedSampler

@@ -61,7 +61,7 @@ def test_a_server_that_is_not_there_is_a_backend_failure(started):
 
 
 def test_secrets_are_in_no_artifact(started, tmp_path):
-    server = started("mock-server", "--fault", "repeat-key", "--after", "20", "--every", "5")
+    server = started("mock-server", "--fault", "repeat-key", "--after", "40", "--every", "5")
     url = server.stdout.readline().strip()
     header = ("--header", f"X-Team: {KEY}")
     run = started("run", "--endpoint", url, *MODEL, "--out", "run", *header, NDCHECK_API_KEY=KEY)

@@ -9,12 +9,12 @@ from ndcheck.mock_server.faults import FAULTS, FLAVOURS
 from ndcheck.records import Decoding
 from ndcheck.samplers.scripted import FORK_AT, LATENT_AT
 
-STRIKES_LATER = {"after": 15, "every": 3}
+STRIKES_LATER = {"after": 27, "every": 3}
 """The probing and the trials alone are spared, the first batch is not."""
 SHORT = {"axes": ("run-to-run", "batch-size"), "n_samples": 11}
 ERRORS = {
-    "rate-limit": "answered only on retry 1, outside the batch asked for: HTTP 429: too many",
-    "error": "answered only on retry 1, outside the batch asked for: HTTP 500: engine is dead",
+    "rate-limit": "outside the batch asked for: HTTP 429: too many",
+    "error": "outside the batch asked for: HTTP 500: engine is dead",
     "html": "HTTP 502: <html><body><h1>Bad Gateway</h1></body></html>",
     "redirect": "HTTP 307: redirects to 'http://other.example/v1/completions', which is not",
     "stall": "no whole answer within 0.5 s (--timeout)",
@@ -25,7 +25,7 @@ ERRORS = {
     "huge": "the answer is larger than 1.0 MiB",
     "utf8": "the answer is not valid UTF-8",
     "repeat-key": "HTTP 400: bad key: ",
-    "reset": "answered only on retry 1, outside the batch asked for: the connection broke",
+    "reset": "outside the batch asked for: the connection broke",
 }
 
 
@@ -81,7 +81,8 @@ def test_a_fork_on_a_warm_prefix_is_laid_to_the_cache(mock, measure, flavour):
 
 
 def test_a_replica_that_differs_fails_run_to_run(mock, measure):
-    judgement, _, _ = measure(mock(fault="replica"), batch_sizes=(1,), n_samples=8)
+    alone = {"axes": ("run-to-run",), "batch_sizes": (1,), "n_samples": 8}
+    judgement, _, _ = measure(mock(fault="replica"), **alone)
     assert judgement.verdict.outcome == "FAIL"
     assert "run-to-run" in failing_axes(judgement)
 
@@ -168,8 +169,13 @@ def test_what_the_server_refuses_is_a_usage_error(mock, sampler, changed, messag
 
 
 def test_an_address_without_the_api_is_explained(mock, sampler):
+    url = mock()
+    with pytest.raises(UsageError, match=f"its API is at {url}"):
+        sampler(url.removesuffix("/v1"))
     with pytest.raises(UsageError, match="most servers have their API under /v1"):
-        sampler(mock().removesuffix("/v1"))
+        sampler(url.replace("/v1", "/other"))
+    with pytest.raises(UsageError, match="leave out /chat/completions: ndcheck adds it"):
+        sampler(f"{url}/chat/completions")
 
 
 @pytest.mark.parametrize(

@@ -5,137 +5,252 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from ndcheck.errors import NdcheckError
 from ndcheck.records import FinishReason
+from ndcheck.samplers.endpoint.event_stream import RequestFailure, paired, plain
+from ndcheck.samplers.endpoint.events import Frame, Token
+from ndcheck.samplers.endpoint.redaction import Redactor
 
 Compared = Literal["token ids", "logprob tokens", "text"]
-"""What stands for a completion, best first: the position unit of ``text`` is a character."""
-MAX_LOGPROB = 3.4e38
+"""What stands for a completion, best first: the position unit of ``text`` is a character.
+The text is compared with each of them."""
+ALIGNMENT_WINDOW = 256
+EMPTY = (
+    "the completion is empty: its {} tokens are reasoning that the server does not show: "
+    "raise --max-tokens, or turn the reasoning off in the server"
+)
 
 
-class RequestFailure(NdcheckError):
-    """One request failed.
+@dataclass(slots=True)
+class Arrival:
+    """When an event came (`time.perf_counter` seconds), and how much had come by then."""
 
-    ``is_temporary``: the same request may succeed later. ``is_unreachable``: nothing accepts
-    connections. ``retry_after_s`` is what the server asked for.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        is_temporary: bool = False,
-        is_unreachable: bool = False,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.is_temporary = is_temporary
-        self.is_unreachable = is_unreachable
-        self.retry_after_s = retry_after_s
+    at_s: float
+    n_token_ids: int
+    n_tokens: int
+    n_characters: int
 
 
 @dataclass(slots=True)
 class Answer:
-    """A completion as it arrives; times are `time.perf_counter` seconds.
+    """A completion as it arrives.
 
-    ``pieces`` are the texts that events brought. ``token_ids``, ``tokens`` (their texts),
-    ``logprobs`` and ``margins`` go by token and are empty where the server does not give them.
+    ``pieces`` are the texts that events brought. ``token_ids`` and ``tokens`` go by token and are
+    empty where the server does not give them. ``is_whole``: the server said that it sent all.
     """
 
     pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    tokens: list[str] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    arrivals: list[Arrival] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    is_end: bool = False
+    is_whole: bool = False
     n_prompt_tokens: int | None = None
     n_tokens: int | None = None
     n_cached_tokens: int | None = None
+    n_reasoning_tokens: int | None = None
     has_prompt_logprobs: bool = False
-    fingerprint: str | None = None
-    first_s: float | None = None
-    last_s: float = 0.0
+    fingerprint: str = ""
+    response_id: str = ""
+    connection: str = ""
+    n_characters: int = 0
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
 
-    def mark(self, now_s: float) -> None:
-        """Something of the completion has arrived."""
-        if self.first_s is None:
-            self.first_s = now_s
-        self.last_s = now_s
+    @property
+    def names(self) -> list[str]:
+        """The tokens' names, which need not make up the text."""
+        return [token.name for token in self.tokens]
 
-    def add_logprob(self, token: str, logprob: Any, alternatives: list[Any]) -> None:
-        """One token's log-probability in nats, and those of the most probable tokens there."""
-        self.tokens.append(token)
-        self.logprobs.append(checked_logprob(logprob))
-        best = sorted((checked_logprob(x) for x in alternatives), reverse=True)
-        self.margins.append(best[0] - best[1] if len(best) > 1 else math.inf)
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """Log-probabilities of the tokens, in nats; empty if any of them is unusable."""
+        values = tuple(t.logprob for t in self.tokens if t.logprob is not None)
+        n_compared = len(self.token_ids) or len(self.tokens)
+        return values if len(values) == len(self.tokens) == n_compared else ()
 
-    def finish(self, reason: Any) -> None:
-        """The completion ended: by itself or at its limit, else RequestFailure is raised."""
-        if reason not in ("stop", "length"):
-            raise RequestFailure(f"the completion ended with finish_reason {str(reason)[:40]!r}")
-        self.finish_reason = reason
+    @property
+    def margins(self) -> tuple[float, ...]:
+        return tuple(token.margin for token in self.tokens) if self.logprobs else ()
 
-    def check(self, max_tokens: int, compared: Compared) -> None:
-        """Raise RequestFailure where the stream contradicts itself or is not whole."""
+    @property
+    def first_s(self) -> float | None:
+        """When the first of it came; `time.perf_counter` seconds, like ``last_s``."""
+        return self.arrivals[0].at_s if self.arrivals else None
+
+    @property
+    def last_s(self) -> float:
+        return self.arrivals[-1].at_s if self.arrivals else -math.inf
+
+    def add(self, frame: Frame, now_s: float) -> None:
+        """Take an event in that came at ``now_s``."""
+        text, token_ids, tokens = frame.text, frame.token_ids, frame.tokens
+        if frame.is_cumulative:
+            whole = self.text
+            text = text.removeprefix(whole) if text.startswith(whole) else text
+            token_ids = token_ids[len(self.token_ids) :]
+            tokens = tokens[len(self.tokens) :] if len(tokens) > len(token_ids) else tokens
+        if text:
+            self.pieces.append(text)
+            self.n_characters += len(text)
+        self.token_ids += token_ids
+        self.tokens += tokens
+        if text or token_ids or tokens:
+            self.arrivals.append(
+                Arrival(now_s, len(self.token_ids), len(self.tokens), self.n_characters)
+            )
+        self.finish_reason = frame.finish_reason or self.finish_reason
+        self.is_end |= frame.is_end
+        self.has_prompt_logprobs |= frame.has_prompt_logprobs
+        for name in ("fingerprint", "response_id"):
+            setattr(self, name, getattr(frame, name) or getattr(self, name))
+        for name in ("n_prompt_tokens", "n_tokens", "n_cached_tokens", "n_reasoning_tokens"):
+            if (value := getattr(frame, name)) is not None:
+                setattr(self, name, value)
+
+    def close(self, redactor: Redactor, *, is_whole: bool, stray: str = "") -> None:
+        """All has arrived: secrets that several events held in parts are cut out.
+
+        Raises RequestFailure unless the completion, or the server, said that it ended.
+        """
+        self.is_whole = is_whole
+        self.pieces = redactor.redact_pieces(self.pieces)
+        names = redactor.redact_pieces(self.names)
+        if names != self.names:
+            self.tokens = [
+                Token(name, token.logprob, token.margin)
+                for name, token in zip(names, self.tokens, strict=True)
+            ]
+        if not (self.is_end or is_whole):
+            raise RequestFailure(f"the stream ended before the completion did{stray}")
+        if not (self.pieces or self.token_ids or self.is_end):
+            raise RequestFailure(f"the answer holds no completion{stray}")
+
+    def n_sent(self, compared: Compared) -> int | None:
+        """Tokens that arrived, None where these cannot be told."""
+        if compared == "text":
+            return None
+        return len(self.token_ids) if compared == "token ids" else len(self.tokens)
+
+    def settle(self, max_tokens: int, n_tokens: int | None) -> None:
+        """Say how the completion ended where its server did not; ``n_tokens`` as far as known."""
         if self.finish_reason is None:
-            raise RequestFailure("the stream ended before the completion did")
-        counts: list[int] | list[str] | None = None
-        if compared != "text":
-            counts = self.token_ids if compared == "token ids" else self.tokens
-        n_sent = self.n_tokens if counts is None else len(counts)
-        if counts is not None and not counts and self.text:
+            is_full = n_tokens is not None and n_tokens >= max_tokens
+            self.finish_reason = "length" if is_full else "stop"
+
+    def check(self, max_tokens: int, compared: Compared, *, counts_tokens: bool) -> None:
+        """Raise RequestFailure where the answer contradicts itself or is not what was asked.
+
+        ``counts_tokens``: the server's usage is a count and no estimate.
+        """
+        n_sent = self.n_sent(compared)
+        n_counted = self.n_tokens if counts_tokens else None
+        n = n_counted if n_sent is None else n_sent
+        self.settle(max_tokens, n)
+        if n_sent == 0 and self.text:
             raise RequestFailure(f"the answer holds no {compared}, which it did when probed")
+        if not self.text and not self.token_ids:
+            n_hidden = self.n_reasoning_tokens or self.n_tokens or max_tokens
+            if self.finish_reason == "length" or self.n_reasoning_tokens:
+                raise RequestFailure(EMPTY.format(n_hidden))
         # The token that ends a completion may be counted without being sent.
-        n_unsent = 0 if self.n_tokens is None or n_sent is None else self.n_tokens - n_sent
+        n_unsent = 0 if n_counted is None or n_sent is None else n_counted - n_sent
         if n_unsent not in ((0, 1) if self.finish_reason == "stop" else (0,)):
             raise RequestFailure(
-                f"wrong token count: usage says {self.n_tokens}, the stream holds {n_sent}"
+                f"wrong token count: usage says {n_counted}, the stream holds {n_sent}"
             )
-        if self.token_ids and self.logprobs and len(self.token_ids) != len(self.logprobs):
+        if self.token_ids and self.tokens and len(self.token_ids) != len(self.tokens):
             raise RequestFailure(
-                f"wrong token count: {len(self.token_ids)} token ids, {len(self.logprobs)} logprobs"
+                f"wrong token count: {len(self.token_ids)} token ids, {len(self.tokens)} logprobs"
             )
-        if n_sent is None:
+        if n is None:
             return
-        if n_sent > max_tokens or (self.finish_reason == "length" and n_sent < max_tokens):
+        is_short = self.finish_reason == "length" and n < max_tokens
+        if n > max_tokens or is_short:
+            cure = (
+                f"the server has a limit of its own: give --max-tokens {n} or less"
+                if is_short
+                else "the server does not obey --max-tokens"
+            )
             raise RequestFailure(
-                f"wrong token count: {n_sent} of {max_tokens} tokens, "
-                f"finish_reason {self.finish_reason!r}"
+                f"wrong token count: {n} of {max_tokens} tokens, "
+                f"finish_reason {self.finish_reason!r}: {cure}"
             )
 
     def stream(self, compared: Compared) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """The completion as ids and texts of equal number; equal ids mean equal completions."""
+        """The completion as ids and texts of equal number; equal ids mean equal completions.
+
+        Only a server's own ids can be equal where the texts are not.
+        """
+        text = paired(self.text)
+        if compared == "text":
+            return tuple(map(ord, text)), tuple(map(plain, text))
         if compared == "token ids":
-            return tuple(self.token_ids), _spread(self.text, self.tokens, len(self.token_ids))
-        if compared == "logprob tokens":
-            return tuple(map(_stable_id, self.tokens)), tuple(self.tokens)
-        text = self.text
-        return tuple(map(ord, text)), tuple(text)
+            texts = _spread(text, self.names, len(self.token_ids))
+            return tuple(self.token_ids), tuple(map(plain, texts))
+        texts = align(text, self.names)
+        ids = tuple(map(_stable_id, self.names, texts))
+        return ids, tuple(map(plain, texts))
+
+    def unit_times_s(self, compared: Compared, n_units: int) -> list[float]:
+        """When each of the units that are compared arrived."""
+        counted = {
+            "token ids": [a.n_token_ids for a in self.arrivals],
+            "logprob tokens": [a.n_tokens for a in self.arrivals],
+            "text": [a.n_characters for a in self.arrivals],
+        }[compared]
+        times: list[float] = []
+        for arrival, n in zip(self.arrivals, counted, strict=True):
+            times += [arrival.at_s] * (min(n, n_units) - len(times))
+        return times + [self.last_s] * (n_units - len(times))
+
+    @property
+    def names_digest(self) -> str:
+        """16 hexadecimal digits over the tokens' names; empty without any."""
+        if not self.tokens:
+            return ""
+        names = "\0".join(self.names).encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(names, digest_size=8).hexdigest()
 
 
-def checked_logprob(value: Any) -> float:
-    """A number that fp32 holds. Raises RequestFailure for anything else."""
-    if isinstance(value, (int, float)) and -MAX_LOGPROB < value < MAX_LOGPROB:
-        return float(value)
-    raise RequestFailure(f"a log-probability of {str(value)[:40]!r} is not a finite number")
+def align(text: str, names: list[str]) -> tuple[str, ...]:
+    """The part of ``text`` that belongs to each name; the parts make up the text.
+
+    Names that do not stand in the text (a byte of a character, a marker for a space) share what
+    lies before the next that does: it goes to the last of them. A function of text and names
+    alone, since events may bring equal completions in other portions.
+    """
+    parts = [""] * len(names)
+    at, is_waiting = 0, False
+    for i, name in enumerate(names):
+        if is_waiting:
+            found = text.find(name, at, at + ALIGNMENT_WINDOW) if name.strip("\ufffd") else -1
+            if found >= 0:
+                parts[i - 1] = text[at:found]
+                at, is_waiting = found, False
+        if not is_waiting and text.startswith(name, at):
+            parts[i] = name
+            at += len(name)
+        else:
+            is_waiting = True
+    if names:
+        parts[-1] += text[at:]
+    return tuple(parts)
 
 
-def _spread(text: str, tokens: list[str], n_tokens: int) -> tuple[str, ...]:
-    """The text by token, if the tokens' own texts make it up; else all of it with the first."""
-    if len(tokens) == n_tokens and "".join(tokens) == text:
-        return tuple(tokens)
+def _spread(text: str, names: list[str], n_tokens: int) -> tuple[str, ...]:
+    """The text by token, if the names allow it; else all of it with the first."""
+    if len(names) == n_tokens:
+        return align(text, names)
     return (text, *[""] * (n_tokens - 1)) if n_tokens else ()
 
 
-def _stable_id(token: str) -> int:
-    """31 bits that stand for a token's text in every process."""
-    digest = hashlib.blake2b(token.encode("utf-8", "surrogatepass"), digest_size=4).digest()
+def _stable_id(name: str, text: str) -> int:
+    """31 bits that stand for a token's name and text in every process."""
+    piece = name if name == text else f"{name}\0{text}"
+    digest = hashlib.blake2b(piece.encode("utf-8", "surrogatepass"), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from ndcheck.load import Arrival
 from ndcheck.records import Load
 
-Send = Callable[[int, int], Awaitable[None]]
-"""(row, number) -> send one filler: the number tells the fillers of one row apart."""
+Send = Callable[[int, int], Awaitable[bool]]
+"""(row, number) -> send one filler; False if it failed. The number tells those of a row apart."""
 MAX_LEAD_FILLERS = 2
 
 
@@ -21,46 +21,37 @@ async def run_trial(
     probes: Sequence[Callable[[], Awaitable[None]]],
     send_filler: Send,
 ) -> None:
-    """Send every row of ``load``; returns when all probes have their answers.
+    """Send every row of ``load``; returns when all requests have their answers.
 
-    In a closed loop each row sends its next request when the last one is answered: a probe's row
-    some fillers before the probe, and all rows fillers after it, so that the number in flight
-    stays ``load.batch_size`` while any probe runs.
+    Unless the loop is open, a filler that ends while any probe runs is replaced, so that the
+    number in flight stays ``load.batch_size``. In a closed loop a probe's row also sends some
+    fillers before the probe, and every row goes on with fillers after it.
     """
     by_row = dict(zip(load.slots, probes, strict=True))
-    if arrival.kind == "closed" and load.batch_size > 1:
-        await _run_closed(load, by_row, send_filler)
-        return
+    is_closed = arrival.kind == "closed" and load.batch_size > 1
     offsets = arrival.offsets_s(load)
-
-    async def run_row(row: int) -> None:
-        if offsets[row]:
-            await asyncio.sleep(offsets[row])
-        await (by_row[row]() if row in by_row else send_filler(row, 0))
-
-    async with asyncio.TaskGroup() as group:
-        for row in range(load.batch_size):
-            group.create_task(run_row(row))
-
-
-async def _run_closed(
-    load: Load, by_row: dict[int, Callable[[], Awaitable[None]]], send_filler: Send
-) -> None:
     rng = random.Random(f"{load.filler_seed}/{load.batch_size}/lead")
     leads = [rng.randint(0, MAX_LEAD_FILLERS) for _ in range(load.batch_size)]
     n_unanswered = len(by_row)
 
     async def run_row(row: int) -> None:
         nonlocal n_unanswered
+        if offsets[row]:
+            await asyncio.sleep(offsets[row])
         numbers = itertools.count()
+        is_refilled = is_closed or arrival.kind == "together"
         if row in by_row:
-            for number in itertools.islice(numbers, leads[row]):
+            for number in itertools.islice(numbers, leads[row] if is_closed else 0):
                 await send_filler(row, number)
             await by_row[row]()
             n_unanswered -= 1
+            # Copies sent together end together: fillers after them would only prolong the trial.
+            is_refilled = is_closed
+        else:
+            is_refilled &= await send_filler(row, next(numbers))
         # The last fillers are awaited too: none may run on into the next trial's batch.
-        while n_unanswered:
-            await send_filler(row, next(numbers))
+        while is_refilled and n_unanswered:
+            is_refilled = await send_filler(row, next(numbers))
 
     async with asyncio.TaskGroup() as group:
         for row in range(load.batch_size):

@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from ndcheck.errors import UsageError
-from ndcheck.samplers.endpoint.answer import Answer, Compared, RequestFailure
+from ndcheck.samplers.endpoint.answer import Answer, Compared
 from ndcheck.samplers.endpoint.dialects import Body, Dialect
-from ndcheck.samplers.endpoint.transport import Transport
+from ndcheck.samplers.endpoint.event_stream import RequestFailure
 
 FP32_DIGITS = 6
 """Fewer significant digits cannot tell neighbouring fp32 values apart."""
-UNKNOWN_CONTEXT = 1 << 20
 SENT_WITH_PROBES = ("token ids", "logprobs", "usage", "seed")
 VISIBLE = ("token ids", "logprobs", "usage", "prompt logprobs")
 """Servers ignore fields that they do not know: these have to show in the answer."""
+BUSY = frozenset({408, 429, 503, 529})
+"""A field is not refused by a server that has no time; some break (500) at one they do not know."""
 Ask = Callable[[Body], Awaitable[Answer]]
 """Send a short request for the probe with these optional fields; raises RequestFailure."""
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """Who answers: what of it changes in mid-run makes two completions incomparable."""
-
-    server: str
-    version: str | None = None
-    model: str | None = None
-    context: int | None = None
-
-    def digest(self, *more: object) -> str:
-        """16 hexadecimal digits over these facts."""
-        facts = "/".join(map(str, (self.server, self.version, self.model, *more)))
-        return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
 class Capabilities:
-    """The optional fields that work, and what completions are compared by."""
+    """The optional fields that work, and what completions are compared by.
+
+    ``counts_tokens`` False: the server's usage is an estimate. ``first_token_s``: no first token
+    can come sooner. ``has_ids``: every answer has a response id of its own.
+    """
 
     compared: Compared
     accepted: dict[str, Body] = field(default_factory=dict)
     logprob_digits: int | None = None
-    fingerprint: str | None = None
+    fingerprint: str = ""
+    counts_tokens: bool = True
+    first_token_s: float = 0.0
+    has_ids: bool = False
 
     @property
     def probe_fields(self) -> Body:
@@ -56,74 +47,71 @@ class Capabilities:
         """In one line: what works, and what is taken without showing whether it does."""
         working = [name for name in self.accepted if name in VISIBLE]
         taken = [name for name in self.accepted if name not in VISIBLE]
-        return f"works: {', '.join(working) or 'none'}; accepted: {', '.join(taken) or 'none'}"
+        estimate = "" if self.counts_tokens else "; usage is an estimate"
+        return (
+            f"works: {', '.join(working) or 'none'}; accepted: {', '.join(taken) or 'none'}"
+            f"{estimate}"
+        )
 
-    @property
-    def filler_fields(self) -> Body:
+    def filler_fields(self, n_tokens: int) -> Body:
         """Fillers should fill the batch to the end."""
-        return self.accepted.get("ignore_eos", {})
+        least = {"min_tokens": n_tokens} if "min_tokens" in self.accepted else {}
+        return {**self.accepted.get("ignore_eos", {}), **least}
 
 
-async def identify(transport: Transport, model: str) -> Identity:
-    """Ask the server what it is, at the addresses where each kind says so."""
-    root = transport.root
-    models = await transport.get_object(f"{transport.base}/models") or {}
-    listed = models.get("data")
-    entries = [entry for entry in listed if isinstance(entry, dict)] if listed else []
-    entry = next((entry for entry in entries if entry.get("id") == model), {})
-    name = str(entry.get("root") or entry.get("id") or model)[:200]
-    context = _positive(entry.get("max_model_len"))
-    if props := await transport.get_object(f"{root}/props"):
-        settings = props.get("default_generation_settings") or {}
-        file = str(props.get("model_path") or name)[:200]
-        return Identity("llama.cpp", _text(props.get("build_info")), file, _get_context(settings))
-    for path in ("/server_info", "/get_server_info"):
-        info = await transport.get_object(f"{root}{path}")
-        if info and "model_path" in info:
-            limit = context or _positive(info.get("max_total_num_tokens"))
-            return Identity("SGLang", _text(info.get("version")), str(info["model_path"]), limit)
-    version = await transport.get_object(f"{root}/version") or {}
-    kind = "vLLM" if entry.get("owned_by") == "vllm" else "OpenAI-compatible server"
-    return Identity(kind, _text(version.get("version")), name, context)
-
-
-async def list_models(transport: Transport) -> list[str]:
-    """The names that the server offers; empty if it does not say."""
-    models = await transport.get_object(f"{transport.base}/models") or {}
-    listed = models.get("data")
-    return [str(m.get("id")) for m in listed if isinstance(m, dict)] if listed else []
-
-
-async def probe(dialect: Dialect, ask: Ask) -> Capabilities:
+async def probe(dialect: Dialect, ask: Ask, plain: Answer, n_tokens: int) -> Capabilities:
     """Try every optional field alone, keep those that work, and then try those kept together.
 
-    Raises RequestFailure if the plain request fails, UsageError where kept fields clash.
+    ``plain`` answered without any; ``n_tokens`` is what ``ask`` asks for. Raises UsageError where
+    kept fields clash, RequestFailure where the server is gone or has no time.
     """
-    plain = await ask({})
+    answers = [plain]
     accepted: dict[str, Body] = {}
     for name, fields in dialect.optional.items():
         try:
             answer = await ask(fields)
         except RequestFailure as failure:
-            if failure.is_unreachable:
+            if failure.is_unreachable or failure.status in BUSY:
                 raise
             continue
         if _shows(name, answer):
             accepted[name] = fields
+            answers.append(answer)
     kept = Capabilities("text", accepted)
     try:
         answer = await ask(kept.probe_fields)
     except RequestFailure as failure:
+        if failure.is_unreachable or failure.status in BUSY:
+            raise
         raise UsageError(
             f"the server takes {', '.join(accepted)} one by one but not together: {failure}"
         ) from failure
-    compared: Compared = "text"
+    answers.append(answer)
+    return Capabilities(
+        _find_compared(answer, n_tokens),
+        accepted,
+        max(map(_significant_digits, answer.logprobs), default=None),
+        next((a.fingerprint for a in reversed(answers) if a.fingerprint), ""),
+        counts_tokens=all(_counts_tokens(a, n_tokens) for a in answers),
+    )
+
+
+def _find_compared(answer: Answer, n_tokens: int) -> Compared:
     if answer.token_ids:
-        compared = "token ids"
-    elif answer.tokens and "".join(answer.tokens) == answer.text:
-        compared = "logprob tokens"
-    digits = max(map(_significant_digits, answer.logprobs), default=None)
-    return Capabilities(compared, accepted, digits, answer.fingerprint or plain.fingerprint)
+        return "token ids"
+    # Some give log-probabilities for the most interesting tokens only.
+    is_full = answer.finish_reason != "length" or len(answer.tokens) == n_tokens
+    return "logprob tokens" if answer.tokens and is_full else "text"
+
+
+def _counts_tokens(answer: Answer, n_tokens: int) -> bool:
+    """Does the usage agree with what arrived, or at the limit with what was asked for?"""
+    n_sent = len(answer.token_ids) or len(answer.tokens)
+    if answer.n_tokens is None:
+        return True
+    if n_sent and answer.finish_reason != "length":
+        return answer.n_tokens - n_sent in (0, 1)
+    return answer.n_tokens == (n_sent or n_tokens) if answer.finish_reason == "length" else True
 
 
 def _shows(name: str, answer: Answer) -> bool:
@@ -138,15 +126,3 @@ def _shows(name: str, answer: Answer) -> bool:
 def _significant_digits(value: float) -> int:
     mantissa = repr(value).lstrip("-").partition("e")[0].replace(".", "")
     return len(mantissa.strip("0"))
-
-
-def _get_context(settings: Any) -> int | None:
-    return _positive(settings.get("n_ctx")) if isinstance(settings, dict) else None
-
-
-def _positive(value: Any) -> int | None:
-    return value if type(value) is int and value > 0 else None
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)[:200]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from ndcheck.samplers.endpoint.answer import Answer, Compared, RequestFailure
+from ndcheck.samplers.endpoint.answer import Answer, Compared
 from ndcheck.samplers.endpoint.dialects import Body, Dialect, Generate
+from ndcheck.samplers.endpoint.event_stream import Event, RequestFailure
 from ndcheck.samplers.endpoint.transport import Transport
 
 FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
+REPORTED_PAUSE_S = 2.0
+REPORT_INTERVAL_S = 10.0
 BYTES_PER_TOKEN = 4096
 """An event with a token, its id and two log-probabilities takes some 600."""
 BYTES_PER_ANSWER = 1 << 20
@@ -25,18 +28,32 @@ class Outcome:
     answer: Answer | None = None
     error: str | None = None
     is_unreachable: bool = False
+    sent_s: float = 0.0
     elapsed_s: float = 0.0
     n_retries: int = 0
     retried_after: str | None = None
 
 
 class Client:
-    """Asks one server in one dialect."""
+    """Asks one server in one dialect.
 
-    def __init__(self, transport: Transport, dialect: Dialect, n_retries: int) -> None:
+    A server that asks to wait is obeyed, up to ``longest_pause_s``; ``say`` is told of it.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        dialect: Dialect,
+        n_retries: int,
+        longest_pause_s: float,
+        say: Callable[[str], None],
+    ) -> None:
         self._transport = transport
         self._dialect = dialect
         self._n_retries = n_retries
+        self._longest_pause_s = longest_pause_s
+        self._say = say
+        self._said_s = -math.inf
         base = transport.root if isinstance(dialect, Generate) else transport.base
         self._url = f"{base}{dialect.path}"
 
@@ -44,47 +61,81 @@ class Client:
         self,
         body: Body,
         max_tokens: int,
-        compared: Compared = "text",
+        check: Callable[[Answer], None] = lambda answer: None,
         outcome: Outcome | None = None,
     ) -> Answer:
-        """A whole answer; its retries are counted in ``outcome``. Raises RequestFailure."""
+        """A whole answer that passes ``check``; its retries are counted in ``outcome``.
+
+        Raises RequestFailure.
+        """
         outcome = outcome or Outcome()
         while True:
+            outcome.sent_s = time.perf_counter()
             try:
                 answer = await self._ask_once(body, max_tokens)
-                answer.check(max_tokens, compared)
+                check(answer)
             except RequestFailure as failure:
                 if not failure.is_temporary or outcome.n_retries >= self._n_retries:
                     raise
                 pause_s = FIRST_PAUSE_S * 2**outcome.n_retries
                 if failure.retry_after_s is not None:
                     pause_s = failure.retry_after_s
+                if not pause_s <= self._longest_pause_s:
+                    raise RequestFailure(
+                        f"{failure} (the server asks to wait {pause_s:.0f} s, longer than "
+                        f"--timeout {self._longest_pause_s:g})",
+                        status=failure.status,
+                    ) from failure
                 outcome.n_retries += 1
                 outcome.retried_after = str(failure)
             else:
                 return answer
-            await asyncio.sleep(min(pause_s, LONGEST_PAUSE_S))
+            await self._wait(pause_s, outcome)
 
     async def record(
-        self, body: Body, max_tokens: int, compared: Compared, outcome: Outcome
+        self, body: Body, max_tokens: int, check: Callable[[Answer], None], outcome: Outcome
     ) -> None:
         """Ask, and keep the answer or the failure in ``outcome``."""
         started = time.perf_counter()
         try:
-            outcome.answer = await self.ask(body, max_tokens, compared, outcome)
+            outcome.answer = await self.ask(body, max_tokens, check, outcome)
         except RequestFailure as failure:
             outcome.is_unreachable = failure.is_unreachable
             retries = f" (after {outcome.n_retries} retries)" if outcome.n_retries else ""
             outcome.error = f"{failure}{retries}"
         outcome.elapsed_s = time.perf_counter() - started
 
+    async def _wait(self, pause_s: float, outcome: Outcome) -> None:
+        """Sleep, and say so now and then where it is long; what waits together says it once."""
+        until_s = time.perf_counter() + pause_s
+        while (left_s := until_s - time.perf_counter()) > 0:
+            now_s = time.perf_counter()
+            if pause_s >= REPORTED_PAUSE_S and now_s - self._said_s >= REPORT_INTERVAL_S:
+                self._said_s = now_s
+                self._say(
+                    f"waiting {left_s:.0f} s before retry {outcome.n_retries} of "
+                    f"{self._n_retries}: {outcome.retried_after}"
+                )
+            await asyncio.sleep(min(left_s, REPORT_INTERVAL_S))
+
     async def _ask_once(self, body: Body, max_tokens: int) -> Answer:
         answer = Answer()
 
-        def take(event: dict[str, Any]) -> None:
-            if self._dialect.read(event, answer):
-                answer.mark(time.perf_counter())
+        def take(event: Event) -> None:
+            answer.add(self._dialect.read(event), time.perf_counter())
 
         max_bytes = BYTES_PER_ANSWER + BYTES_PER_TOKEN * max_tokens
-        await self._transport.stream(self._url, body, max_bytes, take)
+        try:
+            receipt = await self._transport.stream(self._url, body, max_bytes, take)
+        except RecursionError:
+            raise RequestFailure("an event of another shape: it is nested too deeply") from None
+        answer.connection = receipt.connection
+        answer.close(self._transport.redactor, is_whole=receipt.is_whole, stray=receipt.stray)
         return answer
+
+
+def check_whole(
+    max_tokens: int, compared: Compared, *, counts_tokens: bool
+) -> Callable[[Answer], None]:
+    """What `Client.ask` checks of an answer that is measured."""
+    return lambda answer: answer.check(max_tokens, compared, counts_tokens=counts_tokens)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from ndcheck.errors import BackendError, TrialError, UsageError
@@ -23,31 +22,28 @@ from ndcheck.records import (
     Trial,
     Witness,
 )
-from ndcheck.samplers.endpoint import prefix_cache
-from ndcheck.samplers.endpoint.answer import Answer, RequestFailure
+from ndcheck.samplers.endpoint.answer import Answer
 from ndcheck.samplers.endpoint.arrivals import run_trial
-from ndcheck.samplers.endpoint.capabilities import (
-    FP32_DIGITS,
-    UNKNOWN_CONTEXT,
-    Capabilities,
-    identify,
-    list_models,
-    probe,
-)
-from ndcheck.samplers.endpoint.client import Client, Outcome
+from ndcheck.samplers.endpoint.capabilities import FP32_DIGITS
+from ndcheck.samplers.endpoint.client import Outcome, check_whole
 from ndcheck.samplers.endpoint.credentials import request_headers
-from ndcheck.samplers.endpoint.dialects import Body, Chat, Completions, Dialect, Generate
-from ndcheck.samplers.endpoint.prefix_cache import PrefixCache
+from ndcheck.samplers.endpoint.dialects import outlasting
+from ndcheck.samplers.endpoint.event_stream import RequestFailure
+from ndcheck.samplers.endpoint.opening import Identity, identify, open_server
 from ndcheck.samplers.endpoint.transport import Transport
 from ndcheck.samplers.endpoint.witness import (
-    CLIENT_OVERLAP,
-    MetricsWitness,
-    find_gauge,
-    overlap,
+    batch_sizes_read,
+    batch_sizes_seen,
+    most_of_the_time,
 )
 
-N_PROBING_TOKENS = 4
+UNKNOWN_CONTEXT = 1 << 20
 IDENTITY_TIMEOUT_S = 5.0
+COMPARED = {
+    "token ids": "token ids and text",
+    "logprob tokens": "token names and text",
+    "text": "text",
+}
 T = TypeVar("T")
 
 
@@ -60,7 +56,14 @@ class EndpointSampler:
 
     interleaves_arms = True
 
-    def __init__(self, spec: RunSpec, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        endpoint: Endpoint,
+        headers: Mapping[str, str],
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """``say`` is told what takes long: a server that asks to wait."""
         self._spec = spec
         self._endpoint = endpoint
         self._arrival = parse_arrival(endpoint.arrival) or Arrival("together")
@@ -70,9 +73,9 @@ class EndpointSampler:
             request_headers(endpoint, headers),
             endpoint.timeout_s,
         )
-        self._fingerprints: list[str] = []
+        self._n_without_bits = 0
         try:
-            self._run(self._open())
+            self._server = self._run(open_server(spec, endpoint, self._transport, say))
         except BaseException:
             self.close()
             raise
@@ -83,50 +86,54 @@ class EndpointSampler:
 
     @property
     def context(self) -> int:
-        return self._identity.context or UNKNOWN_CONTEXT
+        return self._server.identity.context or UNKNOWN_CONTEXT
 
     @property
     def cache_states(self) -> tuple[CacheState, ...]:
-        return ("prefix",) if self._cache else ()
+        return ("prefix",) if self._server.cache else ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        seen = self._capabilities
-        version = f" {self._identity.version}" if self._identity.version else ""
+        seen = self._server.capabilities
+        version = f" {self._server.identity.version}" if self._server.identity.version else ""
         digits = seen.logprob_digits
         logprobs = "no logprobs"
         if digits is not None:
             logprobs = f"logprobs of {digits} digits"
             if digits < FP32_DIGITS:
                 logprobs += " (rounded: smaller differences cannot be seen)"
-        cache = self._cache.how if self._cache else "no control that could be seen to work"
+        cache = (
+            self._server.cache.how
+            if self._server.cache
+            else "no control that could be seen to work"
+        )
         return (
-            f"{self._identity.server}{version} at {self._transport.base}",
-            f"compared: {seen.compared}, {logprobs}",
+            f"{self._server.identity.server}{version} at {self._transport.base}",
+            f"compared: {COMPARED[seen.compared]}, {logprobs}",
             f"optional fields: {seen.seen}",
-            f"batch size from: {self._witness_name}; prefix cache: {cache}",
+            f"batch size from: {self._server.witness_name}; prefix cache: {cache}",
         )
 
     def count_tokens(self, prompt: str) -> int:
         """By the server's own count; in words where it does not say."""
-        answer = self._run(self._ask_for_probing(prompt, 1, {}))
+        answer = self._run(self._server.ask_briefly(prompt, 1, {}))
         counted = answer.n_prompt_tokens
         return len(prompt.split()) if counted is None else counted
 
     def describe(self) -> dict[str, Any]:
-        identity, seen = self._identity, self._capabilities
+        identity, seen = self._server.identity, self._server.capabilities
         return {
             "name": self._spec.model,
             "endpoint": self._transport.base,
             "server": identity.server,
             "version": identity.version,
             "served": identity.model,
-            "system_fingerprint": seen.fingerprint,
+            "system_fingerprint": seen.fingerprint or None,
             "compared": seen.compared,
             "logprob_digits": seen.logprob_digits,
             "optional_fields": seen.seen,
-            "witness": self._witness_name,
-            "prefix_cache": self._cache.how if self._cache else None,
+            "witness": self._server.witness_name,
+            "prefix_cache": self._server.cache.how if self._server.cache else None,
             "digest": identity.digest(seen.fingerprint, seen.compared),
         }
 
@@ -134,17 +141,27 @@ class EndpointSampler:
         raise UsageError("--loads auto: with --endpoint the memory is the server's: give numbers")
 
     def changes(self) -> tuple[str, ...]:
-        found = [
-            f"the server's system_fingerprint changed in mid-run: {self._fingerprints[0]!r}, "
-            f"then {fingerprint!r}"
-            for fingerprint in self._fingerprints[1:]
-        ]
+        found = []
+        if n_others := self._server.n_other_beginnings:
+            found.append(
+                f"completions that differ in their limit alone began otherwise in {n_others} "
+                "requests: equal answers to equal ones may come from a cache"
+            )
+        if self._n_without_bits and not self._spec.allow_latent:
+            found.append(
+                f"answers whose log-probabilities were no numbers: {self._n_without_bits}; their "
+                "bits were not compared"
+            )
         try:
             now = self._run(self._identify_quickly())
         except (RequestFailure, TimeoutError):
             return tuple(found)
-        if now.digest() != self._identity.digest():
-            before = (self._identity.server, self._identity.version, self._identity.model)
+        if now.digest() != self._server.identity.digest():
+            before = (
+                self._server.identity.server,
+                self._server.identity.version,
+                self._server.identity.model,
+            )
             found.append(
                 "the server changed in mid-run: "
                 f"{_listed(before)}, then {_listed((now.server, now.version, now.model))}"
@@ -153,143 +170,105 @@ class EndpointSampler:
 
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         try:
-            outcomes, achieved = self._run(self._sample(trial, probe, decoding))
+            outcomes, sizes = self._run(self._sample(trial, probe, decoding))
         except RequestFailure as failure:  # of a request that prepares the trial
             if failure.is_unreachable:
                 raise BackendError(f"the server is gone: {failure}") from failure
             raise TrialError(str(failure)) from failure
+        reached = [most_of_the_time(of_row) for of_row in sizes]
+        known = [size for size in reached if size is not None]
+        achieved = min(known) if len(known) == len(reached) else None
         return [
-            self._make_sample(trial, nth, outcome, Witness(achieved))
-            for nth, outcome in enumerate(outcomes)
+            self._make_sample(trial, nth, outcome, self._make_witness(outcome, achieved, of_row))
+            for nth, (outcome, of_row) in enumerate(zip(outcomes, sizes, strict=True))
         ]
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)
 
-    async def _open(self) -> None:
-        """Find out who answers and what it can do."""
-        try:
-            self._identity = await identify(self._transport, self._spec.model)
-            gauge = await find_gauge(self._transport)
-            self._metrics = MetricsWitness(self._transport, gauge) if gauge else None
-            self._witness_name = gauge or CLIENT_OVERLAP
-            api = Chat if self._spec.chat else Completions
-            self._dialect: Dialect = api(streamed=gauge is None)
-            if self._identity.server == "SGLang" and gauge and not self._spec.chat:
-                self._dialect = Generate()
-            self._client = Client(self._transport, self._dialect, self._endpoint.n_retries)
-            prompt = self._spec.probes[0].prompt
-            n_tokens = min(N_PROBING_TOKENS, self._spec.decoding.max_tokens)
-
-            async def ask(fields: Body) -> Answer:
-                return await self._ask_for_probing(prompt, n_tokens, fields)
-
-            self._capabilities = await self._probe(ask)
-            if self._spec.decoding.temperature and "seed" not in self._capabilities.accepted:
-                raise UsageError(
-                    f"--temperature {self._spec.decoding.temperature:g}: this server takes no "
-                    "seed, so its draws differ by design: give 0"
-                )
-            self._cache: PrefixCache | None = await prefix_cache.find(
-                self._identity.server,
-                self._transport,
-                lambda fields: ask({**self._capabilities.probe_fields, **fields}),
-            )
-        except RequestFailure as failure:
-            raise BackendError(f"--endpoint {self._transport.base}: {failure}") from failure
-
-    async def _probe(self, ask: Any) -> Capabilities:
-        try:
-            return await probe(self._dialect, ask)
-        except RequestFailure as failure:
-            if self._dialect.take_hint(str(failure)):
-                return await self._probe(ask)
-            if failure.status is None or not 400 <= failure.status < 500 or failure.is_temporary:
-                raise
-            names = await list_models(self._transport)
-            hints = [f"it offers {', '.join(map(repr, names[:8]))}"] if names else []
-            is_served = not names or self._spec.model in names
-            if failure.status == 404 and not self._transport.base.endswith("/v1"):
-                hints.append("most servers have their API under /v1")
-            elif failure.status == 404 and is_served and not self._spec.chat:
-                hints.append("a server with chat alone needs --chat")
-            if failure.status in (401, 403):
-                hints.append("the key is read from NDCHECK_API_KEY or --api-key-file")
-            hint = f" ({'; '.join(hints)})" if hints else ""
-            raise UsageError(
-                f"--endpoint {self._transport.base} --model {self._spec.model}: {failure}{hint}"
-            ) from failure
-
-    async def _identify_quickly(self) -> Any:
+    async def _identify_quickly(self) -> Identity:
         async with asyncio.timeout(IDENTITY_TIMEOUT_S):
             return await identify(self._transport, self._spec.model)
 
-    async def _ask_for_probing(self, prompt: str, max_tokens: int, fields: Body) -> Answer:
-        """A short request outside any trial, with the usual retries."""
-        decoding = replace(self._spec.decoding, max_tokens=max_tokens)
-        body = self._dialect.body(self._spec.model, prompt, max_tokens, decoding)
-        return await self._client.ask({**body, **fields}, max_tokens)
-
     async def _sample(
         self, trial: Trial, probe: Probe, decoding: Decoding
-    ) -> tuple[list[Outcome], int | None]:
-        load = trial.load
+    ) -> tuple[list[Outcome], list[list[int]]]:
+        """What became of each of the trial's probes, and the batch at each of its tokens."""
+        load, seen = trial.load, self._server.capabilities
         outcomes = [Outcome() for _ in load.slots]
         fillers: list[Outcome] = []
         rng = random.Random(f"{load.filler_seed}/{load.batch_size}/fillers")
-        lengths = dict(
-            zip(
-                (row for row in range(load.batch_size) if row not in load.slots),
-                load.filler_lengths,
-                strict=True,
-            )
-        )
+        rows = (row for row in range(load.batch_size) if row not in load.slots)
+        lengths = dict(zip(rows, load.filler_lengths, strict=True))
+        check = check_whole(decoding.max_tokens, seen.compared, counts_tokens=seen.counts_tokens)
 
         async def send_probe(index: int) -> None:
-            body = self._dialect.body(self._spec.model, probe.prompt, decoding.max_tokens, decoding)
-            body |= self._capabilities.probe_fields
-            if "seed" in self._capabilities.accepted:
+            body = self._server.dialect.body(
+                self._spec.model, probe.prompt, decoding.max_tokens, decoding
+            )
+            body |= seen.probe_fields
+            if "seed" in seen.accepted:
                 body["seed"] = decoding.seed
-            if self._cache:
-                body |= self._cache.fields(load.cache_state, trial.trial_id, index)
-            compared = self._capabilities.compared
-            await self._client.record(body, decoding.max_tokens, compared, outcomes[index])
+            if self._server.cache:
+                body |= self._server.cache.fields(load.cache_state, trial.trial_id, index)
+            await self._server.client.record(body, decoding.max_tokens, check, outcomes[index])
 
-        async def send_filler(row: int, number: int) -> None:
+        async def send_filler(row: int, number: int) -> bool:
             length = lengths.get(row, probe.prompt.count(" ") + 1)
-            seed = load.filler_seed + row + number * load.batch_size
-            prompt = filler_text(seed, length)
+            prompt = filler_text(load.filler_seed + row + number * load.batch_size, length)
             if self._endpoint.fillers == "shared-prefix":
                 prompt = f"{probe.prompt} {prompt}"
-            n_tokens = decoding.max_tokens
-            if self._arrival.kind == "closed":
-                n_tokens = rng.randint(max(1, n_tokens // 4), n_tokens)
-            body = self._dialect.body(self._spec.model, prompt, n_tokens, decoding)
-            body |= self._capabilities.filler_fields
-            fillers.append(Outcome())
-            await self._client.record(body, n_tokens, "text", fillers[-1])
+            n_tokens = outlasting(decoding.max_tokens)
+            if number or self._arrival.kind == "closed":
+                n_tokens = rng.randint(max(1, decoding.max_tokens // 4), decoding.max_tokens)
+            elif 2 * length + n_tokens > self.context:
+                n_tokens = decoding.max_tokens
+            body = self._server.dialect.body(
+                self._spec.model, prompt, n_tokens, decoding, streamed=self._server.metrics is None
+            )
+            body |= seen.filler_fields(n_tokens)
+            fillers.append(outcome := Outcome())
+            await self._server.client.record(body, n_tokens, lambda answer: None, outcome)
+            return outcome.error is None
 
-        if self._cache and load.cache_state == "prefix":
-            await self._cache.warm(
-                lambda fields: self._ask_for_probing(
-                    probe.prompt, 1, {**self._capabilities.probe_fields, **fields}
+        await self._transport.renew()
+        if self._server.cache and load.cache_state == "prefix":
+            await self._server.cache.warm(
+                lambda fields: self._server.ask_briefly(
+                    probe.prompt, 1, {**seen.probe_fields, **fields}
                 ),
                 trial.trial_id,
             )
-        elif self._cache:
-            await self._cache.cool()
+            await self._transport.renew()
+        elif self._server.cache:
+            await self._server.cache.cool()
         senders = [lambda i=i: send_probe(i) for i in range(len(outcomes))]
-        async with self._metrics.watching(load.batch_size) if self._metrics else nullcontext():
+        async with (
+            self._server.metrics.watching(load.batch_size)
+            if self._server.metrics
+            else nullcontext()
+        ):
             await run_trial(load, self._arrival, senders, send_filler)
         await self._judge(trial, outcomes, fillers)
         answers = [o.answer for o in (*outcomes, *fillers) if o.answer is not None]
-        return outcomes, self._achieved(load, answers)
+        return outcomes, [self._find_sizes(load, outcome, answers) for outcome in outcomes]
 
-    def _achieved(self, load: Load, answers: list[Answer]) -> int | None:
-        if load.batch_size == 1 and answers:
-            # Nothing else was sent; others' requests show in the server's metrics only.
-            return max(1, self._metrics.peak or 1) if self._metrics else 1
-        return self._metrics.peak if self._metrics else overlap(answers)
+    def _find_sizes(self, load: Load, outcome: Outcome, answers: Sequence[Answer]) -> list[int]:
+        """The batch at each token of the probe's answer; empty where it cannot be known."""
+        if outcome.answer is None:
+            return []
+        compared = self._server.capabilities.compared
+        n_units = len(outcome.answer.stream(compared)[0])
+        times_s = outcome.answer.unit_times_s(compared, n_units)
+        if self._server.metrics is not None:
+            if len(outcome.answer.arrivals) == 1:  # Not streamed: its steps are taken to be even.
+                last_s = outcome.answer.last_s
+                step_s = (last_s - outcome.sent_s) / max(1, n_units)
+                times_s = [last_s - step_s * (n_units - 1 - i) for i in range(n_units)]
+            return batch_sizes_read(times_s, self._server.metrics.readings)
+        if load.batch_size == 1:
+            return [1] * n_units  # Nothing else was sent; others' requests cannot be seen.
+        return batch_sizes_seen(times_s, answers)
 
     async def _judge(self, trial: Trial, outcomes: list[Outcome], fillers: list[Outcome]) -> None:
         """Turn what happened beside a request into its error.
@@ -309,7 +288,6 @@ class EndpointSampler:
                     f"answered only on retry {outcome.n_retries}, outside the batch asked for: "
                     f"{outcome.retried_after}"
                 )
-            self._note_fingerprint(outcome.answer)
         cached = [o.answer.n_cached_tokens for o in outcomes if o.answer is not None]
         if load.cache_state == "prefix" and cached and not any(cached):
             for outcome in outcomes:
@@ -325,20 +303,30 @@ class EndpointSampler:
         """Raise BackendError unless the server still answers a short request."""
         for attempts_left in range(self._endpoint.n_retries, -1, -1):
             try:
-                await self._ask_for_probing(self._spec.probes[0].prompt, 1, {})
+                await self._server.ask_briefly(self._spec.probes[0].prompt, 1, {})
             except RequestFailure as failure:
                 if not attempts_left:
                     raise BackendError(f"the server no longer answers: {failure}") from failure
             else:
                 return
 
-    def _note_fingerprint(self, answer: Answer | None) -> None:
-        seen = self._capabilities.fingerprint
-        if answer is None or answer.fingerprint is None:
-            return
-        for fingerprint in (seen, answer.fingerprint):
-            if fingerprint is not None and fingerprint not in self._fingerprints:
-                self._fingerprints.append(fingerprint)
+    def _make_witness(
+        self, outcome: Outcome, achieved: int | None, sizes: Sequence[int]
+    ) -> Witness:
+        answer = outcome.answer
+        if answer is None:
+            return Witness(achieved)
+        took_s = answer.last_s - outcome.sent_s
+        return Witness(
+            achieved,
+            step_batch_sizes=tuple(sizes),
+            connection=answer.connection,
+            response_id=answer.response_id if self._server.capabilities.has_ids else "",
+            fingerprint=answer.fingerprint,
+            names_digest=answer.names_digest,
+            # One token may come as soon as the first; more cannot come in half its time.
+            is_replayed=took_s < self._server.capabilities.first_token_s / 2,
+        )
 
     def _make_sample(self, trial: Trial, nth: int, outcome: Outcome, witness: Witness) -> Sample:
         answer = outcome.answer if outcome.error is None else None
@@ -346,8 +334,11 @@ class EndpointSampler:
         token_texts: tuple[str, ...] = ()
         logprobs: tuple[float, ...] = ()
         if answer is not None:
-            token_ids, token_texts = answer.stream(self._capabilities.compared)
-            logprobs = tuple(answer.logprobs) if len(answer.logprobs) == len(token_ids) else ()
+            token_ids, token_texts = answer.stream(self._server.capabilities.compared)
+            logprobs = answer.logprobs if len(answer.logprobs) == len(token_ids) else ()
+            self._n_without_bits += (
+                "logprobs" in self._server.capabilities.accepted and not logprobs
+            )
             if trial.fault is not None:
                 token_ids, logprobs = plant(token_ids, logprobs, trial.fault)
         return Sample.of(
@@ -359,7 +350,7 @@ class EndpointSampler:
             token_ids=token_ids,
             token_texts=token_texts,
             logprobs=logprobs,
-            margins=tuple(answer.margins) if answer is not None and logprobs else (),
+            margins=answer.margins if answer is not None and logprobs else (),
             error=outcome.error,
             n_retries=outcome.n_retries,
         )

@@ -1,29 +1,64 @@
-"""HTTP to one server: pooled, streamed, bounded in size and time, every failure one clear line."""
+"""HTTP to one server: pooled, bounded in size and time, every failure one clear line."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
+import itertools
+import os
+import re
+import ssl
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from ndcheck.samplers.endpoint.answer import RequestFailure
+from ndcheck.errors import UsageError
+from ndcheck.samplers.endpoint.event_stream import (
+    MAX_SNIPPET,
+    TEMPORARY,
+    Event,
+    EventReader,
+    RequestFailure,
+    parse_object,
+    snippet,
+)
+from ndcheck.samplers.endpoint.redaction import Redactor
 
 CONNECT_TIMEOUT_S = 10.0
+LOOKUP_TIMEOUT_S = 10.0
+"""For pages that only say who the server is: nothing waits longer for them."""
+LINGER_S = 1.0
+"""Some servers keep the connection open after the last event: so long is its end waited for."""
 MAX_ERROR_BYTES = 1 << 16
-MAX_SNIPPET = 200
-TEMPORARY = frozenset({408, 429, 500, 502, 503, 504, 529})
-Event = dict[str, Any]
+MAX_PAGE_BYTES = 1 << 22
+ENCODINGS = frozenset({"identity", "", "gzip", "x-gzip", "deflate"})
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """How an answer ended and what it came through.
+
+    ``is_whole``: the server said that it sent all. ``stray``: words that were no part of it.
+    """
+
+    is_whole: bool
+    stray: str
+    connection: str
 
 
 class Transport:
     """Connections to the server at ``url``, an OpenAI base such as ``.../v1``: as many as in use.
 
     Each is a client of its own, since a pool looks through all its connections at every request.
-    Redirects are never followed: a key must not travel to another host. ``secrets`` are cut out
-    of every message.
+    Redirects are never followed: a key must not travel to another host. Secrets are cut out of
+    everything that leaves here. Raises UsageError for settings that no connection can be made with.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str], timeout_s: float) -> None:
@@ -32,134 +67,147 @@ class Transport:
         self._httpx = httpx2
         self.base = url.rstrip("/")
         self.root = self.base.removesuffix("/v1")
+        self.redactor = Redactor(headers)
         self._headers = {**headers, "accept-encoding": "identity"}
         self._timeout_s = timeout_s
-        self._tls = httpx2.create_ssl_context()
-        self._idle: list[Any] = []
-        # With and without the scheme ("Bearer"), since a server may quote either.
-        parts = (part for value in headers.values() for part in (value, *value.split()))
-        self._secrets = sorted({part for part in parts if len(part) >= 6}, key=len, reverse=True)
+        self._tls = self._make_tls()
+        self._names = (f"{uuid.uuid4().hex[:8]}-{n}" for n in itertools.count(1))
+        self._idle: list[tuple[Any, str]] = []
+        """Clients and the names of their connections."""
+        try:
+            httpx2.URL(self.base)
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise UsageError(f"--endpoint: {error}") from None
+        self._idle.append(self._make_client())
+
+    def _make_tls(self) -> Any:
+        try:
+            return self._httpx.create_ssl_context()
+        except (OSError, ValueError) as error:
+            named = [n for n in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(n)]
+            where = ", ".join(f"{name}={os.environ[name]}" for name in named)
+            reason = "it holds no certificate" if isinstance(error, ssl.SSLError) else error
+            raise UsageError(f"{where or 'TLS'}: {reason}") from None
 
     async def close(self) -> None:
-        for client in self._idle:
-            await client.aclose()
+        await self.renew()
 
-    def _make_client(self) -> Any:
-        return self._httpx.AsyncClient(
-            verify=self._tls,
-            headers=self._headers,
-            timeout=self._httpx.Timeout(self._timeout_s, connect=CONNECT_TIMEOUT_S),
-            follow_redirects=False,
-        )
+    async def renew(self) -> None:
+        """Close what is idle: the next requests open connections of their own.
 
-    def redact(self, message: str) -> str:
-        """``message`` on one line, without the secrets that the server may have repeated."""
-        for secret in self._secrets:
-            message = message.replace(secret, "[secret]")
-        return message
+        A balancer may choose the replica for each connection, so that requests over an old one
+        are no new draw.
+        """
+        clients, self._idle = self._idle, []
+        for client, _ in clients:
+            with contextlib.suppress(Exception):
+                await client.aclose()
+
+    def _make_client(self) -> tuple[Any, str]:
+        try:
+            client = self._httpx.AsyncClient(
+                verify=self._tls,
+                headers=self._headers,
+                timeout=self._httpx.Timeout(self._timeout_s, connect=CONNECT_TIMEOUT_S),
+                follow_redirects=False,
+            )
+        except (self._httpx.InvalidURL, ValueError, ImportError) as error:
+            names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+            found = [n for name in names for n in (name, name.lower()) if os.environ.get(n)]
+            raise UsageError(
+                f"the proxy settings in {', '.join(found)} cannot be used: {self._why(error)}"
+            ) from None
+        return client, next(self._names)
 
     async def stream(
         self, url: str, body: Mapping[str, Any], max_bytes: int, take: Callable[[Event], None]
-    ) -> None:
-        """POST ``body`` and ``take`` each JSON object of the event stream, or a plain answer's.
+    ) -> Receipt:
+        """POST ``body`` and ``take`` each JSON object of the answer.
 
         Raises RequestFailure for everything that is not one of these.
         """
         received = 0
-        rest = b""
-        async with self._sent("POST", url, body) as response:
-            kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-            is_events = kind == "text/event-stream"
-            if not is_events and kind != "application/json":
-                snippet = self._snippet(await _read(response, MAX_ERROR_BYTES))
-                raise RequestFailure(
-                    f"answered {kind or 'no content type'}, not events or JSON{snippet}"
-                )
-            async for chunk in response.aiter_raw():
-                received += len(chunk)
-                if received > max_bytes:
-                    raise RequestFailure(
-                        f"the answer is larger than {max_bytes / 2**20:.1f} MiB, far more than "
-                        "its tokens need"
-                    )
-                rest += chunk
-                if is_events:
-                    *lines, rest = rest.split(b"\n")
-                    for line in lines:
-                        event = self._event(line)
-                        if event is not None:
+        async with self._sent("POST", url, body, self._timeout_s) as (response, connection):
+            reader = EventReader(self.redactor, response.headers.get("content-type", ""))
+            try:
+                async with asyncio.timeout(None) as patience:
+                    async for chunk in response.aiter_bytes():
+                        received += len(chunk)
+                        if received > max_bytes:
+                            raise RequestFailure(
+                                f"the answer is larger than {max_bytes / 2**20:.1f} MiB, far more "
+                                "than its tokens need"
+                            )
+                        for event in reader.feed(chunk):
                             take(event)
-            event = self._event(rest) if is_events else self._object(rest)
-            if event is not None:
+                        if reader.is_whole:
+                            patience.reschedule(asyncio.get_running_loop().time() + LINGER_S)
+            except TimeoutError:
+                if not reader.is_whole:
+                    raise
+            for event in reader.finish():
                 take(event)
+        return Receipt(reader.is_whole, snippet(reader.stray, self.redactor), connection)
 
-    async def get(self, url: str, max_bytes: int = 1 << 22) -> bytes:
+    async def get(self, url: str) -> bytes:
         """The body of a GET. Raises RequestFailure."""
-        async with self._sent("GET", url, None) as response:
-            return await _read(response, max_bytes)
+        timeout_s = min(self._timeout_s, LOOKUP_TIMEOUT_S)
+        async with self._sent("GET", url, None, timeout_s) as (response, _):
+            return await _read(response, MAX_PAGE_BYTES)
 
-    async def get_object(self, url: str) -> Event | None:
-        """The JSON object at ``url``; None where there is none."""
+    async def get_object(self, url: str) -> Event:
+        """The JSON object at ``url``; empty where there is none."""
         try:
-            return self._object(await self.get(url))
+            return parse_object(await self.get(url), self.redactor)
         except RequestFailure as failure:
             if failure.is_unreachable:
                 raise
-            return None
-
-    async def post_object(self, url: str, body: Mapping[str, Any]) -> Event | None:
-        """The JSON object that answers ``body``; None where there is none."""
-        try:
-            async with self._sent("POST", url, body) as response:
-                return self._object(await _read(response, 1 << 22))
-        except RequestFailure as failure:
-            if failure.is_unreachable:
-                raise
-            return None
+            return {}
 
     @asynccontextmanager
     async def _sent(
-        self, method: str, url: str, body: Mapping[str, Any] | None
-    ) -> AsyncIterator[Any]:
-        """The open response to a request; its status is 2xx."""
-        client = self._idle.pop() if self._idle else self._make_client()
-        request = client.build_request(method, url, json=body)
+        self, method: str, url: str, body: Mapping[str, Any] | None, timeout_s: float
+    ) -> AsyncIterator[tuple[Any, str]]:
+        """The open response to a request, with a status of 2xx, and its connection's name."""
+        client, name = self._idle.pop() if self._idle else self._make_client()
         started = time.perf_counter()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                response = await client.send(request, stream=True)
+            async with asyncio.timeout(timeout_s):
+                try:
+                    request = client.build_request(method, url, json=body)
+                    response = await client.send(request, stream=True)
+                except (ValueError, self._httpx.InvalidURL) as error:
+                    raise RequestFailure(f"{method} {url}: {self._why(error)}") from None
                 try:
                     await self._refuse(response)
-                    yield response
+                    yield response, name
                 finally:
                     await response.aclose()
-        except TimeoutError as error:
-            raise RequestFailure(
-                f"no whole answer within {self._timeout_s:g} s (--timeout)"
-            ) from error
+        except TimeoutError:
+            raise RequestFailure(f"no whole answer within {timeout_s:g} s (--timeout)") from None
         except (self._httpx.ConnectError, self._httpx.ConnectTimeout) as error:
             raise RequestFailure(
-                f"cannot connect to {self.root}: {self._why(error)}",
+                f"cannot connect to {self.root}{_proxy(self.root)}: {self._why(error)}",
                 is_temporary=True,
                 is_unreachable=True,
-            ) from error
+            ) from None
         except self._httpx.TimeoutException as error:
             raise RequestFailure(
                 f"nothing arrived for {time.perf_counter() - started:.0f} s: {self._why(error)}"
-            ) from error
-        except (self._httpx.HTTPError, self._httpx.InvalidURL, OSError) as error:
+            ) from None
+        except (self._httpx.HTTPError, self._httpx.StreamError, OSError) as error:
             raise RequestFailure(
-                f"the connection broke: {self._why(error)}", is_temporary=True
-            ) from error
+                f"the connection broke{_proxy(self.root)}: {self._why(error)}", is_temporary=True
+            ) from None
         finally:
-            self._idle.append(client)
+            self._idle.append((client, name))
 
     async def _refuse(self, response: Any) -> None:
         status = response.status_code
         if 300 <= status < 400:
-            target = response.headers.get("location", "nowhere")
+            target = self.redactor.redact(response.headers.get("location", "nowhere"))
             raise RequestFailure(
-                f"HTTP {status}: redirects to {self.redact(target)[:MAX_SNIPPET]!r}, which is not "
+                f"HTTP {status}: redirects to {target[:MAX_SNIPPET]!r}, which is not "
                 "followed: give the final address as --endpoint",
                 status=status,
             )
@@ -169,63 +217,51 @@ class Transport:
             except RequestFailure:
                 content = b""
             raise RequestFailure(
-                f"HTTP {status}{self._snippet(content)}",
+                f"HTTP {status}{snippet(content, self.redactor)}",
                 status=status,
                 is_temporary=status in TEMPORARY,
                 retry_after_s=_seconds(response.headers.get("retry-after")),
             )
-        encoding = response.headers.get("content-encoding", "identity")
-        if encoding != "identity":
-            raise RequestFailure(f"the answer is {encoding[:40]!r} encoded, which was not accepted")
-
-    def _event(self, line: bytes) -> Event | None:
-        """The object on a ``data:`` line; None for every other line of the protocol."""
-        line = line.strip()
-        if not line.startswith(b"data:"):
-            return None
-        data = line[5:].strip()
-        return None if data == b"[DONE]" or not data else self._object(data)
-
-    def _object(self, content: bytes) -> Event:
-        try:
-            value = json.loads(content.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise RequestFailure(f"the answer is not valid UTF-8: {error.reason}") from error
-        except (ValueError, RecursionError) as error:
-            raise RequestFailure(f"the answer is not valid JSON{self._snippet(content)}") from error
-        if not isinstance(value, dict):
-            raise RequestFailure(f"the answer is not a JSON object{self._snippet(content)}")
-        if value.get("error") is not None:
-            raise RequestFailure(f"the server says{self._snippet(content)}")
-        return value
-
-    def _snippet(self, content: bytes) -> str:
-        """The server's own words, if any, after a colon."""
-        text = content.decode("utf-8", "replace")
-        try:
-            value = json.loads(text)
-            error = value.get("error", value.get("detail", value.get("message")))
-            text = str(error.get("message", error) if isinstance(error, dict) else error or text)
-        except (ValueError, AttributeError, RecursionError):
-            pass
-        text = " ".join(self.redact(text).split())
-        return f": {text[:MAX_SNIPPET]}" if text else ""
+        encoding = response.headers.get("content-encoding", "").lower()
+        if encoding not in ENCODINGS:
+            encoding = self.redactor.redact(encoding)[:40]
+            raise RequestFailure(f"the answer is {encoding!r} encoded, which was not accepted")
 
     def _why(self, error: BaseException) -> str:
-        return self.redact(str(error)) or type(error).__name__
+        words = _CREDENTIALS.sub("//[user:password]@", self.redactor.redact(str(error)))
+        return " ".join(words.split())[:MAX_SNIPPET] or type(error).__name__
+
+
+_CREDENTIALS = re.compile(r"//[^/\s]*@")
 
 
 async def _read(response: Any, max_bytes: int) -> bytes:
     content = b""
-    async for chunk in response.aiter_raw():
+    async for chunk in response.aiter_bytes():
         content += chunk
         if len(content) > max_bytes:
             raise RequestFailure(f"the answer is larger than {max_bytes / 2**20:.1f} MiB")
     return content
 
 
+def _proxy(url: str) -> str:
+    """Which setting sends requests for ``url`` through a proxy, if any does."""
+    parts, proxies = urlsplit(url), getproxies()
+    name = next((name for name in (parts.scheme, "all") if proxies.get(name)), None)
+    if name is None or proxy_bypass(parts.hostname or ""):
+        return ""
+    return f" through the proxy of {name.upper()}_PROXY"
+
+
 def _seconds(retry_after: str | None) -> float | None:
+    """``Retry-After`` in seconds from now: it is a number or a date."""
     try:
         return max(0.0, float(retry_after or ""))
     except ValueError:
+        pass
+    try:
+        until = parsedate_to_datetime(retry_after or "")
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None
+    until = until if until.tzinfo else until.replace(tzinfo=UTC)
+    return max(0.0, (until - datetime.now(UTC)).total_seconds())

@@ -1,14 +1,18 @@
-"""The batch that really ran: read from the server's metrics, else from how answers overlap."""
+"""The batch that really ran, token by token: from the server's metrics, else from its streams."""
 
 from __future__ import annotations
 
 import asyncio
+import bisect
 import re
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
-from ndcheck.samplers.endpoint.answer import Answer, RequestFailure
+from ndcheck.samplers.endpoint.answer import Answer
+from ndcheck.samplers.endpoint.event_stream import RequestFailure
+from ndcheck.samplers.endpoint.events import MAX_COUNT
 from ndcheck.samplers.endpoint.transport import Transport
 
 GAUGES = (
@@ -23,21 +27,19 @@ CLIENT_OVERLAP = "client-side overlap"
 
 
 class MetricsWitness:
-    """Polls one gauge while a trial runs and keeps the largest batch that one engine reported."""
+    """Polls one gauge while a trial runs: the largest batch that one engine had, at each moment."""
 
     def __init__(self, transport: Transport, gauge: str) -> None:
         self.name = gauge
-        self.peak: int | None = None
+        self.readings: list[tuple[float, int]] = []
+        """When (`time.perf_counter` seconds) and how many, of the trial watched last."""
         self._transport = transport
         self._gauge = gauge
 
     @asynccontextmanager
     async def watching(self, batch_size: int) -> AsyncIterator[None]:
-        """Poll until the block ends; ``peak`` is then the largest value seen, None if unknown.
-
-        Once ``batch_size`` has been seen, only larger batches are news: others' requests.
-        """
-        self.peak = None
+        """Poll until the block ends."""
+        self.readings = []
         polling = asyncio.create_task(self._poll(batch_size))
         try:
             yield
@@ -46,19 +48,23 @@ class MetricsWitness:
             await asyncio.gather(polling, return_exceptions=True)
 
     async def _poll(self, batch_size: int) -> None:
+        began_s = time.perf_counter()
         while True:
-            started = time.perf_counter()
+            started_s = time.perf_counter()
             try:
                 content = await self._transport.get(f"{self._transport.root}/metrics")
             except RequestFailure:
                 return
+            now_s = time.perf_counter()
             running = read_gauge(content, self._gauge)
             if running is not None:
-                self.peak = max(running, self.peak or 0)
-            is_found = self.peak is not None and self.peak >= batch_size
-            interval_s = WATCH_INTERVAL_S if is_found else SEARCH_INTERVAL_S
+                self.readings.append(((started_s + now_s) / 2, running))
+            interval_s = SEARCH_INTERVAL_S
+            if running is not None and running >= batch_size:
+                # Often enough to see where it ends, and not for every token of a long answer.
+                interval_s = min(WATCH_INTERVAL_S, max(interval_s, (now_s - began_s) / 10))
             # A large page takes the server's time too: spend at most half of it there.
-            await asyncio.sleep(max(interval_s, time.perf_counter() - started))
+            await asyncio.sleep(max(interval_s, now_s - started_s))
 
 
 async def find_gauge(transport: Transport) -> str | None:
@@ -74,27 +80,65 @@ async def find_gauge(transport: Transport) -> str | None:
 
 def read_gauge(content: bytes, gauge: str) -> int | None:
     """The largest value of ``gauge`` in a page of Prometheus text, over its engines."""
-    pattern = rb"^" + re.escape(gauge.encode()) + rb"(?:\{[^\n]*\})? ([0-9.eE+]+)"
+    pattern = rb"^" + re.escape(gauge.encode()) + rb"(?:\{[^\n]*\})?[ \t]+([0-9.eE+]+)"
     try:
         values = [int(float(value)) for value in re.findall(pattern, content, re.MULTILINE)]
     except (ValueError, OverflowError):
         return None
-    return max(values, default=None)
+    return max((value for value in values if value < MAX_COUNT), default=None)
 
 
-def overlap(answers: Iterable[Answer]) -> int | None:
-    """The most answers that were between their first and last token at one time.
+def batch_sizes_read(times_s: Sequence[float], readings: Sequence[tuple[float, int]]) -> list[int]:
+    """The batch at each token that arrived at ``times_s``: the reading nearest to its step.
 
-    None where no answer came in parts: nothing can be seen then. A server that interleaves
-    requests without batching them looks the same, so this is weaker than its own metrics.
+    Readings after the last token may be of what came next, and are left out. Empty where nothing
+    was read in time.
+    """
+    if not times_s:
+        return []
+    read_s = [at_s for at_s, _ in readings if at_s <= times_s[-1]]
+    if not read_s:
+        return []
+    sizes = []
+    for moment in _step_times(times_s):
+        i = bisect.bisect(read_s, moment)
+        nearest = min(range(max(0, i - 1), min(i + 1, len(read_s))),
+                      key=lambda j: abs(read_s[j] - moment))  # fmt: skip
+        sizes.append(readings[nearest][1])
+    return sizes
+
+
+def batch_sizes_seen(times_s: Sequence[float], answers: Iterable[Answer]) -> list[int]:
+    """The same from streams: how many answers were between their first and last token.
+
+    Empty where the answer did not come in parts. A server that interleaves requests without
+    batching them looks the same, so this is weaker than its own metrics.
     """
     spans = [(a.first_s, a.last_s) for a in answers if a.first_s is not None]
     spans = [(first, last) for first, last in spans if first < last]
-    if not spans:
-        return None
-    edges = sorted([(first, 1) for first, _ in spans] + [(last, -1) for _, last in spans])
-    most = running = 0
-    for _, step in edges:
-        running += step
-        most = max(most, running)
-    return most
+    if not spans or not times_s or times_s[0] == times_s[-1]:
+        return []
+    firsts, lasts = sorted(first for first, _ in spans), sorted(last for _, last in spans)
+    return [
+        bisect.bisect_right(firsts, moment) - bisect.bisect_left(lasts, moment)
+        for moment in _step_times(times_s)
+    ]
+
+
+def _step_times(times_s: Sequence[float]) -> list[float]:
+    """A moment within the step that made each token: halfway since the token before it.
+
+    Rows of one step arrive one after the other, so that what holds at an arrival is an accident.
+    The first token's own step cannot be seen: it is taken to be as the second's.
+    """
+    moments = [times_s[0]]
+    for before_s, token_s in pairwise(times_s):
+        # Tokens of one event share its step.
+        moments.append(moments[-1] if token_s == before_s else (before_s + token_s) / 2)
+    first_step = next((m for m in moments if m > times_s[0]), times_s[0])
+    return [first_step if m == times_s[0] else m for m in moments]
+
+
+def most_of_the_time(sizes: Sequence[int]) -> int | None:
+    """The largest batch that more than half of the tokens had at least; None for no token."""
+    return sorted(sizes, reverse=True)[len(sizes) // 2] if sizes else None

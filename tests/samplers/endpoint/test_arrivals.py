@@ -43,7 +43,7 @@ def test_offsets_of_open_loops():
     assert offsets[-1] > 0
 
 
-def run(load, arrival):
+def run(load, arrival, n_turns=lambda row, number: 3 + row, works=lambda row, number: True):
     """The most requests in flight at once, and what was sent in order."""
     in_flight, most, sent = 0, 0, []
 
@@ -56,17 +56,38 @@ def run(load, arrival):
             await asyncio.sleep(0)
         in_flight -= 1
 
-    probes = [lambda i=i: request(f"probe {i}", 9) for i in range(len(load.slots))]
-    asyncio.run(
-        run_trial(load, arrival, probes, lambda row, number: request((row, number), 3 + row))
-    )
+    async def filler(row, number):
+        await request((row, number), n_turns(row, number))
+        return works(row, number)
+
+    probes = [lambda i=i: request(f"probe {i}", 19) for i in range(len(load.slots))]
+    asyncio.run(run_trial(load, arrival, probes, filler))
     return most, sent
 
 
 def test_together_sends_each_row_once_in_row_order():
-    most, sent = run(Load(4, (2,), (1, 1, 1)), Arrival("together"))
+    most, sent = run(Load(4, (2,), (1, 1, 1)), Arrival("together"), lambda row, number: 30)
     assert most == 4
     assert sent == [(0, 0), (1, 0), "probe 0", (3, 0)]
+
+
+def test_a_filler_that_ends_before_the_probe_is_replaced():
+    most, sent = run(Load(3, (0,), (1, 1)), Arrival("together"))
+    assert most == 3
+    assert [name for name in sent if name == "probe 0"] == ["probe 0"]
+    assert len(sent) > 6
+    assert len(set(sent)) == len(sent)
+
+
+def test_a_filler_that_fails_is_not_sent_for_ever():
+    _, sent = run(Load(3, (0,), (1, 1)), Arrival("together"), works=lambda row, number: False)
+    assert sorted(map(str, sent)) == ["(1, 0)", "(2, 0)", "probe 0"]
+
+
+def test_an_open_loop_is_not_refilled():
+    load = Load(3, (0,), (1, 1), filler_seed=1)
+    _, sent = run(load, Arrival("poisson", rate_per_s=1e6))
+    assert len(sent) == 3
 
 
 def test_a_closed_loop_keeps_its_number_in_flight_until_the_last_probe():

@@ -1,0 +1,270 @@
+"""Before the first trial: who answers, in which dialect, and why it refuses if it does."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from ndcheck.errors import BackendError, UsageError
+from ndcheck.load import filler_text
+from ndcheck.records import Endpoint, RunSpec
+from ndcheck.samplers.endpoint import prefix_cache
+from ndcheck.samplers.endpoint.answer import EMPTY, Answer
+from ndcheck.samplers.endpoint.capabilities import BUSY, Capabilities, probe
+from ndcheck.samplers.endpoint.client import Client
+from ndcheck.samplers.endpoint.dialects import Body, Chat, Completions, Dialect, Generate
+from ndcheck.samplers.endpoint.event_stream import RequestFailure
+from ndcheck.samplers.endpoint.events import as_count, as_dict, as_fact, as_list
+from ndcheck.samplers.endpoint.prefix_cache import PrefixCache
+from ndcheck.samplers.endpoint.transport import Transport
+from ndcheck.samplers.endpoint.witness import CLIENT_OVERLAP, MetricsWitness, find_gauge
+
+N_PROBING_TOKENS = 4
+N_LIMITS = 5
+LONGEST_LIMIT = 64
+"""Tokens of the requests that differ in their limit only."""
+N_TIMINGS = 3
+MAX_OFFERED = 8
+SMALL_TEMPERATURE = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who answers: what of it changes in mid-run makes two completions incomparable."""
+
+    server: str
+    version: str | None = None
+    model: str | None = None
+    context: int | None = None
+
+    def digest(self, *more: object) -> str:
+        """16 hexadecimal digits over these facts."""
+        facts = "/".join(map(str, (self.server, self.version, self.model, *more)))
+        return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+
+
+async def identify(transport: Transport, model: str) -> Identity:
+    """Ask the server what it is, at the addresses where each kind says so.
+
+    A gateway may answer at any address, so a kind is known by fields that only it has.
+    """
+    root = transport.root
+    entries = [as_dict(e) for e in as_list((await _get_models(transport)).get("data"))]
+    entry = next((entry for entry in entries if entry.get("id") == model), {})
+    name = as_fact(entry.get("root")) or as_fact(entry.get("id")) or model
+    context = as_count(entry.get("max_model_len")) or None
+    props = await transport.get_object(f"{root}/props")
+    settings = as_dict(props.get("default_generation_settings"))
+    if settings and ("total_slots" in props or "build_info" in props):
+        file = as_fact(props.get("model_path")) or name
+        length = as_count(settings.get("n_ctx")) or None
+        return Identity("llama.cpp", as_fact(props.get("build_info")) or None, file, length)
+    for path in ("/server_info", "/get_server_info"):
+        info = await transport.get_object(f"{root}{path}")
+        if file := as_fact(info.get("model_path")):
+            limit = context or as_count(info.get("max_total_num_tokens")) or None
+            return Identity("SGLang", as_fact(info.get("version")) or None, file, limit)
+    version = as_fact((await transport.get_object(f"{root}/version")).get("version")) or None
+    kind = "vLLM" if entry.get("owned_by") == "vllm" else "OpenAI-compatible server"
+    return Identity(kind, version, name, context)
+
+
+async def _get_models(transport: Transport) -> dict[str, object]:
+    return await transport.get_object(f"{transport.base}/models")
+
+
+async def _explain(failure: RequestFailure, spec: RunSpec, transport: Transport) -> UsageError:
+    """The refusal, with what may help against it."""
+    words = str(failure).lower()
+    names = [
+        as_fact(as_dict(entry).get("id"))
+        for entry in as_list((await _get_models(transport)).get("data"))
+    ]
+    names = [name for name in names if name]
+    hints = []
+    is_unknown = bool(names) and spec.model not in names
+    if is_unknown and (failure.status == 404 or "model" in words):
+        offered = ", ".join(map(repr, names[:MAX_OFFERED]))
+        more = f" and {len(names) - MAX_OFFERED} more" if len(names) > MAX_OFFERED else ""
+        hints.append(f"it offers {offered}{more}")
+    elif failure.status in (404, 405):
+        hints.append(await _find_address(spec, transport, has_models=bool(names)))
+    elif failure.status in (401, 403):
+        hints.append("the key is read from NDCHECK_API_KEY or --api-key-file")
+    elif "temperature" in words and not spec.decoding.temperature:
+        hints.append(
+            "without temperature 0 a server draws its tokens: where it takes a seed, "
+            f"--temperature {SMALL_TEMPERATURE} leaves near-ties alone to chance"
+        )
+    hint = f" ({'; '.join(filter(None, hints))})" if any(hints) else ""
+    return UsageError(f"--endpoint {transport.base} --model {spec.model}: {failure}{hint}")
+
+
+async def _find_address(spec: RunSpec, transport: Transport, *, has_models: bool) -> str:
+    """What is wrong with the address, as far as the server's own pages tell."""
+    for path in ("/chat/completions", "/completions", "/models"):
+        if transport.base.endswith(path):
+            return f"leave out {path}: ndcheck adds it"
+    if has_models:
+        return "" if spec.chat else "a server with chat alone needs --chat"
+    if "data" in await transport.get_object(f"{transport.base}/v1/models"):
+        return f"its API is at {transport.base}/v1"
+    if "v1" in transport.base.split("/"):
+        return "" if spec.chat else "a server with chat alone needs --chat"
+    return "most servers have their API under /v1"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that answers, and what was found out about it."""
+
+    spec: RunSpec
+    identity: Identity
+    dialect: Dialect
+    client: Client
+    capabilities: Capabilities
+    metrics: MetricsWitness | None
+    cache: PrefixCache | None
+    n_other_beginnings: int
+    """Of completions that differ in their limit alone: how many begin unlike the first."""
+
+    @property
+    def witness_name(self) -> str:
+        return self.metrics.name if self.metrics else CLIENT_OVERLAP
+
+    async def ask_briefly(self, prompt: str, max_tokens: int, fields: Body) -> Answer:
+        """A short request outside any trial, with the usual retries."""
+        return await _ask_briefly(self.spec, self.dialect, self.client, prompt, max_tokens, fields)
+
+
+async def _ask_briefly(
+    spec: RunSpec, dialect: Dialect, client: Client, prompt: str, max_tokens: int, fields: Body
+) -> Answer:
+    body = dialect.body(spec.model, prompt, max_tokens, spec.decoding)
+    answer = await client.ask({**body, **fields}, max_tokens)
+    answer.settle(max_tokens, len(answer.token_ids) or len(answer.tokens) or answer.n_tokens)
+    return answer
+
+
+async def open_server(
+    spec: RunSpec, endpoint: Endpoint, transport: Transport, say: Callable[[str], None]
+) -> Server:
+    """Find out who answers and what it can do, by short requests for the first probe.
+
+    Raises BackendError where the server fails, UsageError where it refuses what is asked.
+    """
+    try:
+        identity = await identify(transport, spec.model)
+        gauge = await find_gauge(transport)
+        dialect: Dialect = Chat() if spec.chat else Completions()
+        if identity.server == "SGLang" and gauge and not spec.chat:
+            dialect = Generate()
+        client = Client(transport, dialect, endpoint.n_retries, endpoint.timeout_s, say)
+        capabilities = await _find_capabilities(spec, transport, dialect, client)
+        if spec.decoding.temperature and "seed" not in capabilities.accepted:
+            raise UsageError(
+                f"--temperature {spec.decoding.temperature:g}: this server takes no "
+                "seed, so its draws differ by design: give 0"
+            )
+        prompt = spec.probes[0].prompt
+        n_tokens = min(N_PROBING_TOKENS, spec.decoding.max_tokens)
+        cache = await prefix_cache.find(
+            identity.server,
+            transport,
+            lambda fields: _ask_briefly(
+                spec, dialect, client, prompt, n_tokens, {**capabilities.probe_fields, **fields}
+            ),
+        )
+        n_others = await _vary_limit(spec, dialect, client, capabilities)
+    except RequestFailure as failure:
+        if (
+            failure.status is not None
+            and 400 <= failure.status < 500
+            and failure.status not in BUSY
+        ):
+            raise await _explain(failure, spec, transport) from failure
+        raise BackendError(f"--endpoint {transport.base}: {failure}") from failure
+    metrics = MetricsWitness(transport, gauge) if gauge else None
+    return Server(spec, identity, dialect, client, capabilities, metrics, cache, n_others)
+
+
+async def _find_capabilities(
+    spec: RunSpec, transport: Transport, dialect: Dialect, client: Client
+) -> Capabilities:
+    """What works for short requests; longer ones where the first tokens of the model are hidden.
+
+    Raises RequestFailure where the server fails, UsageError where it refuses what was asked.
+    """
+    prompt, n_tokens = spec.probes[0].prompt, min(N_PROBING_TOKENS, spec.decoding.max_tokens)
+    while True:
+        try:
+            first = await _ask_briefly(spec, dialect, client, prompt, n_tokens, {})
+            if not first.text and not first.token_ids and n_tokens < spec.decoding.max_tokens:
+                n_tokens = spec.decoding.max_tokens
+                continue
+            break
+        except RequestFailure as failure:
+            if dialect.take_hint(str(failure)):
+                continue
+            raise
+    if not first.text and not first.token_ids:
+        empty = EMPTY.format(first.n_reasoning_tokens or first.n_tokens or n_tokens)
+        raise UsageError(f"--endpoint {transport.base} --model {spec.model}: {empty}")
+    found = await probe(
+        dialect,
+        lambda fields: _ask_briefly(spec, dialect, client, prompt, n_tokens, fields),
+        first,
+        n_tokens,
+    )
+    try:
+        return await _time_first_token(
+            found, lambda fresh: _ask_briefly(spec, dialect, client, fresh, 1, {}), first
+        )
+    except RequestFailure as failure:
+        if failure.is_unreachable or failure.status in BUSY:
+            raise
+        return found
+
+
+async def _vary_limit(
+    spec: RunSpec, dialect: Dialect, client: Client, capabilities: Capabilities
+) -> int:
+    """How many completions of smaller limits do not begin like the first.
+
+    What repeats whole answers, or chooses a replica by the request, gives equal requests equal
+    answers whatever the model does; requests for a token less are others to it.
+    """
+    n_tokens = min(spec.decoding.max_tokens, LONGEST_LIMIT)
+    streams = []
+    for n in range(n_tokens, max(0, n_tokens - N_LIMITS), -1):
+        answer = await _ask_briefly(
+            spec, dialect, client, spec.probes[0].prompt, n, capabilities.probe_fields
+        )
+        streams.append(answer.stream(capabilities.compared)[0])
+    # The end of a text may be part of a character.
+    n_loose = 0 if capabilities.compared == "token ids" else 2
+    n_shared = max(0, min(map(len, streams)) - n_loose)
+    return sum(stream[:n_shared] != streams[0][:n_shared] for stream in streams)
+
+
+async def _time_first_token(
+    capabilities: Capabilities,
+    ask_fresh: Callable[[str], Awaitable[Answer]],
+    known: Answer,
+) -> Capabilities:
+    """With the quickest first token of prompts that no cache can hold, and the use of ids.
+
+    ``ask_fresh`` asks for one token after a prompt; ``known`` answered another prompt.
+    """
+    quickest_s, ids = float("inf"), {known.response_id}
+    for n in range(N_TIMINGS):
+        started_s = time.perf_counter()
+        answer = await ask_fresh(f"{uuid.uuid4().hex} {filler_text(n, 8)}")
+        first_s = answer.first_s
+        quickest_s = min(quickest_s, (first_s or time.perf_counter()) - started_s)
+        ids.add(answer.response_id)
+    has_ids = "" not in ids and len(ids) == N_TIMINGS + 1
+    return replace(capabilities, first_token_s=quickest_s, has_ids=has_ids)
