@@ -59,6 +59,7 @@ class EndpointSampler:
     """
 
     interleaves_arms = True
+    refused_axes = ()
 
     def __init__(self, spec: RunSpec, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
         self._spec = spec
