@@ -14,7 +14,7 @@ from ndcheck.analysis.statistics import trials_needed
 from ndcheck.errors import TrialError, UsageError, doing
 from ndcheck.evidence import trial_digests
 from ndcheck.load import batch_sizes_up_to, plan_confirmations, plan_trials, plant_fault
-from ndcheck.records import AXES, Arm, Environment, Run, RunSpec, RunStatus, Sample, Trial
+from ndcheck.records import AXES, Arm, Axis, Environment, Run, RunSpec, RunStatus, Sample, Trial
 from ndcheck.reports import phrases
 from ndcheck.samplers.base import Sampler
 from ndcheck.store import NewDirectory, RunDirectory, failed_samples
@@ -68,12 +68,20 @@ def fit_spec(spec: RunSpec, sampler: Sampler) -> RunSpec:
 
 
 def _fit_axes(spec: RunSpec, sampler: Sampler) -> RunSpec:
-    """``spec`` without ``cache`` where nothing can vary it. Raises UsageError if it was named."""
-    if sampler.cache_states or "cache" not in spec.axes:
-        return spec
-    if spec.axes != AXES:
-        raise UsageError(f"--axes: {NO_CACHE_CONTROL}: leave out cache")
-    return replace(spec, axes=tuple(axis for axis in AXES if axis != "cache"))
+    """``spec`` without the axes that are refused. Raises UsageError if one was named."""
+    refused = refused_axes(sampler)
+    named = [axis for axis in spec.axes if axis in refused]
+    if named and spec.axes != AXES:
+        raise UsageError(f"--axes: {refused[named[0]]}: leave out {named[0]}")
+    return replace(spec, axes=tuple(axis for axis in spec.axes if axis not in refused))
+
+
+def refused_axes(sampler: Sampler) -> dict[Axis, str]:
+    """The axes along which nothing can be measured, each with why."""
+    refused = dict(sampler.refused_axes)
+    if not sampler.cache_states:
+        refused.setdefault("cache", NO_CACHE_CONTROL)
+    return refused
 
 
 def _fit_loads(spec: RunSpec, sampler: Sampler) -> RunSpec:

@@ -30,12 +30,12 @@ from ndcheck.reports.terminal import print_report
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import (
-    NO_CACHE_CONTROL,
     begin,
     capture,
     fit_spec,
     new_directory,
     plan,
+    refused_axes,
     run_trials,
     slug,
 )
@@ -149,8 +149,9 @@ def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> S
 def fit(spec: RunSpec, sampler: Sampler, *, quiet: bool) -> RunSpec:
     """What of the spec the backend can vary and hold, and on stderr what became of the rest."""
     fitted = fit_spec(spec, sampler)
-    if fitted.axes != spec.axes:
-        note(f"cache is left out: {NO_CACHE_CONTROL}", quiet=quiet)
+    for axis, reason in refused_axes(sampler).items():
+        if axis in spec.axes:
+            note(f"{axis} is left out: {reason}", quiet=quiet)
     if fitted.batch_sizes != spec.batch_sizes:
         note(f"--loads auto is {','.join(map(str, fitted.batch_sizes))}", quiet=quiet)
     return fitted

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ndcheck.errors import UsageError
-from ndcheck.records import CacheState, Decoding, Probe, RunSpec, Sample, Trial
+from ndcheck.records import Axis, CacheState, Decoding, Probe, RunSpec, Sample, Trial
 
 
 class Sampler(Protocol):
@@ -19,6 +19,10 @@ class Sampler(Protocol):
     @property
     def cache_states(self) -> tuple[CacheState, ...]:
         """How a prompt can be made to enter the KV cache other than whole."""
+
+    @property
+    def refused_axes(self) -> tuple[tuple[Axis, str], ...]:
+        """The axes along which this model computes something else by design, each with why."""
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +15,6 @@ from transformers.cache_utils import LinearAttentionLayer
 from ndcheck.errors import UsageError
 from ndcheck.load import N_PREFILL_CHUNKS as N_PREFILL_CHUNKS
 from ndcheck.records import CacheState
-
-LayerState = tuple[Tensor, ...]
 
 
 class ExactBatch:
@@ -30,9 +30,10 @@ class ExactBatch:
         self.n_rows = n_rows
         self._mask = torch.zeros(n_rows, width, dtype=torch.int64, device=device)
         self._next_positions = torch.zeros(n_rows, 1, dtype=torch.int64, device=device)
-        self.cache = transformers.StaticCache(config=model.config, max_cache_len=width)
+        self.cache = _open_cache(model, width)
         self._cache_argument = cache_argument(model)
         self._has_states = any(isinstance(x, LinearAttentionLayer) for x in self.cache.layers)
+        self._has_columns = any(hasattr(x, "keys") for x in self.cache.layers)
         self.row_counts: list[int] = []
 
     @property
@@ -55,7 +56,18 @@ class ExactBatch:
         self.row_counts.clear()
 
     def prefill(self, cache_state: CacheState, cut: int | None = None) -> Tensor:
-        """Logits after the prompt, [rows, vocabulary]; ``cut`` is that of a `Load`."""
+        """Logits after the prompt, [rows, vocabulary]; ``cut`` is that of a `Load`.
+
+        Raises UsageError where the model computes something else in such a batch than alone.
+        """
+        from ndcheck.samplers.faithful import require_faithful
+
+        n_new = self._mask.shape[1] - self._n_columns
+        require_faithful(self._model, self.device, list(map(len, self._rows)), n_new, cache_state)
+        return self.compute_prompt(cache_state, cut)
+
+    def compute_prompt(self, cache_state: CacheState, cut: int | None = None) -> Tensor:
+        """`prefill`, of whatever model."""
         padded = torch.tensor(
             [[0] * (self._n_columns - len(row)) + row for row in self._rows], device=self.device
         )
@@ -79,11 +91,12 @@ class ExactBatch:
         return logits
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        self._length += input_ids.shape[1]
+        begin, self._length = self._length, self._length + input_ids.shape[1]
         mask = self._mask
         if self._has_states:
-            # Recurrent layers take the last columns of the mask for those of the input.
-            mask = mask[:, : self._length]
+            # Recurrent layers take the last columns of the mask for those of the input, and some
+            # that have no attention beside them all of it.
+            mask = mask[:, 0 if self._has_columns else begin : self._length]
         logits = self._model(
             input_ids=input_ids,
             attention_mask=mask,
@@ -106,52 +119,108 @@ class ExactBatch:
         n_prefix = self._n_columns - n_rest
         if n_prefix == 0:
             return 0
-        states: list[list[LayerState]] = []
         alone: dict[tuple[int, ...], list[LayerState]] = {}
+        rows: list[list[LayerState]] = []
         for row in self._rows:
             prefix = tuple(row[: len(row) - n_rest])
             if prefix not in alone:
                 alone[prefix] = self._prefix_states(prefix)
-            states.append(alone[prefix])
-        for layer, layer_states in enumerate(zip(*states, strict=True)):
-            parts = zip(*layer_states, strict=True)
-            if isinstance(self.cache.layers[layer], LinearAttentionLayer):
-                convolution, recurrent = map(torch.cat, parts)
-                self.cache.update_conv_state(convolution, layer)
-                self.cache.update_recurrent_state(recurrent, layer)
-            else:
-                keys, values = (torch.cat([_pad_left(s, n_prefix) for s in p]) for p in parts)
-                self.cache.update(keys, values, layer)
+            rows.append(alone[prefix])
+        for layer, states in enumerate(zip(*rows, strict=True)):
+            self._fill(layer, states, n_prefix)
         self._length = n_prefix
         return n_prefix
 
-    def _prefix_states(self, prefix: tuple[int, ...]) -> list[LayerState]:
-        """What every layer keeps of a prefix computed alone.
+    def _fill(self, layer: int, rows: Sequence[LayerState], n_columns: int) -> None:
+        """Put every row's state of one layer into the cache, its columns at the right."""
+        columns = [
+            torch.cat([_pad_left(part, n_columns) for part in parts])
+            for parts in zip(*(row.columns for row in rows), strict=True)
+        ]
+        if len(columns) > 2:
+            self.cache.update_indexer(columns.pop()[:, 0], layer)
+        if columns:
+            self.cache.update(*columns, layer)
+        for update, parts in (
+            (self.cache.update_conv_state, [row.convolutions for row in rows]),
+            (self.cache.update_recurrent_state, [row.recurrences for row in rows]),
+        ):
+            for index in parts[0]:
+                which = {"state_idx": index} if index else {}
+                update(torch.cat([part[index] for part in parts]), layer, **which)
 
-        Keys and values, each [1, heads, tokens, head_dim], the last ones only where a window hides
-        the others; or the last inputs of a convolution and a recurrent state.
-        """
+    def _prefix_states(self, prefix: tuple[int, ...]) -> list[LayerState]:
+        """What every layer keeps of a prefix computed alone."""
         # A row as short as the rest: one padded column gives the shapes, and is masked.
         row = list(prefix) or [0]
         batch = ExactBatch(self._model, self.device, 1, len(row))
         batch.reset([row])
-        batch.prefill("whole")
-        n_tokens = max(1, len(prefix))
-        states: list[LayerState] = []
-        for layer in batch.cache.layers:
-            state = layer_states(layer)
-            if isinstance(layer, LinearAttentionLayer):
-                states.append(state if prefix else tuple(torch.zeros_like(s) for s in state))
-            else:
-                states.append(tuple(part[:, :, :n_tokens] for part in state))
-        return states
+        batch.compute_prompt("whole")
+        states = [layer_state(layer) for layer in batch.cache.layers]
+        return [state.cut(len(row)) if prefix else state.emptied() for state in states]
 
 
-def layer_states(layer: Any) -> LayerState:
-    """Keys and values of a cache's layer, or its convolution's last inputs and recurrent state."""
-    if isinstance(layer, LinearAttentionLayer):
-        return layer.conv_states[0], layer.recurrent_states[0]
-    return layer.keys, layer.values
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """What a cache's layer keeps of the tokens so far.
+
+    ``columns``: keys and values, each [B, heads, tokens, head_dim], the last ones only where a
+    window hides the others, and where a layer looks tokens up by an index the keys of that, with
+    one head. ``convolutions`` and ``recurrences``: by number, the last inputs of a convolution and
+    a recurrent state, [B, ...].
+    """
+
+    columns: tuple[Tensor, ...]
+    convolutions: dict[int, Tensor]
+    recurrences: dict[int, Tensor]
+
+    def cut(self, n_tokens: int) -> LayerState:
+        columns = tuple(part[:, :, :n_tokens] for part in self.columns)
+        return LayerState(columns, self.convolutions, self.recurrences)
+
+    def emptied(self) -> LayerState:
+        """The state before any token, of the same shapes."""
+        convolutions = {i: torch.zeros_like(state) for i, state in self.convolutions.items()}
+        recurrences = {i: torch.zeros_like(state) for i, state in self.recurrences.items()}
+        return LayerState(self.columns, convolutions, recurrences)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.columns, *self.convolutions.values(), *self.recurrences.values()]
+
+
+def layer_state(layer: Any) -> LayerState:
+    """What a layer of a cache keeps; nothing of one that it leaves empty."""
+    columns = [getattr(layer, name, None) for name in ("keys", "values", "indexer_keys")]
+    if columns[2] is not None:
+        columns[2] = columns[2][:, None]
+    return LayerState(
+        tuple(part for part in columns if part is not None),
+        _by_number(getattr(layer, "conv_states", None)),
+        _by_number(getattr(layer, "recurrent_states", None)),
+    )
+
+
+def _by_number(states: Any) -> dict[int, Tensor]:
+    """Before transformers 5.17 a layer has one state of a kind, not several by number."""
+    by_number = states if isinstance(states, dict) else {0: states}
+    return {index: state for index, state in by_number.items() if state is not None}
+
+
+def _open_cache(model: Any, width: int) -> transformers.StaticCache:
+    try:
+        return _FixedLengthCache(config=model.config, max_cache_len=width)
+    except (KeyError, ValueError, AttributeError, NotImplementedError) as error:
+        raise UsageError(
+            f"{type(model).__name__} has a cache of its own, not one of fixed length: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+class _FixedLengthCache(transformers.StaticCache):
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        # The layer counts in place, and flex attention asks for this number after it has counted.
+        length = super().get_seq_length(layer_idx)
+        return length.clone() if isinstance(length, Tensor) else length
 
 
 def cache_argument(model: Any) -> str:

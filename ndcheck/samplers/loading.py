@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import transformers
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.records import RunSpec
-from ndcheck.samplers.sharding import check_heads, distributed_config, draw_weights, shard
+from ndcheck.samplers.sharding import check_heads, distributed_config, draw_weights, gather, shard
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -86,6 +87,20 @@ def load_model(source: str, config: Any, spec: RunSpec, device: torch.device) ->
             **options,
         )
     return (model if spec.tensor_parallel > 1 else model.to(device)).eval()
+
+
+def digest_weights(model: Any) -> str:
+    """16 hexadecimal digits over every parameter's name, shape, dtype and 4096 of its elements.
+
+    Evenly spaced elements keep this fast at any size; a fine-tune changes some of them.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in sorted(model.state_dict().items()):
+        flat = gather(parameter.detach()).reshape(-1)
+        step = max(1, flat.numel() // 4096)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _tokenizer_source(source: str, spec: RunSpec) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from ndcheck.samplers.batch import ExactBatch, layer_states
+from ndcheck.samplers.batch import ExactBatch, layer_state
 
 MOST_ROWS = {"cpu": 32, "cuda": 512}
 """What `--loads auto` stays below: larger batches cost time before they cost memory."""
@@ -52,11 +52,11 @@ def bytes_per_row(model: Any, device: torch.device, n_prompt: int, width: int) -
     """Its KV cache, its logits with what is read off them, and the widest layer of its prompt."""
     batch = ExactBatch(model, device, 1, width)
     batch.reset([[0]])
-    vocabulary = batch.prefill("whole").shape[-1]
+    vocabulary = batch.compute_prompt("whole").shape[-1]
     cache: int = sum(
         part.numel() * part.element_size()
         for layer in batch.cache.layers
-        for part in layer_states(layer)
+        for part in layer_state(layer).tensors()
     )
     config = model.config.get_text_config(decoder=True)
     widest = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", 0) or 0)

@@ -66,6 +66,7 @@ class ScriptedSampler:
 
     context = 100_000
     cache_states = CACHE_STATES
+    refused_axes = ()
     notes = ()
     interleaves_arms = True
 

@@ -2,14 +2,19 @@
 
 On CUDA the second step is captured as a graph and the others replay it: no launch is made by
 Python and nothing is read back until a block of steps is done. The captured step is the uncaptured
-one, so both give the same bits.
+one, so both give the same bits. A step that cannot be captured as a whole is not replayed at all.
 """
 
 from __future__ import annotations
 
+import traceback
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +23,8 @@ from torch import Tensor
 from ndcheck.errors import TrialError
 from ndcheck.records import Decoding, Fault, FinishReason
 from ndcheck.samplers.batch import ExactBatch
+from ndcheck.samplers.loading import first_line
+from ndcheck.samplers.memory import is_out_of_memory
 from ndcheck.samplers.selection import gumbel_noise, plant, read_step
 
 STEPS_BETWEEN_CHECKS = 32
@@ -36,10 +43,15 @@ class Stream:
 
 
 class DecodeSteps:
-    """Decodes one `ExactBatch`, again and again if it is reset in between."""
+    """Decodes one `ExactBatch`, again and again if it is reset in between.
 
-    def __init__(self, batch: ExactBatch, decoding: Decoding) -> None:
+    ``captures`` False leaves its steps uncaptured; ``capture_failure`` is why one could not be.
+    """
+
+    def __init__(self, batch: ExactBatch, decoding: Decoding, *, captures: bool = True) -> None:
         self.batch = batch
+        self.capture_failure: str | None = None
+        self._captures = captures and batch.can_be_captured
         self._decoding = decoding
         n_tokens, n_rows, device = decoding.max_tokens, batch.n_rows, batch.device
         shape = (n_tokens, n_rows)
@@ -70,11 +82,9 @@ class DecodeSteps:
         while n_done < self._decoding.max_tokens and not self._is_over(n_done, slots, stop_ids):
             self._draw_noise(n_done, logits.shape[-1])
             has_fault = fault is not None and n_done in (fault.latent_at, fault.fork_at)
-            if has_fault or n_done == 1 or not self.batch.can_be_captured:
-                # The first step stays uncaptured: it compiles what the capture needs.
+            # The first step stays uncaptured: it compiles what the capture needs.
+            if has_fault or n_done == 1 or not self._captures or not self._replay():
                 self._step(n_done, fault)
-            else:
-                self._replay()
             n_done += 1
         return self._streams(n_done, slots, stop_ids)
 
@@ -91,23 +101,47 @@ class DecodeSteps:
         self._next_ids.copy_(reading.token_ids)
         self._position.add_(1)
 
-    def _replay(self) -> None:
+    def _replay(self) -> bool:
+        """Replay the captured step; False where it cannot be captured, and nothing was done."""
         from ndcheck_kernels import active_scope
 
         scope = active_scope()
         if self._graph is None:
             before = Counter() if scope is None else scope.fires.copy()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._step(0)
-            self.batch.row_counts.pop()  # Captured, not executed.
+            n_passes = len(self.batch.row_counts)
+            graph = self._capture()
+            del self.batch.row_counts[n_passes:]  # Captured, not executed.
             if scope is not None:
                 self._captured_fires = scope.fires - before
                 scope.fires.subtract(self._captured_fires)
+            if graph is None:
+                self._captures = False
+                return False
+            self._graph = graph
         self._graph.replay()
         self.batch.row_counts.append(self.batch.n_rows)
         if scope is not None:
             scope.fires.update(self._captured_fires)
+        return True
+
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        """The whole step as a graph, or None: torch would replay also what came before an error."""
+        stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool), _no_waiting_for_the_device():
+                try:
+                    self._step(0)
+                except Exception as error:
+                    self.capture_failure = _where(error)
+                    raise
+        except Exception as error:
+            _leave_capture(graph, stream, pool)
+            if is_out_of_memory(error):
+                raise
+            self.capture_failure = self.capture_failure or first_line(error)
+            return None
+        return graph
 
     def _draw_noise(self, position: int, n_vocabulary: int) -> None:
         if self._decoding.temperature == 0:
@@ -143,3 +177,33 @@ class DecodeSteps:
                 )
             )
         return streams
+
+
+@contextmanager
+def _no_waiting_for_the_device() -> Iterator[None]:
+    """Make what would wait for the device an error before CUDA sees it, which ends a capture."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It is a prototype, says torch.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+def _leave_capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
+    """Put back what torch leaves behind of a capture that CUDA ended: its stream and its pool."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        torch._C._cuda_releasePool(stream.device_index, pool)
+
+
+def _where(error: Exception) -> str:
+    """An error, and the line outside torch that it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    at = [f for f in frames if "torch" not in Path(f.filename).parts][-1]
+    return f"{Path(at.filename).name}, line {at.lineno} ({at.line}): {first_line(error)}"

@@ -7,7 +7,7 @@ to the end of the trial, a finished row's further tokens are dropped, and the ba
 from __future__ import annotations
 
 import gc
-import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -20,16 +20,33 @@ from ndcheck.arrivals import Request, queue_requests
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.load import CACHE_STATES
-from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
+from ndcheck.records import (
+    Arm,
+    Decoding,
+    Load,
+    Probe,
+    RunSpec,
+    Sample,
+    Trial,
+    Witness,
+)
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.device import choose_device, own_device
+from ndcheck.samplers.faithful import ALONE, Findings, Path, examine, find_refusals
 from ndcheck.samplers.following import Ranks
-from ndcheck.samplers.loading import DTYPES, first_line, load_config, load_model
+from ndcheck.samplers.loading import (
+    DTYPES,
+    digest_weights,
+    first_line,
+    load_config,
+    load_model,
+)
 from ndcheck.samplers.memory import is_out_of_memory, largest_batch_size
 from ndcheck.samplers.prompts import load_prompts
 from ndcheck.samplers.selection import read_step
-from ndcheck.samplers.sharding import gather
 from ndcheck.samplers.steps import DecodeSteps, Stream
+
+log = logging.getLogger(__name__)
 
 MOST_CAPTURED = 8
 """Batches whose captured step and KV cache are kept for trials of the same shape."""
@@ -42,8 +59,6 @@ class TransformersSampler:
     loading fails.
     """
 
-    cache_states = CACHE_STATES
-    notes = ()
     interleaves_arms = True
 
     def __init__(self, spec: RunSpec, *, load_weights: bool = True) -> None:
@@ -65,16 +80,26 @@ class TransformersSampler:
         self._prompts = load_prompts(source, spec)
         self._text_config = config.get_text_config(decoder=True)
         self._model: Any = None
+        self._findings: Findings | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
+        self._uncaptured: set[Arm] = set()
         if load_weights:
             self._model = load_model(source, config, spec, self._device)
             self._stop_ids = _stop_ids(self._model)
             self._digest = digest_weights(self._model)
+            self._findings = examine(self._model, self._device, _paths(spec))
             is_alone = self._ranks is None
             if "invariant" in spec.arms and self._device.type == "cuda" and is_alone:
                 from ndcheck_kernels.decoder import join_weights
 
                 join_weights(self._model)
+        lengths = [self.count_tokens(probe.prompt) for probe in spec.probes]
+        beside = [(n, self._longest_neighbour(n, spec.decoding)) for n in lengths]
+        refusals = find_refusals(spec, self._text_config, self._findings, beside)
+        self.refused_axes = tuple(refusals.axes.items())
+        self.cache_states = tuple(state for state in CACHE_STATES if state not in refusals.states)
+        # Where both are left out the axis is, which says so itself.
+        self.notes = tuple(refusals.states.values()) if self.cache_states else ()
 
     @property
     def context(self) -> int:
@@ -114,6 +139,7 @@ class TransformersSampler:
             "attention": self._model.config._attn_implementation,
             "vocabulary": self._text_config.vocab_size,
             "digest": self._digest,
+            "decode_check": str(self._findings),
             **({} if self._ranks is None else {"ranks": self._ranks.size}),
         }
 
@@ -135,10 +161,14 @@ class TransformersSampler:
             with suppress(TrialError):  # All ranks come to the same logits: rank 0 keeps the error.
                 self.sample(trial, self._probes[trial.probe_id], self._decoding)
 
+    def _longest_neighbour(self, n_prompt_tokens: int, decoding: Decoding) -> int:
+        """The longest row that the plan may put beside a probe, in tokens."""
+        return max(1, min(2 * n_prompt_tokens + 16, self.context - decoding.max_tokens))
+
     @torch.inference_mode()
     def largest_batch_size(self, n_prompt_tokens: int, decoding: Decoding) -> int:
-        # The longest row that the plan may put beside a probe; a paged cache is read into a copy.
-        n_prompt = max(1, min(2 * n_prompt_tokens + 16, self.context - decoding.max_tokens))
+        n_prompt = self._longest_neighbour(n_prompt_tokens, decoding)
+        # A paged cache is read into a copy.
         width = (n_prompt + decoding.max_tokens) * (1 if self._arrivals is None else 2)
 
         def try_rows(n_rows: int) -> None:
@@ -146,7 +176,7 @@ class TransformersSampler:
                 with self.arm(arm, fuse=self._arrivals is None):
                     batch = ExactBatch(self._model, self._device, n_rows, width)
                     batch.reset([[0] * n_prompt] * n_rows)
-                    read_step(batch.prefill("whole"), decoding, None)
+                    read_step(batch.compute_prompt("whole"), decoding, None)
 
         return largest_batch_size(self._model, self._device, n_prompt, width, try_rows)
 
@@ -325,6 +355,14 @@ class TransformersSampler:
         logits = batch.prefill(trial.load.cache_state, trial.load.cut)
         prefill_calls = len(batch.row_counts)
         streams = steps.run(logits, slots, self._stop_ids, trial.fault)
+        if steps.capture_failure is not None and trial.arm not in self._uncaptured:
+            self._uncaptured.add(trial.arm)
+            log.warning(
+                "%s: a decode step cannot be captured as a CUDA graph, so every step is launched "
+                "by Python, which is slower: %s",
+                trial.arm,
+                steps.capture_failure,
+            )
         achieved = min(batch.row_counts)
         return streams, Witness(achieved, prefill_calls, len(batch.row_counts) - prefill_calls)
 
@@ -337,24 +375,21 @@ class TransformersSampler:
             while len(self._captured) >= MOST_CAPTURED:
                 del self._captured[next(iter(self._captured))]
             batch = ExactBatch(self._model, self._device, len(rows), width)
-            steps = DecodeSteps(batch, decoding)
+            steps = DecodeSteps(batch, decoding, captures=arm not in self._uncaptured)
         if steps.batch.can_be_captured:
             self._captured[key] = steps  # Last in, as the most recently used.
         return steps
 
 
-def digest_weights(model: Any) -> str:
-    """16 hexadecimal digits over every parameter's name, shape, dtype and 4096 of its elements.
-
-    Evenly spaced elements keep this fast at any size; a fine-tune changes some of them.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in sorted(model.state_dict().items()):
-        flat = gather(parameter.detach()).reshape(-1)
-        step = max(1, flat.numel() // 4096)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _paths(spec: RunSpec) -> list[Path]:
+    """What the run will send through the model; continuous batching takes another way."""
+    paths = [ALONE]
+    if spec.batching == "exact":
+        if "cache" in spec.axes:
+            paths += [(False, state) for state in CACHE_STATES]
+        if "neighbours" in spec.axes:
+            paths.append((True, "whole"))
+    return paths
 
 
 def _stop_ids(model: Any) -> set[int]:

@@ -1,4 +1,7 @@
-"""On a GPU: a captured step gives the tokens and the bits of the uncaptured one, in both arms."""
+"""On a GPU: a captured step gives the tokens and the bits of the uncaptured one, in both arms.
+
+With every attention both are the tokens of `generate()`, and what cannot be captured runs so.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +76,73 @@ def test_captured_and_uncaptured_steps_agree(sampler, monkeypatch, arm, temperat
             for name in ("token_ids", "logprobs", "margins", "row_digests", "witness"):
                 assert getattr(one, name) == getattr(two, name) == getattr(three, name), name
     sampler._captured.clear()
+
+
+def generate(sampler, load, n_tokens):
+    rows = sampler.rows(load, PROBE)
+    width = max(map(len, rows))
+    padded = torch.tensor([[0] * (width - len(row)) + row for row in rows], device="cuda")
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device="cuda")
+    done = sampler.model.generate(
+        padded, attention_mask=mask, max_new_tokens=n_tokens, do_sample=False, pad_token_id=0
+    )
+    return [tuple(done[slot, width:].tolist()) for slot in load.slots]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_every_attention_gives_the_tokens_of_generate(tmp_path, monkeypatch, attention):
+    """In fp32: twice a shape, since the second trial finds what the first one left."""
+    spec = replace(sampler_spec(tmp_path), attention=attention, dtype="fp32", arms=("stock",))
+    sampler = TransformersSampler(spec)
+    decoding = Decoding(24)
+    loads = [load for load in LOADS if load.cache_state == "whole"] * 2
+    captured = [run(sampler, "stock", load, decoding) for load in loads]
+    sampler._captured.clear()
+    monkeypatch.setattr(ExactBatch, "can_be_captured", False)
+    plain = [run(sampler, "stock", load, decoding) for load in loads]
+    for load, ours, theirs in zip(loads, captured, plain, strict=True):
+        tokens = [sample.token_ids for sample in ours]
+        assert tokens == [sample.token_ids for sample in theirs] == generate(sampler, load, 24)
+        assert [s.row_digests for s in ours] == [s.row_digests for s in theirs]
+
+
+UNCAPTURED = {
+    "reads back": lambda logits: float(logits[0, 0, 0].item()) * 0,
+    "makes a scalar on the host": lambda logits: torch.tensor(0.0, device=logits.device),
+    "counts what is not zero": lambda logits: logits[0, 0].nonzero().shape[0] * 0,
+    "waits for the device": lambda logits: torch.cuda.synchronize() or 0,
+}
+
+
+@pytest.mark.parametrize("what", UNCAPTURED)
+def test_an_op_that_cannot_be_captured_runs_uncaptured(tmp_path, monkeypatch, caplog, what):
+    """And leaves torch able to capture: the other arm, and other samplers, still do."""
+    sampler = TransformersSampler(replace(sampler_spec(tmp_path), arms=("stock", "invariant")))
+    decoding = Decoding(12)
+    expected = [run(sampler, "stock", load, decoding) for load in LOADS]
+    sampler._captured.clear()
+
+    def interfere(model, args, output):
+        output.logits = output.logits + UNCAPTURED[what](output.logits)
+        return output
+
+    hook = sampler.model.register_forward_hook(interfere)
+    with caplog.at_level("WARNING", logger="ndcheck"):
+        seen = [run(sampler, "stock", load, decoding) for load in (*LOADS, *LOADS)]
+    hook.remove()
+    for ours, right in zip(seen, [*expected, *expected], strict=True):
+        assert [s.token_ids for s in ours] == [s.token_ids for s in right]
+        assert [s.witness for s in ours] == [s.witness for s in right]
+    (said,) = [r.getMessage() for r in caplog.records if "captured" in r.getMessage()]
+    assert "test_captured_steps.py, line" in said
+    sampler._captured.clear()
+    sampler._uncaptured.clear()
+    torch.cuda.empty_cache()
+    for load, right in zip(LOADS, expected, strict=True):
+        again = run(sampler, "stock", load, decoding)
+        assert [s.row_digests for s in again] == [s.row_digests for s in right]
+    assert all(steps._graph is not None for steps in sampler._captured.values())
+    assert run(sampler, "invariant", Load(1), decoding)
 
 
 def test_the_invariant_arm_is_and_stock_is_not_invariant(sampler):

@@ -55,6 +55,7 @@ class EndpointSampler:
     """
 
     interleaves_arms = True
+    refused_axes = ()
 
     def __init__(
         self,

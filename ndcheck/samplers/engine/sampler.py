@@ -51,6 +51,8 @@ class EngineSampler:
     engine fails; both end its processes, and so does the end of this one.
     """
 
+    refused_axes = ()
+
     def __init__(self, spec: RunSpec, engine: Engine, *, load_weights: bool = True) -> None:
         self._spec = spec
         self._engine = engine

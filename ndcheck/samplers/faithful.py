@@ -1,0 +1,388 @@
+"""Whether a batch computes what its model computes: seen once per model, before it is measured.
+
+The right logits are those of `generate()` on a prompt alone. Beside them stand those of exact
+batches of the same tokens: alone and padded, the prompt whole, chunked or on a prefix, and decoded
+on token by token. What differs by more than rounding under stock kernels does so by the model's
+own code, and would be taken for nondeterminism.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ndcheck.errors import UsageError
+from ndcheck.load import CACHE_STATES
+from ndcheck.records import Axis, CacheState, RunSpec
+from ndcheck.samplers.batch import ExactBatch
+from ndcheck.samplers.loading import first_line
+from ndcheck.samplers.memory import free_bytes, is_out_of_memory
+
+N_STEPS = 3
+N_PROMPT, N_FILLER = 7, 13
+TOLERANCE, TOLERANCE_16_BIT = 0.001, 0.5
+"""Most that logits may differ by, in units of their spread over the vocabulary.
+
+Over the causal language models of transformers, made small: rounding gives up to 0.0001 in fp32
+and up to 0.3 in bf16; wrong masks, positions and states give 0.002 to 5.
+"""
+SWITCHING_ROPES = ("longrope", "su", "dynamic")
+
+Path = tuple[bool, CacheState]
+"""Whether the row is padded, and how its prompt enters the cache."""
+
+ALONE: Path = (False, "whole")
+PATHS: tuple[Path, ...] = (
+    ALONE,
+    (False, "chunked"),
+    (False, "prefix"),
+    (True, "whole"),
+    (True, "chunked"),
+    (True, "prefix"),
+)
+
+
+@dataclass(slots=True)
+class Findings:
+    """What was seen of one model, in ``dtype``.
+
+    ``differences`` from the right logits are in units of their spread, by path; ``sensitivity`` is
+    that of the logits after another first token, which shows what a wrong prompt would have done.
+    ``reasons`` say why a path must not be measured; that of `ALONE` holds for all.
+    """
+
+    dtype: torch.dtype
+    sensitivity: float = 0.0
+    differences: dict[Path, float] = field(default_factory=dict)
+    reasons: dict[Path, str | None] = field(default_factory=dict)
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE if self.dtype.itemsize >= 4 else TOLERANCE_16_BIT
+
+    def reason(self, path: Path) -> str | None:
+        """Why the path must not be measured: it, or one that it builds on."""
+        return next(filter(None, (self.reasons.get(base) for base in _bases(path))), None)
+
+    def __str__(self) -> str:
+        seen = ", ".join(
+            f"{_name(path)} {difference:.1g}" for path, difference in self.differences.items()
+        )
+        dtype = str(self.dtype).removeprefix("torch.")
+        blind = "" if self.sensitivity > self.tolerance else ", too little to show a fault"
+        return (
+            f"{seen} of the logits' spread in {dtype}; another token: {self.sensitivity:.1g}{blind}"
+        )
+
+
+_SEEN: weakref.WeakKeyDictionary[Any, Findings] = weakref.WeakKeyDictionary()
+
+
+def require_faithful(
+    model: Any, device: torch.device, lengths: Sequence[int], n_new: int, cache_state: CacheState
+) -> None:
+    """Raise UsageError where a batch of such rows would not compute what each row's own does.
+
+    ``lengths`` are the rows' in tokens, ``n_new`` the tokens to come.
+    """
+    from ndcheck_kernels import active_scope
+
+    config = model.config.get_text_config(decoder=True)
+    reason = rope_reason(config, lengths, n_new, cache_state)
+    if reason is None and active_scope() is None:
+        path = (min(lengths) < max(lengths), cache_state)
+        reason = examine(model, device, [path]).reason(path)
+    if reason is not None:
+        raise UsageError(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusals:
+    """What of a run would measure the model's own code: cache states and axes, and why."""
+
+    states: dict[CacheState, str] = field(default_factory=dict)
+    axes: dict[Axis, str] = field(default_factory=dict)
+
+
+def find_refusals(
+    spec: RunSpec, config: Any, findings: Findings | None, lengths: Sequence[tuple[int, int]]
+) -> Refusals:
+    """What to leave out of ``spec``'s run.
+
+    ``lengths`` are, in tokens, those of every prompt and of the longest filler beside it.
+    ``findings`` None: the weights are not there, so nothing is known but the config.
+    Raises UsageError where the prompt alone cannot be measured.
+    """
+    n_new = spec.decoding.max_tokens
+
+    def find(path: Path) -> str | None:
+        is_padded, cache_state = path
+        for prompt, longest in lengths:
+            rows = [prompt, longest] if is_padded else [prompt]
+            if reason := rope_reason(config, rows, n_new, cache_state):
+                return reason
+        return findings.reason(path) if findings is not None else None
+
+    if reason := find(ALONE):
+        raise UsageError(f"--model {spec.model}: {reason}")
+    refusals = Refusals()
+    for state in CACHE_STATES:
+        if reason := find((False, state)):
+            refusals.states[state] = reason
+    if len(refusals.states) == len(CACHE_STATES):
+        refusals.axes["cache"] = refusals.states[CACHE_STATES[0]]
+    if reason := find((True, "whole")):
+        refusals.axes["neighbours"] = reason
+    return refusals
+
+
+def rope_reason(
+    config: Any, lengths: Sequence[int], n_new: int, cache_state: CacheState
+) -> str | None:
+    """Why a row's length decides another's positions; None if it does not."""
+    switch = rope_switch(config)
+    if switch is None or max(lengths) + n_new <= switch[1]:
+        return None
+    kind, limit = switch
+    if "dynamic" not in kind and cache_state == "whole" and min(lengths) > limit:
+        return None
+    return (
+        f"its {kind} positions change for the whole batch once the longest row passes {limit} "
+        f"tokens, so rows of {min(lengths)} to {max(lengths) + n_new} tokens change one another, "
+        f"and what they computed before, by design: no rounding. Stay below {limit} tokens, "
+        "prompt, completion and fillers"
+    )
+
+
+def rope_switch(config: Any) -> tuple[str, int] | None:
+    """The kind of a rope that follows the longest row, and the length from which it does."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(parameters, dict):
+        return None
+    switches = []
+    for entry in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):
+        kind = str(entry.get("rope_type", entry.get("type")))
+        name = "original_max_position_embeddings"
+        limit = entry.get(name) or getattr(config, name, None)
+        limit = limit or getattr(config, "max_position_embeddings", None)
+        if limit and any(known in kind for known in SWITCHING_ROPES):
+            switches.append((kind, int(limit)))
+    return min(switches, key=lambda switch: switch[1], default=None)
+
+
+def examine(model: Any, device: torch.device, paths: Sequence[Path] = PATHS) -> Findings:
+    """What is to be said of these paths through a model, and of the one alone.
+
+    In fp32 where the memory holds the weights once more, else in the model's own dtype, where
+    only what is far off shows.
+    """
+    findings = _SEEN.get(model)
+    bases = dict.fromkeys(base for path in paths for base in _bases(path))
+    wanted = [p for p in bases if findings is None or p not in findings.reasons]
+    if findings is None or wanted:
+        findings = _SEEN.setdefault(model, Findings(model.dtype))
+        examination = _Examination(model, device, findings)
+        with _in_float32(model, device) as findings.dtype:
+            was_computed = examination.look(wanted)
+        if not was_computed and findings.dtype != model.dtype:  # Some compute in one dtype only.
+            findings.dtype = model.dtype
+            examination.look(wanted)
+    return findings
+
+
+class _Examination:
+    def __init__(self, model: Any, device: torch.device, findings: Findings) -> None:
+        self._model = model
+        self._name = type(model).__name__
+        self._config = model.config.get_text_config(decoder=True)
+        self._device = device
+        self._findings = findings
+        n_filler, n_steps = N_FILLER, N_STEPS
+        switch = rope_switch(self._config)
+        if switch is not None:
+            n_filler = max(2, min(n_filler, switch[1] - n_steps))
+        n_prompt = min(N_PROMPT, n_filler - 1)
+        ids = _plain_ids(model, n_filler + n_prompt + 1)
+        self._filler, self._prompt, self._other = ids[:n_filler], ids[n_filler:-1], ids[-1]
+        self._n_steps = n_steps
+
+    @torch.inference_mode()
+    def look(self, paths: Sequence[Path]) -> bool:
+        """Fill in the findings; False where the model cannot be computed at all."""
+        findings = self._findings
+        try:
+            generated = self._generate()
+            forced = self._filler[: self._n_steps] if generated is None else generated[1]
+            tokens = [*self._prompt, *forced]
+            plain = self._plain(tokens)
+            right = plain if generated is None else generated[0]
+            other_end = self._plain([*tokens[:-1], self._other])
+            other_start = self._plain([self._other, *tokens[1:]])
+        except UsageError as error:
+            findings.reasons.update(dict.fromkeys(PATHS, str(error)))
+            return False
+        findings.sensitivity = _difference(other_start, plain, findings.dtype)
+        if _difference(other_end[:-1], plain[:-1], findings.dtype) > TOLERANCE_16_BIT:
+            findings.reasons.update(dict.fromkeys(PATHS, self._bidirectional()))
+            return True
+        for path in paths:
+            try:
+                found = _difference(self._decode(path, forced), right, findings.dtype)
+            except UsageError as error:
+                findings.reasons[path] = str(error)
+                continue
+            findings.differences[path] = found
+            findings.reasons[path] = (
+                None if found <= findings.tolerance else self._unfaithful(path, found)
+            )
+        return True
+
+    def _generate(self) -> tuple[Tensor, list[int]] | None:
+        """The right logits [1 + steps, V], and the tokens [steps] that were chosen by them.
+
+        None for a model that has only its forward pass, whose logits are then the right ones.
+        """
+        ids = torch.tensor([self._prompt], device=self._device)
+        try:
+            with self._refusing("generate()"):
+                done = self._model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=self._n_steps + 1,
+                    min_new_tokens=self._n_steps + 1,
+                    do_sample=False,
+                    pad_token_id=0,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                )
+        except UsageError:
+            return None
+        chosen = done.sequences[0, -self._n_steps - 1 : -1].tolist()
+        return torch.cat(done.logits).double(), chosen
+
+    def _plain(self, tokens: list[int]) -> Tensor:
+        """Logits [1 + steps, V] of one forward pass over it all, without a cache."""
+        with self._refusing("its forward pass without a cache"):
+            ids = torch.tensor([tokens], device=self._device)
+            logits = self._model(input_ids=ids, use_cache=False).logits
+            return torch.as_tensor(logits[0, len(self._prompt) - 1 :]).double()
+
+    def _decode(self, path: Path, forced: list[int]) -> Tensor:
+        is_padded, cache_state = path
+        rows = [self._prompt, self._filler] if is_padded else [self._prompt]
+        with self._refusing(f"a batch ({_name(path)})"):
+            width = max(map(len, rows)) + len(forced)
+            batch = ExactBatch(self._model, self._device, len(rows), width)
+            # What another prompt left behind must not show.
+            batch.reset([row[::-1] for row in rows])
+            batch.compute_prompt("whole")
+            batch.reset(rows)
+            logits = [batch.compute_prompt(cache_state)[0]]
+            for token in forced:
+                ids = torch.full((len(rows),), token, device=self._device)
+                logits.append(batch.step(ids)[0])
+        return torch.stack(logits).double()
+
+    @contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        """What a model's own code raises becomes a refusal by name."""
+        try:
+            yield
+        except (torch.AcceleratorError, UsageError):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise UsageError(
+                f"{self._name} cannot be measured: {what} raises {type(error).__name__}: "
+                f"{first_line(error)}"
+            ) from error
+
+    def _bidirectional(self) -> str:
+        is_encoder = getattr(self._model.config, "is_decoder", True) is False
+        said = " (its config says is_decoder: false)" if is_encoder else ""
+        return (
+            f"{self._name} lets a token see those after it{said}: it is no decoder, and ndcheck "
+            "measures what decoders complete"
+        )
+
+    def _unfaithful(self, path: Path, difference: float) -> str:
+        is_padded, cache_state = path
+        how, cure = {
+            "whole": ("decoded token by token", "it cannot be measured"),
+            "chunked": ("after a prompt in parts", "leave cache out of --axes"),
+            "prefix": ("after a prefix computed before", "leave cache out of --axes"),
+        }[cache_state]
+        if is_padded:
+            how = f"of a padded row{'' if cache_state == 'whole' else f', {how}'}"
+            cure = "leave neighbours out of --axes" if cache_state == "whole" else cure
+        return (
+            f"{self._name} computes something else in such a batch: its logits {how} differ by "
+            f"{difference:.2g} of their spread from those of generate() alone, which is no "
+            f"rounding: {cure}"
+        )
+
+
+def _bases(path: Path) -> tuple[Path, ...]:
+    """The paths that one is made of, and it."""
+    is_padded, cache_state = path
+    return tuple(dict.fromkeys((ALONE, (is_padded, "whole"), (False, cache_state), path)))
+
+
+def _name(path: Path) -> str:
+    is_padded, cache_state = path
+    return f"{'padded' if is_padded else 'alone'} {cache_state}"
+
+
+def _difference(logits: Tensor, right: Tensor, dtype: torch.dtype) -> float:
+    """Largest difference of a token's logits in units of their spread; 0 where NaN is right too.
+
+    The largest of the tokens' in fp32. In 16 bits a single token may be far off, where an expert
+    was chosen by a hair: the middle one counts.
+    """
+    if not right.isfinite().all():
+        return 0.0
+    spread = right.std(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    by_token = (logits - right).abs().amax(dim=-1) / spread
+    by_token = by_token.nan_to_num(nan=torch.inf)
+    return float(by_token.max() if dtype.itemsize >= 4 else by_token.median())
+
+
+def _plain_ids(model: Any, n_ids: int) -> list[int]:
+    """Token ids that are a word's like any other, as far as the config names those that are not."""
+    config = model.config.get_text_config(decoder=True)
+    special = set()
+    for source in (model.config, config):
+        for name, value in source.to_dict().items():
+            if re.search(r"token_(id|index)", name):
+                special.update(value if isinstance(value, list) else [value])
+    ids = [i for i in range(min(config.vocab_size, 1 << 15)) if i not in special] or [0]
+    return random.Random(0).choices(ids, k=n_ids)
+
+
+@contextmanager
+def _in_float32(model: Any, device: torch.device) -> Iterator[torch.dtype]:
+    """The model's 16-bit weights as fp32, and then as they were; yields what it computes in."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    narrow = [t for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
+    n_bytes = sum(4 * t.numel() for t in narrow)
+    is_plain = all(type(t.data) is Tensor for t in model.parameters())
+    if not is_plain or n_bytes > free_bytes(device) / 2:
+        yield model.dtype
+        return
+    kept = [t.data for t in narrow]
+    try:
+        for tensor in narrow:
+            tensor.data = tensor.data.float()
+        yield torch.promote_types(model.dtype, torch.float32)
+    finally:
+        for tensor, data in zip(narrow, kept, strict=True):
+            tensor.data = data

@@ -1,0 +1,162 @@
+"""A step that cannot be captured whole is never replayed: CUDA graphs played on a CPU."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ndcheck.records import Decoding, Load, Probe, Trial
+from ndcheck.request import DEFAULTS
+from ndcheck.samplers import steps
+from ndcheck.samplers.batch import ExactBatch
+from ndcheck.samplers.transformers import TransformersSampler
+
+PROBE = Probe("p1", "tell me about the order of a sum")
+N_TOKENS = 10
+LOADS = [Load(1), Load(3, (0, 1, 2)), Load(3, (1,), (30, 4), 7)]
+
+
+class PlayedGraph:
+    """Replays what was captured; of a capture that failed what came before, which is no step."""
+
+    ends_broken = False
+
+    def __init__(self):
+        self.body = lambda: None
+
+    def replay(self):
+        self.body()
+
+    def pool(self):
+        if self.ends_broken:
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """CUDA's part in `DecodeSteps`, on a CPU: a capture runs nothing, a replay runs the step."""
+    left = []
+
+    @contextmanager
+    def capture(graph, pool=None):
+        captured = capture.steps
+        kept = [part.clone() for part in state(captured)]
+        try:
+            yield
+        finally:
+            for part, value in zip(state(captured), kept, strict=True):
+                part.copy_(value)
+        graph.body = lambda: (captured._step(0), captured.batch.row_counts.pop())
+
+    def state(decode_steps):
+        batch = decode_steps.batch
+        layers = [(x.keys, x.values, x.cumulative_length) for x in batch.cache.layers]
+        yield from (decode_steps._position, decode_steps._next_ids, *decode_steps._log)
+        yield batch._next_positions
+        for layer in layers:
+            yield from layer
+
+    init = steps.DecodeSteps.__init__
+
+    def remember(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        capture.steps = self
+
+    monkeypatch.setattr(steps.DecodeSteps, "__init__", remember)
+    monkeypatch.setattr(ExactBatch, "can_be_captured", True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PlayedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: torch.Stream(device="cpu"))
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: left.append("stream"))
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *_, name=name: left.append(name), raising=False)
+    return left
+
+
+@pytest.fixture
+def sampler(tiny_models):
+    return TransformersSampler(replace(DEFAULTS, model=str(tiny_models["qwen3"])))
+
+
+def run(sampler, load):
+    trial = Trial(0, "stock", "p1", "slot", load, 0)
+    samples = sampler.sample(trial, PROBE, Decoding(N_TOKENS))
+    return [(s.token_ids, s.row_digests, s.witness) for s in samples]
+
+
+def test_replayed_steps_are_the_steps(sampler, played, monkeypatch):
+    captured = [run(sampler, load) for load in (*LOADS, *LOADS)]
+    assert len(sampler._captured) == len(LOADS)
+    sampler._captured.clear()
+    monkeypatch.setattr(ExactBatch, "can_be_captured", False)
+    assert captured == [run(sampler, load) for load in (*LOADS, *LOADS)]
+
+
+@pytest.mark.parametrize("ends_broken", [False, True])
+def test_a_step_that_cannot_be_captured_runs_uncaptured(
+    sampler, played, monkeypatch, caplog, ends_broken
+):
+    """Twice the same shape: the second trial finds what the first one left."""
+    stock = ExactBatch.step
+    is_capturing = False
+    original = torch.cuda.graph
+
+    @contextmanager
+    def capture(graph, pool=None):
+        nonlocal is_capturing
+        with original(graph, pool):
+            is_capturing = True
+            try:
+                yield
+            except RuntimeError as error:
+                if ends_broken:
+                    raise torch.AcceleratorError(
+                        "operation failed due to a previous error"
+                    ) from error
+                raise
+            finally:
+                is_capturing = False
+
+    def step(self, token_ids):
+        logits = stock(self, token_ids)
+        if is_capturing:
+            raise RuntimeError("Cannot copy between CPU and CUDA tensors")
+        return logits
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(PlayedGraph, "ends_broken", ends_broken)
+    monkeypatch.setattr(ExactBatch, "step", step)
+    with caplog.at_level(logging.WARNING, logger="ndcheck"):
+        seen = [run(sampler, load) for load in (*LOADS, *LOADS)]
+    monkeypatch.setattr(ExactBatch, "can_be_captured", False)
+    assert seen == [run(sampler, load) for load in (*LOADS, *LOADS)]
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("stock: a decode step cannot be captured as a CUDA graph")
+    assert "Cannot copy between CPU and CUDA tensors" in said
+    assert "test_steps.py, line" in said
+    assert "\n" not in said
+    expected = ["stream", "_cuda_endAllocateToPool", "_cuda_releasePool"]
+    assert played == (expected if ends_broken else [])
+
+
+def test_memory_that_runs_out_in_a_capture_halves_the_batch(sampler, played, monkeypatch):
+    original = torch.cuda.graph
+
+    @contextmanager
+    def capture(graph, pool=None):
+        with original(graph, pool):
+            yield
+            if capture.original.steps.batch.n_rows > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    capture.original = original
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    samples = run(sampler, LOADS[1])
+    assert {witness.out_of_memory_at for _, _, witness in samples} == {2}
