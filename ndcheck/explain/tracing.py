@@ -120,10 +120,11 @@ class LoadTrace:
         if self.is_accounted_for and found:
             return None
         rest = "a part of the difference comes" if found else "the difference comes"
+        rest = f"{rest} from where no op and no module could be compared"
         if self.is_random:
-            return f"{rest} from where no op could be compared, and changes with every repetition"
-        n_ops = f"{self.n_not_compared} ops run otherwise alone or" if self.n_not_compared else "it"
-        return f"{rest} from where no op could be compared: {n_ops} is computed outside of torch"
+            return f"{rest}, and is another at every repetition"
+        n_ops = f"{self.n_not_compared} ops ran otherwise alone, or " * bool(self.n_not_compared)
+        return f"{rest}: {n_ops}the model itself does what torch does not see"
 
 
 @dataclass(frozen=True, slots=True)
