@@ -19,7 +19,7 @@ def advise(
     introducers = [group for group in groups if group.introduces]
     is_padded = any(trace.is_padded for trace in traces)
     found = [*_faults(introducers), *_switches(introducers, is_padded)]
-    if not introducers and any(trace.logits_differ for trace in traces):
+    if not introducers and any(trace.cache_reaches_logits for trace in traces):
         found.append(_inheritance(traces[0]))
     if swaps is not None and swaps.smallest:
         names = " and ".join(_places(swaps.smallest))
@@ -45,16 +45,24 @@ def _inheritance(trace: LoadTrace) -> str:
 
 def _faults(introducers: Sequence[OpGroup]) -> Iterator[str]:
     for group in introducers:
-        if group.cause == "neighbours":
+        if group.cause == "neighbours" and group.is_module:
             yield (
-                f"{group.op} in {_module(group.module)} reads its neighbours: with other rows of "
+                f"{group.op} in {_module(group.where)} gives the probe's row other bits when other "
+                "rows of the same shape are beside it. In a mixture of experts the neighbours "
+                "decide how many rows an expert adds at once; anywhere else that is a fault."
+            )
+        elif group.cause == "neighbours":
+            yield (
+                f"{group.op} in {_module(group.where)} reads its neighbours: with other rows of "
                 "the same shape beside it, the probe's row changes again. That is a fault, not "
                 "rounding."
             )
         elif group.cause == "chance":
             yield (
-                f"{group.op} in {_module(group.module)} gives other bits when the same call is "
-                "repeated (atomic additions do): try torch.use_deterministic_algorithms(True)"
+                f"{group.op} in {_module(group.where)} gives other bits when the same call is "
+                "repeated, as random draws and atomic additions do. Batch-invariant kernels cure "
+                "neither: turn random draws off (dropout, sampled routing), and for additions try "
+                "torch.use_deterministic_algorithms(True)"
             )
 
 
@@ -62,8 +70,13 @@ def _switches(introducers: Sequence[OpGroup], is_padded: bool) -> Iterator[str]:
     """One sentence for all modules of an op that switch at the same batch sizes."""
     switching: dict[tuple[str, tuple[tuple[int, ...], ...]], list[str]] = {}
     for group in introducers:
-        if group.cause == "shape":
-            switching.setdefault((group.op, group.bit_classes), []).append(group.module)
+        if group.cause == "shape" and len(group.bit_classes) == 1:  # one row: no batch to follow
+            yield (
+                f"{group.op} in {_module(group.where)} follows how the prompt was prefilled: given "
+                "the same inputs, it gives the probe's row other bits."
+            )
+        elif group.cause == "shape":
+            switching.setdefault((group.op, group.bit_classes), []).append(group.where)
     for (op, classes), modules in switching.items():
         where = _module(modules[0]) if len(modules) == 1 else f"{len(modules)} kinds of module"
         if op == ATTENTION and is_padded:

@@ -81,7 +81,7 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
 
 def max_ulp(a: Tensor, b: Tensor) -> int:
     """The largest distance between two tensors of one float dtype, in units in the last place."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     steps = []
     for tensor in (a, b):
         bits = tensor.contiguous().view(integers).to(torch.int64)

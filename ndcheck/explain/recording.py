@@ -1,19 +1,25 @@
-"""Every op of a forward pass: recorded alone, and replayed in a load with the probe's inputs."""
+"""Every op and module of a forward pass: recorded alone, and compared in a load.
+
+A load's pass is watched twice: as it is, and *repaired*, where whatever leaves the track of the
+pass alone is written back at once to what it was there. So in the repaired pass every op is given
+the probe's own inputs, and one that returns other bits introduces them. What has no counterpart
+alone (a loop over rows, work that torch does not see) is compared as part of its module.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ndcheck.explain.alignment import (
     Geometry,
@@ -22,12 +28,21 @@ from ndcheck.explain.alignment import (
     max_ulp,
     write_exactly,
 )
-from ndcheck.explain.modules import ModulePath, without_numbers
+from ndcheck.explain.modules import ModulePath
 
-Status = Literal["introduces", "inherits", "clean", "not compared"]
+unseen = _disable_current_modes
+
+# These put values elsewhere and make none: with the probe's inputs they can only be misplaced.
+MOVERS = frozenset(
+    "pad constant_pad_nd cat stack clone copy_ roll flip repeat repeat_interleave gather scatter "
+    "scatter_ index index_select index_copy index_copy_ index_put index_put_ masked_fill "
+    "masked_fill_ masked_scatter where tril triu take_along_dim embedding".split()
+)
+
+Status = Literal["introduces", "inherits", "clean", "in a module", "not compared"]
 Cause = Literal["shape", "neighbours", "chance"]
 Key = tuple[str, str, int]
-"""(module path, op, how many times that op ran in that module before)."""
+"""(module path, op or class of the module, how many times it ran there before)."""
 Place = tuple[str, str]
 """(op, form of module): layers of one form count as one place."""
 Argument = tuple[str, int]
@@ -35,51 +50,52 @@ Argument = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class SoloOp:
-    """One op of the probe's pass alone: inputs and outputs as they were."""
+class Call:
+    """A call that can be made again, alone and loaded: to see which kernels it launches."""
 
-    inputs: dict[Argument, Any]
-    outputs: list[Any]
-    location: str
+    func: Any
+    alone: tuple[tuple[Any, ...], dict[str, Any]]
+    loaded: tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class OpFinding:
-    """One op of the loaded pass, and what it does to the probe's row.
+class Record:
+    """One op or module of the probe's pass alone: inputs and outputs as they were."""
 
-    ``status``: *introduces* if, given the probe's own inputs, it returns other bits than alone;
-    *inherits* if only its inputs differed; *clean* if its output is the one alone. ``cause`` says
-    whether other neighbours of the same shape change the bits again, or the same call does.
-    ``digest`` is over the replayed row; ``shapes`` are of floating inputs, alone and loaded.
+    inputs: dict[Argument, Any]
+    outputs: list[Any]
+    location: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What an op or module gave the probe's row, given its own inputs, and what it gave alone.
+
+    ``shapes`` are of floating inputs, alone and loaded.
     """
 
-    module: str
-    op: str
-    nth: int
-    status: Status
-    cause: Cause | None = None
-    max_ulp: int | None = None
-    digest: str | None = None
-    digest_alone: str | None = None
-    shapes: tuple[str, str] = ("", "")
-    dtype: str = ""
-    location: str = ""
-    is_faithful: bool = True
+    max_ulp: int
+    digest: str
+    shapes: tuple[str, str]
+    is_module: bool
 
 
-class _Recorder(TorchDispatchMode):
-    """Sees every op whole, and has it run as if nobody looked.
+class _Watch(TorchDispatchMode):
+    """Sees every op whole, and has it run as if nobody looked; sees modules come and go.
 
     Composite ops arrive whole below autograd only, but there `matmul` finds that its weight needs
     no gradient and may choose another kernel: so they run with the dispatch keys from outside.
     """
 
-    def __init__(self, path: ModulePath) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self._path = path
+        self._path = ModulePath(model, self._unseen_enter, self._unseen_leave)
+        self._weights = weight_storages(model)
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._running: list[Key] = []
 
     def __enter__(self) -> Self:
+        self._path.__enter__()
         self._keys = (
             torch._C._dispatch_tls_local_include_set(),
             torch._C._dispatch_tls_local_exclude_set(),
@@ -92,187 +108,277 @@ class _Recorder(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._below_autograd.__exit__(*error)
-
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func.is_view:  # It adds nothing up, and torch 2.11 lets no view be made of itself twice.
-            return func(*args, **kwargs)
-        with torch._C._ForceDispatchKeyGuard(*self._keys):
-            return func(*args, **kwargs)
-
-    def _key(self, func: Any) -> Key:
-        name = op_name(func)
-        module = self._path.path
-        nth = self._counts[module, name]
-        self._counts[module, name] += 1
-        return module, name, nth
-
-
-class SoloRecorder(_Recorder):
-    """Keeps every op of the pass alone; ``weights`` are storages that need no copy."""
-
-    def __init__(self, path: ModulePath, weights: set[int]) -> None:
-        super().__init__(path)
-        self._weights = weights
-        self.ops: dict[Key, SoloOp] = {}
+        self._path.__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        key = self._key(func)
-        # Copies, as later ops may write into them; of views too, whose base may be written.
-        inputs = {name: self._keep(value) for name, value in _arguments(func, args, kwargs).items()}
-        result = self._run(func, args, kwargs)
-        outputs = [self._keep(value) for value in tree_flatten(result)[0]]
-        self.ops[key] = SoloOp(inputs, outputs, _location())
+        if func.is_view:  # It adds nothing up, and torch 2.11 lets no view be made of itself twice.
+            return func(*args, **kwargs)
+        key = self._key(self._path.path, op_name(func))
+        with unseen():
+            noted = self.before_op(key, _arguments(func, args, kwargs))
+        with torch._C._ForceDispatchKeyGuard(*self._keys):
+            result = func(*args, **kwargs)
+        outputs = tree_flatten(result)[0]
+        if any(map(_is_floating, outputs)):
+            with unseen():
+                self.after_op(key, noted, outputs, func, (args, kwargs))
         return result
 
+    def before_op(self, key: Key, inputs: dict[Argument, Any]) -> Any:
+        """What `after_op` is told of the inputs, which the op may write into."""
+
+    def after_op(self, key: Key, noted: Any, outputs: list[Any], func: Any, call: Any) -> None:
+        raise NotImplementedError
+
+    def enter_module(self, key: Key, inputs: dict[Argument, Any]) -> None:
+        """A module begins."""
+
+    def leave_module(self, key: Key, outputs: list[Any]) -> None:
+        """A module has returned ``outputs``; empty if it raised."""
+
+    def _unseen_enter(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        key = self._key(self._path.path, type(module).__name__)
+        self._running.append(key)
+        leaves = tree_flatten((args, kwargs))[0]
+        with unseen():
+            self.enter_module(key, {("", i): leaf for i, leaf in enumerate(leaves)})
+
+    def _unseen_leave(self, module: torch.nn.Module, output: Any) -> None:
+        with unseen():
+            self.leave_module(self._running.pop(), tree_flatten(output)[0])
+
+    def _key(self, path: str, name: str) -> Key:
+        nth = self._counts[path, name]
+        self._counts[path, name] += 1
+        return path, name, nth
+
+    def _is_weight(self, value: Tensor) -> bool:
+        return _storage(value) in self._weights
+
+
+class AlonePass(_Watch):
+    """Keeps every op and module of the pass alone."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self.records: dict[Key, Record] = {}
+        self._entered: list[dict[Argument, Any]] = []
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
+
+    def before_op(self, key: Key, inputs: dict[Argument, Any]) -> dict[Argument, Any]:
+        return self._keep_all(inputs)
+
+    def after_op(self, key: Key, noted: Any, outputs: list[Any], func: Any, call: Any) -> None:
+        self.records[key] = Record(noted, list(map(self._keep, outputs)), _location())
+
+    def enter_module(self, key: Key, inputs: dict[Argument, Any]) -> None:
+        self._entered.append(self._keep_all(inputs))
+
+    def leave_module(self, key: Key, outputs: list[Any]) -> None:
+        self.records[key] = Record(self._entered.pop(), list(map(self._keep, outputs)))
+
+    def _keep_all(self, inputs: dict[Argument, Any]) -> dict[Argument, Any]:
+        return {name: self._keep(value) for name, value in inputs.items()}
+
     def _keep(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or _storage(value) in self._weights:
+        """A copy, as later ops may write into it; the last one where it is still the same."""
+        if not isinstance(value, Tensor) or self._is_weight(value):
             return value
-        return clone_exactly(value)
+        place = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        kept = self._kept.get(place)
+        if kept is None or not equal_bits(kept, value):
+            kept = self._kept[place] = clone_exactly(value)
+        return kept
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A call that can be made again, alone and loaded: to see which kernels it launches."""
+class Setting:
+    """What places the probe in a load's pass, and what it did alone."""
 
-    func: Any
-    alone: tuple[tuple[Any, ...], dict[str, Any]]
-    loaded: tuple[tuple[Any, ...], dict[str, Any]]
+    model: torch.nn.Module
+    alone: dict[Key, Record]
+    geometry: Geometry
+    slot: int
 
-
-class LoadedRecorder(_Recorder):
-    """Compares every op of the loaded pass with ``solo``'s, and replays it."""
-
-    def __init__(
-        self,
-        path: ModulePath,
-        weights: set[int],
-        solo: dict[Key, SoloOp],
-        geometry: Geometry,
-        slot: int,
-    ) -> None:
-        super().__init__(path)
-        self._weights = weights
-        self._solo = solo
-        self._geometry = geometry
-        self._slot = slot
-        self.findings: list[OpFinding] = []
-        self.calls: dict[Place, Call] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        key = self._key(func)
-        solo = self._solo.get(key)
-        if solo is None or not any(map(_is_floating, solo.outputs)):
-            result = self._run(func, args, kwargs)
-            if any(map(_is_floating, tree_flatten(result)[0])):
-                self.findings.append(OpFinding(*key, "not compared"))
-            return result
-        before = self._copied(_arguments(func, args, kwargs))
-        _, form = tree_flatten((args, kwargs))
-        result = self._run(func, args, kwargs)
-        outputs = tree_flatten(result)[0]
-        self.findings.append(self._compare(key, func, solo, before, form, outputs))
-        return result
-
-    def _compare(
-        self,
-        key: Key,
-        func: Any,
-        solo: SoloOp,
-        before: dict[Argument, Any],
-        form: TreeSpec,
-        outputs: list[Any],
-    ) -> OpFinding:
-        expected = [value for value in solo.outputs if _is_floating(value)]
-        actual = self._rows(outputs, solo.outputs)
-        probe_only = self._fed(solo, before, (self._slot,))
-        if actual is None or probe_only is None:
-            return OpFinding(*key, "not compared", location=solo.location)
-
-        def replay(inputs: dict[Argument, Any]) -> list[Tensor]:
-            args, kwargs = tree_unflatten(list(self._copied(inputs).values()), form)
-            outputs = tree_flatten(self._run(func, args, kwargs))[0]
-            return self._rows(outputs, solo.outputs) or []
-
-        is_faithful = func.is_view or _equal(replay(before), actual)
-        replayed = actual if func.is_view else replay(probe_only)
-        introduces = not func.is_view and not _equal(replayed, expected)
-        status: Status = "inherits"
-        cause: Cause | None = None
-        if introduces:
-            status, cause = "introduces", "shape"
-            if not _equal(replay(probe_only), replayed):
-                cause = "chance"
-            else:
-                copies = self._fed(solo, before, range(self._geometry.batch_size))
-                if copies is not None and not _equal(replay(copies), replayed):
-                    cause = "neighbours"
-            place = (key[1], without_numbers(key[0]))
-            if place not in self.calls and solo.inputs.keys() == before.keys():
-                alone, loaded = (
-                    tree_unflatten(list(inputs.values()), form)
-                    for inputs in (solo.inputs, probe_only)
-                )
-                self.calls[place] = Call(func, alone, loaded)
-        elif _equal(actual, expected):
-            status = "clean"
-        return OpFinding(
-            *key,
-            status,
-            cause,
-            max(map(max_ulp, replayed, expected)) if introduces else 0,
-            _digest(replayed),
-            _digest(expected),
-            (_shapes(solo.inputs.values()), _shapes(before.values())),
-            str(expected[0].dtype).removeprefix("torch."),
-            solo.location,
-            is_faithful,
-        )
-
-    def _fed(
-        self, solo: SoloOp, before: dict[Argument, Any], slots: Iterable[int]
-    ) -> dict[Argument, Any] | None:
-        """The loaded inputs with the probe's own rows at ``slots``; None where they have no place.
-
-        Only floating inputs are fed: positions and masks of the row are the load's own.
-        """
-        fed = dict(before)
-        for name, loaded in before.items():
-            if not _is_floating(loaded) or self._is_shared(loaded):
-                continue
-            own = solo.inputs.get(name)
-            if not isinstance(own, Tensor):
-                return None
-            copy = clone_exactly(loaded)
-            for slot in slots:
-                place = self._geometry.place(own.shape, loaded.shape, slot)
-                if place is None or not write_exactly(copy, place, own):
-                    return None
-            fed[name] = copy
-        return fed
-
-    def _copied(self, inputs: dict[Argument, Any]) -> dict[Argument, Any]:
-        return {n: v if self._is_shared(v) else clone_exactly(v) for n, v in inputs.items()}
-
-    def _rows(self, outputs: list[Any], like: list[Any]) -> list[Tensor] | None:
-        """The probe's part of every floating output."""
+    def rows(self, outputs: list[Any], like: list[Any]) -> list[tuple[Tensor, Tensor]] | None:
+        """The probe's part of every floating output beside the one alone; None if unclear."""
+        if len(outputs) != len(like):
+            return None
         rows = []
         for output, own in zip(outputs, like, strict=True):
             if not _is_floating(own):
                 continue
-            place = self._geometry.place(own.shape, output.shape, self._slot)
+            if not _is_floating(output) or own.dtype != output.dtype:
+                return None
+            place = self.geometry.place(own.shape, output.shape, self.slot)
             if place is None:
                 return None
-            rows.append(output[place].clone())
+            rows.append((output[place], own))
         return rows
 
-    def _is_shared(self, value: Any) -> bool:
-        return not isinstance(value, Tensor) or _storage(value) in self._weights
+    def is_given(self, name: Argument, loaded: Any, own: Any, *, is_weight: bool) -> bool:
+        """Whether the probe's part of an input is what it was alone."""
+        if not isinstance(loaded, Tensor):
+            return True
+        is_floating = loaded.is_floating_point()
+        if not isinstance(own, Tensor):
+            return not is_floating  # a mask that is left out where nothing is masked
+        place = self.geometry.place(own.shape, loaded.shape, self.slot)
+        if is_weight:
+            return place is not None and loaded.data_ptr() == own.data_ptr()
+        if place is None:
+            return not is_floating
+        part = loaded[place]
+        if is_floating or loaded.dtype == torch.bool or loaded.is_complex():
+            return equal_bits(part, own)
+        # Positions in the cache are further on by the padding, rows of all tokens also by the slot.
+        pad = self.geometry.pad
+        shifts = (0, pad, self.slot * self.geometry.queries[1] + pad)
+        return part.shape == own.shape and any(torch.equal(part, own + s) for s in shifts)
+
+
+class NaturalPass(_Watch):
+    """Whether each op's output, in the load as it is, differs from the one alone.
+
+    ``modules`` are those that ran, among the ops in the order in which all ended.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting.model)
+        self._setting = setting
+        self.differs: dict[Key, bool | None] = {}
+        self.modules: set[Key] = set()
+
+    def after_op(self, key: Key, noted: Any, outputs: list[Any], func: Any, call: Any) -> None:
+        record = self._setting.alone.get(key)
+        rows = record and self._setting.rows(outputs, record.outputs)
+        self.differs[key] = not _are_equal(rows) if rows else None
+
+    def leave_module(self, key: Key, outputs: list[Any]) -> None:
+        self.modules.add(key)
+        self.after_op(key, None, outputs, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """A running module: what it did alone, if it was given the probe's own inputs."""
+
+    record: Record | None
+    shapes: str
+    n_open: int
+
+
+class RepairedPass(_Watch):
+    """Writes every difference back to what it was alone, at once, and notes where it was.
+
+    ``stop_at`` ends repairs at that op or module, which is itself still repaired if ``stop_after``.
+    ``compared`` are the ops that were given the probe's inputs; ``in_module`` those that were not,
+    in a module that was, and so was compared as a whole.
+    """
+
+    def __init__(
+        self, setting: Setting, stop_at: Key | None = None, *, stop_after: bool = False
+    ) -> None:
+        super().__init__(setting.model)
+        self._setting = setting
+        self._stop_at = stop_at
+        self._stop_after = stop_after
+        self._is_over = False
+        self._open: list[Key] = []
+        self._frames: list[_Frame] = []
+        self.differences: dict[Key, Difference] = {}
+        self.calls: dict[Key, Call] = {}
+        self.compared: set[Key] = set()
+        self.in_module: set[Key] = set()
+
+    def before_op(self, key: Key, inputs: dict[Argument, Any]) -> bool:
+        return self._is_given(self._setting.alone.get(key), inputs)
+
+    def after_op(self, key: Key, noted: bool, outputs: list[Any], func: Any, call: Any) -> None:
+        if self._is_over:
+            return
+        record = self._setting.alone.get(key)
+        if record is None or not noted or not self._compare(key, record, outputs, func, call):
+            self._open.append(key)
+
+    def enter_module(self, key: Key, inputs: dict[Argument, Any]) -> None:
+        record = self._setting.alone.get(key)
+        is_given = self._is_given(record, inputs)
+        shapes = _shapes(inputs.values())
+        self._frames.append(_Frame(record if is_given else None, shapes, len(self._open)))
+
+    def leave_module(self, key: Key, outputs: list[Any]) -> None:
+        frame = self._frames.pop()
+        if self._is_over or frame.record is None:
+            return
+        inside = self._open[frame.n_open :]
+        rows = self._setting.rows(outputs, frame.record.outputs)
+        if not rows:
+            return
+        if not _are_equal(rows):
+            self._note(key, frame.record, rows, frame.shapes, is_module=True)
+        self.in_module.update(inside)
+        del self._open[frame.n_open :]
+
+    def _is_given(self, record: Record | None, inputs: dict[Argument, Any]) -> bool:
+        if self._is_over or record is None:
+            return False
+        return all(
+            self._setting.is_given(
+                name,
+                value,
+                record.inputs.get(name),
+                is_weight=isinstance(value, Tensor) and self._is_weight(value),
+            )
+            for name, value in inputs.items()
+        )
+
+    def _compare(self, key: Key, record: Record, outputs: list[Any], func: Any, call: Any) -> bool:
+        rows = self._setting.rows(outputs, record.outputs)
+        if not rows:
+            return False
+        is_equal = _are_equal(rows)
+        if not is_equal and key[1] in MOVERS:
+            return False
+        self.compared.add(key)
+        if is_equal:
+            return True
+        leaves, form = tree_flatten(call)
+        shapes = _shapes(leaves)
+        if rows[0][0].is_cuda and len(leaves) == len(record.inputs):
+            alone = tree_unflatten(list(record.inputs.values()), form)
+            again = [clone_exactly(x) if isinstance(x, Tensor) else x for x in leaves]
+            self.calls[key] = Call(func, alone, tree_unflatten(again, form))
+        self._note(key, record, rows, shapes, is_module=False)
+        return True
+
+    def _note(
+        self,
+        key: Key,
+        record: Record,
+        rows: list[tuple[Tensor, Tensor]],
+        shapes: str,
+        *,
+        is_module: bool,
+    ) -> None:
+        ulp = max(max_ulp(ours.contiguous(), own.contiguous()) for ours, own in rows)
+        digest = digest_rows(ours for ours, _ in rows)
+        both = _shapes(record.inputs.values()), shapes
+        self.differences[key] = Difference(ulp, digest, both, is_module)
+        self._is_over = key == self._stop_at
+        if not self._is_over or self._stop_after:
+            for ours, own in rows:
+                write_exactly(ours, (), own)
+
+
+def cache_tensors(cache: Any) -> Iterator[Tensor]:
+    """What a cache's layers hold that has floating values, in an order of their own."""
+    for layer in cache.layers:
+        held = [value for _, value in sorted(vars(layer).items())]
+        yield from filter(_is_floating, tree_flatten(held)[0])
 
 
 def op_name(func: Any) -> str:
@@ -303,11 +409,12 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
-def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(equal_bits, a, b))
+def _are_equal(rows: list[tuple[Tensor, Tensor]]) -> bool:
+    return all(equal_bits(ours, own) for ours, own in rows)
 
 
-def _digest(rows: list[Tensor]) -> str:
+def digest_rows(rows: Iterable[Tensor]) -> str:
+    """16 hexadecimal digits over the bits of ``rows``."""
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
         digest.update(row.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)

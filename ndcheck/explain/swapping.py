@@ -70,13 +70,17 @@ def find_swaps(
     """
     from ndcheck_kernels import UncoveredOpError
 
-    places = tuple((group.op, group.module) for group in groups if group.introduces)
+    guilty = [group for group in groups if group.introduces and group.cause != "chance"]
+    places = tuple((group.op, group.module) for group in guilty if not group.is_module)
+    if len(places) < len(guilty):
+        return Swaps(places, (), None, "kernels replace ops, not the work of whole modules")
+    if not places:
+        return Swaps((), (), None, "")
 
     def is_invariant(chosen: Sequence[Place]) -> bool:
         swapped = partial(_swapped, sampler, set(chosen))
         tracer = Tracer(sampler, probe, step, decoding=decoding, kernels=swapped)
-        tracer.record_alone()
-        alone = tracer.logits(Load(1), 0)
+        alone = tracer.logits(Load(1), None)
         return all(
             equal_bits(ours, theirs)
             for load, slot in loads

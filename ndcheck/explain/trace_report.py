@@ -6,15 +6,16 @@ import functools
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from ndcheck.explain.advice import advise, spans
 from ndcheck.explain.kernel_names import kernel_names
+from ndcheck.explain.recording import Status
 from ndcheck.explain.swapping import Swaps
 from ndcheck.explain.tracing import LoadTrace, OpGroup, group_findings
 from ndcheck.reports.untrusted import visible
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: status "in a module", and who reaches the logits
 MAX_KERNEL_NAMES = 4
 
 
@@ -49,7 +50,11 @@ class Explanation:
 
     @property
     def doubt(self) -> str | None:
+        """What is left open, though something may have been found."""
+        is_random = any(trace.is_random for trace in self.traces)
         if self.recorded and self.recorded not in {t.logits_digest for t in self.traces}:
+            if is_random:
+                return "the logits are not those recorded in the run: they differ at every repetition"
             return (
                 "the logits are not those recorded in the run: the machine, the number of threads "
                 "or the software are others"
@@ -57,14 +62,25 @@ class Explanation:
         return next((trace.doubt for trace in self.traces if trace.doubt), None)
 
     @property
-    def differs(self) -> bool:
-        return any(trace.introducers or trace.logits_differ for trace in self.traces)
+    def finds(self) -> bool:
+        """Whether an op, a module or the cache was seen to move the probe's logits."""
+        return any(trace.introducers or trace.cache_reaches_logits for trace in self.traces)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether what was looked at is the pass that runs when nobody looks."""
+        return not any(trace.tracing_changed_bits for trace in self.traces)
+
+    @property
+    def moves_cache_alone(self) -> bool:
+        """Whether the cache differs after the pass, and the logits do not: later steps decide."""
+        return any(t.cache_differs_after and not t.logits_differ for t in self.traces)
 
     @property
     def exit_code(self) -> int:
-        if self.differs:
+        if self.finds and self.is_sound:
             return 1
-        return 3 if self.doubt else 0
+        return 3 if self.doubt or self.moves_cache_alone else 0
 
 
 def trace_document(setting: dict[str, Any], explanations: Sequence[Explanation]) -> dict[str, Any]:
@@ -83,6 +99,11 @@ def _step(explanation: Explanation) -> dict[str, Any]:
                 "slot": trace.slot,
                 "logits_differ": trace.logits_differ,
                 "tracing_changed_bits": trace.tracing_changed_bits,
+                "is_random": trace.is_random,
+                "is_accounted_for": trace.is_accounted_for,
+                "cache_differs": trace.cache_differs,
+                "cache_reaches_logits": trace.cache_reaches_logits,
+                "cache_differs_after": trace.cache_differs_after,
                 "first_difference": _first(trace),
                 "ops": [asdict(finding) for finding in trace.findings],
             }
@@ -91,7 +112,7 @@ def _step(explanation: Explanation) -> dict[str, Any]:
         "groups": [
             {**asdict(group), "kernels": explanation.kernels.get((group.op, group.module))}
             for group in groups
-            if group.introduces
+            if "introduces" in group.counts
         ],
         "counts": count_statuses(groups),
         "swaps": asdict(explanation.swaps) if explanation.swaps else None,
@@ -107,7 +128,7 @@ def _first(trace: LoadTrace) -> dict[str, Any] | None:
 
 
 def count_statuses(groups: Sequence[OpGroup]) -> dict[str, int]:
-    counts = dict.fromkeys(("introduces", "inherits", "clean", "not compared"), 0)
+    counts = dict.fromkeys(get_args(Status), 0)
     for group in groups:
         for status, n in group.counts.items():
             counts[status] += n
@@ -143,19 +164,21 @@ def _explanation_lines(explanation: Explanation, width: int) -> Iterator[str]:
     for group in introducers:
         names = explanation.kernels.get((group.op, group.module))
         if names:
-            yield f"{group.op} in {group.module}"
+            yield visible(f"{group.op} in {group.where}")
             for where, launched in names.items():
                 for name in launched[:MAX_KERNEL_NAMES]:
                     yield visible(f"  {where:<7} {name}")[:width]
-    counts = count_statuses(groups)
+    counts = count_statuses([group for group in groups if not group.is_module])
     total = sum(counts.values())
     shares = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
     yield from textwrap.wrap(f"of {total} floating-point ops: {shares}", width)
-    missed = sorted({group.op for group in groups if "not compared" in group.counts})
-    if missed:
-        yield from textwrap.wrap(
-            f"not compared, as they ran otherwise alone: {', '.join(missed)}", width
-        )
+    for status, why in (
+        ("in a module", "ran otherwise alone, so that their module was compared as a whole"),
+        ("not compared", "not compared, as they and all around them ran otherwise alone"),
+    ):
+        ops = sorted({group.op for group in groups if status in group.counts})
+        if ops:
+            yield from textwrap.wrap(f"{why}: {', '.join(ops)}", width)
     for sentence in explanation.advice:
         yield from textwrap.wrap(
             visible(sentence),
@@ -167,12 +190,28 @@ def _explanation_lines(explanation: Explanation, width: int) -> Iterator[str]:
 
 
 def _verdict(explanation: Explanation, introducers: Sequence[OpGroup]) -> str:
+    silent = [g.op for g in explanation.groups if "introduces" in g.counts and not g.introduces]
+    ops = ", ".join(dict.fromkeys(silent))
+    if not explanation.is_sound:
+        return "INCONCLUSIVE, the logits are others when the pass is watched"
     if introducers:
-        ops = ", ".join(dict.fromkeys(group.op for group in introducers))
-        return f"FOUND {ops}"
-    if explanation.differs:
-        return "DIFFERS, by what the KV cache holds from earlier steps: no op adds to it here"
-    return "CLEAN, the probe's row has the same bits alone and in every load"
+        return f"FOUND {', '.join(dict.fromkeys(group.op for group in introducers))}"
+    if explanation.finds:
+        return "FOUND in what the KV cache holds from earlier passes: no op adds to it here"
+    if any(trace.logits_differ for trace in explanation.traces):
+        return "INCONCLUSIVE, the probe's logits differ, and no op that could be compared does it"
+    if explanation.moves_cache_alone:
+        by = f" by {ops}" if ops else ""
+        return (
+            f"INCONCLUSIVE, the probe's logits have the same bits, but its KV cache differs{by}: "
+            "a later step shows whether that reaches the logits"
+        )
+    if ops:
+        return (
+            f"CLEAN, the probe's logits have the same bits alone and in every load: what {ops} "
+            "gives differs, but does not reach them"
+        )
+    return "CLEAN, the probe's logits have the same bits alone and in every load"
 
 
 def _first_lines(explanation: Explanation, width: int) -> Iterator[str]:
@@ -193,7 +232,7 @@ def _table(introducers: Sequence[OpGroup], width: int) -> Iterator[str]:
     rows = [
         (
             visible(group.op),
-            visible(group.module.removeprefix("model.") or "-"),
+            visible(group.where.removeprefix("model.") or "-"),
             f"{group.counts['introduces']} of {sum(group.counts.values())}",
             f"{group.max_ulp}",
             group.cause or "",
@@ -201,7 +240,7 @@ def _table(introducers: Sequence[OpGroup], width: int) -> Iterator[str]:
         )
         for group in introducers
     ]
-    limits = (16, 26, 10, 7, 10, width)
+    limits = (16, 26, 10, 10, 10, width)
     cells = [tuple(_cut(c, n) for c, n in zip(row, limits, strict=True)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
     indent = sum(widths) + 2 * len(widths)

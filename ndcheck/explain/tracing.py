@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ndcheck.errors import UsageError
-from ndcheck.explain.alignment import Geometry, equal_bits
-from ndcheck.explain.modules import ModulePath, without_numbers
+from ndcheck.explain.alignment import Geometry, clone_exactly, equal_bits, write_exactly
+from ndcheck.explain.modules import holders_of_layers, without_numbers
 from ndcheck.explain.recording import (
+    AlonePass,
     Call,
     Cause,
+    Difference,
     Key,
-    LoadedRecorder,
-    OpFinding,
+    NaturalPass,
     Place,
-    SoloOp,
-    SoloRecorder,
-    weight_storages,
+    Record,
+    RepairedPass,
+    Setting,
+    Status,
+    cache_tensors,
+    digest_rows,
+    unseen,
 )
 from ndcheck.records import Arm, Decoding, Load, Probe
 from ndcheck.samplers.batch import ExactBatch
@@ -31,12 +37,46 @@ from ndcheck.samplers.transformers import TransformersSampler
 
 
 @dataclass(frozen=True, slots=True)
+class OpFinding:
+    """One op of the loaded pass, or a module as a whole, and what it does to the probe's row.
+
+    ``status``: *introduces* if, given the probe's own inputs, it returns other bits than alone;
+    *inherits* if its output differs in the load, but only as its inputs do; *clean* if it does not;
+    *in a module* that could be compared only as a whole; *not compared*. ``cause`` says whether the
+    bits change again when the same pass is repeated, or with other neighbours of the same shape.
+    ``reaches_logits``: whether the probe's logits follow the difference. ``digest`` is over the
+    probe's row; ``shapes`` are of floating inputs, alone and loaded.
+    """
+
+    module: str
+    op: str
+    nth: int
+    status: Status
+    cause: Cause | None = None
+    reaches_logits: bool = False
+    is_module: bool = False
+    max_ulp: int = 0
+    digest: str | None = None
+    digest_alone: str | None = None
+    shapes: tuple[str, str] = ("", "")
+    dtype: str = ""
+    location: str = ""
+
+    @property
+    def place(self) -> Place:
+        return self.op, without_numbers(self.module)
+
+
+@dataclass(frozen=True, slots=True)
 class LoadTrace:
     """One forward pass under a load, op by op, against the same pass of the probe alone.
 
     ``step`` 0 is the prefill, step t the pass whose logits give generated token t.
-    ``tracing_changed_bits`` is the control: the same pass untraced must give the same logits.
-    ``is_padded``: longer rows beside it put padding before the probe's first token.
+    ``tracing_changed_bits`` is the control: the same pass untraced must give the same logits,
+    unless it gives others whenever it is repeated (``is_random``). ``is_padded``: longer rows
+    beside it put padding before the probe's first token. ``is_accounted_for``: with all that was
+    seen to differ put right, the logits are those alone. The caches, before the pass and after it,
+    differ, do not, or cannot be compared (None).
     """
 
     load: Load
@@ -45,13 +85,19 @@ class LoadTrace:
     findings: tuple[OpFinding, ...]
     logits_differ: bool
     tracing_changed_bits: bool
+    is_random: bool
     is_padded: bool
+    is_accounted_for: bool
+    cache_differs: bool | None
+    cache_reaches_logits: bool
+    cache_differs_after: bool | None
     logits_digest: str
     calls: dict[Place, Call]
 
     @property
     def introducers(self) -> list[OpFinding]:
-        return [finding for finding in self.findings if finding.status == "introduces"]
+        """Those whose difference reaches the probe's logits."""
+        return [f for f in self.findings if f.status == "introduces" and f.reaches_logits]
 
     @property
     def first_difference(self) -> OpFinding | None:
@@ -60,22 +106,25 @@ class LoadTrace:
         return next(differing, None)
 
     @property
+    def n_not_compared(self) -> int:
+        return sum(f.status == "not compared" for f in self.findings)
+
+    @property
     def doubt(self) -> str | None:
-        """Why this trace proves nothing, if it does not."""
-        compared = [f for f in self.findings if f.status != "not compared"]
-        if not compared:
-            return "no op could be compared"
+        """What this trace leaves open, if it does."""
         if self.tracing_changed_bits:
             return "tracing itself changed the logits"
-        unfaithful = [f for f in compared if not f.is_faithful]
-        if unfaithful:
-            return (
-                f"{unfaithful[0].op} in {unfaithful[0].module or 'the model'} gave other bits when "
-                f"replayed with the same inputs ({len(unfaithful)} of {len(compared)} ops)"
-            )
-        if self.logits_differ and not self.introducers:
-            return None if self.step else "the logits differ, but no op was seen to introduce it"
-        return None
+        if not self.logits_differ:
+            return None
+        found = self.introducers or self.cache_reaches_logits
+        if self.is_accounted_for and found:
+            return None
+        rest = "a part of the difference comes" if found else "the difference comes"
+        rest = f"{rest} from where no op and no module could be compared"
+        if self.is_random:
+            return f"{rest}, and is another at every repetition"
+        n_ops = f"{self.n_not_compared} ops ran otherwise alone, or " * bool(self.n_not_compared)
+        return f"{rest}: {n_ops}the model itself does what torch does not see"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +132,18 @@ class OpGroup:
     """The ops of one kind in layers of one form, over all traced loads.
 
     ``bit_classes`` are the batch sizes (1: alone) that give the row the same bits in every layer;
-    ``counts`` is how often each status was found, over layers and loads.
+    ``counts`` is how often each status was found, over layers and loads. ``where`` is the module's
+    path if one layer alone introduces the difference, else the form.
     """
 
     op: str
     module: str
+    where: str
     n_ops: int
     counts: dict[str, int]
     cause: Cause | None
+    reaches_logits: bool
+    is_module: bool
     max_ulp: int
     bit_classes: tuple[tuple[int, ...], ...]
     shapes: tuple[str, str]
@@ -99,7 +152,18 @@ class OpGroup:
 
     @property
     def introduces(self) -> bool:
-        return "introduces" in self.counts
+        """Whether it introduces a difference that reaches the logits."""
+        return self.reaches_logits
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The probe's pass alone: ops and modules, logits [vocabulary], caches before and after."""
+
+    records: dict[Key, Record]
+    logits: Tensor
+    before: list[Tensor]
+    after: list[Tensor]
 
 
 class Tracer:
@@ -124,61 +188,132 @@ class Tracer:
         # The static cache is as long as the run's: attention runs over all of it.
         self._max_tokens = max(self._decoding.max_tokens, step + 1)
         self._kernels = kernels or (lambda: sampler.arm(arm, fuse=False))
-        self._weights = weight_storages(sampler.model)
         self._n_prompt = sampler.count_tokens(probe.prompt)
         if self._n_prompt + self._max_tokens > sampler.context:
             raise UsageError(
                 f"--step {step}: with a prompt of {self._n_prompt} tokens it exceeds the model's "
                 f"context of {sampler.context}"
             )
+        self._holders = holders_of_layers(sampler.model)
+        self._reaching: set[Place] = set()
         self.token_ids: list[int] = []
 
     @torch.inference_mode()
-    def record_alone(self) -> dict[Key, SoloOp]:
-        """The pass alone: its ops, and on the way the tokens that every load is fed."""
+    def record_alone(self) -> Alone:
+        """The pass alone, and on the way the tokens that every load is fed."""
         with self._kernels():
             batch, argument = self._advance(Load(1), None)
-            with ModulePath(self._sampler.model) as path:
-                recorder = SoloRecorder(path, self._weights)
-                with recorder:
-                    logits = self._forward(batch, argument, Load(1))
-        self._logits_alone = logits[0]
-        return recorder.ops
+            before = list(map(clone_exactly, cache_tensors(batch.cache)))
+            with AlonePass(self._sampler.model) as watched:
+                logits = self._forward(batch, argument, Load(1))
+        after = list(map(clone_exactly, cache_tensors(batch.cache)))
+        return Alone(watched.records, logits[0], before, after)
 
     @torch.inference_mode()
-    def trace(self, load: Load, slot: int, alone: dict[Key, SoloOp]) -> LoadTrace:
-        """The same pass under ``load``, compared with and replayed against the one alone."""
+    def trace(self, load: Load, slot: int, alone: Alone) -> LoadTrace:
+        """The same pass under ``load``, compared with the one alone."""
         if load.cache_state != "whole" and self._step == 0:
             raise UsageError(
                 f"--step 0: a {load.cache_state} prefill has no pass that is comparable with the "
                 "prefill alone: give --step 1 or more"
             )
         with self._kernels():
-            batch, argument = self._advance(load, slot)
-            with ModulePath(self._sampler.model) as path:
-                recorder = LoadedRecorder(
-                    path, self._weights, alone, self._geometry(load, slot), slot
-                )
-                with recorder:
-                    traced = self._forward(batch, argument, load)
-        with self._kernels():
-            batch, argument = self._advance(load, slot)
-            untraced = self._forward(batch, argument, load)
+            loaded = _LoadedPass(self, load, slot, alone)
+            return self._compare(loaded, load, slot, alone)
+
+    def _compare(self, loaded: _LoadedPass, load: Load, slot: int, alone: Alone) -> LoadTrace:
+        natural = NaturalPass(loaded.setting)
+        traced = loaded.run(natural)
+        cache_after = loaded.cache_differs(alone.after)
+        untraced = loaded.run()
+        logits_differ = not equal_bits(traced, alone.logits)
+        changed = not equal_bits(traced, untraced)
+        # With nothing put right, the pass is repeated: does it repeat its bits?
+        is_random = (changed or logits_differ) and not equal_bits(untraced, loaded.run())
+        cache_before = loaded.cache_differs(alone.before)
+        repaired = RepairedPass(loaded.setting)
+        loaded.run(repaired, repair_cache=True)
+        cache_reaches = bool(
+            logits_differ
+            and cache_before
+            and not equal_bits(untraced, loaded.run(repair_cache=True))
+        )
+        named = {key: d for key, d in repaired.differences.items() if key[0] not in self._holders}
+        causes = self._causes(loaded, load, slot, alone, named)
+        reaching = self._reaching_places(loaded, named) if logits_differ else set()
+        if named and logits_differ and not reaching and not cache_reaches:
+            reaching = set(map(_place, named))  # Together they do, as nothing else differs.
         return LoadTrace(
             load,
             slot,
             self._step,
-            tuple(recorder.findings),
-            not equal_bits(traced[slot], self._logits_alone),
-            not equal_bits(traced[slot], untraced[slot]),
+            tuple(_findings(natural, repaired, named, causes, reaching, alone.records)),
+            logits_differ,
+            changed and not is_random,
+            is_random,
             max(load.filler_lengths, default=0) > self._n_prompt,
-            f"{digest_row(traced[slot]) & 2**64 - 1:016x}",  # as samples are recorded
-            recorder.calls,
+            len(named) == len(repaired.differences),
+            cache_before,
+            cache_reaches,
+            cache_after,
+            f"{digest_row(traced) & 2**64 - 1:016x}",  # as samples are recorded
+            {_place(key): call for key, call in repaired.calls.items()},
         )
 
+    def _causes(
+        self,
+        loaded: _LoadedPass,
+        load: Load,
+        slot: int,
+        alone: Alone,
+        named: dict[Key, Difference],
+    ) -> dict[Key, Cause]:
+        """What each difference follows: the pass is repeated, then with other neighbours."""
+        if not named:
+            return {}
+
+        def digests(other: _LoadedPass) -> dict[Key, str]:
+            again = RepairedPass(other.setting)
+            other.run(again, repair_cache=True)
+            return {key: d.digest for key, d in again.differences.items()}
+
+        repeated = digests(loaded)
+        with_others = repeated
+        if load.batch_size > 1:
+            with_others = digests(_LoadedPass(self, _other_neighbours(load, slot, self), slot, alone))
+        causes: dict[Key, Cause] = {}
+        for key, difference in named.items():
+            causes[key] = "shape"
+            if repeated.get(key) != difference.digest:
+                causes[key] = "chance"
+            elif with_others.get(key) != difference.digest:
+                causes[key] = "neighbours"
+        return causes
+
+    def _reaching_places(self, loaded: _LoadedPass, named: dict[Key, Difference]) -> set[Place]:
+        """Where a difference, left in or put right with nothing put right after it, moves logits.
+
+        A place that was seen to do so under one load is not tried again under another.
+        """
+        for key in named:
+            if _place(key) in self._reaching:
+                continue
+            left, mended = (
+                loaded.run(
+                    RepairedPass(loaded.setting, key, stop_after=stop_after), repair_cache=True
+                )
+                for stop_after in (False, True)
+            )
+            if not equal_bits(left, mended):
+                self._reaching.add(_place(key))
+        return self._reaching & set(map(_place, named))
+
     @torch.inference_mode()
-    def logits(self, load: Load, slot: int) -> list[Tensor]:
-        """The probe's logits [vocabulary] at every step so far, each kept apart."""
+    def logits(self, load: Load, slot: int | None) -> list[Tensor]:
+        """The probe's logits [vocabulary] at every step so far, each kept apart.
+
+        ``slot`` None: alone, where the tokens are drawn that every load is fed.
+        """
         rows = []
         with self._kernels():
             batch = self._open(load)
@@ -186,7 +321,7 @@ class Tracer:
             for position in range(self._step + 1):
                 if position:
                     logits = batch.step(self._next_tokens(logits, position - 1, load, slot))
-                rows.append(logits[slot].clone())
+                rows.append(logits[slot or 0].clone())
         return rows
 
     def _advance(self, load: Load, slot: int | None) -> tuple[ExactBatch, Tensor | None]:
@@ -224,7 +359,7 @@ class Tracer:
             token_ids[list(load.slots)] = self.token_ids[position]
         return token_ids
 
-    def _geometry(self, load: Load, slot: int) -> Geometry:
+    def _geometry(self, load: Load) -> Geometry:
         n_columns = max(self._n_prompt, *load.filler_lengths, 0)
         pad = n_columns - self._n_prompt
         queries = (1, 1) if self._step else (self._n_prompt, n_columns)
@@ -232,40 +367,147 @@ class Tracer:
         return Geometry(load.batch_size, pad, queries, width)
 
 
+class _LoadedPass:
+    """A load just before the traced pass, which can be run again and again from there."""
+
+    def __init__(self, tracer: Tracer, load: Load, slot: int, alone: Alone) -> None:
+        self._tracer = tracer
+        self._load = load
+        self._slot = slot
+        self._alone = alone
+        self._start, self._argument = tracer._advance(load, slot)
+        self._batch = self._start
+        self._model = tracer._sampler.model
+        self.setting = Setting(self._model, alone.records, tracer._geometry(load), slot)
+
+    def run(
+        self, watch: NaturalPass | RepairedPass | None = None, *, repair_cache: bool = False
+    ) -> Tensor:
+        """The probe's logits [vocabulary]."""
+        with unseen():  # by the scope of the arm's kernels
+            self._batch = copy.deepcopy(self._start, {id(self._model): self._model})
+            if repair_cache:
+                for ours, own in self._cache_rows(self._batch, self._alone.before) or ():
+                    write_exactly(ours, (), own)
+        if watch is None:
+            logits = Tracer._forward(self._batch, self._argument, self._load)
+        else:
+            with watch:
+                logits = Tracer._forward(self._batch, self._argument, self._load)
+        return logits[self._slot].clone()
+
+    def cache_differs(self, alone: list[Tensor]) -> bool | None:
+        """Whether the probe's part of the cache, before the pass or after the last one, does."""
+        batch = self._start if alone is self._alone.before else self._batch
+        with unseen():
+            rows = self._cache_rows(batch, alone)
+            return None if rows is None else not all(equal_bits(a, b) for a, b in rows)
+
+    def _cache_rows(
+        self, batch: ExactBatch, alone: list[Tensor]
+    ) -> list[tuple[Tensor, Tensor]] | None:
+        held = list(cache_tensors(batch.cache))
+        return self.setting.rows(held, alone)
+
+
+def _other_neighbours(load: Load, slot: int, tracer: Tracer) -> Load:
+    """The same shape, with fillers of other contents, and in the place of the probe's copies."""
+    lengths, fillers = [], iter(load.filler_lengths)
+    for row in range(load.batch_size):
+        length = tracer._n_prompt if row in load.slots else next(fillers)
+        lengths += [] if row == slot else [length]
+    seed = load.filler_seed + 1
+    return replace(load, slots=(slot,), filler_lengths=tuple(lengths), filler_seed=seed)
+
+
+def _findings(
+    natural: NaturalPass,
+    repaired: RepairedPass,
+    named: dict[Key, Difference],
+    causes: dict[Key, Cause],
+    reaching: set[Place],
+    records: dict[Key, Record],
+) -> Iterator[OpFinding]:
+    """Every op, and the modules like those that introduce a difference as a whole, in order."""
+    whole = {_place(key) for key, difference in named.items() if difference.is_module}
+    for key, differs in natural.differs.items():
+        module, op, nth = key
+        is_module = key in natural.modules
+        if key in named:
+            yield _introducer(key, named[key], causes[key], reaching, records[key])
+        elif not is_module or _place(key) in whole:
+            status: Status = "not compared"
+            if key in repaired.compared or is_module:
+                status = "inherits" if differs else "clean"
+            elif key in repaired.in_module:
+                status = "in a module"
+            yield OpFinding(module, op, nth, status, is_module=is_module)
+
+
+def _introducer(
+    key: Key, difference: Difference, cause: Cause, reaching: set[Place], record: Record
+) -> OpFinding:
+    own = [value for value in record.outputs if isinstance(value, Tensor)]
+    own = [value for value in own if value.is_floating_point() and value.dim()]
+    module, op, nth = key
+    return OpFinding(
+        module,
+        op,
+        nth,
+        "introduces",
+        cause,
+        _place(key) in reaching,
+        difference.is_module,
+        difference.max_ulp,
+        difference.digest,
+        digest_rows(own),
+        difference.shapes,
+        str(own[0].dtype).removeprefix("torch."),
+        record.location,
+    )
+
+
+def _place(key: Key) -> Place:
+    return key[1], without_numbers(key[0])
+
+
 def group_findings(traces: Sequence[LoadTrace]) -> list[OpGroup]:
     """Ops of every trace, grouped by op and form of module, in order of first execution."""
     groups: dict[Place, list[tuple[int, OpFinding]]] = {}
     for trace in traces:
         for finding in trace.findings:
-            key = (finding.op, without_numbers(finding.module))
-            groups.setdefault(key, []).append((trace.load.batch_size, finding))
-    return [_group(op, module, found) for (op, module), found in groups.items()]
+            groups.setdefault(finding.place, []).append((trace.load.batch_size, finding))
+    sizes = [trace.load.batch_size for trace in traces]
+    return [_group(op, module, found, sizes) for (op, module), found in groups.items()]
 
 
-def _group(op: str, module: str, found: list[tuple[int, OpFinding]]) -> OpGroup:
+def _group(
+    op: str, module: str, found: list[tuple[int, OpFinding]], sizes: Iterable[int]
+) -> OpGroup:
     counts: dict[str, int] = {}
-    digests: dict[int, list[tuple[Key, str | None]]] = {}
-    for batch_size, finding in found:
+    for _, finding in found:
         counts[finding.status] = counts.get(finding.status, 0) + 1
-        key = (finding.module, finding.op, finding.nth)
-        digests.setdefault(batch_size, []).append((key, finding.digest))
-        alone = digests.setdefault(1, []) if batch_size != 1 else []
-        if (key, finding.digest_alone) not in alone and finding.digest_alone:
-            alone.append((key, finding.digest_alone))
-    classes: dict[tuple[tuple[Key, str | None], ...], list[int]] = {}
-    for batch_size in sorted(digests):
-        bits = tuple(dict.fromkeys(digests[batch_size]))
-        classes.setdefault(bits, []).append(batch_size)
-    causes = [f.cause for _, f in found if f.cause]
-    _, example = next(((b, f) for b, f in found if f.status == "introduces"), found[0])
+    guilty = [(size, f) for size, f in found if f.status == "introduces"]
+    # Where an op introduces nothing, it gives the bits alone.
+    bits: dict[int, dict[Key, str | None]] = {size: {} for size in (1, *sizes)}
+    for size, f in guilty:
+        bits[size][f.module, f.op, f.nth] = f.digest
+    classes: dict[frozenset[tuple[Key, str | None]], list[int]] = {}
+    for size in sorted(bits):
+        classes.setdefault(frozenset(bits[size].items()), []).append(size)
+    _, example = guilty[0] if guilty else found[0]
+    paths = {f.module for _, f in guilty}
     return OpGroup(
         op,
         module,
+        paths.pop() if len(paths) == 1 else module,
         len({(f.module, f.nth) for _, f in found}),
         counts,
         # The gravest: "chance" over "neighbours" over "shape".
-        min(causes, default=None),
-        max((f.max_ulp or 0 for _, f in found), default=0),
+        min((f.cause for _, f in guilty if f.cause), default=None),
+        any(f.reaches_logits for _, f in guilty),
+        example.is_module,
+        max((f.max_ulp for _, f in guilty), default=0),
         tuple(tuple(sizes) for sizes in classes.values()),
         example.shapes,
         example.dtype,

@@ -1,0 +1,249 @@
+"""Faults planted in a module of a model that is otherwise exact row by row: named, and no other."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ndcheck.explain.advice import advise
+from ndcheck.explain.swapping import find_swaps
+from ndcheck.explain.trace_report import Explanation, trace_document, trace_lines
+from ndcheck.explain.tracing import Tracer, group_findings
+from ndcheck.records import Decoding, Load, Probe
+from ndcheck.request import DEFAULTS
+from ndcheck.samplers.transformers import TransformersSampler
+
+PROBE = Probe("p1", "tell me about the order")
+
+
+def multiply(x, weight):
+    """A product that iterates over its rows, each summed in one order: no batch can change it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return torch.stack([(row * weight).sum(-1) for row in rows]).view(*x.shape[:-1], -1)
+
+
+def exact(module, x):
+    return multiply(x, module.weight)
+
+
+def split(module, x):
+    """Another order of addition, by the number of rows, in another number of calls."""
+    parts = zip(x.chunk(len(x), -1), module.weight.chunk(len(x), -1), strict=True)
+    return sum(multiply(part, weight) for part, weight in parts)
+
+
+def neighbours(module, x):
+    y = multiply(x, module.weight)
+    return y + 1e-3 * (y.sum(0, keepdim=True) - y)
+
+
+def chance(module, x):
+    y = multiply(x, module.weight)
+    return y * (1 + 1e-3 * torch.rand_like(y)) if len(x) > 1 else y
+
+
+def hidden(module, x):
+    """Outside of torch: no op is to be seen that does it."""
+    y = multiply(x, module.weight)
+    if len(x) > 1:
+        array = y.numpy()
+        array *= 1.001
+    return y
+
+
+def dead(module, x):
+    """A sum over the batch that nobody uses, as statistics of a router's load are."""
+    y = multiply(x, module.weight)
+    module.statistics = y.logsumexp(0)
+    return y
+
+
+CAUSES = {"split": "shape", "neighbours": "neighbours", "chance": "chance", "hidden": "shape"}
+FAULTS = {function.__name__: function for function in (split, neighbours, chance, hidden, dead)}
+LINEARS = (
+    *(f"model.layers.{n}.self_attn.{name}_proj" for n in (0, 1) for name in "qkvo"),
+    *(f"model.layers.{n}.mlp.{name}_proj" for n in (0, 1) for name in ("gate", "up", "down")),
+    "lm_head",
+)
+
+
+@pytest.fixture(scope="module")
+def sampler(tiny_models):
+    return TransformersSampler(replace(DEFAULTS, model=str(tiny_models["llama"]), dtype="fp32"))
+
+
+@contextlib.contextmanager
+def forwards(model, chosen):
+    """Linear layers compute `exact`, but those named in ``chosen`` as it says."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    modules = {**linears, **{name: model.get_submodule(name) for name in chosen}}
+    for name, module in modules.items():
+        module.forward = types.MethodType(chosen.get(name, exact), module)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward
+
+
+def trace(sampler, loads, step):
+    tracer = Tracer(sampler, PROBE, step)
+    alone = tracer.record_alone()
+    return [tracer.trace(load, load.slots[-1], alone) for load in loads]
+
+
+def load_of(sampler, size, mode, extra, seed):
+    length = sampler.count_tokens(PROBE.prompt)
+    if mode == "copies":
+        return Load(size, tuple(range(size)))
+    return Load(size, (size // 2,), (length + extra,) * (size - 1), seed)
+
+
+def explain(traces):
+    explanation = Explanation(traces[0].step, traces, None)
+    return explanation, "\n".join(trace_lines("tiny", [explanation], 80))
+
+
+loads = st.builds(
+    lambda size, mode, extra, seed: (size, mode, extra, seed),
+    st.integers(2, 5),
+    st.sampled_from(["copies", "mixed"]),
+    st.integers(-3, 4),
+    st.integers(0, 1000),
+)
+few = settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@few
+@given(st.sampled_from(sorted(CAUSES)), st.sampled_from(LINEARS), loads, st.integers(0, 2))
+def test_the_planted_module_and_no_other_is_found(sampler, fault, place, load, step):
+    load = load_of(sampler, *load)
+    with forwards(sampler.model, {place: FAULTS[fault]}):
+        (found,) = traces = trace(sampler, [load], step)
+    explanation, text = explain(traces)
+    guilty = {finding.module: finding.cause for finding in found.introducers}
+    if found.logits_differ and not found.cache_reaches_logits:
+        assert guilty == {place: CAUSES[fault]}, text
+        assert found.doubt is None
+        assert "FOUND Linear" in text
+        assert place.removeprefix("model.") in text
+        assert explanation.exit_code == 1
+    elif found.logits_differ:
+        # The keys and values of earlier passes differ too, and may be all that does.
+        assert guilty.items() <= {place: CAUSES[fault]}.items(), text
+        assert explanation.exit_code == 1
+    else:
+        assert not guilty
+        assert "FOUND" not in text
+        assert explanation.exit_code in (0, 3)
+
+
+@few
+@given(loads, st.integers(0, 2))
+def test_a_model_that_iterates_over_its_rows_is_not_accused(sampler, load, step):
+    load = load_of(sampler, *load)
+    with forwards(sampler.model, {}):
+        traces = trace(sampler, [load], step)
+    explanation, text = explain(traces)
+    assert explanation.exit_code == 0, text
+    assert "CLEAN" in text
+    assert explanation.advice == []
+    assert traces[0].n_not_compared == 0
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_what_no_logit_follows_is_not_found(sampler, step):
+    load = load_of(sampler, 3, "copies", 0, 0)
+    with forwards(sampler.model, {"model.layers.1.mlp.up_proj": dead}):
+        traces = trace(sampler, [load], step)
+    explanation, text = explain(traces)
+    silent = [f for f in traces[0].findings if f.status == "introduces"]
+    assert [(f.op, f.module) for f in silent] == [("logsumexp", "model.layers.1.mlp.up_proj")]
+    assert explanation.exit_code == 0
+    assert "does not reach them" in text
+
+
+def test_beside_what_reaches_the_logits_the_rest_is_not_named(sampler):
+    load = load_of(sampler, 3, "copies", 0, 0)
+    chosen = {"model.layers.1.mlp.up_proj": dead, "model.layers.1.mlp.down_proj": neighbours}
+    with forwards(sampler.model, chosen):
+        traces = trace(sampler, [load], 1)
+    assert {f.module for f in traces[0].introducers} == {"model.layers.1.mlp.down_proj"}
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_what_the_model_itself_does_is_inconclusive(sampler, step):
+    """Nothing smaller than the whole model can be blamed: it could not be looked at."""
+    inner = type(sampler.model.model).forward
+
+    def forward(self, *args, **kwargs):
+        output = inner(self, *args, **kwargs)
+        if len(output.last_hidden_state) > 1:
+            output.last_hidden_state.numpy()[...] *= 1.001
+        return output
+
+    with forwards(sampler.model, {"model": forward}):
+        traces = trace(sampler, [load_of(sampler, 2, "copies", 0, 0)], step)
+    explanation, text = explain(traces)
+    assert explanation.exit_code == 3
+    assert "INCONCLUSIVE" in text
+    assert "No op adds" not in text
+    assert not explanation.finds
+
+
+def test_a_fault_in_the_attention_itself_is_laid_to_it(sampler):
+    """Between ops of a module that has others in it, and where the cache is an argument."""
+    attention = sampler.model.model.layers[1].self_attn
+    inner = type(attention).forward
+
+    def forward(self, *args, **kwargs):
+        output, *rest = inner(self, *args, **kwargs)
+        if len(output) > 1:
+            output.numpy()[...] *= 1.001
+        return (output, *rest)
+
+    with forwards(sampler.model, {"model.layers.1.self_attn": forward}):
+        traces = trace(sampler, [load_of(sampler, 3, "mixed", 2, 0)], 1)
+    explanation, text = explain(traces)
+    assert [(f.op, f.module) for f in traces[0].introducers] == [
+        ("LlamaAttention", "model.layers.1.self_attn")
+    ], text
+    assert explanation.exit_code == 1
+
+
+def test_random_draws_are_no_matter_for_batch_invariant_kernels(sampler):
+    load = load_of(sampler, 2, "copies", 0, 0)
+    with forwards(sampler.model, {"model.layers.0.mlp.down_proj": chance}):
+        traces = trace(sampler, [load], 1)
+        groups = group_findings(traces)
+        swaps = find_swaps(sampler, PROBE, 1, groups, [(load, 1)], Decoding(2))
+    assert traces[0].is_random
+    assert not traces[0].tracing_changed_bits
+    sentences = advise(groups, traces, swaps)
+    assert any("cure neither" in sentence for sentence in sentences)
+    assert not any("--kernels stock,invariant" in sentence for sentence in sentences)
+    explanation = Explanation(1, traces, swaps, "0" * 16)
+    assert "every repetition" in explanation.doubt
+
+
+def test_the_document_says_what_was_seen(sampler):
+    load = load_of(sampler, 3, "copies", 0, 0)
+    with forwards(sampler.model, {"model.layers.1.mlp.down_proj": hidden}):
+        traces = trace(sampler, [load], 1)
+    (step,) = trace_document({}, [explain(traces)[0]])["steps"]
+    (group,) = step["groups"]
+    assert (group["where"], group["is_module"], group["reaches_logits"]) == (
+        "model.layers.1.mlp.down_proj",
+        True,
+        True,
+    )
+    assert step["counts"]["not compared"] == 0
+    assert step["loads"][0]["is_accounted_for"] is True
