@@ -24,6 +24,7 @@ Not claimed: gradients, dropout, other masks; a row with infinities in its own l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -340,6 +341,13 @@ def attention(
     return _launch(q, k, v, starts, lengths, kind, config, parallel=rows <= config.max_rows)
 
 
+@cache
+def _has_hopper_kernel(where: torch.device) -> bool:
+    """Gluon's warp specialisation is what the kernel expects from Triton 3.6 on."""
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    return device.on_gpu(where) and device.capability(where) == 90 and version >= (3, 6)
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """What a model's attention does to the scores."""
@@ -373,7 +381,9 @@ def _launch(
     # tanh(x) is 1 - 2 / (exp(2 x) + 1).
     scale *= 2 * _LOG2_E.value / kind.softcap if kind.softcap else _LOG2_E.value
     cap, window = kind.softcap * _LOG2_E.value, kind.window or 0
-    limits = [q if t is None else t.to(torch.int32).contiguous() for t in (starts, lengths)]
+    limits = [None if t is None else t.to(torch.int32).contiguous() for t in (starts, lengths)]
+    # A pointer that is not read stands in for what is not given.
+    given = [q if t is None else t for t in limits]
     sinks = q if kind.sinks is None else kind.sinks.contiguous()
     block_v = max(16, triton.next_power_of_2(dim_v))
     shared = {
@@ -385,9 +395,15 @@ def _launch(
     scores = {"CAPPED": kind.softcap > 0, "DIM": dim, "D": max(16, triton.next_power_of_2(dim))}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     if not parallel:
+        if not window and not kind.softcap and _has_hopper_kernel(q.device):
+            from ndcheck_kernels.prefill_hopper import can_prefill, prefill
+
+            if can_prefill(q, k, v):
+                prefill(q, k, v, o, limits[0], limits[1], kind.sinks, scale, config)
+                return o
         tile = config.prefill(q_length)
         _prefill_kernel[(heads, triton.cdiv(q_length, tile.block_q), batch)](
-            q, k, v, o, *limits, sinks, scale, cap, window, q_length, kv_length, *strides,
+            q, k, v, o, *given, sinks, scale, cap, window, q_length, kv_length, *strides,
             *o.stride()[:3], BLOCK_Q=tile.block_q, BLOCK_KV=config.block_kv,
             num_warps=tile.warps, num_stages=tile.stages, **scores, **shared,
         )  # fmt: skip
@@ -401,14 +417,14 @@ def _launch(
         m, den = torch.empty((2, batch, kv_heads, splits, group * q_length), device=q.device)
         acc = torch.empty((*m.shape, block_v), device=q.device)
     _decode_kernel[(splits, kv_heads, batch)](
-        q, k, v, m, den, acc, o, *limits, sinks, scale, cap, window, q_length, kv_length,
+        q, k, v, m, den, acc, o, *given, sinks, scale, cap, window, q_length, kv_length,
         *strides, *o.stride()[:3], WHOLE=splits == 1,
         ROWS=max(16, triton.next_power_of_2(group * q_length)), BLOCK_KV=config.block_kv,
         num_warps=config.decode_warps, num_stages=config.decode_stages, **scores, **shared,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(group * q_length, kv_heads, batch)](
-            m, den, acc, o, *limits, sinks, window, q_length, kv_length, splits, *o.stride()[:3],
+            m, den, acc, o, *given, sinks, window, q_length, kv_length, splits, *o.stride()[:3],
             num_warps=1, **shared,
         )  # fmt: skip
     return o

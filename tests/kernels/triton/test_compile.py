@@ -41,8 +41,12 @@ with resources.compiling(capability) as kernels:
     for queries in (q, q[:, :, :1]):
         attention.attention(queries, k, k)
     attention.attention(torch.empty(1, 32, 8192, 128, dtype=bf16), k, k)
+    ends = torch.empty(1, dtype=torch.int32)
     sinks = torch.empty(32, dtype=bf16)
+    half = (q.half(), k.half(), k.half())
+    attention.attention(*half, starts=ends, lengths=ends, sinks=sinks.half())
     q = torch.empty(1, 32, 512, 64, dtype=bf16)
+    attention.attention(q, q, q)
     for queries in (q, q[:, :, :1]):
         attention.attention(queries, q, q, window=128, softcap=50.0, sinks=sinks)
     for n in (128, 4096, 16384, 151936):
