@@ -164,7 +164,7 @@ class _ProbePlan:
         if cell.baseline not in self._first_ids:
             return
         if cell.axis == "run-to-run":
-            if "run-to-run" not in self._spec.axes and n_run > 1:
+            if "run-to-run" not in self._spec.axes and cell.load != ALONE and n_run > 1:
                 return
         elif n_run and not self._spec.repeats_are_draws:
             return
@@ -396,5 +396,5 @@ def parse_arrival(text: str) -> Arrival | None:
 
 
 def plant_fault(n_tokens: int) -> Fault | None:
-    """The control's fault, within a reference completion of ``n_tokens``; None if too short."""
-    return Fault(latent_at=n_tokens // 4, fork_at=n_tokens // 2) if n_tokens >= 2 else None
+    """The control's fault, within a reference completion of ``n_tokens``; None if it is empty."""
+    return Fault(latent_at=n_tokens // 4, fork_at=n_tokens // 2) if n_tokens else None

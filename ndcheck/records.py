@@ -104,7 +104,8 @@ class Fault:
     """A planted fault: the control that a sound measurement must catch.
 
     At generated token ``fork_at`` another token is lifted above the one that was drawn, and at
-    ``latent_at`` (before it) the drawn token's logit moves by one unit in the last place.
+    ``latent_at`` the drawn token's logit moves by one unit in the last place: before the fork, or
+    not at all where both are the only token.
     """
 
     latent_at: Count

@@ -174,8 +174,8 @@ def _lacks_control(probe: ProbeSummary) -> str | None:
     if probe.control.n_trials == 0:
         return "no control ran, so nothing shows that a divergence would have been seen"
     if probe.control.n_caught < probe.control.n_trials:
-        is_short = not any(completion.n_tokens > 1 for completion in probe.completions)
-        why = " (a completion of one token is too short for it)" * is_short
+        is_empty = not any(completion.n_tokens for completion in probe.completions)
+        why = " (an empty completion has no room for it)" * is_empty
         return (
             f"the planted fault was caught in {probe.control.n_caught} of "
             f"{probe.control.n_trials} controls{why}"

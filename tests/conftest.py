@@ -111,8 +111,9 @@ def measured():
     def measure(behaviour="clean", spec=small, arms=None, change=lambda sample: sample, **run):
         """``arms`` gives arms other behaviours; ``change`` is applied to every sample."""
         samples = []
+        samplers = {arm: ScriptedSampler((arms or {}).get(arm, behaviour)) for arm in spec.arms}
         for trial in plan_trials(spec, {"p1": 4}, 1000):
-            sampler = ScriptedSampler((arms or {}).get(trial.arm, behaviour))
+            sampler = samplers[trial.arm]
             if trial.axis == "control":
                 trial = replace(trial, fault=plant_fault(8))
             samples += map(change, sampler.sample(trial, spec.probes[0], spec.decoding))

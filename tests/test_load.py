@@ -9,21 +9,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ndcheck.errors import UsageError
-from ndcheck.load import batch_sizes_up_to, filler_text, fit_to_length, plan_trials, plant_fault
-from ndcheck.records import AXES, Decoding, Endpoint, Load, Probe
+from ndcheck.load import (
+    ALONE,
+    batch_sizes_up_to,
+    filler_text,
+    fit_to_length,
+    plan_confirmations,
+    plan_trials,
+    plant_fault,
+)
+from ndcheck.records import AXES, Decoding, Endpoint, Fault, Load, Probe
 from ndcheck.request import DEFAULTS as RUN_DEFAULTS
 
 DEFAULTS = replace(RUN_DEFAULTS, arms=("stock",))
 LENGTHS = {"p1": 9}
 CONTEXT = 1000
+REPEATS = ("reference", "control", "run-to-run")
 
 
-def plan(spec=DEFAULTS, n_trials=None, context=CONTEXT):
-    return plan_trials(spec, LENGTHS, context, n_trials)
+def plan(spec=DEFAULTS, n_draws=None, context=CONTEXT):
+    return plan_trials(spec, LENGTHS, context, n_draws)
 
 
 def evidence(trials):
     return [t for t in trials if t.axis not in ("reference", "control")]
+
+
+def other_loads(trials):
+    return {t.load for t in trials} - {ALONE}
 
 
 @given(
@@ -58,13 +71,21 @@ def test_plan_invariants(n_samples, batch_sizes, axes, mode, arms):
             assert baseline.trial_id < trial.trial_id
             assert (baseline.arm, baseline.probe_id) == (trial.arm, trial.probe_id)
             assert baseline.axis in ("reference", "batch-size")
+        else:
+            assert (trial.axis, trial.load) == ("reference", ALONE)
         if trial.axis not in ("reference", "control"):
-            assert trial.axis in axes
-    can_vary = max(batch_sizes) > 1 or {"run-to-run", "cache"} & set(axes)
+            # Baselines, and repeats of them, are evidence whatever was asked for.
+            assert trial.axis in {*axes, "batch-size", "run-to-run"}
+    assert len({t.load for t in trials if t.axis not in REPEATS}) == len(
+        [t for t in trials if t.arm == arms[0] and t.axis not in REPEATS]
+    )
     for arm in arms:
-        counted = sum(t.n_samples for t in trials if t.arm == arm and t.axis != "control")
-        assert counted == (n_samples if can_vary else 1)
-        assert sum(t.axis == "control" for t in trials if t.arm == arm) == 1
+        mine = [t for t in trials if t.arm == arm]
+        counted = sum(t.n_samples for t in mine if t.axis != "control")
+        is_endless = "run-to-run" in axes or max(batch_sizes) > 1
+        assert counted == n_samples or (counted < n_samples and not is_endless)
+        assert sum(t.axis == "control" for t in mine) == 1
+        assert n_samples == 1 or (mine[-1].axis, mine[-1].load) == ("run-to-run", ALONE)
 
 
 def test_baselines_differ_along_their_axis_only():
@@ -89,9 +110,8 @@ def test_baselines_differ_along_their_axis_only():
             )
         else:
             assert trial.axis == "cache"
-            trimmed = base.slots[: len(load.slots)]
-            assert load.slots == trimmed
             assert load.cache_state != base.cache_state == "whole"
+            assert replace(load, cache_state="whole", cut=None) == base
 
 
 def test_every_batch_size_meets_every_axis_within_the_default_run():
@@ -102,13 +122,61 @@ def test_every_batch_size_meets_every_axis_within_the_default_run():
 
 
 def test_neighbours_are_shorter_longer_and_ragged():
-    lengths = [t.load.filler_lengths for t in plan() if t.axis == "neighbours"]
+    trials = plan(replace(DEFAULTS, n_samples=300))
+    lengths = [t.load.filler_lengths for t in trials if t.axis == "neighbours"]
     assert any(max(x) < 9 for x in lengths)
     assert any(min(x) > 9 for x in lengths)
     assert any(min(x) < 9 < max(x) for x in lengths)
 
 
-def test_a_server_is_asked_alone_before_and_after():
+@pytest.mark.parametrize("mode", ["copies", "mixed"])
+@pytest.mark.parametrize("axes", [AXES, ("slot",), ("batch-size",), ("cache",)])
+def test_every_size_follows_a_larger_and_a_smaller_one(mode, axes):
+    sizes = [t.load.batch_size for t in plan(replace(DEFAULTS, mode=mode, axes=axes))]
+    for size in DEFAULTS.batch_sizes:
+        places = [i for i, other in enumerate(sizes) if other == size]
+        assert any(max(sizes[:i], default=0) > size for i in places) or size == max(sizes)
+        assert any(sizes[i - 1] > size for i in places) or size == max(sizes)
+        assert any(i > 0 and sizes[i - 1] < size for i in places) or size == 1
+    assert sizes[-1] == 1
+
+
+def test_in_process_a_load_that_is_no_repeat_runs_once():
+    trials = plan(replace(DEFAULTS, n_samples=1000))
+    loads = [t.load for t in trials if t.axis not in REPEATS]
+    assert len(loads) == len(set(loads)) > 300
+    # What repeats is a load that ran before, in the same arm.
+    ran = {t.load for t in trials if t.axis not in REPEATS} | {ALONE}
+    assert {t.load for t in trials if t.axis == "run-to-run"} <= ran
+
+
+def test_baselines_are_repeated_whatever_is_asked_for():
+    for axes in (("slot",), ("neighbours",), ("cache",), ("batch-size",)):
+        trials = plan(replace(DEFAULTS, axes=axes, n_samples=100))
+        baselines = {trials[t.baseline].load for t in evidence(trials) if t.axis in axes}
+        repeated = {t.load for t in trials if t.axis == "run-to-run"}
+        assert ALONE in repeated
+        assert sum(load in repeated for load in baselines) > 0.7 * len(baselines)
+
+
+def test_an_exhausted_grid_ends_the_plan():
+    spec = replace(DEFAULTS, batch_sizes=(1,), axes=("cache",), n_samples=1000)
+    trials = plan(spec)
+    # Nine tokens: chunks of 1 to 8, and 1 to 8 tokens after a prefix.
+    cuts = {
+        state: [t.load.cut for t in trials if t.load.cache_state == state]
+        for state in ("chunked", "prefix")
+    }
+    assert cuts["chunked"][0] is cuts["prefix"][0] is None  # 3 and 4 tokens, by itself
+    assert sorted(cuts["chunked"][1:]) == [1, 2, 4, 5, 6, 7, 8]
+    assert sorted(cuts["prefix"][1:]) == [1, 2, 3, 5, 6, 7, 8]
+    assert [t.load for t in trials if t.load not in other_loads(trials)] == [ALONE] * 5
+    # A server's batch is formed anew: there the same is asked as often as wanted.
+    served = plan(replace(spec, endpoint=Endpoint("http://host/v1")))
+    assert sum(t.n_samples for t in served if t.axis != "control") == 1000
+
+
+def test_the_probe_alone_comes_first_in_the_round_and_last():
     spec = replace(DEFAULTS, endpoint=Endpoint("http://host/v1"), n_samples=50)
     trials = plan(spec)
     first, last = trials[0], trials[-1]
@@ -128,9 +196,15 @@ def test_plan_is_reproducible_and_follows_the_seed():
     assert plan() != plan(replace(DEFAULTS, seed=1))
 
 
-def test_target_rate_counts_trials():
-    trials = plan(n_trials=299)
-    assert len(evidence(trials)) == 299
+def test_target_rate_counts_distinct_loads():
+    assert len(other_loads(plan(n_draws=368))) == 368
+    served = plan(replace(DEFAULTS, endpoint=Endpoint("http://host/v1")), n_draws=368)
+    assert 368 <= len(evidence(served)) <= 369  # and the probe alone, last
+    repeats = plan(replace(DEFAULTS, axes=("run-to-run",)), n_draws=368)
+    assert 368 <= len(evidence(repeats)) <= 369
+    # No more loads than there are, and an end.
+    few = replace(DEFAULTS, batch_sizes=(1,), axes=("run-to-run", "cache"))
+    assert len(other_loads(plan(few, n_draws=368))) == 16
 
 
 def test_arms_are_interleaved_on_the_same_loads():
@@ -172,7 +246,8 @@ def test_fit_to_length():
 
 
 def test_planted_fault_lies_within_the_completion():
-    assert plant_fault(1) is None
+    assert plant_fault(0) is None
+    assert plant_fault(1) == Fault(0, 0)
     for n in range(2, 100):
         fault = plant_fault(n)
         assert 0 <= fault.latent_at < fault.fork_at < n
@@ -185,10 +260,34 @@ def test_batch_sizes_up_to_the_largest():
 
 
 def test_under_continuous_batching_copies_meet_other_company_in_each_round():
-    spec = replace(DEFAULTS, batch_sizes=(4,), axes=("batch-size",), n_samples=13)
+    spec = replace(DEFAULTS, batch_sizes=(4,), axes=("batch-size",), n_samples=23)
     exact, continuous = plan(spec), plan(replace(spec, batching="continuous"))
-    assert len({t.load for t in evidence(exact)}) == 1
-    assert len({t.load.filler_seed for t in evidence(continuous)}) == 3
+    # In an exact batch four copies are one load: then fillers take the place of some.
+    assert sum(t.load.slots == (0, 1, 2, 3) for t in exact if t.axis == "batch-size") == 1
+    seeds = [t.load.filler_seed for t in continuous if t.axis == "batch-size"]
+    assert len(set(seeds)) == len(seeds) >= 3
+
+
+def test_what_diverged_once_is_confirmed():
+    trials = [t for t in plan(replace(DEFAULTS, n_samples=150)) if t.axis != "control"]
+    same = {t.trial_id: dict.fromkeys(t.load.slots, (1, 1)) for t in trials}
+
+    def confirmed(*odd, row=(2, 2)):
+        changed = {t.trial_id: dict.fromkeys(t.load.slots, row) for t in odd}
+        return plan_confirmations(trials, {**same, **changed})
+
+    of = {axis: [t for t in trials if t.axis == axis] for axis in AXES}
+    assert confirmed() == []
+    # Each once more, two of an axis at the most, with ids and samples that follow the run's.
+    again = confirmed(*of["neighbours"], of["slot"][0])
+    once_more = sorted(t.trial_id for t in (of["slot"][0], *of["neighbours"][:2]))
+    assert [(t.axis, t.baseline) for t in again] == [("run-to-run", i) for i in once_more]
+    assert [t.trial_id for t in again] == list(range(len(trials), len(trials) + 3))
+    assert again[0].first_sample_id == trials[-1].first_sample_id + 1
+    # Baselines are repeated by plan. Bits count where no token parted.
+    repeated = {t.load for t in of["run-to-run"]}
+    assert all(t.load not in repeated for t in confirmed(*of["batch-size"]))
+    assert [t.load for t in confirmed(of["slot"][0], row=(1, 2))] == [of["slot"][0].load]
 
 
 def test_a_prompt_shorter_than_a_page_shares_no_prefix():

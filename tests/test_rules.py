@@ -32,7 +32,8 @@ def test_without_rules_no_trial_may_diverge(measured):
     assert gate(measured()).outcome == "PASS"
     verdict = gate(measured("batch-dependent"))
     assert verdict.outcome == "FAIL"
-    assert verdict.reasons == ("batch-size: tokens diverged in 4 of 4 trials",)
+    assert verdict.reasons[0].startswith("batch-size: tokens diverged in 4 of 4 loads")
+    assert verdict.reasons[1].startswith("16 of 22 loads diverged from the probe alone")
     assert gate(measured("latent")).outcome == "FAIL"
 
 
@@ -64,7 +65,7 @@ def test_limits(measured, behaviour, limits, outcome):
 
 def test_the_rate_rule_says_what_it_would_take(measured):
     verdict = gate(measured(), max_divergence_rate=0.01)
-    assert "299 clean trials" in verdict.reasons[0]
+    assert "368 clean loads" in verdict.reasons[0]
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,34 @@ def test_every_planned_sample_is_stored_in_order(tmp_path):
     assert sum(s.axis != "control" for s in samples) == SPEC.n_samples
 
 
+def test_what_diverged_once_runs_once_more(tmp_path):
+    run(tmp_path, "cache-dependent")
+    samples = list(SampleReader(tmp_path))
+    planned = {t.trial_id: t for t in TRIALS}
+    added = [s for s in samples if s.trial_id not in planned]
+    loads = [planned[s.baseline].load for s in added]
+    assert loads == [s.load for s in added]
+    assert {s.axis for s in added} == {"run-to-run"}
+    assert {load.cache_state for load in loads} == {"chunked", "prefix"}
+    assert read_run(tmp_path).n_trials_planned == len({s.trial_id for s in samples})
+    assert [s.sample_id for s in samples] == list(range(len(samples)))
+
+
+@pytest.mark.parametrize("n_left_out", [1, 2])
+def test_a_confirmation_is_resumed_like_any_trial(tmp_path, n_left_out):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(whole, "cache-dependent")
+    added = {s.trial_id for s in SampleReader(whole) if s.trial_id >= len(TRIALS)}
+    sampler = Interrupting("cache-dependent", sorted(added)[-n_left_out])
+    directory = RunDirectory.create(cut, Run("r", "0", SPEC, Environment(), ""))
+    with closing(directory), pytest.raises(KeyboardInterrupt):
+        run_trials(TRIALS, sampler, directory)
+    directory, finished = RunDirectory.resume(cut)
+    with closing(directory):
+        run_trials(TRIALS, ScriptedSampler("cache-dependent"), directory, finished)
+    assert without_times(cut) == without_times(whole)
+
+
 def test_control_is_planted_within_the_reference(tmp_path):
     run(tmp_path, "clean")
     (control,) = [s for s in SampleReader(tmp_path) if s.axis == "control"]

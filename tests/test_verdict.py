@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from scipy.stats import binomtest
 
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.load import plan_trials, plant_fault
-from ndcheck.records import Decoding, Endpoint, Environment, Run, Witness
+from ndcheck.records import Decoding, Endpoint, Environment, Load, Run, Witness
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.scripted import ScriptedSampler
 from ndcheck.selftest import CASES, check, judge_sampler
@@ -21,8 +22,9 @@ SPEC = replace(DEFAULTS, arms=("stock",), decoding=Decoding(8), batch_sizes=(1, 
 def samples_of(behaviour="clean", spec=SPEC, arm_behaviours=None):
     """What the run would store; ``arm_behaviours`` gives arms different samplers."""
     found = []
+    samplers = {a: ScriptedSampler((arm_behaviours or {}).get(a, behaviour)) for a in spec.arms}
     for trial in plan_trials(spec, {"p1": 4}, 1000):
-        sampler = ScriptedSampler((arm_behaviours or {}).get(trial.arm, behaviour))
+        sampler = samplers[trial.arm]
         if trial.axis == "control":
             trial = replace(trial, fault=plant_fault(8))
         found += sampler.sample(trial, spec.probes[0], spec.decoding)
@@ -119,6 +121,86 @@ def test_an_open_loop_needs_some_batch_and_other_loads_the_one_asked_for(
     assert judgement.verdict.outcome == outcome
     hint = f"(largest batch seen: {achieved}, asked for: 3)"
     assert (hint in " ".join(judgement.verdict.reasons)) == (outcome != "PASS")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "axes", "guilty"),
+    [
+        ("fork", ("slot",), "run-to-run"),
+        ("slot-dependent", ("run-to-run", "batch-size"), "slot"),
+        ("neighbour-dependent", ("run-to-run", "batch-size", "slot"), None),
+        ("batch-dependent", ("run-to-run", "slot"), "batch-size"),
+        ("batch-dependent", ("cache",), "batch-size"),
+        ("stale", ("neighbours",), "run-to-run"),
+    ],
+)
+def test_what_was_not_asked_for_fails_all_the_same(behaviour, axes, guilty):
+    spec = replace(SPEC, axes=axes, batch_sizes=(2, 4), n_samples=60)
+    judgement = judged(samples_of(behaviour, spec), spec)
+    (probe,) = judgement.probes
+    failing = {axis for axis, verdict in probe.axes.items() if verdict.outcome == "FAIL"}
+    assert failing == ({guilty} if guilty else set())
+    # Fillers of other lengths were never tried, so nothing was seen.
+    assert judgement.verdict.outcome == ("FAIL" if guilty else "PASS")
+
+
+def test_trials_without_a_baseline_fail_too():
+    samples = [
+        replace(s, baseline=99) for s in samples_of("batch-dependent") if s.axis != "control"
+    ]
+    judgement = judged(samples, replace(SPEC, axes=("slot",)))
+    assert judgement.verdict.outcome == "FAIL"
+
+
+def test_without_a_reference_different_completions_fail():
+    samples = [
+        replace(s, error="boom", token_ids=()) if s.load == Load(1) else s
+        for s in samples_of("batch-dependent")
+    ]
+    odd = [replace(s, token_ids=(9,) * 8) if s.trial_id == 7 else s for s in samples]
+    judgement = judged(odd, replace(SPEC, axes=("neighbours",)))
+    assert judgement.verdict.outcome == "FAIL"
+
+
+@pytest.mark.parametrize("n_odd", [1, 2])
+def test_an_odd_reference_is_one_trial_of_run_to_run(n_odd):
+    """With the first completion alone as the reference, all others would diverge from it."""
+    clean = samples_of()
+    odd = [s.sample_id for s in clean if s.load == Load(1) and s.axis != "control"][:n_odd]
+    samples = [replace(s, token_ids=(9,) * 8) if s.sample_id in odd else s for s in clean]
+    (probe,) = summarise(samples, SPEC).probes
+    assert (probe.diverged_trials, probe.draw) == (n_odd, "trial")
+    (verdict,) = judged(samples).probes
+    assert verdict.verdict.outcome == "FAIL"
+    assert {a for a, v in verdict.axes.items() if v.outcome == "FAIL"} == {"run-to-run"}
+
+
+def test_rows_of_one_load_that_ran_again_are_no_new_draws():
+    """Two loads exist; one diverges, every time that it runs."""
+    spec = replace(SPEC, axes=("cache",), batch_sizes=(1,))
+    first = [s for s in samples_of(spec=spec) if s.load.cut is None]
+    samples = [
+        replace(s, trial_id=s.trial_id + 1000 * n, sample_id=s.sample_id + 1000 * n)
+        for n in range(50)
+        for s in first
+        if n == 0 or s.axis == "cache"
+    ]
+    samples = [
+        replace(s, token_ids=(9,) * 8) if s.load.cache_state == "prefix" else s for s in samples
+    ]
+    (probe,) = summarise(samples, spec).probes
+    (cache,) = (finding for finding in probe.axes if finding.axis == "cache")
+    assert (cache.n_trials, cache.diverged_trials) == (100, 50)
+    assert (cache.draw, cache.n_draws, cache.diverged_draws) == ("load", 2, 1)
+    interval = binomtest(1, 2).proportion_ci(method="exact")
+    assert (cache.rate_ci_low, cache.rate_ci_high) == pytest.approx(tuple(interval))
+    assert (probe.n_draws, probe.diverged_draws) == (2, 1)
+    (reason,) = judged(samples, spec).verdict.reasons
+    assert reason == "cache: tokens diverged in 1 of 2 loads; 1 of them repeated, alike each time"
+    # On a server each of them was another batch.
+    served = replace(spec, endpoint=Endpoint("http://host/v1"))
+    (cache,) = (f for f in summarise(samples, served).probes[0].axes if f.axis == "cache")
+    assert (cache.draw, cache.n_draws, cache.diverged_draws) == ("trial", 100, 50)
 
 
 def test_no_samples_at_all():

@@ -269,7 +269,8 @@ def is_caught(fault: Fault, baseline: Stream, stream: Stream) -> bool:
         len(baseline.row_digests) and len(stream.row_digests)
     )
     latent = latent_divergence(baseline, stream, fault.fork_at)
-    return latent == fault.latent_at if has_bits else True
+    expected = fault.latent_at if fault.latent_at < fault.fork_at else None
+    return latent == expected if has_bits else True
 
 
 def _fingerprint(bits: NDArray[Any]) -> int:

@@ -17,7 +17,6 @@ from ndcheck.analysis.statistics import (
     trials_needed,
 )
 
-
 INTERVALS = {n: [clopper_pearson(k, n, 0.95) for k in range(n + 1)] for n in (1, 10, 45, 200)}
 
 

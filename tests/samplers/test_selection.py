@@ -10,7 +10,6 @@ from ndcheck.samplers.selection import (
     choose_tokens,
     digest_row,
     gumbel_noise,
-    lowest_argmax,
     plant,
     read_step,
 )

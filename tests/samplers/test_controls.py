@@ -1,0 +1,87 @@
+"""The planted fault is caught whatever is drawn, and a fault of the model itself is found."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ndcheck.analysis.accumulate import summarise
+from ndcheck.records import Decoding, Environment, Probe, Run
+from ndcheck.request import DEFAULTS
+from ndcheck.runner import plan, run_trials
+from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.store import RunDirectory, SampleReader
+from ndcheck.verdict import judge
+
+SPEC = replace(
+    DEFAULTS,
+    probes=(Probe("p1", "tell me about the order of a sum"),),
+    decoding=Decoding(6),
+    batch_sizes=(1, 2, 4),
+    n_samples=60,
+    arms=("stock",),
+    allow_latent=True,
+)
+
+
+@pytest.fixture(scope="module")
+def sampler(tiny_models):
+    return TransformersSampler(replace(SPEC, model=str(tiny_models["llama"])))
+
+
+def measure(sampler, path, spec):
+    run = Run("r", "0", spec, Environment(), "")
+    with closing(RunDirectory.create(path, run)) as directory:
+        run = run_trials(plan(spec, sampler), sampler, directory)
+    summary = summarise(SampleReader(path), spec)
+    return judge(run, summary), summary.probes[0]
+
+
+@pytest.mark.parametrize("batching", ["exact", "continuous"])
+@pytest.mark.parametrize("seed", range(10))
+def test_the_planted_fault_is_caught_in_every_draw(sampler, tiny_models, tmp_path, seed, batching):
+    spec = replace(
+        SPEC,
+        model=str(tiny_models["llama"]),
+        decoding=Decoding(6, temperature=1.0, seed=seed),
+        batch_sizes=(1, 2),
+        axes=("batch-size",),
+        n_samples=6,
+        batching=batching,
+    )
+    if batching == "continuous":
+        if seed > 1:  # It shares the planting; opening it takes long.
+            return
+        sampler = TransformersSampler(spec)
+    judgement, probe = measure(sampler, tmp_path / "run", spec)
+    assert (probe.control.n_caught, probe.control.n_trials) == (1, 1)
+    assert judgement.verdict.outcome != "INCONCLUSIVE"
+
+
+def test_what_a_larger_batch_leaves_behind_is_found(sampler, tmp_path, monkeypatch):
+    """A scratch buffer's stale rows: every batch smaller than one before it swaps its top two."""
+    forward, largest = sampler._model.forward, [0]
+
+    def stale(*arguments, **options):
+        output = forward(*arguments, **options)
+        n_rows = output.logits.shape[0]
+        if n_rows < largest[0]:
+            top = output.logits[:, -1].topk(2).indices
+            values = output.logits[:, -1].gather(1, top)
+            output.logits[:, -1] = output.logits[:, -1].scatter(1, top, values.flip(1))
+        largest[0] = max(largest[0], n_rows)
+        return output
+
+    stale.__signature__ = __import__("inspect").signature(forward)
+    clean, _ = measure(sampler, tmp_path / "clean", SPEC)
+    monkeypatch.setattr(sampler._model, "forward", stale)
+    with torch.no_grad():
+        judgement, probe = measure(sampler, tmp_path / "stale", SPEC)
+    assert judgement.verdict.outcome == "FAIL"
+    (verdict,) = judgement.probes
+    assert {a for a, v in verdict.axes.items() if v.outcome == "FAIL"} == {"run-to-run"}
+    assert clean.verdict.outcome != "FAIL"
+    assert probe.n_unique > 1
