@@ -38,6 +38,15 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _scaled_up(top, scale):
+    """top * scale, rounded up: below the exact product a probability could exceed 1."""
+    m = top * scale
+    bits = m.to(tl.int32, bitcast=True)
+    above = (bits + tl.where(m < 0.0, -1, 1)).to(tl.float32, bitcast=True)
+    return tl.where(tl.fma(top, scale, -m) > 0.0, above, m)
+
+
+@triton.jit
 def _attend(q, k, v, mask, m, den, acc, scale, cap, MASKED: tl.constexpr, CAPPED: tl.constexpr):
     """One block of keys: q [Q, D], k [KV, D], v [KV, DV], mask [Q, KV]; m, den [Q]; acc [Q, DV]."""
     scores = tl.dot(q, k.T, input_precision="ieee")  # [Q, KV]
@@ -47,11 +56,12 @@ def _attend(q, k, v, mask, m, den, acc, scale, cap, MASKED: tl.constexpr, CAPPED
         scale = 1.0
     if MASKED:
         scores = tl.where(mask, scores, float("-inf"))
-    new_m = tl.maximum(m, tl.max(scores, axis=1) * scale)
+    new_m = tl.maximum(m, _scaled_up(tl.max(scores, axis=1), scale))
     safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
     p = tl.exp2(tl.fma(scores, scale, -safe_m[:, None]))
-    # 1 + p has a fixed exponent, so its bits count p in units of 2**-23, and integers add in any
-    # order. They wrap around; so does what the ones add up to, and the difference is exact.
+    # p is at most 1, so 1 + p has a fixed exponent, and its bits count p in units of 2**-23.
+    # Integers add in any order. They wrap around; so does what the ones add up to, and the
+    # difference is exact.
     ones: tl.constexpr = 0x3F800000 * p.shape[1] % 2**32
     units = tl.sum((p + 1.0).to(tl.uint32, bitcast=True), axis=1) - ones
     fade = tl.exp2(m - safe_m)

@@ -38,6 +38,40 @@ _library.define(
 attention_op = torch.ops.ndcheck_kernels.attention.default
 
 
+# What a model may do with a mask that it only passes on.
+_MOVES = """
+__get__ size dim ndimension stride numel data_ptr element_size is_floating_point is_contiguous
+contiguous clone detach to cuda cpu requires_grad_ __getitem__ expand expand_as repeat unsqueeze
+squeeze view reshape index_select narrow select __repr__ __format__ __deepcopy__
+"""
+
+
+class Spans(torch.Tensor):
+    """Spans in a mask's place: int32 [B, 1, 1, 2] or [B, 1, Q, 3], to be passed on as they are.
+
+    A model that calculates with its mask would take them for scores: it is refused by name.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        own = args[0] if args else None
+        if isinstance(own, Spans) and func.__name__ in _MOVES.split():
+            result = super().__torch_function__(func, types, args, kwargs or {})
+            if not isinstance(result, Spans) or (
+                result.dtype == torch.int32 and result.shape[-1] == own.shape[-1]
+            ):
+                return result
+        reason = f"the model calculates with its mask ({func.__name__}) instead of passing it on"
+        where = own.device.type if isinstance(own, torch.Tensor) else "any device"
+        raise refusal("attention", torch.int32, where, reason)
+
+    def plain(self) -> torch.Tensor:
+        """Without the guard."""
+        return self.as_subclass(torch.Tensor)
+
+
 def _refuse_outside_scope(*args: Any) -> torch.Tensor:
     raise RuntimeError(
         f"attn_implementation='{NAME}' only runs inside ndcheck_kernels.invariant_kernels(); "
@@ -54,7 +88,9 @@ def _refuse(tensor: torch.Tensor, reason: str) -> UncoveredOpError:
 
 def causal_spans(batch: int, length: int, device: torch.device | str) -> torch.Tensor:
     """Every row starts at column 0 and its last query sees all `length` keys."""
-    return torch.tensor([0, length], dtype=torch.int32, device=device).expand(batch, 1, 2)
+    # Not from a list: that is a copy from the host, which a CUDA graph cannot capture.
+    ends = torch.arange(2, dtype=torch.int32, device=device) * length
+    return ends.expand(batch, 1, 2)
 
 
 def spans_from_mask(visible: torch.Tensor, origin: torch.Tensor | None = None) -> torch.Tensor:
@@ -65,7 +101,7 @@ def spans_from_mask(visible: torch.Tensor, origin: torch.Tensor | None = None) -
     end = begin + count
     last = length - visible.flip(-1).int().argmax(-1)
     sees = count > 0
-    if not bool(((end == last) | ~sees).all()):
+    if not _is_capturing() and not bool(((end == last) | ~sees).all()):
         raise _refuse(visible, "a query sees keys with gaps between them")
     if origin is None:
         first = torch.where(sees, begin, length).amin(-1)
@@ -140,8 +176,8 @@ def _attention_forward(
         except UnsupportedCallError as unsupported:
             raise _refuse(query, str(unsupported)) from None
         return out.transpose(1, 2).contiguous(), None
-    if attention_mask is not None and attention_mask.dtype == torch.int32:
-        spans = attention_mask[:, 0]
+    if isinstance(attention_mask, Spans):
+        spans = attention_mask.plain()[:, 0]
     elif attention_mask is None and (is_causal is None and getattr(module, "is_causal", True)):
         key, value = (key, value) if length == 1 else (key[:, :, :length], value[:, :, :length])
         spans = causal_spans(batch, key.shape[2], query.device)
@@ -218,7 +254,8 @@ def _mask_maker(
         end = q_offset + q_length - kv_offset
         untouched = mask_function is causal and kv_offset == 0
         if untouched and _has_no_gaps(attention_mask, first, q_offset + q_length):
-            return torch.stack([origin, torch.zeros_like(origin) + end], -1)[:, None, None].int()
+            spans = torch.stack([origin, torch.zeros_like(origin) + end], -1)
+            return spans[:, None, None].int().as_subclass(Spans)
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         visible = sdpa_mask(
             batch_size=batch_size,
@@ -231,19 +268,22 @@ def _mask_maker(
             device=device,
             **kwargs,
         )
-        return spans_from_mask(visible[:, 0], origin)[:, None]
+        return spans_from_mask(visible[:, 0], origin)[:, None].as_subclass(Spans)
 
     return make
+
+
+def _is_capturing() -> bool:
+    """Whether nothing can be read back now: what steps before the capture checked has to do."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _has_no_gaps(
     attention_mask: torch.Tensor | None, first: torch.Tensor, stop: int | torch.Tensor
 ) -> bool:
     """Whether each row is padded on the left only, up to column `stop`."""
-    if attention_mask is None:
+    if attention_mask is None or _is_capturing():
         return True
-    if attention_mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        return True  # Nothing can be read during capture; the warm-up runs have been checked.
     column = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
     own = (column >= first[:, None]) & (column < stop)
     return bool((attention_mask.bool() | ~own).all())

@@ -3,7 +3,8 @@
 Bits: probe rows are computed alone and then in batches of every size asked for, in several places,
 beside other rows and beside NaN and infinity. A *bit class* is a result that one row was seen to
 have; an invariant op has one. Accuracy: the largest error against float64 over the largest exact
-result; the budget comes from torch's own error in the same dtype.
+result; the budget comes from torch's own error in the same dtype. It is measured again at both ends
+of the dtype's range, and bits and accuracy for every other form of the call: arguments left out.
 
 Control: a twin of the op that sums in one group of terms for few rows and in up to five for more,
 on the same operands. Only if that is caught do equal bits mean anything.
@@ -15,13 +16,14 @@ from typing import Literal
 
 import torch
 
-from ndcheck_kernels.cases import Call, Case, Operands, Source
+from ndcheck_kernels.cases import Call, Case, Form, Operands, Source
 from ndcheck_kernels.mode import Scope, UncoveredOpError, accepted_ops, invariant_kernels
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
 PROBES = 16
 CONTROL_ROWS = (1, 20, 40, 60, 80)  # 1 to 5 groups: some library cuts K in halves itself
+MOST_FORM_ROWS = 33
 _NAN, _INFINITY = PROBES, PROBES + 1  # behind the probes in the pool
 # Roundings of the result that are fine whatever torch's error: float32 products may be one long
 # chain of additions, where torch adds in blocks.
@@ -38,6 +40,16 @@ class RowCount:
     error: float
     stock_same_bits: bool
     stock_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """One form of the call on one kind of operands."""
+
+    where: str
+    error: float
+    stock_error: float
+    budget: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +72,8 @@ class Finding:
     fired: bool = False
     refusal: str = ""
     row_counts: tuple[RowCount, ...] = ()
+    accuracies: tuple[Accuracy, ...] = ()
+    """At the ends of the range, and of the other forms of the call."""
 
     @property
     def outcome(self) -> Outcome:
@@ -78,6 +92,12 @@ class Finding:
             return f"{self.classes} bit classes: a row has other bits in {self.violation}"
         if not self.error <= self.budget:
             return f"error {self.error:.2g} is above the budget of {self.budget:.2g}"
+        for found in self.accuracies:
+            if not found.error <= found.budget:
+                return (
+                    f"error {found.error:.2g} is above the budget of {found.budget:.2g} "
+                    f"{found.where}"
+                )
         return None
 
     @property
@@ -124,6 +144,7 @@ def check(
             control = bit_classes(_planted(case), noise, CONTROL_ROWS)
     except UncoveredOpError as error:
         return Finding(case.op, case.shape, label, refusal=str(error))
+    bits, fired, forms = _with_forms(case, bits, fired, noise, counts, device)
     stock_bits = bit_classes(case.call, noise, counts)
     exact = case.reference(*wide.first(max(counts)))
     errors = [_error(result, exact[:m]) for m, result in zip(counts, results, strict=True)]
@@ -145,7 +166,68 @@ def check(
             RowCount(m, m not in bits.differing, error, m not in stock_bits.differing, stock)
             for m, error, stock in zip(counts, errors, stock_errors, strict=True)
         ),
+        accuracies=tuple(_accuracies(case, forms, dtype, device)),
     )
+
+
+def _with_forms(
+    case: Case, bits: Bits, fired: bool, noise: Operands, counts: Sequence[int],
+    device: torch.device,
+) -> tuple[Bits, bool, tuple[Form, ...]]:  # fmt: skip
+    """What was seen of the case, with what is seen of its other forms; those that are covered."""
+    few = [m for m in counts if m <= MOST_FORM_ROWS] or counts[:1]
+    covered = []
+    for form in case.forms:
+        try:
+            with invariant_kernels() as scope:
+                seen = bit_classes(form.call, noise, few)
+        except UncoveredOpError:
+            continue
+        covered.append(form)
+        name = form.fires or case.fires
+        fired = fired and (scope.fires[name] > 0 or name in accepted_ops(device.type))
+        if seen.classes > bits.classes:
+            where = {m: f"{company}, {form.name}" for m, company in seen.differing.items()}
+            bits = Bits(seen.classes, where | bits.differing)
+    return bits, fired, tuple(covered)
+
+
+def _accuracies(
+    case: Case, forms: tuple[Form, ...], dtype: torch.dtype, device: torch.device
+) -> Iterator[Accuracy]:
+    """Of every form on ordinary operands and at both ends of the range."""
+    m = min(PROBES, case.max_rows)
+    ordinary = case.operands(Source.seeded(dtype, device, seed=2), m, False)
+    ends = case.ends(Source.seeded(dtype, device, seed=2), m) if case.ends else ()
+    for kind, operands in (("", ordinary), *ends):
+        for form in (Form("", case.call, case.reference), *forms):
+            stock = form.call(*operands.first(m))
+            with invariant_kernels():
+                result = form.call(*operands.first(m))
+            error, stock_error = _errors(result, stock, form.reference(*operands.first(m)))
+            where = " ".join(filter(None, (form.name, kind and f"with {kind}")))
+            yield Accuracy(where, error, stock_error, _budget(result, [stock_error]))
+
+
+def _errors(result: torch.Tensor, stock: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    """Ours and torch's, where torch itself stays within the range and rounding does not leave it.
+
+    A result that is infinite or NaN where the rounded exact one is not has an infinite error.
+    """
+    if not result.is_floating_point():
+        return _error(result, exact), _error(stock, exact)
+    limits = torch.finfo(result.dtype)
+    rounded = exact.to(result.dtype).double()
+    at_edge = (exact.abs() / limits.max - 1).abs() < 0.01
+    counted = ~at_edge & ((stock == rounded) | (stock.isfinite() & rounded.isfinite()))
+    scale = rounded[counted & rounded.isfinite()].abs()
+    unit = max(scale.max().item() if scale.numel() else 0.0, limits.tiny)
+
+    def error(got: torch.Tensor) -> float:
+        off = torch.where(got == rounded, 0.0, (got.double() - rounded).abs())[counted]
+        return off.nan_to_num(torch.inf, torch.inf).max().item() / unit if off.numel() else 0.0
+
+    return error(result), error(stock)
 
 
 def bit_classes(call: Call, operands: Operands, row_counts: Sequence[int]) -> Bits:

@@ -2,7 +2,8 @@
 
 Computes: a row of `a` times `b`, plus a bias where the op has one, rounded once.
 Reduction order: that of torch's GEMM of 16 rows at the same (K, N); where that one gives its rows
-    different orders, at K and N filled up with zeros to multiples of 16.
+    different orders, or lets a row see the next one, at K and N filled up with zeros to multiples
+    of 64.
 Depends on: K, N, dtype, memory layout of `b`, the CPU and torch's build. Never on M, the batch, the
     row's place or its neighbours. The number of threads only matters if torch's 16-row GEMM
     follows it, which no CPU seen so far does.
@@ -33,6 +34,8 @@ STEPS = (256, 64)
 _PROBE_COLUMNS = 256
 _IEEE = ("none", "ieee")  # What torch calls not trading float32 products for speed.
 _CACHED_ELEMENTS = 2**22
+# The widest step of a CPU's matrix units: beyond it no kernel has a tail.
+_EVEN = 64
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -60,7 +63,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> tor
     except UnsupportedCallError:
         if _is_even(k, n):
             raise
-        wide = None if bias is None else F.pad(bias, (0, -n % BASE_ROWS))
+        wide = None if bias is None else F.pad(bias, (0, -n % _EVEN))
         return _product(*_make_even(a, b), wide)[:, :n].contiguous()
 
 
@@ -185,12 +188,14 @@ def _trivial(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _is_even(k: int, n: int) -> bool:
-    return k % BASE_ROWS == n % BASE_ROWS == 0
+    return k % _EVEN == n % _EVEN == 0
 
 
 def _make_even(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros up to multiples of 16: at odd K or small N the rows of a tile may differ in order."""
-    k, n = (-size % BASE_ROWS for size in b.shape)
+    """Zeros up to full steps: at odd K or small N the rows of a tile may differ in order, and at K
+    that is no multiple of 32 a row may read its neighbour (AMX: 0 times NaN).
+    """
+    k, n = (-size % _EVEN for size in b.shape)
     return F.pad(a, (0, k)), F.pad(b, (0, n, 0, k))
 
 

@@ -31,6 +31,8 @@ def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> torch.Tensor:
     """`op` with every element in a full vector: operands flattened to rows of `LANES`, padded."""
     if len(op._schema.returns) != 1:
         raise UnsupportedCallError("several results")
+    if any(isinstance(a, torch.Tensor) and a.is_complex() for a in args):
+        raise UnsupportedCallError("complex arithmetic rounds several times")
     if len(args) == 1 and not kwargs:  # By far the most common: skip the bookkeeping.
         (x,) = args
         return _map_elements((op, x.dtype), op, [x], x.shape)

@@ -1,7 +1,8 @@
 """Batch-invariant reductions, softmaxes and normalisations on CPU.
 
 Computes: sum, mean, var, std, vector norms, logsumexp, softmax, log_softmax, cumsum, LayerNorm and
-    RMSNorm, over any dims, in float32 (float64 for float64), rounded once.
+    RMSNorm, over any dims, in float32 (float64 for float64, and for var and std, whose squares
+    would leave float32's range), rounded once.
 Reduction order: that of torch's kernel for 16 contiguous rows of the reduced length.
 Depends on: the op, the reduced length, dtype, the CPU and torch's build. Never on the other dims,
     the row's place, its neighbours, strides or the number of threads.
@@ -114,9 +115,10 @@ def mean_dims(
     x: torch.Tensor, dim: Dims, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Sum over dims, divided by their size."""
-    total = _over_dims(
-        x if dtype is None else x.to(dtype), dim, keepdim, lambda r: sum_rows(r).div_(r.shape[-1])
-    )
+    if dtype is not None:
+        # A sum may leave the range of 16 bits where its mean does not.
+        x = x.to(torch.float32 if dtype.itemsize == 2 else dtype)
+    total = _over_dims(x, dim, keepdim, lambda r: sum_rows(r).div_(r.shape[-1]))
     return total.to(dtype or x.dtype)
 
 
@@ -132,25 +134,17 @@ def mean_all(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tens
     return mean_dims(x, None, dtype=dtype)
 
 
-@implements(aten.var_mean.correction, device="cpu")
-def var_mean(
-    x: torch.Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Variance in two passes, and mean."""
+def _variance(x: torch.Tensor, dim: Dims, correction: float | None, keepdim: bool) -> torch.Tensor:
+    """In two passes, float64; infinite or NaN without degrees of freedom, as in torch."""
 
     def variance(rows: torch.Tensor) -> torch.Tensor:
         n = rows.shape[-1]
-        return sum_rows(_centred(rows).square_()).div_(
-            n - (1 if correction is None else correction)
-        )
+        rows = rows.double()
+        centred = rows - sum_rows(rows).div_(n)
+        freedom = n - (1 if correction is None else correction)
+        return sum_rows(centred.square_()).div_(max(freedom, 0))
 
-    mean = mean_dims(x, dim, keepdim)
-    return _over_dims(x, dim, keepdim, variance).to(x.dtype), mean
-
-
-def _centred(rows: torch.Tensor) -> torch.Tensor:
-    wide = rows if rows.dtype == torch.float64 else rows.float()
-    return wide - sum_rows(wide).div_(wide.shape[-1])
+    return _over_dims(x, dim, keepdim, variance)
 
 
 @implements(aten.var.correction, device="cpu")
@@ -158,15 +152,33 @@ def var(
     x: torch.Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False
 ) -> torch.Tensor:
     """Variance."""
-    return var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
+    return _variance(x, dim, correction, keepdim).to(x.dtype)
+
+
+@implements(aten.var_mean.correction, device="cpu")
+def var_mean(
+    x: torch.Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Variance, and mean."""
+    mean = mean_dims(x.double(), dim, keepdim).to(x.dtype)
+    return var(x, dim, correction=correction, keepdim=keepdim), mean
 
 
 @implements(aten.std.correction, device="cpu")
 def std(
     x: torch.Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False
 ) -> torch.Tensor:
-    """Standard deviation."""
-    return var(x, dim, correction=correction, keepdim=keepdim).sqrt()
+    """Standard deviation: the root of the variance before it is rounded."""
+    return _variance(x, dim, correction, keepdim).sqrt_().to(x.dtype)
+
+
+@implements(aten.std_mean.correction, device="cpu")
+def std_mean(
+    x: torch.Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard deviation, and mean."""
+    mean = mean_dims(x.double(), dim, keepdim).to(x.dtype)
+    return std(x, dim, correction=correction, keepdim=keepdim), mean
 
 
 @implements(aten.linalg_vector_norm.default, device="cpu")
@@ -203,13 +215,15 @@ def logsumexp(x: torch.Tensor, dim: Dims, keepdim: bool = False) -> torch.Tensor
 @implements(aten.softmax.int, device="cpu")
 def softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Exponentials over their sum."""
-    return _along(x, dim, "softmax", lambda r: r.softmax(-1)).to(dtype or x.dtype)
+    x = x if dtype is None else x.to(dtype)
+    return _along(x, dim, "softmax", lambda r: r.softmax(-1)).to(x.dtype)
 
 
 @implements(aten.log_softmax.int, device="cpu")
 def log_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """log of softmax."""
-    return _along(x, dim, "log_softmax", lambda r: r.log_softmax(-1)).to(dtype or x.dtype)
+    x = x if dtype is None else x.to(dtype)
+    return _along(x, dim, "log_softmax", lambda r: r.log_softmax(-1)).to(x.dtype)
 
 
 @implements(aten._softmax.default, device="cpu")
@@ -239,7 +253,7 @@ def native_layer_norm(
     bias: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """LayerNorm in two passes, with the mean and the reciprocal deviation."""
+    """LayerNorm in two passes, with the mean and the reciprocal deviation in the weight's dtype."""
     rows = x.reshape(-1, torch.Size(normalized_shape).numel())
     wide = rows if rows.dtype == torch.float64 else rows.float()
     mean = sum_rows(wide).div_(wide.shape[-1])
@@ -249,7 +263,8 @@ def native_layer_norm(
     out = out if weight is None else out * weight
     out = out if bias is None else out + bias
     stats = (*x.shape[: x.dim() - len(normalized_shape)], *[1] * len(normalized_shape))
-    return out.to(x.dtype), mean.view(stats), rstd.view(stats)
+    given = next((t.dtype for t in (weight, bias) if t is not None), x.dtype)
+    return out.to(x.dtype), mean.view(stats).to(given), rstd.view(stats).to(given)
 
 
 @implements(aten.layer_norm.default, device="cpu")
@@ -275,7 +290,7 @@ def fused_rms_norm(
     """RMSNorm, with the reciprocal root mean square."""
     rows = x.reshape(-1, torch.Size(normalized_shape).numel())
     wide = rows if rows.dtype == torch.float64 else rows.float()
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = torch.finfo(wide.dtype).eps if eps is None else eps
     rstd = rsqrt(sum_rows(wide * wide).div_(wide.shape[-1]) + eps)
     out = (wide * rstd).view(x.shape)
     stats = (*x.shape[: x.dim() - len(normalized_shape)], *[1] * len(normalized_shape))

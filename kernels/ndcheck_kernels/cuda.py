@@ -2,8 +2,8 @@
 
 Computes: what torch's op of the same name does, in bfloat16, float16 and float32.
 Reduction order: that of the kernel behind it; its file says.
-Depends on: nothing of the batch. Pointwise ops are not registered: a CUDA thread computes an
-    element from its own operands by the same instructions wherever it stands.
+Depends on: nothing of the batch. Pointwise ops of real numbers are not registered: a CUDA thread
+    computes an element from its own operands by the same instructions wherever it stands.
 Not claimed: float64 products and reductions, which are refused.
 """
 
@@ -19,6 +19,8 @@ from ndcheck_kernels import layer_norm as layer_norm_kernels
 from ndcheck_kernels import matmul as matmul_kernels
 from ndcheck_kernels import reductions, rms_norm, softmax
 from ndcheck_kernels.attention_interface import as_causal, attention_op, register_sdpa
+from ndcheck_kernels.complex_numbers import register_complex
+from ndcheck_kernels.launch import compile_failure
 from ndcheck_kernels.mode import UnsupportedCallError, accept, implements
 from ndcheck_kernels.products import register_products
 
@@ -41,8 +43,11 @@ def _covered(call: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
         try:
             return call(*args, **kwargs)
-        except (TypeError, ValueError) as error:
-            raise UnsupportedCallError(str(error)) from error
+        except Exception as error:
+            reason = compile_failure(error)
+            if reason is None and not isinstance(error, TypeError | ValueError):
+                raise
+            raise UnsupportedCallError(reason or str(error)) from error
 
     return checked
 
@@ -60,6 +65,7 @@ def _addmm(
 
 
 register_products("cuda", _matmul, _matmul, _addmm, _addmm)
+register_complex("cuda", torch.cos, torch.sin)
 
 
 @implements(attention_op, device="cuda")
@@ -149,6 +155,8 @@ def topk(
     x: torch.Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """torch.topk, with ties by the lowest index: its own choice follows the number of rows."""
+    if x.dim() == 0:
+        return torch.topk(x, k, dim, largest, sorted)
     values, indices = x.sort(dim=dim, descending=largest, stable=True)
     return values.narrow(dim, 0, k), indices.narrow(dim, 0, k)
 
@@ -225,6 +233,6 @@ def rms_norm_over(
 ) -> torch.Tensor:
     """RMSNorm over the last dims."""
     rows = x.reshape(-1, torch.Size(normalized_shape).numel())
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = torch.finfo(torch.float32).eps if eps is None else eps  # Of what is computed in.
     flat = None if weight is None else weight.reshape(-1)
     return rms_norm.rms_norm(rows, flat, eps).view(x.shape)

@@ -11,7 +11,8 @@ layer's, which rounds more often.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,11 +21,12 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ndcheck_kernels.attention import attention
+from ndcheck_kernels.launch import compile_failure, quiet_compiler
 from ndcheck_kernels.matmul import DTYPES, matmul
 from ndcheck_kernels.mixture import FIRES as MIXTURE_FIRES
 from ndcheck_kernels.mixture import is_mixture, mixture
 from ndcheck_kernels.mode import Scope, active_scope, refusal
-from ndcheck_kernels.qkv import qkv
+from ndcheck_kernels.qkv import HEAD_DIMS, qkv
 from ndcheck_kernels.rms_norm import rms_norm
 from ndcheck_kernels.silu_mul import silu_mul
 
@@ -40,8 +42,15 @@ _MLP_FIRES = {"linear": 2, "silu_mul": 1}
 
 @contextmanager
 def fused_layers(model: torch.nn.Module) -> Iterator[int]:
-    """Run the model's decoder layers fused; yields how many, 0 where it has others than these."""
+    """Run the model's decoder layers fused; yields how many, 0 where it has others than these.
+
+    Warns, and leaves them as they are, where a kernel that only fused layers need does not compile.
+    """
     layers = join_weights(model)
+    reason = next(filter(None, map(_compile_failure, layers)), None)
+    if reason is not None:
+        warnings.warn(f"decoder layers run unfused, which is slower: {reason}", stacklevel=3)
+        layers = []
     for i, layer in enumerate(layers):
         layer.forward = partial(_forward, layer, i == len(layers) - 1)
     try:
@@ -49,6 +58,36 @@ def fused_layers(model: torch.nn.Module) -> Iterator[int]:
     finally:
         for layer in layers:
             del layer.forward  # The class's own shows again.
+
+
+_compile_failures: dict[Hashable, str | None] = {}
+
+
+def _compile_failure(layer: Any) -> str | None:
+    """Why a kernel of the fused layer cannot be compiled; each shape is tried once."""
+    own, norm = layer.self_attn, layer.input_layernorm.weight
+    heads, kv_heads = (p.out_features // own.head_dim for p in (own.q_proj, own.k_proj))
+    q_norm = getattr(own, "q_norm", None)
+    shape = (norm.device, norm.dtype, norm.numel(), heads, kv_heads, own.head_dim, q_norm is None)
+    if shape not in _compile_failures:
+        _compile_failures[shape] = None
+        cache = norm.new_zeros(1, kv_heads, 1, own.head_dim)
+        angles = norm.new_zeros(1, 1, own.head_dim)
+        weight = None if q_norm is None else q_norm.weight
+        try:
+            with quiet_compiler(), _disable_current_modes():
+                rms_norm(norm[None], norm)
+                silu_mul(norm[None], norm[None])
+                qkv(
+                    norm.new_zeros(1, 1, (heads + 2 * kv_heads) * own.head_dim), angles, angles,
+                    cache, cache.clone(), torch.zeros((), dtype=torch.int64, device=norm.device),
+                    q_weight=weight, k_weight=weight,
+                )  # fmt: skip
+        except Exception as error:
+            _compile_failures[shape] = compile_failure(error)
+            if _compile_failures[shape] is None:
+                raise
+    return _compile_failures[shape]
 
 
 def join_weights(model: torch.nn.Module) -> list[Any]:
@@ -78,7 +117,7 @@ def _fits(layer: Any) -> bool:
         and getattr(own, "sliding_window", None) is None
         and own.o_proj.bias is None
         and (is_mixture(mlp) or _is_gated(mlp))
-        and own.head_dim in (16, 32, 64, 128, 256)
+        and own.head_dim in HEAD_DIMS
         and own.o_proj.weight.dtype in DTYPES
     )
 
@@ -113,7 +152,8 @@ def _forward(
     scope = active_scope()
     if scope is None:
         raise RuntimeError("fused layers run inside invariant_kernels() only")
-    if attention_mask.shape[-1] != 2:
+    spans = attention_mask.as_subclass(torch.Tensor)
+    if spans.shape[-1] != 2:
         raise refusal(
             "attention",
             hidden_states.dtype,
@@ -125,7 +165,7 @@ def _forward(
             layer,
             is_last,
             hidden_states,
-            attention_mask,
+            spans,
             position_embeddings,
             past_key_values,
             scope,

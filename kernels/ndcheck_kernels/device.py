@@ -91,6 +91,12 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
     return rows.clone(memory_format=torch.contiguous_format)
 
 
+def converted(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """x as torch converts it before it reduces to `dtype`; a kernel widens by itself, exactly."""
+    widens = dtype == torch.float32 and x.is_floating_point() and x.element_size() == 2
+    return x if dtype is None or widens else x.to(dtype)
+
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 

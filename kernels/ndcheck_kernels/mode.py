@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ndcheck_kernels.pass_through import is_exact
 
@@ -193,6 +194,8 @@ class _InvariantMode(TorchDispatchMode):
                 return self._decompose(func, args, kwargs)
             if implementation is not func:
                 self.scope.fires[name] += 1
+            elif floating is not None and floating.is_complex:
+                raise UnsupportedCallError("complex arithmetic rounds several times")
             return implementation(*args, **kwargs)
         except UnsupportedCallError as unsupported:
             raise refusal(str(func), floating, device, str(unsupported)) from None
@@ -286,14 +289,37 @@ def _write_result(op: OpOverload, implementation: Implementation, *args: Any, **
     """Call the functional form and copy its results to where the `out=` or in-place form writes."""
     names = [argument.name for argument in op._schema.arguments if argument.is_out]
     targets = [kwargs.pop(name) for name in names] if names else [args[0]]
-    results = implementation(*args, **kwargs)
-    for target, result in zip(
-        targets, results if isinstance(results, tuple) else (results,), strict=True
-    ):
+    results = _tuple(implementation(*args, **kwargs))
+    if any(t.dtype != r.dtype for t, r in zip(targets, results, strict=True)):
+        _let_torch_refuse(op, args, kwargs | dict(zip(names, targets, strict=False)))
+        results = _tuple(_in_dtype_of(op, implementation, targets, results, args, kwargs))
+    for target, result in zip(targets, results, strict=True):
         if target.shape != result.shape:
             target.resize_(result.shape)
         target.copy_(result)
     return targets[0] if len(targets) == 1 else tuple(targets)
+
+
+def _tuple(results: Any) -> tuple[torch.Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _let_torch_refuse(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise what torch itself raises for these dtypes. Its result is thrown away."""
+    args, kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    op(*args, **kwargs)
+
+
+def _in_dtype_of(
+    op: OpOverload, implementation: Implementation, targets: list[torch.Tensor],
+    results: tuple[torch.Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any],
+) -> Any:  # fmt: skip
+    """What torch writes to targets of another dtype: a reduction to it, or rounded elements."""
+    if any(argument.name == "dtype" for argument in op._schema.arguments):
+        return implementation(*args, **{**kwargs, "dtype": targets[0].dtype})
+    if torch.Tag.pointwise in op.tags or torch.Tag.pointwise in _functional(op).tags:
+        return results
+    raise UnsupportedCallError("its result has another dtype than its target")
 
 
 def _calling_module() -> str | None:

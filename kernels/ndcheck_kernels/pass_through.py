@@ -21,7 +21,7 @@ tril tril_ triu triu_ nonzero nonzero_static one_hot _unsafe_view _reshape_alias
 slice_copy select_copy expand_copy _local_scalar_dense item is_nonzero equal allclose isclose isin
 searchsorted bucketize unbind_copy unfold_copy rand rand_like randint randn uniform_ exponential_
 normal_ bernoulli_ random_ randperm _assert_async _assert_scalar sym_size sym_numel sym_stride
-size numel dim is_same_size
+size numel dim is_same_size complex
 """
 
 # Not `pow`, `exp`, `rsqrt`, ...: libm, vector libraries and their loop tails round differently.

@@ -69,12 +69,21 @@ def _opens_split(offset, SPLIT: gl.constexpr, SHORT: gl.constexpr):
 
 
 @gluon.jit
+def _scaled_up(top, scale):
+    """top * scale, rounded up, as in `attention`."""
+    m = top * scale
+    bits = m.to(gl.int32, bitcast=True)
+    above = (bits + gl.where(m < 0.0, -1, 1)).to(gl.float32, bitcast=True)
+    return gl.where(gl.fma(top, gl.full_like(top, 0.0) + scale, -m) > 0.0, above, m)
+
+
+@gluon.jit
 def _softmax(scores, first, positions, m, den, scale, MASKED: gl.constexpr, layout: gl.constexpr):
     """One block of scores [Q, KV]: probabilities, and what its softmax makes of m and den [Q]."""
     if MASKED:
         columns = first + gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout))
         scores = gl.where(columns[None, :] <= positions[:, None], scores, float("-inf"))
-    new_m = gl.maximum(m, gl.max(scores, axis=1) * scale)
+    new_m = gl.maximum(m, _scaled_up(gl.max(scores, axis=1), scale))
     safe_m = gl.where(new_m == float("-inf"), 0.0, new_m)
     zeros = gl.full_like(scores, 0.0)
     p = gl.exp2(gl.fma(scores, zeros + scale, zeros - safe_m[:, None]))

@@ -75,8 +75,8 @@ def register_products(
         if b.dim() == 2:
             return mm(_as_rows(a), b).view(*a.shape[:-1], b.shape[-1])
         batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        left = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
-        right = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
+        left = a.expand(*batch, *a.shape[-2:]).reshape(batch.numel(), *a.shape[-2:])
+        right = b.expand(*batch, *b.shape[-2:]).reshape(batch.numel(), *b.shape[-2:])
         return bmm(left, right).view(*batch, a.shape[-2], b.shape[-1])
 
     @implements(aten.mv.default, device=device)

@@ -24,6 +24,7 @@ import triton.language as tl
 from ndcheck_kernels import device
 from ndcheck_kernels.launch import follow, pdl
 
+HEAD_DIMS = (16, 32, 64, 128, 256)
 MOST_HEADS = 2
 """Of 1, 2, 4 and 8, the fastest over one token to 256 on an H200, in decoding an 8B shape."""
 
@@ -61,10 +62,9 @@ def _qkv_kernel(
         column = tl.load(offset_ptr) + position
         kv_head = (head - HEADS) % KV_HEADS
         place = batch * stride_kb + kv_head * stride_kh + column * D + offs
-        if first < HEADS + KV_HEADS:
-            tl.store(k_ptr + place, y)
-        else:
-            tl.store(v_ptr + place, y)
+        # One store: of two, Triton up to 3.8 moves the layout of one into the other's branch.
+        cache_ptr = k_ptr if first < HEADS + KV_HEADS else v_ptr
+        tl.store(cache_ptr + place, y)
 
 
 def qkv(
@@ -80,7 +80,7 @@ def qkv(
     device.require_float("qkv", x, cos, sin, keys, values, q_weight, k_weight)
     (batch, length, width), (kv_heads, _, dim) = x.shape, keys.shape[1:]
     heads = width // dim - 2 * kv_heads
-    if dim & (dim - 1) or cos.shape[-1] != dim or sin.shape != cos.shape or heads <= 0:
+    if dim not in HEAD_DIMS or cos.shape[-1] != dim or sin.shape != cos.shape or heads <= 0:
         raise ValueError(f"qkv of {tuple(x.shape)} with heads of {dim} and angles of {cos.shape}")
     if not (keys.is_contiguous() and values.is_contiguous() and keys.shape == values.shape):
         raise ValueError("qkv writes to contiguous caches of one shape")

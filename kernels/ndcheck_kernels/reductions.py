@@ -121,11 +121,10 @@ def _reduce(
     x: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool, dtype: torch.dtype | None,
     *, averaged: bool,
 ) -> torch.Tensor:  # fmt: skip
-    op = "mean" if averaged else "sum"
-    device.require_float(op, x)
+    x = device.converted(x, dtype)
     rows, kept = _to_rows(x, dim)
     y = torch.empty(rows.shape[0], dtype=dtype or x.dtype, device=x.device)
-    device.require_float(op, y)
+    device.require_float("mean" if averaged else "sum", x, y)
     count = float(rows.shape[1]) if averaged else 1.0
     if rows.shape[1] == 0:
         y.fill_(float("nan") if averaged else 0.0)

@@ -39,6 +39,18 @@ def mean_reference(x: torch.Tensor, dim: Dims = None, keepdim: bool = False) -> 
     return x.double().mean(dim, keepdim=keepdim)
 
 
+def variance_reference(x: torch.Tensor, correction: float = 1) -> torch.Tensor:
+    """sum((x - mean)**2) / (n - correction) over the last dim."""
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    return centred.square().sum(-1) / (x.shape[-1] - correction)
+
+
+def vector_norm_reference(x: torch.Tensor, order: int = 2) -> torch.Tensor:
+    """The root of sum(x**2), or sum(|x|), over the last dim."""
+    x = x.double()
+    return x.square().sum(-1).sqrt() if order == 2 else x.abs().sum(-1)
+
+
 def cumsum_reference(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """Running sum."""
     return x.double().cumsum(dim)
@@ -75,9 +87,14 @@ def layer_norm_reference(
 
 
 def rms_norm_reference(
-    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = 1e-6
 ) -> torch.Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight over the last dim."""
+    """x / sqrt(mean(x**2) + eps) * weight over the last dim.
+
+    Without eps it is that of the dtype torch computes in, float32 (float64 for float64): on a CPU
+    in decompositions.py (`_fused_rms_norm`), on CUDA in layer_norm_kernel.cu (the same).
+    """
+    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
     x = x.double()
     out = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
     return out if weight is None else out * weight.double()

@@ -11,7 +11,7 @@ Reduction order: N up to ONE_TILE: the row is one tile of `row_tile(N)` and s is
     and added by one `tl.sum`.
 Depends on: N, dtype, architecture, Triton version.
 Dtypes: bfloat16, float16, float32; `dtype` chooses the output's among them.
-Not claimed: gradients; softmax of rows that hold +inf.
+Not claimed: gradients.
 """
 
 from __future__ import annotations
@@ -37,6 +37,15 @@ def _write(x, m, s, MODE: tl.constexpr):
 
 
 @triton.jit
+def _undefined(s, m, MODE: tl.constexpr):
+    """The sum, but NaN where a row holds +inf: its shares are undefined, its logsumexp is not."""
+    if MODE == "logsumexp":
+        return s
+    else:  # noqa: RET505 - the jit compiler needs both branches
+        return tl.where(m == float("inf"), float("nan"), s)
+
+
+@triton.jit
 def _finite(m):
     """A maximum that can be subtracted: an infinite one would make inf - inf."""
     return tl.where((m == float("-inf")) | (m == float("inf")), 0.0, m)
@@ -59,8 +68,9 @@ def _softmax_kernel(
     offs_n = tl.arange(0, BLOCK)[None, :]
     mask = (offs_m < M) & (offs_n < N)
     x = tl.load(x_ptr + offs_m * stride_xm + offs_n, mask, other=float("-inf")).to(tl.float32)
-    m = _finite(tl.max(x, axis=1, keep_dims=True))  # [ROWS, 1]
-    s = tl.sum(tl.exp(x - m), axis=1, keep_dims=True)
+    top = tl.max(x, axis=1, keep_dims=True)  # [ROWS, 1]
+    m = _finite(top)
+    s = _undefined(tl.sum(tl.exp(x - m), axis=1, keep_dims=True), top, MODE)
     if MODE == "logsumexp":
         tl.store(y_ptr + offs_m, (m + tl.log(s)).to(y_ptr.dtype.element_ty), offs_m < M)
     else:
@@ -83,8 +93,9 @@ def _long_softmax_kernel(
         new_m = tl.maximum(lane_m, x)
         lane_s = lane_s * tl.exp(lane_m - _finite(new_m)) + tl.exp(x - _finite(new_m))
         lane_m = new_m
-    m = _finite(tl.max(lane_m, axis=0))
-    s = tl.sum(lane_s * tl.exp(lane_m - m), axis=0)
+    top = tl.max(lane_m, axis=0)
+    m = _finite(top)
+    s = _undefined(tl.sum(lane_s * tl.exp(lane_m - m), axis=0), top, MODE)
     if MODE == "logsumexp":
         tl.store(y_ptr + row, (m + tl.log(s)).to(y_ptr.dtype.element_ty))
     else:
@@ -105,15 +116,16 @@ def log_softmax(x: torch.Tensor, dim: int = -1, dtype: torch.dtype | None = None
 
 def logsumexp(x: torch.Tensor, dim: int = -1, keepdim: bool = False) -> torch.Tensor:
     y = _launch(x, dim, None, "logsumexp")
-    return y if keepdim else y.squeeze(dim)
+    return y if keepdim or x.dim() == 0 else y.squeeze(dim)
 
 
 def _launch(x: torch.Tensor, dim: int, dtype: torch.dtype | None, mode: str) -> torch.Tensor:
-    device.require_float(mode, x)
-    x = x.movedim(dim, -1)
+    if x.dim() == 0:
+        return _launch(x[None], dim, dtype, mode)[0]
+    x = device.converted(x, dtype).movedim(dim, -1)
     shape = (*x.shape[:-1], 1) if mode == "logsumexp" else x.shape
     y = torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
-    device.require_float(mode, y)
+    device.require_float(mode, x, y)
     if x.shape[-1] == 0:
         y.fill_(float("-inf"))  # logsumexp of nothing; the others have no element
     elif y.numel():

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
-from ndcheck_kernels import UnsupportedCallError, invariant_kernels
-from ndcheck_kernels.attention_interface import as_causal, attention_op
+from ndcheck_kernels import (
+    UncoveredOpError,
+    UnsupportedCallError,
+    invariant_kernels,
+    invariant_model,
+)
+from ndcheck_kernels.attention_interface import Spans, as_causal, attention_op
 from ndcheck_kernels.reference import attention_reference
 
 HEADS, KV_HEADS, LENGTH = 4, 2, 200
@@ -127,3 +133,41 @@ def test_spans_as_start_end_and_window():
 def test_other_spans_are_refused(odd):
     with pytest.raises(UnsupportedCallError, match="causal"):
         as_causal(torch.tensor([odd]))
+
+
+def test_a_model_that_calculates_with_its_mask_is_refused_by_name():
+    """Doge fills its own scores in where the mask is not 0: it would take spans for a mask."""
+    config = transformers.DogeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    model = transformers.DogeForCausalLM(config).eval()
+    for length in (1, 2, 7):  # Of two keys, spans have the shape of a mask.
+        ids = torch.arange(length)[None]
+        with torch.no_grad(), invariant_model(model), invariant_kernels() as scope:
+            with pytest.raises(UncoveredOpError, match=r"self_attn \(DogeAttention\).*its mask"):
+                model(ids)
+            assert scope.refused["attention"] == 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m: m + 0,
+        lambda m: torch.zeros(2, 1, 1, 2).masked_fill(m != 0, 1),
+        lambda m: m.bool(),
+        lambda m: m.to(torch.float32),
+        lambda m: m[..., :1],
+        lambda m: torch.where(torch.ones(2, dtype=torch.bool), m, 1),
+        lambda m: torch.ones(2, 1, 1, 2) * m,
+    ],
+)
+def test_spans_are_passed_on_or_refused(use):
+    spans = torch.tensor([[0, 5], [2, 5]], dtype=torch.int32)[:, None, None].as_subclass(Spans)
+    for move in (
+        lambda m: m.to("cpu"), lambda m: m[1:], lambda m: m.expand(2, 1, 1, 2), lambda m: m.clone(),
+    ):  # fmt: skip
+        assert isinstance(move(spans), Spans)
+    assert repr(spans)
+    with pytest.raises(UncoveredOpError, match="calculates with its mask"):
+        use(spans)

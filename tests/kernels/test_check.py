@@ -8,9 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels import accepted_ops, active_scope, covered_ops, invariant_kernels
+from ndcheck_kernels import (
+    accepted_ops,
+    active_scope,
+    covered_ops,
+    cpu_reductions,
+    invariant_kernels,
+    mode,
+)
 from ndcheck_kernels import check as check_module
-from ndcheck_kernels.cases import Source, checked_cases
+from ndcheck_kernels.cases import Form, Source, checked_cases
 from ndcheck_kernels.cases.products import products
 from ndcheck_kernels.cases.rows import row_ops
 from ndcheck_kernels.check import CONTROL_ROWS, PROBES, bit_classes, check, default_row_counts
@@ -20,14 +27,10 @@ ROWS = (1, 2, 3, 17, 40)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LINEAR = products(48, 96)[0]
 
-# Ops whose kernel is that of another that has a case, or that compare and cannot round.
-SAME_KERNEL = {
-    *("_fused_rms_norm", "_log_softmax", "_softmax", "native_layer_norm", "std", "var_mean"),
-    *("dot", "pow", "rsqrt"),
-    # Routing is of integers. What mixes experts, and complex arithmetic, has its own proofs:
-    # test_experts.py and test_cpu_complex.py.
-    *("route_experts", "combine_experts", "index_add", "topk", "mul", "polar"),
-    # Parts of sums over ranks: test_partial_products.py and samplers/test_tensor_parallel.py.
+# Routing is of integers; what mixes experts, and parts of sums over ranks, have their own proofs:
+# test_experts.py, test_partial_products.py and samplers/test_tensor_parallel.py.
+OWN_PROOFS = {
+    *("route_experts", "combine_experts", "index_add", "topk"),
     *("partial_linear", "partial_grouped", "rank_sum", "rank_gather"),
 }
 
@@ -37,8 +40,10 @@ def outcome_of(**changes):
 
 
 def test_every_covered_op_has_a_case():
-    without = set(covered_ops("cpu")) - set(accepted_ops("cpu")) - SAME_KERNEL
-    assert without == {case.fires for case in checked_cases("cpu")} - set(accepted_ops("cpu"))
+    computed = set(covered_ops("cpu")) - set(accepted_ops("cpu"))
+    cases = checked_cases("cpu")
+    named = {case.fires for case in cases} | {f.fires for case in cases for f in case.forms}
+    assert computed - OWN_PROOFS == named - {""} - set(accepted_ops("cpu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,3 +159,52 @@ def test_row_counts_surround_the_powers_of_two():
     counts = default_row_counts("cpu")
     assert {1, 2, 3, 4, 5, 15, 16, 17, 127, 128, 129, 300} <= set(counts)
     assert max(default_row_counts("cuda")) == 2049
+
+
+def row_op(name, k=4096):
+    (found,) = (case for case in row_ops(k) if case.op == name)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_epsilon_of_the_narrow_dtype_is_caught(dtype, monkeypatch):
+    """torch takes float32's, whatever the input's."""
+    assert check(row_op("rms_norm"), dtype, CPU, ROWS).outcome == "PASS"
+
+    def faulty(x, shape, weight=None, eps=None):
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        return cpu_reductions.fused_rms_norm(x, shape, weight, eps)[0]
+
+    replace_op(monkeypatch, torch.ops.aten.rms_norm.default, faulty)
+    finding = check(row_op("rms_norm"), dtype, CPU, ROWS)
+    assert finding.outcome == "FAIL"
+    assert "without weight and eps" in finding.failure
+
+
+def test_a_variance_that_leaves_the_range_before_its_root_is_caught(monkeypatch):
+    assert check(row_op("std"), torch.float16, CPU, ROWS).outcome == "PASS"
+
+    def faulty(x, dim=None, *, correction=None, keepdim=False):
+        return cpu_reductions.var(x, dim, correction=correction, keepdim=keepdim).sqrt()
+
+    replace_op(monkeypatch, torch.ops.aten.std.correction, faulty)
+    finding = check(row_op("std"), torch.float16, CPU, ROWS)
+    assert finding.outcome == "FAIL"
+    assert "error inf" in finding.failure
+    assert "largest operands" in finding.failure
+
+
+def test_a_form_with_other_bits_is_caught():
+    def call(x, w, bias):
+        return LINEAR.grouped(3 if len(x) > 16 else 1, x, w, bias)
+
+    finding = outcome_of(forms=(Form("another way", call, LINEAR.reference),))
+    assert finding.outcome == "FAIL"
+    assert "a batch of 17" in finding.failure
+    assert "another way" in finding.failure
+
+
+def replace_op(monkeypatch, op, implementation):
+    covered_ops("cpu")
+    monkeypatch.setitem(mode._implementations["cpu"], op, implementation)
+    monkeypatch.setattr(mode, "_found", {})

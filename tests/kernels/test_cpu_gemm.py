@@ -123,7 +123,8 @@ def test_products_are_as_accurate_as_stock(count, dtype):
     stock = [error(*pair) for pair in results()]
     with invariant_kernels():
         ours = [error(*pair) for pair in results()]
-    ulp = torch.finfo(dtype).eps * 64  # results are about 20 in size, at most about 100
+    # Results are about 20 in size, at most about 100; float32 may be one long chain of additions.
+    ulp = torch.finfo(dtype).eps * 64 * (16 if dtype == torch.float32 else 1)
     assert all(o <= 1.5 * s + ulp for o, s in zip(ours, stock, strict=True)), (ours, stock)
 
 

@@ -158,3 +158,70 @@ def test_integers_are_exact_and_pass():
 def test_other_reductions_are_refused(refused):
     with invariant_kernels(), pytest.raises(UncoveredOpError, match="no batch-invariant"):
         refused(torch.rand(2, 3))
+
+
+# Arguments left out or given, whose meaning torch defines.
+FORMS = {
+    "rms_norm": lambda x: F.rms_norm(x, x.shape[-1:]),
+    "rms_norm, weight": lambda x: F.rms_norm(x, x.shape[-1:], torch.full_like(x[0], 0.5)),
+    "fused rms_norm": lambda x: torch.ops.aten._fused_rms_norm(x, x.shape[-1:], None, None)[0],
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "layer_norm, bias": lambda x: F.layer_norm(x, x.shape[-1:], None, torch.ones_like(x[0])),
+    "native_layer_norm": lambda x: torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)[1],
+    "std": lambda x: x.std(-1),
+    "std of all": lambda x: x.std(),
+    "std, correction 0": lambda x: x.std(-1, correction=0),
+    "std without freedom": lambda x: x.std(-1, correction=x.shape[-1] + 7),
+    "var": lambda x: x.var(-1),
+    "var_mean": lambda x: torch.stack(torch.var_mean(x, -1)),
+    "std_mean": lambda x: torch.stack(torch.std_mean(x, -1)),
+    "sum, dtype": lambda x: x.sum(-1, dtype=torch.float16),
+    "mean": lambda x: x.mean(-1),
+    "mean, dtype": lambda x: x.mean(-1, dtype=torch.bfloat16),
+    "norm": lambda x: torch.linalg.vector_norm(x, dim=-1),
+    "softmax": lambda x: x.softmax(-1),
+    "softmax, dtype": lambda x: x.softmax(-1, dtype=torch.float64),
+    "softmax, narrow dtype": lambda x: x.softmax(-1, dtype=torch.float16),
+    "log_softmax, narrow dtype": lambda x: x.log_softmax(-1, dtype=torch.bfloat16),
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "cumsum, dtype": lambda x: x.cumsum(-1, dtype=torch.float32),
+}
+SCALES = [2.0**e for e in (-126, -70, -24, -14, -8, 0, 8, 12, 40, 63, 100, 124)]
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_what_torch_computes_at_every_scale(name, dtype):
+    """Within its range and ours: infinities and NaN are where torch has them."""
+    base = torch.randn(6, 48, generator=torch.Generator().manual_seed(4))
+    for scale in [s for s in SCALES if torch.finfo(dtype).tiny <= s <= torch.finfo(dtype).max / 8]:
+        x = (base * scale).to(dtype)
+        expected = FORMS[name](x)
+        if "layer_norm" in name and expected.isnan().any():
+            continue  # Its squares leave float32's range, in torch as here.
+        with invariant_kernels():
+            result = FORMS[name](x)
+        assert result.dtype == expected.dtype
+        wide = expected.double()
+        unit = max(wide[wide.isfinite()].abs().max().item() if wide.isfinite().any() else 0, scale)
+        torch.testing.assert_close(
+            result.double(), wide, rtol=0, atol=8 * torch.finfo(result.dtype).eps * unit,
+            equal_nan=True, msg=lambda m, s=scale: f"scale {s}: {m}",
+        )  # fmt: skip
+
+
+def test_a_norm_without_epsilon_takes_that_of_float32():
+    """On 0.01: the epsilon of bfloat16 would leave 0.112 of 1."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        with invariant_kernels():
+            y = F.rms_norm(torch.full((2, 64), 0.01, dtype=dtype), (64,))
+        assert (y - 1).abs().max() < 0.01
+
+
+def test_a_deviation_in_range_whose_square_is_not():
+    x = torch.tensor([[-300.0, 300.0] * 8]).half()
+    with invariant_kernels():
+        assert x.std(-1, correction=0).item() == 300
+        assert x.double().std(-1).half() == x.std(-1)
+        assert x.var(-1).isinf().all()

@@ -229,3 +229,54 @@ def test_importing_is_light():
 
 def test_every_public_name_exists():
     assert all(hasattr(ndcheck_kernels, name) for name in ndcheck_kernels.__all__)
+
+
+OUT_FORMS = {
+    "mm": lambda x, out: torch.mm(x, x, out=out(4, 4)),
+    "addmm": lambda x, out: torch.addmm(x, x, x, out=out(4, 4)),
+    "matmul": lambda x, out: torch.matmul(x, x, out=out(4, 4)),
+    "bmm": lambda x, out: torch.bmm(x[None], x[None], out=out(1, 4, 4)),
+    "sum": lambda x, out: torch.sum(x, 1, out=out(4)),
+    "mean": lambda x, out: torch.mean(x, 1, out=out(4)),
+    "softmax": lambda x, out: torch.softmax(x, 1, out=out(4, 4)),
+    "cumsum": lambda x, out: torch.cumsum(x, 1, out=out(4, 4)),
+    "norm": lambda x, out: torch.linalg.vector_norm(x, dim=1, out=out(4)),
+    "std": lambda x, out: torch.std(x, 1, out=out(4)),
+    "logsumexp": lambda x, out: torch.logsumexp(x, 1, out=out(4)),
+    "amax": lambda x, out: torch.amax(x, 1, out=out(4)),
+    "sigmoid": lambda x, out: torch.sigmoid(x, out=out(4, 4)),
+    "gelu": lambda x, out: torch._C._nn.gelu(x, out=out(4, 4)),
+    "exp_": lambda x, out: out(4, 4).copy_(x).exp_(),
+    "addmm_": lambda x, out: out(4, 4).copy_(x).addmm_(x, x),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", [torch.float16, torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("name", OUT_FORMS)
+def test_a_target_of_another_dtype_is_what_torch_makes_of_it(name, target, dtype):
+    """An error of torch's, or its result without a rounding on the way; or refused by name."""
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def call():
+        return OUT_FORMS[name](x, lambda *shape: torch.zeros(shape, dtype=target))
+
+    try:
+        expected = call()
+    except RuntimeError as refusal:
+        expected = str(refusal)
+    if isinstance(expected, str):
+        with invariant_kernels(), pytest.raises(RuntimeError) as caught:
+            call()
+        assert str(caught.value) == expected
+        return
+    try:
+        with invariant_kernels():
+            result = call()
+    except UncoveredOpError:
+        assert name in ("std", "logsumexp") or (name, target) == ("sum", torch.int64)
+        return
+    assert result.dtype == expected.dtype == target
+    unrounded = name in ("sum", "cumsum") and target != torch.float16
+    eps = torch.finfo(torch.float32 if unrounded else dtype).eps
+    torch.testing.assert_close(result.double(), expected.double(), rtol=8 * eps, atol=8 * eps)

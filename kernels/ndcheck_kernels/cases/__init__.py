@@ -3,17 +3,20 @@
 A case calls torch's own op, so one case serves both arms, inside `invariant_kernels()` and outside,
 on any device. Two kinds of operands: *noise*, whose result is little but rounding, so that another
 order of summation shows in its bits, and *wide*, of wide range, for accuracy and time. Random
-operands alone would hide an order: rounding to bfloat16 removes what it changes.
+operands alone would hide an order: rounding to bfloat16 removes what it changes. The wide ones come
+at both ends of the dtype's range as well, and to every `Form` of the call: faults hide in arguments
+that are left out, and in steps that are rounded on the way.
 """
 
 from itertools import starmap
 
 from ndcheck_kernels.cases.attention import attention
-from ndcheck_kernels.cases.case import Call, Case, Operands, Source
+from ndcheck_kernels.cases.case import Call, Case, Form, Operands, Source
+from ndcheck_kernels.cases.elements import elements
 from ndcheck_kernels.cases.products import products
 from ndcheck_kernels.cases.rows import row_ops
 
-__all__ = ["TIMED", "Call", "Case", "Operands", "Source", "checked_cases", "timed_cases"]
+__all__ = ["TIMED", "Call", "Case", "Form", "Operands", "Source", "checked_cases", "timed_cases"]
 
 TIMED = (
     *("linear", "addmm", "bmm", "sum", "mean", "softmax", "log_softmax", "logsumexp"),
@@ -34,12 +37,14 @@ def checked_cases(device_type: str) -> tuple[Case, ...]:
             *starmap(_linear, ((4096, 12288), (1280, 8192), (8192, 1024), (256, 4104))),
             *row_ops(4096),
             *row_ops(151936, max_rows=129),
+            *elements(4096, device_type),
             *attention(32, 8, 128, context=1024, prefill=256, max_rows=(129, 17)),
         )  # fmt: skip
     return (
         *products(256, 512),
         _linear(77, 254),
         *row_ops(4096),
+        *elements(4096, device_type),
         *attention(2, 1, 64, context=260, prefill=140, max_rows=(17, 5)),
     )
 

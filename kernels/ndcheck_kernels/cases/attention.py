@@ -1,10 +1,12 @@
 """Attention: q [M, H, Q, D], k and v [M, H_kv, KV, D], spans [M, 1, 2] -> [M, H, Q, D]."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
 from ndcheck_kernels.attention_interface import attention_op, causal_spans
-from ndcheck_kernels.cases.case import Case, Draw, Operands, Source, sum_in_groups
+from ndcheck_kernels.cases.case import Call, Case, Draw, Ends, Form, Operands, Source, sum_in_groups
 from ndcheck_kernels.mode import active_scope
 from ndcheck_kernels.reference import attention_reference
 
@@ -28,6 +30,115 @@ def _attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor
 ) -> torch.Tensor:
     return attention_reference(q, k, v, spans, q.shape[-1] ** -0.5)
+
+
+SOFTCAP, SCALE = 2.0, 2**-5  # exact, as the largest scores shall be
+
+
+def _softcapped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor
+) -> torch.Tensor:
+    return _eager_or_op(q, k, v, spans, SOFTCAP, None)
+
+
+def _with_sinks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor
+) -> torch.Tensor:
+    return _eager_or_op(q, k, v, spans, 0.0, _sinks(q))
+
+
+def _sinks(q: torch.Tensor) -> torch.Tensor:
+    return torch.arange(q.shape[1], device=q.device).to(q.dtype)
+
+
+def _eager_or_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor,
+    softcap: float, sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """torch has no op for these: outside the scope, what transformers' eager attention does."""
+    scale = q.shape[-1] ** -0.5
+    if active_scope() is not None:
+        result: torch.Tensor = attention_op(q, k, v, spans, scale, softcap, sinks=sinks)
+        return result
+    keys, values = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = q @ keys.mT * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~_visible(q, k), -torch.inf)
+    if sinks is not None:
+        sink = sinks[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]]
+    return weights @ values
+
+
+def _visible(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(
+        k.shape[2] - q.shape[2]
+    )
+
+
+def _masked(mask_dtype: torch.dtype) -> Call:
+    """torch's own op with the mask spelt out."""
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        mask = _visible(q, k)
+        if mask_dtype != torch.bool:
+            lowest = torch.finfo(q.dtype).min
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, lowest)
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+    return call
+
+
+def _sdpa_scaled(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor
+) -> torch.Tensor:
+    causal = q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=SCALE, enable_gqa=True)
+
+
+def _reference_with(scale: float | None = None, softcap: float = 0.0, sinks: bool = False) -> Call:
+    def reference(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor
+    ) -> torch.Tensor:
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        return attention_reference(q, k, v, spans, factor, softcap, _sinks(q) if sinks else None)
+
+    return reference
+
+
+_FORMS = {
+    "attention": (
+        Form("with softcap", _softcapped, _reference_with(softcap=SOFTCAP)),
+        Form("with sinks", _with_sinks, _reference_with(sinks=True)),
+    ),
+    "scaled_dot_product_attention": (
+        Form("with scale", _sdpa_scaled, _reference_with(scale=SCALE)),
+        Form("with a mask", _masked(torch.bool), _attention_reference),
+        Form("with a mask of numbers", _masked(torch.float32), _attention_reference),
+    ),
+}
+
+
+def _attention_ends(draw: Draw, keys: int) -> Ends:
+    """Values at both ends of the range; and scores so far apart that each row has one share, to
+    keys of one score. They are exact: any error in them would choose other keys.
+    """
+
+    def ends(source: Source, m: int) -> Iterator[tuple[str, Operands]]:
+        q, k, v, spans = draw(source, m, False).rows
+        limits, wide = torch.finfo(source.dtype), torch.finfo(torch.float32)
+        largest = v.abs().max().item()
+        top = min(limits.max, wide.max / (64 * keys)) / largest
+        bottom = max(limits.tiny, 2**24 * wide.tiny) / largest
+        for name, factor in (("the largest", top), ("the smallest", bottom)):
+            values = (v.double() * factor).to(v.dtype)
+            yield f"{name} values", Operands((q, k, values, spans))
+        q, k = (source.integers(*t.shape) * 2**10 for t in (q, k))
+        yield "the largest scores", Operands((q, k, v, spans))
+
+    return ends
 
 
 def _attention_in(
@@ -86,7 +197,8 @@ def attention(
                 Case(
                     name, f"{heads}/{kv_heads}x{head_dim} {keys}", fires, operands, call,
                     _attention_reference, _attention_in,
-                    flops_per_row=work, max_rows=rows,
+                    flops_per_row=work, max_rows=rows, forms=_FORMS[fires],
+                    ends=_attention_ends(operands, keys),
                 )
             )  # fmt: skip
     return tuple(cases)

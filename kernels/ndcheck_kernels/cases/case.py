@@ -1,6 +1,6 @@
 """A case and the operands it draws."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,10 @@ class Source:
     def order(self, k: int) -> torch.Tensor:
         return torch.randperm(k, generator=self.generator, device=self.device)
 
+    def integers(self, *shape: int) -> torch.Tensor:
+        """-2 to 2: products of them are exact."""
+        return self._integers(-2, 3, shape).to(self.dtype)
+
     def _randn(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device)
 
@@ -78,6 +82,42 @@ Draw = Callable[[Source, int, bool], Operands]
 """From a source, the number of rows, and whether noise is wanted rather than wide range."""
 
 
+Ends = Callable[[Source, int], Iterator[tuple[str, Operands]]]
+"""From a source and the number of rows: operands at both ends of the dtype's range, each named."""
+
+
+def scaled_ends(draw: Draw, terms: int) -> Ends:
+    """The rows of `draw` scaled to the ends of the range within which float32 can add `terms` of
+    them, and half way there, where their squares reach the ends.
+    """
+
+    def ends(source: Source, m: int) -> Iterator[tuple[str, Operands]]:
+        drawn = draw(source, m, False)
+        largest = max(rows.abs().max().item() for rows in drawn.rows)
+        limits, wide = torch.finfo(source.dtype), torch.finfo(torch.float32)
+        top = min(limits.max, wide.max / (64 * terms)) / largest
+        bottom = max(limits.tiny, 2**24 * wide.tiny) / largest
+        for name, factor in (
+            ("the largest", top), ("large", top**0.5), ("small", bottom**0.5),
+            ("the smallest", bottom),
+        ):  # fmt: skip
+            rows = tuple((rows.double() * factor).to(source.dtype) for rows in drawn.rows)
+            yield f"{name} operands", Operands(rows, drawn.fixed)
+
+    return ends
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Another way to call a case's op: with an argument left out, given, or by another name."""
+
+    name: str
+    call: Call
+    reference: Call
+    fires: str = ""
+    """What it counts, where that is not what the case counts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One op at one shape."""
@@ -96,6 +136,8 @@ class Case:
     flops_per_row: int = 0
     """0 where memory is what counts."""
     max_rows: int = MOST_ROWS
+    forms: tuple[Form, ...] = ()
+    ends: Ends | None = None
 
 
 def sum_in_groups(groups: int, x: torch.Tensor) -> torch.Tensor:

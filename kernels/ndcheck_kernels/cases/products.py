@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels.cases.case import Call, Case, Draw, Operands, Source
+from ndcheck_kernels.cases.case import Call, Case, Draw, Form, Operands, Source, scaled_ends
 from ndcheck_kernels.reference import addmm_reference, linear_reference
 
 BATCH = 2  # items of the batched products
@@ -98,6 +98,38 @@ _PRODUCTS: dict[str, tuple[str, Call, Call]] = {
         _linear_reference,
     ),
 }
+_FORMS = {
+    "addmm": (
+        Form("without beta and alpha", lambda x, w, b: torch.addmm(b, x, w.t()), linear_reference),
+        Form(
+            "with beta 0",
+            lambda x, w, b: torch.addmm(b * torch.nan, x, w.t(), beta=0),
+            _linear_reference,
+        ),
+        Form(
+            "with a matrix to add",
+            lambda x, w, b: torch.addmm(x[:, :1] + b, x, w.t(), alpha=-1),
+            lambda x, w, b: addmm_reference(x[:, :1] + b, x, w.t(), alpha=-1),
+        ),
+    ),
+    "mv": (
+        Form(
+            "as dot",
+            lambda x, w, b: torch.stack([torch.dot(row, w[0]) for row in x]),
+            lambda x, w, b: linear_reference(x, w[0][None])[:, 0],
+            fires="dot",
+        ),
+    ),
+    "baddbmm": (
+        Form(
+            "without beta and alpha",
+            lambda x, w, b: torch.baddbmm(
+                b, x.transpose(0, 1), w.transpose(1, 2)
+            ).transpose(0, 1),
+            lambda x, w, b: _bmm_reference(x, w, b) + b.double(),
+        ),
+    ),
+}  # fmt: skip
 _BATCHED: dict[str, tuple[str, Call, Call]] = {
     "bmm": ("bmm", _bmm, _bmm_reference),
     "baddbmm": ("baddbmm", _baddbmm, _baddbmm_reference),
@@ -109,7 +141,8 @@ def products(n: int, k: int) -> tuple[Case, ...]:
     return tuple(
         Case(
             op, f"{n}x{k}", fires, operands(n, k), call, reference, _product_in_groups(call),
-            flops_per_row=2 * batch * n * k,
+            flops_per_row=2 * batch * n * k, forms=_FORMS.get(op, ()),
+            ends=scaled_ends(operands(n, k), k),
         )
         for forms, operands, batch in (
             (_PRODUCTS, _product_operands, 1),

@@ -7,7 +7,17 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels.cases.case import MOST_ROWS, Call, Case, Draw, Operands, Source, sum_in_groups
+from ndcheck_kernels.cases.case import (
+    MOST_ROWS,
+    Call,
+    Case,
+    Draw,
+    Form,
+    Operands,
+    Source,
+    scaled_ends,
+    sum_in_groups,
+)
 from ndcheck_kernels.reference import (
     cumsum_reference,
     layer_norm_reference,
@@ -17,6 +27,8 @@ from ndcheck_kernels.reference import (
     rms_norm_reference,
     softmax_reference,
     sum_reference,
+    variance_reference,
+    vector_norm_reference,
 )
 
 EPS = 1e-6
@@ -186,13 +198,19 @@ _ROW_OPS: dict[str, tuple[OperandsFor, Call, Call, Call]] = {
     "var": (
         _rows(_outlier),
         lambda x, w, b: x.float().var(-1, correction=0),
-        lambda x, w, b: x.double().var(-1, correction=0),
+        lambda x, w, b: variance_reference(x, 0),
         lambda groups, x, w, b: sum_in_groups(groups, _centred_in(groups, x).square()),
+    ),
+    "std": (
+        _rows(_outlier),
+        lambda x, w, b: x.float().std(-1, correction=0),
+        lambda x, w, b: variance_reference(x, 0).sqrt(),
+        lambda groups, x, w, b: sum_in_groups(groups, _centred_in(groups, x).square()).sqrt(),
     ),
     "vector_norm": (
         _rows(_outlier),
         lambda x, w, b: torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32),
-        lambda x, w, b: torch.linalg.vector_norm(x.double(), dim=-1),
+        lambda x, w, b: vector_norm_reference(x),
         lambda groups, x, w, b: sum_in_groups(groups, x.float().square()).sqrt(),
     ),
     "argmax": (
@@ -204,13 +222,133 @@ _ROW_OPS: dict[str, tuple[OperandsFor, Call, Call, Call]] = {
 }
 _FIRES = {"vector_norm": "linalg_vector_norm"}
 
+# What the cases above leave out or give, and the op's other names.
+_FORMS: dict[str, tuple[Form, ...]] = {
+    "sum": (
+        Form(
+            "with dtype",
+            lambda x, w, b: x.sum(-1, dtype=torch.float32),
+            lambda x, w, b: sum_reference(x, -1),
+        ),
+    ),
+    "mean": (
+        Form("without dtype", lambda x, w, b: x.mean(-1), lambda x, w, b: mean_reference(x, -1)),
+    ),
+    "cumsum": (
+        Form(
+            "with dtype",
+            lambda x, w, b: x.cumsum(-1, dtype=torch.float32),
+            lambda x, w, b: cumsum_reference(x),
+        ),
+    ),
+    "softmax": (
+        Form("without dtype", lambda x, w, b: x.softmax(-1), lambda x, w, b: softmax_reference(x)),
+        Form(
+            "as _softmax",
+            lambda x, w, b: torch._softmax(x, -1, False),
+            lambda x, w, b: softmax_reference(x),
+            fires="_softmax",
+        ),
+    ),
+    "log_softmax": (
+        Form(
+            "with dtype",
+            lambda x, w, b: x.log_softmax(-1, dtype=torch.float32),
+            lambda x, w, b: log_softmax_reference(x),
+        ),
+        Form(
+            "as _log_softmax",
+            lambda x, w, b: torch._log_softmax(x, -1, False),
+            lambda x, w, b: log_softmax_reference(x),
+            fires="_log_softmax",
+        ),
+    ),
+    "layer_norm": (
+        Form(
+            "without weight, bias and eps",
+            lambda x, w, b: F.layer_norm(x, w.shape),
+            lambda x, w, b: layer_norm_reference(x),
+        ),
+        Form(
+            "without bias",
+            lambda x, w, b: F.layer_norm(x, w.shape, w),
+            lambda x, w, b: layer_norm_reference(x, w),
+        ),
+        Form(
+            "without weight",
+            lambda x, w, b: F.layer_norm(x, w.shape, None, b),
+            lambda x, w, b: layer_norm_reference(x, None, b),
+        ),
+        Form(
+            "as native_layer_norm",
+            lambda x, w, b: torch.native_layer_norm(x, w.shape, w, b, EPS)[0],
+            lambda x, w, b: layer_norm_reference(x, w, b, EPS),
+            fires="native_layer_norm",
+        ),
+    ),
+    "rms_norm": (
+        Form(
+            "without weight and eps",
+            lambda x, w, b: F.rms_norm(x, w.shape),
+            lambda x, w, b: rms_norm_reference(x, eps=None),
+        ),
+        Form(
+            "without eps",
+            lambda x, w, b: F.rms_norm(x, w.shape, w),
+            lambda x, w, b: rms_norm_reference(x, w, None),
+        ),
+        Form(
+            "as _fused_rms_norm",
+            lambda x, w, b: torch.ops.aten._fused_rms_norm(x, w.shape, w, None)[0],
+            lambda x, w, b: rms_norm_reference(x, w, None),
+            fires="_fused_rms_norm",
+        ),
+    ),
+    "var": (
+        Form(
+            "without correction", lambda x, w, b: x.var(-1), lambda x, w, b: variance_reference(x)
+        ),
+        Form(
+            "as var_mean",
+            lambda x, w, b: torch.stack(torch.var_mean(x, -1), -1),
+            lambda x, w, b: torch.stack([variance_reference(x), mean_reference(x, -1)], -1),
+            fires="var_mean",
+        ),
+    ),
+    "std": (
+        Form(
+            "without correction",
+            lambda x, w, b: x.std(-1),
+            lambda x, w, b: variance_reference(x).sqrt(),
+        ),
+        Form(
+            "as std_mean",
+            lambda x, w, b: torch.stack(torch.std_mean(x, -1), -1),
+            lambda x, w, b: torch.stack([variance_reference(x).sqrt(), mean_reference(x, -1)], -1),
+            fires="std_mean",
+        ),
+    ),
+    "vector_norm": (
+        Form(
+            "without dtype",
+            lambda x, w, b: torch.linalg.vector_norm(x, dim=-1),
+            lambda x, w, b: vector_norm_reference(x),
+        ),
+        Form(
+            "of order 1",
+            lambda x, w, b: torch.linalg.vector_norm(x, 1, dim=-1),
+            lambda x, w, b: vector_norm_reference(x, 1),
+        ),
+    ),
+}
+
 
 def row_ops(k: int, max_rows: int = MOST_ROWS) -> tuple[Case, ...]:
     """Reductions, normalisations and orders over rows of even K."""
     return tuple(
         Case(
             op, str(k), _FIRES.get(op, op), operands_for(k), call, reference, grouped,
-            max_rows=max_rows,
+            max_rows=max_rows, forms=_FORMS.get(op, ()), ends=scaled_ends(operands_for(k), k),
         )
         for op, (operands_for, call, reference, grouped) in _ROW_OPS.items()
     )  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import transformers
 
-from ndcheck_kernels import experts, invariant_kernels, register_attention
+from ndcheck_kernels import decoder, experts, invariant_kernels, register_attention
 from ndcheck_kernels.decoder import fused_layers
 from ndcheck_kernels.qkv import qkv
 
@@ -137,3 +139,30 @@ def test_qkv_refuses_what_it_cannot_split(device) -> None:
     cache = torch.zeros(1, 1, 4, 12, device=device)
     with pytest.raises(ValueError, match="heads of 12"):
         qkv(x, angles, angles, cache, cache, torch.tensor(0, device=device))
+
+
+def test_layers_whose_kernel_does_not_compile_run_unfused(make_model, monkeypatch, capfd) -> None:
+    """As Triton 3.6 once refused heads of 32: one line, and the unfused layer's numbers."""
+
+    def qkv_that_fails(*args, **kwargs):
+        os.write(2, b"module { tt.func public @_qkv_kernel }\n" * 100)
+        raise RuntimeError("PassManager::run failed")
+
+    model = make_model("qwen3")
+    with invariant_kernels():
+        plain = logits_of(model, [PROBE])
+        monkeypatch.setattr(decoder, "qkv", qkv_that_fails)
+        monkeypatch.setattr(decoder, "_compile_failures", {})
+        announced = pytest.warns(UserWarning, match=r"unfused.*does not compile under Triton")
+        with announced, fused_layers(model) as n_layers:
+            assert n_layers == 0
+            assert torch.equal(logits_of(model, [PROBE]), plain)
+    assert "tt.func" not in capfd.readouterr().err
+
+
+def test_another_error_of_a_kernel_is_not_taken_for_the_compiler(make_model, monkeypatch) -> None:
+    monkeypatch.setattr(decoder, "_compile_failures", {})
+    monkeypatch.setattr(decoder, "qkv", lambda *args, **kwargs: 1 / 0)
+    model = make_model("qwen3")
+    with pytest.raises(ZeroDivisionError), fused_layers(model):
+        pass

@@ -161,3 +161,80 @@ def test_a_model_gives_a_row_the_same_bits_in_any_company(dtype, device) -> None
         changed = last_logits(model, [[*probe[:-1], 12]], device)[0]
     assert not torch.equal(alone, changed)
     assert scope.missing() == ()
+
+
+EPSILON = {
+    "rms_norm": lambda x, w: F.rms_norm(x, (K,)),
+    "rms_norm with weight": lambda x, w: F.rms_norm(x, (K,), w[0]),
+    "layer_norm": lambda x, w: F.layer_norm(x, (K,)),
+    "sum to float16": lambda x, w: x.sum(-1, dtype=torch.float16),
+    "softmax to float16": lambda x, w: x.softmax(-1, dtype=torch.float16),
+    "log_softmax to float16": lambda x, w: x.log_softmax(-1, dtype=torch.float16),
+    "mean of integers": lambda x, w: x.sign().long().sum(-1, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", EPSILON)
+def test_arguments_left_out_and_dtypes_given_mean_what_torch_means(name, dtype, device) -> None:
+    weight = torch.randn(N, K, device=device).to(dtype)
+    for scale in (2.0**-13, 0.01, 1.0, 300.0):
+        x = (torch.randn(5, K, device=device) * scale).to(dtype)
+        want = EPSILON[name](x, weight)
+        with invariant_kernels():
+            got = EPSILON[name](x, weight)
+        assert got.dtype == want.dtype
+        unit = want.double().abs().max().item()
+        torch.testing.assert_close(
+            got.double(), want.double(), rtol=0, atol=8 * torch.finfo(got.dtype).eps * unit
+        )
+
+
+@pytest.mark.parametrize("length", [40, 20000])
+def test_a_row_with_infinity_has_no_shares(length, device) -> None:
+    x = torch.randn(3, length, device=device)
+    x[1, 7] = float("inf")
+    with invariant_kernels():
+        for op in (lambda t: t.softmax(-1), lambda t: t.log_softmax(-1)):
+            got = op(x)
+            assert got[1].isnan().all()
+            assert got[[0, 2]].isfinite().all()
+        assert x.logsumexp(-1)[1] == float("inf")
+
+
+def test_a_single_number_is_a_row_of_one(device) -> None:
+    x = torch.tensor(2.0, device=device)
+    with invariant_kernels():
+        assert x.softmax(0).item() == 1
+        assert x.log_softmax(0).item() == 0
+        assert x.logsumexp(0).item() == 2
+        assert [t.item() for t in x.topk(1)] == [2, 0]
+
+
+def test_rotary_embeddings_of_complex_numbers_run(device) -> None:
+    """DeepSeek-V2's and Llama 4's: polar coordinates, and a product with each pair of a head."""
+    angles = torch.randn(5, 8, device=device) * 100
+    x = torch.randn(2, 3, 5, 16, device=device)
+
+    def rotate(x, angles):
+        turn = torch.polar(torch.ones_like(angles), angles) * 0.5
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(3)
+
+    with invariant_kernels() as scope:
+        got = rotate(x, angles)
+        assert torch.equal(rotate(x[1:], angles), got[1:])
+        with pytest.raises(UncoveredOpError):
+            torch.view_as_complex(x.unflatten(-1, (-1, 2))).abs()
+    assert scope.fires["polar"] == 2
+    torch.testing.assert_close(got.double(), rotate(x.double(), angles.double()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 100])
+def test_the_largest_scores_leave_the_right_shares(queries, dtype, device) -> None:
+    """Scores near 2**20, in whole numbers: a row attends to its highest keys alone, evenly."""
+    q, k = (torch.randint(-2, 3, (1, 2, n, 32), device=device) * 2.0**10 for n in (queries, 150))
+    v = torch.randn(1, 2, 150, 32, device=device).to(dtype)
+    with invariant_kernels():
+        got = attention_op(q.to(dtype), k.to(dtype), v, causal_spans(1, 150, device), 32**-0.5)
+    want = attention_reference(q, k, v, causal_spans(1, 150, device), 32**-0.5)
+    tolerance = 4 * torch.finfo(dtype).eps * v.abs().max().item()
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
