@@ -339,6 +339,13 @@ class RunSpec:
         """Is every batch formed anew, so that a load asked for again is another draw?"""
         return bool(self.endpoint or self.engine or self.batching == "continuous")
 
+    @property
+    def sets_batch_size(self) -> bool:
+        """False in an open loop, where arrivals and speed decide how many run at a time."""
+        if self.endpoint is not None:
+            return self.endpoint.sets_batch_size
+        return self.batching == "exact" or not self.arrivals.startswith("poisson")
+
 
 @dataclass(frozen=True, slots=True)
 class Run:

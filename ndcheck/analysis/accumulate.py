@@ -120,8 +120,9 @@ def _summarise_probe(
         n_draws = 0
     low, high = clopper_pearson(n_diverged, n_draws, spec.confidence)
     unseen_mass, n_kinds = _estimate_unseen(trials, completions)
-    exactly = spec.endpoint is None or spec.endpoint.sets_batch_size
-    serving = group.serving.finding(sets_batch_size=exactly) if spec.endpoint else None
+    exactly = spec.sets_batch_size
+    serves = spec.endpoint is not None or not exactly
+    serving = group.serving.finding(sets_batch_size=exactly) if serves else None
     is_witnessed = trials.is_witnessed(exactly=exactly)
     if serving is not None and not exactly:
         # Whom an open loop brings together is judged over all of its trials.

@@ -45,7 +45,9 @@ class ReachedBatch:
 
 @dataclass(frozen=True, slots=True)
 class ServingFinding:
-    """The answers to one probe.
+    """The answers to one probe: of a server, or of this process where requests arrive at random.
+
+    ``n_connections`` is 0 in this process.
 
     ``n_repeated_ids`` of ``n_ids`` and ``n_replayed`` answers were not computed for their
     requests: their response id is another's, or they came sooner than a first token can.
@@ -98,7 +100,7 @@ class ServingFinding:
             )
         if self.n_other_texts:
             found.append(f"answers with equal token ids and another text: {self.n_other_texts}")
-        if self.n_connections < self.n_trials:
+        if 0 < self.n_connections < self.n_trials:
             found.append(
                 f"{self.n_trials} trials came through {self.n_connections} connections: no more "
                 "than so many draws of a replica"
@@ -152,7 +154,8 @@ class Serving:
             return
         self._n_answers += 1
         self._trials.add(sample.trial_id)
-        self._connections.add(witness.connection)
+        if witness.connection:
+            self._connections.add(witness.connection)
         if witness.fingerprint:
             self._fingerprints.setdefault(witness.fingerprint)
         self._n_replayed += witness.is_replayed

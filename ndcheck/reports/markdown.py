@@ -114,7 +114,9 @@ def _probe(
     completions = f"{phrases.count(probe.n_samples, 'completion')}, {probe.n_unique} unique"
     yield f"{completions}. {caught}; {errors}."
     if probe.serving is not None:
-        lines = (serving.origin(probe.serving, run), *serving.batches(probe.serving))
+        lines = serving.batches(probe.serving)
+        if run.spec.endpoint is not None:
+            lines.insert(0, serving.origin(probe.serving, run))
         yield _bullets(map(markdown_text, lines))
     if probe.axes:
         yield _properties(probe, verdicts[probe.arm, probe.probe_id], unit)

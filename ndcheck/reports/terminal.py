@@ -146,7 +146,8 @@ def _setting(
             grid.add_row("prompt", Text(label + quoted(probe.prompt, text_width)))
     for served in (summary.serving for summary in detailed):
         if served is not None:
-            grid.add_row("answers", Text(serving.origin(served, run)))
+            if run.spec.endpoint is not None:
+                grid.add_row("answers", Text(serving.origin(served, run)))
             if served.reached:
                 grid.add_row("batches", Text("\n".join(serving.batches(served))))
     grid.add_row("repeat", _command(wrapped_command(run.spec, defaults, width, directory), width))
