@@ -64,8 +64,8 @@ def test_a_size_is_proven_once_and_then_used_whole(noise_rows):
     identity = (f"planted {next(unique)}",)
     for _ in range(3):
         map_rows(identity, kernel, (rows,), probe_of(kernel))
-    # Three calls of the base tile and three of 40 rows, two of them beside NaN, prove it; then three
-    # calls do the work.
+    # Three calls of the base tile and three of 40 rows, two of them beside NaN, prove it; then
+    # three calls do the work.
     assert sorted(calls) == [16, 16, 16, *[40] * 6]
 
 
