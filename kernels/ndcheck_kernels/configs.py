@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ndcheck_kernels.borrowed_ranges import RANGES
+
 PROVEN = frozenset({90})
 """Compute capabilities on which the bit-class proof has run (tests/kernels/gpu)."""
 
@@ -173,6 +175,13 @@ def matmul_config(m: int, n: int, k: int, itemsize: int, capability: int) -> Mat
     if _fixed(itemsize, capability):
         return _ONE_FOR_ALL
     return next(config for max_m, config in _table(n, k) if m <= max_m)
+
+
+def borrows(m: int, n: int, k: int, itemsize: int, capability: int) -> bool:
+    """Whether cuBLASLt is faster than `matmul_config`'s choice; the same bits, once proven."""
+    return not _fixed(itemsize, capability) and any(
+        first <= m <= last for first, last in RANGES.get((n, k), ())
+    )
 
 
 def selectable_configs(n: int, k: int, itemsize: int, capability: int) -> set[MatmulConfig]:

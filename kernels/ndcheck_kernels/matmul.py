@@ -7,6 +7,7 @@ Computes: y = alpha * a @ b + beta * c, fp32 accumulation, one rounding at the e
 Reduction order: K is cut into S chunks of `chunk_length(K, S)`; a chunk is accumulated by the
     tensor cores in ascending k from zero (fp32 input: one fused multiply-add per k), chunks are
     added in ascending order. S = configs.k_groups(N, K, dtype, capability).
+    A schedule may be borrowed: cuBLASLt's, where it was proven to have these bits (`borrowed`).
 Depends on: N, K, dtype, architecture. Not on M, the batch size, the row's position, its
     neighbours, strides or alignment: these only choose tiles and schedule, and the GPU tests hold
     every selectable configuration to one bit class.
@@ -22,9 +23,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ndcheck_kernels import device
+from ndcheck_kernels import borrowed, device
 from ndcheck_kernels.configs import (
     MatmulConfig,
+    borrows,
     chunk_length,
     k_groups,
     matmul_config,
@@ -265,9 +267,36 @@ def matmul(
     if a.dim() != b.dim() or a.dim() not in (2, 3) or a.shape[-1] != b.shape[-2]:
         raise ValueError(f"matmul cannot multiply {tuple(a.shape)} by {tuple(b.shape)}")
     (m, k), n = a.shape[-2:], b.shape[-1]
-    groups = k_groups(n, k, a.element_size(), device.capability(a.device))
-    config = matmul_config(m, n, k, a.element_size(), device.capability(a.device))
-    return _launch(a, b, c if beta else None, alpha, beta, out, config, groups)
+    size, capability = a.element_size(), device.capability(a.device)
+    groups = k_groups(n, k, size, capability)
+    config = matmul_config(m, n, k, size, capability)
+    c = c if beta else None
+    if borrows(m, n, k, size, capability) and alpha == 1 and (c is None or beta == 1):
+        y = _borrow(a, b, c, out, config, groups)
+        if y is not None:
+            return y
+    return _launch(a, b, c, alpha, beta, out, config, groups)
+
+
+def _borrow(
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None, out: torch.Tensor | None,
+    config: MatmulConfig, groups: int,
+) -> torch.Tensor | None:  # fmt: skip
+    """The product by cuBLASLt, if it can take it and was seen to have the bits of `config`."""
+
+    def ours(x: torch.Tensor, w: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+        return _launch(x, w.t(), addend, 1.0, 1.0, None, config, groups)
+
+    shape = (*a.shape[:-1], b.shape[-1])
+    if a.dim() != 2 or 0 in shape or (c is not None and c.shape != shape):
+        return None
+    y = a.new_empty(shape) if out is None else out
+    w = b.t()
+    if y.shape != shape or not borrowed.fits(a, w, y, c):
+        return None
+    return (
+        borrowed.product(a, w, y, c, groups) if borrowed.is_proven(a, w, c, groups, ours) else None
+    )
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -64,8 +64,9 @@ def test_a_size_is_proven_once_and_then_used_whole(noise_rows):
     identity = (f"planted {next(unique)}",)
     for _ in range(3):
         map_rows(identity, kernel, (rows,), probe_of(kernel))
-    # Three calls of the base tile and one of 40 rows prove it; then three calls do the work.
-    assert sorted(calls) == [16, 16, 16, 40, 40, 40, 40]
+    # Three calls of the base tile and three of 40 rows, two of them beside NaN, prove it; then
+    # three calls do the work.
+    assert sorted(calls) == [16, 16, 16, *[40] * 6]
 
 
 def test_a_kernel_that_follows_the_place_in_the_tile_is_refused(noise_rows):
@@ -82,6 +83,19 @@ def test_a_kernel_that_reads_its_neighbours_is_refused(noise_rows):
 
     with pytest.raises(UnsupportedCallError):
         run(kernel, noise_rows(WIDTH, torch.float32)[:20])
+
+
+def test_rows_that_meet_their_neighbours_times_zero_are_computed_alone(noise_rows):
+    """As AMX does beyond a row's end: nothing shows unless the neighbour is NaN."""
+
+    def kernel(x):
+        beyond = torch.cat([x[1:, :1], torch.zeros(1, 1)]) if len(x) > 16 else torch.zeros(1, 1)
+        return ordered_sum(x, 64) + 0 * beyond
+
+    rows = noise_rows(WIDTH, torch.float32)[:40]
+    rows[1::2] = torch.nan
+    result = run(kernel, rows)
+    assert torch.equal(result[::2], ordered_sum(rows[::2], 64))
 
 
 def test_same_bits_tells_zeros_apart_and_not_nans():
