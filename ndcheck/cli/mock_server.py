@@ -28,9 +28,19 @@ def mock_server(
     for option, value, accepted in (("--fault", fault, FAULTS), ("--flavour", flavour, FLAVOURS)):
         if value not in accepted:
             raise UsageError(f"{option} {value}: choose from {', '.join(accepted)}")
+    for option, number, is_fine in (
+        ("--port", port, 0 <= port < 2**16),
+        ("--max-batch", max_batch, max_batch >= 1),
+        ("--step-ms", step_ms, 0 <= step_ms < float("inf")),
+    ):
+        if not is_fine:
+            raise UsageError(f"{option} {number}: out of range")
     plan = Plan(fault, flavour, after, max(1, every), max_batch, step_ms / 1000)
 
     def announce(port: int) -> None:
         typer.echo(f"http://127.0.0.1:{port}/v1")
 
-    asyncio.run(MockServer(plan).serve("127.0.0.1", port, announce))
+    try:
+        asyncio.run(MockServer(plan).serve("127.0.0.1", port, announce))
+    except OSError as error:
+        raise UsageError(f"--port {port}: {error.strerror or error}") from error

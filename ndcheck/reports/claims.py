@@ -60,8 +60,13 @@ def exclusions(run: Run) -> list[str]:
         "That the server computed these requests in one batch: their answers were seen to arrive "
         "interleaved, and the server tells no more."
     ]
+    replicas = [
+        "Replicas that are chosen by address or by request: each trial opens connections of its "
+        "own, and nothing else can be varied from here."
+    ]
     return [
         *(overlap if witness == "client-side overlap" else []),
+        *(replicas if run.spec.endpoint is not None else []),
         "Anything on other hardware, other versions of the software or other numeric flags.",
         "Other models, prompts, decoding settings or longer completions.",
         f"Other loads: batch sizes {sizes} were enumerated over {axes}; the contents and lengths "

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import html
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 MASK = "[secret]"
-_BASE64_WORD = re.compile(r"[0-9A-Za-z+/_-]{6,}")
+_BASE64_WORD = re.compile(r"[0-9A-Za-z+/_-]{4,}")
 _STANDARD_BASE64 = str.maketrans("-_", "+/")
 SHORTEST_UNBOUNDED = 6
 """A shorter secret occurs in other words by chance: it is cut out where it stands alone."""
@@ -111,6 +112,7 @@ def _base64_forms(secret: str) -> Iterable[str]:
     """The characters of base64 that depend on nothing but the secret, at its three alignments."""
     content = secret.encode()
     yield base64.b64encode(content).decode()
+    yield base64.urlsafe_b64encode(content).decode().rstrip("=")
     for n_before in range(3):
         encoded = base64.b64encode(bytes(n_before) + content).decode().rstrip("=")
         n_bits = 8 * (n_before + len(content))
@@ -129,8 +131,16 @@ def _pattern(form: str) -> str:
 
 def _character(character: str) -> str:
     code = ord(character)
-    plain = re.escape(character)
-    return (
-        rf"(?:\\?{plain}|%(?:25)?{code:02x}|\\+u{code:04x}|\\+x{code:02x}|&#0*{code};"
-        rf"|&#x0*{code:x};)"
-    )
+    forms = [
+        re.escape(character),
+        rf"%(?:25)?{code:02x}",
+        rf"\\+u{code:04x}",
+        rf"\\+x{code:02x}",
+        f"&#0*{code};",
+        f"&#x0*{code:x};",
+    ]
+    if not character.isalnum():
+        forms += [rf"\\+{re.escape(character)}", re.escape(html.escape(character))]
+    if character == " ":
+        forms.append(re.escape("+"))
+    return f"(?:{'|'.join(forms)})"

@@ -85,9 +85,11 @@ class Transport:
             return self._httpx.create_ssl_context()
         except (OSError, ValueError) as error:
             named = [n for n in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(n)]
-            where = ", ".join(f"{name}={os.environ[name]}" for name in named)
-            reason = "it holds no certificate" if isinstance(error, ssl.SSLError) else error
-            raise UsageError(f"{where or 'TLS'}: {reason}") from None
+            where = f"{named[0]}={os.environ[named[0]]}" if named else "TLS"
+            reason = getattr(error, "strerror", None) or str(error)
+            if isinstance(error, ssl.SSLError):
+                reason = "it holds no certificate"
+            raise UsageError(f"{where}: {reason}") from None
 
     async def close(self) -> None:
         await self.renew()

@@ -91,14 +91,17 @@ def read_gauge(content: bytes, gauge: str) -> int | None:
 def batch_sizes_read(times_s: Sequence[float], readings: Sequence[tuple[float, int]]) -> list[int]:
     """The batch at each token that arrived at ``times_s``: the reading nearest to its step.
 
-    Readings after the last token may be of what came next, and are left out. Empty where nothing
-    was read in time.
+    Readings before the first token and after the last are of other batches, and are left out but
+    for the last before. Empty where nothing was read in time.
     """
     if not times_s:
         return []
-    read_s = [at_s for at_s, _ in readings if at_s <= times_s[-1]]
-    if not read_s:
+    readings = [reading for reading in readings if reading[0] <= times_s[-1]]
+    # Before the first token the batch was still forming.
+    readings = [reading for reading in readings if reading[0] >= times_s[0]] or readings[-1:]
+    if not readings:
         return []
+    read_s = [at_s for at_s, _ in readings]
     sizes = []
     for moment in _step_times(times_s):
         i = bisect.bisect(read_s, moment)
