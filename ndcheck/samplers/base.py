@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from ndcheck.errors import UsageError
 from ndcheck.records import Axis, CacheState, Decoding, Probe, RunSpec, Sample, Trial
+from ndcheck.samplers.checkpoint.files import check_config
 
 
 class Sampler(Protocol):
@@ -83,6 +84,8 @@ def open_sampler(
                 f"no scripted sampler named {name!r}: choose from {', '.join(BEHAVIOURS)}"
             )
         return ScriptedSampler(name)
+    if spec.model != "builtin":
+        check_config(spec.model)  # Before torch is imported, which takes seconds.
     if spec.engine is not None:
         from ndcheck.samplers.engine.sampler import EngineSampler
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +14,19 @@ import torch
 import transformers
 
 from ndcheck.builtin import MODEL_DIRECTORY
-from ndcheck.errors import BackendError, UsageError
+from ndcheck.errors import BackendError, NdcheckError, UsageError
 from ndcheck.records import RunSpec
+from ndcheck.samplers.checkpoint.bounds import bounded
+from ndcheck.samplers.checkpoint.files import CONFIG, check_config, count_weights
+from ndcheck.samplers.memory import free_bytes, is_out_of_memory
 from ndcheck.samplers.sharding import check_heads, distributed_config, draw_weights, gather, shard
 
+CONFIG_S, BUILD_S = 20, 60
+"""Most of CPU time to read a config, and to build the empty model that it describes."""
+FOREIGN = re.compile(
+    r"(^|\.)((layers|h|blocks)\.\d+\..*(weight|_proj\.bias)|(score|classifier|qa_outputs|v_head)\..*)$"
+)
+"""Tensors without which a model is another one; buffers of older versions are none of them."""
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -24,22 +35,46 @@ DTYPES = {
 
 
 def load_config(source: str, spec: RunSpec) -> Any:
-    """Raises UsageError where there is none."""
+    """Raises UsageError where there is none, or not that of a decoder."""
     transformers.utils.logging.disable_progress_bar()
-    with _one_line_errors(source):
-        return transformers.AutoConfig.from_pretrained(
+    check_config(source)
+    with _one_line_errors(source, CONFIG), bounded(f"--model {source}: {CONFIG}", CONFIG_S):
+        config = transformers.AutoConfig.from_pretrained(
             source, trust_remote_code=spec.trust_remote_code
+        )
+        _check_architecture(source, config)
+    return config
+
+
+def _check_architecture(source: str, config: Any) -> None:
+    """Raise UsageError for a config whose weights are no causal language model's."""
+    names = [str(name) for name in config.architectures or []]
+    if any(re.search(r"(ForCausalLM|LMHeadModel)$", name) for name in names):
+        return
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"--model {source}: {', '.join(names) or type(config).__name__} is an encoder and a "
+            "decoder: ndcheck measures causal language models"
+        )
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    made = mapping[type(config)].__name__ if type(config) in mapping else None
+    other = [name for name in names if re.search(r"For[A-Z]\w+$", name) and name != made]
+    if other and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        raise UsageError(
+            f"--model {source}: {CONFIG} names {', '.join(other)}, which is no causal language "
+            "model"
         )
 
 
 def load_tokenizer(source: str, spec: RunSpec) -> Any:
     """Raises UsageError where there is none, or one that does not serve."""
     origin = _tokenizer_source(source, spec)
-    with _one_line_errors(origin):
+    with _one_line_errors(origin, "tokenizer.json, tokenizer_config.json"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             origin, trust_remote_code=spec.trust_remote_code
         )
-    if not tokenizer("a")["input_ids"]:
+        serves = bool(tokenizer("a")["input_ids"])
+    if not serves:
         raise UsageError(f"--model {origin}: it has no tokenizer that gives tokens")
     if origin != source:
         rows = load_config(source, spec).get_text_config(decoder=True).vocab_size
@@ -59,34 +94,113 @@ def load_model(source: str, config: Any, spec: RunSpec, device: torch.device) ->
     """
     if spec.tensor_parallel > 1:
         check_heads(config, spec.tensor_parallel)
-        # Its plan names what only other models of the class have.
-        transformers.utils.logging.set_verbosity_error()
+    # What it warns of is refused here, or its own plan naming what only other models have.
+    transformers.utils.logging.set_verbosity_error()
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if spec.attention != "auto":
         options["attn_implementation"] = spec.attention
+    stored = count_weights(source) if spec.random_weights is None else None
+    _check_size(source, config, spec, options, device, stored)
     if spec.random_weights is not None:
-        dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
-        # One process makes what four lines of a script do; several never have a whole model.
-        is_spread = spec.tensor_parallel > 1 or spec.tp_groups is not None
-        torch.manual_seed(spec.random_weights)
-        with _one_line_errors(source):
-            with torch.device("meta") if is_spread else device:
-                made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-            if spec.tensor_parallel > 1:
-                made = shard(made, spec.tensor_parallel)
-            if is_spread:
-                draw_weights(made, spec.random_weights, device)
-        return made.eval()
+        return _make(source, config, spec, options, device)
     if spec.tensor_parallel > 1:
         options["distributed_config"] = distributed_config(spec.tensor_parallel)
-    with _one_line_errors(source):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+    with _one_line_errors(source, "its weights and generation_config.json"):
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES.get(spec.dtype, "auto"),
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # Those are found and refused below, by name.
             **options,
         )
+    _check_loaded(source, model, found)
     return (model if spec.tensor_parallel > 1 else model.to(device)).eval()
+
+
+def _make(
+    source: str, config: Any, spec: RunSpec, options: dict[str, Any], device: torch.device
+) -> Any:
+    assert spec.random_weights is not None
+    dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
+    # One process makes what four lines of a script do; several never have a whole model.
+    is_spread = spec.tensor_parallel > 1 or spec.tp_groups is not None
+    torch.manual_seed(spec.random_weights)
+    with _one_line_errors(source, CONFIG):
+        with torch.device("meta") if is_spread else device:
+            made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        if spec.tensor_parallel > 1:
+            made = shard(made, spec.tensor_parallel)
+        if is_spread:
+            draw_weights(made, spec.random_weights, device)
+    return made.eval()
+
+
+def _check_size(
+    source: str,
+    config: Any,
+    spec: RunSpec,
+    options: dict[str, Any],
+    device: torch.device,
+    stored: tuple[int, int] | None,
+) -> None:
+    """Raise UsageError where the config claims more than the files hold, or the memory."""
+    dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
+    with (
+        _one_line_errors(source, CONFIG),
+        bounded(f"--model {source}: building what {CONFIG} describes", BUILD_S),
+        torch.device("meta"),
+    ):
+        empty = transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, **options
+        )
+    n_weights = sum(p.numel() for p in empty.parameters())
+    n_bytes = sum(t.nbytes for t in (*empty.parameters(), *empty.buffers()))
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    if stored is not None and not is_quantised and n_weights > 2 * stored[1]:
+        raise UsageError(
+            f"--model {source}: {CONFIG} describes {n_weights:,} weights, and the safetensors "
+            f"files hold {stored[1]:,}"
+        )
+    free = free_bytes(device) * max(1, spec.tensor_parallel)
+    if not is_quantised and n_bytes > free:
+        raise UsageError(
+            f"--model {source}: {CONFIG} describes a model of {n_bytes / 2**30:,.1f} GiB, and "
+            f"{free / 2**30:,.1f} GiB are free on {device}"
+        )
+
+
+def _check_loaded(source: str, model: Any, found: dict[str, Any]) -> None:
+    """Raise UsageError where the model is not the stored one: a part of it would be random."""
+    name = type(model).__name__
+    for kind, said in (
+        ("missing_keys", "are missing from the checkpoint and would be filled at random"),
+        ("mismatched_keys", "have another shape in the checkpoint and would be filled at random"),
+        ("conversion_errors", "cannot be made from those in the checkpoint"),
+        ("error_msgs", "could not be loaded"),
+    ):
+        if keys := _names(found.get(kind)):
+            raise UsageError(
+                f"--model {source}: {len(keys)} of {name}'s tensors {said} ({keys[0]}): "
+                "--random-weights SEED measures its shape without weights"
+            )
+    foreign = [key for key in _names(found.get("unexpected_keys")) if FOREIGN.search(key)]
+    if foreign:
+        raise UsageError(
+            f"--model {source}: {name} has no place for {len(foreign)} tensors of the checkpoint "
+            f"({foreign[0]}), so it would not be the stored model: {CONFIG} describes another"
+        )
+    for key, parameter in model.named_parameters():
+        if type(parameter.data) is not torch.Tensor and not hasattr(parameter, "device_mesh"):
+            raise UsageError(
+                f"--model {source}: {key} is a {type(parameter.data).__name__}: quantised tensors "
+                "that are no plain ones cannot be measured"
+            )
+
+
+def _names(keys: Any) -> list[str]:
+    """Names from what transformers lists: plain, in tuples with shapes, or as a dict's keys."""
+    return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys or ())
 
 
 def digest_weights(model: Any) -> str:
@@ -111,19 +225,27 @@ def _tokenizer_source(source: str, spec: RunSpec) -> str:
 
 
 @contextmanager
-def _one_line_errors(source: str) -> Iterator[None]:
-    """Loading fails in many ways; each becomes one line that names the model."""
+def _one_line_errors(source: str, part: str) -> Iterator[None]:
+    """Loading fails in many ways; each becomes one line that names the model and what of it."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except NdcheckError:
+        raise
+    except BaseException as error:
+        # A panic of the tokenizers' Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+            raise BackendError(f"cannot load {source}: {first_line(error)}") from error
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        accepted = " (accepted: builtin, a directory with config.json and safetensors, or a hub id)"
         raise UsageError(
-            f"--model {source}: {first_line(error)} "
-            "(accepted: builtin, a directory with config.json and safetensors, or a hub id)"
+            f"--model {source}: {part}: {kind}{first_line(error)}"
+            f"{accepted if isinstance(error, OSError) else ''}"
         ) from error
-    except RuntimeError as error:
-        raise BackendError(f"cannot load {source}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, in one line: the first, and what follows its colon."""
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first

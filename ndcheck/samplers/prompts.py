@@ -8,15 +8,20 @@ from typing import Any
 from ndcheck.errors import UsageError
 from ndcheck.load import filler_text, fit_to_length
 from ndcheck.records import Load, Probe, RunSpec
-from ndcheck.samplers.loading import load_tokenizer
+from ndcheck.samplers.checkpoint.bounds import bounded
+from ndcheck.samplers.loading import first_line, load_tokenizer
+
+TEMPLATE_S = 2
 
 
 class Prompts:
     """A tokenizer, with the chat template if one is wanted."""
 
-    def __init__(self, tokenizer: Any, *, chat: bool) -> None:
+    def __init__(self, tokenizer: Any, *, chat: bool, source: str, n_ids: int | None) -> None:
         self._tokenizer = tokenizer
         self._chat = chat
+        self._source = source
+        self._n_ids = n_ids
 
     def rows(self, load: Load, probe: Probe) -> list[list[int]]:
         """Token ids of every row of the batch: probes at their slots, fillers elsewhere."""
@@ -33,17 +38,38 @@ class Prompts:
 
     def filler(self, seed: int, length: int) -> list[int]:
         """A filler of exactly ``length`` tokens, a function of ``seed`` and the tokenizer."""
-        return fit_to_length(self._tokenizer(filler_text(seed, length))["input_ids"], length)
+        return fit_to_length(self._ids(self._tokenizer(filler_text(seed, length))), length)
 
     def encode(self, prompt: str) -> list[int]:
-        """The prompt as the model sees it."""
+        """The prompt as the model sees it.
+
+        Raises UsageError where the chat template or the tokenizer does not give ids of the model.
+        """
         if not self._chat:
-            return list(self._tokenizer(prompt)["input_ids"])
+            return self._ids(self._tokenizer(prompt))
         message = [{"role": "user", "content": prompt}]
-        encoded = self._tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
+        with bounded(f"--chat: the chat template of {self._source}", TEMPLATE_S):
+            try:
+                encoded = self._tokenizer.apply_chat_template(
+                    message, add_generation_prompt=True, return_dict=True
+                )
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise UsageError(
+                    f"--chat: the chat template of {self._source} raises "
+                    f"{type(error).__name__}: {first_line(error)}"
+                ) from error
+        return self._ids(encoded)
+
+    def _ids(self, encoded: Any) -> list[int]:
+        ids = list(encoded["input_ids"])
+        if self._n_ids is not None and ids and not 0 <= min(ids) <= max(ids) < self._n_ids:
+            raise UsageError(
+                f"--model {self._source}: its tokenizer gives token {max(ids)}, and the model's "
+                f"vocabulary has {self._n_ids}: they are not of one model"
+            )
+        return ids
 
     def decode(self, token_id: int) -> str:
         """The text of one token."""
@@ -66,9 +92,12 @@ class Prompts:
         return tuple(texts)
 
 
-def load_prompts(source: str, spec: RunSpec) -> Prompts:
-    """The prompts of a model's tokenizer. Raises UsageError if it has none that serves."""
+def load_prompts(source: str, spec: RunSpec, n_ids: int | None = None) -> Prompts:
+    """The prompts of a model's tokenizer, whose ids are below ``n_ids``.
+
+    Raises UsageError if it has none that serves.
+    """
     tokenizer = load_tokenizer(source, spec)
     if spec.chat and not tokenizer.chat_template:
         raise UsageError(f"--chat: {source} has no chat template")
-    return Prompts(tokenizer, chat=spec.chat)
+    return Prompts(tokenizer, chat=spec.chat, source=source, n_ids=n_ids)

@@ -77,8 +77,8 @@ class TransformersSampler:
         if spec.dtype != "auto" and spec.dtype not in DTYPES:
             raise UsageError(f"--dtype {spec.dtype}: choose from auto, {', '.join(DTYPES)}")
         config = load_config(source, spec)
-        self._prompts = load_prompts(source, spec)
         self._text_config = config.get_text_config(decoder=True)
+        self._prompts = load_prompts(source, spec, getattr(self._text_config, "vocab_size", None))
         self._model: Any = None
         self._findings: Findings | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
@@ -394,4 +394,10 @@ def _paths(spec: RunSpec) -> list[Path]:
 
 def _stop_ids(model: Any) -> set[int]:
     stop = model.generation_config.eos_token_id
-    return set(stop if isinstance(stop, list) else [] if stop is None else [stop])
+    ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    if not all(isinstance(i, int) for i in ids):
+        name = model.config.name_or_path
+        raise UsageError(
+            f"--model {name}: generation_config.json: eos_token_id is {stop!r}, not token ids"
+        )
+    return set(ids)

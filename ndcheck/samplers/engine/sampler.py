@@ -64,7 +64,7 @@ class EngineSampler:
         config = load_config(self._source, spec)
         text_config = config.get_text_config(decoder=True)
         self._context = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
-        self._prompts = load_prompts(self._source, spec)
+        self._prompts = load_prompts(self._source, spec, getattr(text_config, "vocab_size", None))
         self._workers: dict[Arm, Worker] = {}
         self._arms_apart = len(spec.arms) > 1
         self.close = weakref.finalize(self, _close, self._workers)
