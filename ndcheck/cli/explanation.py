@@ -79,14 +79,16 @@ def order(
         "device": str(shape.device),
         "kernels": arm,
     }
-    _write(drawings, order_report.distinct_orders(points))
+    _write(drawings, order_report.known_orders(points))
     if as_json:
         typer.echo(json.dumps(order_report.order_document(setting, points)))
     else:
         title = f"{reduction.name}, {dtype}, {columns} columns, {shape.device}, {arm} kernels"
         for line in order_report.order_lines(title, reduction.rows, points, _width()):
             typer.echo(line)
-    return int(explain.depends_on_rows(points))
+    if explain.depends_on_rows(points):
+        return 1
+    return 0 if all(point.is_known for point in points) else 3
 
 
 def _write(drawings: dict[str, Path | None], orders: dict[str, Any]) -> None:
@@ -176,8 +178,9 @@ def _trace(
     save: Callable[[dict[int, list[str]]], None] = lambda advice: None,
 ) -> int:
     from ndcheck.explain import trace_report
+    from ndcheck.explain.findings import group_findings
     from ndcheck.explain.swapping import find_swaps
-    from ndcheck.explain.tracing import Tracer, group_findings
+    from ndcheck.explain.tracing import Tracer
 
     (arm,) = spec.arms
     explanations = []

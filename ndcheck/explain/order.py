@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,23 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ndcheck.errors import BackendError
-from ndcheck.explain.reductions import ColumnSums, Reduction, RowSums, Shape
-from ndcheck.explain.sumtree import NotASumError, Pair, SumTree, read_tree
+from ndcheck.explain.readers import MOST_TERMS_BY_ROW, ColumnReader, Reader, RowReader
+from ndcheck.explain.reductions import Reduction, Shape
+from ndcheck.explain.sumtree import NotASumError, SumTree, read_tree
 from ndcheck.records import Arm
 
-# A unit, and a mask that swallows any sum of units in the widest accumulator the dtype meets.
-UNITS = {
-    torch.float32: (1.0, 2.0**127),
-    torch.bfloat16: (1.0, 2.0**127),
-    torch.float16: (2.0**-24, 2.0**15),
-}
-# Counts of units that the dtype holds exactly: more terms are read a part at a time.
-LARGEST_COUNT = {torch.float32: 2**24, torch.bfloat16: 2**8, torch.float16: 2**11}
-N_WATCHED_ROWS = 16
-N_WATCHED_COLUMNS = 3
 N_TRIES = 64
-MOST_TERMS_BY_ROW = 512
+N_REPEATED = 16
+MOST_FUSED = 33
+"""Terms that a tensor core is known to add in one step, the sum so far among them."""
 Evidence = Literal["confirmed", "unconfirmed", "not checked"]
+Trials = tuple[NDArray[np.float32], Tensor]
+"""Random terms [n, trials], exact in fp32, and the op's results [trials, elements]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +35,38 @@ class Order:
     """One order of addition, and the output elements [row, column] that were seen to have it.
 
     ``evidence`` is whether the tree, computed in software on random operands, gives the op's bits;
-    ``reason`` says more.
+    ``reason`` says more. An unconfirmed one is not the op's order. ``manner`` says how it rounds
+    where that is not once, to fp32, after each addition; ``bits`` are a digest of its results on
+    operands that are the same at every number of rows.
     """
 
     tree: SumTree
     elements: tuple[tuple[int, int], ...]
     evidence: Evidence
     reason: str
+    manner: str
+    bits: str
+
+    @property
+    def is_known(self) -> bool:
+        return self.evidence != "unconfirmed"
+
+    @property
+    def key(self) -> str:
+        """Equal where two orders are one: the tree's digest if it was confirmed as it is."""
+        if not self.is_known:
+            return f"bits {self.bits}"
+        rest = self.bits if self.evidence == "not checked" else self.manner
+        return f"{self.tree.digest} {rest}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
 class OrderPoint:
-    """The orders found at one number of rows and reduced length; more than one: elements differ."""
+    """The orders found at one number of rows and reduced length; more than one: elements differ.
+
+    ``problem`` says why there is none: what was probed is no sum of its terms, or does not repeat.
+    ``bits`` are digests [row][column] of the results on random operands.
+    """
 
     rows: int
     terms: int
@@ -59,18 +74,35 @@ class OrderPoint:
     n_elements: int
     n_calls: int
     is_repeatable: bool
+    problem: str | None
+    bits: tuple[tuple[str, ...], ...]
 
     @property
     def row_classes(self) -> tuple[tuple[str, ...], ...]:
-        """The distinct orders of a row, each the digests of its columns' trees, in row order."""
-        digests: dict[int, dict[int, str]] = {}
+        """The distinct orders of a row, each the keys of its columns' orders, in row order."""
+        keys: dict[int, dict[int, str]] = {}
         for order in self.orders:
             for row, column in order.elements:
-                digests.setdefault(row, {})[column] = order.tree.digest
-        rows = (
-            tuple(columns[c] for c in sorted(columns)) for _, columns in sorted(digests.items())
-        )
+                keys.setdefault(row, {})[column] = order.key
+        rows = (tuple(columns[c] for c in sorted(columns)) for _, columns in sorted(keys.items()))
         return tuple(dict.fromkeys(rows))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether every order was found, and none is unconfirmed."""
+        return bool(self.orders) and all(order.is_known for order in self.orders)
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the op's order at this number of rows is not known."""
+        unknown = [order.reason for order in self.orders if not order.is_known]
+        return self.problem or next(iter(unknown), None)
+
+    def is_like(self, other: OrderPoint) -> bool:
+        """Whether a row has the same orders in both, or the same bits where none is known."""
+        if self.is_known and other.is_known and self.row_classes != other.row_classes:
+            return False
+        return self.bits == other.bits
 
 
 def sweep(
@@ -82,13 +114,15 @@ def sweep(
 ) -> list[OrderPoint]:
     """The orders at every (rows, terms) of ``points``.
 
-    Raises NotASumError where the op is not a sum of its terms, and BackendError where the
-    invariant arm computed nothing.
+    Raises BackendError where the invariant arm computed nothing.
     """
     found = []
     for rows, terms in points:
         with torch.inference_mode(), kernels(arm):
-            point = read_orders(_reader(reduction, rows, replace(shape, terms=terms)))
+            try:
+                point = read_orders(_reader(reduction, rows, replace(shape, terms=terms)))
+            except NotASumError as error:  # of an output's shape, before any result
+                point = OrderPoint(rows, terms, (), 0, 1, True, str(error), ())
         found.append(point)
         on_point(point)
     return found
@@ -97,7 +131,9 @@ def sweep(
 def _reader(reduction: Reduction, n_rows: int, shape: Shape) -> Reader:
     if reduction.columns is not None and shape.terms > MOST_TERMS_BY_ROW:
         return ColumnReader(reduction.columns, n_rows, shape)
-    return RowReader(reduction.make(shape), n_rows, shape, is_mean=reduction.is_mean)
+    row_sums = reduction.make(shape)
+    can_fuse = reduction.is_own or shape.device.type == "cuda"
+    return RowReader(row_sums, n_rows, shape, is_mean=reduction.is_mean, can_fuse=can_fuse)
 
 
 def kernels(arm: Arm) -> AbstractContextManager[object]:
@@ -120,238 +156,138 @@ def _invariant() -> Iterator[None]:
 
 def read_orders(reader: Reader) -> OrderPoint:
     """Every order found among the watched output elements, by FPRev and checked in software."""
-    left = set(range(len(reader.elements)))
-    orders = []
-    while left:
-        watched = min(left)
-        reader.dissenters = set()
-        tree = read_tree(reader.n_terms, partial(reader.sizes, watched))
-        alike = sorted(left - reader.dissenters)
-        evidence, reason = check(tree, reader, watched)
-        elements = tuple(reader.elements[e] for e in alike)
-        orders.append(Order(tree, elements, evidence, reason))
-        left -= set(alike)
+    drawn = [reader.random_sums(seed) for seed in range(N_TRIES)]
+    trials = np.stack([terms for terms, _ in drawn], 1), torch.stack([sums for _, sums in drawn])
+    is_repeatable = all(
+        _digest(reader.random_sums(seed)[1]) == _digest(drawn[seed][1])
+        for seed in reversed(range(N_REPEATED))  # not as many calls later each time
+    )
+    bits = [_digest(column) for column in trials[1].T]
+    orders: list[Order] = []
+    problem = None
+    if not is_repeatable:
+        problem = "the same call gives other bits when it is repeated"
+    else:
+        try:
+            reader.check_sums()
+            orders = _read_all(reader, trials, bits)
+            is_repeatable = reader.repeats()
+        except NotASumError as error:
+            orders, problem = [], str(error)
+    by_row: dict[int, list[str]] = {}
+    for (row, _), digest in zip(reader.elements, bits, strict=True):
+        by_row.setdefault(row, []).append(digest)
     return OrderPoint(
         reader.n_rows,
         reader.n_terms,
         tuple(orders),
         len(reader.elements),
         reader.n_calls,
-        reader.repeats(),
+        is_repeatable,
+        problem,
+        tuple(dict.fromkeys(map(tuple, by_row.values()))),
     )
 
 
-class Reader(ABC):
-    """Probes one op at one number of rows; every row gets the same terms.
-
-    ``elements`` are the output elements [row, column] that are watched.
-    """
-
-    def __init__(self, n_rows: int, shape: Shape, *, is_mean: bool) -> None:
-        self.n_rows = n_rows
-        self.n_terms = shape.terms
-        self.is_mean = is_mean
-        self.n_calls = 0
-        self.dissenters: set[int] = set()
-        self.elements: list[tuple[int, int]] = []
-        self._shape = shape
-        self._unit, self._mask = UNITS[shape.dtype]
-        # The quotient of a mean is rounded again: half the count leaves room for that.
-        self._part = LARGEST_COUNT[shape.dtype] // (2 if is_mean else 1)
-        self._first: tuple[list[Pair], NDArray[np.int64]] | None = None
-
-    def sizes(self, watched: int, pairs: Sequence[Pair]) -> list[int]:
-        """Subtree sizes at the watched element; elements that read otherwise are noted."""
-        readings = self._read(pairs)
-        differ = (readings != readings[:, watched : watched + 1]).any(axis=0)
-        self.dissenters |= set(np.flatnonzero(differ).tolist())
-        if self._first is None:
-            self._first = list(pairs), readings
-        return [int(size) for size in readings[:, watched]]
-
-    def repeats(self) -> bool:
-        """Whether the first readings come out the same again."""
-        return self._first is None or bool((self._read(self._first[0]) == self._first[1]).all())
-
-    def random_sums(self, seed: int, element: int) -> tuple[NDArray[np.float32], Tensor]:
-        """Random terms [n], exact in fp32, and the op's result for them at one element."""
-        generator = torch.Generator().manual_seed(seed)
-        half = torch.randn(self.n_terms // 2, generator=generator)
-        half *= torch.exp2(torch.randint(-6, 7, half.shape, generator=generator))
-        # Terms that cancel: what is left of their sum is the rounding noise of its order.
-        terms = torch.cat([half, -half, half[: self.n_terms % 2]]).to(self._shape.dtype)
-        terms = terms[torch.randperm(self.n_terms, generator=generator)]
-        return terms.float().numpy(), self._sums(terms.to(self._shape.device))[element].cpu()
-
-    def _read(self, pairs: Sequence[Pair]) -> NDArray[np.int64]:
-        """Subtree sizes [pairs, elements]."""
-        factor = (self.n_terms if self.is_mean else 1) / self._unit
-        total: Tensor | float = 0.0
-        for start in range(0, self.n_terms, self._part):
-            units = slice(start, start + self._part)
-            total = total + (self._masked_sums(pairs, units).double() * factor).round()
-        readings = torch.as_tensor(total).cpu().numpy()
-        unlikely = readings[~((readings >= 0) & (readings <= self.n_terms - 2))]
-        if unlikely.size:
+def _read_all(reader: Reader, trials: Trials, bits: Sequence[str]) -> list[Order]:
+    left = set(range(len(reader.elements)))
+    orders = []
+    while left:
+        watched = min(left)
+        reader.dissenters = set()
+        tree = read_tree(reader.n_terms, partial(reader.sizes, watched))
+        if tree.largest_fan_in > (MOST_FUSED if reader.can_fuse else 2):
             raise NotASumError(
-                f"not a plain sum of its terms: a reading counts {unlikely[0]:g} of {self.n_terms}"
+                f"no order of additions: its readings are those of {tree.largest_fan_in} terms "
+                "added in one step, as where the order follows the values"
             )
-        return self.n_terms - readings.astype(np.int64)
-
-    @abstractmethod
-    def _sums(self, terms: Tensor) -> Tensor:
-        """The sums [elements] of the same terms [n] in every row and column."""
-
-    @abstractmethod
-    def _masked_sums(self, pairs: Sequence[Pair], units: slice) -> Tensor:
-        """The sums [pairs, elements] of ones at ``units``, but +M and -M at each pair."""
+        alike = sorted(e for e in left - reader.dissenters if bits[e] == bits[watched])
+        evidence, reason, manner = check(tree, reader, trials, watched)
+        elements = tuple(reader.elements[e] for e in alike)
+        orders.append(Order(tree, elements, evidence, reason, manner, bits[watched]))
+        left -= set(alike)
+    return orders
 
 
-class RowReader(Reader):
-    """One call for each pair: all columns of a row get the same terms."""
-
-    def __init__(self, row_sums: RowSums, n_rows: int, shape: Shape, *, is_mean: bool) -> None:
-        super().__init__(n_rows, shape, is_mean=is_mean)
-        self._row_sums = row_sums
-        self._x = torch.empty(n_rows, shape.terms, dtype=shape.dtype, device=shape.device)
-        n_columns = self._count_columns()
-        self.elements = [
-            (row, column)
-            for row in _spread(n_rows, N_WATCHED_ROWS)
-            for column in _spread(n_columns, N_WATCHED_COLUMNS)
-        ]
-        index = torch.tensor(self.elements, device=shape.device)
-        self._index = index[:, 0] * n_columns + index[:, 1]
-
-    def _sums(self, terms: Tensor) -> Tensor:
-        self._x[:] = terms
-        return self._call()
-
-    def _masked_sums(self, pairs: Sequence[Pair], units: slice) -> Tensor:
-        sums = []
-        for i, j in pairs:
-            self._x.zero_()
-            self._x[:, units] = self._unit
-            self._x[:, i] = self._mask
-            self._x[:, j] = -self._mask
-            sums.append(self._call())
-        return torch.stack(sums)
-
-    def _call(self) -> Tensor:
-        self.n_calls += 1
-        return self._row_sums(self._x).reshape(-1)[self._index]
-
-    def _count_columns(self) -> int:
-        self._x.fill_(self._unit)
-        out = self._row_sums(self._x)
-        if out.dim() == 0 or out.shape[0] != self.n_rows:
-            raise NotASumError(
-                f"of {self.n_rows} rows it made an output of shape {list(out.shape)}: "
-                "it must return one or more sums for each row"
-            )
-        return out.reshape(self.n_rows, -1).shape[1]
-
-
-class ColumnReader(Reader):
-    """A product's columns hold a pair each, so that one call reads as many pairs as it has.
-
-    Takes for granted that all columns are summed alike; every reading is taken a second time in
-    columns half the width away, and NotASumError raised where that makes a difference.
-    """
-
-    def __init__(self, product: ColumnSums, n_rows: int, shape: Shape) -> None:
-        super().__init__(n_rows, shape, is_mean=False)
-        self._product = product
-        rows = _spread(n_rows, N_WATCHED_ROWS)
-        self.elements = [(row, 0) for row in rows]
-        self._rows = torch.tensor(rows, device=shape.device)
-        self._terms = torch.empty(
-            shape.terms, shape.columns, dtype=shape.dtype, device=shape.device
-        )
-
-    def _sums(self, terms: Tensor) -> Tensor:
-        self._terms[:] = terms[:, None]
-        return self._call()[:, 0]
-
-    def _masked_sums(self, pairs: Sequence[Pair], units: slice) -> Tensor:
-        width = self._shape.columns
-        sums = []
-        for start in range(0, len(pairs), width):
-            chunk = torch.tensor(pairs[start : start + width], device=self._shape.device)
-            both = []
-            for shift in (0, width // 2):
-                columns = (torch.arange(len(chunk), device=chunk.device) + shift) % width
-                self._terms.zero_()
-                self._terms[units] = self._unit
-                self._terms[chunk[:, 0], columns] = self._mask
-                self._terms[chunk[:, 1], columns] = -self._mask
-                both.append(self._call()[:, columns].T)
-            if not torch.equal(*both):
-                raise NotASumError(
-                    "columns of this product are summed in orders of their own: read them one by "
-                    f"one, with up to {MOST_TERMS_BY_ROW} --terms"
-                )
-            sums.append(both[0])
-        return torch.cat(sums)
-
-    def _call(self) -> Tensor:
-        self.n_calls += 1
-        return self._product(self.n_rows, self._terms)[self._rows]
-
-
-def check(tree: SumTree, reader: Reader, element: int) -> tuple[Evidence, str]:
-    """Whether ``tree`` computes the op's bits on random terms.
+def check(tree: SumTree, reader: Reader, trials: Trials, element: int) -> tuple[Evidence, str, str]:
+    """Whether ``tree`` computes the op's bits on random terms, why, and how it rounds to do so.
 
     The mirrored tree is the control: if it does so too, the terms could not tell orders apart.
     """
     if tree.largest_fan_in > 2:
-        return "not checked", f"hardware fuses additions of {tree.largest_fan_in} terms"
-    mirrored = tree.mirrored()
-    n_told_apart = 0
-    for seed in range(N_TRIES):
-        terms, seen = reader.random_sums(seed, element)
-        if not any(torch.equal(seen, sum_) for sum_ in _finished(tree, terms, seen, reader)):
-            or_else = ", or a quotient is rounded otherwise" if reader.is_mean else ""
-            reason = f"another result in random trial {seed + 1} of {N_TRIES}{or_else}"
-            return "unconfirmed", reason
-        n_told_apart += all(
-            not torch.equal(seen, sum_) for sum_ in _finished(mirrored, terms, seen, reader)
+        return "not checked", f"hardware fuses additions of {tree.largest_fan_in} terms", ""
+    terms, results = trials
+    seen = results[:, element]
+    equal = {manner: _are_equal(sums, seen) for manner, sums in _manners(tree, terms, seen, reader)}
+    manner, matches = max(equal.items(), key=lambda item: item[1].sum())
+    if not matches.all():
+        reason = (
+            f"another result in random trial {int((~matches).argmax()) + 1} of {N_TRIES}: it does "
+            "more than add these terms in this order, or rounds otherwise"
         )
-    if mirrored.digest != tree.digest and not n_told_apart:
-        return "not checked", f"the mirrored order gives the same bits in {N_TRIES} random trials"
-    return "confirmed", (
-        f"bit for bit in {N_TRIES} random trials; the mirrored tree failed {n_told_apart} of them"
+        return "unconfirmed", reason, ""
+    if manner == "float64":
+        return "unconfirmed", "it adds in float64, where the order hardly shows in the result", ""
+    mirrored = dict(_manners(tree.mirrored(), terms, seen, reader))
+    n_told_apart = int((~_are_equal(mirrored[manner], seen)).sum())
+    if tree.mirrored().digest != tree.digest and not n_told_apart:
+        return (
+            "not checked",
+            f"the mirrored order gives the same bits in {N_TRIES} random trials",
+            manner,
+        )
+    how = f", {manner}" * bool(manner)
+    reason = (
+        f"bit for bit in {N_TRIES} random trials{how}; the mirrored tree failed "
+        f"{n_told_apart} of them"
     )
+    return "confirmed", reason, manner
 
 
-def _finished(
+def _manners(
     tree: SumTree, terms: NDArray[np.float32], like: Tensor, reader: Reader
-) -> list[Tensor]:
-    """The tree's sum rounded once to the op's dtype; of a mean, every way to divide it."""
+) -> Iterator[tuple[str, Tensor]]:
+    """The tree's sums [trials] rounded in every way that an op is known to."""
+
+    def add(values: NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy(tree.evaluate(values))
+
     n = np.float32(len(terms))
-    if not reader.is_mean:
-        sums = [tree.evaluate(terms)]
-    else:
-        total = tree.evaluate(terms)
-        sums = [total / n, total * (1 / n), tree.evaluate(terms * (1 / n))]
-    return [torch.tensor(sum_).to(like.dtype) for sum_ in sums]
+    if reader.is_mean:
+        total = add(terms)
+        yield "", (total / float(n)).to(like.dtype)
+        yield "the sum times 1/n", (total * float(1 / n)).to(like.dtype)
+        yield "the terms times 1/n", add(terms * (1 / n)).to(like.dtype)
+        return
+    yield "", add(terms).to(like.dtype)
+    if like.dtype in (torch.bfloat16, torch.float16):
+        rounded = tree.evaluate(torch.from_numpy(terms).to(like.dtype))
+        yield f"rounded to {str(like.dtype).removeprefix('torch.')} at each addition", rounded
+    yield "float64", torch.from_numpy(tree.evaluate(terms.astype(np.float64))).to(like.dtype)
 
 
-def _spread(count: int, most: int) -> list[int]:
-    """Up to ``most`` indices below ``count``, first and last among them."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
+def _are_equal(a: Tensor, b: Tensor) -> NDArray[np.bool_]:
+    """[trials]; NaN equals itself."""
+    return ((a == b) | (a.isnan() & b.isnan())).numpy()
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.blake2b(values.double().numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def depends_on_rows(points: Sequence[OrderPoint]) -> bool:
-    """Whether a row's order follows the number of rows or its place, or changes by itself."""
-    classes: dict[int, set[tuple[str, ...]]] = {}
-    for point in points:
-        classes.setdefault(point.terms, set()).update(point.row_classes)
-    return any(len(found) > 1 for found in classes.values()) or not all(
-        point.is_repeatable for point in points
+    """Whether a row's order or bits follow the number of rows or its place, or change by chance."""
+    return (
+        any(not point.is_repeatable or len(point.bits) > 1 for point in points)
+        or any(len(point.row_classes) > 1 and point.is_known for point in points)
+        or any(
+            a.terms == b.terms and not a.is_like(b)
+            for i, a in enumerate(points)
+            for b in points[:i]
+        )
     )
 
 
 def switch_points(points: Sequence[OrderPoint]) -> list[OrderPoint]:
-    """The points whose orders are not those of the point before, at the same length."""
-    return [b for a, b in pairwise(points) if a.terms == b.terms and a.row_classes != b.row_classes]
+    """The points whose orders or bits are not those of the point before, at the same length."""
+    return [b for a, b in pairwise(points) if a.terms == b.terms and not a.is_like(b)]

@@ -11,18 +11,24 @@ from typing import Any
 from ndcheck.explain.folding import fold, lines, phrase
 from ndcheck.explain.order import Order, OrderPoint, depends_on_rows, switch_points
 from ndcheck.explain.sumtree import SumTree
+from ndcheck.reports.untrusted import visible
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: keys of orders, bits, and why no order is known
 MAX_TREE_LINES = 14
 
 
 def distinct_orders(points: Sequence[OrderPoint]) -> dict[str, Order]:
-    """Every order found, by its tree's digest, in the order of finding."""
+    """Every order found, by its key, in the order of finding."""
     found: dict[str, Order] = {}
     for point in points:
         for order in point.orders:
-            found.setdefault(order.tree.digest, order)
+            found.setdefault(order.key, order)
     return found
+
+
+def known_orders(points: Sequence[OrderPoint]) -> dict[str, Order]:
+    """Those of them that may be drawn."""
+    return {key: order for key, order in distinct_orders(points).items() if order.is_known}
 
 
 def order_document(setting: dict[str, Any], points: Sequence[OrderPoint]) -> dict[str, Any]:
@@ -38,7 +44,9 @@ def order_document(setting: dict[str, Any], points: Sequence[OrderPoint]) -> dic
             {
                 "rows": point.rows,
                 "terms": point.terms,
-                "row_classes": [list(digests) for digests in point.row_classes],
+                "row_classes": [list(keys) for keys in point.row_classes],
+                "bits": [list(digests) for digests in point.bits],
+                "problem": point.doubt,
                 "n_elements": point.n_elements,
                 "n_calls": point.n_calls,
                 "is_repeatable": point.is_repeatable,
@@ -47,23 +55,25 @@ def order_document(setting: dict[str, Any], points: Sequence[OrderPoint]) -> dic
         ],
         "orders": [
             {
-                "digest": digest,
+                "key": key,
+                "digest": order.tree.digest if order.is_known else None,
                 "n_terms": order.tree.n_leaves,
-                "form": phrase(fold(order.tree)),
+                "form": phrase(fold(order.tree)) if order.is_known else None,
                 "evidence": order.evidence,
                 "reason": order.reason,
-                "nodes": [list(children) for children in order.tree.nodes],
+                "rows": _rows_of(key, points),
+                "nodes": [list(c) for c in order.tree.nodes] if order.is_known else None,
             }
-            for digest, order in distinct_orders(points).items()
+            for key, order in distinct_orders(points).items()
         ],
     }
 
 
 def order_lines(title: str, rows: str, points: Sequence[OrderPoint], width: int) -> Iterator[str]:
     """The screen: a verdict, orders by number of rows, and each order's folded tree."""
-    orders = distinct_orders(points)
-    names = {digest: _name(i) for i, digest in enumerate(orders)}
-    yield f"{_verdict(rows, points)}"
+    orders = known_orders(points)
+    names = {key: _name(i) for i, key in enumerate(orders)}
+    yield from textwrap.wrap(_verdict(rows, points), width, subsequent_indent="  ")
     yield ""
     yield title
     yield ""
@@ -72,11 +82,22 @@ def order_lines(title: str, rows: str, points: Sequence[OrderPoint], width: int)
         same = [point.rows for point in group]
         span = f"{same[0]}-{same[-1]}" if len(same) > 1 else str(same[0])
         yield f"{span:<10} {terms:>6}  {label}"
-    for digest, order in orders.items():
+    for doubt, group in groupby(points, lambda p: p.doubt):
+        if doubt is not None:
+            yield ""
+            yield from textwrap.wrap(
+                f"no order known at {_spans([p.rows for p in group])} {rows}: {visible(doubt)}",
+                width,
+                subsequent_indent="  ",
+            )
+    for key, order in orders.items():
         yield ""
-        yield f"order {names[digest]}, digest {digest}"
+        yield f"order {names[key]}, digest {order.tree.digest}"
         yield from textwrap.wrap(
-            f"{order.evidence}: {order.reason}", width, initial_indent="  ", subsequent_indent="  "
+            f"{order.evidence} at {_spans(_rows_of(key, points))} {rows}: {order.reason}",
+            width,
+            initial_indent="  ",
+            subsequent_indent="  ",
         )
         tree = list(lines(fold(order.tree)))
         yield from (f"  {line[: width - 2]}" for line in tree[:MAX_TREE_LINES])
@@ -94,23 +115,50 @@ def order_lines(title: str, rows: str, points: Sequence[OrderPoint], width: int)
 def _verdict(rows: str, points: Sequence[OrderPoint]) -> str:
     unsteady = [point for point in points if not point.is_repeatable]
     if unsteady:
-        return f"VARIES  the order changes from call to call at {unsteady[0].rows} rows"
-    uneven = [point for point in points if len(point.row_classes) > 1]
-    switches = switch_points(points)
-    n = len({point.rows for point in points})
-    if switches:
-        at = ", ".join(dict.fromkeys(str(point.rows) for point in switches))
-        return f"VARIES  the order of addition changes at {rows} = {at}"
-    if uneven:
+        return f"VARIES  the result changes from call to call at {rows} = {unsteady[0].rows}"
+    if depends_on_rows(points):
+        what = "the order of addition changes"
+        if not all(point.is_known for point in points):
+            what = "the bits of a sum change"
+        if switches := switch_points(points):
+            at = ", ".join(dict.fromkeys(str(point.rows) for point in switches))
+            return f"VARIES  {what} at {rows} = {at}"
+        uneven = [point for point in points if len(point.bits) > 1 or len(point.row_classes) > 1]
         return f"VARIES  rows of one call differ at {rows} = {uneven[0].rows}"
+    n = len({point.rows for point in points})
+    if unknown := next((point for point in points if not point.is_known), None):
+        if unknown.bits:
+            return (
+                f"INCONCLUSIVE  the same bits at all {n} numbers tried of {rows}, but no order of "
+                "addition that accounts for them"
+            )
+        return "INCONCLUSIVE  no order of addition could be read"
     return f"FIXED  one order of addition at all {n} numbers tried of {rows}"
+
+
+def _rows_of(key: str, points: Sequence[OrderPoint]) -> list[int]:
+    """Numbers of rows at which this very order was found, and checked."""
+    found = (p.rows for p in points if any(order.key == key for order in p.orders))
+    return list(dict.fromkeys(found))
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """[1, 2, 3, 8] as "1-3, 8"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    return ", ".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else str(s[0]) for s in spans)
 
 
 def _label(point: OrderPoint, names: dict[str, str]) -> str:
     """Letters of the orders; + joins those of one row's columns, | rows that differ."""
+    if not point.is_known:
+        return "not known"
     label = " | ".join(
-        "+".join(dict.fromkeys(names[digest] for digest in digests))
-        for digests in point.row_classes
+        "+".join(dict.fromkeys(names[key] for key in keys)) for keys in point.row_classes
     )
     return label if point.is_repeatable else f"{label} (not the same twice)"
 

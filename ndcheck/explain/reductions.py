@@ -40,7 +40,8 @@ class Reduction:
     """An op whose order of addition can be read.
 
     ``rows`` says what its rows are. Outputs are the sum, or a mean if ``is_mean``. ``columns``
-    takes other terms in every column, where the op allows that.
+    takes other terms in every column, where the op allows that. ``is_own``: a library's op, which
+    may run on hardware that fuses additions, and no function of the user's.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Reduction:
     make: Callable[[Shape], RowSums]
     is_mean: bool = False
     columns: ColumnSums | None = None
+    is_own: bool = True
 
 
 def _mm(shape: Shape) -> RowSums:
@@ -146,7 +148,7 @@ def load_function(path: str) -> Reduction:
     """``module:function`` as a reduction: the function takes [rows, n] and returns row sums.
 
     The module may also be a file, ``path/to/file.py:function``.
-    Raises UsageError where there is no such function.
+    Raises UsageError where there is no such function, or it raises anything itself.
     """
     module_name, _, name = path.rpartition(":")
     try:
@@ -155,8 +157,18 @@ def load_function(path: str) -> Reduction:
             sys.path.insert(0, str(file.resolve().parent))
             module_name = file.stem
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a module may raise anything
         raise UsageError(
             f"--fn {path}: {error} (accepted: module:function or file.py:function)"
         ) from error
-    return Reduction(name, "rows", lambda shape: function)
+
+    def row_sums(x: Tensor) -> Tensor:
+        try:
+            return function(x)
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0]
+            raise UsageError(
+                f"--fn {path}, given a tensor of {list(x.shape)}: {type(error).__name__}: {line}"
+            ) from error
+
+    return Reduction(name, "rows", lambda shape: row_sums, is_own=False)

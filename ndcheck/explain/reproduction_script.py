@@ -9,9 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ndcheck.errors import UsageError
 from ndcheck.explain.shrinking import Shrunk
-from ndcheck.samplers.batch import N_PREFILL_CHUNKS
 
 TIMEOUT_S = 600
 
@@ -23,19 +21,19 @@ import transformers
 ROWS = [
 $rows
 ]
-SLOT, N_TOKENS, N_CHUNKS = $slot, $n_tokens, $n_chunks
+SLOT, N_TOKENS, LENGTHS = $slot, $n_tokens, $lengths
 torch.set_num_threads($threads)
 $load
 
-@torch.inference_mode()
-def complete(rows, slot, n_chunks):
-    """Greedy tokens and logits of one row in a left-padded batch."""
+$prefix@torch.inference_mode()
+def complete(rows, slot, lengths):
+    """Greedy tokens and logits of one row in a left-padded batch, prefilled in ``lengths``."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows]).to(model.device)
     pads = torch.tensor([[width - len(row)] for row in rows]).to(model.device)
     columns = torch.arange(width + N_TOKENS).to(model.device)
     cache = transformers.StaticCache(config=model.config, max_cache_len=width + N_TOKENS)
-    parts, end, tokens, bits = list(ids.split(-(-width // n_chunks), dim=1)), 0, [], []
+$start
     while len(tokens) < N_TOKENS:
         start, end = end, end + parts[0].shape[1]
         position = (columns[start:end] - pads).clamp(min=0)
@@ -46,12 +44,35 @@ def complete(rows, slot, n_chunks):
             tokens, bits = [*tokens, int(parts[0][slot])], [*bits, logits[slot]]
     return tokens, bits
 
-alone, bits_alone = complete([ROWS[SLOT]], 0, 1)
-batched, bits_batched = complete(ROWS, SLOT, N_CHUNKS)
+alone, bits_alone = complete([ROWS[SLOT]], 0, [len(ROWS[SLOT])])
+batched, bits_batched = complete(ROWS, SLOT, LENGTHS)
 print("alone  ", alone, "\\nbatched", batched)
 differ = $criterion
 raise SystemExit(f"differs at token {differ.index(True) + 1}" if any(differ) else 0)
 ''')
+
+_PREFIX = '''\
+@torch.inference_mode()
+def load_prefix(cache, rows, width):
+    """Fill the first columns with what each row's prefix, computed alone, leaves behind."""
+    caches = [transformers.StaticCache(config=model.config, max_cache_len=len(r)) for r in rows]
+    for row, own in zip(rows, caches):
+        ids = torch.tensor([row]).to(model.device)
+        model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(len(row))[None]
+              .to(model.device), past_key_values=own, use_cache=True, logits_to_keep=1)
+    for n, layers in enumerate(zip(*(own.layers for own in caches))):
+        kept = [[state[:, :, :len(row)] for row, x in zip(rows, layers)
+                 for state in [getattr(x, kind)]] for kind in ("keys", "values")]
+        cache.update(*(torch.cat([torch.nn.functional.pad(state, (0, 0, width - state.shape[2], 0))
+                                  for state in states]) for states in kept), n)
+
+'''
+_START = "    parts, end, tokens, bits = list(ids.split(lengths, dim=1)), 0, [], []"
+_START_PREFIX = """\
+    end, tokens, bits = width - sum(lengths), [], []
+    parts = list(ids[:, end:].split(lengths, dim=1))
+    if end:
+        load_prefix(cache, [row[: len(row) - sum(lengths)] or [0] for row in rows], end)"""
 
 _LOAD = Template("""\
 model = transformers.AutoModelForCausalLM.from_pretrained($model, $options$trust)
@@ -81,17 +102,15 @@ def write_script(
     remote: bool,
     random_weights: int | None = None,
 ) -> str:
-    """The script's text: at most 37 lines and one for each row.
+    """The script's text: at most 37 lines (54 with a prefix) and one for each row.
 
     ``described`` is the sampler's description of the model, ``source`` where it is loaded from;
     ``random_weights`` is the seed of weights that are not.
-    Raises UsageError for a cache state that takes more than that.
     """
     import torch
 
     batch = shrunk.batch
-    if batch.cache_state == "prefix":
-        raise UsageError("only a prefilled prefix parts this probe: no short script can show it")
+    has_prefix = sum(shrunk.prefill_lengths) < max(map(len, batch.rows))
     load = _LOAD if random_weights is None else _MAKE
     tokens = "[a != b for a, b in zip(alone, batched)]"
     return _SCRIPT.substitute(
@@ -99,7 +118,9 @@ def write_script(
         slot=batch.slot,
         rows="\n".join(f"    {list(row)}," for row in batch.rows),
         n_tokens=batch.n_tokens,
-        n_chunks=N_PREFILL_CHUNKS if batch.cache_state == "chunked" else 1,
+        lengths=list(shrunk.prefill_lengths),
+        prefix=_PREFIX * has_prefix,
+        start=_START_PREFIX if has_prefix else _START,
         threads=torch.get_num_threads(),
         load=load.substitute(
             model=repr(source),
@@ -119,13 +140,16 @@ def write_script(
 
 def run_script(path: Path, shrunk: Shrunk) -> Reproduction:
     """Run the script in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, str(path)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, str(path)],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Reproduction(path, False, f"it did not end within {TIMEOUT_S} s")
     expected = f"differs at token {shrunk.position + 1}"
     lines = [*done.stdout.strip().splitlines(), *done.stderr.strip().splitlines()[-1:]]
     shows_it = done.returncode == 1 and lines[-1:] == [expected]

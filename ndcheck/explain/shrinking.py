@@ -43,7 +43,8 @@ class Batch:
 class Shrunk:
     """The smallest batch found, the token (0-based) where it parts, and both tokens there.
 
-    In a latent failure the tokens are equal and the logits' bits are not.
+    In a latent failure the tokens are equal and the logits' bits are not. ``prefill_lengths`` are
+    the columns of each pass of the prefill; those before them are a prefix computed alone.
     """
 
     batch: Batch
@@ -53,6 +54,7 @@ class Shrunk:
     token_batched: int
     is_latent: bool
     n_tests: int
+    prefill_lengths: tuple[int, ...]
 
 
 class Shrinker:
@@ -116,6 +118,7 @@ class Shrinker:
             batched[position][0],
             self._failure.is_latent,
             self.n_tests,
+            self._prefill_lengths(best),
         )
 
     def parts(self, batch: Batch) -> int | None:
@@ -128,6 +131,24 @@ class Shrinker:
                 if token != other or (self._failure.is_latent and not equal_bits(logits, others)):
                     return position
         return None
+
+    def _prefill_lengths(self, batch: Batch) -> tuple[int, ...]:
+        """The columns of every pass that the sampler makes over the whole batch."""
+        shapes: list[tuple[int, int]] = []
+
+        def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            shapes.append(tuple(kwargs["input_ids"].shape))
+
+        exact = self._sampler.open_batch(list(map(list, batch.rows)), batch.n_tokens)
+        hook = self._sampler.model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            with torch.inference_mode(), self._kernels():
+                exact.prefill(batch.cache_state)
+        finally:
+            hook.remove()
+        if batch.cache_state == "prefix":  # The passes before the last computed prefixes alone.
+            shapes = shapes[-1:]
+        return tuple(n_columns for _, n_columns in shapes)
 
     def _descend(self, best: Batch, simplify: Callable[[Batch], Iterator[Batch]]) -> Batch:
         """Take the first simpler batch that still fails, again and again."""

@@ -13,13 +13,16 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ndcheck.errors import BackendError
 
 Pair = tuple[int, int]
+Leaves = TypeVar("Leaves", NDArray[np.float32], NDArray[np.float64], Tensor)
 MeasureSizes = Callable[[Sequence[Pair]], Sequence[int]]
 """[(i, j), ...] -> number of leaves below the lowest common ancestor of each i and j."""
 
@@ -93,14 +96,14 @@ class SumTree:
                 return self.sizes[self.n_leaves + k]
         raise ValueError(f"leaves {i} and {j} do not meet")
 
-    def evaluate(self, leaves: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The sums of fp32 ``leaves`` [n_leaves, ...] in this order, each addition rounded to fp32.
+    def evaluate(self, leaves: Leaves) -> Leaves:
+        """The sums of ``leaves`` [n_leaves, ...] in this order, each rounded to their dtype.
 
         Raises ValueError for fused additions, whose rounding only their hardware knows.
         """
         if self.largest_fan_in > 2:
             raise ValueError(f"fused additions of {self.largest_fan_in} terms")
-        values: list[NDArray[np.float32]] = list(leaves.astype(np.float32))
+        values: list[Any] = list(leaves)
         for a, b in self.nodes:
             values.append(values[a] + values[b])
         return values[-1]

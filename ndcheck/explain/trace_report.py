@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from ndcheck.explain.advice import advise, spans
+from ndcheck.explain.findings import LoadTrace, OpGroup, group_findings
 from ndcheck.explain.kernel_names import kernel_names
 from ndcheck.explain.recording import Status
 from ndcheck.explain.swapping import Swaps
-from ndcheck.explain.tracing import LoadTrace, OpGroup, group_findings
 from ndcheck.reports.untrusted import visible
 
 SCHEMA_VERSION = 2  # 2: status "in a module", and who reaches the logits
@@ -54,7 +54,9 @@ class Explanation:
         is_random = any(trace.is_random for trace in self.traces)
         if self.recorded and self.recorded not in {t.logits_digest for t in self.traces}:
             if is_random:
-                return "the logits are not those recorded in the run: they differ at every repetition"
+                return (
+                    "the logits are not those recorded in the run: they differ at every repetition"
+                )
             return (
                 "the logits are not those recorded in the run: the machine, the number of threads "
                 "or the software are others"

@@ -176,6 +176,9 @@ def read_products(sizes: Sizes, device: torch.device, out: Path, started: float)
             except NdcheckError as error:
                 rows.append([n_columns, n_terms, m, "", "", "", "", str(error)])
                 continue
+            if point.problem is not None:
+                rows.append([n_columns, n_terms, m, "", "", "", "", point.problem])
+                continue
             tree = point.orders[0].tree
             digests = " ".join(order.tree.digest for order in point.orders)
             form = phrase(fold(tree))[:PHRASE_LENGTH]

@@ -110,10 +110,19 @@ def test_bad_input_is_one_line(here, sums, arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def test_what_is_no_sum_is_a_failure_not_an_order(here, sums):
-    done = here("order", "--fn", "sums.py:no_sum", "--terms", "8", "-q")
-    assert done.returncode == 4
-    assert "not a plain sum" in done.stderr
+def test_what_is_no_sum_is_inconclusive_and_not_an_order(here, sums, tmp_path):
+    done = here("order", "--fn", "sums.py:no_sum", "--terms", "8", "-q", "--svg", "o.svg")
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.startswith("INCONCLUSIVE")
+    assert "not a plain sum" in done.stdout
+    assert "<path" not in (tmp_path / "o.svg").read_text()
+
+
+def test_a_function_that_raises_is_one_line(here, sums):
+    done = here("order", "--fn", "sums.py:add", "--terms", "8", "-q")
+    assert done.returncode == 2
+    assert "TypeError" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_trace_of_the_embedded_model_agrees_with_order(here):

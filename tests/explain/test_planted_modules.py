@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ndcheck.explain.advice import advise
+from ndcheck.explain.findings import group_findings
 from ndcheck.explain.swapping import find_swaps
 from ndcheck.explain.trace_report import Explanation, trace_document, trace_lines
-from ndcheck.explain.tracing import Tracer, group_findings
+from ndcheck.explain.tracing import Tracer
 from ndcheck.records import Decoding, Load, Probe
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.transformers import TransformersSampler

@@ -84,22 +84,23 @@ def test_a_failure_that_does_not_come_again_is_an_error(sampler):
         Shrinker(sampler, failure(Load(1), 0, Decoding(3, 0.7)))
 
 
-def test_the_script_is_short_and_its_tokens_are_the_samplers(tmp_path: Path):
+@pytest.mark.parametrize("state", ["whole", "chunked", "prefix"])
+def test_the_script_is_short_and_its_tokens_are_the_samplers(tmp_path: Path, state):
     """On a batch that does not fail: it must say so, and give the tokens that the sampler gives."""
     sampler = TransformersSampler(DEFAULTS)
     encode = sampler._prompts.encode
     rows = (tuple(encode("class Queue:")), tuple(encode("import os\n")))
-    batch = Batch(rows, 0, "chunked", 5)
-    shrunk = Shrunk(batch, batch, 3, 1, 2, False, 1)
+    batch = Batch(rows, 0, state, 5)
+    tracer = Shrinker(sampler, failure(Load(1), 0))
+    shrunk = Shrunk(batch, batch, 3, 1, 2, False, 1, tracer._prefill_lengths(batch))
     text = write_script(shrunk, sampler.describe(), str(MODEL_DIRECTORY), remote=False)
-    assert len(text.splitlines()) < 40
+    assert len(text.splitlines()) < (57 if state == "prefix" else 40)
     assert "ndcheck" not in "".join(
         ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)
     )
     path = tmp_path / "repro.py"
     path.write_text(text)
     shown = run_script(path, shrunk)
-    tracer = Shrinker(sampler, failure(Load(1), 0))
     alone, batched = (
         [token for token, _ in tracer._completion(batch, alone=alone)] for alone in (True, False)
     )
@@ -107,9 +108,6 @@ def test_the_script_is_short_and_its_tokens_are_the_samplers(tmp_path: Path):
     assert f"batched {batched}" in shown.output
     # Token 4 was claimed to differ; the script is believed, not the claim.
     assert shown.shows_it == (alone[:4] != batched[:4] and alone[:3] == batched[:3])
-    prefix = replace(shrunk, batch=replace(batch, cache_state="prefix"))
-    with pytest.raises(UsageError, match="prefix"):
-        write_script(prefix, sampler.describe(), "m", remote=False)
 
 
 def test_a_script_makes_random_weights_itself(tmp_path: Path, tiny_models):
@@ -117,7 +115,7 @@ def test_a_script_makes_random_weights_itself(tmp_path: Path, tiny_models):
     spec = replace(DEFAULTS, model=source, random_weights=7, dtype="fp32")
     sampler = TransformersSampler(spec)
     batch = Batch(((5, 6, 7), (8, 9)), 0, "whole", 3)
-    shrunk = Shrunk(batch, batch, 0, 1, 2, False, 1)
+    shrunk = Shrunk(batch, batch, 0, 1, 2, False, 1, (3,))
     text = write_script(shrunk, sampler.describe(), source, remote=False, random_weights=7)
     assert len(text.splitlines()) < 40
     path = tmp_path / "repro.py"

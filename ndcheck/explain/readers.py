@@ -1,0 +1,241 @@
+"""How an op's additions are read from outside: masked sums, and checks that they are sums."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ndcheck.explain.reductions import ColumnSums, RowSums, Shape
+from ndcheck.explain.sumtree import NotASumError, Pair
+
+# A unit, and a mask that swallows any sum of units in the widest accumulator the dtype meets.
+UNITS = {
+    torch.float32: (1.0, 2.0**127),
+    torch.bfloat16: (1.0, 2.0**127),
+    torch.float16: (2.0**-24, 2.0**15),
+}
+# Counts of units that the dtype holds exactly: more terms are read a part at a time.
+LARGEST_COUNT = {torch.float32: 2**24, torch.bfloat16: 2**8, torch.float16: 2**11}
+N_WATCHED_ROWS = 16
+N_WATCHED_COLUMNS = 3
+N_SUBSETS = 16
+MOST_TERMS_BY_ROW = 512
+"""More are read by columns, where an op allows that."""
+
+
+class Reader(ABC):
+    """Probes one op at one number of rows; every row gets the same terms.
+
+    ``elements`` are the output elements [row, column] that are watched.
+    """
+
+    def __init__(self, n_rows: int, shape: Shape, *, is_mean: bool, can_fuse: bool) -> None:
+        self.n_rows = n_rows
+        self.n_terms = shape.terms
+        self.is_mean = is_mean
+        # No hardware adds several fp32 numbers in one step.
+        self.can_fuse = can_fuse and shape.dtype != torch.float32
+        self.n_calls = 0
+        self.dissenters: set[int] = set()
+        self.elements: list[tuple[int, int]] = []
+        self._shape = shape
+        self._unit, self._mask = UNITS[shape.dtype]
+        # The quotient of a mean is rounded again: half the count leaves room for that.
+        self._part = LARGEST_COUNT[shape.dtype] // (2 if is_mean else 1)
+        self._first: tuple[list[Pair], NDArray[np.int64]] | None = None
+
+    def sizes(self, watched: int, pairs: Sequence[Pair]) -> list[int]:
+        """Subtree sizes at the watched element; elements that read otherwise are noted."""
+        readings = self._read(pairs)
+        differ = (readings != readings[:, watched : watched + 1]).any(axis=0)
+        self.dissenters |= set(np.flatnonzero(differ).tolist())
+        if self._first is None:
+            self._first = list(pairs), readings
+        return [int(size) for size in readings[:, watched]]
+
+    def repeats(self) -> bool:
+        """Whether the first readings come out the same again."""
+        return self._first is None or bool((self._read(self._first[0]) == self._first[1]).all())
+
+    def random_sums(self, seed: int) -> tuple[NDArray[np.float32], Tensor]:
+        """Random terms [n], exact in fp32, and the op's results for them [elements]."""
+        generator = torch.Generator().manual_seed(seed)
+        half = torch.randn(self.n_terms // 2, generator=generator)
+        half *= torch.exp2(torch.randint(-6, 7, half.shape, generator=generator))
+        if self._shape.dtype != torch.float16:  # An order may follow the values' magnitudes.
+            half *= 2.0 ** (0, 30, -30, 0)[seed % 4]
+        # Terms that cancel: what is left of their sum is the rounding noise of its order.
+        terms = torch.cat([half, -half, half[: self.n_terms % 2]]).to(self._shape.dtype)
+        terms = terms[torch.randperm(self.n_terms, generator=generator)]
+        return terms.float().numpy(), self._sums(terms.to(self._shape.device)).cpu()
+
+    def check_sums(self) -> None:
+        """Raise NotASumError unless every term counts once, at every magnitude."""
+        n, unit = self.n_terms, self._unit
+        factor = (n if self.is_mean else 1) / unit
+        generator = torch.Generator().manual_seed(n)
+        for chosen in self._subsets(generator):
+            terms = torch.zeros(n, dtype=self._shape.dtype, device=self._shape.device)
+            terms[chosen] = unit
+            counts = (self._sums(terms).double() * factor).round()
+            if not (counts == len(chosen)).all():
+                count = float(counts[counts != len(chosen)][0])
+                raise NotASumError(
+                    f"not a plain sum of its terms: it makes {count:g} of {len(chosen)} ones"
+                    + " (return the sum of a row, not its mean)" * (count * n == len(chosen))
+                )
+        if self.is_mean:
+            return
+        lowest, highest = (-14, 15) if self._shape.dtype == torch.float16 else (-100, 127)
+        for exponent in range(lowest, highest + 1, 4 if lowest > -20 else 12):
+            terms = torch.zeros(n, dtype=self._shape.dtype, device=self._shape.device)
+            value = 2.0**exponent * (1 - 2 * (exponent & 4 > 0))
+            terms[int(torch.randint(n, (1,), generator=generator))] = value
+            sums = self._sums(terms)
+            if not (sums == value).all():
+                other = float(sums[sums != value][0])
+                raise NotASumError(
+                    f"not a plain sum of its terms: it makes {other:g} of {value:g} and zeros"
+                )
+
+    def _subsets(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """Every term in one, then random ones: as many terms as the dtype can count."""
+        yield from torch.arange(self.n_terms).split(self._part)
+        for _ in range(N_SUBSETS):
+            yield torch.randperm(self.n_terms, generator=generator)[
+                : min(self.n_terms // 2 + 1, self._part)
+            ]
+
+    def _read(self, pairs: Sequence[Pair]) -> NDArray[np.int64]:
+        """Subtree sizes [pairs, elements]."""
+        factor = (self.n_terms if self.is_mean else 1) / self._unit
+        total: Tensor | float = 0.0
+        for start in range(0, self.n_terms, self._part):
+            units = slice(start, start + self._part)
+            total = total + (self._masked_sums(pairs, units).double() * factor).round()
+        readings = torch.as_tensor(total).cpu().numpy()
+        unlikely = readings[~((readings >= 0) & (readings <= self.n_terms - 2))]
+        if unlikely.size:
+            raise NotASumError(
+                f"not a plain sum of its terms: a reading counts {unlikely[0]:g} of {self.n_terms}"
+            )
+        return self.n_terms - readings.astype(np.int64)
+
+    @abstractmethod
+    def _sums(self, terms: Tensor) -> Tensor:
+        """The sums [elements] of the same terms [n] in every row and column."""
+
+    @abstractmethod
+    def _masked_sums(self, pairs: Sequence[Pair], units: slice) -> Tensor:
+        """The sums [pairs, elements] of ones at ``units``, but +M and -M at each pair."""
+
+
+class RowReader(Reader):
+    """One call for each pair: all columns of a row get the same terms."""
+
+    def __init__(
+        self,
+        row_sums: RowSums,
+        n_rows: int,
+        shape: Shape,
+        *,
+        is_mean: bool,
+        can_fuse: bool = True,
+    ) -> None:
+        super().__init__(n_rows, shape, is_mean=is_mean, can_fuse=can_fuse)
+        self._row_sums = row_sums
+        self._x = torch.empty(n_rows, shape.terms, dtype=shape.dtype, device=shape.device)
+        n_columns = self._count_columns()
+        self.elements = [
+            (row, column)
+            for row in _spread(n_rows, N_WATCHED_ROWS)
+            for column in _spread(n_columns, N_WATCHED_COLUMNS)
+        ]
+        index = torch.tensor(self.elements, device=shape.device)
+        self._index = index[:, 0] * n_columns + index[:, 1]
+
+    def _sums(self, terms: Tensor) -> Tensor:
+        self._x[:] = terms
+        return self._call()
+
+    def _masked_sums(self, pairs: Sequence[Pair], units: slice) -> Tensor:
+        sums = []
+        for i, j in pairs:
+            self._x.zero_()
+            self._x[:, units] = self._unit
+            self._x[:, i] = self._mask
+            self._x[:, j] = -self._mask
+            sums.append(self._call())
+        return torch.stack(sums)
+
+    def _call(self) -> Tensor:
+        self.n_calls += 1
+        return self._row_sums(self._x).reshape(-1)[self._index]
+
+    def _count_columns(self) -> int:
+        self._x.fill_(self._unit)
+        out = self._row_sums(self._x)
+        shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        if not isinstance(out, Tensor) or out.shape[:1] != (self.n_rows,) or not out.numel():
+            raise NotASumError(
+                f"of {self.n_rows} rows it made an output of shape {shape}: it must return a "
+                "tensor with one or more sums for each row"
+            )
+        return out.reshape(self.n_rows, -1).shape[1]
+
+
+class ColumnReader(Reader):
+    """A product's columns hold a pair each, so that one call reads as many pairs as it has.
+
+    Takes for granted that all columns are summed alike; every reading is taken a second time in
+    columns half the width away, and NotASumError raised where that makes a difference.
+    """
+
+    def __init__(self, product: ColumnSums, n_rows: int, shape: Shape) -> None:
+        super().__init__(n_rows, shape, is_mean=False, can_fuse=True)
+        self._product = product
+        rows = _spread(n_rows, N_WATCHED_ROWS)
+        self.elements = [(row, 0) for row in rows]
+        self._rows = torch.tensor(rows, device=shape.device)
+        self._terms = torch.empty(
+            shape.terms, shape.columns, dtype=shape.dtype, device=shape.device
+        )
+
+    def _sums(self, terms: Tensor) -> Tensor:
+        self._terms[:] = terms[:, None]
+        return self._call()[:, 0]
+
+    def _masked_sums(self, pairs: Sequence[Pair], units: slice) -> Tensor:
+        width = self._shape.columns
+        sums = []
+        for start in range(0, len(pairs), width):
+            chunk = torch.tensor(pairs[start : start + width], device=self._shape.device)
+            both = []
+            for shift in (0, width // 2):
+                columns = (torch.arange(len(chunk), device=chunk.device) + shift) % width
+                self._terms.zero_()
+                self._terms[units] = self._unit
+                self._terms[chunk[:, 0], columns] = self._mask
+                self._terms[chunk[:, 1], columns] = -self._mask
+                both.append(self._call()[:, columns].T)
+            if not torch.equal(*both):
+                raise NotASumError(
+                    "columns of this product are summed in orders of their own: read them one by "
+                    f"one, with up to {MOST_TERMS_BY_ROW} --terms"
+                )
+            sums.append(both[0])
+        return torch.cat(sums)
+
+    def _call(self) -> Tensor:
+        self.n_calls += 1
+        return self._product(self.n_rows, self._terms)[self._rows]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Up to ``most`` indices below ``count``, first and last among them."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
