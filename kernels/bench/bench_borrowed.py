@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -36,16 +36,20 @@ MORE = {
     "lm_head small": (49152, 576),
 }
 ALL = SHAPES | MORE
-# Heuristics change their mind anywhere: beside the powers, their neighbours and what lies between.
-BETWEEN = (3, 15, 17, 24, 31, 33, 48, 65, 96, 127, 129, 192, 257, 384, 513, 768, 1025, 2049)
-ROWS = tuple(sorted({*BATCHES, *BETWEEN}))
+# Heuristics change their mind anywhere: beside the powers, their neighbours.
+ROWS = tuple(sorted({*BATCHES, 3, 17, 33, 65, 96, 129, 192, 257, 384, 513, 1025}))
+# Where most is to be gained comes first, should time run out.
+TIMED_ROWS = (256, 128, 512, 64, 1024, 4096, 2048, 32, 8192, 16, 1, 8, 4, 2)
+WITH_RESIDUAL = ("o 8B", "down 8B", "down 7B", "o 70B TP8")
 MOST_OUTPUTS = 2**29
-FP16_ROWS = (1, 16, 64, 128, 257, 1024)
+FP16_ROWS = (1, 64, 257, 1024)
 
 
 def cells(rows: tuple[int, ...]) -> Iterator[tuple[str, int, int, int]]:
-    for name, (n, k) in ALL.items():
-        yield from ((name, n, k, m) for m in rows if m * n <= MOST_OUTPUTS)
+    for m in rows:
+        for name, (n, k) in ALL.items():
+            if m * n <= MOST_OUTPUTS:
+                yield name, n, k, m
 
 
 def ours(n: int, k: int, m: int) -> borrowed.Ours:
@@ -104,7 +108,7 @@ def prove(out: Path, deadline: float) -> None:
 
 
 def without_split_k(x: torch.Tensor, w: torch.Tensor) -> bool | None:
-    """Whether torch.mm with its own flags has the bits of cublaslt.product; None: it has none."""
+    """Whether torch.mm with its own flags has the bits of ours by cuBLASLt; None: no such flags."""
     was = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     library = torch.backends.cuda.preferred_blas_library()
     try:
@@ -121,41 +125,35 @@ def without_split_k(x: torch.Tensor, w: torch.Tensor) -> bool | None:
 
 def measure(out: Path, deadline: float) -> None:
     table = Table(out / "borrowed.csv")
-    for name, n, k, m in cells(BATCHES):
+    forms = [("plain", cell) for cell in cells(TIMED_ROWS)]
+    forms += [("addend", cell) for cell in cells(TIMED_ROWS) if cell[0] in WITH_RESIDUAL]
+    for form, (name, n, k, m) in forms:
         if time.monotonic() > deadline:
             print("out of time while timing")
             return
         groups = k_groups(n, k, 2, 90)
         count = copies(2 * (n * k + m * k + 2 * m * n))
-        xs, ws, cs = (
-            [torch.randn(*s, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
-            for s in ((m, k), (n, k), (m, n))
+        x, w, c = (
+            torch.randn(*s, device="cuda", dtype=torch.bfloat16) for s in ((m, k), (n, k), (m, n))
         )
-        ys = [torch.empty_like(c) for c in cs]
+        rotated = [tuple(t.clone() for t in (x, w, c)) for _ in range(count)]
         compute = ours(n, k, m)
-        flags = without_split_k(xs[0], ws[0]) if groups == 1 else None
-        forms: dict[str, dict[str, Callable[..., object]]] = {
-            "plain": {
-                "ours": lambda x, w, c, y, f=compute: f(x, w, None),
-                "cublas": lambda x, w, c, y, g=groups: borrowed.product(x, w, y, None, g),
-                "stock": lambda x, w, c, y: torch.mm(x, w.t()),
-            }
+
+        def borrow(
+            x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None, groups: int = groups
+        ) -> torch.Tensor:
+            return borrowed.product(x, w, x.new_empty(len(x), len(w)), c, groups)
+
+        def stock(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+            return x @ w.t() if c is None else torch.addmm(c, x, w.t())
+
+        launches: dict[str, Launches] = {
+            source: [partial(f, x, w, c if form == "addend" else None) for x, w, c in rotated]
+            for source, f in (("ours_us", compute), ("cublas_us", borrow), ("stock_us", stock))
         }
-        if groups == 1:
-            forms["addend"] = {
-                "ours": lambda x, w, c, y, f=compute: f(x, w, c),
-                "cublas": lambda x, w, c, y: borrowed.product(x, w, y, c, 1),
-                "stock": lambda x, w, c, y: torch.addmm(c, x, w.t()),
-            }
-        for form, sources in forms.items():
-            launches: dict[str, Launches] = {
-                source: [partial(f, *o) for o in zip(xs, ws, cs, ys, strict=True)]
-                for source, f in sources.items()
-            }
-            us = {f"{source}_us": value for source, value in medians_us(launches).items()}
-            same = "" if flags is None else flags
-            table.add(name=name, n=n, k=k, m=m, form=form, **us, flags_same=same)
-        del xs, ws, cs, ys
+        flags = without_split_k(x, w) if groups == 1 and form == "plain" else ""
+        table.add(name=name, n=n, k=k, m=m, form=form, **medians_us(launches), flags_same=flags)
+        del rotated, launches
 
 
 def main(out: Path, seconds: float = 440) -> None:

@@ -120,9 +120,17 @@ def environment(device: torch.device) -> dict[str, str]:
         "cublaslt": str(cublaslt.version()),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "ndcheck": metadata.version("ndcheck"),
+        "ndcheck": _version(),
         "kernels": hashlib.sha256(sources).hexdigest()[:16],
     }
+
+
+def _version() -> str:
+    """Of the package that these kernels came in; the digest of their sources says more."""
+    try:
+        return metadata.version("ndcheck")
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _driver() -> str:
@@ -249,6 +257,8 @@ _warned: set[str] = set()
 
 def summary(device: torch.device) -> str:
     """What is known of a device, in one line."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     try:
         known = proofs(device)
     except cublaslt.UnavailableError as error:

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from ndcheck_kernels import device
 
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Dynamic shared memory a block may use, by compute capability."""
 
 

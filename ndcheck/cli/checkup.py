@@ -18,12 +18,14 @@ def check_up(*, as_json: bool) -> int:
     """Print the environment and run the self-test. Returns the exit code."""
     here = environment.capture(model={})
     advice = environment.advice(here.numeric_flags, has_gpu=here.hardware["gpu"] is not None)
+    borrowed = _borrowed_products() if here.hardware["gpu"] is not None else None
     results = list(run_cases())
     code = FAILED if any(failure for _, failure in results) else 0
     if as_json:
         document = {
             **dataclasses.asdict(here),
             "advice": advice,
+            "borrowed_products": borrowed,
             "selftest": [
                 {"behaviour": case.behaviour, "claim": case.claim, "failure": failure}
                 for case, failure in results
@@ -40,6 +42,8 @@ def check_up(*, as_json: bool) -> int:
         for name, value in fields.items():
             if value is not None:
                 typer.echo(f"  {name:<42}{visible(str(value))}")
+    if borrowed is not None:
+        typer.echo(f"Borrowed products\n  {visible(borrowed)}")
     for line in advice:
         typer.echo(f"\nNote: {line}")
     typer.echo("\nSelf-test: planted faults through plan, sampler, store, analysis and verdict")
@@ -48,3 +52,12 @@ def check_up(*, as_json: bool) -> int:
         if failure:
             typer.echo(f"          {failure}")
     return code
+
+
+def _borrowed_products() -> str:
+    """Which products of the invariant arm cuBLASLt may compute here."""
+    import torch
+
+    from ndcheck_kernels.borrowed import summary
+
+    return summary(torch.device("cuda", torch.cuda.current_device()))

@@ -161,7 +161,12 @@ def _console() -> Console:
 def _setting(device: torch.device) -> str:
     here = environment.capture(model={})
     name = here.hardware["gpu"] if device.type == "cuda" else here.hardware["cpu"]
-    return f"{device}, {name}, torch {here.software['torch']}"
+    setting = f"{device}, {name}, torch {here.software['torch']}"
+    if device.type == "cuda":
+        from ndcheck_kernels.borrowed import summary
+
+        setting += f"\nborrowed products: {summary(device)}"
+    return setting
 
 
 def _print_json(document: dict[str, object]) -> None:
