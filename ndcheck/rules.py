@@ -309,6 +309,9 @@ def _judge_unique(probe: ProbeSummary, limit: int) -> Verdict:
 
 
 def _seen(found: ProbeSummary | AxisFinding) -> str:
+    if isinstance(found, AxisFinding):
+        n, diverged, _ = found.shown
+        return f"{diverged} of {n} {found.draw}s diverged"
     return f"{found.diverged_draws} of {found.n_draws} {found.draw}s diverged"
 
 

@@ -151,8 +151,9 @@ def run_trials(
 ) -> Run:
     """Execute the trials that ``finished`` does not hold yet, and close the run's record.
 
-    In process, loads that diverged once are run again after all others, which tells what a load
-    does every time from chance. A trial that fails alone is kept as samples with its error.
+    Loads that diverged once are run again after all others, which tells what a load does every time
+    from chance; not where that would take an engine's other arm. A trial that fails alone is kept
+    as samples with its error.
     KeyboardInterrupt and BackendError end the run, keep what is finished, and are raised again.
     """
     run = directory.run
@@ -220,7 +221,7 @@ def run_trials(
         stop_reason = None
         if not execute(trials):
             stop_reason = "stopped at the first divergence, as asked"
-        elif not run.spec.repeats_are_draws:
+        elif sampler.interleaves_arms:
             again = plan_confirmations(trials, rows_of)
             progress.n_trials += len(again)
             if again:

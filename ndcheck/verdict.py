@@ -148,16 +148,15 @@ def judge_axis(axis: Axis, finding: AxisFinding | None, spec: RunSpec) -> Verdic
     """
     if finding is None or finding.n_trials == 0:
         return Verdict("INCONCLUSIVE", (f"{axis}: no trial compared it",))
-    n, noun = finding.n_draws, f"{finding.draw}s"
+    (n, k, n_latent), noun = finding.shown, f"{finding.draw}s"
     outcome: Outcome = "FAIL" if finding.told_apart is not False else "INCONCLUSIVE"
     note = "" if outcome == "FAIL" else f"; {NOT_TOLD_APART}"
     if finding.draw == "load" and finding.told_apart and finding.n_confirmed:
         note = f"; {finding.n_confirmed} of them repeated, alike each time"
     if finding.diverged_trials:
-        k = finding.diverged_draws
         return Verdict(outcome, (f"{axis}: tokens diverged in {k} of {n} {noun}{note}",))
     if finding.latent_trials and not spec.allow_latent:
-        latent = f"{finding.latent_draws} of {n} {noun}"
+        latent = f"{n_latent} of {n} {noun}"
         return Verdict(outcome, (f"{axis}: tokens equal, but bits differed in {latent}{note}",))
     return Verdict("PASS", (f"{axis}: 0 of {n} {noun} diverged",))
 

@@ -115,7 +115,8 @@ def _summarise_probe(
         n_draws, n_diverged, n_latent = trials.count_draws(draw, other_loads, diverged, latent)
     else:
         draw = "trial"
-        n_draws, n_diverged, n_latent = len(tried), len(diverged), len(latent)
+        is_draw = ~trials.is_confirmation
+        n_draws, n_diverged, n_latent = (int(is_draw[x].sum()) for x in (tried, diverged, latent))
     if group.reference is None:
         n_draws = 0
     low, high = clopper_pearson(n_diverged, n_draws, spec.confidence)

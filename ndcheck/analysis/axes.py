@@ -59,12 +59,16 @@ def _tell_apart(finding: AxisFinding, repeats: AxisFinding, confidence: float) -
     """
     if not finding.diverged_trials and not finding.latent_trials:
         return finding
-    if repeats.diverged_trials or (repeats.latent_trials and not finding.diverged_trials):
-        return replace(finding, told_apart=False)
-    # Bits count as well where repeats agree in them.
-    n_differing = finding.diverged_trials + finding.latent_trials * _agrees(repeats)
-    p = fisher_exact(n_differing, finding.n_trials, 0, repeats.n_trials)
-    return replace(finding, told_apart=finding.n_confirmed > 0 or p < 1 - confidence)
+    told_apart = False
+    if not repeats.diverged_trials and (finding.diverged_trials or not repeats.latent_trials):
+        # Bits count as well where repeats agree in them.
+        n_differing = finding.diverged_trials + finding.latent_trials * _agrees(repeats)
+        p = fisher_exact(n_differing, finding.n_trials, 0, repeats.n_trials)
+        told_apart = finding.n_confirmed > 0 or p < 1 - confidence
+    if told_apart:
+        return replace(finding, told_apart=True)
+    # What may be chance has no rate along the axis.
+    return replace(finding, told_apart=False, rate=None, rate_ci_low=None, rate_ci_high=None)
 
 
 def _judge_axes(
@@ -140,7 +144,13 @@ def _judge(
     tried = np.unique(of_pair)
     diverged = np.unique(of_pair[diverges])
     latent = np.setdiff1d(of_pair[differs & ~diverges], diverged)
-    n, k, n_latent = trials.count_draws(draw, tried, diverged, latent)
+    drawn = tried
+    if axis == "run-to-run":
+        # Loads that ran again because they had diverged would make the rate too high.
+        drawn = np.flatnonzero(trials.is_planned_repeat)
+    n, k, n_latent = trials.count_draws(
+        draw, drawn, np.intersect1d(diverged, drawn), np.intersect1d(latent, drawn)
+    )
     low, high = clopper_pearson(k, n, confidence)
     n_unique = max(1, len(completions))
     parted = np.unique(

@@ -169,19 +169,26 @@ class Group:
     def commonest_alone(self, rows: NDArray[np.void]) -> Sample | None:
         """The first sample with the commonest completion, and bits, of the probe alone.
 
-        Between equally frequent ones all of the group's ``rows`` decide, then the order of trials.
+        Where chance may have decided which one that is (see `is_settled`), it is the one of them
+        that all of the group's ``rows`` gave most often, then the earliest.
         """
+        if not self._alone:
+            return None
         own = rows["completion"][rows["group"] == self.number]
         in_all = np.bincount(own[own >= 0], minlength=len(self.interner))
-        tokens: Counter[int] = Counter()
+        alone: Counter[int] = Counter()
         for (number, *_), n in self._alone.items():
-            tokens[number] += n
+            alone[number] += n
+        most, next_most = ([*sorted(alone.values(), reverse=True), 0])[:2]
+        settled = is_settled(most, next_most, alone.total())
 
         def rank(key: tuple[int, int, int]) -> tuple[int, ...]:
             number, trial_id = key[0], self._alone_samples[key].trial_id
-            return tokens[number], int(in_all[number]), self._alone[key], -trial_id
+            by_all = int(in_all[number])
+            by_tokens = (alone[number], by_all) if settled else (by_all, alone[number])
+            return *by_tokens, self._alone[key], -trial_id
 
-        return self._alone_samples[max(self._alone, key=rank)] if self._alone else None
+        return self._alone_samples[max(self._alone, key=rank)]
 
     def _intern(self, sample: Sample, stream: Stream) -> int:
         number = self.interner.add(sample, stream)
@@ -254,6 +261,14 @@ class Group:
         )
         _, all_show = self._controls.get(sample.trial_id, (None, True))
         self._controls[sample.trial_id] = sample.baseline, all_show and shows
+
+
+def is_settled(most: Any, next_most: Any, total: Any) -> Any:
+    """Is the commonest of several completions, by its counts, more than chance?
+
+    A sign test at two standard deviations of the most frequent one against the next; arrays too.
+    """
+    return (next_most == 0) | ((most - next_most) ** 2 >= 4 * total)
 
 
 def is_alone(sample: Sample) -> bool:

@@ -54,11 +54,13 @@ class AxisFinding:
     """One invariance property: trials compared with the baseline that differs along it only.
 
     Along ``run-to-run`` the trials are those of loads that ran more than once, each compared with
-    the commonest completion of its load. ``rate`` and ``rate_ci_*`` are over the draws, which
+    the commonest completion of its load; loads that were only repeated because they had diverged
+    are no draws. ``rate`` and ``rate_ci_*`` are over the draws, which
     ``draw`` names: two-sided Clopper-Pearson at ``confidence``, for each axis by itself.
     ``first_divergence_min`` and ``batch_sizes_diverged`` are over the trials whose tokens diverged.
     ``n_confirmed`` counts the distinct loads that diverged and ran more than once. ``told_apart``
-    is False where what diverged may be run-to-run, None where nothing diverged.
+    is False where what diverged may be run-to-run, which leaves no rate of the axis, and None where
+    nothing diverged.
     """
 
     axis: Axis
@@ -76,6 +78,13 @@ class AxisFinding:
     latent_draws: int
     n_confirmed: int
     told_apart: bool | None
+
+    @property
+    def shown(self) -> tuple[int, int, int]:
+        """How many are reported, and of them diverged, or did in bits only: none is left out."""
+        if self.axis == "run-to-run":
+            return self.n_trials, self.diverged_trials, self.latent_trials
+        return self.n_draws, self.diverged_draws, self.latent_draws
 
 
 @dataclass(frozen=True, slots=True)

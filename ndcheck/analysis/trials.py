@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndcheck.analysis.divergence import Reference
-from ndcheck.analysis.outcomes import AXIS_CODES
+from ndcheck.analysis.outcomes import AXIS_CODES, is_settled
 from ndcheck.analysis.summary import Draw
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import Axis
 
 NO_DIVERGENCE = np.iinfo(np.int32).max
 NO_TRIAL = -1
+VARIED_AXES: tuple[Axis, ...] = ("slot", "neighbours", "cache")
+"""Those whose trials are no baselines, so that only `plan_confirmations` repeats them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +54,25 @@ class Trials:
     @property
     def is_repeated(self) -> NDArray[np.bool_]:
         """Did the trial's load run more than once?"""
-        _, of_trial, n_trials = np.unique(
-            self.column("load"), return_inverse=True, return_counts=True
-        )
-        is_repeated: NDArray[np.bool_] = n_trials[of_trial] > 1
-        return is_repeated
+        return _sizes(_number(self.column("load"))) > 1
+
+    @property
+    def is_confirmation(self) -> NDArray[np.bool_]:
+        """Was it run only because its load had diverged? Such a trial is no draw of any rate."""
+        axis, baseline = self.column("axis"), self.column("baseline")
+        place = np.searchsorted(self.ids, baseline).clip(max=max(0, len(self) - 1))
+        is_known = np.isin(baseline, self.ids)
+        of_varied = np.isin(axis[place], [axis_code(a) for a in VARIED_AXES]) & is_known
+        is_confirmation: NDArray[np.bool_] = of_varied & (axis == axis_code("run-to-run"))
+        return is_confirmation
+
+    @property
+    def is_planned_repeat(self) -> NDArray[np.bool_]:
+        """Did its load run more than once by plan, whatever came of it?"""
+        planned = np.flatnonzero(~self.is_confirmation)
+        found = np.zeros(len(self), np.bool_)
+        found[planned] = _sizes(_number(self.column("load")[planned])) > 1
+        return found
 
     def count_draws(
         self,
@@ -131,14 +147,26 @@ def count_bit_patterns(rows: NDArray[np.void], n_unique: int) -> int:
 def _find_commonest(rows: NDArray[np.void], completions: Completions) -> NDArray[np.int64]:
     """For each row the first one with the commonest completion, and bits, of its load and slot.
 
-    Between equally frequent completions the one that all rows gave more often is taken, so that one
-    odd execution of two does not decide, then the earlier one.
+    Where chance may have decided which one that is (see `is_settled`), it is the one of them that
+    all rows gave most often, so that one odd execution of two does not decide; then the earliest.
     """
     place = _number(rows["load"], rows["slot"])
-    in_place = _sizes(_number(place, rows["completion"]))
+    kind = _number(place, rows["completion"])
+    in_place = _sizes(kind)
+    _, one_of_kind = np.unique(kind, return_index=True)
+    by_count = one_of_kind[np.lexsort((-in_place[one_of_kind], place[one_of_kind]))]
+    _, most = np.unique(place[by_count], return_index=True)
+    next_most = np.append(by_count, by_count[:1])[most + 1]
+    is_same_place = (place[next_most] == place[by_count[most]]) & (next_most != by_count[most])
+    settled = is_settled(
+        in_place[by_count[most]],
+        in_place[next_most] * is_same_place,
+        np.bincount(place),
+    )[place]
     in_bits = _sizes(_number(place, rows["completion"], rows["logprobs"], rows["row_digests"]))
     in_all = completions.counts[rows["completion"]]
-    order = np.lexsort((rows["trial"], -in_bits, -in_all, -in_place, place))
+    first_key, second_key = np.where(settled, (in_place, in_all), (in_all, in_place))
+    order = np.lexsort((rows["trial"], -in_bits, -second_key, -first_key, place))
     _, first, of_row = np.unique(place[order], return_index=True, return_inverse=True)
     found = np.empty(len(rows), np.int64)
     found[order] = order[first[of_row]]

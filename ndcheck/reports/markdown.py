@@ -135,9 +135,9 @@ def _properties(probe: ProbeSummary, verdict: ProbeVerdict, unit: str) -> str:
         (
             finding.axis,
             _axis_outcome(finding, verdict),
-            f"{finding.diverged_draws} of {phrases.draws(finding)}",
+            phrases.shown(finding)[0],
             phrases.rate(finding),
-            f"{finding.latent_draws} of {phrases.draws(finding)}",
+            phrases.shown(finding)[1],
             phrases.token(finding.first_divergence_min),
             ", ".join(map(str, finding.batch_sizes_diverged)),
         )

@@ -38,6 +38,13 @@ def draws(finding: ProbeSummary | AxisFinding) -> str:
     return count(finding.n_draws, finding.draw)
 
 
+def shown(finding: AxisFinding) -> tuple[str, str]:
+    """How many diverged, and how many did in bits only: "2 of 13 loads"."""
+    n, diverged, latent = finding.shown
+    of_all = f"of {count(n, finding.draw)}"
+    return f"{diverged} {of_all}", f"{latent} {of_all}"
+
+
 def rate(finding: ProbeSummary | AxisFinding) -> str:
     """What the draws say of the rate of divergence; empty where there was none."""
     if finding.rate_ci_high is None:
@@ -70,8 +77,10 @@ def scope(probes: Sequence[ProbeSummary]) -> str:
     confidence = percent(probes[0].confidence) if probes else ""
     unit = {"load": "distinct loads", "trial": "trials"}
     others = unit[probes[0].draw] if len({probe.draw for probe in probes}) == 1 else "draws"
-    of_repeats = "" if others == "trials" else ", of run-to-run over trials of repeated loads"
-    return f"Each interval at {confidence} %, not jointly; over {others}{of_repeats}"
+    return (
+        f"Each interval at {confidence} %, not jointly; over {others}, for run-to-run over trials "
+        "of loads repeated by plan"
+    )
 
 
 def shortfall(run: Run, summary: Summary) -> str | None:

@@ -175,13 +175,14 @@ def _axes(detailed: Sequence[ProbeSummary], verdicts: Verdicts, unit: str) -> li
             verdict = verdicts[probe.arm, probe.probe_id].axes.get(axis)
             if finding is None or verdict is None:
                 continue
+            n, diverged, latent = finding.shown
             table.add_row(
                 label,
                 *([probe.arm] if with_arm else []),
                 Text(verdict.outcome, style=STYLES[verdict.outcome].removeprefix("bold ")),
-                f"{finding.diverged_draws}/{finding.n_draws}",
+                f"{diverged}/{n}",
                 phrases.rate(finding),
-                str(finding.latent_draws),
+                str(latent),
                 phrases.token(finding.first_divergence_min),
             )
             label = ""

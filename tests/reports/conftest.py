@@ -152,9 +152,15 @@ def probe_summary(
                 latent_trials=latent,
                 rate=k / per_axis,
                 rate_ci_low=0.0283 if k else 0.0,
-                rate_ci_high=0.9949 if k else 1 - 0.05 ** (1 / per_axis),
+                rate_ci_high=0.9949 if k else 1 - 0.025 ** (1 / per_axis),
                 first_divergence_min=first if k else None,
                 batch_sizes_diverged=(4, 8) if k else (),
+                draw="trial" if axis == "run-to-run" else "load",
+                n_draws=per_axis,
+                diverged_draws=k,
+                latent_draws=latent,
+                n_confirmed=0,
+                told_apart=True if k or (latent and axis != "run-to-run") else None,
             )
         )
         loads += [
@@ -191,7 +197,7 @@ def probe_summary(
         latent_trials=latent,
         divergence_rate=diverged / n if measured else None,
         rate_ci_low=(0.00346 if diverged else 0.0) if measured else None,
-        rate_ci_high=(0.0157 if diverged else 1 - 0.05 ** (1 / n)) if measured else None,
+        rate_ci_high=(0.0157 if diverged else 1 - 0.025 ** (1 / n)) if measured else None,
         confidence=0.95,
         unseen_mass=0.0 if measured else None,
         chao1=float(len(completions)) if len(completions) > 1 else None,
@@ -205,6 +211,11 @@ def probe_summary(
         control=ControlFinding(1, 1) if measured else ControlFinding(0, 0),
         tree=tree,
         metrics=Metrics(0.0, None, 102.0 if diverged else None, 0.0123, 1.5e-06, 2.0e-07, 1.2e-04),
+        draw="load",
+        n_draws=n if measured else 0,
+        diverged_draws=diverged,
+        latent_draws=latent,
+        n_unique_bits=len(completions) + latent,
     )
 
 
