@@ -241,7 +241,13 @@ def read_run(path: Path) -> Run:
                 f"{file} has schema version {version:.40g}; this ndcheck reads up to "
                 f"{SCHEMA_VERSION}: upgrade ndcheck"
             )
-        return decode(Run, document)
+        run = decode(Run, document)
+        probe_ids = [probe.probe_id for probe in run.spec.probes]
+        spec = run.spec
+        for name, values in (("probes", probe_ids), ("arms", spec.arms), ("axes", spec.axes)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"spec.{name}: give one or more, each once")
+        return run
     except FileNotFoundError:
         begin = ""
         if (path / SAMPLES_FILE).exists() and all(map(_is_leftover, path.iterdir())):
