@@ -20,6 +20,48 @@ from ndcheck.errors import BackendError, UsageError
 
 WORDS = [f" w{i}" for i in range(40)]
 LOWEST = -3.4028234663852886e38
+GATHER_S = 0.03
+
+
+class Batch:
+    """Gives each request that runs a token a step, once all of them have had the last one.
+
+    So requests that were sent together run together, however busy the machine is.
+    """
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.n_members = self.n_waiting = self.n_steps = 0
+        self.opens_s = 0.0
+        self.is_stepping = False
+
+    def join(self):
+        with self.changed:
+            if not self.n_members:
+                self.opens_s = time.monotonic() + GATHER_S
+            self.n_members += 1
+
+    def leave(self):
+        with self.changed:
+            self.n_members -= 1
+            self.changed.notify_all()
+
+    def step(self, step_s):
+        with self.changed:
+            self.n_waiting += 1
+            before = self.n_steps
+            while self.n_steps == before:
+                if self.n_waiting < self.n_members or self.is_stepping:
+                    self.changed.wait(1)
+                    continue
+                self.is_stepping = True
+                end_s = max(self.opens_s, time.monotonic() + step_s)
+                while (left_s := end_s - time.monotonic()) > 0:
+                    self.changed.wait(left_s)
+                self.is_stepping = False
+                if self.n_waiting >= self.n_members:
+                    self.n_steps, self.n_waiting = self.n_steps + 1, 0
+                self.changed.notify_all()
 
 
 class Server(BaseHTTPRequestHandler):
@@ -30,12 +72,17 @@ class Server(BaseHTTPRequestHandler):
     done = b"data: [DONE]\n\n"
     step_s = 0.004
     gauge = False
-    streams = True
 
+    @classmethod
     def reset(cls):
-        cls.running, cls.lock, cls.numbers, cls.state = 0, threading.Lock(), itertools.count(), {}
+        cls.batch, cls.numbers, cls.state = Batch(), itertools.count(), {}
 
-    reset = classmethod(reset)
+    @property
+    def running(self):
+        return self.batch.n_members
+
+    def pause(self):
+        self.batch.step(self.step_s)
 
     def pages(self):
         pages = {"/v1/models": {"data": [{"id": "m", "object": "model"}]}}
@@ -73,7 +120,7 @@ class Server(BaseHTTPRequestHandler):
         tokens = self.tokens(body)
         chat = "messages" in body
         for t, token in enumerate(tokens):
-            time.sleep(self.step_s)
+            self.pause()
             text = self.text(t, token)
             part = {"delta": {"content": text}} if chat else {"text": text}
             yield {"choices": [{"index": 0, **part, **self.fields(t, token, body)}]}
@@ -107,14 +154,11 @@ class Server(BaseHTTPRequestHandler):
         if refusal := self.refuse(self.path, body):
             status, document, headers = refusal
             return self.send(status, json.dumps(document).encode(), **headers)
-        cls = type(self)
-        with cls.lock:
-            cls.running += 1
+        self.batch.join()
         try:
             return self.stream(body)
         finally:
-            with cls.lock:
-                cls.running -= 1
+            self.batch.leave()
 
     def write(self, content):
         self.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
@@ -367,6 +411,9 @@ def test_a_cache_is_seen_by_requests_that_differ_in_their_limit(odd, measure):
 class Replays(Server):
     """Takes its time for a request that is new, and none for one that it knows."""
 
+    def pause(self):
+        time.sleep(self.step_s)
+
     def events(self, body):
         key = json.dumps(body, sort_keys=True)
         self.step_s = 0 if key in self.state else 0.004
@@ -446,7 +493,8 @@ def decoding(n_tokens):
 class StickyReplicas(Server):
     """One of eight replicas is bad; each connection stays with one."""
 
-    step_s = 0.0
+    def pause(self):
+        pass
 
     def setup(self):
         super().setup()
@@ -464,7 +512,8 @@ def test_every_trial_is_a_draw_of_a_replica(odd, measure):
 
 
 class OpenLoop(Server):
-    step_s = 0.01
+    def pause(self):
+        time.sleep(0.01)
 
 
 def test_an_open_loop_is_judged_by_what_it_reached(odd, measure):
