@@ -257,7 +257,7 @@ _warned: set[str] = set()
 
 def summary(device: torch.device) -> str:
     """What is known of a device, in one line."""
-    if device.type == "cuda" and device.index is None:
+    if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
     try:
         known = proofs(device)

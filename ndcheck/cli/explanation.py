@@ -130,9 +130,9 @@ def trace_run(
     quiet: bool,
 ) -> int:
     """Trace the pass in which a recorded sample left its reference. Returns the exit code."""
-    from ndcheck.explain.failing import find_failure
+    from ndcheck.explain.failing import by_ops, find_failure
 
-    failure = find_failure(directory, sample_id)
+    failure = find_failure(directory, sample_id, by_ops)
     sample, what = failure.sample, "bits" if failure.is_latent else "tokens"
     confirm(failure.run.spec, given, f"--run {directory}")
     spec = replace(failure.run.spec, arms=(sample.arm,))

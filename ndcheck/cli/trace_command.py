@@ -42,7 +42,7 @@ def trace(
         int | None,
         typer.Option(
             "--sample",
-            help="Which [default: one that diverged in the smallest batch].",
+            help="Which [default: one that differs in the smallest batch, prefilled whole].",
             metavar="ID",
         ),
     ] = None,

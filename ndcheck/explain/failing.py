@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,26 @@ class Failure:
     is_latent: bool
 
 
-def find_failure(directory: Path, sample_id: int | None) -> Failure:
-    """The sample asked for, or the one that diverged in the smallest batch, tokens before bits.
+Rank = Callable[["Failure"], tuple[bool, bool, int, int]]
+
+
+def by_tokens(failure: Failure) -> tuple[bool, bool, int, int]:
+    """Those whose tokens diverged first, then whole prefills, the smallest batch, the earliest."""
+    load = failure.sample.load
+    return failure.is_latent, load.cache_state != "whole", load.batch_size, failure.position
+
+
+def by_ops(failure: Failure) -> tuple[bool, bool, int, int]:
+    """Whole prefills first, be it that bits alone differ: there an op of the pass is to blame.
+
+    What another prefill leaves in the cache comes from passes that the run alone does not make.
+    """
+    is_latent, is_in_parts, batch_size, position = by_tokens(failure)
+    return is_in_parts, is_latent, batch_size, position
+
+
+def find_failure(directory: Path, sample_id: int | None, rank: Rank = by_tokens) -> Failure:
+    """The sample asked for, or the first that differs from its reference in the order of ``rank``.
 
     Raises UsageError where the run has no such sample, or it does not differ from its reference.
     """
@@ -47,7 +66,7 @@ def find_failure(directory: Path, sample_id: int | None) -> Failure:
             if failure is None:
                 raise UsageError(f"--sample {sample_id} has the bits of its reference")
             return failure
-        if failure and _rank(failure) < _rank(best):
+        if failure and (best is None or rank(failure) < rank(best)):
             best = failure
     if sample_id is not None:
         raise UsageError(f"--sample {sample_id}: {directory} has no such sample")
@@ -67,11 +86,3 @@ def _compare(run: Run, probe: Probe, sample: Sample, reference: Sample) -> Failu
     if bits_position is not None:
         return Failure(run, probe, sample, bits_position, bits_position, True)
     return None
-
-
-def _rank(failure: Failure | None) -> tuple[bool, bool, int, int]:
-    if failure is None:
-        return True, True, 0, 0
-    load = failure.sample.load
-    # Whole prefills first: there the prefill itself can be compared.
-    return failure.is_latent, load.cache_state != "whole", load.batch_size, failure.position

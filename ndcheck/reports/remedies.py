@@ -16,6 +16,14 @@ SERVER_REMEDIES = {
     "SGLang": "Start the server with --enable-deterministic-inference and measure again",
     "llama.cpp": "Start the server with -np 1, which batches no requests, and measure again",
 }
+ALONE_BY_CHANCE = (
+    "One request alone gets other answers when it is repeated, which no batch explains: look for "
+    "random sampling (temperature, seed), several replicas, or requests of others"
+)
+REPEATS_DIFFER = (
+    "The same batch differs when it is repeated: kernels cure that only where an op, and no random "
+    "draw, does it. Try batch-invariant ones"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,10 @@ def remedies(
     def suggest(reason: str, wanted: RunSpec) -> None:
         found.append(Remedy(reason, tuple(wrapped_command(wanted, defaults, width, directory))))
 
-    if run.status != "finished" and directory:
+    if run.status == "failed" and not any(probe.n_samples for probe in summary.probes):
+        # To go on would meet the same refusal again.
+        found.append(Remedy("Nothing was measured: remove the cause and start anew", ()))
+    elif run.status != "finished" and directory:
         found.append(Remedy("Go on", (resume_command(spec, directory),)))
     if any(probe.n_errors for probe in summary.probes):
         found.append(Remedy("Why samples failed is in the error column of samples.csv", ()))
@@ -64,14 +75,25 @@ def remedies(
                 f"Narrow it down to {axis} at the smallest batch that diverged, {size}", narrower
             )
         is_here = bool(run.environment.model.get("class"))
-        if directory and is_here and spec.batching == "exact":  # so a step can be repeated
+        # What `ndcheck trace` accepts: a step can be repeated, in one process.
+        if directory and is_here and spec.batching == "exact" and spec.tensor_parallel == 1:
             command = f"ndcheck trace --run {argument(directory)}"
             found.append(Remedy("Name the ops that do it", (command,)))
-        if spec.endpoint is not None:
+        by_chance = narrower.axes == ("run-to-run",)
+        if spec.endpoint is not None and spec.decoding.temperature > 0:
+            decoding = replace(spec.decoding, temperature=0.0)
+            suggest(
+                "A server draws tokens at random above temperature 0",
+                replace(spec, decoding=decoding),
+            )
+        elif spec.endpoint is not None and by_chance and narrower.batch_sizes == (1,):
+            found.append(Remedy(ALONE_BY_CHANCE, ()))
+        elif spec.endpoint is not None:
             server = str(run.environment.model.get("server"))
             found.append(Remedy(SERVER_REMEDIES.get(server, SERVER_REMEDY), ()))
         elif "invariant" not in spec.arms:
-            suggest("Try batch-invariant kernels", replace(spec, arms=("stock", "invariant")))
+            reason = REPEATS_DIFFER if by_chance else "Try batch-invariant kernels"
+            suggest(reason, replace(spec, arms=("stock", "invariant")))
     elif any(probe.has_latent for probe in summary.probes) and not spec.allow_latent:
         suggest(
             "Bits differ but no token did; judge tokens alone", replace(spec, allow_latent=True)
