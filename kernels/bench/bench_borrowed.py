@@ -3,8 +3,8 @@
     PYTHONPATH=kernels python kernels/bench/bench_borrowed.py OUT_DIR [SECONDS]
 
 First every shape and number of rows is proven as `ndcheck_kernels.borrowed` does it, alone and with
-an addend, in bfloat16 and some in float16 (bits.csv); then each cell is timed, all sources in turn
-(borrowed.csv, from which freeze_borrowed.py makes the frozen ranges). It ends by itself in time.
+an addend, in bfloat16 and some in float16 (borrowed_bits.csv); then each cell is timed, all sources
+in turn (borrowed.csv, from which freeze_borrowed.py makes the frozen ranges). It ends in time.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def compile_ahead() -> None:
 
 
 def prove(out: Path, deadline: float) -> None:
-    table = Table(out / "bits.csv", echo=False)
+    table = Table(out / "borrowed_bits.csv", echo=False)
     where = torch.device("cuda", torch.cuda.current_device())
     counts = [0, 0]
     for name, n, k, m in cells(ROWS):

@@ -154,8 +154,14 @@ def proofs(device: torch.device) -> Proofs:
         return _proofs[device]
 
 
+def _is_on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda
+
+
 def fits(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, addend: torch.Tensor | None) -> bool:
     """Whether cuBLASLt can take these as they lie."""
+    if not _is_on_gpu(x):
+        return False
     tensors = [t for t in (x, w, y, addend) if t is not None]
     return (
         x.dtype in (torch.bfloat16, torch.float16)
@@ -193,7 +199,10 @@ def _try(
         _warn_once(f"no products are borrowed from cuBLASLt: {error}")
         return False
     if str(shape) not in known.failed and m not in known.proven.get(str(shape), ()):
-        reason = prove(shape, m, x.device, ours)
+        try:
+            reason = prove(shape, m, x.device, ours)
+        except torch.OutOfMemoryError:
+            return False  # It says nothing about the shape, and another process may have room.
         if reason is None:
             known.proven.setdefault(str(shape), set()).add(m)
         else:
@@ -229,8 +238,6 @@ def prove(shape: Shape, m: int, device: torch.device, ours: Ours) -> str | None:
         other = product(x, w, x.new_empty(m, shape.n), addend, shape.groups)
     except cublaslt.UnavailableError as error:
         return str(error)
-    except torch.OutOfMemoryError:
-        return f"no memory to try {m} rows"
     return "another order of K has the same bits" if torch.equal(got, other) else None
 
 

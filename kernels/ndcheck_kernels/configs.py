@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ndcheck_kernels.borrowed_ranges import RANGES
+from ndcheck_kernels.borrowed_ranges import OTHERS, RANGES
 
 PROVEN = frozenset({90})
 """Compute capabilities on which the bit-class proof has run (tests/kernels/gpu)."""
@@ -179,9 +179,13 @@ def matmul_config(m: int, n: int, k: int, itemsize: int, capability: int) -> Mat
 
 def borrows(m: int, n: int, k: int, itemsize: int, capability: int) -> bool:
     """Whether cuBLASLt is faster than `matmul_config`'s choice; the same bits, once proven."""
-    return not _fixed(itemsize, capability) and any(
-        first <= m <= last for first, last in RANGES.get((n, k), ())
-    )
+    spans = RANGES.get((n, k), () if _narrow(n, k) else OTHERS)
+    return not _fixed(itemsize, capability) and any(first <= m <= last for first, last in spans)
+
+
+def has_own_table(n: int, k: int) -> bool:
+    """Whether a shape's schedules were tuned by themselves."""
+    return _table(n, k) is not _DEFAULT
 
 
 def selectable_configs(n: int, k: int, itemsize: int, capability: int) -> set[MatmulConfig]:

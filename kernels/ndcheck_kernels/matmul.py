@@ -288,7 +288,8 @@ def _borrow(
         return _launch(x, w.t(), addend, 1.0, 1.0, None, config, groups)
 
     shape = (*a.shape[:-1], b.shape[-1])
-    if a.dim() != 2 or 0 in shape or (c is not None and c.shape != shape):
+    is_added = c is not None and (c.shape != shape or groups > 1)
+    if a.dim() != 2 or 0 in shape or is_added:
         return None
     y = a.new_empty(shape) if out is None else out
     w = b.t()

@@ -131,31 +131,39 @@ def test_graphs_keep_what_was_proven_before_them(operands, calls, monkeypatch):
 
 def test_threads_borrow_together_and_stock_keeps_its_settings(operands, monkeypatch):
     x, w, _ = operands
-    want, stock = matmul.linear(x, w), x @ w.t()
+    want = matmul.linear(x, w)
     flags = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     library = torch.backends.cuda.preferred_blas_library()
     borrow(monkeypatch, w)
-    wrong = []
+    seen, start = {}, threading.Barrier(3)
 
-    def ours():
+    def ours(name):
         with torch.cuda.stream(torch.cuda.Stream()), invariant_kernels():
-            wrong.extend("ours" for _ in range(50) if not torch.equal(x @ w.t(), want))
+            start.wait()
+            seen[name] = [x @ w.t() for _ in range(50)]
+            torch.cuda.current_stream().synchronize()
 
-    def theirs():
-        for _ in range(50):
-            if not torch.equal(x @ w.t(), stock):
-                wrong.append("stock")
-            if torch.backends.cuda.preferred_blas_library() != library:
-                wrong.append("library")
+    def stock():
+        alone = x @ w.t()  # In this thread: cuBLAS has a handle for each.
+        start.wait()
+        seen["stock"] = [x @ w.t() for _ in range(50)]
+        seen["alone"] = [alone]
+        torch.cuda.current_stream().synchronize()
 
     torch.cuda.synchronize()
-    threads = [threading.Thread(target=t) for t in (ours, ours, theirs)]
+    threads = [threading.Thread(target=ours, args=(name,)) for name in ("first", "second")]
+    threads.append(threading.Thread(target=stock))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    torch.cuda.synchronize()
+    for name in ("first", "second"):
+        assert [i for i, y in enumerate(seen[name]) if not torch.equal(y, want)] == [], name
+    different = [i for i, y in enumerate(seen["stock"]) if not torch.equal(y, seen["alone"][0])]
+    assert different == [], "stock"
     assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction == flags
+    assert torch.backends.cuda.preferred_blas_library() == library
 
 
 def test_proofs_are_kept_on_disk(operands, monkeypatch):

@@ -34,6 +34,7 @@ def fake(monkeypatch, tmp_path, device):
     for name in ("_proofs", "_verdicts"):
         monkeypatch.setattr(borrowed, name, {})
     monkeypatch.setattr(borrowed, "_warned", set())
+    monkeypatch.setattr(borrowed, "_is_on_gpu", lambda _: True)
     monkeypatch.setattr(borrowed, "ALIGNMENT", 64)  # The CPU's allocator's.
     monkeypatch.setattr(borrowed, "environment", lambda _: {"gpu": "fake", "cublaslt": "1"})
     monkeypatch.setattr(cublaslt, "product", product_in(1))
@@ -49,12 +50,14 @@ def operands(device):
     return draw
 
 
-def test_ranges_choose_by_rows_and_never_by_content():
+def test_ranges_choose_by_shape_and_rows(monkeypatch):
     chosen = [configs.borrows(m, N, K, 2, 90) for m in (1, 8, 9, 16, 17, 4096)]
     assert chosen == [True, True, False, False, True, True]
     assert not configs.borrows(1, N, K, 4, 90)  # float32
     assert not configs.borrows(1, N, K, 2, 80)  # not proven
-    assert not configs.borrows(1, N + 1, K, 2, 90)
+    monkeypatch.setitem(borrowed_ranges.RANGES, (N, K + 8), ())
+    assert not configs.borrows(1, N, K + 8, 2, 90)
+    assert not configs.borrows(20, N, 8192, 2, 90)  # Narrow, and not measured.
 
 
 def test_a_library_with_our_bits_is_borrowed_once_it_is_proven(operands, fake, monkeypatch):
@@ -165,6 +168,22 @@ def test_a_damaged_file_is_proven_again(text, operands, fake):
     proofs.proven["a"] = {1}
     proofs.write()
     assert json.loads(kept.read_text())["proven"] == {"a": [1]}
+
+
+def test_a_lack_of_memory_is_not_kept(operands, fake, monkeypatch):
+    def lacking(*args):
+        raise torch.OutOfMemoryError
+
+    x, w = operands(3)
+    monkeypatch.setattr(borrowed, "prove", lacking)
+    matmul.linear(x, w)
+    assert not fake.exists()
+
+
+def test_on_a_cpu_nothing_is_borrowed(operands, monkeypatch):
+    x, w = operands(3)
+    monkeypatch.undo()
+    assert x.is_cuda or not borrowed.fits(x, w, x.new_empty(3, N), None)
 
 
 def test_two_processes_keep_each_others_proofs(fake):
