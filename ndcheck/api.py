@@ -117,8 +117,8 @@ def find_run(name: str, folder: Path = Path()) -> Path:
 def save_baseline(run: Run, name: str) -> Path:
     """Keep what a run measured in ``ndcheck-baselines/NAME``, which must be new."""
     path = BASELINES_DIRECTORY / name
-    if path.name != name or path.exists():
-        reason = "it exists; remove it first" if path.exists() else "give a plain name"
+    if path.name != name or exists(path):
+        reason = "it exists; remove it first" if exists(path) else "give a plain name"
         raise UsageError(f"baseline {name}: {reason}")
     try:
         path.mkdir(parents=True)

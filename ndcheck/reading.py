@@ -222,10 +222,11 @@ def _sequence(kind: Any) -> Reader:
     def read(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
             raise ValueError(f"{_short(value)} is not accepted; give a list")
-        # A completion has thousands of numbers: their types and range are looked at all at once.
-        is_plain = isinstance(limits, Range) and set(map(type, value)) == {int} == {base}
-        if is_plain and min(value) in limits and max(value) in limits:
-            return tuple(value)
+        # A completion has thousands of items: their types and range are looked at all at once.
+        if limits is not None and set(map(type, value)) == {base}:
+            is_raw_text = not isinstance(limits, Range)
+            if is_raw_text or (base is int and min(value) in limits and max(value) in limits):
+                return tuple(value)
         return tuple(map(read_item, value))
 
     return read

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ndcheck.samplers.transformers import TransformersSampler
 
 MAX_DRAWN_TERMS = 1024
+MAX_DIGITS = 6
 
 
 def order(
@@ -309,8 +310,12 @@ def numbers(option: str, text: str, least: int = 1) -> list[int]:
     found: set[int] = set()
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()) or int(first) < least:
+        if not first.isdecimal() or not (last or first).isdecimal():
             raise UsageError(f"{option}: {part.strip()!r} is not a number or a range such as 1-8")
+        if max(len(first), len(last)) > MAX_DIGITS:
+            raise UsageError(f"{option}: {part.strip():.40} is too large")
+        if int(first) < least:
+            raise UsageError(f"{option}: {part.strip()!r} is below {least}")
         found.update(range(int(first), int(last or first) + 1))
     if not found:
         raise UsageError(f"{option}: {text!r} is an empty range")

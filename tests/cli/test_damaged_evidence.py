@@ -195,3 +195,13 @@ def test_a_run_without_digests_is_held_to_itself(ndcheck_here, damaged):
     lines = (run / "samples.jsonl").read_text().splitlines(keepends=True)
     (run / "samples.jsonl").write_text("".join(lines[:-1]))
     assert ndcheck_here("gate", run).returncode == 0
+
+
+def test_half_a_character_is_text_like_any_other(ndcheck_here, damaged):
+    """A server that streams bytes may end a piece in the middle of a character."""
+    change = one(token_texts=["\ud800<b>"] * 8)
+    run = damaged("batch-dependent", change)
+    for command in (("report", run, "--html"), ("gate", run, "--junit", run / "j.xml")):
+        done = ndcheck_here(*command)
+        assert done.returncode == 1
+        assert "ignored" not in done.stderr
