@@ -183,7 +183,7 @@ def test_an_address_without_the_api_is_explained(mock, sampler):
     [("closed", "words"), ("poisson:300", "shared-prefix"), ("bursts:2:0.01", "words")],
 )
 def test_other_arrivals_form_batches_too(mock, measure, arrival, fillers):
-    url = mock()
+    url = mock(step_s=0.02)
     load = {"mode": "mixed", "axes": ("batch-size", "neighbours"), "n_samples": 9}
     judgement, _, samples = measure(url, arrival=arrival, fillers=fillers, **load)
     assert judgement.verdict.outcome == "PASS", judgement.verdict.reasons

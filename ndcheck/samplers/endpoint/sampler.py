@@ -38,6 +38,8 @@ from ndcheck.samplers.endpoint.witness import (
 )
 
 UNKNOWN_CONTEXT = 1 << 20
+N_STREAMED = 8
+"""Of a trial's copies, where the server's metrics tell the batch: each event costs both sides."""
 IDENTITY_TIMEOUT_S = 5.0
 COMPARED = {
     "token ids": "token ids and text",
@@ -205,9 +207,15 @@ class EndpointSampler:
 
         async def send_probe(index: int) -> None:
             body = self._server.dialect.body(
-                self._spec.model, probe.prompt, decoding.max_tokens, decoding
+                self._spec.model,
+                probe.prompt,
+                decoding.max_tokens,
+                decoding,
+                streamed=self._server.metrics is None or index < N_STREAMED,
             )
             body |= seen.probe_fields
+            if not body["stream"]:
+                body.pop("stream_options", None)
             if "seed" in seen.accepted:
                 body["seed"] = decoding.seed
             if self._server.cache:
@@ -232,7 +240,6 @@ class EndpointSampler:
             await self._server.client.record(body, n_tokens, lambda answer: None, outcome)
             return outcome.error is None
 
-        await self._transport.renew()
         if self._server.cache and load.cache_state == "prefix":
             await self._server.cache.warm(
                 lambda fields: self._server.ask_briefly(
@@ -240,7 +247,6 @@ class EndpointSampler:
                 ),
                 trial.trial_id,
             )
-            await self._transport.renew()
         elif self._server.cache:
             await self._server.cache.cool()
         senders = [lambda i=i: send_probe(i) for i in range(len(outcomes))]
@@ -262,9 +268,11 @@ class EndpointSampler:
         n_units = len(outcome.answer.stream(compared)[0])
         times_s = outcome.answer.unit_times_s(compared, n_units)
         if self._server.metrics is not None:
-            if len(outcome.answer.arrivals) == 1:  # Not streamed: its steps are taken to be even.
+            if len(outcome.answer.arrivals) == 1:
+                # Not streamed: even steps from when the first token came to any answer that was.
+                streamed = (a.first_s for a in answers if len(a.arrivals) > 1 and a.first_s)
                 last_s = outcome.answer.last_s
-                step_s = (last_s - outcome.sent_s) / max(1, n_units)
+                step_s = (last_s - min(streamed, default=outcome.sent_s)) / max(1, n_units)
                 times_s = [last_s - step_s * (n_units - 1 - i) for i in range(n_units)]
             return batch_sizes_read(times_s, self._server.metrics.readings)
         if load.batch_size == 1:

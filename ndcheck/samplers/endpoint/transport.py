@@ -57,6 +57,8 @@ class Transport:
     """Connections to the server at ``url``, an OpenAI base such as ``.../v1``: as many as in use.
 
     Each is a client of its own, since a pool looks through all its connections at every request.
+    Every POST opens a connection and closes it: a balancer may choose the replica for each
+    connection, so that requests over an old one are no new draw.
     Redirects are never followed: a key must not travel to another host. Secrets are cut out of
     everything that leaves here. Raises UsageError for settings that no connection can be made with.
     """
@@ -72,13 +74,12 @@ class Transport:
         self._timeout_s = timeout_s
         self._tls = self._make_tls()
         self._names = (f"{uuid.uuid4().hex[:8]}-{n}" for n in itertools.count(1))
-        self._idle: list[tuple[Any, str]] = []
-        """Clients and the names of their connections."""
+        self._idle: dict[str, list[Any]] = {"GET": [], "POST": []}
         try:
             httpx2.URL(self.base)
         except (httpx2.InvalidURL, ValueError) as error:
             raise UsageError(f"--endpoint: {error}") from None
-        self._idle.append(self._make_client())
+        self._idle["GET"].append(self._make_client())
 
     def _make_tls(self) -> Any:
         try:
@@ -92,22 +93,13 @@ class Transport:
             raise UsageError(f"{where}: {reason}") from None
 
     async def close(self) -> None:
-        await self.renew()
-
-    async def renew(self) -> None:
-        """Close what is idle: the next requests open connections of their own.
-
-        A balancer may choose the replica for each connection, so that requests over an old one
-        are no new draw.
-        """
-        clients, self._idle = self._idle, []
-        for client, _ in clients:
+        for client in (*self._idle["GET"], *self._idle["POST"]):
             with contextlib.suppress(Exception):
                 await client.aclose()
 
-    def _make_client(self) -> tuple[Any, str]:
+    def _make_client(self) -> Any:
         try:
-            client = self._httpx.AsyncClient(
+            return self._httpx.AsyncClient(
                 verify=self._tls,
                 headers=self._headers,
                 timeout=self._httpx.Timeout(self._timeout_s, connect=CONNECT_TIMEOUT_S),
@@ -119,7 +111,6 @@ class Transport:
             raise UsageError(
                 f"the proxy settings in {', '.join(found)} cannot be used: {self._why(error)}"
             ) from None
-        return client, next(self._names)
 
     async def stream(
         self, url: str, body: Mapping[str, Any], max_bytes: int, take: Callable[[Event], None]
@@ -171,12 +162,15 @@ class Transport:
         self, method: str, url: str, body: Mapping[str, Any] | None, timeout_s: float
     ) -> AsyncIterator[tuple[Any, str]]:
         """The open response to a request, with a status of 2xx, and its connection's name."""
-        client, name = self._idle.pop() if self._idle else self._make_client()
+        idle = self._idle[method]
+        client = idle.pop() if idle else self._make_client()
+        name = next(self._names) if method == "POST" else ""
+        headers = {"connection": "close"} if method == "POST" else {}
         started = time.perf_counter()
         try:
             async with asyncio.timeout(timeout_s):
                 try:
-                    request = client.build_request(method, url, json=body)
+                    request = client.build_request(method, url, json=body, headers=headers)
                     response = await client.send(request, stream=True)
                 except (ValueError, self._httpx.InvalidURL) as error:
                     raise RequestFailure(f"{method} {url}: {self._why(error)}") from None
@@ -202,7 +196,7 @@ class Transport:
                 f"the connection broke{_proxy(self.root)}: {self._why(error)}", is_temporary=True
             ) from None
         finally:
-            self._idle.append((client, name))
+            idle.append(client)
 
     async def _refuse(self, response: Any) -> None:
         status = response.status_code
