@@ -139,7 +139,7 @@ class TransformersSampler:
             "attention": self._model.config._attn_implementation,
             "vocabulary": self._text_config.vocab_size,
             "digest": self._digest,
-            "decode_check": str(self._findings),
+            "decode_check": self._findings and self._findings.describe(),
             **({} if self._ranks is None else {"ranks": self._ranks.size}),
         }
 
@@ -382,13 +382,14 @@ class TransformersSampler:
 
 
 def _paths(spec: RunSpec) -> list[Path]:
-    """What the run will send through the model; continuous batching takes another way."""
+    """What the run will send through the model; continuous batching takes other ways."""
+    if spec.batching == "continuous":
+        return []
     paths = [ALONE]
-    if spec.batching == "exact":
-        if "cache" in spec.axes:
-            paths += [(False, state) for state in CACHE_STATES]
-        if "neighbours" in spec.axes:
-            paths.append((True, "whole"))
+    if "cache" in spec.axes:
+        paths += [(False, state) for state in CACHE_STATES]
+    if "neighbours" in spec.axes:
+        paths.append((True, "whole"))
     return paths
 
 
