@@ -217,6 +217,18 @@ def digest_weights(model: Any) -> str:
     return digest.hexdigest()
 
 
+def stop_ids(model: Any) -> set[int]:
+    """Tokens that end a completion. Raises UsageError where the model names what is none."""
+    stop = model.generation_config.eos_token_id
+    ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    if not all(isinstance(i, int) for i in ids):
+        name = model.config.name_or_path
+        raise UsageError(
+            f"--model {name}: generation_config.json: eos_token_id is {stop!r}, not token ids"
+        )
+    return set(ids)
+
+
 def _tokenizer_source(source: str, spec: RunSpec) -> str:
     """A bare config.json has no tokenizer; random weights speak no language, so any will do."""
     directory = Path(source)
