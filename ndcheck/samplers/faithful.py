@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import re
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,7 +73,10 @@ class Findings:
         """Why the path must not be measured: it, or one that it builds on."""
         return next(filter(None, (self.reasons.get(base) for base in _bases(path))), None)
 
-    def __str__(self) -> str:
+    def describe(self) -> str | None:
+        """For a run's record; None where no exact batch was looked at."""
+        if not self.differences:
+            return None
         seen = ", ".join(
             f"{_name(path)} {difference:.1g}" for path, difference in self.differences.items()
         )
@@ -179,7 +183,7 @@ def rope_switch(config: Any) -> tuple[str, int] | None:
 
 
 def examine(model: Any, device: torch.device, paths: Sequence[Path] = PATHS) -> Findings:
-    """What is to be said of these paths through a model, and of the one alone.
+    """What is to be said of these paths through a model, and of whether it is a decoder.
 
     In fp32 where the memory holds the weights once more, else in the model's own dtype, where
     only what is far off shows.
@@ -190,11 +194,16 @@ def examine(model: Any, device: torch.device, paths: Sequence[Path] = PATHS) -> 
     if findings is None or wanted:
         findings = _SEEN.setdefault(model, Findings(model.dtype))
         examination = _Examination(model, device, findings)
-        with _in_float32(model, device) as findings.dtype:
-            was_computed = examination.look(wanted)
-        if not was_computed and findings.dtype != model.dtype:  # Some compute in one dtype only.
-            findings.dtype = model.dtype
-            examination.look(wanted)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # The run gives them again.
+            with _in_float32(model, device) as findings.dtype:
+                was_computed = examination.look(wanted)
+            if not was_computed and findings.dtype != model.dtype:  # Some compute in one dtype.
+                findings.dtype = model.dtype
+                examination.look(wanted)
+        if "flex" in str(model.config._attn_implementation):
+            # It compiles for a limited number of shapes, and the run needs them.
+            torch.compiler.reset()
     return findings
 
 
@@ -316,18 +325,16 @@ class _Examination:
 
     def _unfaithful(self, path: Path, difference: float) -> str:
         is_padded, cache_state = path
-        how, cure = {
-            "whole": ("decoded token by token", "it cannot be measured"),
-            "chunked": ("after a prompt in parts", "leave cache out of --axes"),
-            "prefix": ("after a prefix computed before", "leave cache out of --axes"),
+        how = {
+            "whole": "decoded token by token",
+            "chunked": "after a prompt in parts",
+            "prefix": "after a prefix computed before",
         }[cache_state]
         if is_padded:
             how = f"of a padded row{'' if cache_state == 'whole' else f', {how}'}"
-            cure = "leave neighbours out of --axes" if cache_state == "whole" else cure
         return (
             f"{self._name} computes something else in such a batch: its logits {how} differ by "
-            f"{difference:.2g} of their spread from those of generate() alone, which is no "
-            f"rounding: {cure}"
+            f"{difference:.2g} of their spread from those of generate() alone, which is no rounding"
         )
 
 
@@ -364,7 +371,8 @@ def _plain_ids(model: Any, n_ids: int) -> list[int]:
         for name, value in source.to_dict().items():
             if re.search(r"token_(id|index)", name):
                 special.update(value if isinstance(value, list) else [value])
-    ids = [i for i in range(min(config.vocab_size, 1 << 15)) if i not in special] or [0]
+    n_known = getattr(config, "vocab_size", None) or 1
+    ids = [i for i in range(min(n_known, 1 << 15)) if i not in special] or [0]
     return random.Random(0).choices(ids, k=n_ids)
 
 

@@ -17,7 +17,7 @@ from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, NdcheckError, UsageError
 from ndcheck.records import RunSpec
 from ndcheck.samplers.checkpoint.bounds import bounded
-from ndcheck.samplers.checkpoint.files import CONFIG, check_config, count_weights
+from ndcheck.samplers.checkpoint.files import ACCEPTED, CONFIG, check_config, count_weights
 from ndcheck.samplers.memory import free_bytes, is_out_of_memory
 from ndcheck.samplers.sharding import check_heads, distributed_config, draw_weights, gather, shard
 
@@ -217,6 +217,18 @@ def digest_weights(model: Any) -> str:
     return digest.hexdigest()
 
 
+def stop_ids(model: Any) -> set[int]:
+    """Tokens that end a completion. Raises UsageError where the model names what is none."""
+    stop = model.generation_config.eos_token_id
+    ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    if not all(isinstance(i, int) for i in ids):
+        name = model.config.name_or_path
+        raise UsageError(
+            f"--model {name}: generation_config.json: eos_token_id is {stop!r}, not token ids"
+        )
+    return set(ids)
+
+
 def _tokenizer_source(source: str, spec: RunSpec) -> str:
     """A bare config.json has no tokenizer; random weights speak no language, so any will do."""
     directory = Path(source)
@@ -238,10 +250,9 @@ def _one_line_errors(source: str, part: str) -> Iterator[None]:
         if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
             raise BackendError(f"cannot load {source}: {first_line(error)}") from error
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        accepted = " (accepted: builtin, a directory with config.json and safetensors, or a hub id)"
         raise UsageError(
             f"--model {source}: {part}: {kind}{first_line(error)}"
-            f"{accepted if isinstance(error, OSError) else ''}"
+            f"{f' {ACCEPTED}' if isinstance(error, OSError) else ''}"
         ) from error
 
 

@@ -40,6 +40,7 @@ from ndcheck.samplers.loading import (
     first_line,
     load_config,
     load_model,
+    stop_ids,
 )
 from ndcheck.samplers.memory import is_out_of_memory, largest_batch_size
 from ndcheck.samplers.prompts import load_prompts
@@ -85,7 +86,7 @@ class TransformersSampler:
         self._uncaptured: set[Arm] = set()
         if load_weights:
             self._model = load_model(source, config, spec, self._device)
-            self._stop_ids = _stop_ids(self._model)
+            self._stop_ids = stop_ids(self._model)
             self._digest = digest_weights(self._model)
             self._findings = examine(self._model, self._device, _paths(spec))
             is_alone = self._ranks is None
@@ -139,7 +140,7 @@ class TransformersSampler:
             "attention": self._model.config._attn_implementation,
             "vocabulary": self._text_config.vocab_size,
             "digest": self._digest,
-            "decode_check": str(self._findings),
+            "decode_check": self._findings and self._findings.describe(),
             **({} if self._ranks is None else {"ranks": self._ranks.size}),
         }
 
@@ -382,22 +383,12 @@ class TransformersSampler:
 
 
 def _paths(spec: RunSpec) -> list[Path]:
-    """What the run will send through the model; continuous batching takes another way."""
+    """What the run will send through the model; continuous batching takes other ways."""
+    if spec.batching == "continuous":
+        return []
     paths = [ALONE]
-    if spec.batching == "exact":
-        if "cache" in spec.axes:
-            paths += [(False, state) for state in CACHE_STATES]
-        if "neighbours" in spec.axes:
-            paths.append((True, "whole"))
+    if "cache" in spec.axes:
+        paths += [(False, state) for state in CACHE_STATES]
+    if "neighbours" in spec.axes:
+        paths.append((True, "whole"))
     return paths
-
-
-def _stop_ids(model: Any) -> set[int]:
-    stop = model.generation_config.eos_token_id
-    ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
-    if not all(isinstance(i, int) for i in ids):
-        name = model.config.name_or_path
-        raise UsageError(
-            f"--model {name}: generation_config.json: eos_token_id is {stop!r}, not token ids"
-        )
-    return set(ids)

@@ -108,6 +108,22 @@ def test_a_config_that_is_not_the_stored_model_s(model, changed, said):
     assert said in refusal(model)
 
 
+@pytest.mark.parametrize("quantised", [{"quant_method": "torchao"}, {}, 5])
+def test_quantised_weights_that_cannot_be_read(model, quantised):
+    edit(model, "config.json", quantization_config=quantised)
+    refusal(model)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors", "tokenizer.json"])
+def test_what_may_not_be_read(model, name):
+    (model / name).chmod(0)
+    try:
+        assert "Permission denied" in refusal(model)
+    finally:
+        (model / name).chmod(0o755)
+
+
 def test_what_a_config_claims_is_not_allocated(model):
     """For random weights too: what was reserved at most stays below what is free here."""
     edit(model, "config.json", vocab_size=10**9, hidden_size=4096)

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from ndcheck.analysis.accumulate import summarise
+from ndcheck.errors import UsageError
 from ndcheck.load import plan_trials, plant_fault
 from ndcheck.records import Decoding, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
@@ -95,7 +96,11 @@ def generate(sampler, load, n_tokens):
 def test_every_attention_gives_the_tokens_of_generate(tmp_path, monkeypatch, attention):
     """In fp32: twice a shape, since the second trial finds what the first one left."""
     spec = replace(sampler_spec(tmp_path), attention=attention, dtype="fp32", arms=("stock",))
-    sampler = TransformersSampler(spec)
+    try:
+        sampler = TransformersSampler(spec)
+    except UsageError as error:
+        assert attention == "flex_attention", error  # noqa: PT017  the others are accepted
+        pytest.skip(f"refused by name: {error}")
     decoding = Decoding(24)
     loads = [load for load in LOADS if load.cache_state == "whole"] * 2
     captured = [run(sampler, "stock", load, decoding) for load in loads]

@@ -267,7 +267,7 @@ def test_sound_models_are_not_accused(monkeypatch, family, dtype, memory):
     model = make(family, dtype)
     before = [(p.dtype, p.data_ptr()) for p in model.parameters()]
     found = faithful.examine(model, CPU)
-    assert not any(map(found.reason, faithful.PATHS)), str(found)
+    assert not any(map(found.reason, faithful.PATHS)), found.describe()
     assert found.sensitivity > 0.1
     assert (found.dtype == torch.float32) == (memory == "enough" or dtype == torch.float32)
     assert before == [(p.dtype, p.data_ptr()) for p in model.parameters()]
@@ -389,3 +389,28 @@ def test_the_check_reads_no_more_than_it_says():
     first = n_calls
     faithful.examine(model, CPU)
     assert first == n_calls <= 60
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, None),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, None),
+        ({"rope_type": "dynamic", "factor": 2.0}, ("dynamic", 128)),
+        ({"type": "su", "original_max_position_embeddings": 32}, ("su", 32)),
+        (
+            {
+                "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 64},
+                "sliding_attention": {"rope_type": "default"},
+            },
+            ("longrope", 64),
+        ),
+    ],
+)
+def test_ropes_that_follow_the_longest_row(parameters, expected):
+    from types import SimpleNamespace
+
+    from ndcheck.samplers.faithful import rope_switch
+
+    config = SimpleNamespace(rope_parameters=parameters, max_position_embeddings=128)
+    assert rope_switch(config) == expected
