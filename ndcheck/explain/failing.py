@@ -42,8 +42,8 @@ def by_ops(failure: Failure) -> tuple[bool, bool, int, int]:
 
     What another prefill leaves in the cache comes from passes that the run alone does not make.
     """
-    is_latent, is_in_parts, *rest = by_tokens(failure)
-    return is_in_parts, is_latent, *rest
+    is_latent, is_in_parts, batch_size, position = by_tokens(failure)
+    return is_in_parts, is_latent, batch_size, position
 
 
 def find_failure(directory: Path, sample_id: int | None, rank: Rank = by_tokens) -> Failure:
