@@ -60,7 +60,7 @@ def order(
 ) -> None:
     """Read from outside in which order an op adds its terms, at every number of rows.
 
-    Exits with 1 where the order follows the number of rows.
+    Exits with 1 where the order follows the number of rows, with 3 where none can be confirmed.
     """
     from ndcheck.cli import explanation
 

@@ -56,7 +56,7 @@ def trace(
 ) -> None:
     """Name every op that gives the probe's row other bits in a batch than alone.
 
-    Exits with 1 where one does.
+    Exits with 1 where one does and the logits follow it, with 3 where it could not look.
     """
     from dataclasses import replace
 

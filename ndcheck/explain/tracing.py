@@ -34,12 +34,16 @@ from ndcheck.samplers.transformers import TransformersSampler
 
 @dataclass(frozen=True)
 class Alone:
-    """The probe's pass alone: ops and modules, logits [vocabulary], caches before and after."""
+    """The probe's pass alone: ops and modules, logits [vocabulary], caches before and after.
+
+    ``tracing_changed_bits``: the same pass untraced gives others, each time the same.
+    """
 
     records: dict[Key, Record]
     logits: Tensor
     before: list[Tensor]
     after: list[Tensor]
+    tracing_changed_bits: bool
 
 
 class Tracer:
@@ -80,10 +84,19 @@ class Tracer:
         with self._kernels():
             batch, argument = self._advance(Load(1), None)
             before = list(map(clone_exactly, cache_tensors(batch.cache)))
+            untraced, again = (
+                self._forward(self._fork(batch), argument, Load(1))[0] for _ in range(2)
+            )
             with AlonePass(self._sampler.model) as watched:
-                logits = self._forward(batch, argument, Load(1))
+                logits = self._forward(batch, argument, Load(1))[0]
         after = list(map(clone_exactly, cache_tensors(batch.cache)))
-        return Alone(watched.records, logits[0], before, after)
+        changed = equal_bits(untraced, again) and not equal_bits(untraced, logits)
+        return Alone(watched.records, logits, before, after, changed)
+
+    def _fork(self, batch: ExactBatch) -> ExactBatch:
+        """The batch with a cache of its own."""
+        with unseen():  # by the scope of the arm's kernels
+            return copy.deepcopy(batch, {id(self._sampler.model): self._sampler.model})
 
     @torch.inference_mode()
     def trace(self, load: Load, slot: int, alone: Alone) -> LoadTrace:
@@ -125,7 +138,7 @@ class Tracer:
             self._step,
             tuple(_findings(natural, repaired, named, causes, reaching, alone.records)),
             logits_differ,
-            changed and not is_random,
+            (changed and not is_random) or alone.tracing_changed_bits,
             is_random,
             max(load.filler_lengths, default=0) > self._n_prompt,
             len(named) == len(repaired.differences),
@@ -255,16 +268,16 @@ class _LoadedPass:
         self._alone = alone
         self._start, self._argument = tracer._advance(load, slot)
         self._batch = self._start
-        self._model = tracer._sampler.model
-        self.setting = Setting(self._model, alone.records, tracer._geometry(load), slot)
+        model = tracer._sampler.model
+        self.setting = Setting(model, alone.records, tracer._geometry(load), slot)
 
     def run(
         self, watch: NaturalPass | RepairedPass | None = None, *, repair_cache: bool = False
     ) -> Tensor:
         """The probe's logits [vocabulary]."""
-        with unseen():  # by the scope of the arm's kernels
-            self._batch = copy.deepcopy(self._start, {id(self._model): self._model})
-            if repair_cache:
+        self._batch = self._tracer._fork(self._start)
+        if repair_cache:
+            with unseen():
                 for ours, own in self._cache_rows(self._batch, self._alone.before) or ():
                     write_exactly(ours, (), own)
         if watch is None:

@@ -235,6 +235,23 @@ def test_random_draws_are_no_matter_for_batch_invariant_kernels(sampler):
     assert "every repetition" in explanation.doubt
 
 
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_a_pass_that_watching_changes_proves_nothing(sampler, n_rows):
+    """Alone or in the batch: the control of the trace itself."""
+
+    def shy(module, x):
+        y = multiply(x, module.weight)
+        is_watched = torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+        return y * 1.001 if is_watched and len(x) == n_rows else y
+
+    with forwards(sampler.model, {"model.layers.1.mlp.down_proj": shy}):
+        traces = trace(sampler, [load_of(sampler, 3, "copies", 0, 0)], 1)
+    explanation, text = explain(traces)
+    assert explanation.exit_code == 3
+    assert "INCONCLUSIVE, the logits are others when the pass is watched" in " ".join(text.split())
+    assert "FOUND" not in text
+
+
 def test_the_document_says_what_was_seen(sampler):
     load = load_of(sampler, 3, "copies", 0, 0)
     with forwards(sampler.model, {"model.layers.1.mlp.down_proj": hidden}):
