@@ -90,8 +90,8 @@ def generate(sampler, load, n_tokens):
     return [tuple(done[slot, width:].tolist()) for slot in load.slots]
 
 
-# transformers calls torch in a way that torch is about to drop.
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
+# Compiling flex attention, torch and transformers call what torch is about to drop.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_every_attention_gives_the_tokens_of_generate(tmp_path, monkeypatch, attention):
     """In fp32: twice a shape, since the second trial finds what the first one left."""
