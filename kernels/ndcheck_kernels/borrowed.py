@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -247,27 +246,19 @@ def product(
     """y = x @ w.T + addend in `groups` K-groups, for what `fits`. Raises UnavailableError."""
     if groups == 1:
         return cublaslt.product(x, w, y, addend)
-    if addend is not None:
-        raise cublaslt.UnavailableError("no addend to a product in parts")
-    chunk = chunk_length(x.shape[1], groups)
-    total: Any = None
-    for first in range(0, x.shape[1], chunk):
-        part = torch.empty(y.shape, dtype=torch.float32, device=y.device)
-        columns = slice(first, first + chunk)
-        cublaslt.product(x[:, columns], w[:, columns], part)
-        total = part if total is None else torch.add(total, part, out=y)
-    return y
-
-
-_warned: set[str] = set()
+    if groups != 2 or addend is not None:
+        raise cublaslt.UnavailableError("only two K-groups, without an addend")
+    half = chunk_length(x.shape[1], groups)
+    parts = [torch.empty(y.shape, dtype=torch.float32, device=y.device) for _ in range(2)]
+    cublaslt.product(x[:, :half], w[:, :half], parts[0])
+    cublaslt.product(x[:, half:], w[:, half:], parts[1])
+    return torch.add(*parts, out=y)
 
 
 def summary(device: torch.device) -> str:
     """What is known of a device, in one line."""
-    if device == torch.device("cuda"):
-        device = torch.device("cuda", torch.cuda.current_device())
     try:
-        known = proofs(device)
+        known = proofs(torch.empty(0, device=device).device)  # With its number.
     except cublaslt.UnavailableError as error:
         return f"no products borrowed: {error}"
     counts = sum(map(len, known.proven.values()))
@@ -276,6 +267,9 @@ def summary(device: torch.device) -> str:
         f"cuBLASLt {known.environment['cublaslt']}: {len(known.proven)} shapes have our bits, "
         f"seen at {counts} numbers of rows{refused}"
     )
+
+
+_warned: set[str] = set()
 
 
 def _warn_once(text: str) -> None:

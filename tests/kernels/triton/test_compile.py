@@ -23,7 +23,7 @@ TENSOR_CORES = {
     120: {"HMMA"},
 }
 # Triton 3.9 spills a little where 3.6, which made the GPU figures, does not.
-SPILLED = {("_prefill_kernel", 90): 64}
+SPILLED = {("_prefill_kernel", c): n for c, n in ((90, 64), (89, 16), (120, 16))}
 DOTS = ("_matmul", "_grouped", "_prefill", "_decode")
 
 
