@@ -20,6 +20,7 @@ from ndcheck.verdict import (
     judge_divergence,
     judge_probe,
     judged_axes,
+    lacks_draws,
     run_doubts,
     worst,
 )
@@ -239,6 +240,8 @@ def _judge_evidence(
     probe: ProbeSummary, stock: ProbeSummary | None, spec: RunSpec, rules: Rules
 ) -> Verdict:
     doubts = [reason for check in DOUBTS if (reason := check(probe))]
+    if reason := lacks_draws(probe, spec):
+        doubts.append(reason)
     control = "the planted fault was caught"
     if probe.arm == "invariant" and stock is not None:
         asked = replace(spec, allow_latent=_allows_latent(rules, spec))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ndcheck.analysis.statistics import trials_needed
 from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
 from ndcheck.records import AXES, Arm, Axis, Run, RunSpec
 
@@ -97,6 +98,8 @@ def judge_probe(probe: ProbeSummary, spec: RunSpec) -> ProbeVerdict:
     axes = {axis: judge_axis(axis, findings.get(axis), spec) for axis in judged_axes(probe, spec)}
     divergence = judge_divergence(probe, allow_latent=spec.allow_latent)
     doubts = [reason for check in DOUBTS if (reason := check(probe))]
+    if reason := lacks_draws(probe, spec):
+        doubts.append(reason)
     outcome = worst([divergence.outcome, *(v.outcome for v in axes.values())])
     if outcome == "PASS" and doubts:
         outcome = "INCONCLUSIVE"
@@ -148,6 +151,22 @@ def judge_axis(axis: Axis, finding: AxisFinding | None, spec: RunSpec) -> Verdic
         latent = f"{n_latent} of {n} {noun}"
         return Verdict(outcome, (f"{axis}: tokens equal, but bits differed in {latent}{note}",))
     return Verdict("PASS", (f"{axis}: 0 of {n} {noun} diverged",))
+
+
+def lacks_draws(probe: ProbeSummary, spec: RunSpec) -> str | None:
+    """Are there too few draws to exclude the rate that the run was asked to exclude?"""
+    if spec.target_rate is None:
+        return None
+    found: ProbeSummary | AxisFinding = probe
+    if spec.axes == ("run-to-run",) and probe.axes:
+        found = probe.axes[0]
+    needed = trials_needed(spec.target_rate, spec.confidence)
+    if found.n_draws >= needed:
+        return None
+    return (
+        f"to exclude a rate of {100 * spec.target_rate:g} % takes {needed} clean {found.draw}s; "
+        f"there are {found.n_draws}"
+    )
 
 
 def _without_stock_control(probe: ProbeVerdict) -> ProbeVerdict:
