@@ -241,7 +241,7 @@ def _judge_probe(
 def _judge_evidence(
     probe: ProbeSummary, stock: ProbeSummary | None, spec: RunSpec, rules: Rules
 ) -> Verdict:
-    doubts = probe_doubts(probe)
+    doubts = probe_doubts(probe, spec)
     control = "the planted fault was caught"
     if probe.arm == "invariant" and stock is not None:
         asked = replace(spec, allow_latent=_allows_latent(rules, spec))

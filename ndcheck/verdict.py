@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ndcheck.analysis.statistics import trials_needed
 from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
 from ndcheck.records import AXES, Arm, Axis, Run, RunSpec
 
@@ -107,7 +108,7 @@ def judge_probe(probe: ProbeSummary, spec: RunSpec) -> ProbeVerdict:
     findings = {finding.axis: finding for finding in probe.axes}
     axes = {axis: judge_axis(axis, findings.get(axis), spec) for axis in judged_axes(probe, spec)}
     divergence = judge_divergence(probe, allow_latent=spec.allow_latent)
-    doubts = probe_doubts(probe)
+    doubts = probe_doubts(probe, spec)
     outcome = worst([divergence.outcome, *(v.outcome for v in axes.values())])
     if outcome == "PASS" and doubts:
         outcome = "INCONCLUSIVE"
@@ -210,9 +211,27 @@ DOUBTS = (_has_errors, _lacks_comparison, _lacks_witness, _lacks_control)
 """Rules that keep a clean result from passing; each returns a reason or None."""
 
 
-def probe_doubts(probe: ProbeSummary) -> list[str]:
+def _lacks_draws(probe: ProbeSummary, spec: RunSpec) -> str | None:
+    """Are there too few draws to exclude the rate that the run was asked to exclude?"""
+    if spec.target_rate is None:
+        return None
+    found: ProbeSummary | AxisFinding = probe
+    if spec.axes == ("run-to-run",) and probe.axes:
+        found = probe.axes[0]
+    needed = trials_needed(spec.target_rate, spec.confidence)
+    if found.n_draws >= needed:
+        return None
+    return (
+        f"to exclude a rate of {100 * spec.target_rate:g} % takes {needed} clean {found.draw}s; "
+        f"there are {found.n_draws}"
+    )
+
+
+def probe_doubts(probe: ProbeSummary, spec: RunSpec) -> list[str]:
     """What keeps a clean result from passing, a sentence each."""
     doubts = [reason for check in DOUBTS if (reason := check(probe))]
+    if reason := _lacks_draws(probe, spec):
+        doubts.append(reason)
     return doubts + list(probe.serving.doubts if probe.serving else ())
 
 

@@ -29,7 +29,8 @@ def run(tmp_path_factory):
 
 def test_verdict_and_command(run):
     assert run.verdict == "FAIL"
-    assert run.reasons == ("batch-size: tokens diverged in 3 of 3 trials",)
+    (reason,) = run.reasons
+    assert reason.startswith("batch-size: tokens diverged in 4 of 4 loads")
     assert run.command.startswith(
         "ndcheck run --model scripted:batch-dependent --loads 1,4 -n 40 --max-tokens 8"
     )
@@ -72,15 +73,15 @@ def test_a_run_is_read_again(run):
 
 
 def test_it_shows_the_screen(run):
-    assert repr(run).startswith(f"<ndcheck.Run {str(run.path)!r} FAIL: 14 of 20 trials diverged")
+    assert repr(run).startswith(f"<ndcheck.Run {str(run.path)!r} FAIL: 13 of 15 loads diverged")
     console = Console(file=io.StringIO(), width=80)
     console.print(run)
     screen = console.file.getvalue()
-    assert screen.startswith("FAIL  14 of 20 trials diverged")
+    assert screen.startswith("FAIL  13 of 15 loads diverged")
     assert "at token 4" in screen
     html = run._repr_html_()
     assert html.startswith("<pre")
-    assert "14 of 20 trials diverged" in html
+    assert "13 of 15 loads diverged" in html
 
 
 def test_hostile_completions_stay_text_in_a_notebook(tmp_path):

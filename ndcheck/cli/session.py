@@ -68,9 +68,10 @@ def start(
         spec = fit(spec, sampler, quiet=quiet)
         trials = plan(spec, sampler)
         if spec.target_rate:
-            n_trials = trials_needed(spec.target_rate, spec.confidence)
+            n_draws = trials_needed(spec.target_rate, spec.confidence)
+            draws = "trials" if spec.repeats_are_draws else "distinct loads"
             note(
-                f"{n_trials} trials of each probe and arm: if none diverges, a rate of "
+                f"{n_draws} {draws} of each probe and arm: if none diverges, a rate of "
                 f"{spec.target_rate:g} is excluded at {spec.confidence:.0%}",
                 quiet=quiet,
             )

@@ -77,10 +77,8 @@ def scope(probes: Sequence[ProbeSummary]) -> str:
     confidence = percent(probes[0].confidence) if probes else ""
     unit = {"load": "distinct loads", "trial": "trials"}
     others = unit[probes[0].draw] if len({probe.draw for probe in probes}) == 1 else "draws"
-    return (
-        f"Each interval at {confidence} %, not jointly; over {others}, for run-to-run over trials "
-        "of loads repeated by plan"
-    )
+    of_repeats = "" if others == "trials" else " (run-to-run: trials)"
+    return f"Each interval at {confidence} %, not jointly; over {others}{of_repeats}"
 
 
 def shortfall(run: Run, summary: Summary) -> str | None:

@@ -82,8 +82,25 @@ def test_environment_variables_are_defaults(ndcheck):
 def test_target_rate_says_how_many_trials_up_front(ndcheck):
     options = ("--model", "scripted:clean", "--loads", "1,2", "--max-tokens", "4")
     done = ndcheck("run", *options, "--target-rate", "0.05", "--out", "run")
-    assert "59 trials of each probe and arm" in done.stderr
-    assert "0 of 59 trials diverged; rate < 4.9" in done.stdout
+    assert "72 distinct loads of each probe and arm" in done.stderr
+    assert "0 of 72 loads diverged; rate < 5 %" in done.stdout
+
+
+def test_a_target_that_too_few_loads_exist_for_is_not_reached(ndcheck):
+    options = ("--loads", "1", "--axes", "cache", "--max-tokens", "4", "--target-rate", "0.01")
+    done = ndcheck("run", "--model", "scripted:clean", *options)
+    assert done.returncode == 3
+    assert "to exclude a rate of 1 % takes 368 clean loads; there are" in done.stdout
+
+
+def test_a_grid_without_more_loads_says_so(ndcheck):
+    options = ("--loads", "1", "--axes", "cache", "--max-tokens", "4", "-n", "150")
+    done = ndcheck("run", "--model", "scripted:cache-dependent", *options)
+    # Two words: a chunk, or a rest, of one token, by itself. Both loads ran once more.
+    assert "FAIL  2 of 2 loads diverged (100 %, 95 % CI 15.8-100 %)" in done.stdout
+    assert "no more than 2 distinct loads exist, and a repeat is no new draw" in " ".join(
+        done.stdout.split()
+    )
 
 
 def test_a_page_and_plots_where_asked_for(ndcheck, tmp_path):

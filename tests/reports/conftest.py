@@ -307,7 +307,7 @@ def two_arms() -> Example:
 @pytest.fixture
 def passing() -> Example:
     spec = replace(DEFAULTS, arms=("invariant",))
-    return example(probe_summary("invariant", [(QUEENS, 200)], n=299), spec=spec)
+    return example(probe_summary("invariant", [(QUEENS, 200)], n=368), spec=spec)
 
 
 @pytest.fixture

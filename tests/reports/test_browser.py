@@ -239,7 +239,7 @@ def test_without_scripts_verdicts_and_tables_can_be_read(opened, two_arms) -> No
     with opened(two_arms, java_script_enabled=False) as page:
         text = page.locator("body").inner_text()
         for expected in (
-            "9 of 28 trials diverged",
+            "9 of 28 loads diverged",
             "neighbours",
             "At token 103",
             "Scripts are off",

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 
+from ndcheck.records import Load
 from ndcheck.reports import figures
 from ndcheck.reports.figures import bins, gather, histogram
 
@@ -48,7 +49,11 @@ def test_many_samples_are_thinned_evenly(failing, monkeypatch) -> None:
 
 def test_reference_margins_are_the_probes_alone(failing) -> None:
     first = replace(
-        failing.samples[0], axis="reference", baseline=None, margins=(1.5, float("inf"), 0.25)
+        failing.samples[0],
+        axis="reference",
+        baseline=None,
+        load=Load(1),
+        margins=(1.5, float("inf"), 0.25),
     )
     samples = [first, *failing.samples[1:]]
     margins = gather(samples, failing.summary)["stock", "p1"].reference_margins

@@ -133,7 +133,7 @@ def test_every_section_is_there(two_arms) -> None:
     text = Page(render(two_arms)).text
     for expected in (
         "FAIL The output depends on the load",
-        "9 of 28 trials diverged (32.1 %, 95 % CI 0.345-1.57 %)",
+        "9 of 28 loads diverged (32.1 %, 95 % CI 0.345-1.57 %)",
         "ndcheck report DIR --html",
         "At token 103",
         "' Queens, New York,",

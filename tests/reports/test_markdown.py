@@ -50,7 +50,7 @@ def test_the_structure_does_not_depend_on_the_text(name, request) -> None:
 def test_it_leads_with_the_verdict_and_the_command(failing) -> None:
     lines = render(failing).splitlines()
     assert lines[0] == "# ndcheck: FAIL"
-    assert lines[2] == "- **FAIL** 8 of 1000 trials diverged (0.8 %, 95 % CI 0.345-1.57 %)"
+    assert lines[2] == "- **FAIL** 8 of 1000 loads diverged (0.8 %, 95 % CI 0.345-1.57 %)"
     assert "ndcheck run --loads 1,2,4,8,16,32 -n 1000 --kernels stock" in lines[:14]
 
 
@@ -58,10 +58,11 @@ def test_claims_are_ranked_and_bounded(two_arms, empty) -> None:
     report = render(two_arms)
     claims = report.partition("## Claims")[2].partition("Not claimed:")[0].strip().splitlines()
     assert claims == [
-        "- invariant: equal tokens and equal bits across these loads: 0 of 28 trials diverged; "
-        "rate < 10.2 % at 95 % for this distribution of loads.",
-        "- stock: output depends on the load: 9 of 28 trials diverged; for this distribution of "
-        "loads the rate is in 0.345-1.57 % at 95 %.",
+        "- invariant: equal tokens and equal bits across these loads: 0 of 28 loads diverged; "
+        "rate < 12.4 % at 95 % for this distribution of loads.",
+        "- stock: output depends on the load: 9 of 28 loads diverged from the commonest "
+        "completion of the probe alone; for this distribution of loads the rate is in 0.345-1.57 % "
+        "at 95 %.",
     ]
     assert "- Anything on other hardware" in report
     assert "- None: nothing was measured." in render(empty)

@@ -31,7 +31,7 @@ LOADS = (
 SUMMARY = (
     "arm,probe_id,n_trials,n_samples,n_unique,modal_count,common_prefix_tokens,diverged_trials,"
     "divergence_rate,rate_ci_low,rate_ci_high,confidence,unseen_mass,chao1,tokens_per_s,"
-    "slowdown_vs_stock,verdict,reasons"
+    "slowdown_vs_stock,verdict,reasons,draw,n_draws,diverged_draws"
 )
 
 
