@@ -273,9 +273,11 @@ class EndpointSampler:
                 last_s = outcome.answer.last_s
                 step_s = (last_s - min(streamed, default=outcome.sent_s)) / max(1, n_units)
                 times_s = [last_s - step_s * (n_units - 1 - i) for i in range(n_units)]
-            return batch_sizes_read(times_s, self._server.metrics.readings)
+            sizes = batch_sizes_read(times_s, self._server.metrics.readings)
+            if sizes or load.batch_size > 1:
+                return sizes
         if load.batch_size == 1:
-            return [1] * n_units  # Nothing else was sent; others' requests cannot be seen.
+            return [1] * n_units  # Nothing else was sent; others' requests were not seen.
         return batch_sizes_seen(times_s, answers)
 
     async def _judge(self, trial: Trial, outcomes: list[Outcome], fillers: list[Outcome]) -> None:
