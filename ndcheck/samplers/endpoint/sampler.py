@@ -147,7 +147,7 @@ class EndpointSampler:
         if n_others := self._server.n_other_beginnings:
             found.append(
                 f"completions that differ in their limit alone began otherwise in {n_others} "
-                "requests: equal answers to equal ones may come from a cache"
+                "requests: replicas differ, or a cache repeats answers to equal requests"
             )
         if self._n_without_bits and not self._spec.allow_latent:
             found.append(
