@@ -148,7 +148,7 @@ class EndpointSampler:
         if n_others := self._server.n_other_beginnings:
             found.append(
                 f"completions that differ in their limit alone began otherwise in {n_others} "
-                "requests: equal answers to equal ones may come from a cache"
+                "requests: replicas differ, or a cache repeats answers to equal requests"
             )
         if self._n_without_bits and not self._spec.allow_latent:
             found.append(
@@ -274,9 +274,11 @@ class EndpointSampler:
                 last_s = outcome.answer.last_s
                 step_s = (last_s - min(streamed, default=outcome.sent_s)) / max(1, n_units)
                 times_s = [last_s - step_s * (n_units - 1 - i) for i in range(n_units)]
-            return batch_sizes_read(times_s, self._server.metrics.readings)
+            sizes = batch_sizes_read(times_s, self._server.metrics.readings)
+            if sizes or load.batch_size > 1:
+                return sizes
         if load.batch_size == 1:
-            return [1] * n_units  # Nothing else was sent; others' requests cannot be seen.
+            return [1] * n_units  # Nothing else was sent; others' requests were not seen.
         return batch_sizes_seen(times_s, answers)
 
     async def _judge(self, trial: Trial, outcomes: list[Outcome], fillers: list[Outcome]) -> None:

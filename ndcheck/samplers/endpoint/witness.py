@@ -107,7 +107,7 @@ def batch_sizes_read(times_s: Sequence[float], readings: Sequence[tuple[float, i
         i = bisect.bisect(read_s, moment)
         nearest = min(range(max(0, i - 1), min(i + 1, len(read_s))),
                       key=lambda j: abs(read_s[j] - moment))  # fmt: skip
-        sizes.append(readings[nearest][1])
+        sizes.append(max(1, readings[nearest][1]))  # The request itself runs.
     return sizes
 
 
