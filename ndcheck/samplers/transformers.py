@@ -32,7 +32,7 @@ from ndcheck.records import (
 )
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.device import choose_device, own_device
-from ndcheck.samplers.faithful import ALONE, Findings, Path, examine, find_refusals
+from ndcheck.samplers.faithful import PATHS, Findings, Path, examine, find_refusals
 from ndcheck.samplers.following import Ranks
 from ndcheck.samplers.loading import (
     DTYPES,
@@ -386,9 +386,9 @@ def _paths(spec: RunSpec) -> list[Path]:
     """What the run will send through the model; continuous batching takes other ways."""
     if spec.batching == "continuous":
         return []
-    paths = [ALONE]
-    if "cache" in spec.axes:
-        paths += [(False, state) for state in CACHE_STATES]
-    if "neighbours" in spec.axes:
-        paths.append((True, "whole"))
-    return paths
+    has_cache, has_neighbours = "cache" in spec.axes, "neighbours" in spec.axes
+    return [
+        (is_padded, state)
+        for is_padded, state in PATHS
+        if (has_cache or state == "whole") and (has_neighbours or not is_padded)
+    ]

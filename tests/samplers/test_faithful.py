@@ -414,3 +414,20 @@ def test_ropes_that_follow_the_longest_row(parameters, expected):
 
     config = SimpleNamespace(rope_parameters=parameters, max_position_embeddings=128)
     assert rope_switch(config) == expected
+
+
+def test_what_changes_ops_is_not_taken_for_the_model():
+    """A recorder, a planted fault or other kernels are not what was asked about."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Fault(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            is_product = func is torch.ops.aten.linear.default
+            return -result if is_product and result.shape[0] > 1 else result
+
+    model = make("Llama")
+    right, tokens = generate(model)
+    with Fault():
+        assert not torch.equal(decode(model, True, "whole", tokens), right)
+    torch.testing.assert_close(decode(model, True, "whole", tokens), right, rtol=1e-3, atol=1e-3)
