@@ -28,6 +28,8 @@ class Batch:
     slot: int
     cache_state: CacheState
     n_tokens: int
+    cut: int | None = None
+    """Where the prompts are cut, as in a `Load`."""
 
     @property
     def probe(self) -> tuple[int, ...]:
@@ -89,6 +91,7 @@ class Shrinker:
             sample.slot,
             sample.load.cache_state,
             self._failure.run.spec.decoding.max_tokens,
+            sample.load.cut,
         )
         if self.parts(before) is None:
             raise BackendError(
@@ -143,7 +146,7 @@ class Shrinker:
         hook = self._sampler.model.register_forward_pre_hook(note, with_kwargs=True)
         try:
             with torch.inference_mode(), self._kernels():
-                exact.prefill(batch.cache_state)
+                exact.prefill(batch.cache_state, batch.cut)
         finally:
             hook.remove()
         if batch.cache_state == "prefix":  # The passes before the last computed prefixes alone.
@@ -177,7 +180,7 @@ class Shrinker:
         slot = 0 if alone else batch.slot
         state: CacheState = "whole" if alone else batch.cache_state
         exact = self._sampler.open_batch(list(map(list, rows)), batch.n_tokens)
-        logits = exact.prefill(state)
+        logits = exact.prefill(state, None if alone else batch.cut)
         for position in range(batch.n_tokens):
             token_ids = lowest_argmax(logits)
             yield int(token_ids[slot]), logits[slot].clone()
@@ -192,7 +195,7 @@ def _plainer_prefill(batch: Batch) -> Iterator[Batch]:
         "prefix": ("whole", "chunked"),
     }
     for state in plainer[batch.cache_state]:
-        yield replace(batch, cache_state=state)
+        yield replace(batch, cache_state=state, cut=None)
 
 
 def _fewer_rows(batch: Batch) -> Iterator[Batch]:
