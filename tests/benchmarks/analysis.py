@@ -104,6 +104,16 @@ def generate(n_samples: int, n_tokens: int, n_distinct: int) -> Iterator[Sample]
         )
 
 
+class Stream:
+    """Samples that can be read twice, as those of a run's directory can."""
+
+    def __init__(self, case: tuple[int, int, int]) -> None:
+        self._case = case
+
+    def __iter__(self) -> Iterator[Sample]:
+        return generate(*self._case)
+
+
 def count_forks(fork: Fork | None) -> int:
     """Look at the whole tree, as the largest report would."""
     n_forks, open_forks = 0, [fork] if fork else []
@@ -122,7 +132,7 @@ def measure(n_samples: int, n_tokens: int, n_distinct: int) -> None:
     page_kib = resource.getpagesize() // 1024
     before_kib = int(Path("/proc/self/statm").read_text().split()[1]) * page_kib
     summarising = Stopwatch()
-    summary = summarise(generate(*case), make_spec(n_samples, n_tokens))
+    summary = summarise(Stream(case), make_spec(n_samples, n_tokens))
     summarising.stop()
     peak_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib) / 1024
     (probe,) = summary.probes
