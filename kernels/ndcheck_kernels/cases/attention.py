@@ -198,7 +198,7 @@ def attention(
                     name, f"{heads}/{kv_heads}x{head_dim} {keys}", fires, operands, call,
                     _attention_reference, _attention_in,
                     flops_per_row=work, max_rows=rows, forms=_FORMS[fires],
-                    ends=_attention_ends(operands, keys),
+                    ends=_attention_ends(operands, keys), terms=keys,
                 )
             )  # fmt: skip
     return tuple(cases)

@@ -138,6 +138,8 @@ class Case:
     max_rows: int = MOST_ROWS
     forms: tuple[Form, ...] = ()
     ends: Ends | None = None
+    terms: int = 1
+    """How many terms an element of the result is a sum of."""
 
 
 def sum_in_groups(groups: int, x: torch.Tensor) -> torch.Tensor:

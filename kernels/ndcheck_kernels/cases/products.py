@@ -142,7 +142,7 @@ def products(n: int, k: int) -> tuple[Case, ...]:
         Case(
             op, f"{n}x{k}", fires, operands(n, k), call, reference, _product_in_groups(call),
             flops_per_row=2 * batch * n * k, forms=_FORMS.get(op, ()),
-            ends=scaled_ends(operands(n, k), k),
+            ends=scaled_ends(operands(n, k), k), terms=k,
         )
         for forms, operands, batch in (
             (_PRODUCTS, _product_operands, 1),

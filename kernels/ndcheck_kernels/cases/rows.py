@@ -349,6 +349,7 @@ def row_ops(k: int, max_rows: int = MOST_ROWS) -> tuple[Case, ...]:
         Case(
             op, str(k), _FIRES.get(op, op), operands_for(k), call, reference, grouped,
             max_rows=max_rows, forms=_FORMS.get(op, ()), ends=scaled_ends(operands_for(k), k),
+            terms=k,
         )
         for op, (operands_for, call, reference, grouped) in _ROW_OPS.items()
     )  # fmt: skip
