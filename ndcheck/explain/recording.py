@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, Self
@@ -21,7 +22,13 @@ from ndcheck.explain.alignment import (
 )
 from ndcheck.explain.modules import ModulePath
 
-unseen = _disable_current_modes
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Look at tensors as they are: no mode sees it, and no tensor guards itself."""
+    with torch._C.DisableTorchFunctionSubclass(), _disable_current_modes():
+        yield
+
 
 Status = Literal["introduces", "inherits", "clean", "in a module", "not compared"]
 Cause = Literal["shape", "neighbours", "chance"]
