@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,6 +145,20 @@ REDUCTIONS: dict[str, Reduction] = {
 }
 
 
+def _load_module(name: str) -> Any:
+    """A module by its name, or the file of it, whatever other module has that file's name."""
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    file = Path(name).resolve()
+    spec = importlib.util.spec_from_file_location(f"_ndcheck_fn_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{name} is no module")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.parent))  # What the file imports may lie beside it.
+    spec.loader.exec_module(module)
+    return module
+
+
 def load_function(path: str) -> Reduction:
     """``module:function`` as a reduction: the function takes [rows, n] and returns row sums.
 
@@ -152,11 +167,7 @@ def load_function(path: str) -> Reduction:
     """
     module_name, _, name = path.rpartition(":")
     try:
-        if module_name.endswith(".py"):
-            file = Path(module_name)
-            sys.path.insert(0, str(file.resolve().parent))
-            module_name = file.stem
-        function = getattr(importlib.import_module(module_name), name)
+        function = getattr(_load_module(module_name), name)
     except Exception as error:  # a module may raise anything
         raise UsageError(
             f"--fn {path}: {error} (accepted: module:function or file.py:function)"

@@ -180,6 +180,13 @@ def test_order_says_what_it_confirmed_and_no_more(here, tmp_path, function, expe
     assert ("16 terms" in out) == (expected != 3)
 
 
+def test_a_file_is_read_whatever_module_has_its_name(here, tmp_path):
+    (tmp_path / "json.py").write_text(SUMS)
+    options = ("--rows", "1-2", "--terms", "8", "-q")
+    code, out, err = here("order", "--fn", "json.py:in_order", *options)
+    assert (code, out[:5]) == (0, "FIXED"), out + err
+
+
 def test_a_failing_prefix_is_shrunk_and_shown(here, tmp_path):
     """Skipped where this machine does not part it."""
     options = ("--axes", "cache", "--loads", "1", "--kernels", "stock", "-n", "4")
