@@ -163,11 +163,10 @@ def judge_axis(axis: Axis, finding: AxisFinding | None, spec: RunSpec) -> Verdic
 
 
 def _weaken(probe: ProbeVerdict, *doubts: str) -> ProbeVerdict:
-    """A clean result that does not pass."""
+    """A clean result that does not pass: what was clean is no reason for that."""
     if probe.verdict.outcome != "PASS":
         return probe
-    reasons = (*doubts, *probe.verdict.reasons)
-    return replace(probe, verdict=Verdict("INCONCLUSIVE", reasons))
+    return replace(probe, verdict=Verdict("INCONCLUSIVE", doubts))
 
 
 def _lacks_control(probe: ProbeSummary) -> str | None:

@@ -45,7 +45,7 @@ def test_progress(tmp_path):
         on_progress=lambda progress: seen.append((progress.n_done, progress.n_trials)),
         **SMALL,
     )
-    assert seen == [(i, 22) for i in range(1, 23)]
+    assert seen == [(i, 25) for i in range(1, 26)]
 
 
 def test_data_frames_are_the_csv_files(run):

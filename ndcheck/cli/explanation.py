@@ -135,6 +135,7 @@ def trace_run(
 
     failure = find_failure(directory, sample_id, by_ops)
     sample, what = failure.sample, "bits" if failure.is_latent else "tokens"
+    _check_visible(failure.run.spec)
     confirm(failure.run.spec, given, f"--run {directory}")
     spec = replace(failure.run.spec, arms=(sample.arm,))
     note(
@@ -233,6 +234,7 @@ def shrink(
     if failure.sample.arm != "stock":
         raise UsageError("shrink makes scripts of plain transformers: choose a stock --sample")
     spec = failure.run.spec
+    _check_visible(spec)
     confirm(spec, given, f"--run {directory}")
     sampler = _open(spec, quiet=quiet)
 
@@ -267,11 +269,8 @@ def shrink(
     return 1 if reproduction.shows_it else 3
 
 
-def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
-    """Raises UsageError for a model whose ops cannot be seen."""
-    from ndcheck.samplers.base import open_sampler
-    from ndcheck.samplers.transformers import TransformersSampler
-
+def _check_visible(spec: RunSpec) -> None:
+    """Raise UsageError for a run whose ops cannot be seen, whatever else is given."""
     if spec.endpoint is not None:
         raise UsageError(f"{spec.model} runs at {spec.endpoint.url}: no op can be seen there")
     if spec.engine is not None:
@@ -286,6 +285,14 @@ def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
             "continuous batching: no step can be repeated alone; explain a run of the same prompts "
             "with --batching exact"
         )
+
+
+def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
+    """Raises UsageError for a model whose ops cannot be seen."""
+    from ndcheck.samplers.base import open_sampler
+    from ndcheck.samplers.transformers import TransformersSampler
+
+    _check_visible(spec)
     note(f"loading {spec.model}", quiet=quiet)
     sampler = open_sampler(spec)
     if not isinstance(sampler, TransformersSampler):

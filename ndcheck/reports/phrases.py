@@ -118,6 +118,8 @@ def load(finding: LoadFinding) -> str:
 
 
 def load_name(axis: Axis, cache_state: CacheState) -> str:
+    if axis == "run-to-run" and cache_state != "whole":
+        return f"{cache_state} again"
     return cache_state if axis == "cache" else axis
 
 

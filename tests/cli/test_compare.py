@@ -98,7 +98,7 @@ def test_runs(ndcheck_here, folder):
     lines = [line.split() for line in done.stdout.splitlines()[1:]]
     assert {line[0] for line in lines} == {"clean", "forks", "longer"}
     rows = {line[0]: line[1:] for line in lines}
-    assert rows["clean"] == ["PASS", "1", "0/20", "scripted:clean", "(stock)"]
+    assert rows["clean"] == ["PASS", "1", "0/23", "scripted:clean", "(stock)"]
     assert rows["forks"][0] == "finished"
     assert "hostile/run.json cannot be read" in done.stderr
     newest_first = json.loads(ndcheck_here("runs", ".", "--json").stdout)

@@ -46,7 +46,7 @@ def test_auto_loads_are_named_and_repeatable(ndcheck):
 
 def test_a_gate_finds_what_fits(ndcheck_here, tmp_path):
     (tmp_path / "ndcheck.toml").write_text(
-        'loads = "auto"\nsamples = 20\nmax_tokens = 4\n'
+        'loads = "auto"\nsamples = 30\nmax_tokens = 4\n'
         '[checks.fits]\nmodel = "scripted:out-of-memory"\n'
     )
     done = ndcheck_here("gate", "--out", "runs")

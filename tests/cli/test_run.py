@@ -45,7 +45,8 @@ def test_files_agree_with_each_other(ndcheck, tmp_path):
     samples = read_csv(tmp_path / "run" / "samples.csv")
     completions = read_csv(tmp_path / "run" / "completions.csv")
     (summary,) = read_csv(tmp_path / "run" / "summary.csv")
-    assert len(samples) == 60 == sum(int(row["count"]) for row in completions)
+    n_confirming = 2  # Loads along `slot` that diverged, once more.
+    assert len(samples) == 60 + n_confirming == sum(int(row["count"]) for row in completions)
     assert {row["achieved_batch_size"] for row in samples} == {"1", "4"}
     assert all(row["achieved_batch_size"] == row["batch_size"] for row in samples)
     assert len(completions) == 2 == int(summary["n_unique"])
@@ -168,7 +169,7 @@ def test_default_directory_is_named_by_time_and_model(ndcheck, tmp_path):
 
 def test_the_embedded_model_shows_nondeterminism_and_the_invariant_arm_none(ndcheck, tmp_path):
     """Real kernels on real model output: padding alone changes tokens or bits."""
-    options = ("--loads", "1,2", "-n", "15", "--max-tokens", "64", "--kernels", "stock,invariant")
+    options = ("--loads", "1,2", "-n", "20", "--max-tokens", "64", "--kernels", "stock,invariant")
     done = ndcheck("run", *options, "--out", "run", "--quiet")
     assert done.returncode == 1, done.stderr
     rows = {row["arm"]: row for row in read_csv(tmp_path / "run" / "summary.csv")}
