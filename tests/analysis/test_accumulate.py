@@ -304,6 +304,10 @@ def test_only_the_slot_differs(build):
         build.sample(2, "ax", slot=1, axis="slot", baseline=1),
         build.sample(3, "ab", axis="neighbours", baseline=1),
     ]
+    finding = finding_of(build.probe(samples), "slot")
+    # Once alone it may be chance.
+    assert (finding.n_trials, finding.diverged_trials, finding.rate) == (1, 1, None)
+    samples.append(build.sample(4, "ax", slot=1, axis="run-to-run", baseline=2))
     probe = build.probe(samples)
     finding = finding_of(probe, "slot")
     assert (finding.n_trials, finding.diverged_trials, finding.rate) == (1, 1, 1.0)

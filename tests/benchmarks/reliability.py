@@ -33,7 +33,7 @@ from mutations import ODD_NUMBERS, ODD_TEXTS, mutate_bytes, mutate_json, mutate_
 RESULTS = Path(__file__).parents[2] / "results" / "reliability"
 CODES = {0, 1, 2, 3, 4, 130}
 HANG_S = 60
-SCRIPTED = ("--max-tokens", "8", "--loads", "1,4", "-n", "24", "-q")
+SCRIPTED = ("--max-tokens", "8", "--loads", "1,4", "-n", "40", "-q")
 
 
 class Findings:

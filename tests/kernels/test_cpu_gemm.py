@@ -75,6 +75,17 @@ def test_odd_shapes_are_one_bit_class_in_both_layouts(k, n, dtype, noise_operand
         assert find_violations(lambda x: torch.addmm(bias, x, wide), rows) == []
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_single_column_is_one_bit_class(dtype):
+    """One number a row says little in a proof: a place of another order passed it by chance."""
+    torch.manual_seed(0)
+    rows, weight = torch.randn(400, 64).to(dtype), torch.randn(1, 64).to(dtype)
+    with invariant_kernels():
+        whole = F.linear(rows, weight)
+        for m in range(1, 120):
+            assert torch.equal(F.linear(rows[:m], weight), whole[:m]), m
+
+
 @pytest.mark.usefixtures("threads")
 def test_stock_products_fail_the_same_check(noise_operands, find_violations):
     rows, weight = noise_operands(256, 256, torch.float32)

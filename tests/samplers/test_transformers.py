@@ -178,13 +178,14 @@ def test_characters_of_several_tokens_belong_to_the_last(samplers):
 
 def test_nan_logits_are_a_failed_trial(samplers, monkeypatch):
     sampler = samplers["qwen3"]
-    monkeypatch.setattr(ExactBatch, "prefill", lambda self, state: torch.full((1, 279), torch.nan))
+    nan = torch.full((1, 279), torch.nan)
+    monkeypatch.setattr(ExactBatch, "prefill", lambda self, state, cut: nan)
     with pytest.raises(TrialError, match="NaN at token 1"):
         sample(sampler, Load(1))
 
 
 def test_out_of_memory_names_the_load(samplers, monkeypatch):
-    def refuse(self, state):
+    def refuse(self, state, cut):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(ExactBatch, "prefill", refuse)
@@ -264,16 +265,20 @@ def test_cuda_without_a_gpu():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_invariant_kernels_give_the_same_bits_under_every_load(samplers, family):
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_invariant_kernels_give_the_same_bits_under_every_load(tiny_models, family, dtype):
     """The fix, with its control: stock kernels change bits under these same loads."""
-    sampler = samplers[family]
+    sampler = TransformersSampler(
+        replace(DEFAULTS, model=str(tiny_models[family]), dtype=dtype, arms=("stock", "invariant"))
+    )
     lengths = {PROBE.probe_id: sampler.count_tokens(PROBE.prompt)}
     spec = replace(
         DEFAULTS,
         probes=(PROBE,),
         decoding=Decoding(4),
         batch_sizes=(1, 3),
-        n_samples=22,
+        # In bf16 on AVX-512 stock parts only beside the long neighbours of later rounds.
+        n_samples=44,
         arms=("stock", "invariant"),
     )
     digests = {"stock": set(), "invariant": set()}
