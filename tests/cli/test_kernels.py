@@ -18,7 +18,7 @@ from ndcheck_kernels import cases
 from ndcheck.cli.app import run_command_line
 linear = next(case for case in cases.checked_cases("cpu") if case.op == "linear")
 faults = {
-    "fails": {"call": lambda x, *o: linear.grouped(1 + len(x) // 17, x, *o)},
+    "fails": {"call": lambda x, *o: linear.grouped(1 + 2 * (len(x) // 17), x, *o)},
     "control": {"grouped": lambda groups, *o: linear.call(*o)},
 }
 cases.checked_cases = lambda device: (replace(linear, **faults[sys.argv[1]]),)
