@@ -25,9 +25,8 @@ from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
 from ndcheck.arrivals import Request
 from ndcheck.errors import TrialError, UsageError
-from ndcheck.load import SMALLEST_PAGE_TOKENS
+from ndcheck.load import N_PREFILL_CHUNKS, SMALLEST_PAGE_TOKENS
 from ndcheck.records import CacheState, Decoding, Fault
-from ndcheck.samplers.batch import N_PREFILL_CHUNKS
 from ndcheck.samplers.selection import Reading, gumbel_noise, plant, read_step
 from ndcheck.samplers.steps import Stream
 

@@ -15,7 +15,7 @@ import transformers
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.engine_request import NO_AUTO_LOADS
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.load import CACHE_STATES
+from ndcheck.load import CACHE_STATES, N_PREFILL_CHUNKS
 from ndcheck.records import (
     Arm,
     CacheState,
@@ -39,7 +39,6 @@ from ndcheck.samplers.loading import load_config
 from ndcheck.samplers.prompts import load_prompts
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-N_PREFILL_CHUNKS = 3
 SHARED_MEMORY = 0.9
 """Share of the GPU's memory that the engines of all arms may take together."""
 
