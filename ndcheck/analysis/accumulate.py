@@ -124,9 +124,10 @@ def _summarise_probe(
     exactly = spec.sets_batch_size
     serves = spec.endpoint is not None or not exactly
     serving = group.serving.finding(sets_batch_size=exactly) if serves else None
-    # Whom an open loop brings together is judged over all of its trials.
-    achieved = trials.column("achieved")
-    is_witnessed = achieved == trials.column("batch_size") if exactly else achieved > 0
+    is_witnessed = trials.is_witnessed(exactly=exactly)
+    if serving is not None and not exactly:
+        # Whom an open loop brings together is judged over all of its trials.
+        is_witnessed = trials.column("achieved") > 0
     elapsed_s = float(trials.elapsed_s.sum())
     n_tokens = int((completions.counts * completions.lengths).sum())
     return ProbeSummary(

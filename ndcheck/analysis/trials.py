@@ -96,6 +96,15 @@ class Trials:
             len(np.setdiff1d(loads[latent], parted)),
         )
 
+    def is_witnessed(self, *, exactly: bool) -> NDArray[np.bool_]:
+        """Did the batch asked for really run, or any batch at all if not ``exactly``?
+
+        False where the backend does not say.
+        """
+        achieved, asked = self.column("achieved"), self.column("batch_size")
+        is_witnessed: NDArray[np.bool_] = achieved == asked
+        return is_witnessed if exactly else is_witnessed | ((achieved > 1) & (asked > 1))
+
 
 def axis_code(axis: Axis) -> int:
     return AXIS_CODES.index(axis)
