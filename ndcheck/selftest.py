@@ -16,7 +16,7 @@ from ndcheck.records import Axis, Environment, Run
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import run_trials
 from ndcheck.samplers.base import Sampler
-from ndcheck.samplers.scripted import FORK_AT, LATENT_AT, ScriptedSampler
+from ndcheck.samplers.scripted.sampler import FORK_AT, LATENT_AT, ScriptedSampler
 from ndcheck.store import RunDirectory, SampleReader
 from ndcheck.verdict import Judgement, Outcome, judge
 

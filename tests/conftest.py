@@ -102,7 +102,7 @@ def measured():
     from ndcheck.load import plan_trials, plant_fault
     from ndcheck.records import Decoding, Environment, Run
     from ndcheck.request import DEFAULTS
-    from ndcheck.samplers.scripted import ScriptedSampler
+    from ndcheck.samplers.scripted.sampler import ScriptedSampler
 
     small = replace(
         DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40, arms=("stock",)

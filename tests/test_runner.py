@@ -13,7 +13,7 @@ from ndcheck.load import plan_trials
 from ndcheck.records import Decoding, Environment, Run
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import run_trials
-from ndcheck.samplers.scripted import ScriptedSampler
+from ndcheck.samplers.scripted.sampler import ScriptedSampler
 from ndcheck.store import RunDirectory, SampleReader, read_run
 
 SPEC = replace(DEFAULTS, arms=("stock",), decoding=Decoding(8), batch_sizes=(1, 4), n_samples=60)

@@ -12,7 +12,7 @@ from ndcheck.analysis.divergence import first_divergence
 from ndcheck.load import plan_trials, plant_fault
 from ndcheck.records import Decoding, Endpoint, Environment, Load, Run, Witness
 from ndcheck.request import DEFAULTS
-from ndcheck.samplers.scripted import ScriptedSampler
+from ndcheck.samplers.scripted.sampler import ScriptedSampler
 from ndcheck.selftest import CASES, check, judge_sampler
 from ndcheck.verdict import judge, worst
 

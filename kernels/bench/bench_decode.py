@@ -27,9 +27,9 @@ from table import Table
 
 from ndcheck.records import Decoding
 from ndcheck.request import DEFAULTS
-from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.steps import DecodeSteps
-from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck.samplers.local.steps import DecodeSteps
 from ndcheck_kernels.timing import copy_gb_per_s, elapsed_us, mm_tflop_per_s
 
 PROMPT_TOKENS = 16

@@ -158,7 +158,7 @@ def measure_ndcheck(table: Table, part: str, checkpoint: str) -> None:
 
     from ndcheck.records import Decoding, Load, Probe, Trial
     from ndcheck.request import DEFAULTS
-    from ndcheck.samplers.transformers import TransformersSampler
+    from ndcheck.samplers.local.sampler import TransformersSampler
 
     arm: Any = part.removeprefix("ndcheck-")
     sampler = TransformersSampler(
@@ -187,7 +187,7 @@ def write_checkpoint() -> str:
     code = (
         "import transformers; from dataclasses import replace\n"
         "from bench_decode import SHAPES; from ndcheck.request import DEFAULTS\n"
-        "from ndcheck.samplers.engine.checkpoint import random_checkpoint\n"
+        "from ndcheck.samplers.vllm.checkpoint import random_checkpoint\n"
         "source = str(SHAPES / 'qwen3-8b')\n"
         "config = transformers.AutoConfig.from_pretrained(source)\n"
         "print(random_checkpoint(source, config, replace(DEFAULTS, random_weights=0)))\n"

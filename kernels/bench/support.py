@@ -28,7 +28,7 @@ from ndcheck.errors import BackendError
 from ndcheck.load import plan_trials
 from ndcheck.records import AXES, Arm, Decoding, Probe, Run, RunSpec
 from ndcheck.runner import run_trials
-from ndcheck.samplers.transformers import DTYPES, TransformersSampler
+from ndcheck.samplers.local.sampler import DTYPES, TransformersSampler
 from ndcheck.store import RunDirectory, SampleReader
 from ndcheck.verdict import judge_probe
 

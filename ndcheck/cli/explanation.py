@@ -22,7 +22,7 @@ from ndcheck.reports.explanation import save_explanation
 from ndcheck.store import replacing, write_failure
 
 if TYPE_CHECKING:
-    from ndcheck.samplers.transformers import TransformersSampler
+    from ndcheck.samplers.local.sampler import TransformersSampler
 
 MAX_DRAWN_TERMS = 1024
 MAX_DIGITS = 6
@@ -55,8 +55,8 @@ def order(
     from ndcheck.explain import order as explain
     from ndcheck.explain import order_report
     from ndcheck.explain.reductions import REDUCTIONS, Shape, load_function
-    from ndcheck.samplers.device import choose_device
-    from ndcheck.samplers.loading import DTYPES
+    from ndcheck.samplers.local.device import choose_device
+    from ndcheck.samplers.local.loading import DTYPES
 
     if (op is None) == (fn is None):
         raise UsageError(f"give one OP ({', '.join(REDUCTIONS)}) or --fn module:function")
@@ -290,7 +290,7 @@ def _check_visible(spec: RunSpec) -> None:
 def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
     """Raises UsageError for a model whose ops cannot be seen."""
     from ndcheck.samplers.base import open_sampler
-    from ndcheck.samplers.transformers import TransformersSampler
+    from ndcheck.samplers.local.sampler import TransformersSampler
 
     _check_visible(spec)
     note(f"loading {spec.model}", quiet=quiet)

@@ -16,7 +16,7 @@ from ndcheck import environment
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.reports import kernels as report
 from ndcheck.reports.write import TableFile
-from ndcheck.samplers.device import choose_device
+from ndcheck.samplers.local.device import choose_device
 from ndcheck.verdict import EXIT_CODES
 
 if TYPE_CHECKING:

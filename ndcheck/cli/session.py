@@ -130,7 +130,7 @@ def resume(
 
 def follow(spec: RunSpec) -> int:
     """Compute what rank 0 measures, in silence. Returns the exit code."""
-    from ndcheck.samplers.transformers import TransformersSampler
+    from ndcheck.samplers.local.sampler import TransformersSampler
 
     with closing(TransformersSampler(spec)) as sampler:
         sampler.follow()

@@ -13,8 +13,8 @@ from ndcheck.errors import BackendError, UsageError
 from ndcheck.explain.alignment import equal_bits
 from ndcheck.explain.failing import Failure
 from ndcheck.records import CacheState
-from ndcheck.samplers.selection import lowest_argmax
-from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck.samplers.local.selection import lowest_argmax
 
 
 @dataclass(frozen=True, slots=True)

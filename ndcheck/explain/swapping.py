@@ -17,7 +17,7 @@ from ndcheck.explain.modules import ModulePath, without_numbers
 from ndcheck.explain.recording import Place, op_name
 from ndcheck.explain.tracing import Tracer
 from ndcheck.records import Decoding, Load, Probe
-from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.samplers.local.sampler import TransformersSampler
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,9 +27,9 @@ from ndcheck.explain.recording import (
     unseen,
 )
 from ndcheck.records import Arm, Decoding, Load, Probe
-from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.selection import choose_tokens, digest_row, gumbel_noise
-from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck.samplers.local.selection import choose_tokens, digest_row, gumbel_noise
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from ndcheck.records import Decoding, Load, Probe, Sample, Trial
-from ndcheck.samplers.scripted import FORK_AT, LATENT_AT, ScriptedSampler
+from ndcheck.samplers.scripted.sampler import FORK_AT, LATENT_AT, ScriptedSampler
 
 N_REPLICAS = 3
 GATHER_S = 0.01

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ndcheck.errors import UsageError
 from ndcheck.records import Axis, CacheState, Decoding, Probe, RunSpec, Sample, Trial
-from ndcheck.samplers.checkpoint.files import check_config
+from ndcheck.samplers.local.checkpoint.files import check_config
 
 
 class Sampler(Protocol):
@@ -77,7 +77,7 @@ def open_sampler(
         return EndpointSampler(spec, spec.endpoint, headers or {}, say)
     kind, _, name = spec.model.partition(":")
     if kind == "scripted":
-        from ndcheck.samplers.scripted import BEHAVIOURS, ScriptedSampler
+        from ndcheck.samplers.scripted.sampler import BEHAVIOURS, ScriptedSampler
 
         if name not in BEHAVIOURS:
             raise UsageError(
@@ -87,9 +87,9 @@ def open_sampler(
     if spec.model != "builtin":
         check_config(spec.model)  # Before torch is imported, which takes seconds.
     if spec.engine is not None:
-        from ndcheck.samplers.engine.sampler import EngineSampler
+        from ndcheck.samplers.vllm.sampler import EngineSampler
 
         return EngineSampler(spec, spec.engine, load_weights=load_weights)
-    from ndcheck.samplers.transformers import TransformersSampler
+    from ndcheck.samplers.local.sampler import TransformersSampler
 
     return TransformersSampler(spec, load_weights=load_weights)

@@ -32,8 +32,8 @@ from ndcheck.explain.reductions import REDUCTIONS, Shape
 from ndcheck.explain.trace_report import Explanation, trace_document, trace_lines
 from ndcheck.explain.tracing import Tracer
 from ndcheck.records import Decoding, Load, Probe
-from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.transformers import digest_weights
+from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.sampler import digest_weights
 
 QWEN3_8B = {
     "vocab_size": 151_936,

@@ -37,7 +37,7 @@ def write_checkpoint(directory: Path) -> Path:
 
     from ndcheck.builtin import MODEL_DIRECTORY
     from ndcheck.request import DEFAULTS
-    from ndcheck.samplers.engine.checkpoint import random_checkpoint
+    from ndcheck.samplers.vllm.checkpoint import random_checkpoint
 
     config = transformers.AutoConfig.from_pretrained(SHAPE)
     weights = random_checkpoint(SHAPE, config, replace(DEFAULTS, model=SHAPE, random_weights=0))

@@ -30,7 +30,7 @@ def samples(run):
 def children(process):
     found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     names = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in found}
-    return [pid for pid, name in names.items() if "ndcheck.samplers.engine.worker" in name]
+    return [pid for pid, name in names.items() if "ndcheck.samplers.vllm.worker" in name]
 
 
 def test_without_vllm_one_line_names_the_extra(ndcheck, tmp_path):

@@ -18,8 +18,8 @@ from ndcheck.explain.reproduction_script import run_script, write_script
 from ndcheck.explain.shrinking import Batch, Shrinker, Shrunk
 from ndcheck.records import Decoding, Environment, Load, Probe, Run, Trial
 from ndcheck.request import DEFAULTS
-from ndcheck.samplers.scripted import ScriptedSampler
-from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck.samplers.scripted.sampler import ScriptedSampler
 from ndcheck.store import RunDirectory
 
 PROBE = Probe("p1", "tell me about the order")

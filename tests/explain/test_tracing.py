@@ -15,7 +15,7 @@ from ndcheck.explain.trace_report import Explanation, trace_document, trace_line
 from ndcheck.explain.tracing import Tracer
 from ndcheck.records import Decoding, Load, Probe
 from ndcheck.request import DEFAULTS
-from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.samplers.local.sampler import TransformersSampler
 
 PROBE = Probe("p1", "tell me about the order")
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import ndcheck_kernels
-from ndcheck.samplers.batch import ExactBatch
+from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck_kernels import UncoveredOpError, attention_interface, invariant_kernels
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"

@@ -7,7 +7,7 @@ import pytest
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.mock_server.faults import FAULTS, FLAVOURS
 from ndcheck.records import Decoding
-from ndcheck.samplers.scripted import FORK_AT, LATENT_AT
+from ndcheck.samplers.scripted.sampler import FORK_AT, LATENT_AT
 
 STRIKES_LATER = {"after": 27, "every": 3}
 """The probing and the trials alone are spared, the first batch is not."""

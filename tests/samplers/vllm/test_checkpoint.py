@@ -10,12 +10,12 @@ import transformers
 
 from ndcheck.errors import BackendError
 from ndcheck.request import DEFAULTS
-from ndcheck.samplers.engine.checkpoint import (
+from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck.samplers.vllm.checkpoint import (
     digest_checkpoint,
     find_checkpoint,
     random_checkpoint,
 )
-from ndcheck.samplers.transformers import TransformersSampler
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.load import plan_trials
 from ndcheck.records import AXES, Decoding, Fault, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
-from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.device import choose_device
-from ndcheck.samplers.selection import lowest_argmax
-from ndcheck.samplers.transformers import TransformersSampler, digest_weights
+from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.device import choose_device
+from ndcheck.samplers.local.sampler import TransformersSampler, digest_weights
+from ndcheck.samplers.local.selection import lowest_argmax
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 N_TOKENS = 12

@@ -1,4 +1,4 @@
-"""The process that holds an engine: `python -m ndcheck.samplers.engine.worker`.
+"""The process that holds an engine: `python -m ndcheck.samplers.vllm.worker`.
 
 It reads a JSON object a line and answers each with one. The first holds the engine's arguments
 and is answered with ``ready``; every other is a batch to generate. Standard output belongs to
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from ndcheck.errors import TrialError, UsageError, did_you_mean
-from ndcheck.samplers.engine.passes import Pass, count_prefills, describe_shape
+from ndcheck.samplers.vllm.passes import Pass, count_prefills, describe_shape
 
 SWITCH = "VLLM_BATCH_INVARIANT"
 VERSIONS = "0.26 to 0.32"

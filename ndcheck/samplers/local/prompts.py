@@ -8,8 +8,8 @@ from typing import Any
 from ndcheck.errors import UsageError
 from ndcheck.load import filler_text, fit_to_length
 from ndcheck.records import Load, Probe, RunSpec
-from ndcheck.samplers.checkpoint.bounds import bounded
-from ndcheck.samplers.loading import first_line, load_tokenizer
+from ndcheck.samplers.local.checkpoint.bounds import bounded
+from ndcheck.samplers.local.loading import first_line, load_tokenizer
 
 TEMPLATE_S = 2
 

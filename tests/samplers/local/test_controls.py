@@ -12,7 +12,7 @@ from ndcheck.analysis.accumulate import summarise
 from ndcheck.records import Decoding, Environment, Probe, Run
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import plan, run_trials
-from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.store import RunDirectory, SampleReader
 from ndcheck.verdict import judge
 

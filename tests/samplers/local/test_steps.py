@@ -11,9 +11,9 @@ import torch
 
 from ndcheck.records import Decoding, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
-from ndcheck.samplers import steps
-from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.samplers.local import steps
+from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.sampler import TransformersSampler
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 N_TOKENS = 10

@@ -28,15 +28,15 @@ from ndcheck.records import (
     Trial,
     Witness,
 )
-from ndcheck.samplers.engine.checkpoint import (
+from ndcheck.samplers.local.loading import load_config
+from ndcheck.samplers.local.prompts import load_prompts
+from ndcheck.samplers.vllm.checkpoint import (
     digest_checkpoint,
     find_checkpoint,
     random_checkpoint,
 )
-from ndcheck.samplers.engine.passes import smallest_batch
-from ndcheck.samplers.engine.process import Worker
-from ndcheck.samplers.loading import load_config
-from ndcheck.samplers.prompts import load_prompts
+from ndcheck.samplers.vllm.passes import smallest_batch
+from ndcheck.samplers.vllm.process import Worker
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SHARED_MEMORY = 0.9

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ndcheck.errors import TrialError
 from ndcheck.records import Decoding, Fault, FinishReason
-from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.loading import first_line
-from ndcheck.samplers.memory import is_out_of_memory
-from ndcheck.samplers.selection import gumbel_noise, plant, read_step
+from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.loading import first_line
+from ndcheck.samplers.local.memory import is_out_of_memory
+from ndcheck.samplers.local.selection import gumbel_noise, plant, read_step
 
 STEPS_BETWEEN_CHECKS = 32
 """On CUDA, decode steps between two looks at whether every probe row has finished."""

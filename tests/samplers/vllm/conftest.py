@@ -30,7 +30,7 @@ def spec():
 @pytest.fixture
 def open_fake(monkeypatch, tmp_path):
     """``open_fake(spec, fault)``: a sampler whose engine has the planted fault."""
-    from ndcheck.samplers.engine.sampler import EngineSampler
+    from ndcheck.samplers.vllm.sampler import EngineSampler
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # logs that outlive a failure
     monkeypatch.syspath_prepend(str(FAKE))

@@ -13,7 +13,7 @@ from ndcheck.load import plan_trials, plant_fault
 from ndcheck.records import Decoding, Environment, Probe, Run
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import fit_spec
-from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.verdict import judge
 
 pytestmark = [

@@ -13,8 +13,8 @@ from ndcheck.errors import UsageError
 from ndcheck.records import AXES, Probe
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import fit_spec, plan
-from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.sampler import TransformersSampler
 
 N_STEPS = 4
 PROMPT = [5, 17, 33, 60, 9, 71, 12]
@@ -228,7 +228,7 @@ WRONG = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wrong_position_is_seen(monkeypatch, fault, family, dtype):
     """The check's own control."""
-    from ndcheck.samplers import faithful
+    from ndcheck.samplers.local import faithful
 
     change, expected = WRONG[fault]
     forward_wrongly(monkeypatch, change)
@@ -239,7 +239,7 @@ def test_a_wrong_position_is_seen(monkeypatch, fault, family, dtype):
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3"])
 def test_a_lost_mask_is_seen(monkeypatch, family):
-    from ndcheck.samplers import faithful
+    from ndcheck.samplers.local import faithful
 
     stock = ExactBatch.reset
 
@@ -260,7 +260,7 @@ SOUND = [family for family in FAMILIES if family not in REFUSED]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory", ["enough", "scarce"])
 def test_sound_models_are_not_accused(monkeypatch, family, dtype, memory):
-    from ndcheck.samplers import faithful
+    from ndcheck.samplers.local import faithful
 
     if memory == "scarce":
         monkeypatch.setattr(faithful, "free_bytes", lambda device: 0)
@@ -372,7 +372,7 @@ def test_an_axis_that_the_model_cannot_take_is_left_out_or_refused_when_named(tm
 
 def test_the_check_reads_no_more_than_it_says():
     """Its cost: some thirty short passes, once."""
-    from ndcheck.samplers import faithful
+    from ndcheck.samplers.local import faithful
 
     model = make("Llama")
     n_calls = 0
@@ -410,7 +410,7 @@ def test_the_check_reads_no_more_than_it_says():
 def test_ropes_that_follow_the_longest_row(parameters, expected):
     from types import SimpleNamespace
 
-    from ndcheck.samplers.faithful import rope_switch
+    from ndcheck.samplers.local.faithful import rope_switch
 
     config = SimpleNamespace(rope_parameters=parameters, max_position_embeddings=128)
     assert rope_switch(config) == expected

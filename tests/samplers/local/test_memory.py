@@ -13,11 +13,11 @@ from ndcheck.load import plan_trials, plant_fault
 from ndcheck.records import Decoding, Environment, Load, Probe, Run, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import fit_spec
-from ndcheck.samplers import memory
-from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.continuous import ContinuousBatch
-from ndcheck.samplers.scripted import ScriptedSampler
-from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.samplers.local import memory
+from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.continuous import ContinuousBatch
+from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck.samplers.scripted.sampler import ScriptedSampler
 from ndcheck.verdict import judge
 
 CPU = torch.device("cpu")

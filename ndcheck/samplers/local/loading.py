@@ -16,10 +16,16 @@ import transformers
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, NdcheckError, UsageError
 from ndcheck.records import RunSpec
-from ndcheck.samplers.checkpoint.bounds import bounded
-from ndcheck.samplers.checkpoint.files import ACCEPTED, CONFIG, check_config, count_weights
-from ndcheck.samplers.memory import free_bytes, is_out_of_memory
-from ndcheck.samplers.sharding import check_heads, distributed_config, draw_weights, gather, shard
+from ndcheck.samplers.local.checkpoint.bounds import bounded
+from ndcheck.samplers.local.checkpoint.files import ACCEPTED, CONFIG, check_config, count_weights
+from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
+from ndcheck.samplers.local.sharding import (
+    check_heads,
+    distributed_config,
+    draw_weights,
+    gather,
+    shard,
+)
 
 CONFIG_S, BUILD_S = 20, 60
 """Most of CPU time to read a config, and to build the empty model that it describes."""

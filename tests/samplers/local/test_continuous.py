@@ -12,8 +12,8 @@ from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.load import plan_trials, plant_fault
 from ndcheck.records import AXES, Decoding, Environment, Fault, Load, Probe, Run, Trial
 from ndcheck.request import DEFAULTS
-from ndcheck.samplers import continuous
-from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.samplers.local import continuous
+from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.verdict import judge
 
 PROBE = Probe("p1", "tell me about the order of a sum")

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from ndcheck.samplers.batch import ExactBatch, layer_state
+from ndcheck.samplers.local.batch import ExactBatch, layer_state
 
 MOST_ROWS = {"cpu": 32, "cuda": 512}
 """What `--loads auto` stays below: larger batches cost time before they cost memory."""

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from ndcheck.errors import UsageError
 from ndcheck.load import CACHE_STATES
 from ndcheck.records import Axis, CacheState, RunSpec
-from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.loading import first_line
-from ndcheck.samplers.memory import free_bytes, is_out_of_memory
+from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.loading import first_line
+from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
 
 N_STEPS = 3
 N_PROMPT, N_FILLER = 7, 13

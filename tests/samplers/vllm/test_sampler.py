@@ -15,7 +15,7 @@ from ndcheck.environment import MUST_MATCH
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.records import Decoding, Engine, Fault, Load, Probe, Run, Trial
 from ndcheck.runner import begin, new_directory, plan, run_trials
-from ndcheck.samplers.engine.process import Worker
+from ndcheck.samplers.vllm.process import Worker
 from ndcheck.store import SampleReader, read_run
 from ndcheck.verdict import judge
 

@@ -42,7 +42,7 @@ class Worker:
             self.log = Path(log.name)
             self._process = subprocess.Popen(
                 # -P: a file in the current directory must not pass for one of the engine's.
-                [sys.executable, "-P", "-m", "ndcheck.samplers.engine.worker"],
+                [sys.executable, "-P", "-m", "ndcheck.samplers.vllm.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

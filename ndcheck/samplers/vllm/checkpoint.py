@@ -25,8 +25,8 @@ def random_checkpoint(source: str, config: Any, spec: RunSpec) -> Path:
     """
     import torch
 
-    from ndcheck.samplers.device import choose_device
-    from ndcheck.samplers.loading import load_model
+    from ndcheck.samplers.local.device import choose_device
+    from ndcheck.samplers.local.loading import load_model
 
     device = choose_device("auto")
     identity = f"{config.to_json_string()}/{spec.random_weights}/{spec.dtype}/{device.type}"

@@ -16,7 +16,7 @@ import transformers
 
 from ndcheck import ranks, request
 from ndcheck.errors import UsageError
-from ndcheck.samplers.sharding import check_heads
+from ndcheck.samplers.local.sharding import check_heads
 from ndcheck.store import SampleReader, read_run
 from ndcheck_kernels.collectives import GATHERED_ELEMENTS, add_pairwise
 from ndcheck_kernels.mode import Scope

@@ -60,7 +60,7 @@ class ExactBatch:
 
         Raises UsageError where the model computes something else in such a batch than alone.
         """
-        from ndcheck.samplers.faithful import require_faithful
+        from ndcheck.samplers.local.faithful import require_faithful
 
         n_new = self._mask.shape[1] - self._n_columns
         require_faithful(self._model, self.device, list(map(len, self._rows)), n_new, cache_state)

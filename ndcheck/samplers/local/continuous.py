@@ -27,8 +27,8 @@ from ndcheck.arrivals import Request
 from ndcheck.errors import TrialError, UsageError
 from ndcheck.load import N_PREFILL_CHUNKS, SMALLEST_PAGE_TOKENS
 from ndcheck.records import CacheState, Decoding, Fault
-from ndcheck.samplers.selection import Reading, gumbel_noise, plant, read_step
-from ndcheck.samplers.steps import Stream
+from ndcheck.samplers.local.selection import Reading, gumbel_noise, plant, read_step
+from ndcheck.samplers.local.steps import Stream
 
 PAGE_TOKENS = 32
 PREFILL_TOKENS = 256

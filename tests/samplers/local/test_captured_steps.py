@@ -16,8 +16,8 @@ from ndcheck.errors import UsageError
 from ndcheck.load import plan_trials, plant_fault
 from ndcheck.records import Decoding, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
-from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.transformers import TransformersSampler
+from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.sampler import TransformersSampler
 
 pytestmark = [
     pytest.mark.gpu,

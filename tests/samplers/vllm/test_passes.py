@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ndcheck.samplers.engine.passes import Pass, count_prefills, describe_shape, smallest_batch
+from ndcheck.samplers.vllm.passes import Pass, count_prefills, describe_shape, smallest_batch
 
 PASSES = st.lists(
     st.builds(

@@ -30,11 +30,11 @@ from ndcheck.records import (
     Trial,
     Witness,
 )
-from ndcheck.samplers.batch import ExactBatch
-from ndcheck.samplers.device import choose_device, own_device
-from ndcheck.samplers.faithful import PATHS, Findings, Path, examine, find_refusals
-from ndcheck.samplers.following import Ranks
-from ndcheck.samplers.loading import (
+from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.device import choose_device, own_device
+from ndcheck.samplers.local.faithful import PATHS, Findings, Path, examine, find_refusals
+from ndcheck.samplers.local.following import Ranks
+from ndcheck.samplers.local.loading import (
     DTYPES,
     digest_weights,
     first_line,
@@ -42,10 +42,10 @@ from ndcheck.samplers.loading import (
     load_model,
     stop_ids,
 )
-from ndcheck.samplers.memory import is_out_of_memory, largest_batch_size
-from ndcheck.samplers.prompts import load_prompts
-from ndcheck.samplers.selection import read_step
-from ndcheck.samplers.steps import DecodeSteps, Stream
+from ndcheck.samplers.local.memory import is_out_of_memory, largest_batch_size
+from ndcheck.samplers.local.prompts import load_prompts
+from ndcheck.samplers.local.selection import read_step
+from ndcheck.samplers.local.steps import DecodeSteps, Stream
 
 log = logging.getLogger(__name__)
 
@@ -270,7 +270,7 @@ class TransformersSampler:
         self, trial: Trial, probe: Probe, decoding: Decoding, size: int
     ) -> tuple[list[Stream], list[Witness]]:
         """Decode under continuous batching, with ``size`` requests in flight."""
-        from ndcheck.samplers.continuous import serve_load
+        from ndcheck.samplers.local.continuous import serve_load
 
         load, prompt = trial.load, self._prompts.encode(probe.prompt)
         queue = queue_requests(load, self._arrivals or "", len(prompt), decoding.max_tokens)
