@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
-from ndcheck.cli import boundary
+from ndcheck.cli import console
 
 
 def main() -> None:
     """Run the command line; every failure is one line on stderr and an exit code."""
-    sys.exit(boundary.main(_run))
+    sys.exit(console.main(_run))
 
 
 def _run() -> int:

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from ndcheck.cli.run import run
+from ndcheck.cli.commands.run import run
 from ndcheck.config import OPTIONS, read_checks
 from ndcheck.errors import UsageError
 from ndcheck.records import Endpoint, Probe

@@ -9,19 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from ndcheck import __version__
-from ndcheck.cli.boundary import FAILED, run_guarded
-from ndcheck.cli.compare import compare
-from ndcheck.cli.demo import demo
-from ndcheck.cli.doctor import doctor
-from ndcheck.cli.gate import gate
-from ndcheck.cli.kernels import kernels
-from ndcheck.cli.mock_server import mock_server
-from ndcheck.cli.order import order
-from ndcheck.cli.report import report
-from ndcheck.cli.run import run
-from ndcheck.cli.runs import runs
-from ndcheck.cli.shrink import shrink
-from ndcheck.cli.trace_command import trace
+from ndcheck.cli.commands.compare import compare
+from ndcheck.cli.commands.demo import demo
+from ndcheck.cli.commands.doctor import doctor
+from ndcheck.cli.commands.gate import gate
+from ndcheck.cli.commands.kernels import kernels
+from ndcheck.cli.commands.mock_server import mock_server
+from ndcheck.cli.commands.order import order
+from ndcheck.cli.commands.report import report
+from ndcheck.cli.commands.run import run
+from ndcheck.cli.commands.runs import runs
+from ndcheck.cli.commands.shrink import shrink
+from ndcheck.cli.commands.trace import trace
+from ndcheck.cli.console import FAILED, run_guarded
 from ndcheck.errors import NdcheckError, UsageError, doing
 from ndcheck.ranks import may_speak
 

@@ -128,7 +128,7 @@ class Corpus:
             elif path.name.startswith("p."):
                 make_probes([], path)
             elif path.name == "summary.csv":
-                from ndcheck.cli.runs import _read
+                from ndcheck.cli.commands.runs import _read
 
                 list(_read(self.folder))
             else:

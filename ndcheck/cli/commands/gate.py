@@ -113,19 +113,19 @@ def gate(
 
     Without rules no trial may diverge, in tokens or in bits. Without evidence nothing passes.
     """
-    from ndcheck.cli import gating
+    from ndcheck.cli import gate_session
     from ndcheck.errors import UsageError
     from ndcheck.rules import Rules
 
     limits = Rules(
         max_unique, max_divergence_rate, min_common_prefix, allow_latent, confidence, max_slowdown
     )
-    wish = gating.parse_inconclusive(inconclusive)
-    demands = gating.Demands(limits, arms, baseline, fail_on)
+    wish = gate_session.parse_inconclusive(inconclusive)
+    demands = gate_session.Demands(limits, arms, baseline, fail_on)
     if runs:
-        results = gating.judge_runs(runs, config, check, demands, save_baseline)
+        results = gate_session.judge_runs(runs, config, check, demands, save_baseline)
     elif save_baseline is not None:
         raise UsageError("--save-baseline: give the RUN to save")
     else:
-        results = gating.run_checks(config, check, demands, out, quiet=quiet)
-    raise typer.Exit(gating.publish(results, wish, junit, as_json=json))
+        results = gate_session.run_checks(config, check, demands, out, quiet=quiet)
+    raise typer.Exit(gate_session.publish(results, wish, junit, as_json=json))

@@ -9,6 +9,6 @@ from ndcheck.cli import options as o
 
 def doctor(json: o.Json = False) -> None:
     """Show what decides bits on this machine, and catch planted faults."""
-    from ndcheck.cli import checkup
+    from ndcheck.cli import doctor_session
 
-    raise typer.Exit(checkup.check_up(as_json=json))
+    raise typer.Exit(doctor_session.check_up(as_json=json))

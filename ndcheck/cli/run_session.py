@@ -15,7 +15,7 @@ import typer
 from ndcheck import environment
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.statistics import trials_needed
-from ndcheck.cli.boundary import INTERRUPTED
+from ndcheck.cli.console import INTERRUPTED
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import NdcheckError, UsageError, doing

@@ -62,10 +62,10 @@ def order(
 
     Exits with 1 where the order follows the number of rows, with 3 where none can be confirmed.
     """
-    from ndcheck.cli import explanation
+    from ndcheck.cli import explain_session
 
     raise typer.Exit(
-        explanation.order(
+        explain_session.order(
             op,
             fn,
             rows=rows,

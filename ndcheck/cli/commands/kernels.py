@@ -46,10 +46,10 @@ def check(
     and infinity; errors are against float64. Exit code 1 if an invariant op has more than one bit
     class or too large an error, 3 if a planted fault was not caught or an op was refused.
     """
-    from ndcheck.cli import kernel_session
+    from ndcheck.cli import kernels_session
 
-    request = kernel_session.request(device, dtype, op, rows)
-    raise typer.Exit(kernel_session.check(request, csv, as_json=json, quiet=quiet))
+    request = kernels_session.request(device, dtype, op, rows)
+    raise typer.Exit(kernels_session.check(request, csv, as_json=json, quiet=quiet))
 
 
 @kernels.command()
@@ -66,7 +66,7 @@ def bench(
 
     The arms take turns on the same operands. Ratio is stock's time over ours: above 1 is faster.
     """
-    from ndcheck.cli import kernel_session
+    from ndcheck.cli import kernels_session
 
-    request = kernel_session.request(device, dtype, op, rows)
-    raise typer.Exit(kernel_session.bench(request, csv, as_json=json, quiet=quiet))
+    request = kernels_session.request(device, dtype, op, rows)
+    raise typer.Exit(kernels_session.bench(request, csv, as_json=json, quiet=quiet))

@@ -14,9 +14,9 @@ from pathlib import Path
 import typer
 
 from ndcheck.api import Run, find_run, measure_spec, save_baseline
-from ndcheck.cli.boundary import DEBUG, describe
+from ndcheck.cli.console import DEBUG, describe
 from ndcheck.cli.progress import ProgressLine
-from ndcheck.cli.session import note, note_bad_lines
+from ndcheck.cli.run_session import note, note_bad_lines
 from ndcheck.comparison import FAIL_ON, compare
 from ndcheck.config import Check, find_file, read_checks
 from ndcheck.errors import UsageError, did_you_mean, doing

@@ -45,7 +45,7 @@ def runs(
 
 
 def _read(folder: Path) -> Iterator[dict[str, Any]]:
-    from ndcheck.cli.session import note
+    from ndcheck.cli.run_session import note
     from ndcheck.errors import UsageError
     from ndcheck.store import RUN_FILE, read_run
     from ndcheck.verdict import worst
@@ -85,7 +85,7 @@ class _Row:
 
 
 def _read_summary(file: Path) -> list[_Row]:
-    from ndcheck.cli.session import note
+    from ndcheck.cli.run_session import note
     from ndcheck.reading import read_text
 
     try:

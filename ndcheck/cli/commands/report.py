@@ -17,9 +17,9 @@ def report(
     json: o.Json = False,
 ) -> None:
     """Render a run's reports again from its samples: no model and no GPU needed."""
-    from ndcheck.cli import session
+    from ndcheck.cli import run_session
     from ndcheck.store import read_run
 
     raise typer.Exit(
-        session.report(directory, read_run(directory), as_json=json, html=html, plots=plots)
+        run_session.report(directory, read_run(directory), as_json=json, html=html, plots=plots)
     )

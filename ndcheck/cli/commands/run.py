@@ -66,14 +66,14 @@ def run(
     Without options: the embedded model, one prompt, stock and batch-invariant kernels, every
     invariance property, a minute or two.
     """
-    from ndcheck.cli import session, trust
+    from ndcheck.cli import run_session, trust
 
     headers = parse_headers(header or ())
     if resume is not None:
         also_accepted = {*trust.PARAMETERS, "header", "html", "plots", "json", "quiet"}
-        session.refuse_other_options(context, allowed={"resume", *also_accepted})
+        run_session.refuse_other_options(context, allowed={"resume", *also_accepted})
         given = trust.given_options(context)
-        code = session.resume(
+        code = run_session.resume(
             resume, headers, given, as_json=json, quiet=quiet, html=html, plots=plots
         )
         raise typer.Exit(code)
@@ -116,6 +116,6 @@ def run(
     )
     spec = add_headers(spec, headers)
     if dry_run:
-        raise typer.Exit(session.print_plan(spec, headers))
-    code = session.start(spec, headers, out, as_json=json, quiet=quiet, html=html, plots=plots)
+        raise typer.Exit(run_session.print_plan(spec, headers))
+    code = run_session.start(spec, headers, out, as_json=json, quiet=quiet, html=html, plots=plots)
     raise typer.Exit(code)

@@ -37,7 +37,7 @@ def shrink(
 
     Exits with 1 where the script shows it, as it has then been run.
     """
-    from ndcheck.cli import explanation, trust
+    from ndcheck.cli import explain_session, trust
 
     given = trust.given_options(context)
-    raise typer.Exit(explanation.shrink(run, sample, out, given, as_json=json, quiet=quiet))
+    raise typer.Exit(explain_session.shrink(run, sample, out, given, as_json=json, quiet=quiet))

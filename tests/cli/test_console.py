@@ -36,12 +36,12 @@ def runs(ndcheck_here):
 
 @pytest.mark.parametrize("name", SURPRISES)
 def test_a_surprise_is_one_line_and_exit_code_4(ndcheck_here, runs, monkeypatch, name):
-    from ndcheck.cli import session
+    from ndcheck.cli import run_session
 
     def report(*arguments, **options):
         raise SURPRISES[name]
 
-    monkeypatch.setattr(session, "report", report)
+    monkeypatch.setattr(run_session, "report", report)
     done = ndcheck_here("report", "clean")
     assert done.returncode == 4
     (line,) = done.stderr.splitlines()
@@ -55,25 +55,25 @@ def test_a_surprise_is_one_line_and_exit_code_4(ndcheck_here, runs, monkeypatch,
 
 
 def test_ctrl_c_anywhere_is_130(ndcheck_here, runs, monkeypatch):
-    from ndcheck.cli import session
+    from ndcheck.cli import run_session
 
     def report(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(session, "report", report)
+    monkeypatch.setattr(run_session, "report", report)
     assert ndcheck_here("report", "clean").returncode == 130
 
 
 @pytest.mark.parametrize("name", SURPRISES)
 def test_a_gate_goes_on_after_a_crash(ndcheck_here, runs, monkeypatch, tmp_path, name):
-    from ndcheck.cli import gating
+    from ndcheck.cli import gate_session
 
-    def crash(label, run, *rest, judge=gating._judge):
+    def crash(label, run, *rest, judge=gate_session._judge):
         if label == "clean":
             raise SURPRISES[name]
         return judge(label, run, *rest)
 
-    monkeypatch.setattr(gating, "_judge", crash)
+    monkeypatch.setattr(gate_session, "_judge", crash)
     summary = {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
     done = ndcheck_here("gate", "clean", "batch-dependent", "--junit", "j.xml", env=summary)
     assert done.returncode == 1
@@ -88,7 +88,7 @@ def test_a_gate_goes_on_after_a_crash(ndcheck_here, runs, monkeypatch, tmp_path,
 
 
 def test_a_gate_of_checks_goes_on_after_a_crash(ndcheck_here, monkeypatch, tmp_path):
-    from ndcheck.cli import gating
+    from ndcheck.cli import gate_session
 
     checks = "\n".join(
         f'[checks.{name}]\nmodel = "scripted:clean"\nmax_tokens = 8\nloads = [1, 4]\nsamples = 40'
@@ -96,12 +96,12 @@ def test_a_gate_of_checks_goes_on_after_a_crash(ndcheck_here, monkeypatch, tmp_p
     )
     (tmp_path / "ndcheck.toml").write_text(checks)
 
-    def crash(spec, new, *rest, measure=gating.measure_spec):
+    def crash(spec, new, *rest, measure=gate_session.measure_spec):
         if new.path.name.endswith("first"):
             raise RuntimeError("boom")
         return measure(spec, new, *rest)
 
-    monkeypatch.setattr(gating, "measure_spec", crash)
+    monkeypatch.setattr(gate_session, "measure_spec", crash)
     done = ndcheck_here("gate", "--json", "--quiet", "--junit", "j.xml")
     assert done.returncode == 4
     first, second = json.loads(done.stdout)["checks"]

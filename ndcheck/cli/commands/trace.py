@@ -61,17 +61,17 @@ def trace(
     from dataclasses import replace
 
     from ndcheck import request
-    from ndcheck.cli import explanation, session, trust
+    from ndcheck.cli import explain_session, run_session, trust
     from ndcheck.errors import UsageError
     from ndcheck.records import Decoding
 
-    steps = explanation.numbers("--step", step, least=0)
+    steps = explain_session.numbers("--step", step, least=0)
     if run is not None:
         allowed = {*trust.PARAMETERS, "run", "sample", "step", "swaps", "json", "quiet"}
-        session.refuse_other_options(context, allowed, "--run")
+        run_session.refuse_other_options(context, allowed, "--run")
         given = context.get_parameter_source("step")
         chosen = steps if given is not None and given.name == "COMMANDLINE" else None
-        code = explanation.trace_run(
+        code = explain_session.trace_run(
             run,
             sample,
             chosen,
@@ -90,7 +90,7 @@ def trace(
         decoding=Decoding(steps[-1] + 1),
         batch_sizes=request.parse_batch_sizes(loads),
         mode=request.parse_mode(mode),
-        arms=(explanation.one_arm(kernels),),
+        arms=(explain_session.one_arm(kernels),),
         seed=seed,
         dtype=dtype,
         device=device,
@@ -101,5 +101,5 @@ def trace(
     )
     request.check(spec)
     raise typer.Exit(
-        explanation.trace_loads(spec, steps, with_swaps=swaps, as_json=json, quiet=quiet)
+        explain_session.trace_loads(spec, steps, with_swaps=swaps, as_json=json, quiet=quiet)
     )
