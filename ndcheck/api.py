@@ -18,10 +18,11 @@ from ndcheck.comparison import Measured, find_references
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.ranks import program
 from ndcheck.reading import exists
-from ndcheck.reports import phrases, tables
-from ndcheck.reports.explanation import read_advice
-from ndcheck.reports.reproduction import reproduce_command
+from ndcheck.reports import tables
+from ndcheck.reports.explain.kept import read_advice
 from ndcheck.reports.terminal import print_report
+from ndcheck.reports.wording import phrases
+from ndcheck.reports.wording.reproduction import reproduce_command
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS, add_headers, make_spec, parse_headers
 from ndcheck.runner import Progress, begin, fit_spec, new_directory, plan, run_trials, slug

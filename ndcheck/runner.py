@@ -15,7 +15,7 @@ from ndcheck.errors import TrialError, UsageError, doing
 from ndcheck.evidence import trial_digests
 from ndcheck.load import batch_sizes_up_to, plan_confirmations, plan_trials, plant_fault
 from ndcheck.records import AXES, Arm, Axis, Environment, Run, RunSpec, RunStatus, Sample, Trial
-from ndcheck.reports import phrases
+from ndcheck.reports.wording import phrases
 from ndcheck.samplers.base import Sampler
 from ndcheck.store import NewDirectory, RunDirectory, failed_samples
 

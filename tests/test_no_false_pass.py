@@ -19,7 +19,7 @@ from ndcheck.records import AXES, Decoding, Environment, Fault, Load, Run, Sampl
 from ndcheck.reports.comparison import print_comparison
 from ndcheck.reports.figures import gather
 from ndcheck.reports.gate import CheckResult, exit_code, gate_markdown, print_gate
-from ndcheck.reports.html_page import html_report
+from ndcheck.reports.html.page import html_report
 from ndcheck.reports.junit import junit_xml
 from ndcheck.reports.listing import run_lines
 from ndcheck.reports.markdown import markdown_report

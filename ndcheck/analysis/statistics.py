@@ -1,4 +1,3 @@
-# ruff: noqa: A005 - always imported as `ndcheck.analysis.statistics`, never run as a script
 """Exact statistics on trials, and the published estimators on completions.
 
 A *trial* is one batch: its rows are one draw, so trials are what gets counted here, not rows.

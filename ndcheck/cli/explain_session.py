@@ -18,7 +18,7 @@ from ndcheck.cli.run_session import note
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import UsageError
 from ndcheck.records import ARMS, Arm, Load, Probe, RunSpec
-from ndcheck.reports.explanation import save_explanation
+from ndcheck.reports.explain.kept import save_explanation
 from ndcheck.store import replacing, write_failure
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def order(
     arm = one_arm(kernels)
 
     from ndcheck.explain import order as explain
-    from ndcheck.explain import order_report
     from ndcheck.explain.reductions import REDUCTIONS, Shape, load_function
+    from ndcheck.reports.explain import order as order_report
     from ndcheck.samplers.local.device import choose_device
     from ndcheck.samplers.local.loading import DTYPES
 
@@ -93,7 +93,7 @@ def order(
 
 
 def _write(drawings: dict[str, Path | None], orders: dict[str, Any]) -> None:
-    from ndcheck.explain import order_report
+    from ndcheck.reports.explain import order as order_report
 
     for kind, path in drawings.items():
         if path is not None:
@@ -179,10 +179,10 @@ def _trace(
     recorded: tuple[str, ...] = (),
     save: Callable[[dict[int, list[str]]], None] = lambda advice: None,
 ) -> int:
-    from ndcheck.explain import trace_report
     from ndcheck.explain.findings import group_findings
     from ndcheck.explain.swapping import find_swaps
     from ndcheck.explain.tracing import Tracer
+    from ndcheck.reports.explain import trace as trace_report
 
     (arm,) = spec.arms
     explanations = []
@@ -227,8 +227,8 @@ def shrink(
     from ndcheck.builtin import MODEL_DIRECTORY
     from ndcheck.explain import reproduction_script as script
     from ndcheck.explain.failing import find_failure
-    from ndcheck.explain.shrink_report import shrink_document, shrink_lines
     from ndcheck.explain.shrinking import Batch, Shrinker
+    from ndcheck.reports.explain.shrink import shrink_document, shrink_lines
 
     failure = find_failure(directory, sample_id)
     if failure.sample.arm != "stock":

@@ -32,7 +32,7 @@ from ndcheck.reports.gate import (
     print_gate,
 )
 from ndcheck.reports.junit import junit_xml
-from ndcheck.reports.reproduction import argument, reproduce_command, resume_command
+from ndcheck.reports.wording.reproduction import argument, reproduce_command, resume_command
 from ndcheck.request import DEFAULTS, parse_names
 from ndcheck.rules import Rules, RuleSet, judge_gate
 from ndcheck.runner import fit_spec, new_directory, plan

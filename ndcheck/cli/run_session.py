@@ -23,10 +23,10 @@ from ndcheck.evidence import is_continued_by
 from ndcheck.ranks import check_ranks, rank
 from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
-from ndcheck.reports.explanation import read_advice
+from ndcheck.reports.explain.kept import read_advice
 from ndcheck.reports.plots import MAX_PROBES
-from ndcheck.reports.reproduction import resume_command
 from ndcheck.reports.terminal import print_report
+from ndcheck.reports.wording.reproduction import resume_command
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import (

@@ -15,7 +15,7 @@ from ndcheck import request
 from ndcheck.engine_request import parse_engine_argument
 from ndcheck.errors import UsageError
 from ndcheck.records import RunSpec
-from ndcheck.reports.reproduction import shell_options, trusted_options
+from ndcheck.reports.wording.reproduction import shell_options, trusted_options
 
 PARAMETERS = ("endpoint", "api_key_file", "engine_arg", "attn", "trust_remote_code")
 

@@ -13,10 +13,10 @@ from rich.text import Text
 from ndcheck.analysis.summary import ProbeSummary
 from ndcheck.comparison import Change, Comparison, Drift, FailOn
 from ndcheck.environment import MUST_MATCH
-from ndcheck.reports import phrases
 from ndcheck.reports.document import published
 from ndcheck.reports.terminal import STYLES, print_without_padding
 from ndcheck.reports.untrusted import quoted, visible
+from ndcheck.reports.wording import phrases
 from ndcheck.verdict import Verdict
 
 SCHEMA_VERSION = 1

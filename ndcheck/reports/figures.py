@@ -11,8 +11,8 @@ from itertools import groupby
 from ndcheck.analysis.outcomes import is_alone
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.records import Arm, Sample
-from ndcheck.reports import phrases
-from ndcheck.reports.trunks import Trunk, find_trunk, walk
+from ndcheck.reports.trees.trunks import Trunk, find_trunk, walk
+from ndcheck.reports.wording import phrases
 
 MAX_COMPLETIONS = 1000
 MAX_ROWS = 4000

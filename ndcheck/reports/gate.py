@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ndcheck.reports.reproduction import argument
 from ndcheck.reports.terminal import STYLES, print_without_padding
 from ndcheck.reports.untrusted import code_block, markdown_text, visible
+from ndcheck.reports.wording.reproduction import argument
 from ndcheck.rules import GateVerdict, Ruling
 from ndcheck.verdict import EXIT_CODES, Outcome
 

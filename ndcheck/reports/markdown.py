@@ -7,13 +7,13 @@ from itertools import islice
 
 from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
 from ndcheck.records import Arm, Run, RunSpec
-from ndcheck.reports import phrases, serving
-from ndcheck.reports.branches import tree_lines
-from ndcheck.reports.claims import claims, exclusions
 from ndcheck.reports.document import published
-from ndcheck.reports.remedies import remedies
-from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
+from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import code_block, code_cell, code_span, markdown_text, quoted
+from ndcheck.reports.wording import phrases, serving
+from ndcheck.reports.wording.claims import claims, exclusions
+from ndcheck.reports.wording.remedies import remedies
+from ndcheck.reports.wording.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
 from ndcheck.verdict import NOT_TOLD_APART, Judgement, ProbeVerdict
 
 MAX_COMPLETIONS = 20

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ndcheck.records import Arm
 from ndcheck.reports.figures import ArmFigures, bins, histogram
-from ndcheck.reports.trunks import walk
+from ndcheck.reports.trees.trunks import walk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

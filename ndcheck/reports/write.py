@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, TextIO
 
 from ndcheck.analysis.summary import Summary
 from ndcheck.records import Run, RunSpec, Sample
-from ndcheck.reports import phrases
 from ndcheck.reports.figures import gather
-from ndcheck.reports.html_page import html_report
+from ndcheck.reports.html.page import html_report
 from ndcheck.reports.markdown import markdown_report
-from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file
 from ndcheck.reports.tables import completion_tables, loads_table, sample_tables, summary_table
 from ndcheck.reports.untrusted import csv_text
+from ndcheck.reports.wording import phrases
+from ndcheck.reports.wording.reproduction import PROMPTS_FILE, prompts_file
 from ndcheck.store import remove_leftovers, replacing, replacing_bytes, write_failure
 from ndcheck.verdict import Judgement
 

@@ -29,9 +29,9 @@ from ndcheck.explain.modules import ModulePath
 from ndcheck.explain.order import sweep
 from ndcheck.explain.recording import op_name
 from ndcheck.explain.reductions import REDUCTIONS, Shape
-from ndcheck.explain.trace_report import Explanation, trace_document, trace_lines
 from ndcheck.explain.tracing import Tracer
 from ndcheck.records import Decoding, Load, Probe
+from ndcheck.reports.explain.trace import Explanation, trace_document, trace_lines
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.sampler import digest_weights
 

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from ndcheck.errors import UsageError
 from ndcheck.explain.order import depends_on_rows, read_orders, sweep, switch_points
-from ndcheck.explain.order_report import (
+from ndcheck.explain.readers import ColumnReader, RowReader
+from ndcheck.explain.reductions import REDUCTIONS, Reduction, Shape, load_function
+from ndcheck.explain.sumtree import SumTree
+from ndcheck.reports.explain.order import (
     distinct_orders,
     dot,
     known_orders,
@@ -20,9 +23,6 @@ from ndcheck.explain.order_report import (
     order_lines,
     svg,
 )
-from ndcheck.explain.readers import ColumnReader, RowReader
-from ndcheck.explain.reductions import REDUCTIONS, Reduction, Shape, load_function
-from ndcheck.explain.sumtree import SumTree
 
 CPU = torch.device("cpu")
 FP32 = Shape(48, 32, torch.float32, CPU)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from ndcheck.explain.advice import advise
 from ndcheck.explain.findings import group_findings
 from ndcheck.explain.swapping import find_swaps
-from ndcheck.explain.trace_report import Explanation, trace_document, trace_lines
 from ndcheck.explain.tracing import Tracer
 from ndcheck.records import Decoding, Load, Probe
+from ndcheck.reports.explain.trace import Explanation, trace_document, trace_lines
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.sampler import TransformersSampler
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from ndcheck.analysis.summary import LoadFinding, ProbeSummary
 from ndcheck.records import Arm, Run
-from ndcheck.reports import phrases
 from ndcheck.reports.figures import ArmFigures
-from ndcheck.reports.trunks import Trunk, find_trunk, walk
+from ndcheck.reports.trees.trunks import Trunk, find_trunk, walk
+from ndcheck.reports.wording import phrases
 from ndcheck.verdict import Judgement, Outcome, ProbeVerdict, Verdict, worst
 
 MAX_IN_TREE = 150

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ndcheck.reports.figures import bins, histogram
-from ndcheck.reports.page_views import ArmView, ProbeView
-from ndcheck.reports.trunks import Trunk, walk
+from ndcheck.reports.html.views import ArmView, ProbeView
+from ndcheck.reports.trees.trunks import Trunk, walk
 from ndcheck.reports.untrusted import without_controls
 
 MAX_TOKENS = 1_200_000

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from ndcheck.analysis.summary import Summary
 from ndcheck.records import AXES, Probe, Run, RunSpec
-from ndcheck.reports.phrases import percent
-from ndcheck.reports.reproduction import argument, resume_command, wrapped_command
+from ndcheck.reports.wording.phrases import percent
+from ndcheck.reports.wording.reproduction import argument, resume_command, wrapped_command
 from ndcheck.verdict import Judgement
 
 SERVER_REMEDY = "Ask the server for batch-invariant kernels, or send one request at a time"

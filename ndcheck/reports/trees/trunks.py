@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ndcheck.analysis.summary import Completion, ProbeSummary
 from ndcheck.analysis.tree import Fork
-from ndcheck.reports.branches import branches_to, reference_id, shown_completions
+from ndcheck.reports.trees.branches import branches_to, reference_id, shown_completions
 
 
 @dataclass(frozen=True, slots=True)

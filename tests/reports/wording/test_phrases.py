@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 
 from ndcheck.records import Endpoint
-from ndcheck.reports import phrases
 from ndcheck.reports.figures import gather
-from ndcheck.reports.html_page import html_report
+from ndcheck.reports.html.page import html_report
 from ndcheck.reports.markdown import markdown_report
 from ndcheck.reports.plots import plot_files
-from ndcheck.reports.remedies import remedies
+from ndcheck.reports.wording import phrases
+from ndcheck.reports.wording.remedies import remedies
 from ndcheck.request import DEFAULTS
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ndcheck.reports.figures import gather
-from ndcheck.reports.html_page import PAGE, SCRIPTS, html_report
+from ndcheck.reports.html.page import SCRIPTS, TEMPLATE, html_report
 
 EXAMPLES = [
     "failing",
@@ -113,18 +113,18 @@ def test_the_policy_allows_these_scripts_and_nothing_else(name, request) -> None
 
 def test_vendored_files_bring_their_licence_into_the_page(failing) -> None:
     page = render(failing)
-    licences = list(PAGE.glob("vendor/*.LICENSE"))
+    licences = list(TEMPLATE.glob("vendor/*.LICENSE"))
     assert len(licences) == 2
     for licence in licences:
         assert licence.read_text(encoding="utf-8").strip() in page
 
 
 def test_every_file_of_the_page_is_packaged() -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["ndcheck"]
     packaged = {path for pattern in patterns for path in (root / "ndcheck").glob(pattern)}
-    files = {path for path in PAGE.rglob("*") if path.is_file()}
+    files = {path for path in TEMPLATE.rglob("*") if path.is_file()}
     assert len(files) == 10
     assert files <= packaged
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.records import Run
-from ndcheck.reports import phrases
+from ndcheck.reports.wording import phrases
 
 
 def claims(run: Run, summary: Summary, escape: Callable[[str], str]) -> list[str]:

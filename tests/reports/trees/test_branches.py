@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from rich.cells import cell_len
 
-from ndcheck.reports.branches import tree_lines
+from ndcheck.reports.trees.branches import tree_lines
 
 
 def test_one_completion_has_no_fork(passing) -> None:

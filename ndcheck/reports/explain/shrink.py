@@ -10,8 +10,8 @@ from typing import Any
 from ndcheck.explain.failing import Failure
 from ndcheck.explain.reproduction_script import Reproduction
 from ndcheck.explain.shrinking import Batch, Shrunk
-from ndcheck.reports.phrases import count
 from ndcheck.reports.untrusted import quoted, visible
+from ndcheck.reports.wording.phrases import count
 
 SCHEMA_VERSION = 1
 

@@ -14,20 +14,20 @@ from markupsafe import Markup
 
 from ndcheck.analysis.summary import Summary
 from ndcheck.records import AXES, Arm, Run, RunSpec
-from ndcheck.reports import phrases
-from ndcheck.reports.claims import claims, exclusions
 from ndcheck.reports.document import published
 from ndcheck.reports.figures import ArmFigures
+from ndcheck.reports.html.data import make_data
+from ndcheck.reports.html.views import load_matrix, make_views
 from ndcheck.reports.markdown import METRIC_MEANINGS
-from ndcheck.reports.page_data import make_data
-from ndcheck.reports.page_views import load_matrix, make_views
-from ndcheck.reports.remedies import remedies
-from ndcheck.reports.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
-from ndcheck.reports.trunks import walk
+from ndcheck.reports.trees.trunks import walk
 from ndcheck.reports.untrusted import quoted, quoted_tail, visible, without_controls
+from ndcheck.reports.wording import phrases
+from ndcheck.reports.wording.claims import claims, exclusions
+from ndcheck.reports.wording.remedies import remedies
+from ndcheck.reports.wording.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
 from ndcheck.verdict import NOT_TOLD_APART, Judgement
 
-PAGE = Path(__file__).parent / "page"
+TEMPLATE = Path(__file__).parent / "template"
 SCRIPTS = ("vendor/uPlot.iife.min.js", "vendor/diff.min.js", "charts.js", "strip.js", "compare.js")
 STYLES = ("vendor/uPlot.min.css", "report.css")
 COMMAND_WIDTH = 88
@@ -77,7 +77,7 @@ def html_report(
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGE),
+        loader=jinja2.FileSystemLoader(TEMPLATE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -118,8 +118,8 @@ def _headline(summary: Summary, judgement: Judgement) -> str:
 
 def _asset(name: str) -> str:
     """A vendored file carries its licence into the page."""
-    text = (PAGE / name).read_text(encoding="utf-8").strip()
-    licence = PAGE / f"{name.partition('.')[0]}.LICENSE"
+    text = (TEMPLATE / name).read_text(encoding="utf-8").strip()
+    licence = TEMPLATE / f"{name.partition('.')[0]}.LICENSE"
     if not licence.is_file():
         return text
     return f"/*!\n{licence.read_text(encoding='utf-8').strip()}\n*/\n{text}"

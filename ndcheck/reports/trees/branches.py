@@ -7,8 +7,8 @@ from itertools import islice
 
 from ndcheck.analysis.summary import ProbeSummary
 from ndcheck.analysis.tree import Branch, Fork
-from ndcheck.reports.phrases import count
 from ndcheck.reports.untrusted import quoted, quoted_tail
+from ndcheck.reports.wording.phrases import count
 
 _INDENT = "    "
 _MIN_TEXT_WIDTH = 16

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ndcheck.reports.trunks import find_trunk, walk
+from ndcheck.reports.trees.trunks import find_trunk, walk
 
 
 def outline(trunk):

@@ -12,7 +12,7 @@ import pytest
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.records import Probe
 from ndcheck.reports.figures import gather
-from ndcheck.reports.html_page import html_report
+from ndcheck.reports.html.page import html_report
 from ndcheck.verdict import judge
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ndcheck.analysis.serving import ServingFinding
 from ndcheck.records import Run
-from ndcheck.reports.phrases import count
+from ndcheck.reports.wording.phrases import count
 
 
 def origin(finding: ServingFinding, run: Run) -> str:

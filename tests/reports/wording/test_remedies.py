@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ndcheck.records import Decoding, Endpoint
-from ndcheck.reports.remedies import remedies
+from ndcheck.reports.wording.remedies import remedies
 from ndcheck.request import DEFAULTS
 from ndcheck.verdict import judge
 

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import pytest
 
 from ndcheck.records import Decoding, Endpoint, Engine, Probe, RunSpec
-from ndcheck.reports.reproduction import (
+from ndcheck.reports.wording.reproduction import (
     argument,
     prompts_file,
     reproduce_command,

@@ -1,0 +1,1 @@
+"""The divergence tree, as lines and as trunks."""

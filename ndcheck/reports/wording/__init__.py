@@ -1,0 +1,1 @@
+"""What the reports say in words: claims, remedies, and the command that repeats a run."""
