@@ -52,8 +52,8 @@ def order(
         raise UsageError(f"--dot and --svg draw up to {MAX_DRAWN_TERMS} terms: lower --terms")
     arm = one_arm(kernels)
 
-    from ndcheck.explain import order as explain
-    from ndcheck.explain.reductions import REDUCTIONS, Shape, load_function
+    from ndcheck.explain.order import orders
+    from ndcheck.explain.order.reductions import REDUCTIONS, Shape, load_function
     from ndcheck.reports.explain import order as order_report
     from ndcheck.samplers.local.device import choose_device
     from ndcheck.samplers.local.loading import DTYPES
@@ -66,7 +66,7 @@ def order(
         raise UsageError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
     reduction = load_function(fn) if fn else REDUCTIONS[str(op)]
     shape = Shape(lengths[0], columns, DTYPES[dtype], choose_device(device))
-    points = explain.sweep(
+    points = orders.sweep(
         reduction,
         shape,
         [(n_rows, length) for length, n_rows in product(lengths, row_counts)],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ndcheck.explain.findings import LoadTrace, OpGroup
-from ndcheck.explain.reductions import REDUCTIONS
+from ndcheck.explain.order.reductions import REDUCTIONS
 from ndcheck.explain.swapping import Swaps
 
 ATTENTION = "scaled_dot_product_attention"

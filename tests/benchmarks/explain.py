@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ndcheck import environment
 from ndcheck.errors import NdcheckError
 from ndcheck.explain.alignment import equal_bits
-from ndcheck.explain.folding import fold, phrase
 from ndcheck.explain.modules import ModulePath
-from ndcheck.explain.order import sweep
+from ndcheck.explain.order.folding import fold, phrase
+from ndcheck.explain.order.orders import sweep
+from ndcheck.explain.order.reductions import REDUCTIONS, Shape
 from ndcheck.explain.recording import op_name
-from ndcheck.explain.reductions import REDUCTIONS, Shape
 from ndcheck.explain.tracing import Tracer
 from ndcheck.records import Decoding, Load, Probe
 from ndcheck.reports.explain.trace import Explanation, trace_document, trace_lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ndcheck.explain.sumtree import SumTree
+from ndcheck.explain.order.sumtree import SumTree
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import typer
 
 def demo() -> None:
     """Show on this machine why the same row gets other bits in another batch."""
-    from ndcheck.explain.demo import demo_lines
+    from ndcheck.explain.order.demo import demo_lines
 
     for line in demo_lines():
         typer.echo(line)

@@ -8,9 +8,9 @@ from itertools import groupby
 from string import ascii_uppercase
 from typing import Any
 
-from ndcheck.explain.folding import fold, lines, phrase
-from ndcheck.explain.order import Order, OrderPoint, depends_on_rows, switch_points
-from ndcheck.explain.sumtree import SumTree
+from ndcheck.explain.order.folding import fold, lines, phrase
+from ndcheck.explain.order.orders import Order, OrderPoint, depends_on_rows, switch_points
+from ndcheck.explain.order.sumtree import SumTree
 from ndcheck.reports.untrusted import visible
 
 SCHEMA_VERSION = 2  # 2: keys of orders, bits, and why no order is known

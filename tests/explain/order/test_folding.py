@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ndcheck.explain.folding import fold, lines, phrase
+from ndcheck.explain.order.folding import fold, lines, phrase
 
 N = 64
 FORMS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ndcheck.explain.sumtree import SumTree
+from ndcheck.explain.order.sumtree import SumTree
 
 
 @dataclass(frozen=True, slots=True)

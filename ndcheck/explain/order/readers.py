@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ndcheck.explain.reductions import ColumnSums, RowSums, Shape
-from ndcheck.explain.sumtree import NotASumError, Pair
+from ndcheck.explain.order.reductions import ColumnSums, RowSums, Shape
+from ndcheck.explain.order.sumtree import NotASumError, Pair
 
 # A unit, and a mask that swallows any sum of units in the widest accumulator the dtype meets.
 UNITS = {

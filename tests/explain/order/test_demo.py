@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ndcheck.explain.demo import TERMS, compensated_sum, demo_lines, distinct_sums, plain_sum
+from ndcheck.explain.order.demo import TERMS, compensated_sum, demo_lines, distinct_sums, plain_sum
 
 
 def test_the_published_number_of_sums():

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ndcheck.errors import UsageError
-from ndcheck.explain.order import depends_on_rows, read_orders, sweep, switch_points
-from ndcheck.explain.readers import ColumnReader, RowReader
-from ndcheck.explain.reductions import REDUCTIONS, Reduction, Shape, load_function
-from ndcheck.explain.sumtree import SumTree
+from ndcheck.explain.order.orders import depends_on_rows, read_orders, sweep, switch_points
+from ndcheck.explain.order.readers import ColumnReader, RowReader
+from ndcheck.explain.order.reductions import REDUCTIONS, Reduction, Shape, load_function
+from ndcheck.explain.order.sumtree import SumTree
 from ndcheck.reports.explain.order import (
     distinct_orders,
     dot,

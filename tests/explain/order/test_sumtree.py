@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ndcheck.explain.sumtree import NotASumError, SumTree, read_tree
+from ndcheck.explain.order.sumtree import NotASumError, SumTree, read_tree
 
 
 @st.composite

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ndcheck.errors import BackendError
-from ndcheck.explain.readers import MOST_TERMS_BY_ROW, ColumnReader, Reader, RowReader
-from ndcheck.explain.reductions import Reduction, Shape
-from ndcheck.explain.sumtree import NotASumError, SumTree, read_tree
+from ndcheck.explain.order.readers import MOST_TERMS_BY_ROW, ColumnReader, Reader, RowReader
+from ndcheck.explain.order.reductions import Reduction, Shape
+from ndcheck.explain.order.sumtree import NotASumError, SumTree, read_tree
 from ndcheck.records import Arm
 
 N_TRIES = 64

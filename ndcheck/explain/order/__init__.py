@@ -1,0 +1,1 @@
+"""In which order an op adds, read from outside."""
