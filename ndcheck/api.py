@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ndcheck import records
 from ndcheck.analysis.accumulate import summarise
-from ndcheck.comparison import Measured, find_references
 from ndcheck.errors import UsageError, did_you_mean
+from ndcheck.judging.comparison import Measured, find_references
+from ndcheck.judging.verdict import Outcome, judge
 from ndcheck.ranks import program
-from ndcheck.reading import exists
 from ndcheck.reports import tables
 from ndcheck.reports.explain.kept import read_advice
 from ndcheck.reports.terminal import print_report
@@ -27,7 +27,8 @@ from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS, add_headers, make_spec, parse_headers
 from ndcheck.runner import Progress, begin, fit_spec, new_directory, plan, run_trials, slug
 from ndcheck.samplers.base import open_sampler
-from ndcheck.store import (
+from ndcheck.storage.reading import exists
+from ndcheck.storage.run_directory import (
     RUN_FILE,
     SAMPLES_FILE,
     NewDirectory,
@@ -35,7 +36,6 @@ from ndcheck.store import (
     read_run,
     write_failure,
 )
-from ndcheck.verdict import Outcome, judge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,7 +164,7 @@ class Run:
 
     @cached_property
     def measured(self) -> Measured:
-        """The run as `ndcheck.comparison.compare` takes it."""
+        """The run as `ndcheck.judging.comparison.compare` takes it."""
         return Measured(self.record, self.summary, find_references(self._samples))
 
     @property

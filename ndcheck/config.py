@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
-from ndcheck.comparison import FAIL_ON
 from ndcheck.errors import UsageError, did_you_mean
-from ndcheck.reading import read_text
+from ndcheck.judging.comparison import FAIL_ON
+from ndcheck.judging.rules import BASELINE_DEFAULT, PROPERTY_RULES, Rules, RuleSet
 from ndcheck.records import ARMS, AXES, Arm, Axis, RunSpec
 from ndcheck.request import make_spec
-from ndcheck.rules import BASELINE_DEFAULT, PROPERTY_RULES, Rules, RuleSet
+from ndcheck.storage.reading import read_text
 
 FILES = (Path("ndcheck.toml"), Path("pyproject.toml"))
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal
 class Range:
     """The numbers that a field may hold, both ends included unless ``is_open``.
 
-    `ndcheck.reading.decode` holds files to it; from the command line options have lines of their
-    own.
+    `ndcheck.storage.reading.decode` holds files to it; options of the command line have lines of
+    their own.
     """
 
     low: float
@@ -317,7 +317,7 @@ class RunSpec:
     attention: str = "auto"
     batching: Batching = "exact"
     arrivals: str = "closed"
-    """Who comes when under continuous batching; see `ndcheck.arrivals`."""
+    """Who comes when under continuous batching; see `ndcheck.plan.queue`."""
     chat: bool = False
     trust_remote_code: bool = False
     random_weights: Seed | None = None

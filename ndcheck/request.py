@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TypeVar, get_args
 from urllib.parse import urlsplit
 
-from ndcheck.arrivals import check_arrivals
 from ndcheck.engine_request import ENGINE_DEFAULTS, NO_AUTO_LOADS, TRANSFORMERS, make_engine
 from ndcheck.errors import UsageError, did_you_mean
-from ndcheck.load import parse_arrival
-from ndcheck.plan_size import MAX_BATCH_SIZE, check_size
-from ndcheck.prompts import read_prompts
+from ndcheck.plan.arrivals import parse_arrival
+from ndcheck.plan.prompts import read_prompts
+from ndcheck.plan.queue import check_arrivals
+from ndcheck.plan.size import MAX_BATCH_SIZE, check_size
 from ndcheck.ranks import check_request
-from ndcheck.reading import is_unicode
 from ndcheck.records import (
     ARMS,
     AXES,
@@ -30,6 +29,7 @@ from ndcheck.records import (
     Probe,
     RunSpec,
 )
+from ndcheck.storage.reading import is_unicode
 
 DEFAULTS = RunSpec(
     model="builtin",

@@ -12,12 +12,15 @@ from ndcheck import __version__, environment
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.errors import TrialError, UsageError, doing
-from ndcheck.evidence import trial_digests
-from ndcheck.load import batch_sizes_up_to, plan_confirmations, plan_trials, plant_fault
+from ndcheck.plan.confirmations import plan_confirmations
+from ndcheck.plan.faults import plant_fault
+from ndcheck.plan.grid import batch_sizes_up_to
+from ndcheck.plan.trials import plan_trials
 from ndcheck.records import AXES, Arm, Axis, Environment, Run, RunSpec, RunStatus, Sample, Trial
 from ndcheck.reports.wording import phrases
 from ndcheck.samplers.base import Sampler
-from ndcheck.store import NewDirectory, RunDirectory, failed_samples
+from ndcheck.storage.evidence import trial_digests
+from ndcheck.storage.run_directory import NewDirectory, RunDirectory, failed_samples
 
 RUNS_DIRECTORY = Path("ndcheck-runs")
 NO_CACHE_CONTROL = "what the prefix cache holds cannot be set here and seen to work"

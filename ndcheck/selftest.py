@@ -11,14 +11,14 @@ from pathlib import Path
 from ndcheck import __version__
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.summary import Summary
-from ndcheck.load import plan_trials
+from ndcheck.judging.verdict import Judgement, Outcome, judge
+from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Axis, Environment, Run
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import run_trials
 from ndcheck.samplers.base import Sampler
 from ndcheck.samplers.scripted.sampler import FORK_AT, LATENT_AT, ScriptedSampler
-from ndcheck.store import RunDirectory, SampleReader
-from ndcheck.verdict import Judgement, Outcome, judge
+from ndcheck.storage.run_directory import RunDirectory, SampleReader
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,8 +98,9 @@ def measured():
     from dataclasses import replace
 
     from ndcheck.analysis.accumulate import summarise
-    from ndcheck.comparison import Measured, find_references
-    from ndcheck.load import plan_trials, plant_fault
+    from ndcheck.judging.comparison import Measured, find_references
+    from ndcheck.plan.faults import plant_fault
+    from ndcheck.plan.trials import plan_trials
     from ndcheck.records import Decoding, Environment, Run
     from ndcheck.request import DEFAULTS
     from ndcheck.samplers.scripted.sampler import ScriptedSampler

@@ -9,8 +9,8 @@ import pytest
 from ndcheck.cli.commands.run import run
 from ndcheck.config import OPTIONS, read_checks
 from ndcheck.errors import UsageError
+from ndcheck.judging.rules import Rules
 from ndcheck.records import Endpoint, Probe
-from ndcheck.rules import Rules
 
 NOT_OF_A_CHECK = {"context", "out", "resume", "dry_run", "html", "plots", "json", "quiet"}
 NOT_OF_A_CHECK |= {"header"}

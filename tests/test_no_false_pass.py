@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ndcheck.analysis.accumulate import summarise
-from ndcheck.comparison import Measured, compare, find_references, judge_comparison
+from ndcheck.judging.comparison import Measured, compare, find_references, judge_comparison
+from ndcheck.judging.rules import Rules, RuleSet, judge_gate
+from ndcheck.judging.verdict import EXIT_CODES, judge
 from ndcheck.records import AXES, Decoding, Environment, Fault, Load, Run, Sample, Witness
 from ndcheck.reports.comparison import print_comparison
 from ndcheck.reports.figures import gather
@@ -25,8 +27,6 @@ from ndcheck.reports.listing import run_lines
 from ndcheck.reports.markdown import markdown_report
 from ndcheck.reports.terminal import print_report
 from ndcheck.request import DEFAULTS
-from ndcheck.rules import Rules, RuleSet, judge_gate
-from ndcheck.verdict import EXIT_CODES, judge
 
 SPEC = replace(DEFAULTS, decoding=Decoding(3), batch_sizes=(1, 2), n_samples=9)
 LOADS = (Load(1), Load(2), Load(2, (1,), (3,)), Load(2, (0, 1)), Load(1, cache_state="chunked"))

@@ -9,12 +9,12 @@ import pytest
 
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.errors import BackendError
-from ndcheck.load import plan_trials
+from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Decoding, Environment, Run
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import run_trials
 from ndcheck.samplers.scripted.sampler import ScriptedSampler
-from ndcheck.store import RunDirectory, SampleReader, read_run
+from ndcheck.storage.run_directory import RunDirectory, SampleReader, read_run
 
 SPEC = replace(DEFAULTS, arms=("stock",), decoding=Decoding(8), batch_sizes=(1, 4), n_samples=60)
 TRIALS = plan_trials(SPEC, {"p1": 4}, 1000)

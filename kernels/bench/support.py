@@ -25,12 +25,12 @@ from ndcheck import __version__, environment
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError
-from ndcheck.load import plan_trials
+from ndcheck.judging.verdict import judge_probe
+from ndcheck.plan.trials import plan_trials
 from ndcheck.records import AXES, Arm, Decoding, Probe, Run, RunSpec
 from ndcheck.runner import run_trials
 from ndcheck.samplers.local.sampler import DTYPES, TransformersSampler
-from ndcheck.store import RunDirectory, SampleReader
-from ndcheck.verdict import judge_probe
+from ndcheck.storage.run_directory import RunDirectory, SampleReader
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "families"

@@ -19,7 +19,7 @@ from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import UsageError
 from ndcheck.records import ARMS, Arm, Load, Probe, RunSpec
 from ndcheck.reports.explain.kept import save_explanation
-from ndcheck.store import replacing, write_failure
+from ndcheck.storage.run_directory import replacing, write_failure
 
 if TYPE_CHECKING:
     from ndcheck.samplers.local.sampler import TransformersSampler
@@ -87,7 +87,7 @@ def order(
         title = f"{reduction.name}, {dtype}, {columns} columns, {shape.device}, {arm} kernels"
         for line in order_report.order_lines(title, reduction.rows, points, _width()):
             typer.echo(line)
-    if explain.depends_on_rows(points):
+    if orders.depends_on_rows(points):
         return 1
     return 0 if all(point.is_known for point in points) else 3
 

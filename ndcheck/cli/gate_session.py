@@ -17,10 +17,10 @@ from ndcheck.api import Run, find_run, measure_spec, save_baseline
 from ndcheck.cli.console import DEBUG, describe
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.cli.run_session import note, note_bad_lines
-from ndcheck.comparison import FAIL_ON, compare
 from ndcheck.config import Check, find_file, read_checks
 from ndcheck.errors import UsageError, did_you_mean, doing
-from ndcheck.reading import exists
+from ndcheck.judging.comparison import FAIL_ON, compare
+from ndcheck.judging.rules import Rules, RuleSet, judge_gate
 from ndcheck.records import ARMS, RunSpec
 from ndcheck.reports.gate import (
     CheckResult,
@@ -34,10 +34,10 @@ from ndcheck.reports.gate import (
 from ndcheck.reports.junit import junit_xml
 from ndcheck.reports.wording.reproduction import argument, reproduce_command, resume_command
 from ndcheck.request import DEFAULTS, parse_names
-from ndcheck.rules import Rules, RuleSet, judge_gate
 from ndcheck.runner import fit_spec, new_directory, plan
 from ndcheck.samplers.base import open_sampler
-from ndcheck.store import RUN_FILE, replacing, write_failure
+from ndcheck.storage.reading import exists
+from ndcheck.storage.run_directory import RUN_FILE, replacing, write_failure
 
 SURVIVED = (Exception, SystemExit)
 """What ends one check and not the gate: a library may end the process too."""

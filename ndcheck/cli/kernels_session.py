@@ -14,10 +14,10 @@ from rich.progress import track
 
 from ndcheck import environment
 from ndcheck.errors import BackendError, UsageError
+from ndcheck.judging.verdict import EXIT_CODES
 from ndcheck.reports import kernels as report
 from ndcheck.reports.write import TableFile
 from ndcheck.samplers.local.device import choose_device
-from ndcheck.verdict import EXIT_CODES
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ndcheck.arrivals import ARRIVALS
 from ndcheck.engine_request import ENGINES, TRANSFORMERS
+from ndcheck.plan.queue import ARRIVALS
 from ndcheck.records import ARMS, AXES
 from ndcheck.request import DEFAULTS
 

@@ -19,7 +19,7 @@ from ndcheck.cli.console import INTERRUPTED
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import NdcheckError, UsageError, doing
-from ndcheck.evidence import is_continued_by
+from ndcheck.judging.verdict import EXIT_CODES, judge
 from ndcheck.ranks import check_ranks, rank
 from ndcheck.records import Run, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
@@ -40,8 +40,8 @@ from ndcheck.runner import (
     slug,
 )
 from ndcheck.samplers.base import Sampler, open_sampler
-from ndcheck.store import RunDirectory, SampleReader, read_run, write_failure
-from ndcheck.verdict import EXIT_CODES, judge
+from ndcheck.storage.evidence import is_continued_by
+from ndcheck.storage.run_directory import RunDirectory, SampleReader, read_run, write_failure
 
 MAX_BAD_LINES_SHOWN = 5
 

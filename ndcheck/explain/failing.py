@@ -9,7 +9,7 @@ from pathlib import Path
 from ndcheck.analysis.divergence import first_divergence, latent_divergence, read_stream
 from ndcheck.errors import UsageError
 from ndcheck.records import Arm, Probe, Run, Sample
-from ndcheck.store import SampleReader, read_run
+from ndcheck.storage.run_directory import SampleReader, read_run
 
 
 @dataclass(frozen=True, slots=True)

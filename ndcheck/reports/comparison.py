@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ndcheck.analysis.summary import ProbeSummary
-from ndcheck.comparison import Change, Comparison, Drift, FailOn
 from ndcheck.environment import MUST_MATCH
+from ndcheck.judging.comparison import Change, Comparison, Drift, FailOn
+from ndcheck.judging.verdict import Verdict
 from ndcheck.reports.document import published
 from ndcheck.reports.terminal import STYLES, print_without_padding
 from ndcheck.reports.untrusted import quoted, visible
 from ndcheck.reports.wording import phrases
-from ndcheck.verdict import Verdict
 
 SCHEMA_VERSION = 1
 VALUE_WIDTH = 28

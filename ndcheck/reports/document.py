@@ -12,8 +12,8 @@ import math
 from typing import Any
 
 from ndcheck.analysis.summary import Completion, Metrics, ProbeSummary, Summary
+from ndcheck.judging.verdict import Judgement, ProbeVerdict, Verdict
 from ndcheck.records import Run
-from ndcheck.verdict import Judgement, ProbeVerdict, Verdict
 
 SCHEMA_VERSION = 1
 METRIC_NAMES = {

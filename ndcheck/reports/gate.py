@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ndcheck.judging.rules import GateVerdict, Ruling
+from ndcheck.judging.verdict import EXIT_CODES, Outcome
 from ndcheck.reports.terminal import STYLES, print_without_padding
 from ndcheck.reports.untrusted import code_block, markdown_text, visible
 from ndcheck.reports.wording.reproduction import argument
-from ndcheck.rules import GateVerdict, Ruling
-from ndcheck.verdict import EXIT_CODES, Outcome
 
 SCHEMA_VERSION = 1
 MAX_MARKDOWN_RULINGS = 500

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree import ElementTree as ET
 
+from ndcheck.judging.rules import Ruling
 from ndcheck.reports.gate import CheckResult, Inconclusive, subject
 from ndcheck.reports.untrusted import xml_text
-from ndcheck.rules import Ruling
 
 ELEMENTS: dict[Inconclusive, str] = {"exit-3": "error", "pass": "skipped", "fail": "failure"}
 

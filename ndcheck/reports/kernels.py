@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ndcheck.judging.verdict import Outcome
 from ndcheck.reports.terminal import STYLES
-from ndcheck.verdict import Outcome
 
 if TYPE_CHECKING:
     from ndcheck_kernels.bench import Ceilings, Cell

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
+from ndcheck.judging.verdict import NOT_TOLD_APART, Judgement, ProbeVerdict
 from ndcheck.records import Arm, Run, RunSpec
 from ndcheck.reports.document import published
 from ndcheck.reports.trees.branches import tree_lines
@@ -14,7 +15,6 @@ from ndcheck.reports.wording import phrases, serving
 from ndcheck.reports.wording.claims import claims, exclusions
 from ndcheck.reports.wording.remedies import remedies
 from ndcheck.reports.wording.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
-from ndcheck.verdict import NOT_TOLD_APART, Judgement, ProbeVerdict
 
 MAX_COMPLETIONS = 20
 TEXT_WIDTH = 60

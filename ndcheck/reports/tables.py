@@ -12,9 +12,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ndcheck.analysis.summary import Completion, LoadFinding, ProbeSummary, Summary
+from ndcheck.judging.verdict import Judgement
 from ndcheck.records import Run, Sample
 from ndcheck.reports.untrusted import csv_text
-from ndcheck.verdict import Judgement
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ndcheck.analysis.summary import LoadFinding, ProbeSummary, Summary
+from ndcheck.judging.verdict import NOT_TOLD_APART, Judgement, Outcome, ProbeVerdict
 from ndcheck.records import ARMS, AXES, Arm, Run, RunSpec
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import quoted, visible
 from ndcheck.reports.wording import phrases, serving
 from ndcheck.reports.wording.remedies import remedies
 from ndcheck.reports.wording.reproduction import argument, wrapped_command
-from ndcheck.verdict import NOT_TOLD_APART, Judgement, Outcome, ProbeVerdict
 
 MAX_VERDICTS = 8
 MAX_LOADS = 10

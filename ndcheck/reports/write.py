@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ndcheck.analysis.summary import Summary
+from ndcheck.judging.verdict import Judgement
 from ndcheck.records import Run, RunSpec, Sample
 from ndcheck.reports.figures import gather
 from ndcheck.reports.html.page import html_report
@@ -17,8 +18,12 @@ from ndcheck.reports.tables import completion_tables, loads_table, sample_tables
 from ndcheck.reports.untrusted import csv_text
 from ndcheck.reports.wording import phrases
 from ndcheck.reports.wording.reproduction import PROMPTS_FILE, prompts_file
-from ndcheck.store import remove_leftovers, replacing, replacing_bytes, write_failure
-from ndcheck.verdict import Judgement
+from ndcheck.storage.run_directory import (
+    remove_leftovers,
+    replacing,
+    replacing_bytes,
+    write_failure,
+)
 
 if TYPE_CHECKING:
     import pandas as pd

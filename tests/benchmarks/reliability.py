@@ -145,13 +145,13 @@ def read_run_and_judge(path: Path, *, fully: bool) -> str:
     from rich.console import Console
 
     from ndcheck.api import Run
-    from ndcheck.comparison import compare
     from ndcheck.errors import UsageError
     from ndcheck.explain.failing import find_failure
+    from ndcheck.judging.comparison import compare
+    from ndcheck.judging.rules import RuleSet, judge_gate
     from ndcheck.reports.document import make_document
     from ndcheck.reports.gate import CheckResult, gate_markdown
     from ndcheck.reports.junit import junit_xml
-    from ndcheck.rules import RuleSet, judge_gate
 
     run = Run(path)
     verdict = judge_gate(run.record, run.summary, RuleSet())

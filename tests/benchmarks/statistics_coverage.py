@@ -19,10 +19,13 @@ from pathlib import Path
 
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.summary import ProbeSummary
-from ndcheck.load import ALONE, plan_confirmations, plan_trials, plant_fault
+from ndcheck.judging.verdict import judge
+from ndcheck.plan.confirmations import plan_confirmations
+from ndcheck.plan.faults import plant_fault
+from ndcheck.plan.grid import ALONE
+from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Decoding, Endpoint, Environment, Run, RunSpec, Sample, Trial, Witness
 from ndcheck.request import DEFAULTS
-from ndcheck.verdict import judge
 
 N_RUNS = 5000
 N_TOKENS = 2

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ndcheck.store import SampleReader, read_run
+from ndcheck.storage.run_directory import SampleReader, read_run
 
 COMMON = {
     "vocab_size": 151936,

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from ndcheck.errors import UsageError
-from ndcheck.store import NewDirectory, remove_leftovers
+from ndcheck.storage.run_directory import NewDirectory, remove_leftovers
 
 SCRIPTED = ("--model", "scripted:clean", "--max-tokens", "8", "--loads", "1,4", "-n", "40", "-q")
 

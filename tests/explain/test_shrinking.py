@@ -20,7 +20,7 @@ from ndcheck.records import Decoding, Environment, Load, Probe, Run, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.samplers.scripted.sampler import ScriptedSampler
-from ndcheck.store import RunDirectory
+from ndcheck.storage.run_directory import RunDirectory
 
 PROBE = Probe("p1", "tell me about the order")
 N_TOKENS = 6

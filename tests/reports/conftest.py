@@ -20,6 +20,7 @@ from ndcheck.analysis.summary import (
     Summary,
 )
 from ndcheck.analysis.tree import Branch, Fork
+from ndcheck.judging.verdict import Judgement, judge
 from ndcheck.records import (
     AXES,
     Arm,
@@ -32,7 +33,6 @@ from ndcheck.records import (
     Sample,
     Witness,
 )
-from ndcheck.verdict import Judgement, judge
 
 DEFAULTS = RunSpec(
     model="builtin",

@@ -8,10 +8,10 @@ from xml.etree import ElementTree as ET
 import pytest
 import xmlschema
 
+from ndcheck.judging.rules import GateVerdict, RuleSet, Ruling, judge_gate
+from ndcheck.judging.verdict import Verdict
 from ndcheck.reports.gate import CheckResult, gate_markdown, github_annotations
 from ndcheck.reports.junit import junit_xml
-from ndcheck.rules import GateVerdict, RuleSet, Ruling, judge_gate
-from ndcheck.verdict import Verdict
 
 SCHEMA = xmlschema.XMLSchema(Path(__file__).parent / "junit.xsd")
 HOSTILE = "\x1b[31m <b>&\u202e\ud800 \x00 \ufffe ]]> a|b\n::error::x"

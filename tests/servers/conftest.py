@@ -18,13 +18,13 @@ from dataclasses import replace
 import pytest
 
 from ndcheck.analysis.accumulate import summarise
+from ndcheck.judging.verdict import judge
 from ndcheck.mock_server.server import MockServer, Plan
 from ndcheck.records import Decoding, Endpoint, Environment, Run
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import fit_spec, plan, run_trials
 from ndcheck.samplers.base import open_sampler
-from ndcheck.store import RunDirectory, SampleReader
-from ndcheck.verdict import judge
+from ndcheck.storage.run_directory import RunDirectory, SampleReader
 
 SPEC = replace(
     DEFAULTS, model="mock", arms=("stock",), decoding=Decoding(12), batch_sizes=(1, 3), n_samples=22

@@ -28,12 +28,12 @@ def compare(
     from rich.console import Console
 
     from ndcheck.api import Run, find_run
-    from ndcheck.comparison import FAIL_ON, judge_comparison
-    from ndcheck.comparison import compare as compare_runs
     from ndcheck.errors import UsageError
+    from ndcheck.judging.comparison import FAIL_ON, judge_comparison
+    from ndcheck.judging.comparison import compare as compare_runs
+    from ndcheck.judging.verdict import EXIT_CODES, worst
     from ndcheck.reports.comparison import comparison_document, print_comparison
     from ndcheck.request import parse_names
-    from ndcheck.verdict import EXIT_CODES, worst
 
     if not 0 < confidence < 1:
         raise UsageError(f"--confidence {confidence}: give a level between 0 and 1, such as 0.95")

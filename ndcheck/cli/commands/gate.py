@@ -115,7 +115,7 @@ def gate(
     """
     from ndcheck.cli import gate_session
     from ndcheck.errors import UsageError
-    from ndcheck.rules import Rules
+    from ndcheck.judging.rules import Rules
 
     limits = Rules(
         max_unique, max_divergence_rate, min_common_prefix, allow_latent, confidence, max_slowdown

@@ -18,7 +18,7 @@ def report(
 ) -> None:
     """Render a run's reports again from its samples: no model and no GPU needed."""
     from ndcheck.cli import run_session
-    from ndcheck.store import read_run
+    from ndcheck.storage.run_directory import read_run
 
     raise typer.Exit(
         run_session.report(directory, read_run(directory), as_json=json, html=html, plots=plots)

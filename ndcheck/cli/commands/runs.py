@@ -15,7 +15,7 @@ import typer
 from ndcheck.cli import options as o
 
 if TYPE_CHECKING:
-    from ndcheck.verdict import Outcome
+    from ndcheck.judging.verdict import Outcome
 
 
 def runs(
@@ -28,8 +28,8 @@ def runs(
     from rich.console import Console
 
     from ndcheck.errors import UsageError
-    from ndcheck.reading import exists
     from ndcheck.reports.listing import run_lines
+    from ndcheck.storage.reading import exists
 
     if not exists(folder) or not folder.is_dir():
         raise UsageError(f"{folder} is no directory of runs")
@@ -47,8 +47,8 @@ def runs(
 def _read(folder: Path) -> Iterator[dict[str, Any]]:
     from ndcheck.cli.run_session import note
     from ndcheck.errors import UsageError
-    from ndcheck.store import RUN_FILE, read_run
-    from ndcheck.verdict import worst
+    from ndcheck.judging.verdict import worst
+    from ndcheck.storage.run_directory import RUN_FILE, read_run
 
     for path in folder.iterdir():
         if not (path / RUN_FILE).is_file():
@@ -86,7 +86,7 @@ class _Row:
 
 def _read_summary(file: Path) -> list[_Row]:
     from ndcheck.cli.run_session import note
-    from ndcheck.reading import read_text
+    from ndcheck.storage.reading import read_text
 
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(file), newline="")))
@@ -99,7 +99,7 @@ def _read_summary(file: Path) -> list[_Row]:
 
 
 def _read_row(row: dict[str, str]) -> _Row:
-    from ndcheck.verdict import EXIT_CODES
+    from ndcheck.judging.verdict import EXIT_CODES
 
     (verdict,) = (outcome for outcome in EXIT_CODES if outcome == row["verdict"])
     return _Row(verdict, int(row["n_unique"]), int(row["diverged_trials"]), int(row["n_trials"]))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ndcheck.errors import UsageError
-from ndcheck.reading import decode, parse_json, read_text
 from ndcheck.records import Count
-from ndcheck.store import replacing, write_failure
+from ndcheck.storage.reading import decode, parse_json, read_text
+from ndcheck.storage.run_directory import replacing, write_failure
 
 EXPLANATION_FILE = "explanation.json"
 SCHEMA_VERSION = 1

@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from ndcheck.analysis.summary import Summary
+from ndcheck.judging.verdict import NOT_TOLD_APART, Judgement
 from ndcheck.records import AXES, Arm, Run, RunSpec
 from ndcheck.reports.document import published
 from ndcheck.reports.figures import ArmFigures
@@ -25,7 +26,6 @@ from ndcheck.reports.wording import phrases
 from ndcheck.reports.wording.claims import claims, exclusions
 from ndcheck.reports.wording.remedies import remedies
 from ndcheck.reports.wording.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
-from ndcheck.verdict import NOT_TOLD_APART, Judgement
 
 TEMPLATE = Path(__file__).parent / "template"
 SCRIPTS = ("vendor/uPlot.iife.min.js", "vendor/diff.min.js", "charts.js", "strip.js", "compare.js")

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ndcheck.analysis.summary import LoadFinding, ProbeSummary
+from ndcheck.judging.verdict import Judgement, Outcome, ProbeVerdict, Verdict, worst
 from ndcheck.records import Arm, Run
 from ndcheck.reports.figures import ArmFigures
 from ndcheck.reports.trees.trunks import Trunk, find_trunk, walk
 from ndcheck.reports.wording import phrases
-from ndcheck.verdict import Judgement, Outcome, ProbeVerdict, Verdict, worst
 
 MAX_IN_TREE = 150
 N_COLOURS = 7

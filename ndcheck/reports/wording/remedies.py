@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ndcheck.analysis.summary import Summary
+from ndcheck.judging.verdict import Judgement
 from ndcheck.records import AXES, Probe, Run, RunSpec
 from ndcheck.reports.wording.phrases import percent
 from ndcheck.reports.wording.reproduction import argument, resume_command, wrapped_command
-from ndcheck.verdict import Judgement
 
 SERVER_REMEDY = "Ask the server for batch-invariant kernels, or send one request at a time"
 SERVER_REMEDIES = {

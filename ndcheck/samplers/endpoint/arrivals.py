@@ -7,7 +7,7 @@ import itertools
 import random
 from collections.abc import Awaitable, Callable, Sequence
 
-from ndcheck.load import Arrival
+from ndcheck.plan.arrivals import Arrival
 from ndcheck.records import Load
 
 Send = Callable[[int, int], Awaitable[bool]]

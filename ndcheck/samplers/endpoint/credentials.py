@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ndcheck.errors import UsageError
-from ndcheck.reading import read_text
 from ndcheck.records import Endpoint
+from ndcheck.storage.reading import read_text
 
 KEY_VARIABLES = ("NDCHECK_API_KEY", "OPENAI_API_KEY")
 

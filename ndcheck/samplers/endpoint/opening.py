@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.load import filler_text
+from ndcheck.plan.fillers import filler_text
 from ndcheck.records import Endpoint, RunSpec
 from ndcheck.samplers.endpoint import prefix_cache
 from ndcheck.samplers.endpoint.answer import EMPTY, Answer

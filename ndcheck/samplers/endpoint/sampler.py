@@ -9,7 +9,8 @@ from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from ndcheck.errors import BackendError, TrialError, UsageError
-from ndcheck.load import Arrival, filler_text, parse_arrival
+from ndcheck.plan.arrivals import Arrival, parse_arrival
+from ndcheck.plan.fillers import filler_text
 from ndcheck.records import (
     CacheState,
     Decoding,

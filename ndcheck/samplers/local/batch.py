@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
 from ndcheck.errors import UsageError
-from ndcheck.load import N_PREFILL_CHUNKS
+from ndcheck.plan.grid import N_PREFILL_CHUNKS
 from ndcheck.records import CacheState
 
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
-from ndcheck.arrivals import Request
 from ndcheck.errors import TrialError, UsageError
-from ndcheck.load import N_PREFILL_CHUNKS, SMALLEST_PAGE_TOKENS
+from ndcheck.plan.grid import N_PREFILL_CHUNKS, SMALLEST_PAGE_TOKENS
+from ndcheck.plan.queue import Request
 from ndcheck.records import CacheState, Decoding, Fault
 from ndcheck.samplers.local.selection import Reading, gumbel_noise, plant, read_step
 from ndcheck.samplers.local.steps import Stream

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ndcheck.errors import UsageError
-from ndcheck.load import CACHE_STATES
+from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.records import Axis, CacheState, RunSpec
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.loading import first_line

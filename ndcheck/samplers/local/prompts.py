@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from ndcheck.errors import UsageError
-from ndcheck.load import filler_text, fit_to_length
+from ndcheck.plan.fillers import filler_text, fit_to_length
 from ndcheck.records import Load, Probe, RunSpec
 from ndcheck.samplers.local.checkpoint.bounds import bounded
 from ndcheck.samplers.local.loading import first_line, load_tokenizer

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from ndcheck.arrivals import Request, queue_requests
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, TrialError, UsageError
-from ndcheck.load import CACHE_STATES
+from ndcheck.plan.grid import CACHE_STATES
+from ndcheck.plan.queue import Request, queue_requests
 from ndcheck.records import (
     Arm,
     Decoding,

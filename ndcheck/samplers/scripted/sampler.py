@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ndcheck.errors import BackendError, TrialError
-from ndcheck.load import CACHE_STATES, FILLER_WORDS
+from ndcheck.plan.fillers import FILLER_WORDS
+from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.records import Decoding, Load, Probe, Sample, Trial, Witness
 
 VOCABULARY = tuple(dict.fromkeys(FILLER_WORDS))

@@ -15,7 +15,7 @@ import transformers
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.engine_request import NO_AUTO_LOADS
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.load import CACHE_STATES, N_PREFILL_CHUNKS
+from ndcheck.plan.grid import CACHE_STATES, N_PREFILL_CHUNKS
 from ndcheck.records import (
     Arm,
     CacheState,

@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 
 from ndcheck.analysis.accumulate import summarise
+from ndcheck.judging.verdict import judge
 from ndcheck.records import Probe
 from ndcheck.reports.figures import gather
 from ndcheck.reports.html.page import html_report
-from ndcheck.verdict import judge
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

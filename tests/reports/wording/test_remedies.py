@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from ndcheck.judging.verdict import judge
 from ndcheck.records import Decoding, Endpoint
 from ndcheck.reports.wording.remedies import remedies
 from ndcheck.request import DEFAULTS
-from ndcheck.verdict import judge
 
 SMALL = replace(DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40, arms=("stock",))
 HERE = {"class": "LlamaForCausalLM"}

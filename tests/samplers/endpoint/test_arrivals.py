@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from ndcheck.load import Arrival, parse_arrival
+from ndcheck.plan.arrivals import Arrival, parse_arrival
 from ndcheck.records import Load
 from ndcheck.samplers.endpoint.arrivals import run_trial
 

@@ -13,7 +13,8 @@ import transformers
 
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.errors import UsageError
-from ndcheck.load import plan_trials, plant_fault
+from ndcheck.plan.faults import plant_fault
+from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Decoding, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.batch import ExactBatch

@@ -9,12 +9,13 @@ import torch
 
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.errors import BackendError, TrialError, UsageError
-from ndcheck.load import plan_trials, plant_fault
+from ndcheck.judging.verdict import judge
+from ndcheck.plan.faults import plant_fault
+from ndcheck.plan.trials import plan_trials
 from ndcheck.records import AXES, Decoding, Environment, Fault, Load, Probe, Run, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local import continuous
 from ndcheck.samplers.local.sampler import TransformersSampler
-from ndcheck.verdict import judge
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 N_TOKENS = 12

@@ -9,12 +9,13 @@ import torch
 import transformers
 
 from ndcheck.analysis.accumulate import summarise
-from ndcheck.load import plan_trials, plant_fault
+from ndcheck.judging.verdict import judge
+from ndcheck.plan.faults import plant_fault
+from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Decoding, Environment, Probe, Run
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import fit_spec
 from ndcheck.samplers.local.sampler import TransformersSampler
-from ndcheck.verdict import judge
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from ndcheck.analysis.accumulate import summarise
+from ndcheck.judging.verdict import judge
 from ndcheck.records import Decoding, Environment, Probe, Run
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import plan, run_trials
 from ndcheck.samplers.local.sampler import TransformersSampler
-from ndcheck.store import RunDirectory, SampleReader
-from ndcheck.verdict import judge
+from ndcheck.storage.run_directory import RunDirectory, SampleReader
 
 SPEC = replace(
     DEFAULTS,

@@ -9,7 +9,9 @@ import torch
 
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.errors import TrialError
-from ndcheck.load import plan_trials, plant_fault
+from ndcheck.judging.verdict import judge
+from ndcheck.plan.faults import plant_fault
+from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Decoding, Environment, Load, Probe, Run, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import fit_spec
@@ -18,7 +20,6 @@ from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.continuous import ContinuousBatch
 from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.samplers.scripted.sampler import ScriptedSampler
-from ndcheck.verdict import judge
 
 CPU = torch.device("cpu")
 PROBE = Probe("p1", "tell me about the order of a sum")

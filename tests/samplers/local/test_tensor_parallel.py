@@ -17,7 +17,7 @@ import transformers
 from ndcheck import ranks, request
 from ndcheck.errors import UsageError
 from ndcheck.samplers.local.sharding import check_heads
-from ndcheck.store import SampleReader, read_run
+from ndcheck.storage.run_directory import SampleReader, read_run
 from ndcheck_kernels.collectives import GATHERED_ELEMENTS, add_pairwise
 from ndcheck_kernels.mode import Scope
 from ndcheck_kernels.tensor_parallel import ordered_layers

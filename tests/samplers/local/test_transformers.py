@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from ndcheck.errors import BackendError, TrialError, UsageError
-from ndcheck.load import plan_trials
+from ndcheck.plan.trials import plan_trials
 from ndcheck.records import AXES, Decoding, Fault, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.batch import ExactBatch

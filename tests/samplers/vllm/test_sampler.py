@@ -13,11 +13,11 @@ import pytest
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.environment import MUST_MATCH
 from ndcheck.errors import BackendError, TrialError, UsageError
+from ndcheck.judging.verdict import judge
 from ndcheck.records import Decoding, Engine, Fault, Load, Probe, Run, Trial
 from ndcheck.runner import begin, new_directory, plan, run_trials
 from ndcheck.samplers.vllm.process import Worker
-from ndcheck.store import SampleReader, read_run
-from ndcheck.verdict import judge
+from ndcheck.storage.run_directory import SampleReader, read_run
 
 ALONE = Load(1)
 

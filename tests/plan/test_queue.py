@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ndcheck.arrivals import check_arrivals, queue_requests
 from ndcheck.errors import UsageError
+from ndcheck.plan.queue import check_arrivals, queue_requests
 from ndcheck.records import Load
 
 KINDS = ("closed", "together", "poisson:0.5")

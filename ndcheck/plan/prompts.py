@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ndcheck.errors import UsageError
-from ndcheck.reading import is_unicode, parse_json, read_text
+from ndcheck.storage.reading import is_unicode, parse_json, read_text
 
 ACCEPTED = (".txt", ".jsonl", "")
 BYTE_ORDER_MARK = "\ufeff"

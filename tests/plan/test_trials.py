@@ -9,15 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ndcheck.errors import UsageError
-from ndcheck.load import (
-    ALONE,
-    batch_sizes_up_to,
-    filler_text,
-    fit_to_length,
-    plan_confirmations,
-    plan_trials,
-    plant_fault,
-)
+from ndcheck.plan.confirmations import plan_confirmations
+from ndcheck.plan.faults import plant_fault
+from ndcheck.plan.fillers import filler_text, fit_to_length
+from ndcheck.plan.grid import ALONE, batch_sizes_up_to
+from ndcheck.plan.trials import plan_trials
 from ndcheck.records import AXES, Decoding, Endpoint, Fault, Load, Probe
 from ndcheck.request import DEFAULTS as RUN_DEFAULTS
 

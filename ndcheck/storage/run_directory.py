@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.evidence import Ledger
-from ndcheck.reading import decode, exists, open_file, parse_json, read_lines, read_text
 from ndcheck.records import Run, Sample, Trial, Witness
-from ndcheck.sample_lines import decode_line, encode_line
+from ndcheck.storage.evidence import Ledger
+from ndcheck.storage.reading import decode, exists, open_file, parse_json, read_lines, read_text
+from ndcheck.storage.sample_lines import decode_line, encode_line
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"

@@ -9,12 +9,13 @@ from scipy.stats import binomtest
 
 from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.divergence import first_divergence
-from ndcheck.load import plan_trials, plant_fault
+from ndcheck.judging.verdict import judge, worst
+from ndcheck.plan.faults import plant_fault
+from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Decoding, Endpoint, Environment, Load, Run, Witness
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.scripted.sampler import ScriptedSampler
 from ndcheck.selftest import CASES, check, judge_sampler
-from ndcheck.verdict import judge, worst
 
 SPEC = replace(DEFAULTS, arms=("stock",), decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ndcheck.comparison import FAIL_ON, compare, judge_comparison
+from ndcheck.judging.comparison import FAIL_ON, compare, judge_comparison
 from ndcheck.records import Environment, Probe
 
 

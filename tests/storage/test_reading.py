@@ -16,16 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ndcheck import reading
 from ndcheck.api import Run, find_run
 from ndcheck.config import read_checks
 from ndcheck.errors import UsageError
-from ndcheck.prompts import read_prompts
-from ndcheck.reading import decode, parse_json, read_text
+from ndcheck.plan.prompts import read_prompts
 from ndcheck.records import Endpoint, Engine, Load, Range, RunSpec, Sample
-from ndcheck.store import SampleReader, read_run
+from ndcheck.storage import reading
+from ndcheck.storage.reading import decode, parse_json, read_text
+from ndcheck.storage.run_directory import SampleReader, read_run
 
-FIXTURE = Path(__file__).parent / "runs" / "schema-1"
+FIXTURE = Path(__file__).parents[1] / "runs" / "schema-1"
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.records import Endpoint, Environment, Fault, Load, Run, Sample, Trial, Witness
 from ndcheck.request import DEFAULTS
-from ndcheck.store import RunDirectory, SampleReader, failed_samples, read_run
+from ndcheck.storage.run_directory import RunDirectory, SampleReader, failed_samples, read_run
 
 SERVER_RUN = Run(
     "r", "0.1.0",
@@ -171,7 +171,8 @@ def test_resume_never_cuts_off_finished_trials_after_damage(tmp_path):
 
 def test_second_process_is_refused(tmp_path):
     code = (
-        "import sys, pathlib, ndcheck.store as s; s.RunDirectory.resume(pathlib.Path(sys.argv[1]))"
+        "import sys, pathlib; from ndcheck.storage.run_directory import RunDirectory;"
+        "RunDirectory.resume(pathlib.Path(sys.argv[1]))"
     )
     with closing(RunDirectory.create(tmp_path, RUN)):
         done = subprocess.run(

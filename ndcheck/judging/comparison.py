@@ -15,8 +15,8 @@ from ndcheck.analysis.divergence import first_divergence, latent_divergence, rea
 from ndcheck.analysis.outcomes import is_alone
 from ndcheck.analysis.statistics import fisher_exact, k1_kl, k3_kl
 from ndcheck.analysis.summary import ProbeSummary, Summary
+from ndcheck.judging.verdict import Verdict
 from ndcheck.records import Arm, Run, Sample
-from ndcheck.verdict import Verdict
 
 Group = Literal["environment", "model", "kernels", "load"]
 DriftKind = Literal["none", "latent", "tokens"]

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from ndcheck.analysis.accumulate import summarise
-from ndcheck.comparison import Measured, compare
 from ndcheck.errors import UsageError
+from ndcheck.judging.comparison import Measured, compare
+from ndcheck.judging.rules import Rules, RuleSet, judge_gate
 from ndcheck.records import Decoding, Witness
 from ndcheck.request import DEFAULTS
-from ndcheck.rules import Rules, RuleSet, judge_gate
 
 SPEC = replace(DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40, arms=("stock",))
 BOTH = replace(SPEC, arms=("stock", "invariant"))

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, fields, replace
 
 from ndcheck.analysis.statistics import clopper_pearson, trials_needed
 from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
-from ndcheck.comparison import Comparison, FailOn, judge_comparison
 from ndcheck.errors import UsageError
-from ndcheck.records import AXES, Arm, Axis, Run, RunSpec
-from ndcheck.verdict import (
+from ndcheck.judging.comparison import Comparison, FailOn, judge_comparison
+from ndcheck.judging.verdict import (
     STOCK_DID_NOT_FAIL,
     Outcome,
     Verdict,
@@ -24,6 +23,7 @@ from ndcheck.verdict import (
     server_changes,
     worst,
 )
+from ndcheck.records import AXES, Arm, Axis, Run, RunSpec
 
 BASELINE_DEFAULT: tuple[FailOn, ...] = ("tokens", "unique", "rate")
 

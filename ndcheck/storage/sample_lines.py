@@ -13,8 +13,8 @@ import re
 import struct
 from dataclasses import dataclass
 
-from ndcheck.reading import MAX_LINE_BYTES, decode, parse_json
 from ndcheck.records import Load, Sample, Witness
+from ndcheck.storage.reading import MAX_LINE_BYTES, decode, parse_json
 
 
 def encode_line(sample: Sample) -> bytes:

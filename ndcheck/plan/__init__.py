@@ -1,0 +1,1 @@
+"""What is measured and under which loads: prompts, fillers, arrivals, planted faults -> trials."""
