@@ -1,7 +1,7 @@
 """What the command line makes of recorded runs, byte for byte as it was kept under ``kept/``.
 
 After a change on purpose, `python tests/reports/test_kept_outputs.py` keeps the outputs anew: read
-their diff. With a folder they go there, to compare the outputs of two commits.
+their diff. With a new folder they go there, to compare the outputs of two commits.
 """
 
 from __future__ import annotations
@@ -186,8 +186,13 @@ def test_another_process_shows_the_same(name, tmp_path) -> None:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else KEPT
-    shutil.rmtree(target, ignore_errors=True)
-    for name, text in render().items():
+    outputs = render()
+    if len(sys.argv) > 1:
+        target = Path(sys.argv[1])
+        target.mkdir()
+    else:
+        target = KEPT
+        shutil.rmtree(target)
+    for name, text in outputs.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_bytes(text.encode())
