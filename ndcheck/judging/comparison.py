@@ -114,8 +114,8 @@ def compare(a: Measured, b: Measured) -> Comparison:
     return Comparison(
         changes=tuple(_find_changes(a.run, b.run)),
         drifts=tuple(_drift(key[1], *partners_a[key], *partners_b[key]) for key in shared),
-        only_in_a=tuple(f"{arm} {prompt}" for arm, prompt in partners_a.keys() - shared),
-        only_in_b=tuple(f"{arm} {prompt}" for arm, prompt in partners_b.keys() - shared),
+        only_in_a=tuple(" ".join(key) for key in partners_a if key not in shared),
+        only_in_b=tuple(" ".join(key) for key in partners_b if key not in shared),
         flaws=(*a.run.flaws, *b.run.flaws),
     )
 
