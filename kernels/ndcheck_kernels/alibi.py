@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ndcheck_kernels.attention_interface import attention_op, spans_from_any
-from ndcheck_kernels.mode import active_scope, refusal
+from ndcheck_kernels.scope.mode import active_scope, refusal
 
 
 def replace_attention() -> None:

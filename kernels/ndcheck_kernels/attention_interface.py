@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.mode import (
+from ndcheck_kernels.paged import paged_attention
+from ndcheck_kernels.scope.mode import (
     UncoveredOpError,
     UnsupportedCallError,
     active_scope,
     implements,
     refusal,
 )
-from ndcheck_kernels.paged import paged_attention
 
 NAME = "ndcheck_invariant"
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from ndcheck_kernels.cases import Call, Case, Form, Operands, Source
-from ndcheck_kernels.mode import Scope, UncoveredOpError, accepted_ops, invariant_kernels
+from ndcheck_kernels.scope.mode import Scope, UncoveredOpError, accepted_ops, invariant_kernels
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.mode import UnsupportedCallError, implements
+from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
 
 GATHERED_ELEMENTS = 2**16
 """Up to this size every rank adds all of it, in one round trip; above, each a slice, in two."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from ndcheck_kernels.mode import UnsupportedCallError, implements
+from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
 
 aten = torch.ops.aten
 

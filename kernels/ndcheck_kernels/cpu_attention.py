@@ -21,7 +21,7 @@ from ndcheck_kernels.attention_interface import attention_op, register_sdpa
 from ndcheck_kernels.cpu_gemm import bmm
 from ndcheck_kernels.cpu_pointwise import pointwise
 from ndcheck_kernels.cpu_reductions import sum_rows
-from ndcheck_kernels.mode import UnsupportedCallError, implements
+from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
 
 aten = torch.ops.aten
 

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 
 from ndcheck_kernels.cpu_rows import BASE_ROWS, Probe, RowKernel, map_rows
-from ndcheck_kernels.mode import UnsupportedCallError
 from ndcheck_kernels.products import (
     combine,
     register_grouped_product,
     register_partial_products,
     register_products,
 )
+from ndcheck_kernels.scope.mode import UnsupportedCallError
 
 aten = torch.ops.aten
 

@@ -19,7 +19,7 @@ import torch
 
 from ndcheck_kernels.cpu_pointwise import rsqrt
 from ndcheck_kernels.cpu_rows import BASE_ROWS, Probe, map_rows
-from ndcheck_kernels.mode import UnsupportedCallError, accept, implements
+from ndcheck_kernels.scope.mode import UnsupportedCallError, accept, implements
 
 aten = torch.ops.aten
 

@@ -21,8 +21,8 @@ from ndcheck_kernels import reductions, rms_norm, softmax
 from ndcheck_kernels.attention_interface import as_causal, attention_op, register_sdpa
 from ndcheck_kernels.complex_numbers import register_complex
 from ndcheck_kernels.launch import compile_failure
-from ndcheck_kernels.mode import UnsupportedCallError, accept, implements
 from ndcheck_kernels.products import register_products
+from ndcheck_kernels.scope.mode import UnsupportedCallError, accept, implements
 
 aten = torch.ops.aten
 

@@ -25,9 +25,9 @@ from ndcheck_kernels.launch import compile_failure, quiet_compiler
 from ndcheck_kernels.matmul import DTYPES, matmul
 from ndcheck_kernels.mixture import FIRES as MIXTURE_FIRES
 from ndcheck_kernels.mixture import is_mixture, mixture
-from ndcheck_kernels.mode import Scope, active_scope, refusal
 from ndcheck_kernels.qkv import HEAD_DIMS, qkv
 from ndcheck_kernels.rms_norm import rms_norm
+from ndcheck_kernels.scope.mode import Scope, active_scope, refusal
 from ndcheck_kernels.silu_mul import silu_mul
 
 LAYERS = (

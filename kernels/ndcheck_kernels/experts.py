@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.mode import refusal
+from ndcheck_kernels.scope.mode import refusal
 
 NAME = "ndcheck_invariant"
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ndcheck_kernels.mode import active_scope, refusal
+from ndcheck_kernels.scope.mode import active_scope, refusal
 
 RULE = "torch_recurrent_gated_delta_rule"
 _CHUNKED_RULE = "torch_chunk_gated_delta_rule"

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ndcheck_kernels import alibi, attention_interface, experts, gated_delta, tensor_parallel
-from ndcheck_kernels.mode import UncoveredOpError
+from ndcheck_kernels.scope.mode import UncoveredOpError
 
 # What a layer keeps of earlier tokens: keys and values, or the state of a gated delta rule.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})

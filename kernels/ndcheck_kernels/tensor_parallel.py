@@ -28,8 +28,8 @@ from ndcheck_kernels.collectives import (
     rank_sum_op,
 )
 from ndcheck_kernels.experts import combine_op, route_op
-from ndcheck_kernels.mode import UncoveredOpError, refusal
 from ndcheck_kernels.products import partial_grouped_op, partial_linear_op
+from ndcheck_kernels.scope.mode import UncoveredOpError, refusal
 
 aten = torch.ops.aten
 

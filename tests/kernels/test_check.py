@@ -14,13 +14,13 @@ from ndcheck_kernels import (
     covered_ops,
     cpu_reductions,
     invariant_kernels,
-    mode,
 )
 from ndcheck_kernels import check as check_module
 from ndcheck_kernels.cases import Form, Source, checked_cases
 from ndcheck_kernels.cases.products import products
 from ndcheck_kernels.cases.rows import row_ops
 from ndcheck_kernels.check import CONTROL_ROWS, PROBES, bit_classes, check, default_row_counts
+from ndcheck_kernels.scope import mode
 
 CPU = torch.device("cpu")
 ROWS = (1, 2, 3, 17, 40)

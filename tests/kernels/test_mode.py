@@ -18,8 +18,8 @@ from ndcheck_kernels import (
     covered_ops,
     implements,
     invariant_kernels,
-    mode,
 )
+from ndcheck_kernels.scope import mode
 
 
 class Inner(torch.nn.Module):

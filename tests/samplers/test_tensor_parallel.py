@@ -19,7 +19,7 @@ from ndcheck.errors import UsageError
 from ndcheck.samplers.sharding import check_heads
 from ndcheck.store import SampleReader, read_run
 from ndcheck_kernels.collectives import GATHERED_ELEMENTS, add_pairwise
-from ndcheck_kernels.mode import Scope
+from ndcheck_kernels.scope.mode import Scope
 from ndcheck_kernels.tensor_parallel import ordered_layers
 
 SIZES = {
@@ -123,7 +123,7 @@ SUMS = f"""
 import gc, json, torch, torch.distributed as dist
 from ndcheck_kernels import invariant_kernels
 from ndcheck_kernels.collectives import add_pairwise, known_ranks, rank_sum_op
-from ndcheck_kernels.mode import UncoveredOpError
+from ndcheck_kernels.scope.mode import UncoveredOpError
 dist.init_process_group("gloo")
 n, rank = dist.get_world_size(), dist.get_rank()
 found = {{"refused": False}}

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from ndcheck_kernels.attention_interface import attention_op, causal_spans
 from ndcheck_kernels.cases.case import Call, Case, Draw, Ends, Form, Operands, Source, sum_in_groups
-from ndcheck_kernels.mode import active_scope
 from ndcheck_kernels.reference import attention_reference
+from ndcheck_kernels.scope.mode import active_scope
 
 
 def _attention(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ndcheck_kernels import mode
+from ndcheck_kernels.scope import mode
 
 if not torch.cuda.is_available():
     from triton.runtime import interpreter

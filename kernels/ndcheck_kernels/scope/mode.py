@@ -29,7 +29,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ndcheck_kernels.pass_through import is_exact
+from ndcheck_kernels.scope.pass_through import is_exact
 
 Implementation = Callable[..., Any]
 
