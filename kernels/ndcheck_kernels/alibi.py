@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.attention_interface import attention_op, spans_from_any
+from ndcheck_kernels.ops.attention import attention_op, spans_from_any
 from ndcheck_kernels.scope.mode import active_scope, refusal
 
 

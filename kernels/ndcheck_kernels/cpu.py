@@ -9,8 +9,8 @@ from ndcheck_kernels import cpu_gemm as cpu_gemm
 from ndcheck_kernels import cpu_pointwise as cpu_pointwise
 from ndcheck_kernels import cpu_reductions as cpu_reductions
 from ndcheck_kernels import cpu_routing as cpu_routing
-from ndcheck_kernels.complex_numbers import register_complex
 from ndcheck_kernels.cpu_pointwise import pointwise
+from ndcheck_kernels.ops.complex_numbers import register_complex
 
 register_complex(
     "cpu",

@@ -17,10 +17,10 @@ Not claimed: equal results if the row itself holds infinite or NaN values after 
 
 import torch
 
-from ndcheck_kernels.attention_interface import attention_op, register_sdpa
 from ndcheck_kernels.cpu_gemm import bmm
 from ndcheck_kernels.cpu_pointwise import pointwise
 from ndcheck_kernels.cpu_reductions import sum_rows
+from ndcheck_kernels.ops.attention import attention_op, register_sdpa
 from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ def attention(
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[B, H, Q, D] x [B, H_kv, KV, D] -> [B, H, Q, D_v]; the rest as in `attention_interface`."""
+    """[B, H, Q, D] x [B, H_kv, KV, D] -> [B, H, Q, D_v]; the rest as in `ops.attention`."""
     batch, heads, queries, width = query.shape
     kv_heads = key.shape[1]
     out = query.new_zeros(batch, heads, queries, value.shape[-1])

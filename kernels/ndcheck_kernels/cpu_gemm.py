@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ndcheck_kernels.cpu_rows import BASE_ROWS, Probe, RowKernel, map_rows
-from ndcheck_kernels.products import (
+from ndcheck_kernels.ops.products import (
     combine,
     register_grouped_product,
     register_partial_products,

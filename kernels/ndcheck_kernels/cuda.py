@@ -18,10 +18,10 @@ from ndcheck_kernels import cuda_experts as cuda_experts
 from ndcheck_kernels import layer_norm as layer_norm_kernels
 from ndcheck_kernels import matmul as matmul_kernels
 from ndcheck_kernels import reductions, rms_norm, softmax
-from ndcheck_kernels.attention_interface import as_causal, attention_op, register_sdpa
-from ndcheck_kernels.complex_numbers import register_complex
 from ndcheck_kernels.launch import compile_failure
-from ndcheck_kernels.products import register_products
+from ndcheck_kernels.ops.attention import as_causal, attention_op, register_sdpa
+from ndcheck_kernels.ops.complex_numbers import register_complex
+from ndcheck_kernels.ops.products import register_products
 from ndcheck_kernels.scope.mode import UnsupportedCallError, accept, implements
 
 aten = torch.ops.aten
@@ -80,7 +80,7 @@ def attention(
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[B, H, Q, D] x [B, H_kv, KV, D]; causal spans and windows, as in `attention_interface`."""
+    """[B, H, Q, D] x [B, H_kv, KV, D]; causal spans and windows, as in `ops.attention`."""
     if slopes is not None:
         raise UnsupportedCallError("it has no ALiBi")
     starts, lengths, window = as_causal(spans)

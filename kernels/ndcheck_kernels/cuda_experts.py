@@ -3,9 +3,9 @@
 import torch
 
 from ndcheck_kernels import grouped_matmul, matmul
-from ndcheck_kernels.experts import combine_op, route_by_sorting, route_op
 from ndcheck_kernels.matmul import DTYPES
-from ndcheck_kernels.products import register_grouped_product, register_partial_products
+from ndcheck_kernels.ops.experts import combine_op, route_by_sorting, route_op
+from ndcheck_kernels.ops.products import register_grouped_product, register_partial_products
 from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
 
 

@@ -181,7 +181,7 @@ def _fused(
     cache: Any,
     scope: Scope,
 ) -> torch.Tensor:
-    """hidden [B, L, N]; spans [B, 1, 1, 2] as `attention_interface` makes them."""
+    """hidden [B, L, N]; spans [B, 1, 1, 2] as `ops.attention` makes them."""
     own, mlp = layer.self_attn, layer.mlp
     batch, length, width = hidden.shape
     residual = hidden.reshape(-1, width)

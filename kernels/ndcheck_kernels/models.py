@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ndcheck_kernels import alibi, attention_interface, experts, gated_delta, tensor_parallel
+from ndcheck_kernels import alibi, gated_delta, tensor_parallel
+from ndcheck_kernels.ops import attention as attention_interface
+from ndcheck_kernels.ops import experts
 from ndcheck_kernels.scope.mode import UncoveredOpError
 
 # What a layer keeps of earlier tokens: keys and values, or the state of a gated delta rule.

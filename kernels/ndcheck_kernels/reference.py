@@ -157,7 +157,7 @@ def attention_reference(
 ) -> torch.Tensor:
     """softmax(scale * q k^T, capped, plus slopes) v over each query's span; 0 where it is empty.
 
-    [B, H, Q, D] x [B, H_kv, KV, D]; spans, sinks and slopes as in `attention_interface`.
+    [B, H, Q, D] x [B, H_kv, KV, D]; spans, sinks and slopes as in `ops.attention`.
     """
     queries, group = query.shape[2], query.shape[1] // key.shape[1]
     if spans.shape[-1] == 2:

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels.collectives import (
+from ndcheck_kernels.ops.collectives import (
     add_pairwise,
     known_ranks,
     rank_gather_op,
     rank_sum_op,
 )
-from ndcheck_kernels.experts import combine_op, route_op
-from ndcheck_kernels.products import partial_grouped_op, partial_linear_op
+from ndcheck_kernels.ops.experts import combine_op, route_op
+from ndcheck_kernels.ops.products import partial_grouped_op, partial_linear_op
 from ndcheck_kernels.scope.mode import UncoveredOpError, refusal
 
 aten = torch.ops.aten

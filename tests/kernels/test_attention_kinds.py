@@ -12,7 +12,7 @@ from ndcheck_kernels import (
     invariant_kernels,
     invariant_model,
 )
-from ndcheck_kernels.attention_interface import Spans, as_causal, attention_op
+from ndcheck_kernels.ops.attention import Spans, as_causal, attention_op
 from ndcheck_kernels.reference import attention_reference
 
 HEADS, KV_HEADS, LENGTH = 4, 2, 200

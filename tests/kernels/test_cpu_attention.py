@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ndcheck_kernels import UncoveredOpError, cpu_attention, invariant_kernels
-from ndcheck_kernels.attention_interface import attention_op, spans_from_mask
+from ndcheck_kernels.ops.attention import attention_op, spans_from_mask
 from ndcheck_kernels.reference import attention_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from ndcheck_kernels import UncoveredOpError, experts, invariant_kernels
+from ndcheck_kernels import UncoveredOpError, invariant_kernels
+from ndcheck_kernels.ops import experts
 from ndcheck_kernels.reference import experts_reference
 
 DTYPES = [torch.float32, torch.bfloat16]

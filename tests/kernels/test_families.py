@@ -12,7 +12,8 @@ import transformers
 
 import ndcheck_kernels
 from ndcheck.samplers.batch import ExactBatch
-from ndcheck_kernels import UncoveredOpError, attention_interface, invariant_kernels
+from ndcheck_kernels import UncoveredOpError, invariant_kernels
+from ndcheck_kernels.ops import attention as attention_interface
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))

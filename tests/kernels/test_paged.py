@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ndcheck_kernels import UnsupportedCallError, invariant_kernels
-from ndcheck_kernels.attention_interface import NAME, attention_op, register_attention
+from ndcheck_kernels.ops.attention import NAME, attention_op, register_attention
 from ndcheck_kernels.paged import paged_attention
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.products import partial_grouped_op, partial_linear_op
+from ndcheck_kernels.ops.products import partial_grouped_op, partial_linear_op
 
 N, K = 48, 96
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

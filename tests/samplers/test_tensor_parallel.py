@@ -18,7 +18,7 @@ from ndcheck import ranks, request
 from ndcheck.errors import UsageError
 from ndcheck.samplers.sharding import check_heads
 from ndcheck.store import SampleReader, read_run
-from ndcheck_kernels.collectives import GATHERED_ELEMENTS, add_pairwise
+from ndcheck_kernels.ops.collectives import GATHERED_ELEMENTS, add_pairwise
 from ndcheck_kernels.scope.mode import Scope
 from ndcheck_kernels.tensor_parallel import ordered_layers
 
@@ -122,7 +122,7 @@ def test_an_odd_part_waits_for_the_next_level():
 SUMS = f"""
 import gc, json, torch, torch.distributed as dist
 from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.collectives import add_pairwise, known_ranks, rank_sum_op
+from ndcheck_kernels.ops.collectives import add_pairwise, known_ranks, rank_sum_op
 from ndcheck_kernels.scope.mode import UncoveredOpError
 dist.init_process_group("gloo")
 n, rank = dist.get_world_size(), dist.get_rank()

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels.attention_interface import attention_op, causal_spans
 from ndcheck_kernels.cases.case import Call, Case, Draw, Ends, Form, Operands, Source, sum_in_groups
+from ndcheck_kernels.ops.attention import attention_op, causal_spans
 from ndcheck_kernels.reference import attention_reference
 from ndcheck_kernels.scope.mode import active_scope
 

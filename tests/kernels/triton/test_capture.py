@@ -10,7 +10,8 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ndcheck_kernels import attention_interface, invariant_kernels, invariant_model
+from ndcheck_kernels import invariant_kernels, invariant_model
+from ndcheck_kernels.ops import attention as attention_interface
 from ndcheck_kernels.scope import mode
 
 SIZES = {
