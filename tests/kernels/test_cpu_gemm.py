@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels import UncoveredOpError, cpu_rows, invariant_kernels
+from ndcheck_kernels import UncoveredOpError, invariant_kernels
+from ndcheck_kernels.cpu import rows as cpu_rows
 from ndcheck_kernels.reference import addmm_reference, linear_reference, matmul_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -17,9 +17,9 @@ Not claimed: equal results if the row itself holds infinite or NaN values after 
 
 import torch
 
-from ndcheck_kernels.cpu_gemm import bmm
-from ndcheck_kernels.cpu_pointwise import pointwise
-from ndcheck_kernels.cpu_reductions import sum_rows
+from ndcheck_kernels.cpu.pointwise import pointwise
+from ndcheck_kernels.cpu.products import bmm
+from ndcheck_kernels.cpu.reductions import sum_rows
 from ndcheck_kernels.ops.attention import attention_op, register_sdpa
 from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ndcheck_kernels.cpu_pointwise import rsqrt
-from ndcheck_kernels.cpu_rows import BASE_ROWS, Probe, map_rows
+from ndcheck_kernels.cpu.pointwise import rsqrt
+from ndcheck_kernels.cpu.rows import BASE_ROWS, Probe, map_rows
 from ndcheck_kernels.scope.mode import UnsupportedCallError, accept, implements
 
 aten = torch.ops.aten
