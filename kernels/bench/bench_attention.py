@@ -13,7 +13,7 @@ import sdpa
 from attention_cells import HEAD_DIM, HEADS, KV_HEADS, operands, problems
 from table import Table
 
-from ndcheck_kernels import attention
+from ndcheck_kernels.cuda.attention import causal as attention
 from ndcheck_kernels.timing import medians_us
 
 

@@ -16,8 +16,8 @@ from attention_cells import operands, problems
 from sdpa import Operands
 from table import Table
 
-from ndcheck_kernels import attention
-from ndcheck_kernels.configs import AttentionConfig, PrefillTile
+from ndcheck_kernels.cuda.attention import causal as attention
+from ndcheck_kernels.cuda.configs import AttentionConfig, PrefillTile
 from ndcheck_kernels.timing import medians_us
 
 CONFIGS = tuple(

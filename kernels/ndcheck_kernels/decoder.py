@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ndcheck_kernels.attention import attention
-from ndcheck_kernels.launch import compile_failure, quiet_compiler
-from ndcheck_kernels.matmul import DTYPES, matmul
+from ndcheck_kernels.cuda.attention.causal import attention
+from ndcheck_kernels.cuda.attention.qkv import HEAD_DIMS, qkv
+from ndcheck_kernels.cuda.dependent_launch import compile_failure, quiet_compiler
+from ndcheck_kernels.cuda.products.matmul import DTYPES, matmul
+from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
+from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.mixture import FIRES as MIXTURE_FIRES
 from ndcheck_kernels.mixture import is_mixture, mixture
-from ndcheck_kernels.qkv import HEAD_DIMS, qkv
-from ndcheck_kernels.rms_norm import rms_norm
 from ndcheck_kernels.scope.mode import Scope, active_scope, refusal
-from ndcheck_kernels.silu_mul import silu_mul
 
 LAYERS = (
     *("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"),

@@ -21,12 +21,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ndcheck_kernels import device
-from ndcheck_kernels.cuda_experts import route_experts
-from ndcheck_kernels.grouped_matmul import combine, grouped_matmul
-from ndcheck_kernels.launch import follow, pdl
-from ndcheck_kernels.matmul import matmul
-from ndcheck_kernels.silu_mul import silu_mul
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.dependent_launch import follow, pdl
+from ndcheck_kernels.cuda.experts import route_experts
+from ndcheck_kernels.cuda.products.grouped_matmul import combine, grouped_matmul
+from ndcheck_kernels.cuda.products.matmul import matmul
+from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 
 BLOCKS = ("Qwen3MoeSparseMoeBlock",)
 

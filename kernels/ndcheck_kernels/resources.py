@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from ndcheck_kernels import device
+from ndcheck_kernels.cuda import device
 
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Dynamic shared memory a block may use, by compute capability."""

@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ndcheck_kernels import device
-from ndcheck_kernels.launch import follow, pdl
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.dependent_launch import follow, pdl
 
 
 @triton.jit

@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ndcheck_kernels import device
-from ndcheck_kernels.launch import follow, pdl
-from ndcheck_kernels.reductions import argmax, index_of_key, ordered_key
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.dependent_launch import follow, pdl
+from ndcheck_kernels.cuda.rows.reductions import argmax, index_of_key, ordered_key
 
 
 @triton.jit(do_not_specialize=["M"])

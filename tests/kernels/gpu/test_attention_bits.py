@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ndcheck_kernels import attention
-from ndcheck_kernels.configs import attention_config
+from ndcheck_kernels.cuda.attention import causal as attention
+from ndcheck_kernels.cuda.configs import attention_config
 
 LENGTH = 5500  # past the splits that grow longer
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ndcheck_kernels import attention
-from ndcheck_kernels.configs import attention_config
+from ndcheck_kernels.cuda.attention import causal as attention
+from ndcheck_kernels.cuda.configs import attention_config
 
-hopper = pytest.importorskip("ndcheck_kernels.prefill_hopper")
+hopper = pytest.importorskip("ndcheck_kernels.cuda.attention.prefill_hopper")
 DEVICE = torch.device("cuda", 0)
 
 pytestmark = pytest.mark.skipif(

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ndcheck_kernels import attention
-from ndcheck_kernels.configs import AttentionConfig, PrefillTile, attention_config
+from ndcheck_kernels.cuda.attention import causal as attention
+from ndcheck_kernels.cuda.configs import AttentionConfig, PrefillTile, attention_config
 
 TILE = PrefillTile(32, 4, 1)
 SMALL = AttentionConfig(32, 32, TILE, TILE, 4, 1, 16, short_splits=2)  # many in a short context

@@ -9,7 +9,9 @@ import transformers
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from ndcheck_kernels import cuda_experts, grouped_matmul, invariant_kernels
+from ndcheck_kernels import invariant_kernels
+from ndcheck_kernels.cuda import experts as cuda_experts
+from ndcheck_kernels.cuda.products import grouped_matmul
 from ndcheck_kernels.ops import experts
 from ndcheck_kernels.reference import experts_reference
 from ndcheck_kernels.scope import mode

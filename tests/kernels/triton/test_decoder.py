@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from ndcheck_kernels import decoder, invariant_kernels, register_attention
+from ndcheck_kernels.cuda.attention.qkv import qkv
 from ndcheck_kernels.decoder import fused_layers
 from ndcheck_kernels.ops import experts
-from ndcheck_kernels.qkv import qkv
 
 SIZES = {
     "vocab_size": 128,

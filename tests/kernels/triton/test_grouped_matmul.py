@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from ndcheck_kernels import configs, grouped_matmul, matmul
-from ndcheck_kernels.configs import MatmulConfig
-from ndcheck_kernels.device import capability
+from ndcheck_kernels.cuda import configs
+from ndcheck_kernels.cuda.configs import MatmulConfig
+from ndcheck_kernels.cuda.device import capability
+from ndcheck_kernels.cuda.products import grouped_matmul, matmul
 from ndcheck_kernels.ops.experts import route_by_sorting
 
 EXPERTS, N, K = 5, 80, 512

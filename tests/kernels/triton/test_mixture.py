@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ndcheck_kernels.grouped_matmul import combine
+from ndcheck_kernels.cuda.products.grouped_matmul import combine
 from ndcheck_kernels.mixture import choose
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ndcheck_kernels import configs, layer_norm, reductions, rms_norm, silu_mul, softmax
-from ndcheck_kernels.configs import RowTile
+from ndcheck_kernels.cuda import configs
+from ndcheck_kernels.cuda.configs import RowTile
+from ndcheck_kernels.cuda.rows import layer_norm, reductions, rms_norm, silu_mul, softmax
 
 N = 300
 OPS = {

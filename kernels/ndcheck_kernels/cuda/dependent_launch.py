@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.errors import TritonError
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ndcheck_kernels import device
+from ndcheck_kernels.cuda import device
 
 
 @triton.jit

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels import attention as attention_kernels
-from ndcheck_kernels import cuda_experts as cuda_experts
-from ndcheck_kernels import layer_norm as layer_norm_kernels
-from ndcheck_kernels import matmul as matmul_kernels
-from ndcheck_kernels import reductions, rms_norm, softmax
-from ndcheck_kernels.launch import compile_failure
+from ndcheck_kernels.cuda import experts as experts
+from ndcheck_kernels.cuda.attention import causal as attention_kernels
+from ndcheck_kernels.cuda.dependent_launch import compile_failure
+from ndcheck_kernels.cuda.products import matmul as matmul_kernels
+from ndcheck_kernels.cuda.rows import layer_norm as layer_norm_kernels
+from ndcheck_kernels.cuda.rows import reductions, rms_norm, softmax
 from ndcheck_kernels.ops.attention import as_causal, attention_op, register_sdpa
 from ndcheck_kernels.ops.complex_numbers import register_complex
 from ndcheck_kernels.ops.products import register_products

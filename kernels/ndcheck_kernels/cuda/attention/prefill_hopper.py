@@ -27,8 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ndcheck_kernels import device
-from ndcheck_kernels.configs import AttentionConfig
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.configs import AttentionConfig
 
 # Renamed in Triton 3.9.
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ndcheck_kernels import device
-from ndcheck_kernels.launch import follow, pdl
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.dependent_launch import follow, pdl
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 MOST_HEADS = 2

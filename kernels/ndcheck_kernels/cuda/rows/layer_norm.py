@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ndcheck_kernels import device
-from ndcheck_kernels.configs import row_tile
-from ndcheck_kernels.launch import follow, pdl
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.configs import row_tile
+from ndcheck_kernels.cuda.dependent_launch import follow, pdl
 
 
 @triton.jit(do_not_specialize=["M"])

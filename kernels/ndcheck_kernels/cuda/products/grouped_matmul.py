@@ -23,16 +23,16 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ndcheck_kernels import device
-from ndcheck_kernels.configs import (
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.configs import (
     MatmulConfig,
     chunk_length,
     grouped_config,
     grouped_pointer_config,
     k_groups,
 )
-from ndcheck_kernels.launch import follow, pdl
-from ndcheck_kernels.matmul import DTYPES, _accumulate, _offsets, _zeros
+from ndcheck_kernels.cuda.dependent_launch import follow, pdl
+from ndcheck_kernels.cuda.products.matmul import DTYPES, _accumulate, _offsets, _zeros
 
 _COMBINE_BLOCK = 1024
 _ROUTE_BLOCK = 32

@@ -2,8 +2,8 @@
 
 import torch
 
-from ndcheck_kernels import grouped_matmul, matmul
-from ndcheck_kernels.matmul import DTYPES
+from ndcheck_kernels.cuda.products import grouped_matmul, matmul
+from ndcheck_kernels.cuda.products.matmul import DTYPES
 from ndcheck_kernels.ops.experts import combine_op, route_by_sorting, route_op
 from ndcheck_kernels.ops.products import register_grouped_product, register_partial_products
 from ndcheck_kernels.scope.mode import UnsupportedCallError, implements

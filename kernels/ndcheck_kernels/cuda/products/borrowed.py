@@ -29,15 +29,15 @@ from pathlib import Path
 import torch
 import triton
 
-from ndcheck_kernels import cublaslt
-from ndcheck_kernels.configs import chunk_length
+from ndcheck_kernels.cuda.configs import chunk_length
+from ndcheck_kernels.cuda.products import cublaslt
 
 Ours = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """x [M, K], w [N, K], addend [M, N] or None -> [M, N], by our kernel."""
 
 ALIGNMENT = 256
 """Bytes: what cuBLASLt's choice of an algorithm takes for granted."""
-_SOURCES = ("matmul.py", "configs.py", "borrowed.py", "cublaslt.py")
+_SOURCES = ("matmul.py", "borrowed.py", "cublaslt.py", "../configs.py")
 
 
 @dataclass(frozen=True, slots=True)

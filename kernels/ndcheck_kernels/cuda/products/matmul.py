@@ -23,8 +23,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ndcheck_kernels import borrowed, device
-from ndcheck_kernels.configs import (
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.configs import (
     MatmulConfig,
     borrows,
     chunk_length,
@@ -32,7 +32,8 @@ from ndcheck_kernels.configs import (
     matmul_config,
     pointer_config,
 )
-from ndcheck_kernels.launch import follow, pdl
+from ndcheck_kernels.cuda.dependent_launch import follow, pdl
+from ndcheck_kernels.cuda.products import borrowed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ndcheck_kernels.borrowed_ranges import OTHERS, RANGES
+from ndcheck_kernels.cuda.borrowed_ranges import OTHERS, RANGES
 
 PROVEN = frozenset({90})
 """Compute capabilities on which the bit-class proof has run (tests/kernels/gpu)."""

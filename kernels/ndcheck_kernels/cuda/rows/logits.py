@@ -22,9 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ndcheck_kernels import device
-from ndcheck_kernels.launch import follow, pdl
-from ndcheck_kernels.reductions import ordered_key
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.dependent_launch import follow, pdl
+from ndcheck_kernels.cuda.rows.reductions import ordered_key
 
 BLOCK = 4096
 

@@ -30,9 +30,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ndcheck_kernels import device
-from ndcheck_kernels.configs import AttentionConfig, attention_config
-from ndcheck_kernels.launch import follow, pdl
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.configs import AttentionConfig, attention_config
+from ndcheck_kernels.cuda.dependent_launch import follow, pdl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -406,7 +406,7 @@ def _launch(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     if not parallel:
         if not window and not kind.softcap and _has_hopper_kernel(q.device):
-            from ndcheck_kernels.prefill_hopper import can_prefill, prefill
+            from ndcheck_kernels.cuda.attention.prefill_hopper import can_prefill, prefill
 
             if can_prefill(q, k, v):
                 prefill(q, k, v, o, limits[0], limits[1], kind.sinks, scale, config)
