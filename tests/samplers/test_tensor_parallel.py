@@ -18,9 +18,9 @@ from ndcheck import ranks, request
 from ndcheck.errors import UsageError
 from ndcheck.samplers.sharding import check_heads
 from ndcheck.store import SampleReader, read_run
+from ndcheck_kernels.models.tensor_parallel import ordered_layers
 from ndcheck_kernels.ops.collectives import GATHERED_ELEMENTS, add_pairwise
 from ndcheck_kernels.scope.mode import Scope
-from ndcheck_kernels.tensor_parallel import ordered_layers
 
 SIZES = {
     "vocab_size": 4096,  # The embedded tokenizer's, which a bare config gets.

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.paged import paged_attention
+from ndcheck_kernels.models.paged import paged_attention
 from ndcheck_kernels.scope.mode import (
     UncoveredOpError,
     UnsupportedCallError,

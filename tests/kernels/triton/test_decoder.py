@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 
-from ndcheck_kernels import decoder, invariant_kernels, register_attention
+from ndcheck_kernels import invariant_kernels, register_attention
 from ndcheck_kernels.cuda.attention.qkv import qkv
-from ndcheck_kernels.decoder import fused_layers
+from ndcheck_kernels.models import decoder
+from ndcheck_kernels.models.decoder import fused_layers
 from ndcheck_kernels.ops import experts
 
 SIZES = {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ndcheck_kernels import alibi, gated_delta, tensor_parallel
+from ndcheck_kernels.models import alibi, gated_delta, tensor_parallel
 from ndcheck_kernels.ops import attention as attention_interface
 from ndcheck_kernels.ops import experts
 from ndcheck_kernels.scope.mode import UncoveredOpError

@@ -26,8 +26,8 @@ from ndcheck_kernels.cuda.dependent_launch import compile_failure, quiet_compile
 from ndcheck_kernels.cuda.products.matmul import DTYPES, matmul
 from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
-from ndcheck_kernels.mixture import FIRES as MIXTURE_FIRES
-from ndcheck_kernels.mixture import is_mixture, mixture
+from ndcheck_kernels.models.mixture import FIRES as MIXTURE_FIRES
+from ndcheck_kernels.models.mixture import is_mixture, mixture
 from ndcheck_kernels.scope.mode import Scope, active_scope, refusal
 
 LAYERS = (
