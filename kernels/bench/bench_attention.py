@@ -14,7 +14,7 @@ from attention_cells import HEAD_DIM, HEADS, KV_HEADS, operands, problems
 from table import Table
 
 from ndcheck_kernels.cuda.attention import causal as attention
-from ndcheck_kernels.timing import medians_us
+from ndcheck_kernels.measure.timing import medians_us
 
 
 def bench(out: Path) -> None:

@@ -25,8 +25,8 @@ from table import Table
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.configs import k_groups, matmul_config
 from ndcheck_kernels.cuda.products import borrowed, cublaslt, matmul
-from ndcheck_kernels.resources import compiling
-from ndcheck_kernels.timing import Launches, copies, medians_us
+from ndcheck_kernels.measure.resources import compiling
+from ndcheck_kernels.measure.timing import Launches, copies, medians_us
 
 # Shapes of Qwen2.5-7B, of a 2B and of a small model's output layer.
 MORE = {

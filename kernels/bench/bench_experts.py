@@ -21,8 +21,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from ndcheck_kernels import invariant_kernels
+from ndcheck_kernels.measure.timing import medians_us
 from ndcheck_kernels.ops import experts
-from ndcheck_kernels.timing import medians_us
 
 TOKENS = (1, 8, 64, 512, 4096)
 INPUTS = 8

@@ -17,7 +17,7 @@ from table import Table
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.configs import k_groups, matmul_config
 from ndcheck_kernels.cuda.products import matmul
-from ndcheck_kernels.timing import copies, medians_us
+from ndcheck_kernels.measure.timing import copies, medians_us
 
 
 def _stock(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 import torch
 from matmul_cells import SHAPES
 
-from ndcheck_kernels import resources, rotary, sampling
+from ndcheck_kernels import rotary, sampling
 from ndcheck_kernels.cuda import configs
 from ndcheck_kernels.cuda.attention import causal as attention
 from ndcheck_kernels.cuda.attention import qkv
 from ndcheck_kernels.cuda.dependent_launch import compile_failure
 from ndcheck_kernels.cuda.products import grouped_matmul, matmul
 from ndcheck_kernels.cuda.rows import layer_norm, logits, reductions, rms_norm, silu_mul, softmax
+from ndcheck_kernels.measure import resources
 from ndcheck_kernels.models import mixture
 
 Launch = tuple[str, Callable[[], object]]

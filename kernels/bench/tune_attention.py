@@ -18,7 +18,7 @@ from table import Table
 
 from ndcheck_kernels.cuda.attention import causal as attention
 from ndcheck_kernels.cuda.configs import AttentionConfig, PrefillTile
-from ndcheck_kernels.timing import medians_us
+from ndcheck_kernels.measure.timing import medians_us
 
 CONFIGS = tuple(
     AttentionConfig(split, 64, PrefillTile(*tile), PrefillTile(*tile), *decode, 64, short)

@@ -12,8 +12,8 @@ from ndcheck_kernels import (
     invariant_kernels,
     invariant_model,
 )
+from ndcheck_kernels.measure.reference import attention_reference
 from ndcheck_kernels.ops.attention import Spans, as_causal, attention_op
-from ndcheck_kernels.reference import attention_reference
 
 HEADS, KV_HEADS, LENGTH = 4, 2, 200
 DTYPES = [torch.float32, torch.bfloat16]

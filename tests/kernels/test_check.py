@@ -9,12 +9,18 @@ import torch
 import torch.nn.functional as F
 
 from ndcheck_kernels import accepted_ops, active_scope, covered_ops, invariant_kernels
-from ndcheck_kernels import check as check_module
-from ndcheck_kernels.cases import Form, Source, checked_cases
-from ndcheck_kernels.cases.products import products
-from ndcheck_kernels.cases.rows import row_ops
-from ndcheck_kernels.check import CONTROL_ROWS, PROBES, bit_classes, check, default_row_counts
 from ndcheck_kernels.cpu import reductions
+from ndcheck_kernels.measure import check as check_module
+from ndcheck_kernels.measure.cases import Form, Source, checked_cases
+from ndcheck_kernels.measure.cases.products import products
+from ndcheck_kernels.measure.cases.rows import row_ops
+from ndcheck_kernels.measure.check import (
+    CONTROL_ROWS,
+    PROBES,
+    bit_classes,
+    check,
+    default_row_counts,
+)
 from ndcheck_kernels.scope import mode
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from ndcheck_kernels import UncoveredOpError, invariant_kernels
 from ndcheck_kernels.cpu import attention
+from ndcheck_kernels.measure.reference import attention_reference
 from ndcheck_kernels.ops.attention import attention_op, spans_from_mask
-from ndcheck_kernels.reference import attention_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS, KV_HEADS, WIDTH, LENGTH = 4, 2, 32, 300

@@ -9,8 +9,8 @@ import transformers
 from transformers.models.qwen3_5 import modeling_qwen3_5 as source
 
 from ndcheck_kernels import invariant_kernels
+from ndcheck_kernels.measure.reference import gated_delta_reference
 from ndcheck_kernels.models import gated_delta
-from ndcheck_kernels.reference import gated_delta_reference
 
 LENGTH, HEADS, WIDTH = 90, 4, 16
 DTYPES = [torch.float32, torch.bfloat16]

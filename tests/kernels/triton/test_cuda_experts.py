@@ -12,8 +12,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from ndcheck_kernels import invariant_kernels
 from ndcheck_kernels.cuda import experts as cuda_experts
 from ndcheck_kernels.cuda.products import grouped_matmul
+from ndcheck_kernels.measure.reference import experts_reference
 from ndcheck_kernels.ops import experts
-from ndcheck_kernels.reference import experts_reference
 from ndcheck_kernels.scope import mode
 
 SIZES = {

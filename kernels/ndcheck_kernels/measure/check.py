@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from ndcheck_kernels.cases import Call, Case, Form, Operands, Source
+from ndcheck_kernels.measure.cases import Call, Case, Form, Operands, Source
 from ndcheck_kernels.scope.mode import Scope, UncoveredOpError, accepted_ops, invariant_kernels
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]

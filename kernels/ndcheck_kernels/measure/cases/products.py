@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels.cases.case import Call, Case, Draw, Form, Operands, Source, scaled_ends
-from ndcheck_kernels.reference import addmm_reference, linear_reference
+from ndcheck_kernels.measure.cases.case import Call, Case, Draw, Form, Operands, Source, scaled_ends
+from ndcheck_kernels.measure.reference import addmm_reference, linear_reference
 
 BATCH = 2  # items of the batched products
 

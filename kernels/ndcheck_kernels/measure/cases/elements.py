@@ -4,7 +4,16 @@ from collections.abc import Iterator
 
 import torch
 
-from ndcheck_kernels.cases.case import Call, Case, Draw, Ends, Form, Operands, Source, scaled_ends
+from ndcheck_kernels.measure.cases.case import (
+    Call,
+    Case,
+    Draw,
+    Ends,
+    Form,
+    Operands,
+    Source,
+    scaled_ends,
+)
 
 
 def _positive(k: int) -> Draw:

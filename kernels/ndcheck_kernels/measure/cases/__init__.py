@@ -10,11 +10,11 @@ that are left out, and in steps that are rounded on the way.
 
 from itertools import starmap
 
-from ndcheck_kernels.cases.attention import attention
-from ndcheck_kernels.cases.case import Call, Case, Form, Operands, Source
-from ndcheck_kernels.cases.elements import elements
-from ndcheck_kernels.cases.products import products
-from ndcheck_kernels.cases.rows import row_ops
+from ndcheck_kernels.measure.cases.attention import attention
+from ndcheck_kernels.measure.cases.case import Call, Case, Form, Operands, Source
+from ndcheck_kernels.measure.cases.elements import elements
+from ndcheck_kernels.measure.cases.products import products
+from ndcheck_kernels.measure.cases.rows import row_ops
 
 __all__ = ["TIMED", "Call", "Case", "Form", "Operands", "Source", "checked_cases", "timed_cases"]
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels.cases.case import (
+from ndcheck_kernels.measure.cases.case import (
     MOST_ROWS,
     Call,
     Case,
@@ -18,7 +18,7 @@ from ndcheck_kernels.cases.case import (
     scaled_ends,
     sum_in_groups,
 )
-from ndcheck_kernels.reference import (
+from ndcheck_kernels.measure.reference import (
     cumsum_reference,
     layer_norm_reference,
     log_softmax_reference,

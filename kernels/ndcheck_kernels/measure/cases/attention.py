@@ -5,9 +5,18 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels.cases.case import Call, Case, Draw, Ends, Form, Operands, Source, sum_in_groups
+from ndcheck_kernels.measure.cases.case import (
+    Call,
+    Case,
+    Draw,
+    Ends,
+    Form,
+    Operands,
+    Source,
+    sum_in_groups,
+)
+from ndcheck_kernels.measure.reference import attention_reference
 from ndcheck_kernels.ops.attention import attention_op, causal_spans
-from ndcheck_kernels.reference import attention_reference
 from ndcheck_kernels.scope.mode import active_scope
 
 

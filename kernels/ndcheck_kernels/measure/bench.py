@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 
-from ndcheck_kernels.cases import Case, Operands, Source
+from ndcheck_kernels.measure.cases import Case, Operands, Source
+from ndcheck_kernels.measure.timing import copies, copy_gb_per_s, medians_us, mm_tflop_per_s
 from ndcheck_kernels.scope.mode import accepted_ops, invariant_kernels
-from ndcheck_kernels.timing import copies, copy_gb_per_s, medians_us, mm_tflop_per_s
 
 DEFAULT_ROW_COUNTS = {"cuda": (1, 4, 16, 64, 256, 1024, 4096), "cpu": (1, 4, 16, 64, 256)}
 
