@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 import torch
 from matmul_cells import SHAPES
 
-from ndcheck_kernels import rotary, sampling
 from ndcheck_kernels.cuda import configs
 from ndcheck_kernels.cuda.attention import causal as attention
 from ndcheck_kernels.cuda.attention import qkv
@@ -121,16 +120,12 @@ def rows(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Laun
         for op in (softmax.softmax, softmax.log_softmax, softmax.logsumexp):
             yield f"{op.__name__} {n}", lambda op=op, x=x: op(x)
         yield f"sum {n}", lambda x=x: reductions.sum(x, -1)
-        yield f"argmax {n}", lambda x=x: reductions._row_keys(x)
         yield f"silu_mul {n}", lambda x=x: silu_mul.silu_mul(x, x)
         yield f"read_logits {n}", lambda x=x: logits.read_logits(x)
-        yield f"gumbel {n}", lambda x=x: sampling.gumbel(x, torch.zeros(5), torch.zeros(5))
 
 
 def decoder(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Launch]:
     for dim in qkv.HEAD_DIMS if everything else (32, 64, 128):
-        q = torch.empty(1, 8, 5, dim, dtype=dtype)
-        yield f"rotary {dim}", lambda q=q: rotary.rotary(q, q[:, 0], q[:, 0])
         for heads, kv_heads in ((4, 2), (3, 1), (32, 8)):
             x = torch.empty(2, 3, (heads + 2 * kv_heads) * dim, dtype=dtype)
             angles = torch.empty(2, 3, dim, dtype=dtype)

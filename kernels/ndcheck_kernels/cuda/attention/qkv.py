@@ -4,7 +4,8 @@
 """From one product to attention's operands: split, QK norm, rotary, and the write to the cache.
 
 Computes: each head of q and k, RMS-normalised over the head where there are weights for it, then
-    rotated as in `rotary`; heads of v as they are. fp32 throughout, one rounding at the end.
+    rotated: [x1 cos - x2 sin, x2 cos + x1 sin] of its halves x1 and x2; heads of v as they are.
+    fp32 throughout, one rounding at the end.
 Reduction order: the sum of squares of a head is one `tl.sum` over its row of a tile of
     gcd(MOST_HEADS, heads, kv_heads) heads.
 Depends on: head_dim, the numbers of heads, dtype, architecture, Triton version.

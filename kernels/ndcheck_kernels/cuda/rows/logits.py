@@ -24,7 +24,6 @@ import triton.language as tl
 
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
-from ndcheck_kernels.cuda.rows.reductions import ordered_key
 
 BLOCK = 4096
 
@@ -36,6 +35,15 @@ class Reading(NamedTuple):
     margins: torch.Tensor
     logsumexps: torch.Tensor
     digests: torch.Tensor
+
+
+@triton.jit
+def _ordered_key(x, index):
+    """int64 that orders (value, then lowest index): NaN above all, -0 equal to +0."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = tl.where(x != x, 0x7FFFFFFF, key).to(tl.int64)
+    return (key << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 
 @triton.jit
@@ -58,7 +66,7 @@ def _read_block_kernel(
     mask = offs < N
     raw = tl.load(x_ptr + row * stride_m + offs, mask, other=float("-inf"))
     x = raw.to(tl.float32)
-    key = tl.max(tl.where(mask, ordered_key(x, offs), -(1 << 62)), axis=0)
+    key = tl.max(tl.where(mask, _ordered_key(x, offs), -(1 << 62)), axis=0)
     winner = 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
     top = tl.max(x, axis=0)
     second = tl.max(tl.where(offs == winner, float("-inf"), x), axis=0)

@@ -1,13 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN202
 # (both: Triton types the arguments of jit functions)
-"""sum, mean and argmax over any dimensions.
+"""sum and mean over any dimensions.
 
-Computes: sum(x) and sum(x) / count in fp32 with one rounding at the end; argmax with ties to the
-    lowest index and NaN above everything, as torch orders them.
+Computes: sum(x) and sum(x) / count in fp32 with one rounding at the end.
 Reduction order: the reduced dimensions are flattened to N. A row is cut into CHUNK elements; a
     chunk is one tile of `row_tile(CHUNK or N)` added by one `tl.sum`; the chunks' fp32 sums are
-    reduced the same way until one is left. argmax compares exactly, so its order is free.
+    reduced the same way until one is left.
 Depends on: N, dtype, architecture, Triton version.
 Dtypes: bfloat16, float16, float32; `dtype` chooses the output's among them.
 Not claimed: gradients.
@@ -52,25 +51,6 @@ def _sum_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), offs_m < M)
 
 
-@triton.jit
-def ordered_key(x, index):
-    """int64 that orders (value, then lowest index): NaN above all, -0 equal to +0."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = tl.where(x != x, 0x7FFFFFFF, key).to(tl.int64)
-    return (key << 32) | (0x7FFFFFFF - index).to(tl.int64)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _argmax_kernel(x_ptr, key_ptr, M, N, stride_xm, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    follow(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * stride_xm + offs_n, offs_n < N, other=float("-inf")).to(tl.float32)
-    key = tl.max(ordered_key(x, offs_n), axis=0)
-    tl.store(key_ptr + row * tl.num_programs(1) + tl.program_id(1), key)
-
-
 def sum(
     x: torch.Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False,
     dtype: torch.dtype | None = None,
@@ -83,38 +63,6 @@ def mean(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
     return _reduce(x, dim, keepdim, dtype, averaged=True)
-
-
-def argmax(x: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:
-    device.require_float("argmax", x)
-    rows, kept = _to_rows(x, dim)
-    if rows.shape[1] == 0:
-        raise ValueError("argmax of no elements")
-    y = index_of_key(_row_keys(rows)) if rows.numel() else rows.new_empty(0, dtype=torch.int64)
-    return _from_rows(y, x, kept, keepdim)
-
-
-def index_of_key(keys: torch.Tensor) -> torch.Tensor:
-    """Integers compare exactly, so any way of taking their maximum gives the same bits."""
-    return 0x7FFFFFFF - (keys.amax(dim=-1) & 0x7FFFFFFF)
-
-
-def _row_keys(rows: torch.Tensor) -> torch.Tensor:
-    m, n = rows.shape
-    block = min(triton.next_power_of_2(n), 4096)
-    keys = torch.empty((m, triton.cdiv(n, block)), dtype=torch.int64, device=rows.device)
-    _argmax_kernel[keys.shape](
-        rows,
-        keys,
-        m,
-        n,
-        rows.stride(0),
-        BLOCK=block,
-        num_warps=4,
-        enable_fp_fusion=True,
-        **pdl(rows.device),
-    )
-    return keys
 
 
 def _reduce(
