@@ -22,7 +22,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from ndcheck_kernels import invariant_kernels
 from ndcheck_kernels.measure.timing import medians_us
-from ndcheck_kernels.ops import experts
+from ndcheck_kernels.models import experts
 
 TOKENS = (1, 8, 64, 512, 4096)
 INPUTS = 8

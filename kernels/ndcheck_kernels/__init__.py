@@ -1,7 +1,7 @@
 """Batch-invariant kernels: a result never depends on the batch around it."""
 
 from ndcheck_kernels.models import invariant_model
-from ndcheck_kernels.ops.attention import register_attention
+from ndcheck_kernels.models.attention import register_attention
 from ndcheck_kernels.scope.mode import (
     OP_GROUPS,
     Scope,

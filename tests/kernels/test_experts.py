@@ -8,7 +8,7 @@ import transformers
 
 from ndcheck_kernels import UncoveredOpError, invariant_kernels
 from ndcheck_kernels.measure.reference import experts_reference
-from ndcheck_kernels.ops import experts
+from ndcheck_kernels.models import experts
 
 DTYPES = [torch.float32, torch.bfloat16]
 HIDDEN, INNER, EXPERTS, TOP_K = 64, 48, 8, 2

@@ -63,5 +63,5 @@ def test_rows_in_groups_have_the_bits_of_rows_alone():
 
 
 def test_outside_a_scope_it_refuses():
-    with pytest.raises(RuntimeError, match="only run inside"):
+    with pytest.raises(RuntimeError, match="only runs inside"):
         partial_linear_op(torch.ones(1, 2), torch.ones(3, 2))

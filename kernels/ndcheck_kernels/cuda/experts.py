@@ -2,8 +2,8 @@
 
 import torch
 
+from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.products import grouped_matmul, matmul
-from ndcheck_kernels.cuda.products.matmul import DTYPES
 from ndcheck_kernels.ops.experts import combine_op, route_by_sorting, route_op
 from ndcheck_kernels.ops.products import register_grouped_product, register_partial_products
 from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
@@ -12,7 +12,7 @@ from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
 def _grouped_mm(
     a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, out_dtype: torch.dtype | None
 ) -> torch.Tensor:
-    if a.dtype not in DTYPES or b.dtype != a.dtype or out_dtype not in (None, a.dtype):
+    if a.dtype not in device.FLOATS or b.dtype != a.dtype or out_dtype not in (None, a.dtype):
         raise UnsupportedCallError(f"no grouped product of {a.dtype} and {b.dtype}")
     return grouped_matmul.grouped_matmul(a, b, offs)
 
@@ -30,7 +30,7 @@ def _partial_grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tenso
 
 
 def _wide(x: torch.Tensor, weight: torch.Tensor, n: int) -> torch.Tensor:
-    if x.dtype not in DTYPES or weight.dtype != x.dtype:
+    if x.dtype not in device.FLOATS or weight.dtype != x.dtype:
         raise UnsupportedCallError(f"no partial product of {x.dtype} and {weight.dtype}")
     return torch.empty((x.shape[0], n), dtype=torch.float32, device=x.device)
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ndcheck_kernels.models import alibi, gated_delta, tensor_parallel
-from ndcheck_kernels.ops import attention as attention_interface
-from ndcheck_kernels.ops import experts
+from ndcheck_kernels.models import alibi, attention, experts, gated_delta, tensor_parallel
+from ndcheck_kernels.ops.library import NAME
 from ndcheck_kernels.scope.mode import UncoveredOpError
 
 # What a layer keeps of earlier tokens: keys and values, or the state of a gated delta rule.
@@ -34,13 +33,13 @@ def invariant_model(model: Any, groups: int | None = None) -> Iterator[None]:
     _refuse_quantised(model)
     _refuse_states(model)
     _refuse_own_attention(model)
-    attention_interface.register_attention()
+    attention.register_attention()
     experts.register_experts()
     alibi.replace_attention()
     gated_delta.replace_recurrences(model)
     own = model.config._attn_implementation, model.config._experts_implementation
     try:
-        _set(model, attention_interface.NAME, experts.NAME)
+        _set(model, NAME, NAME)
         with tensor_parallel.ordered_layers(model, groups):
             yield
     finally:

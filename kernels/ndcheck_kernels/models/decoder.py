@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ndcheck_kernels.cuda.attention.causal import attention
 from ndcheck_kernels.cuda.attention.qkv import HEAD_DIMS, qkv
-from ndcheck_kernels.cuda.dependent_launch import compile_failure, quiet_compiler
-from ndcheck_kernels.cuda.products.matmul import DTYPES, matmul
+from ndcheck_kernels.cuda.compiler import compile_failure, quiet_compiler
+from ndcheck_kernels.cuda.device import FLOATS
+from ndcheck_kernels.cuda.products.matmul import matmul
 from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.models.mixture import FIRES as MIXTURE_FIRES
@@ -118,7 +119,7 @@ def _fits(layer: Any) -> bool:
         and own.o_proj.bias is None
         and (is_mixture(mlp) or _is_gated(mlp))
         and own.head_dim in HEAD_DIMS
-        and own.o_proj.weight.dtype in DTYPES
+        and own.o_proj.weight.dtype in FLOATS
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ndcheck_kernels.ops.library import declare
 from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
 
 GATHERED_ELEMENTS = 2**16
@@ -23,21 +24,10 @@ GATHERED_ELEMENTS = 2**16
 
 _groups: dict[str, Any] = {}
 
-_library = torch.library.Library("ndcheck_kernels", "FRAGMENT")
 # The sum of `part` over the ranks of a group, by its name.
-_library.define("rank_sum(Tensor part, str group) -> Tensor")
-rank_sum_op = torch.ops.ndcheck_kernels.rank_sum.default
+rank_sum_op = declare("rank_sum(Tensor part, str group) -> Tensor")
 # [..., size] cut into equal pieces, the last one shorter, of which each rank has one.
-_library.define("rank_gather(Tensor part, int size, str group) -> Tensor")
-rank_gather_op = torch.ops.ndcheck_kernels.rank_gather.default
-
-
-def _refuse_outside_scope(*args: Any) -> torch.Tensor:
-    raise RuntimeError("rank_sum and rank_gather only run inside invariant_kernels()")
-
-
-for _name in ("rank_sum", "rank_gather"):
-    _library.impl(_name, _refuse_outside_scope, "CompositeExplicitAutograd")
+rank_gather_op = declare("rank_gather(Tensor part, int size, str group) -> Tensor")
 
 
 def add_pairwise(parts: Sequence[torch.Tensor]) -> torch.Tensor:

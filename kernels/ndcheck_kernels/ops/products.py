@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from ndcheck_kernels.ops.library import declare
 from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
 
 aten = torch.ops.aten
@@ -15,21 +16,10 @@ aten = torch.ops.aten
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 GroupedProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-_library = torch.library.Library("ndcheck_kernels", "FRAGMENT")
 # Products that are one part of a longer sum: fp32 (fp64 for fp64), not rounded to their operands'
 # dtype. [M, K] x [N, K]^T -> [M, N]; and [P, K] x [E, K, N] -> [P, N], rows in groups as below.
-_library.define("partial_linear(Tensor x, Tensor weight) -> Tensor")
-_library.define("partial_grouped(Tensor rows, Tensor weight, Tensor ends) -> Tensor")
-partial_linear_op = torch.ops.ndcheck_kernels.partial_linear.default
-partial_grouped_op = torch.ops.ndcheck_kernels.partial_grouped.default
-
-
-def _refuse_outside_scope(*args: torch.Tensor) -> torch.Tensor:
-    raise RuntimeError("partial products only run inside ndcheck_kernels.invariant_kernels()")
-
-
-for _name in ("partial_linear", "partial_grouped"):
-    _library.impl(_name, _refuse_outside_scope, "CompositeExplicitAutograd")
+partial_linear_op = declare("partial_linear(Tensor x, Tensor weight) -> Tensor")
+partial_grouped_op = declare("partial_grouped(Tensor rows, Tensor weight, Tensor ends) -> Tensor")
 
 
 def register_partial_products(device: str, linear: Product, grouped: GroupedProduct) -> None:

@@ -121,7 +121,7 @@ def assert_batch_invariant():
 
 @pytest.fixture
 def cuda_registrations(device, monkeypatch):
-    """What `cuda.py` registers is what the scope runs: without a GPU, for CPU tensors."""
+    """What `cuda` registers is what the scope runs: without a GPU, for CPU tensors."""
     mode.covered_ops("cpu")
     mode.covered_ops("cuda")
     if device == "cpu":

@@ -10,9 +10,8 @@ import transformers
 
 from ndcheck_kernels import invariant_kernels, register_attention
 from ndcheck_kernels.cuda.attention.qkv import qkv
-from ndcheck_kernels.models import decoder
+from ndcheck_kernels.models import decoder, experts
 from ndcheck_kernels.models.decoder import fused_layers
-from ndcheck_kernels.ops import experts
 
 SIZES = {
     "vocab_size": 128,

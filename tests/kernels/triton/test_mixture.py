@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ndcheck_kernels.cuda.products.grouped_matmul import combine
-from ndcheck_kernels.models.mixture import choose
+from ndcheck_kernels.cuda.routing import choose
 
 
 @pytest.mark.parametrize("experts", [5, 32, 128])

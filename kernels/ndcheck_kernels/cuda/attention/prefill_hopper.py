@@ -1,7 +1,5 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: ANN001, ANN202
 # (both: Gluon types the arguments of jit functions)
-"""Prefill attention scheduled for Hopper by hand: the bits of `attention._prefill_kernel`, sooner.
+"""Prefill attention scheduled for Hopper by hand: the bits of `prefill`, sooner.
 
 Computes: as `attention`, without a window or a cap on the scores.
 Reduction order: that of `attention`: every product, maximum and sum below stands there too, in the

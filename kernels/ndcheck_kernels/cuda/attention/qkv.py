@@ -1,6 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: ANN001, ANN202
-# (both: Triton types the arguments of jit functions)
 """From one product to attention's operands: split, QK norm, rotary, and the write to the cache.
 
 Computes: each head of q and k, RMS-normalised over the head where there are weights for it, then

@@ -37,7 +37,7 @@ Ours = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 ALIGNMENT = 256
 """Bytes: what cuBLASLt's choice of an algorithm takes for granted."""
-_SOURCES = ("matmul.py", "borrowed.py", "cublaslt.py", "../configs.py")
+_SOURCES = ("matmul.py", "tiles.py", "borrowed.py", "cublaslt.py", "../configs.py")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: ANN001, ANN202
-# (both: Triton types the arguments of jit functions)
 """Products of rows with the weights of their own group (expert), and their weighted sum by token.
 
 Computes: y[i] = x[i] @ b[g] for the group g of row i, fp32 accumulation, one rounding at the end;
@@ -32,7 +29,7 @@ from ndcheck_kernels.cuda.configs import (
     k_groups,
 )
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
-from ndcheck_kernels.cuda.products.matmul import DTYPES, _accumulate, _offsets, _zeros
+from ndcheck_kernels.cuda.products.tiles import accumulate, offsets, zeros
 
 _COMBINE_BLOCK = 1024
 _ROUTE_BLOCK = 32
@@ -104,18 +101,18 @@ def _grouped_tile_kernel(
     group, first_m, end = _find_rows(ends_ptr, tl.program_id(0) // num_n, E, E_BLOCK, BLOCK_M)
     if group < E:
         first_n = (tl.program_id(0) % num_n) * BLOCK_N
-        tot = _zeros(BLOCK_M, BLOCK_N, SWAP)
+        tot = zeros(BLOCK_M, BLOCK_N, SWAP)
         for k_group in tl.static_range(GROUPS):
-            acc = _zeros(BLOCK_M, BLOCK_N, SWAP)
+            acc = zeros(BLOCK_M, BLOCK_N, SWAP)
             for k in range(k_group * chunk, tl.minimum(K, (k_group + 1) * chunk), BLOCK_K):
                 x = x_desc.load([first_m, k])  # [BLOCK_M, BLOCK_K]
                 if BY_COLUMN:
                     w = w_desc.load([group * K + k, first_n]).T
                 else:
                     w = w_desc.load([group * N + first_n, k])  # [BLOCK_N, BLOCK_K]
-                acc = _accumulate(x, w, acc, SWAP)
+                acc = accumulate(x, w, acc, SWAP)
             tot = acc if GROUPS == 1 else tot + acc
-        offs_m, offs_n = _offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
+        offs_m, offs_n = offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
         mask = (offs_m < end) & (offs_n < N)
         tl.store(y_ptr + offs_m * stride_ym + offs_n, tot.to(y_ptr.dtype.element_ty), mask)
 
@@ -183,9 +180,9 @@ def grouped_matmul(
     Group g has the rows from the end of the group before it up to ends[g]. ``out`` has the dtype of
     x or fp32.
     """
-    if x.dtype not in DTYPES or b.dtype != x.dtype:
+    if x.dtype not in device.FLOATS or b.dtype != x.dtype:
         raise TypeError(
-            f"grouped_matmul takes one of {DTYPES} throughout, not {x.dtype}, {b.dtype}"
+            f"grouped_matmul takes one of {device.FLOATS} throughout, not {x.dtype}, {b.dtype}"
         )
     if x.dim() != 2 or b.dim() != 3 or x.shape[1] != b.shape[1] or ends.shape != b.shape[:1]:
         shapes = tuple(x.shape), tuple(b.shape), tuple(ends.shape)

@@ -1,6 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: ANN001, ANN202
-# (both: Triton types the arguments of jit functions)
 """Matrix product with a K-grouping that never follows the batch.
 
 Computes: y = alpha * a @ b + beta * c, fp32 accumulation, one rounding at the end.
@@ -34,8 +31,7 @@ from ndcheck_kernels.cuda.configs import (
 )
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
 from ndcheck_kernels.cuda.products import borrowed
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from ndcheck_kernels.cuda.products.tiles import accumulate, offsets, zeros
 
 
 @triton.jit
@@ -91,40 +87,12 @@ def _matmul_pointer_kernel(
 
 
 @triton.jit
-def _accumulate(x, w, acc, SWAP: tl.constexpr):
-    if SWAP:
-        acc = tl.dot(w, x.T, acc, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-    else:
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-    return acc
-
-
-@triton.jit
-def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
-    if SWAP:
-        return tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    else:  # noqa: RET505 - the jit compiler needs both branches
-        return tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-
-
-@triton.jit
-def _offsets(first_m, first_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
-    """Row and column of each accumulator element, shaped to broadcast against it."""
-    offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
-    offs_n = first_n.to(tl.int64) + tl.arange(0, BLOCK_N)
-    if SWAP:
-        return offs_m[None, :], offs_n[:, None]
-    else:  # noqa: RET505
-        return offs_m[:, None], offs_n[None, :]
-
-
-@triton.jit
 def _store(
     acc, c_ptr, y_ptr, alpha, beta, M, N, stride_cm,
     stride_cn, stride_ym, first_m, first_n, HAS_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    offs_m, offs_n = _offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
+    offs_m, offs_n = offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
     mask = (offs_m < M) & (offs_n < N)
     c = acc
     if HAS_C:
@@ -140,7 +108,7 @@ def _sum_groups(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """Leave this group's part; whoever comes last adds them all, in ascending order."""
-    offs_m, offs_n = _offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
+    offs_m, offs_n = offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
     mask = (offs_m < M) & (offs_n < N)
     ptrs = partial_ptr + offs_m * N + offs_n
     size = M.to(tl.int64) * N
@@ -148,7 +116,7 @@ def _sum_groups(
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == GROUPS - 1
     if last:
-        acc = _zeros(BLOCK_M, BLOCK_N, SWAP)
+        acc = zeros(BLOCK_M, BLOCK_N, SWAP)
         for g in tl.static_range(GROUPS):
             acc = acc + tl.load(ptrs + g * size, mask, other=0.0, cache_modifier=".cg")
         tl.store(counter_ptr, 0)
@@ -186,18 +154,18 @@ def _matmul_tile_kernel(
         if PREFETCH:
             _prefetch(w_ptr, first_n, group * chunk, N, K, stride_wn, BLOCK_N, PREFETCH)
         gdc_wait()
-    tot = _zeros(BLOCK_M, BLOCK_N, SWAP)
-    extra_tot = _zeros(BLOCK_M, EXTRA_N if EXTRA_N else 16, SWAP)
+    tot = zeros(BLOCK_M, BLOCK_N, SWAP)
+    extra_tot = zeros(BLOCK_M, EXTRA_N if EXTRA_N else 16, SWAP)
     for g in tl.static_range(1 if PARALLEL else GROUPS):
-        acc = _zeros(BLOCK_M, BLOCK_N, SWAP)
-        extra = _zeros(BLOCK_M, EXTRA_N if EXTRA_N else 16, SWAP)
+        acc = zeros(BLOCK_M, BLOCK_N, SWAP)
+        extra = zeros(BLOCK_M, EXTRA_N if EXTRA_N else 16, SWAP)
         for k in range((group + g) * chunk, tl.minimum(K, (group + g + 1) * chunk), BLOCK_K):
             x = x_desc.load([first_m, k])  # [BLOCK_M, BLOCK_K]
             w = w_desc.load([first_n, k])  # [BLOCK_N, BLOCK_K]
-            acc = _accumulate(x, w, acc, SWAP)
+            acc = accumulate(x, w, acc, SWAP)
             if EXTRA_N:
                 w = extra_desc.load([first_n + BLOCK_N, k])  # [EXTRA_N, BLOCK_K]
-                extra = _accumulate(x, w, extra, SWAP)
+                extra = accumulate(x, w, extra, SWAP)
         if PARALLEL or GROUPS == 1:
             tot = acc
             extra_tot = extra
@@ -240,14 +208,14 @@ def _matmul_persistent_kernel(
         band_m = tl.minimum(num_m - band * BAND, BAND)
         first_m = (band * BAND + (tile % (BAND * num_n)) % band_m) * BLOCK_M
         first_n = ((tile % (BAND * num_n)) // band_m) * BLOCK_N
-        acc = _zeros(BLOCK_M, BLOCK_N, SWAP)
+        acc = zeros(BLOCK_M, BLOCK_N, SWAP)
         for k in range(0, K, BLOCK_K):
             x = x_desc.load([first_m, k])  # [BLOCK_M, BLOCK_K]
             w = w_desc.load([first_n, k])  # [BLOCK_N, BLOCK_K]
-            acc = _accumulate(x, w, acc, SWAP)
+            acc = accumulate(x, w, acc, SWAP)
         c = acc
         if HAS_C:
-            offs_m, offs_n = _offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
+            offs_m, offs_n = offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
             c_ptrs = c_ptr + offs_m * stride_cm + offs_n * stride_cn
             c = tl.load(c_ptrs, (offs_m < M) & (offs_n < N), other=0.0)
         y = _finish(acc, c, alpha, beta, HAS_C).to(y_desc.dtype)
@@ -263,8 +231,10 @@ def matmul(
     ``out`` may be fp32 whatever the operands: the sum as it is, for one that goes on elsewhere.
     """
     shared = (b, c, None if out is None or out.dtype == torch.float32 else out)
-    if a.dtype not in DTYPES or any(t.dtype != a.dtype for t in shared if t is not None):
-        raise TypeError(f"matmul takes one of {DTYPES} throughout, not {a.dtype} @ {b.dtype}")
+    if a.dtype not in device.FLOATS or any(t.dtype != a.dtype for t in shared if t is not None):
+        raise TypeError(
+            f"matmul takes one of {device.FLOATS} throughout, not {a.dtype} @ {b.dtype}"
+        )
     if a.dim() != b.dim() or a.dim() not in (2, 3) or a.shape[-1] != b.shape[-2]:
         raise ValueError(f"matmul cannot multiply {tuple(a.shape)} by {tuple(b.shape)}")
     (m, k), n = a.shape[-2:], b.shape[-1]

@@ -1,6 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: ANN001, ANN202
-# (both: Triton types the arguments of jit functions)
 """LayerNorm over the last dimension.
 
 Computes: y = (x - mean(x)) * rsqrt(mean((x - mean(x))**2) + eps) * weight + bias in fp32, one

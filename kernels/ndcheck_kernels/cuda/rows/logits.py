@@ -1,6 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: ANN001, ANN202
-# (both: Triton types the arguments of jit functions)
 """What a measurement reads off a row of logits, in one pass over them.
 
 Computes: the index of the largest logit (ties: the lowest), its margin over the next largest,

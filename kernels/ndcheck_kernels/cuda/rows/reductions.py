@@ -1,6 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: ANN001, ANN202
-# (both: Triton types the arguments of jit functions)
 """sum and mean over any dimensions.
 
 Computes: sum(x) and sum(x) / count in fp32 with one rounding at the end.

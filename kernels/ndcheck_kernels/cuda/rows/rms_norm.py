@@ -1,6 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: ANN001, ANN202
-# (both: Triton types the arguments of jit functions)
 """RMSNorm over the last dimension, alone or fused with the residual addition before it.
 
 Computes: y = x * rsqrt(mean(x**2) + eps) * weight in fp32, one rounding at the end. With a

@@ -1,6 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: ANN001, ANN202
-# (both: Triton types the arguments of jit functions)
 """silu(gate) * up in one pass.
 
 Computes: round(round(silu(gate)) * up), each step in fp32; the inner rounding is the one that two

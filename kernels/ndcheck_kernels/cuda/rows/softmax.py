@@ -1,6 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: ANN001, ANN202
-# (both: Triton types the arguments of jit functions)
 """softmax, log_softmax and logsumexp over one dimension.
 
 Computes: with m = max(x) and s = sum(exp(x - m)) in fp32: exp(x - m) / s, x - m - log(s) and
