@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ndcheck_kernels.timing import copies
+from ndcheck_kernels.measure.timing import copies
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 DECODE = tuple(

@@ -13,8 +13,8 @@ import sdpa
 from attention_cells import HEAD_DIM, HEADS, KV_HEADS, operands, problems
 from table import Table
 
-from ndcheck_kernels import attention
-from ndcheck_kernels.timing import medians_us
+from ndcheck_kernels.cuda.attention import causal
+from ndcheck_kernels.measure.timing import medians_us
 
 
 def bench(out: Path) -> None:
@@ -23,7 +23,7 @@ def bench(out: Path) -> None:
         cases = operands(batch, queries, context)
         variants = sdpa.backends(cases)
         stock = list(variants)
-        variants["ours"] = [partial(attention.attention, *case) for case in cases]
+        variants["ours"] = [partial(causal.attention, *case) for case in cases]
         times = medians_us(variants)
         backend = min(stock, key=lambda name: times[name])
         us = times["ours"]

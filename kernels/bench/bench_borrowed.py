@@ -2,7 +2,7 @@
 
     PYTHONPATH=kernels python kernels/bench/bench_borrowed.py OUT_DIR [SECONDS]
 
-First every shape and number of rows is proven as `ndcheck_kernels.borrowed` does it, alone and with
+First every shape and number of rows is proven as `cuda.products.borrowed` does it, alone and with
 an addend, in bfloat16 and some in float16 (borrowed_bits.csv); then each cell is timed, all sources
 in turn (borrowed.csv, from which freeze_borrowed.py makes the frozen ranges). It ends in time.
 """
@@ -22,10 +22,11 @@ import torch
 from matmul_cells import BATCHES, SHAPES
 from table import Table
 
-from ndcheck_kernels import borrowed, cublaslt, device, matmul
-from ndcheck_kernels.configs import k_groups, matmul_config
-from ndcheck_kernels.resources import compiling
-from ndcheck_kernels.timing import Launches, copies, medians_us
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.configs import k_groups, matmul_config
+from ndcheck_kernels.cuda.products import borrowed, cublaslt, matmul
+from ndcheck_kernels.measure.resources import compiling
+from ndcheck_kernels.measure.timing import Launches, copies, medians_us
 
 # Shapes of Qwen2.5-7B, of a 2B and of a small model's output layer.
 MORE = {

@@ -30,7 +30,7 @@ from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.samplers.local.steps import DecodeSteps
-from ndcheck_kernels.timing import copy_gb_per_s, elapsed_us, mm_tflop_per_s
+from ndcheck_kernels.measure.timing import copy_gb_per_s, elapsed_us, mm_tflop_per_s
 
 PROMPT_TOKENS = 16
 N_TOKENS = 160

@@ -20,8 +20,9 @@ from table import Table
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from ndcheck_kernels import experts, invariant_kernels
-from ndcheck_kernels.timing import medians_us
+from ndcheck_kernels import invariant_kernels
+from ndcheck_kernels.measure.timing import medians_us
+from ndcheck_kernels.models import experts
 
 TOKENS = (1, 8, 64, 512, 4096)
 INPUTS = 8

@@ -14,9 +14,10 @@ import torch
 from matmul_cells import BATCHES, SHAPES, label
 from table import Table
 
-from ndcheck_kernels import device, matmul
-from ndcheck_kernels.configs import k_groups, matmul_config
-from ndcheck_kernels.timing import copies, medians_us
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.configs import k_groups, matmul_config
+from ndcheck_kernels.cuda.products import matmul
+from ndcheck_kernels.measure.timing import copies, medians_us
 
 
 def _stock(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

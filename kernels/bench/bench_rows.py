@@ -17,8 +17,8 @@ import torch
 from table import Table
 from torch.nn import functional as F
 
-from ndcheck_kernels import layer_norm, reductions, rms_norm, silu_mul, softmax
-from ndcheck_kernels.timing import copies, copy_gb_per_s, medians_us
+from ndcheck_kernels.cuda.rows import layer_norm, reductions, rms_norm, silu_mul, softmax
+from ndcheck_kernels.measure.timing import copies, copy_gb_per_s, medians_us
 
 HIDDEN = ((1, 4096), (64, 4096), (1024, 4096), (16384, 4096), (8192, 8192))
 VOCABULARY = ((1, 151936), (64, 151936), (1024, 151936))

@@ -14,7 +14,8 @@ import torch
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from ndcheck_kernels import experts, invariant_kernels
+from ndcheck_kernels import invariant_kernels
+from ndcheck_kernels.models import experts
 
 STOCK = ("eager", "batched_mm", "grouped_mm")
 

@@ -17,35 +17,21 @@ from collections.abc import Callable, Iterator
 import torch
 from matmul_cells import SHAPES
 
-from ndcheck_kernels import (
-    attention,
-    configs,
-    grouped_matmul,
-    layer_norm,
-    logits,
-    matmul,
-    mixture,
-    qkv,
-    reductions,
-    resources,
-    rms_norm,
-    rotary,
-    sampling,
-    silu_mul,
-    softmax,
-)
-from ndcheck_kernels.launch import compile_failure
+from ndcheck_kernels.cuda import configs, device, routing
+from ndcheck_kernels.cuda.attention import causal, qkv
+from ndcheck_kernels.cuda.compiler import compile_failure
+from ndcheck_kernels.cuda.products import grouped_matmul, matmul
+from ndcheck_kernels.cuda.rows import layer_norm, logits, reductions, rms_norm, silu_mul, softmax
+from ndcheck_kernels.measure import resources
 
 Launch = tuple[str, Callable[[], object]]
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 WIDTHS = (100, 128, 4096, 16384, 65536, 151936)
 
 
 def launches(capability: int, *, everything: bool) -> Iterator[Launch]:
     """A name and a call for each; tensors are allocated and never read."""
-    dtypes = DTYPES if everything else DTYPES[:1]
-    for dtype in dtypes:
+    for dtype in device.FLOATS if everything else device.FLOATS[:1]:
         for source in (products, experts, attentions, rows, decoder):
             yield from source(capability, dtype, everything)
 
@@ -86,7 +72,7 @@ def experts(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[L
     yield "route", lambda: grouped_matmul.route(index, weights, 128)
     yield "combine", lambda: grouped_matmul.combine(x, index, weights)
     yield "combine with a residual", lambda: grouped_matmul.combine(x, index, weights, x[:75])
-    yield "choose", lambda: mixture.choose(torch.empty(75, 128, dtype=dtype), 8, True)
+    yield "choose", lambda: routing.choose(torch.empty(75, 128, dtype=dtype), 8, True)
 
 
 def attentions(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Launch]:
@@ -96,12 +82,12 @@ def attentions(capability: int, dtype: torch.dtype, everything: bool) -> Iterato
         long = torch.empty(1, 8, 8192, dim, dtype=dtype)
         for name, query in (("prefill", q), ("long prefill", long), ("decode", q[:, :, :1])):
             if everything or dim == 128:
-                yield f"{name} {dim}", lambda q=query, k=k: attention.attention(q, k, k)
+                yield f"{name} {dim}", lambda q=query, k=k: causal.attention(q, k, k)
             if everything or (dim == 128 and name == "prefill"):
                 # Without a window Hopper has a kernel of its own.
                 yield (
                     f"{name} {dim} with padding",
-                    lambda q=query, k=k: attention.attention(
+                    lambda q=query, k=k: causal.attention(
                         q, k, k, starts=torch.empty(1, dtype=torch.int64),
                         lengths=torch.empty(1, dtype=torch.int64), sinks=sinks,
                     ),
@@ -110,7 +96,7 @@ def attentions(capability: int, dtype: torch.dtype, everything: bool) -> Iterato
                 continue
             yield (
                 f"{name} {dim} with everything",
-                lambda q=query, k=k: attention.attention(
+                lambda q=query, k=k: causal.attention(
                     q, k, k, starts=torch.empty(1, dtype=torch.int64),
                     lengths=torch.empty(1, dtype=torch.int64), window=128, softcap=50.0,
                     sinks=sinks,
@@ -130,16 +116,12 @@ def rows(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Laun
         for op in (softmax.softmax, softmax.log_softmax, softmax.logsumexp):
             yield f"{op.__name__} {n}", lambda op=op, x=x: op(x)
         yield f"sum {n}", lambda x=x: reductions.sum(x, -1)
-        yield f"argmax {n}", lambda x=x: reductions._row_keys(x)
         yield f"silu_mul {n}", lambda x=x: silu_mul.silu_mul(x, x)
         yield f"read_logits {n}", lambda x=x: logits.read_logits(x)
-        yield f"gumbel {n}", lambda x=x: sampling.gumbel(x, torch.zeros(5), torch.zeros(5))
 
 
 def decoder(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Launch]:
     for dim in qkv.HEAD_DIMS if everything else (32, 64, 128):
-        q = torch.empty(1, 8, 5, dim, dtype=dtype)
-        yield f"rotary {dim}", lambda q=q: rotary.rotary(q, q[:, 0], q[:, 0])
         for heads, kv_heads in ((4, 2), (3, 1), (32, 8)):
             x = torch.empty(2, 3, (heads + 2 * kv_heads) * dim, dtype=dtype)
             angles = torch.empty(2, 3, dim, dtype=dtype)

@@ -18,7 +18,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from ndcheck_kernels.configs import has_own_table
+from ndcheck_kernels.cuda.configs import has_own_table
 
 FEW_ROWS = 16
 
@@ -27,7 +27,7 @@ def gain(m: int) -> float:
     return 0.9 if m <= FEW_ROWS else 0.98
 
 
-TABLE = Path(__file__).parents[1] / "ndcheck_kernels" / "borrowed_ranges.py"
+TABLE = Path(__file__).parents[1] / "ndcheck_kernels" / "cuda" / "borrowed_ranges.py"
 Spans = tuple[tuple[int, int], ...]
 Ranges = dict[tuple[int, int], Spans]
 
@@ -66,7 +66,7 @@ def _merged(by_m: dict[int, float], other: set[int]) -> Spans:
 
 
 def render(found: Ranges, others: Spans) -> str:
-    """The module `ndcheck_kernels.borrowed_ranges`."""
+    """The module `ndcheck_kernels.cuda.borrowed_ranges`."""
     lines = "".join(f"    {shape}: {spans},\n" for shape, spans in found.items())
     return f'''"""From which M to which cuBLASLt without split-K was faster than ours, by (N, K).
 

@@ -21,7 +21,7 @@ import bench_rows
 import torch
 import triton
 
-from ndcheck_kernels.timing import copy_gb_per_s, mm_tflop_per_s
+from ndcheck_kernels.measure.timing import copy_gb_per_s, mm_tflop_per_s
 
 REPOSITORY = Path(__file__).parents[2]
 TESTS = ("tests/kernels/gpu", "tests/kernels/triton")

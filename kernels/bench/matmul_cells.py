@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ndcheck_kernels.configs import MatmulConfig
+from ndcheck_kernels.cuda.configs import MatmulConfig
 
 SHAPES = {
     "qkv 8B": (6144, 4096),

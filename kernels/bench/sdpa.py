@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ndcheck_kernels.timing import Launches
+from ndcheck_kernels.measure.timing import Launches
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -16,9 +16,9 @@ from attention_cells import operands, problems
 from sdpa import Operands
 from table import Table
 
-from ndcheck_kernels import attention
-from ndcheck_kernels.configs import AttentionConfig, PrefillTile
-from ndcheck_kernels.timing import medians_us
+from ndcheck_kernels.cuda.attention import causal
+from ndcheck_kernels.cuda.configs import AttentionConfig, PrefillTile
+from ndcheck_kernels.measure.timing import medians_us
 
 CONFIGS = tuple(
     AttentionConfig(split, 64, PrefillTile(*tile), PrefillTile(*tile), *decode, 64, short)
@@ -28,7 +28,7 @@ CONFIGS = tuple(
 
 
 def _ours(config: AttentionConfig, parallel: bool, operands: Operands) -> torch.Tensor:
-    return attention._launch(*operands, None, None, attention.Kind(), config, parallel=parallel)
+    return causal._launch(*operands, None, None, causal.Kind(), config, parallel=parallel)
 
 
 def tune(out: Path) -> None:

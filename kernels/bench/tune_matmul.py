@@ -20,10 +20,11 @@ import torch
 from matmul_cells import BATCHES, CANDIDATES, SHAPES, candidates, label
 from table import Table
 
-from ndcheck_kernels import device, matmul
-from ndcheck_kernels.configs import MatmulConfig
-from ndcheck_kernels.resources import SHARED_LIMIT, compiling, resources
-from ndcheck_kernels.timing import Launches, copies, medians_us
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.configs import MatmulConfig
+from ndcheck_kernels.cuda.products import matmul
+from ndcheck_kernels.measure.resources import SHARED_LIMIT, compiling, resources
+from ndcheck_kernels.measure.timing import Launches, copies, medians_us
 
 GROUPS = {"qkv 70B TP8": (1, 2, 4)}
 

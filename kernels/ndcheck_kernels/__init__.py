@@ -1,7 +1,8 @@
 """Batch-invariant kernels: a result never depends on the batch around it."""
 
-from ndcheck_kernels.attention_interface import register_attention
-from ndcheck_kernels.mode import (
+from ndcheck_kernels.models import invariant_model
+from ndcheck_kernels.models.attention import register_attention
+from ndcheck_kernels.scope.mode import (
     OP_GROUPS,
     Scope,
     UncoveredOpError,
@@ -14,7 +15,6 @@ from ndcheck_kernels.mode import (
     implements_pointwise,
     invariant_kernels,
 )
-from ndcheck_kernels.models import invariant_model
 
 __all__ = [
     "OP_GROUPS",

@@ -22,7 +22,7 @@ from ndcheck.samplers.local.device import choose_device
 if TYPE_CHECKING:
     import torch
 
-    from ndcheck_kernels.cases import Case
+    from ndcheck_kernels.measure.cases import Case
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MOST_ROWS = 1 << 16
@@ -59,8 +59,8 @@ def request(device: str, dtype: str, op: str, rows: str | None) -> Request:
 
 def check(wanted: Request, csv: Path | None, *, as_json: bool, quiet: bool) -> int:
     """Measure bits and accuracy. Returns the exit code."""
-    from ndcheck_kernels.cases import checked_cases
-    from ndcheck_kernels.check import Finding, check, default_row_counts
+    from ndcheck_kernels.measure.cases import checked_cases
+    from ndcheck_kernels.measure.check import Finding, check, default_row_counts
 
     device = wanted.device
     cases = _select(checked_cases(device.type), wanted)
@@ -83,7 +83,7 @@ def check(wanted: Request, csv: Path | None, *, as_json: bool, quiet: bool) -> i
 def bench(wanted: Request, csv: Path | None, *, as_json: bool, quiet: bool) -> int:
     """Measure time. Returns the exit code. Raises BackendError if torch's kernel ran in our arm."""
     from ndcheck_kernels import UncoveredOpError
-    from ndcheck_kernels.bench import (
+    from ndcheck_kernels.measure.bench import (
         DEFAULT_ROW_COUNTS,
         Ceilings,
         Cell,
@@ -91,7 +91,7 @@ def bench(wanted: Request, csv: Path | None, *, as_json: bool, quiet: bool) -> i
         ceilings,
         time_case,
     )
-    from ndcheck_kernels.cases import timed_cases
+    from ndcheck_kernels.measure.cases import timed_cases
 
     device = wanted.device
     cases = _select(timed_cases(device.type), wanted)
@@ -163,7 +163,7 @@ def _setting(device: torch.device) -> str:
     name = here.hardware["gpu"] if device.type == "cuda" else here.hardware["cpu"]
     setting = f"{device}, {name}, torch {here.software['torch']}"
     if device.type == "cuda":
-        from ndcheck_kernels.borrowed import summary
+        from ndcheck_kernels.cuda.products.borrowed import summary
 
         setting += f"\nborrowed products: {summary(device)}"
     return setting

@@ -16,8 +16,8 @@ from ndcheck.judging.verdict import Outcome
 from ndcheck.reports.terminal import STYLES
 
 if TYPE_CHECKING:
-    from ndcheck_kernels.bench import Ceilings, Cell
-    from ndcheck_kernels.check import Finding
+    from ndcheck_kernels.measure.bench import Ceilings, Cell
+    from ndcheck_kernels.measure.check import Finding
 
 Row = Mapping[str, object]
 

@@ -14,7 +14,7 @@ SMALL = ("--device", "cpu", "--rows", "1,2,17")
 PLANTED = """
 import sys
 from dataclasses import replace
-from ndcheck_kernels import cases
+from ndcheck_kernels.measure import cases
 from ndcheck.cli.app import run_command_line
 linear = next(case for case in cases.checked_cases("cpu") if case.op == "linear")
 faults = {

@@ -12,8 +12,9 @@ from ndcheck_kernels import (
     invariant_kernels,
     invariant_model,
 )
-from ndcheck_kernels.attention_interface import Spans, as_causal, attention_op
-from ndcheck_kernels.reference import attention_reference
+from ndcheck_kernels.measure.reference import attention_reference
+from ndcheck_kernels.models.attention import Spans
+from ndcheck_kernels.ops.attention import as_causal, attention_op
 
 HEADS, KV_HEADS, LENGTH = 4, 2, 200
 DTYPES = [torch.float32, torch.bfloat16]

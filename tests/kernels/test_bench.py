@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ndcheck_kernels import active_scope, bench, timing
-from ndcheck_kernels.bench import Ceilings, OverrideMissedError, time_case
-from ndcheck_kernels.cases import timed_cases
-from ndcheck_kernels.cases.products import products
+from ndcheck_kernels import active_scope
+from ndcheck_kernels.measure import bench, timing
+from ndcheck_kernels.measure.bench import Ceilings, OverrideMissedError, time_case
+from ndcheck_kernels.measure.cases import timed_cases
+from ndcheck_kernels.measure.cases.products import products
 
 CPU = torch.device("cpu")
 LINEAR = products(32, 64)[0]
@@ -86,6 +87,6 @@ def test_timed_ops_are_all_there():
 
 
 def bench_ops():
-    from ndcheck_kernels.cases import TIMED
+    from ndcheck_kernels.measure.cases import TIMED
 
     return TIMED

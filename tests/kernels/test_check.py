@@ -8,19 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels import (
-    accepted_ops,
-    active_scope,
-    covered_ops,
-    cpu_reductions,
-    invariant_kernels,
-    mode,
+from ndcheck_kernels import accepted_ops, active_scope, covered_ops, invariant_kernels
+from ndcheck_kernels.cpu import reductions
+from ndcheck_kernels.measure import check as check_module
+from ndcheck_kernels.measure.cases import Form, Source, checked_cases
+from ndcheck_kernels.measure.cases.products import products
+from ndcheck_kernels.measure.cases.rows import row_ops
+from ndcheck_kernels.measure.check import (
+    CONTROL_ROWS,
+    PROBES,
+    bit_classes,
+    check,
+    default_row_counts,
 )
-from ndcheck_kernels import check as check_module
-from ndcheck_kernels.cases import Form, Source, checked_cases
-from ndcheck_kernels.cases.products import products
-from ndcheck_kernels.cases.rows import row_ops
-from ndcheck_kernels.check import CONTROL_ROWS, PROBES, bit_classes, check, default_row_counts
+from ndcheck_kernels.scope import mode
 
 CPU = torch.device("cpu")
 ROWS = (1, 2, 3, 17, 40)
@@ -173,7 +174,7 @@ def test_an_epsilon_of_the_narrow_dtype_is_caught(dtype, monkeypatch):
 
     def faulty(x, shape, weight=None, eps=None):
         eps = torch.finfo(x.dtype).eps if eps is None else eps
-        return cpu_reductions.fused_rms_norm(x, shape, weight, eps)[0]
+        return reductions.fused_rms_norm(x, shape, weight, eps)[0]
 
     replace_op(monkeypatch, torch.ops.aten.rms_norm.default, faulty)
     finding = check(row_op("rms_norm"), dtype, CPU, ROWS)
@@ -185,7 +186,7 @@ def test_a_variance_that_leaves_the_range_before_its_root_is_caught(monkeypatch)
     assert check(row_op("std"), torch.float16, CPU, ROWS).outcome == "PASS"
 
     def faulty(x, dim=None, *, correction=None, keepdim=False):
-        return cpu_reductions.var(x, dim, correction=correction, keepdim=keepdim).sqrt()
+        return reductions.var(x, dim, correction=correction, keepdim=keepdim).sqrt()
 
     replace_op(monkeypatch, torch.ops.aten.std.correction, faulty)
     finding = check(row_op("std"), torch.float16, CPU, ROWS)

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels import UncoveredOpError, cpu_attention, invariant_kernels
-from ndcheck_kernels.attention_interface import attention_op, spans_from_mask
-from ndcheck_kernels.reference import attention_reference
+from ndcheck_kernels import UncoveredOpError, invariant_kernels
+from ndcheck_kernels.cpu import attention
+from ndcheck_kernels.measure.reference import attention_reference
+from ndcheck_kernels.ops.attention import attention_op, spans_from_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS, KV_HEADS, WIDTH, LENGTH = 4, 2, 32, 300
@@ -122,7 +123,7 @@ def test_a_window_is_the_same_in_any_slice_and_in_a_sliding_cache(sequence):
 def test_turns_of_queries_change_no_bit(sequence, monkeypatch):
     q, k, v = sequence(torch.float32)
     whole = run(q, k, v, causal(0, LENGTH))
-    monkeypatch.setattr(cpu_attention, "_SCORES", 30_000)
+    monkeypatch.setattr(attention, "_SCORES", 30_000)
     assert torch.equal(run(q, k, v, causal(0, LENGTH)), whole)
 
 

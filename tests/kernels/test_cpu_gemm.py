@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels import UncoveredOpError, cpu_rows, invariant_kernels
-from ndcheck_kernels.reference import addmm_reference, linear_reference, matmul_reference
+from ndcheck_kernels import UncoveredOpError, invariant_kernels
+from ndcheck_kernels.cpu import rows as cpu_rows
+from ndcheck_kernels.measure.reference import addmm_reference, linear_reference, matmul_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 128), (256, 256), (255, 77), (2048, 40)]

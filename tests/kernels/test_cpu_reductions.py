@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels import UncoveredOpError, invariant_kernels, reference
+from ndcheck_kernels import UncoveredOpError, invariant_kernels
+from ndcheck_kernels.measure import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [64, 255, 1024]

@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
-from ndcheck_kernels import UncoveredOpError, experts, invariant_kernels
-from ndcheck_kernels.reference import experts_reference
+from ndcheck_kernels import UncoveredOpError, invariant_kernels
+from ndcheck_kernels.measure.reference import experts_reference
+from ndcheck_kernels.models import experts
 
 DTYPES = [torch.float32, torch.bfloat16]
 HIDDEN, INNER, EXPERTS, TOP_K = 64, 48, 8, 2

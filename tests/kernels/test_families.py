@@ -12,7 +12,8 @@ import transformers
 
 import ndcheck_kernels
 from ndcheck.samplers.local.batch import ExactBatch
-from ndcheck_kernels import UncoveredOpError, attention_interface, invariant_kernels
+from ndcheck_kernels import UncoveredOpError, invariant_kernels
+from ndcheck_kernels.models import attention
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
@@ -82,14 +83,14 @@ def test_a_neighbour_dependent_router_is_caught(monkeypatch):
 
 def test_a_window_that_follows_the_padding_is_caught(monkeypatch):
     """The planted fault: the window begins at a multiple of 8, counted from the padded column."""
-    own = attention_interface.spans_from_mask
+    own = attention.spans_from_mask
 
     def rounded(visible, origin=None):
         spans = own(visible, origin)
         begin = torch.maximum(spans[..., 0], spans[..., 1] // 8 * 8)
         return torch.stack([spans[..., 0], begin, spans[..., 2]], -1)
 
-    monkeypatch.setattr(attention_interface, "spans_from_mask", rounded)
+    monkeypatch.setattr(attention, "spans_from_mask", rounded)
     outcome = support.measure("OLMo 3", "fp32", "cpu", "invariant", support.QUICK)
     assert outcome["axes"]["neighbours"]["outcome"] == "FAIL"
     assert outcome["axes"]["run-to-run"]["outcome"] == "PASS"

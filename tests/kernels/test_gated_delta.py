@@ -8,8 +8,9 @@ import torch.nn.functional as F
 import transformers
 from transformers.models.qwen3_5 import modeling_qwen3_5 as source
 
-from ndcheck_kernels import gated_delta, invariant_kernels
-from ndcheck_kernels.reference import gated_delta_reference
+from ndcheck_kernels import invariant_kernels
+from ndcheck_kernels.measure.reference import gated_delta_reference
+from ndcheck_kernels.models import gated_delta
 
 LENGTH, HEADS, WIDTH = 90, 4, 16
 DTYPES = [torch.float32, torch.bfloat16]

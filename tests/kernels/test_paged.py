@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from ndcheck_kernels import UnsupportedCallError, invariant_kernels
-from ndcheck_kernels.attention_interface import NAME, attention_op, register_attention
-from ndcheck_kernels.paged import paged_attention
+from ndcheck_kernels.models.attention import register_attention
+from ndcheck_kernels.models.paged import paged_attention
+from ndcheck_kernels.ops.attention import attention_op
+from ndcheck_kernels.ops.library import NAME
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 LENGTHS = [(1, 300), (7, 7), (1, 129), (3, 40), (7, 131), (1, 1)]

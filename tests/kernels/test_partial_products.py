@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.products import partial_grouped_op, partial_linear_op
+from ndcheck_kernels.ops.products import partial_grouped_op, partial_linear_op
 
 N, K = 48, 96
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -63,5 +63,5 @@ def test_rows_in_groups_have_the_bits_of_rows_alone():
 
 
 def test_outside_a_scope_it_refuses():
-    with pytest.raises(RuntimeError, match="only run inside"):
+    with pytest.raises(RuntimeError, match="only runs inside"):
         partial_linear_op(torch.ones(1, 2), torch.ones(3, 2))

@@ -91,7 +91,7 @@ class TransformersSampler:
             self._findings = examine(self._model, self._device, _paths(spec))
             is_alone = self._ranks is None
             if "invariant" in spec.arms and self._device.type == "cuda" and is_alone:
-                from ndcheck_kernels.decoder import join_weights
+                from ndcheck_kernels.models.decoder import join_weights
 
                 join_weights(self._model)
         lengths = [self.count_tokens(probe.prompt) for probe in spec.probes]
@@ -343,7 +343,7 @@ class TransformersSampler:
         # A fused layer is one process's, and its products have no parts.
         if not fuse or self._device.type != "cuda" or self._ranks or self._tp_groups:
             return nullcontext()
-        from ndcheck_kernels.decoder import fused_layers
+        from ndcheck_kernels.models.decoder import fused_layers
 
         return fused_layers(self._model)
 

@@ -32,7 +32,7 @@ def read_step(logits_B_V: Tensor, decoding: Decoding, noise: Tensor | None) -> R
     and the log-probability is summed row by row. Ties go to the lowest id.
     """
     if logits_B_V.is_cuda:
-        from ndcheck_kernels.logits import read_logits
+        from ndcheck_kernels.cuda.rows.logits import read_logits
 
         token_ids, margins, sums, digests = read_logits(logits_B_V)
         if noise is not None:
@@ -79,7 +79,7 @@ def gumbel_noise(seed: int, position: int, n_vocabulary: int) -> Tensor:
 
 
 def digest_row(logits_V: Tensor) -> int:
-    """A signed 64-bit digest of one row's bits: that of `ndcheck_kernels.logits`, by numpy."""
+    """A signed 64-bit digest of one row's bits: that of `cuda.rows.logits`, by numpy."""
     width, dtype = ((torch.int16, np.uint16), (torch.int32, np.uint32))[
         logits_V.element_size() == 4
     ]

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ndcheck_kernels import attention
-from ndcheck_kernels.configs import attention_config
+from ndcheck_kernels.cuda.attention import causal
+from ndcheck_kernels.cuda.configs import attention_config
 
 LENGTH = 5500  # past the splits that grow longer
 
@@ -21,7 +21,7 @@ def operands(request):
 
 def test_prefill_agrees_with_decode_and_chunks(operands):
     q, k, v = operands
-    whole = attention.attention(q, k, v)
+    whole = causal.attention(q, k, v)
     for end in (
         1,
         2,
@@ -43,20 +43,20 @@ def test_prefill_agrees_with_decode_and_chunks(operands):
     ):
         for queries in (1, 2, 5, 16, 17, 100):
             first = max(0, end - queries)
-            got = attention.attention(q[:, :, first:end], k[:, :, :end], v[:, :, :end])
+            got = causal.attention(q[:, :, first:end], k[:, :, :end], v[:, :, :end])
             assert torch.equal(got, whole[:, :, first:end]), (first, end)
 
 
 def test_a_cache_with_padding_and_unused_space_agrees(operands):
     q, k, v = operands
-    whole = attention.attention(q, k, v)
+    whole = causal.attention(q, k, v)
     for start, unused in ((1, 0), (77, 13), (640, 1000)):
         wide_k, wide_v = (
             torch.nn.functional.pad(t, (0, 0, start, unused), value=float("nan")) for t in (k, v)
         )
         starts, lengths = (torch.full((2,), n, device="cuda") for n in (start, start + LENGTH))
         for queries in (1, LENGTH):
-            got = attention.attention(
+            got = causal.attention(
                 q[:, :, -queries:], wide_k, wide_v, starts=starts, lengths=lengths
             )
             assert torch.equal(got, whole[:, :, -queries:]), (start, unused, queries)
@@ -65,7 +65,7 @@ def test_a_cache_with_padding_and_unused_space_agrees(operands):
 @pytest.mark.parametrize("batch", [1, 2, 7, 65])
 def test_decode_is_the_same_in_any_batch(operands, batch):
     q, k, v = (t[:1] for t in operands)
-    alone = attention.attention(q[:, :, -1:], k, v)
+    alone = causal.attention(q[:, :, -1:], k, v)
     length = 7000
     others = torch.randn(batch, 8, length, 128, device="cuda").to(q.dtype)
     lengths = torch.randint(1, length, (batch,), device="cuda")
@@ -76,15 +76,15 @@ def test_decode_is_the_same_in_any_batch(operands, batch):
         keys[row, :, :LENGTH], values[row, :, :LENGTH], mixed[row] = k[0], v[0], q[0, :, -1:]
         ends = lengths.clone()
         ends[row] = LENGTH
-        got = attention.attention(mixed, keys, values, lengths=ends)
+        got = causal.attention(mixed, keys, values, lengths=ends)
         assert torch.equal(got[row], alone[0]), row
 
 
 def test_both_tiles_of_queries_agree(operands):
     config = attention_config(128, 2, 90)
     short, long = (
-        attention._launch(
-            *operands, None, None, attention.Kind(), replace(config, short=tile), parallel=False
+        causal._launch(
+            *operands, None, None, causal.Kind(), replace(config, short=tile), parallel=False
         )
         for tile in (config.short, config.long)
     )
@@ -96,7 +96,7 @@ def test_another_split_is_told_apart(operands):
     config = attention_config(128, 2, 90)
     other = replace(config, split=2 * config.split)
     right, wrong = (
-        attention._launch(q[:, :, -1:], k, v, None, None, attention.Kind(), c, parallel=True)
+        causal._launch(q[:, :, -1:], k, v, None, None, causal.Kind(), c, parallel=True)
         for c in (config, other)
     )
     assert not torch.equal(right, wrong)
@@ -106,8 +106,8 @@ def test_another_split_is_told_apart(operands):
 def test_accuracy(operands, parallel):
     q, k, v = (t[:1] for t in operands)
     queries = q[:, :, -16:]
-    got = attention._launch(
-        queries, k, v, None, None, attention.Kind(), attention_config(128, 2, 90), parallel=parallel
+    got = causal._launch(
+        queries, k, v, None, None, causal.Kind(), attention_config(128, 2, 90), parallel=parallel
     )
     keys, values = (t.double().repeat_interleave(4, 1) for t in (k, v))
     scores = queries.double() @ keys.mT * 128**-0.5

@@ -7,7 +7,8 @@ summation shows in nearly every element, as the controls confirm.
 import pytest
 import torch
 
-from ndcheck_kernels import configs, device, matmul
+from ndcheck_kernels.cuda import configs, device
+from ndcheck_kernels.cuda.products import matmul
 
 SHAPES = [
     (6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096),

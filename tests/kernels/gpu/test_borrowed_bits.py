@@ -5,8 +5,10 @@ import threading
 import pytest
 import torch
 
-from ndcheck_kernels import borrowed, borrowed_ranges, cublaslt, invariant_kernels, matmul
-from ndcheck_kernels.configs import MatmulConfig
+from ndcheck_kernels import invariant_kernels
+from ndcheck_kernels.cuda import borrowed_ranges
+from ndcheck_kernels.cuda.configs import MatmulConfig
+from ndcheck_kernels.cuda.products import borrowed, cublaslt, matmul
 
 SHAPES = [(4096, 4096), (2048, 2048), (1280, 8192)]
 ROWS = 129

@@ -6,7 +6,8 @@ The operands' exact product is zero, so each result is nothing but rounding.
 import pytest
 import torch
 
-from ndcheck_kernels import configs, device, grouped_matmul, matmul
+from ndcheck_kernels.cuda import configs, device
+from ndcheck_kernels.cuda.products import grouped_matmul, matmul
 
 # E, N, K: the two products of Qwen3-30B-A3B, of gpt-oss-20B, and one that TMA cannot read.
 SHAPES = [(128, 1536, 2048), (128, 2048, 768), (32, 5760, 2880), (32, 2880, 2880), (8, 100, 1000)]

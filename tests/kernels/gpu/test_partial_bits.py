@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.products import partial_grouped_op, partial_linear_op
+from ndcheck_kernels.ops.products import partial_grouped_op, partial_linear_op
 
 # N, K of row-parallel layers of an 8B and a 235B on 1 to 8 ranks.
 SHAPES = [(4096, 512), (4096, 1536), (4096, 2048), (4096, 4096), (4096, 12288)]

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ndcheck_kernels import attention
-from ndcheck_kernels.configs import attention_config
+from ndcheck_kernels.cuda.attention import causal
+from ndcheck_kernels.cuda.configs import attention_config
 
-hopper = pytest.importorskip("ndcheck_kernels.prefill_hopper")
+hopper = pytest.importorskip("ndcheck_kernels.cuda.attention.prefill_hopper")
 DEVICE = torch.device("cuda", 0)
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or not attention._has_hopper_kernel(DEVICE),
+    not torch.cuda.is_available() or not causal._has_hopper_kernel(DEVICE),
     reason="needs compute capability 9.0 and Triton 3.6",
 )
 
@@ -29,10 +29,10 @@ def both(q, k, v, **options):
     with pytest.MonkeyPatch.context() as patch:
         own = hopper.prefill
         patch.setattr(hopper, "prefill", lambda *args: calls.append(own(*args)))
-        new = attention.attention(q, k, v, **options)
+        new = causal.attention(q, k, v, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_has_hopper_kernel", lambda _: False)
-        old = attention.attention(q, k, v, **options)
+        patch.setattr(causal, "_has_hopper_kernel", lambda _: False)
+        old = causal.attention(q, k, v, **options)
     assert len(calls) == 1
     return new, old
 
@@ -83,10 +83,10 @@ def test_views_of_a_longer_cache():
 def test_replays_of_a_graph_repeat_their_bits():
     q = draw(4, 32, 2048, 128, dtype=torch.bfloat16)
     k, v = (draw(4, 8, 2048, 128, dtype=torch.bfloat16) for _ in range(2))
-    want = attention.attention(q, k, v)
+    want = causal.attention(q, k, v)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = attention.attention(q, k, v)
+        got = causal.attention(q, k, v)
     for _ in range(50):
         got.fill_(float("nan"))
         graph.replay()
@@ -99,7 +99,7 @@ def test_another_split_is_told_apart():
     config = attention_config(128, 2, 90)
     other = replace(config, split=2 * config.split)
     right, wrong = (
-        attention._launch(q, k, v, None, None, attention.Kind(), c, parallel=False)
+        causal._launch(q, k, v, None, None, causal.Kind(), c, parallel=False)
         for c in (config, other)
     )
     assert not equal(right, wrong)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ndcheck_kernels import mode
+from ndcheck_kernels.scope import mode
 
 if not torch.cuda.is_available():
     from triton.runtime import interpreter
@@ -121,7 +121,7 @@ def assert_batch_invariant():
 
 @pytest.fixture
 def cuda_registrations(device, monkeypatch):
-    """What `cuda.py` registers is what the scope runs: without a GPU, for CPU tensors."""
+    """What `cuda` registers is what the scope runs: without a GPU, for CPU tensors."""
     mode.covered_ops("cpu")
     mode.covered_ops("cuda")
     if device == "cpu":

@@ -3,17 +3,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ndcheck_kernels import attention
-from ndcheck_kernels.configs import AttentionConfig, PrefillTile, attention_config
+from ndcheck_kernels.cuda.attention import causal
+from ndcheck_kernels.cuda.configs import AttentionConfig, PrefillTile, attention_config
 
 TILE = PrefillTile(32, 4, 1)
 SMALL = AttentionConfig(32, 32, TILE, TILE, 4, 1, 16, short_splits=2)  # many in a short context
-PLAIN = attention.Kind()
+PLAIN = causal.Kind()
 SINKS = torch.tensor([-1.0, 2.0, 0.5, 6.0])
 KINDS = {
-    "window": attention.Kind(window=37),
-    "sinks": attention.Kind(sinks=SINKS),
-    "all": attention.Kind(scale=0.3, window=50, softcap=3.0, sinks=SINKS),
+    "window": causal.Kind(window=37),
+    "sinks": causal.Kind(sinks=SINKS),
+    "all": causal.Kind(scale=0.3, window=50, softcap=3.0, sinks=SINKS),
 }
 
 
@@ -51,7 +51,7 @@ def operands(dtype, device):
 def launch(q, k, v, starts=None, lengths=None, *, kind=PLAIN, config=SMALL, parallel=False):
     if kind.sinks is not None:
         kind = replace(kind, sinks=kind.sinks.to(q.device))
-    return attention._launch(q, k, v, starts, lengths, kind, config, parallel=parallel)
+    return causal._launch(q, k, v, starts, lengths, kind, config, parallel=parallel)
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -97,8 +97,8 @@ def test_splits_counted_from_the_cache_are_caught(operands):
     pad = (0, 31)
     q_wide, hidden, v_wide = (torch.nn.functional.pad(t, pad) for t in (q_wide, hidden, v))
     v_wide = torch.nn.functional.pad(v, (0, 32))
-    faulty = attention._launch(
-        q_wide, hidden, v_wide, None, lengths[1:], attention.Kind(32**-0.5), SMALL, parallel=False
+    faulty = causal._launch(
+        q_wide, hidden, v_wide, None, lengths[1:], causal.Kind(32**-0.5), SMALL, parallel=False
     )[..., :32]
     torch.testing.assert_close(faulty, right, atol=1e-2, rtol=1e-2)
     assert not torch.equal(faulty, right)
@@ -124,12 +124,12 @@ def test_strides_change_nothing(operands):
 def test_what_it_cannot_do_is_refused(device):
     q = torch.ones(1, 3, 4, 32, device=device)
     with pytest.raises(ValueError, match="over"):
-        attention.attention(q, q[:, :2], q[:, :2])
+        causal.attention(q, q[:, :2], q[:, :2])
     with pytest.raises(ValueError, match="head_dim 512"):
-        attention.attention(*(q.repeat(1, 1, 1, 16),) * 3)
+        causal.attention(*(q.repeat(1, 1, 1, 16),) * 3)
     with pytest.raises(TypeError, match="float32"):
-        attention.attention(q, q.half(), q.half())
-    assert attention.attention(q[:0], q[:0], q[:0]).shape == (0, 3, 4, 32)
+        causal.attention(q, q.half(), q.half())
+    assert causal.attention(q[:0], q[:0], q[:0]).shape == (0, 3, 4, 32)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -11,8 +11,9 @@ import os
 import pytest
 import torch
 
-from ndcheck_kernels import borrowed, borrowed_ranges, configs, cublaslt, matmul
-from ndcheck_kernels.configs import MatmulConfig
+from ndcheck_kernels.cuda import borrowed_ranges, configs
+from ndcheck_kernels.cuda.configs import MatmulConfig
+from ndcheck_kernels.cuda.products import borrowed, cublaslt, matmul
 
 N, K = 48, 512
 CONFIG = MatmulConfig("pointer", 16, 16, 64)

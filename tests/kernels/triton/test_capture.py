@@ -10,7 +10,10 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ndcheck_kernels import attention_interface, invariant_kernels, invariant_model, mode
+from ndcheck_kernels import invariant_kernels, invariant_model
+from ndcheck_kernels.models import attention as model_attention
+from ndcheck_kernels.ops import attention
+from ndcheck_kernels.scope import mode
 
 SIZES = {
     "vocab_size": 64,
@@ -69,7 +72,8 @@ def test_a_decode_step_reads_nothing_back(family, device, monkeypatch) -> None:
     with invariant_model(model), Reads() as reads, invariant_kernels():
         step(ids, 0)
         checked = len(reads.seen)
-        monkeypatch.setattr(attention_interface, "_is_capturing", lambda: True)
+        for module in (attention, model_attention):
+            monkeypatch.setattr(module, "is_capturing", lambda: True)
         logits = step(ids[:, :1], 3)
     assert logits.isfinite().all()
     assert checked > 0  # Or reads would not be seen at all.
@@ -78,5 +82,5 @@ def test_a_decode_step_reads_nothing_back(family, device, monkeypatch) -> None:
 
 def test_reads_are_seen(device) -> None:
     with Reads() as reads, invariant_kernels():
-        attention_interface.spans_from_mask(torch.ones(1, 2, 3, dtype=torch.bool, device=device))
+        attention.spans_from_mask(torch.ones(1, 2, 3, dtype=torch.bool, device=device))
     assert reads.seen

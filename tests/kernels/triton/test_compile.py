@@ -46,7 +46,7 @@ OFTEN = (80, 90, 100)
     [c if c in OFTEN else pytest.param(c, marks=pytest.mark.slow) for c in TENSOR_CORES],
 )
 def test_shipped_configurations_fit_the_chip(capability):
-    from ndcheck_kernels.resources import SHARED_LIMIT
+    from ndcheck_kernels.measure.resources import SHARED_LIMIT
 
     document = compile_in_a_process(capability)
     assert document["failures"] == []

@@ -9,8 +9,13 @@ import transformers
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from ndcheck_kernels import cuda_experts, experts, grouped_matmul, invariant_kernels, mode
-from ndcheck_kernels.reference import experts_reference
+from ndcheck_kernels import invariant_kernels
+from ndcheck_kernels.cuda import experts as cuda_experts
+from ndcheck_kernels.cuda.products import grouped_matmul
+from ndcheck_kernels.measure.reference import experts_reference
+from ndcheck_kernels.models import experts
+from ndcheck_kernels.ops.experts import combine_op, route_op
+from ndcheck_kernels.scope import mode
 
 SIZES = {
     "hidden_size": 32,
@@ -19,7 +24,7 @@ SIZES = {
     "num_experts_per_tok": 2,
     "experts_implementation": experts.NAME,
 }
-OPS = (torch.ops.aten._grouped_mm.default, experts.route_op, experts.combine_op)
+OPS = (torch.ops.aten._grouped_mm.default, route_op, combine_op)
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 
-from ndcheck_kernels import decoder, experts, invariant_kernels, register_attention
-from ndcheck_kernels.decoder import fused_layers
-from ndcheck_kernels.qkv import qkv
+from ndcheck_kernels import invariant_kernels, register_attention
+from ndcheck_kernels.cuda.attention.qkv import qkv
+from ndcheck_kernels.models import decoder, experts
+from ndcheck_kernels.models.decoder import fused_layers
 
 SIZES = {
     "vocab_size": 128,

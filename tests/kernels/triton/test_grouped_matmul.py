@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from ndcheck_kernels import configs, grouped_matmul, matmul
-from ndcheck_kernels.configs import MatmulConfig
-from ndcheck_kernels.device import capability
-from ndcheck_kernels.experts import route_by_sorting
+from ndcheck_kernels.cuda import configs
+from ndcheck_kernels.cuda.configs import MatmulConfig
+from ndcheck_kernels.cuda.device import capability
+from ndcheck_kernels.cuda.products import grouped_matmul, matmul
+from ndcheck_kernels.ops.experts import route_by_sorting
 
 EXPERTS, N, K = 5, 80, 512
 # One row, none, more than a tile, one tile exactly, and the rest.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ndcheck_kernels.logits import BLOCK, read_logits
-from ndcheck_kernels.reference import digest_reference
+from ndcheck_kernels.cuda.rows.logits import BLOCK, read_logits
+from ndcheck_kernels.measure.reference import digest_reference
 
 N = 2 * BLOCK + 37
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from ndcheck_kernels import configs, matmul
-from ndcheck_kernels.configs import MatmulConfig
+from ndcheck_kernels.cuda import configs
+from ndcheck_kernels.cuda.configs import MatmulConfig
+from ndcheck_kernels.cuda.products import matmul
 
 
 def exact(x, w, bias=None):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ndcheck_kernels.grouped_matmul import combine
-from ndcheck_kernels.mixture import choose
+from ndcheck_kernels.cuda.products.grouped_matmul import combine
+from ndcheck_kernels.cuda.routing import choose
 
 
 @pytest.mark.parametrize("experts", [5, 32, 128])

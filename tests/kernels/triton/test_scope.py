@@ -11,8 +11,8 @@ import transformers
 from torch.nn import functional as F
 
 from ndcheck_kernels import UncoveredOpError, invariant_kernels, register_attention
-from ndcheck_kernels.attention_interface import attention_op, causal_spans
-from ndcheck_kernels.reference import attention_reference
+from ndcheck_kernels.measure.reference import attention_reference
+from ndcheck_kernels.ops.attention import attention_op, causal_spans
 
 K, N = 96, 40
 ROW_OPS = {

@@ -153,7 +153,7 @@ INVARIANT_ALONE = replace(
 
 def test_an_order_that_follows_the_batch_is_caught(sampler, monkeypatch):
     """Planted in the arm that passes without it."""
-    from ndcheck_kernels import mode
+    from ndcheck_kernels.scope import mode
 
     op = torch.ops.aten.linear.default
     covered_before = mode.covered_ops("cpu")

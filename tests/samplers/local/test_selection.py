@@ -13,7 +13,7 @@ from ndcheck.samplers.local.selection import (
     plant,
     read_step,
 )
-from ndcheck_kernels.reference import digest_reference
+from ndcheck_kernels.measure.reference import digest_reference
 
 GREEDY = Decoding(8)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -18,9 +18,9 @@ from ndcheck import ranks, request
 from ndcheck.errors import UsageError
 from ndcheck.samplers.local.sharding import check_heads
 from ndcheck.storage.run_directory import SampleReader, read_run
-from ndcheck_kernels.collectives import GATHERED_ELEMENTS, add_pairwise
-from ndcheck_kernels.mode import Scope
-from ndcheck_kernels.tensor_parallel import ordered_layers
+from ndcheck_kernels.models.tensor_parallel import ordered_layers
+from ndcheck_kernels.ops.collectives import GATHERED_ELEMENTS, add_pairwise
+from ndcheck_kernels.scope.mode import Scope
 
 SIZES = {
     "vocab_size": 4096,  # The embedded tokenizer's, which a bare config gets.
@@ -122,8 +122,8 @@ def test_an_odd_part_waits_for_the_next_level():
 SUMS = f"""
 import gc, json, torch, torch.distributed as dist
 from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.collectives import add_pairwise, known_ranks, rank_sum_op
-from ndcheck_kernels.mode import UncoveredOpError
+from ndcheck_kernels.ops.collectives import add_pairwise, known_ranks, rank_sum_op
+from ndcheck_kernels.scope.mode import UncoveredOpError
 dist.init_process_group("gloo")
 n, rank = dist.get_world_size(), dist.get_rank()
 found = {{"refused": False}}

@@ -1,0 +1,18 @@
+"""The CPU implementations: importing this registers them."""
+
+from functools import partial
+
+import torch
+
+from ndcheck_kernels.cpu import attention as attention
+from ndcheck_kernels.cpu import pointwise
+from ndcheck_kernels.cpu import products as products
+from ndcheck_kernels.cpu import reductions as reductions
+from ndcheck_kernels.cpu import routing as routing
+from ndcheck_kernels.ops.complex_numbers import register_complex
+
+register_complex(
+    "cpu",
+    partial(pointwise.pointwise, torch.ops.aten.cos.default),
+    partial(pointwise.pointwise, torch.ops.aten.sin.default),
+)

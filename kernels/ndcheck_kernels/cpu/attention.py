@@ -1,0 +1,158 @@
+"""Batch-invariant attention on CPU, one arithmetic for prefill, chunked prefill and decode.
+
+Computes: softmax(scale * q k^T, capped if asked, plus ALiBi's slope * position) v, per query head,
+    in float32 (float64 for float64), rounded once; a sink is one more score without a value. A
+    query that sees nothing gives 0.
+Reduction order: keys in splits of `SPLIT`, counted from the row's own first token. Scores by `bmm`
+    of fixed (head_dim, SPLIT); the maximum is exact in any order; each split's exponentials are
+    summed, and multiplied with its values, by kernels of fixed (SPLIT, head_dim); splits are added
+    in ascending order, after the sink. A hidden key counts as exactly 0, so whole hidden splits
+    change no bit.
+Depends on: the query, the row's own keys and values that it sees, head_dim, dtype, the CPU and
+    torch's build. Never on batch, padding, neighbours, the cache's length or how many of the row's
+    queries come at once.
+Dtypes: float64, float32, bfloat16, float16.
+Not claimed: equal results if the row itself holds infinite or NaN values after the query.
+"""
+
+import torch
+
+from ndcheck_kernels.cpu.pointwise import pointwise
+from ndcheck_kernels.cpu.products import bmm
+from ndcheck_kernels.cpu.reductions import sum_rows
+from ndcheck_kernels.ops.attention import attention_op, register_sdpa
+from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
+
+aten = torch.ops.aten
+
+Used = list[tuple[int, int, int]]
+
+SPLIT = 128
+# Scores held at a time: queries beyond that are computed in turns, which no result depends on.
+_SCORES = 2**20
+_NEVER = 2**31  # The first key of a query that sees none.
+
+
+@implements(attention_op, device="cpu")
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[B, H, Q, D] x [B, H_kv, KV, D] -> [B, H, Q, D_v]; the rest as in `ops.attention`."""
+    batch, heads, queries, width = query.shape
+    kv_heads = key.shape[1]
+    out = query.new_zeros(batch, heads, queries, value.shape[-1])
+    begin, end, used = _grid(spans, queries)
+    splits = -(-max((stop for _, _, stop in used), default=0) // SPLIT)
+    if splits == 0 or out.numel() == 0:
+        return out
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    keys = _on_grid(key, used, splits, compute)
+    values = _on_grid(value, used, splits, compute)
+    column = torch.arange(splits * SPLIT)
+    bias = None
+    if slopes is not None:
+        shifts = torch.tensor([[shift] for shift, _, _ in used])
+        positions = shifts - spans[:, :1, 0] + column
+        bias = slopes[:, None] * positions[:, None]
+        bias = bias.to(query.dtype).to(compute)
+    turn = max(1, _SCORES // (batch * heads * splits * SPLIT))
+    for first in range(0, queries, turn):
+        part = slice(first, first + turn)
+        rows = query[:, :, part].to(compute) * scale
+        rows = rows.reshape(batch * kv_heads, -1, width)
+        hidden = column >= end[:, part, None]
+        if begin is not None:
+            hidden |= column < begin[:, part, None]
+        result = _attend(rows, keys, values, hidden, heads // kv_heads, softcap, sinks, bias)
+        out[:, :, part] = result.view(batch, heads, -1, value.shape[-1])
+    return out
+
+
+def _attend(
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    hidden: torch.Tensor,
+    group: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """rows [B * H_kv, group * Q, D]; keys, values [B * H_kv, splits * SPLIT, D]; hidden [B, Q,
+    splits * SPLIT]; sinks [H]; bias [B, H, splits * SPLIT].
+    """
+    splits = [slice(s, s + SPLIT) for s in range(0, keys.shape[1], SPLIT)]
+    scores = torch.cat([bmm(rows, keys[:, s].transpose(1, 2)) for s in splits], -1)
+    if softcap:
+        scores = pointwise(aten.tanh.default, scores / softcap) * softcap
+    batch, queries, columns = hidden.shape
+    by_query = scores.view(batch, -1, group, queries, columns)
+    if bias is not None:
+        by_query += bias.view(batch, -1, group, 1, columns)
+    by_query.masked_fill_(hidden[:, None, None], -torch.inf)
+    # Finite also for a query that sees nothing, so that its weights are 0 and not NaN.
+    top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+    total = rows.new_zeros(*rows.shape[:-1], 1)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, group, 1).expand(batch, -1, group, queries)
+        sink = sink.reshape(top.shape)
+        top = torch.maximum(top, sink)
+        total = pointwise(aten.exp.default, sink - top)
+    weights = pointwise(aten.exp.default, scores.sub_(top))
+    acc = rows.new_zeros(*rows.shape[:-1], values.shape[-1])
+    for s in splits:
+        part = weights[..., s].contiguous()
+        acc += bmm(part, values[:, s])
+        total += sum_rows(part.view(-1, SPLIT)).view_as(total)
+    # The key with the top score counts 1, so only the total of nothing is below.
+    return acc / total.clamp_(min=1)
+
+
+def _grid(spans: torch.Tensor, queries: int) -> tuple[torch.Tensor | None, torch.Tensor, Used]:
+    """Where each query's keys begin and end, [B, Q], and `_on_grid`'s `used`; begin None is 0.
+
+    Columns are counted from a row's shift: its first token, or SPLITs later if none sees those.
+    """
+    if spans.shape[-1] == 2:
+        rows = spans[:, 0].tolist()
+        stops = [max(end - start, 0) for start, end in rows]
+        end = torch.tensor(stops)[:, None] - torch.arange(queries - 1, -1, -1)
+        used = [(start, 0, stop) for (start, _), stop in zip(rows, stops, strict=True)]
+        return None, end, used
+    origins, begin, end = spans.long().unbind(-1)
+    origin = origins[:, :1]
+    if not bool((origins == origin).all()):
+        raise UnsupportedCallError("queries of one row with different first tokens")
+    sees = end > begin
+    first = torch.where(sees, begin, _NEVER).amin(-1, keepdim=True)
+    shift = torch.where(sees.any(-1, keepdim=True), first - (first - origin) % SPLIT, origin)
+    begin, end = torch.where(sees, begin - shift, _NEVER), torch.where(sees, end - shift, 0)
+    used = torch.stack([shift[:, 0], begin.amin(-1), end.amax(-1)], -1).tolist()
+    return begin, end, [(shift, first, stop) for shift, first, stop in used]
+
+
+def _on_grid(cache: torch.Tensor, used: Used, splits: int, dtype: torch.dtype) -> torch.Tensor:
+    """[B, H, KV, D] -> [B * H, splits * SPLIT, D]: each row's used keys, counted from its shift.
+
+    `used` is (shift, first, stop) by row. Other columns are 0: a hidden key may hold anything, and
+    0 * NaN is not 0.
+    """
+    batch, heads, _, width = cache.shape
+    grid = cache.new_empty(batch, heads, splits * SPLIT, width, dtype=dtype)
+    alike = all(row == used[0] for row in used)
+    for i, (shift, first, stop) in enumerate(used[:1] if alike else used):
+        rows = slice(None) if alike else slice(i, i + 1)
+        grid[rows, :, :first] = 0
+        grid[rows, :, first:stop] = cache[rows, :, first + shift : stop + shift]
+        grid[rows, :, stop:] = 0
+    return grid.flatten(0, 1)
+
+
+register_sdpa("cpu", attention)

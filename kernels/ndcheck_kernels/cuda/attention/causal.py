@@ -1,0 +1,143 @@
+"""Causal attention with one arithmetic for prefill, chunked prefill and decode.
+
+Computes: softmax(q k^T * scale, capped if asked) v per query head, each query seeing the keys from
+    its row's first token, or the last `window` of them, up to its own position; a sink is one more
+    score without a value; fp32 accumulation, probabilities rounded to the dtype before they meet
+    v, one rounding at the end. A query before its row's first token gives zeros.
+Reduction order: keys are cut into splits counted from the row's own first token: SHORT of SPLIT
+    tokens each, then of four times SPLIT; a split is cut into blocks of BLOCK_KV. Inside a split
+    blocks are taken in ascending order with a running maximum; within a block the tensor cores add
+    in ascending order and the denominator is an exact integer sum, in units of 2**-23 of the
+    running maximum. Splits are merged in ascending order, after the sink. A hidden block or split
+    adds exactly nothing, so it may be computed or not.
+Depends on: head_dim, dtype, architecture, and the row's own tokens. Not on padding, neighbours, the
+    length of the cache, how many queries come at once, or whether splits run in parallel (few
+    queries) or in sequence (many).
+Dtypes: bfloat16, float16, float32 (IEEE, no TF32). head_dim up to 256; v may have another.
+Not claimed: gradients, dropout, other masks; a row with infinities in its own later tokens, or in
+    earlier ones that a window hides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.attention.decode import _decode_kernel, _merge_kernel
+from ndcheck_kernels.cuda.attention.prefill import _prefill_kernel
+from ndcheck_kernels.cuda.attention.splits import LOG2_E
+from ndcheck_kernels.cuda.configs import AttentionConfig, attention_config
+from ndcheck_kernels.cuda.dependent_launch import pdl
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+    starts: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
+    scale: float | None = None, window: int | None = None, softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Causal attention of q [B, H, L, D] over k [B, KV heads, T, D] and v [B, KV heads, T, DV].
+
+    Row b's own tokens are keys starts[b] to lengths[b] (0 and T by default; left padding lies
+    before, unused cache behind) and its L queries are the last of them. Each sees the last `window`
+    keys up to its own; a sliding cache that has dropped earlier ones has a negative start. Scores
+    s become softcap * tanh(s / softcap). `sinks` [H] are scores without a value. The result is
+    [B, H, L, DV], a view of [B, L, H, DV].
+    """
+    config = attention_config(q.shape[-1], q.element_size(), device.capability(q.device))
+    rows = q.shape[1] // max(k.shape[1], 1) * q.shape[2]
+    kind = Kind(scale, window, softcap, sinks)
+    return _launch(q, k, v, starts, lengths, kind, config, parallel=rows <= config.max_rows)
+
+
+@cache
+def _has_hopper_kernel(where: torch.device) -> bool:
+    """Gluon's warp specialisation is what the kernel expects from Triton 3.6 on."""
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    return device.on_gpu(where) and device.capability(where) == 90 and version >= (3, 6)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a model's attention does to the scores."""
+
+    scale: float | None = None
+    window: int | None = None
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
+
+
+def _launch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None,
+    lengths: torch.Tensor | None, kind: Kind, config: AttentionConfig, *, parallel: bool,
+) -> torch.Tensor:  # fmt: skip
+    device.require_float("attention", q, k, v)
+    batch, heads, q_length, dim = q.shape
+    kv_heads, kv_length, dim_v = v.shape[1:]
+    if k.shape != (batch, kv_heads, kv_length, dim) or len(v) != batch or heads % kv_heads:
+        shapes = f"{tuple(q.shape)} over {tuple(k.shape)}, {tuple(v.shape)}"
+        raise ValueError(f"attention of {shapes}")
+    if not 1 <= max(dim, dim_v) <= 256:
+        raise ValueError(f"attention has no head_dim {max(dim, dim_v)}, only up to 256")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"attention of {q.dtype} over {k.dtype}, {v.dtype}")
+    o = torch.empty((batch, q_length, heads, dim_v), dtype=q.dtype, device=q.device).transpose(1, 2)
+    if o.numel() == 0:
+        return o
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    group = heads // kv_heads
+    scale = dim**-0.5 if kind.scale is None else kind.scale
+    # tanh(x) is 1 - 2 / (exp(2 x) + 1).
+    scale *= 2 * LOG2_E.value / kind.softcap if kind.softcap else LOG2_E.value
+    cap, window = kind.softcap * LOG2_E.value, kind.window or 0
+    limits = [None if t is None else t.to(torch.int32).contiguous() for t in (starts, lengths)]
+    # A pointer that is not read stands in for what is not given.
+    given = [q if t is None else t for t in limits]
+    sinks = q if kind.sinks is None else kind.sinks.contiguous()
+    block_v = max(16, triton.next_power_of_2(dim_v))
+    shared = {
+        "HAS_STARTS": starts is not None, "HAS_LENGTHS": lengths is not None,
+        "HAS_SINKS": kind.sinks is not None, "WINDOWED": window > 0, "GROUP": group,
+        "DIM_V": dim_v, "DV": block_v, "SPLIT": config.split, "SHORT": config.short_splits,
+        "enable_fp_fusion": False, **pdl(q.device),
+    }  # fmt: skip
+    scores = {"CAPPED": kind.softcap > 0, "DIM": dim, "D": max(16, triton.next_power_of_2(dim))}
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    if not parallel:
+        if not window and not kind.softcap and _has_hopper_kernel(q.device):
+            from ndcheck_kernels.cuda.attention.prefill_hopper import can_prefill, prefill
+
+            if can_prefill(q, k, v):
+                prefill(q, k, v, o, limits[0], limits[1], kind.sinks, scale, config)
+                return o
+        tile = config.prefill(q_length)
+        _prefill_kernel[(heads, triton.cdiv(q_length, tile.block_q), batch)](
+            q, k, v, o, *given, sinks, scale, cap, window, q_length, kv_length, *strides,
+            *o.stride()[:3], BLOCK_Q=tile.block_q, BLOCK_KV=config.block_kv,
+            num_warps=tile.warps, num_stages=tile.stages, **scores, **shared,
+        )  # fmt: skip
+        return o
+    splits = config.splits(kv_length)
+    if window:
+        # Where tokens were dropped, the first split that is seen may begin before column 0.
+        splits = min(splits + 1, (window + q_length - 2) // config.split + 2)
+    m = den = acc = o  # stand in where nothing is left in parts
+    if splits > 1:
+        m, den = torch.empty((2, batch, kv_heads, splits, group * q_length), device=q.device)
+        acc = torch.empty((*m.shape, block_v), device=q.device)
+    _decode_kernel[(splits, kv_heads, batch)](
+        q, k, v, m, den, acc, o, *given, sinks, scale, cap, window, q_length, kv_length,
+        *strides, *o.stride()[:3], WHOLE=splits == 1,
+        ROWS=max(16, triton.next_power_of_2(group * q_length)), BLOCK_KV=config.block_kv,
+        num_warps=config.decode_warps, num_stages=config.decode_stages, **scores, **shared,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(group * q_length, kv_heads, batch)](
+            m, den, acc, o, *given, sinks, window, q_length, kv_length, splits, *o.stride()[:3],
+            num_warps=1, **shared,
+        )  # fmt: skip
+    return o

@@ -1,0 +1,1 @@
+"""Matrix products: Triton kernels, and those borrowed from cuBLASLt."""

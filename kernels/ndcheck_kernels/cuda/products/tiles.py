@@ -1,0 +1,37 @@
+"""One tile of a product: its accumulator, one step of K, and where its elements lie.
+
+With SWAP the weights are the first operand, and the accumulator is transposed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def accumulate(x, w, acc, SWAP: tl.constexpr):
+    if SWAP:
+        acc = tl.dot(w, x.T, acc, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+    else:
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    return acc
+
+
+@triton.jit
+def zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
+    if SWAP:
+        return tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    else:  # noqa: RET505 - the jit compiler needs both branches
+        return tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+
+
+@triton.jit
+def offsets(first_m, first_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
+    """Row and column of each accumulator element, shaped to broadcast against it."""
+    offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+    offs_n = first_n.to(tl.int64) + tl.arange(0, BLOCK_N)
+    if SWAP:
+        return offs_m[None, :], offs_n[:, None]
+    else:  # noqa: RET505
+        return offs_m[:, None], offs_n[None, :]

@@ -1,0 +1,1 @@
+"""Ops on rows, each reduced by itself."""

@@ -1,0 +1,1 @@
+"""How the kernels are measured: references, cases, bits and errors, times, compiled resources."""

@@ -1,0 +1,112 @@
+"""What a launch compiles to, without a GPU: registers, spills, shared memory, instructions.
+
+Inside `compiling(90)` the launchers take CPU tensors (allocated, never read) and compile for that
+architecture instead of running; the yielded list receives each compiled kernel once.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from ndcheck_kernels.cuda import device
+
+SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Dynamic shared memory a block may use, by compute capability."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    name: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    instructions: frozenset[str]
+    """Opcodes of the machine code, without their modifiers."""
+
+
+class _NoDriver:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return -self.target.arch  # a key of the jit cache that no real device has
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(capability: int) -> Iterator[list[Any]]:
+    compiled: dict[str, Any] = {}
+
+    def compile_only(self: JITFunction, *args: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, warmup=True, **options)
+        compiled.setdefault(kernel.hash, kernel)
+        kernels[:] = compiled.values()
+
+    run = JITFunction.run
+    kernels: list[Any] = []
+    here: Any = {
+        "capability": lambda _: capability,
+        "sm_count": lambda _: 132,
+        "on_gpu": lambda _: True,
+    }
+    # `active` is a property of the driver configuration, so it is replaced by what it would return.
+    with (
+        patch.multiple(device, **here),
+        patch.object(JITFunction, "run", compile_only),
+        patch.object(triton.runtime.driver, "_active", _NoDriver(capability)),
+    ):
+        yield kernels
+
+
+def resources(kernel: Any) -> Resources:
+    """Read a compiled kernel's machine code with the disassembler that Triton ships."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = _cuobjdump("-res-usage", cubin)
+        code = _cuobjdump("-sass", cubin)
+    registers, stack, local = (
+        int(_one(rf"{key}:(\d+)", usage)) for key in ("REG", "STACK", "LOCAL")
+    )
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z0-9_]+)", code)
+    return Resources(
+        name=kernel.metadata.name,
+        registers=registers,
+        spilled_bytes=stack + local,
+        shared_bytes=kernel.metadata.shared,
+        instructions=frozenset(opcodes),
+    )
+
+
+def _one(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"cuobjdump printed no {pattern}:\n{text[:500]}")
+    return match[1]
+
+
+def _cuobjdump(flag: str, cubin: Path) -> str:
+    tool = triton.knobs.nvidia.cuobjdump.path
+    return subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
+
+
+__all__ = ["SHARED_LIMIT", "Resources", "compiling", "resources"]

@@ -1,0 +1,93 @@
+"""What the scope needs of a transformers model beside its ops: its attention, experts, recurrences.
+
+A dispatch mode sees single ops. Where a model's own algorithm depends on the batch (a softmax over
+padded keys, chunks counted from a padded column), every op may be invariant and the result is not.
+`invariant_model` puts the invariant algorithms in their place, or refuses the model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ndcheck_kernels.models import alibi, attention, experts, gated_delta, tensor_parallel
+from ndcheck_kernels.ops.library import NAME
+from ndcheck_kernels.scope.mode import UncoveredOpError
+
+# What a layer keeps of earlier tokens: keys and values, or the state of a gated delta rule.
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+_REPLACED_ATTENTION = ("BloomAttention",)
+
+
+@contextmanager
+def invariant_model(model: Any, groups: int | None = None) -> Iterator[None]:
+    """Let a transformers model use the invariant attention, experts and recurrences.
+
+    A model that is spread over ranks also adds their partial sums in one order; with ``groups`` its
+    bits are those of any number of ranks that divides it: see `tensor_parallel`. On leaving, it has
+    its own again. Raises UncoveredOpError for quantised weights, for attention that cannot be
+    replaced, for layers with another kind of state, and for those that cannot be spread so.
+    """
+    _refuse_quantised(model)
+    _refuse_states(model)
+    _refuse_own_attention(model)
+    attention.register_attention()
+    experts.register_experts()
+    alibi.replace_attention()
+    gated_delta.replace_recurrences(model)
+    own = model.config._attn_implementation, model.config._experts_implementation
+    try:
+        _set(model, NAME, NAME)
+        with tensor_parallel.ordered_layers(model, groups):
+            yield
+    finally:
+        _set(model, *own)
+
+
+def _set(model: Any, attention: str, expert: str) -> None:
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(attention)
+    model.set_experts_implementation(expert)
+
+
+def _refuse_quantised(model: Any) -> None:
+    for path, module in model.named_modules():
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            packed = tensor.dtype == torch.int32 and "weight" in name
+            narrow = tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool
+            wrapped = is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh")
+            if packed or narrow or wrapped:
+                raise _refusal(model, "product with quantised weights", path, tensor.dtype, name)
+
+
+def _refuse_states(model: Any) -> None:
+    """Only layers whose state has an invariant implementation, or none but keys and values."""
+    for index, layer_type in enumerate(getattr(model.config, "layer_types", None) or ()):
+        layers = [
+            (path, module)
+            for path, module in model.named_modules()
+            if getattr(module, "layer_idx", None) == index
+        ]
+        if layer_type in _LAYER_TYPES or any(gated_delta.is_covered(m) for _, m in layers):
+            continue
+        path = layers[-1][0] if layers else ""
+        reason = "its chunks would depend on padding, and prefill and decode would differ"
+        raise _refusal(model, layer_type.replace("_", " "), path, model.dtype, reason)
+
+
+def _refuse_own_attention(model: Any) -> None:
+    if model._can_set_attn_implementation():
+        return
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if "Attention" in name and name not in _REPLACED_ATTENTION:
+            reason = "the module computes it by itself, over padded keys, and takes no other"
+            raise _refusal(model, "attention", path, model.dtype, reason)
+
+
+def _refusal(model: Any, op: str, path: str, dtype: torch.dtype, reason: str) -> UncoveredOpError:
+    module = f"{path or 'the root module'} ({type(model.get_submodule(path)).__name__})"
+    return UncoveredOpError(op, dtype, model.device.type, module, reason)

@@ -1,0 +1,238 @@
+"""Decoder layers of the Llama shape as ten launches each, for the invariant arm on CUDA.
+
+With a mixture of experts in the MLP's place, fourteen (`mixture`).
+
+A transformers decoder layer is some sixty small kernels, most of them elementwise. Here q, k and v
+are one product, as are gate and up; norms, QK norm with rotary and cache write, and silu * up are
+one launch each; residuals are added where the product before them is rounded. Every launch keeps
+its own contract, so the layer is batch-invariant as they are. Its bits differ from the unfused
+layer's, which rounds more often.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ndcheck_kernels.cuda.attention.causal import attention
+from ndcheck_kernels.cuda.attention.qkv import HEAD_DIMS, qkv
+from ndcheck_kernels.cuda.compiler import compile_failure, quiet_compiler
+from ndcheck_kernels.cuda.device import FLOATS
+from ndcheck_kernels.cuda.products.matmul import matmul
+from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
+from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
+from ndcheck_kernels.models.mixture import FIRES as MIXTURE_FIRES
+from ndcheck_kernels.models.mixture import is_mixture, mixture
+from ndcheck_kernels.scope.mode import Scope, active_scope, refusal
+
+LAYERS = (
+    *("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"),
+    "Qwen3MoeDecoderLayer",
+)
+
+# What one layer computes but for its MLP, and what that does, as `Scope.fires` counts it.
+_FIRES = {"linear": 2, "attention": 1, "rms_norm": 2, "qkv": 1}
+_MLP_FIRES = {"linear": 2, "silu_mul": 1}
+
+
+@contextmanager
+def fused_layers(model: torch.nn.Module) -> Iterator[int]:
+    """Run the model's decoder layers fused; yields how many, 0 where it has others than these.
+
+    Warns, and leaves them as they are, where a kernel that only fused layers need does not compile.
+    """
+    layers = join_weights(model)
+    reason = next(filter(None, map(_compile_failure, layers)), None)
+    if reason is not None:
+        warnings.warn(f"decoder layers run unfused, which is slower: {reason}", stacklevel=3)
+        layers = []
+    for i, layer in enumerate(layers):
+        layer.forward = partial(_forward, layer, i == len(layers) - 1)
+    try:
+        yield len(layers)
+    finally:
+        for layer in layers:
+            del layer.forward  # The class's own shows again.
+
+
+_compile_failures: dict[Hashable, str | None] = {}
+
+
+def _compile_failure(layer: Any) -> str | None:
+    """Why a kernel of the fused layer cannot be compiled; each shape is tried once."""
+    own, norm = layer.self_attn, layer.input_layernorm.weight
+    heads, kv_heads = (p.out_features // own.head_dim for p in (own.q_proj, own.k_proj))
+    q_norm = getattr(own, "q_norm", None)
+    shape = (norm.device, norm.dtype, norm.numel(), heads, kv_heads, own.head_dim, q_norm is None)
+    if shape not in _compile_failures:
+        _compile_failures[shape] = None
+        cache = norm.new_zeros(1, kv_heads, 1, own.head_dim)
+        angles = norm.new_zeros(1, 1, own.head_dim)
+        weight = None if q_norm is None else q_norm.weight
+        try:
+            with quiet_compiler(), _disable_current_modes():
+                rms_norm(norm[None], norm)
+                silu_mul(norm[None], norm[None])
+                qkv(
+                    norm.new_zeros(1, 1, (heads + 2 * kv_heads) * own.head_dim), angles, angles,
+                    cache, cache.clone(), torch.zeros((), dtype=torch.int64, device=norm.device),
+                    q_weight=weight, k_weight=weight,
+                )  # fmt: skip
+        except Exception as error:
+            _compile_failures[shape] = compile_failure(error)
+            if _compile_failures[shape] is None:
+                raise
+    return _compile_failures[shape]
+
+
+def join_weights(model: torch.nn.Module) -> list[Any]:
+    """Lay weights that meet the same rows out as one; returns the layers that can be fused.
+
+    The parts stay views of the joined weight. A CUDA graph captured before this one holds their old
+    place, so join them before the first capture.
+    """
+    layers: list[Any] = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
+    if not all(map(_fits, layers)):
+        return []
+    for layer in layers:
+        if not hasattr(layer, "_joined_qkv"):
+            own, mlp = layer.self_attn, layer.mlp
+            layer._joined_qkv = _join([own.q_proj, own.k_proj, own.v_proj])
+            if not is_mixture(mlp):
+                layer._joined_gate_up = _join([mlp.gate_proj, mlp.up_proj])
+    return layers
+
+
+def _fits(layer: Any) -> bool:
+    if type(layer).__name__ not in LAYERS:
+        return False
+    own, mlp = layer.self_attn, layer.mlp
+    return (
+        not hasattr(own.o_proj.weight, "device_mesh")  # Spread over ranks, each with a partial sum.
+        and getattr(own, "sliding_window", None) is None
+        and own.o_proj.bias is None
+        and (is_mixture(mlp) or _is_gated(mlp))
+        and own.head_dim in HEAD_DIMS
+        and own.o_proj.weight.dtype in FLOATS
+    )
+
+
+def _is_gated(mlp: Any) -> bool:
+    return hasattr(mlp, "gate_proj") and (
+        type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and all(p.bias is None for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    )
+
+
+def _join(projections: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    joined = torch.cat([p.weight.data for p in projections])
+    for p, part in zip(
+        projections, joined.split([p.out_features for p in projections]), strict=True
+    ):
+        p.weight.data = part
+    if projections[0].bias is None:
+        return joined, None
+    return joined, torch.cat([p.bias.data for p in projections])
+
+
+def _forward(
+    layer: Any,
+    is_last: bool,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    past_key_values: Any,
+    **_: Any,
+) -> torch.Tensor:
+    scope = active_scope()
+    if scope is None:
+        raise RuntimeError("fused layers run inside invariant_kernels() only")
+    spans = attention_mask.as_subclass(torch.Tensor)
+    if spans.shape[-1] != 2:
+        raise refusal(
+            "attention",
+            hidden_states.dtype,
+            hidden_states.device.type,
+            "fused layers see every key up to their own position, and this mask hides some",
+        )
+    with _disable_current_modes():
+        return _fused(
+            layer,
+            is_last,
+            hidden_states,
+            spans,
+            position_embeddings,
+            past_key_values,
+            scope,
+        )
+
+
+def _fused(
+    layer: Any,
+    is_last: bool,
+    hidden: torch.Tensor,
+    spans: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    cache: Any,
+    scope: Scope,
+) -> torch.Tensor:
+    """hidden [B, L, N]; spans [B, 1, 1, 2] as `ops.attention` makes them."""
+    own, mlp = layer.self_attn, layer.mlp
+    batch, length, width = hidden.shape
+    residual = hidden.reshape(-1, width)
+    rows = _norm(residual, layer.input_layernorm)
+    weight, bias = layer._joined_qkv
+    x = matmul(rows, weight.t(), bias).view(batch, length, -1)
+    keys, values, offset = _columns(cache, own, x)
+    q_norm, k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
+    query = qkv(
+        x, *position_embeddings, keys, values, offset,
+        q_weight=None if q_norm is None else q_norm.weight,
+        k_weight=None if k_norm is None else k_norm.weight,
+        eps=0.0 if q_norm is None else q_norm.variance_epsilon,
+    )  # fmt: skip
+    out = attention(
+        query, keys, values, starts=spans[:, 0, 0, 0], lengths=spans[:, 0, 0, 1], scale=own.scaling
+    )
+    out = out.transpose(1, 2).reshape(batch * length, -1)
+    residual = matmul(out, own.o_proj.weight.t(), residual)
+    rows = _norm(residual, layer.post_attention_layernorm)
+    if is_mixture(mlp):
+        residual = mixture(rows, mlp, residual)
+        scope.fires.update(MIXTURE_FIRES)
+    else:
+        gate, up = matmul(rows, layer._joined_gate_up[0].t()).chunk(2, -1)
+        residual = matmul(silu_mul(gate, up), mlp.down_proj.weight.t(), residual)
+        scope.fires.update(_MLP_FIRES)
+    if is_last:
+        # Together: one launch, where the cache would make one a layer.
+        torch._foreach_add_([c.cumulative_length for c in cache.layers], length)
+    scope.fires.update(_FIRES)
+    return residual.view(batch, length, width)
+
+
+def _norm(rows: torch.Tensor, module: Any) -> torch.Tensor:
+    return rms_norm(rows, module.weight, module.variance_epsilon)
+
+
+def _columns(
+    cache: Any, own: Any, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The layer's static cache, and how many of its columns are filled."""
+    layer = cache.layers[own.layer_idx]
+    if not hasattr(layer, "cumulative_length"):
+        raise TypeError("fused layers write to transformers' StaticCache only")
+    if not layer.is_initialized:
+        kv_heads = own.k_proj.out_features // own.head_dim
+        like = x.new_empty(x.shape[0], kv_heads, 1, own.head_dim)
+        layer.lazy_initialization(like, like)
+    return layer.keys, layer.values, layer.cumulative_length
+
+
+__all__ = ["LAYERS", "fused_layers", "join_weights"]

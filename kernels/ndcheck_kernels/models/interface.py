@@ -1,0 +1,13 @@
+"""Where the attention and the experts that transformers knows by `NAME` may be used."""
+
+from ndcheck_kernels.ops.library import NAME
+from ndcheck_kernels.scope.mode import active_scope
+
+
+def require_scope(kind: str, stock: str) -> None:
+    """Raises RuntimeError outside a scope, naming transformers' setting and its stock value."""
+    if active_scope() is None:
+        raise RuntimeError(
+            f"{kind}_implementation='{NAME}' only runs inside ndcheck_kernels.invariant_kernels(); "
+            f"for stock kernels call model.set_{kind}_implementation('{stock}')"
+        )

@@ -1,0 +1,208 @@
+"""The layers of a model that is spread over ranks, with sums whose order the spreading fixes.
+
+A transformers tensor-parallel plan cuts layers by output features (`colwise`), by input features
+(`rowwise`), or experts by their hidden features (`moe_tp_experts`). The last two give every rank a
+partial sum. Here a partial sum stays in fp32 until `rank_sum` has added all of them in rank order;
+stock adds sums rounded to the model's dtype in an order that the collective chooses.
+
+With `groups`, a power of two, bits are equal on 1, 2, 4, ... `groups` ranks: the input features of
+a partial sum are cut into that many parts, each a product of its own, added as a tree of which a
+rank holds a branch; output features are computed in as many blocks, since the order of a product
+may follow its width. Attention needs nothing: a head is computed whole on one rank.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ndcheck_kernels.ops.collectives import (
+    add_pairwise,
+    known_ranks,
+    rank_gather_op,
+    rank_sum_op,
+)
+from ndcheck_kernels.ops.experts import combine_op, route_op
+from ndcheck_kernels.ops.products import partial_grouped_op, partial_linear_op
+from ndcheck_kernels.scope.mode import UncoveredOpError, refusal
+
+aten = torch.ops.aten
+
+_GATHERED = frozenset({"colwise_gather_output", "colwise_rep"})
+_VOCABULARY = frozenset({"embedding_rowwise", "rowwise"})  # As transformers 5.18 and 5.17 call it.
+# With these no rank's forward needs another's; of any other style's own collective a scope refuses.
+_LOCAL = frozenset({"colwise", "packed_colwise", "replicated_with_grad_allreduce", "replicate"})
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a model lies on ranks: how many, which this is, their group, the parts of every sum."""
+
+    n_ranks: int
+    rank: int
+    group: str
+    groups: int
+    is_nested: bool
+    """Whether bits shall be those of other numbers of ranks."""
+
+    def sum(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Of this rank's parts and all others', fp32 (fp64)."""
+        own = add_pairwise(parts)
+        if self.n_ranks == 1:
+            return own
+        total: torch.Tensor = rank_sum_op(own, self.group)
+        return total
+
+
+@contextmanager
+def ordered_layers(model: Any, groups: int | None = None) -> Iterator[None]:
+    """Run the layers of a transformers model that its plan cuts by the sums above.
+
+    Raises UncoveredOpError, naming the module, where sizes do not divide or, with ``groups``, for a
+    style of which nothing is known. On leaving, the model has its own forwards again.
+    """
+    n_ranks = getattr(model, "_tp_size", None) or 1
+    if n_ranks == 1 and groups is None:
+        yield
+        return
+    if groups is not None and (groups & (groups - 1) or groups % n_ranks):
+        raise ValueError(f"groups {groups}: give a power of two that {n_ranks} ranks divide")
+    if n_ranks == 1:
+        with _replaced(model, Spread(1, 0, "", groups or 1, True)):
+            yield
+        return
+    mesh = model._device_mesh
+    group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+    with known_ranks(group) as name:
+        spread = Spread(n_ranks, group.rank(), name, groups or n_ranks, groups is not None)
+        with _replaced(model, spread):
+            yield
+
+
+@contextmanager
+def _replaced(model: Any, spread: Spread) -> Iterator[None]:
+    replaced = [
+        (layer, layer.__dict__.get("forward"), forward)
+        for path, layer, style in _planned(model)
+        if (forward := _ordered(layer, path, style, spread))
+    ]
+    try:
+        for layer, _, forward in replaced:
+            layer.forward = forward
+        yield
+    finally:
+        for layer, own, _ in replaced:
+            del layer.forward  # The class's own shows again,
+            if own is not None:
+                layer.forward = own  # or what transformers had put over it.
+
+
+def _planned(model: Any) -> Iterator[tuple[str, torch.nn.Module, str]]:
+    """Path, module and style of every module that the model's plan names."""
+    plan = model.tp_plan
+    for path, module in model.named_modules():
+        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", path))
+        if style is not None:
+            yield path, module, style
+
+
+def _ordered(
+    layer: Any, path: str, style: str, spread: Spread
+) -> Callable[..., torch.Tensor] | None:
+    """What computes the layer; None where its own forward does."""
+    if isinstance(layer, torch.nn.Embedding) and style in _VOCABULARY:
+        return partial(_look_up, layer, spread) if spread.n_ranks > 1 else None
+    if style == "rowwise":
+        _check_divides(layer, path, layer.in_features, spread)
+        return partial(_sum_inputs, layer, spread)
+    if style == "moe_tp_experts":
+        _check_experts(layer, path)
+        _check_divides(layer, path, layer.intermediate_dim, spread)
+        return partial(_run_experts, layer, spread)
+    if style in _GATHERED or (style == "colwise" and spread.is_nested):
+        if spread.is_nested:
+            _check_divides(layer, path, layer.out_features, spread)
+        return partial(_run_blocks, layer, spread, style in _GATHERED)
+    if spread.is_nested and style not in _LOCAL:
+        raise _refusal(layer, path, f"its plan, {style}, has no order that other ranks share")
+    return None
+
+
+def _look_up(layer: Any, spread: Spread, ids: torch.Tensor) -> torch.Tensor:
+    """An embedding of which this rank holds some rows: ids [...] -> [..., H], exact."""
+    weight = _here(layer.weight)
+    own = ids - spread.rank * -(-layer.num_embeddings // spread.n_ranks)
+    is_elsewhere = (own < 0) | (own >= weight.shape[0])
+    rows = F.embedding(own.masked_fill(is_elsewhere, 0), weight)
+    rows = rows.masked_fill(is_elsewhere[..., None], 0)
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    return spread.sum([wide]).to(rows.dtype)
+
+
+def _sum_inputs(layer: Any, spread: Spread, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer of which this rank holds some input features: x [..., K here] -> [..., N]."""
+    length = layer.in_features // spread.groups
+    rows = x.reshape(-1, x.shape[-1])
+    pieces = zip(rows.split(length, -1), _here(layer.weight).split(length, 1), strict=True)
+    total = spread.sum([partial_linear_op(part, weight) for part, weight in pieces])
+    if layer.bias is not None:
+        total = total + _here(layer.bias)
+    return total.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _run_blocks(layer: Any, spread: Spread, gathers: bool, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer of which this rank holds some output features, in blocks of one width."""
+    weight = _here(layer.weight)
+    width = layer.out_features // spread.groups if spread.is_nested else weight.shape[0]
+    weights = weight.split(width)
+    biases = [None] * len(weights) if layer.bias is None else _here(layer.bias).split(width)
+    out = torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
+    if gathers and spread.n_ranks > 1:
+        out = rank_gather_op(out, layer.out_features, spread.group)
+    return out
+
+
+def _run_experts(
+    layer: Any, spread: Spread, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Experts of which this rank holds some hidden features: x [T, H], both others [T, k]."""
+    gate_up, down = _here(layer.gate_up_proj), _here(layer.down_proj)  # [E, 2I, H], [E, H, I]
+    token, _, place, ordered, ends = route_op(index, weights, layer.num_experts)
+    length = layer.intermediate_dim // spread.groups
+    blocks = gate_up.split(length, 1) if spread.is_nested else (gate_up,)
+    rows = x[token]
+    hidden = [aten._grouped_mm.default(rows, block.transpose(1, 2), ends) for block in blocks]
+    gated = layer._apply_gate(torch.cat(hidden, -1))
+    pieces = zip(gated.split(length, -1), down.split(length, 2), strict=True)
+    outputs = [partial_grouped_op(part, weight.transpose(1, 2), ends) for part, weight in pieces]
+    total = spread.sum([combine_op(output, place, ordered) for output in outputs])
+    return total.to(x.dtype)
+
+
+def _here(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's shard."""
+    to_local = getattr(parameter, "to_local", None)
+    return parameter if to_local is None else to_local()
+
+
+def _check_divides(layer: Any, path: str, size: int, spread: Spread) -> None:
+    if size % spread.groups:
+        raise _refusal(layer, path, f"{size} features do not divide into {spread.groups} parts")
+
+
+def _check_experts(layer: Any, path: str) -> None:
+    plain = layer.has_gate and layer.is_concatenated and not layer.is_transposed
+    if not plain or layer.has_bias or getattr(layer, "has_post_expert_norm", False):
+        raise _refusal(layer, path, "experts with biases, norms or this layout are not spread here")
+
+
+def _refusal(layer: Any, path: str, reason: str) -> UncoveredOpError:
+    parameter = next(layer.parameters())
+    module = f"{path} ({type(layer).__name__})"
+    error = refusal("tensor-parallel layer", parameter.dtype, parameter.device.type, reason)
+    return UncoveredOpError(error.op, error.dtype, error.device, module, reason)
