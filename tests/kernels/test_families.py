@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
 
 import ndcheck_kernels
+from bench.models import families, support
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck_kernels import UncoveredOpError, invariant_kernels
 from ndcheck_kernels.models import attention
-
-BENCH = Path(__file__).parents[2] / "kernels" / "bench"
-sys.path.insert(0, str(BENCH))
-families = importlib.import_module("families")
-support = importlib.import_module("support")
-sys.path.remove(str(BENCH))
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 NAMES = list(families.FAMILIES)

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.ops import freeze_borrowed as freeze
 from ndcheck_kernels.cuda import borrowed_ranges
-
-BENCH = Path(__file__).parents[2] / "kernels" / "bench"
-sys.path.insert(0, str(BENCH))
-freeze = importlib.import_module("freeze_borrowed")
-sys.path.remove(str(BENCH))
 
 BATCHES = (1, 16, 64, 128, 512)
 RATIOS = st.dictionaries(st.sampled_from(BATCHES), st.sampled_from([0.5, 0.95, 0.99, 1.3]))
