@@ -47,6 +47,20 @@ def device():
 
 
 @pytest.fixture
+def sizes():
+    """Of a decoder that the interpreter runs in seconds."""
+    return {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+
+
+@pytest.fixture
 def batch_sizes():
     """M to compare: all of them on a GPU, a few where each takes the interpreter seconds."""
     if torch.cuda.is_available():
