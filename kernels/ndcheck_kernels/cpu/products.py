@@ -25,7 +25,7 @@ from ndcheck_kernels.ops.products import (
     register_partial_products,
     register_products,
 )
-from ndcheck_kernels.scope.mode import UnsupportedCallError
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
 
 aten = torch.ops.aten
 

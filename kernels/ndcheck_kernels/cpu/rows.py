@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ndcheck_kernels.scope.mode import UnsupportedCallError
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
 
 BASE_ROWS = 16
 

@@ -6,7 +6,8 @@ from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.products import grouped_matmul, matmul
 from ndcheck_kernels.ops.experts import combine_op, route_by_sorting, route_op
 from ndcheck_kernels.ops.products import register_grouped_product, register_partial_products
-from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
+from ndcheck_kernels.scope.registry import implements
 
 
 def _grouped_mm(

@@ -21,7 +21,7 @@ from ndcheck_kernels.measure.check import (
     check,
     default_row_counts,
 )
-from ndcheck_kernels.scope import mode
+from ndcheck_kernels.scope import registry
 
 CPU = torch.device("cpu")
 ROWS = (1, 2, 3, 17, 40)
@@ -207,5 +207,5 @@ def test_a_form_with_other_bits_is_caught():
 
 def replace_op(monkeypatch, op, implementation):
     covered_ops("cpu")
-    monkeypatch.setitem(mode._implementations["cpu"], op, implementation)
-    monkeypatch.setattr(mode, "_found", {})
+    monkeypatch.setitem(registry._implementations["cpu"], op, implementation)
+    monkeypatch.setattr(registry, "resolved", {})

@@ -19,7 +19,7 @@ from ndcheck_kernels import (
     implements,
     invariant_kernels,
 )
-from ndcheck_kernels.scope import mode
+from ndcheck_kernels.scope import registry
 
 
 class Inner(torch.nn.Module):
@@ -180,7 +180,7 @@ def test_no_gradient_flows():
 
 
 def test_a_device_without_implementations_is_refused(monkeypatch):
-    monkeypatch.setattr(mode, "DEVICE_MODULES", {})
+    monkeypatch.setattr(registry, "DEVICE_MODULES", {})
     x = torch.ones(2, 3, device="meta")
     with invariant_kernels():
         assert (x + 1).shape == (2, 3)
@@ -189,8 +189,8 @@ def test_a_device_without_implementations_is_refused(monkeypatch):
 
 
 def test_an_implementation_can_be_registered_for_a_device(monkeypatch):
-    monkeypatch.setattr(mode, "_implementations", {})
-    monkeypatch.setattr(mode, "_found", {})
+    monkeypatch.setattr(registry, "_implementations", {})
+    monkeypatch.setattr(registry, "resolved", {})
 
     @implements(torch.ops.aten.mm.default, device="meta")
     def mm(a, b):

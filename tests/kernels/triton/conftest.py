@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ndcheck_kernels.scope import mode
+from ndcheck_kernels.scope import registry
 
 if not torch.cuda.is_available():
     from triton.runtime import interpreter
@@ -136,10 +136,10 @@ def assert_batch_invariant():
 @pytest.fixture
 def cuda_registrations(device, monkeypatch):
     """What `cuda` registers is what the scope runs: without a GPU, for CPU tensors."""
-    mode.covered_ops("cpu")
-    mode.covered_ops("cuda")
+    registry.covered_ops("cpu")
+    registry.covered_ops("cuda")
     if device == "cpu":
-        monkeypatch.setitem(mode._implementations, "cpu", mode._implementations["cuda"])
-    mode._found.clear()
+        monkeypatch.setitem(registry._implementations, "cpu", registry._implementations["cuda"])
+    registry.resolved.clear()
     yield
-    mode._found.clear()
+    registry.resolved.clear()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ndcheck_kernels import invariant_kernels, invariant_model
 from ndcheck_kernels.models import attention as model_attention
 from ndcheck_kernels.ops import attention
-from ndcheck_kernels.scope import mode
+from ndcheck_kernels.scope import registry
 
 SMALLER = {"num_hidden_layers": 1, "num_attention_heads": 2}  # as wide as all their heads
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -47,7 +47,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_decode_step_reads_nothing_back(family, device, sizes, monkeypatch) -> None:
-    monkeypatch.delitem(mode._pointwise, "cpu", raising=False)  # CUDA has no such proofs.
+    monkeypatch.delitem(registry._pointwise, "cpu", raising=False)  # CUDA has no such proofs.
     name, values = FAMILIES[family]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**(sizes | SMALLER | values))

@@ -15,7 +15,7 @@ from ndcheck_kernels.cuda.products import grouped_matmul
 from ndcheck_kernels.measure.reference import experts_reference
 from ndcheck_kernels.models import experts
 from ndcheck_kernels.ops.experts import combine_op, route_op
-from ndcheck_kernels.scope import mode
+from ndcheck_kernels.scope import registry
 
 SIZES = {
     "hidden_size": 32,
@@ -30,14 +30,16 @@ OPS = (torch.ops.aten._grouped_mm.default, route_op, combine_op)
 @pytest.fixture(autouse=True)
 def expert_registrations(device, monkeypatch):
     assert cuda_experts
-    mode.covered_ops(device)
+    registry.covered_ops(device)
     experts.register_experts()
     if device == "cpu":
         for op in OPS:
-            monkeypatch.setitem(mode._implementations["cpu"], op, mode._implementations["cuda"][op])
-        mode._found.clear()
+            monkeypatch.setitem(
+                registry._implementations["cpu"], op, registry._implementations["cuda"][op]
+            )
+        registry.resolved.clear()
     yield
-    mode._found.clear()
+    registry.resolved.clear()
 
 
 def build(layer_class, config_class, dtype, device):
