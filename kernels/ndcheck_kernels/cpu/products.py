@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels.cpu.rows import BASE_ROWS, Probe, RowKernel, map_rows
+from ndcheck_kernels.cpu.proven_rows import BASE_ROWS, Probe, RowKernel, map_rows
 from ndcheck_kernels.ops.products import (
     combine,
     register_grouped_product,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ndcheck_kernels import UncoveredOpError, invariant_kernels
-from ndcheck_kernels.cpu import rows as cpu_rows
+from ndcheck_kernels.cpu import proven_rows
 from ndcheck_kernels.measure.reference import addmm_reference, linear_reference, matmul_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -201,7 +201,7 @@ def test_integer_products_are_exact_and_pass():
 
 
 def test_proofs_leave_the_random_state_alone():
-    cpu_rows._proofs.clear()
+    proven_rows._proofs.clear()
     state = torch.get_rng_state()
     with invariant_kernels():
         torch.ones(5, 48) @ torch.ones(48, 9)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ndcheck_kernels import UnsupportedCallError
-from ndcheck_kernels.cpu.rows import BASE_ROWS, Probe, map_rows, same_bits
+from ndcheck_kernels.cpu.proven_rows import BASE_ROWS, Probe, map_rows, same_bits
 
 WIDTH = 200
 unique = itertools.count()
