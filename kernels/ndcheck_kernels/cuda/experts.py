@@ -43,7 +43,7 @@ register_partial_products("cuda", _partial_linear, _partial_grouped)
 def route_experts(
     index: torch.Tensor, weights: torch.Tensor, experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `experts.route_op`: one launch for few tokens, sorts for many; integers either way."""
+    """As `ops.experts.route_op`: one launch for few tokens, sorts for many; integers either way."""
     few = index.numel() <= grouped_matmul.MOST_COUNTED
     return (grouped_matmul.route if few else route_by_sorting)(index, weights, experts)
 

@@ -1,4 +1,4 @@
-"""A whole layer of experts through what `cuda_experts` registers.
+"""A whole layer of experts through what `cuda.experts` registers.
 
 Without a GPU these registrations stand in for the CPU's, under the interpreter.
 """
