@@ -1,7 +1,7 @@
 """Where the attention and the experts that transformers knows by `NAME` may be used."""
 
 from ndcheck_kernels.ops.library import NAME
-from ndcheck_kernels.scope.mode import active_scope
+from ndcheck_kernels.scope.state import active_scope
 
 
 def require_scope(kind: str, stock: str) -> None:

@@ -29,7 +29,7 @@ from ndcheck_kernels.ops.collectives import (
 )
 from ndcheck_kernels.ops.experts import combine_op, route_op
 from ndcheck_kernels.ops.products import partial_grouped_op, partial_linear_op
-from ndcheck_kernels.scope.mode import UncoveredOpError, refusal
+from ndcheck_kernels.scope.refusal import UncoveredOpError, refusal
 
 aten = torch.ops.aten
 

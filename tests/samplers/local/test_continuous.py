@@ -153,10 +153,10 @@ INVARIANT_ALONE = replace(
 
 def test_an_order_that_follows_the_batch_is_caught(sampler, monkeypatch):
     """Planted in the arm that passes without it."""
-    from ndcheck_kernels.scope import mode
+    from ndcheck_kernels.scope import registry
 
     op = torch.ops.aten.linear.default
-    covered_before = mode.covered_ops("cpu")
+    covered_before = registry.covered_ops("cpu")
 
     def linear(x, weight, bias=None):
         n_parts = 1 + x.numel() // x.shape[-1] % 3
@@ -165,13 +165,13 @@ def test_an_order_that_follows_the_batch_is_caught(sampler, monkeypatch):
 
     _, clean = measure(sampler, INVARIANT_ALONE)
     assert clean.verdict.outcome == "PASS"
-    monkeypatch.setitem(mode._implementations["cpu"], op, linear)
-    mode._found.clear()
+    monkeypatch.setitem(registry._implementations["cpu"], op, linear)
+    registry.resolved.clear()
     try:
         _, planted = measure(sampler, INVARIANT_ALONE)
     finally:
-        mode._found.clear()
-    assert mode.covered_ops("cpu") == covered_before
+        registry.resolved.clear()
+    assert registry.covered_ops("cpu") == covered_before
     assert planted.verdict.outcome == "FAIL"
 
 

@@ -20,7 +20,7 @@ from ndcheck.samplers.local.sharding import check_heads
 from ndcheck.storage.run_directory import SampleReader, read_run
 from ndcheck_kernels.models.tensor_parallel import ordered_layers
 from ndcheck_kernels.ops.collectives import GATHERED_ELEMENTS, add_pairwise
-from ndcheck_kernels.scope.mode import Scope
+from ndcheck_kernels.scope.state import Scope
 
 SIZES = {
     "vocab_size": 4096,  # The embedded tokenizer's, which a bare config gets.
@@ -123,7 +123,7 @@ SUMS = f"""
 import gc, json, torch, torch.distributed as dist
 from ndcheck_kernels import invariant_kernels
 from ndcheck_kernels.ops.collectives import add_pairwise, known_ranks, rank_sum_op
-from ndcheck_kernels.scope.mode import UncoveredOpError
+from ndcheck_kernels.scope.refusal import UncoveredOpError
 dist.init_process_group("gloo")
 n, rank = dist.get_world_size(), dist.get_rank()
 found = {{"refused": False}}
