@@ -1,9 +1,10 @@
-"""Whether a batch computes what its model computes: seen once per model, before it is measured.
+"""Check once per model, before it is measured, that ndcheck's batches compute what the model does.
 
-The right logits are those of `generate()` on a prompt alone. Beside them stand those of exact
-batches of the same tokens: alone and padded, the prompt whole, chunked or on a prefix, and decoded
-on token by token. What differs by more than rounding under stock kernels does so by the model's
-own code, and would be taken for nondeterminism.
+The right logits are those of `generate()` on a prompt alone. The same tokens also run in exact
+batches: alone and padded, with the prompt whole, in chunks or on a prefix, then token by token.
+Where stock kernels differ from the right logits by more than rounding, the model's own code makes
+the difference (positions that follow padding, say). That is not nondeterminism, so the property is
+left out or refused, with the reason.
 """
 
 from __future__ import annotations
