@@ -33,7 +33,7 @@ from ndcheck.samplers.local.sharding import (
 )
 
 CONFIG_S, BUILD_S = 20, 60
-"""Seconds of CPU time that reading a config, and building the model without weights, may take."""
+"""Most of CPU time to read a config, and to build the empty model that it describes."""
 FOREIGN = re.compile(
     r"(^|\.)((layers|h|blocks)\.\d+\..*(weight|_proj\.bias)|(score|classifier|qa_outputs|v_head)\..*)$"
 )
@@ -105,11 +105,10 @@ def load_tokenizer(source: str, spec: RunSpec) -> Any:
 
 
 def load_model(source: str, config: Any, spec: RunSpec, device: torch.device) -> Any:
-    """The model on ``device``, in evaluation mode.
+    """The model on ``device``, as `eval`: its weights, or random ones where the spec wants them.
 
-    It has the stored weights, or random ones if ``spec.random_weights`` is a seed. With
-    ``spec.tensor_parallel`` above 1 this process gets its shard only.
-    Raises UsageError where the files are not such a model, BackendError where the device fails.
+    Where ranks share it, each has its shard. Raises UsageError and BackendError as
+    `TransformersSampler` does.
     """
     if spec.tensor_parallel > 1:
         check_heads(config, spec.tensor_parallel)
@@ -166,7 +165,7 @@ def _check_size(
 ) -> None:
     """Raise UsageError where the config describes more than the files, or the memory, can hold.
 
-    ``stored`` is what `count_weights` found in the files, None where nothing is loaded.
+    ``stored`` is what the files hold, None where nothing is loaded.
     """
     dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
     with (
@@ -268,7 +267,7 @@ def _tokenizer_source(source: str, spec: RunSpec) -> str:
 
 @contextmanager
 def _one_line_errors(source: str, part: str) -> Iterator[None]:
-    """Make any failure in the block one line that names the model and the ``part`` being loaded."""
+    """Loading fails in many ways; each becomes one line that names the model and what of it."""
     try:
         yield
     except NdcheckError:
