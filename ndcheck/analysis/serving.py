@@ -1,4 +1,4 @@
-"""What a server's answers tell of themselves: the draws they are, and the batches that ran."""
+"""What a server's answers show: whether they are independent draws, and the batches they ran in."""
 
 from __future__ import annotations
 

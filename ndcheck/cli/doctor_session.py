@@ -1,4 +1,4 @@
-"""The doctor's visit: environment, numeric flags, self-test."""
+"""`ndcheck doctor` from options to exit code: environment, numeric flags, self-test."""
 
 from __future__ import annotations
 

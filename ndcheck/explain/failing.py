@@ -1,4 +1,4 @@
-"""The sample of a run that is to be explained."""
+"""Choose the sample of a failed run that is explained."""
 
 from __future__ import annotations
 

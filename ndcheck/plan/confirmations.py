@@ -1,4 +1,7 @@
-"""Loads that diverged, once more: a repeat tells a load that always parts from chance."""
+"""Run some of the loads that diverged once more, to tell chance from a load that always diverges.
+
+One that diverges again is laid to its axis; one that does not may have been chance.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ CONFIRMED_LOADS = 2
 def plan_confirmations(
     trials: Sequence[Trial], rows_of: Mapping[int, Mapping[int, tuple[int, int]]]
 ) -> list[Trial]:
-    """The first loads that parted from their baselines along each axis, once more.
+    """A repeat of up to `CONFIRMED_LOADS` loads of each axis that differed from their baselines.
 
-    ``rows_of`` holds, by trial and slot, what stands for the tokens and for the bits of a row.
-    Only a repeat tells a load that always parts from chance. Where tokens parted, bits are not
-    looked at; loads that ran more than once have been repeated.
+    ``rows_of`` holds two numbers for each trial and slot: rows with equal tokens have the same
+    first number, and if their bits are equal too, the same second. Where some loads of a probe and
+    arm differed in tokens, those that differed in bits alone are not repeated, and no load is that
+    ran more than once.
     """
     done = [trial for trial in trials if trial.trial_id in rows_of and trial.axis != "control"]
     n_run = Counter((trial.arm, trial.probe_id, trial.load) for trial in done)
