@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndcheck import records
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.judging.comparison import Measured, find_references
 from ndcheck.judging.verdict import Outcome, judge

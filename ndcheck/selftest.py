@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ndcheck import __version__
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.analysis.summary import Summary
 from ndcheck.judging.verdict import Judgement, Outcome, judge
 from ndcheck.plan.trials import plan_trials

@@ -97,7 +97,7 @@ def measured():
     """``measured(behaviour)``: a scripted run as it would be read back, without a disk."""
     from dataclasses import replace
 
-    from ndcheck.analysis.accumulate import summarise
+    from ndcheck.analysis.summarising import summarise
     from ndcheck.judging.comparison import Measured, find_references
     from ndcheck.plan.faults import plant_fault
     from ndcheck.plan.trials import plan_trials

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.judging.comparison import Measured, compare, find_references, judge_comparison
 from ndcheck.judging.rules import Rules, RuleSet, judge_gate
 from ndcheck.judging.verdict import EXIT_CODES, judge

@@ -22,7 +22,7 @@ import transformers
 from families import FAMILIES, SHAPES, save_model
 
 from ndcheck import __version__, environment
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError
 from ndcheck.judging.verdict import judge_probe

@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ndcheck.analysis.outcomes import AXIS_CODES, LoadKind
+from ndcheck.analysis.accumulating import AXIS_CODES, LoadKind
 from ndcheck.analysis.summary import LoadFinding
 from ndcheck.analysis.trials import Trials
 from ndcheck.analysis.unique import Completions

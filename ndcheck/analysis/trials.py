@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ndcheck.analysis.accumulating import AXIS_CODES, is_settled
 from ndcheck.analysis.divergence import Reference
-from ndcheck.analysis.outcomes import AXIS_CODES, is_settled
 from ndcheck.analysis.summary import Draw
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import Axis

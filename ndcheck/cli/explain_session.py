@@ -179,8 +179,8 @@ def _trace(
     recorded: tuple[str, ...] = (),
     save: Callable[[dict[int, list[str]]], None] = lambda advice: None,
 ) -> int:
-    from ndcheck.explain.findings import group_findings
     from ndcheck.explain.swapping import find_swaps
+    from ndcheck.explain.traced import group_findings
     from ndcheck.explain.tracing import Tracer
     from ndcheck.reports.explain import trace as trace_report
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import typer
 
 from ndcheck import environment
-from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.statistics import trials_needed
+from ndcheck.analysis.summarising import summarise
 from ndcheck.cli.console import INTERRUPTED
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.cli.trust import Given, confirm

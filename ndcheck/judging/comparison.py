@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ndcheck.analysis.accumulating import is_alone
 from ndcheck.analysis.divergence import first_divergence, latent_divergence, read_stream
-from ndcheck.analysis.outcomes import is_alone
 from ndcheck.analysis.statistics import fisher_exact, k1_kl, k3_kl
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.judging.verdict import Verdict

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from ndcheck.analysis.outcomes import is_alone
+from ndcheck.analysis.accumulating import is_alone
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.records import Arm, Sample
 from ndcheck.reports.trees.trunks import Trunk, find_trunk, walk

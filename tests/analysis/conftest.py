@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.analysis.summary import ProbeSummary
 from ndcheck.records import AXES, Decoding, Load, Probe, RunSpec, Sample, Witness
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.analysis.tree import Fork
 from ndcheck.records import AXES, Decoding, Load, Probe, RunSpec, Sample, Witness
 

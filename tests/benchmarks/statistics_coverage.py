@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.analysis.summary import ProbeSummary
 from ndcheck.judging.verdict import judge
 from ndcheck.plan.confirmations import plan_confirmations

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.errors import UsageError
 from ndcheck.judging.comparison import Measured, compare
 from ndcheck.judging.rules import Rules, RuleSet, judge_gate

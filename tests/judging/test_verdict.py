@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from scipy.stats import binomtest
 
-from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.divergence import first_divergence
+from ndcheck.analysis.summarising import summarise
 from ndcheck.judging.verdict import judge, worst
 from ndcheck.plan.faults import plant_fault
 from ndcheck.plan.trials import plan_trials

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.judging.verdict import judge
 from ndcheck.records import Probe
 from ndcheck.reports.figures import gather

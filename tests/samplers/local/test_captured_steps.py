@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.errors import UsageError
 from ndcheck.plan.faults import plant_fault
 from ndcheck.plan.trials import plan_trials

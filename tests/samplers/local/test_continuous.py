@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.judging.verdict import judge
 from ndcheck.plan.faults import plant_fault

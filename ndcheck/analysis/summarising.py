@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ndcheck.analysis.accumulating import ALONE, Group, collect
 from ndcheck.analysis.axes import find_axes
 from ndcheck.analysis.loads import find_loads
 from ndcheck.analysis.metrics import measure
-from ndcheck.analysis.outcomes import ALONE, Group, collect
 from ndcheck.analysis.statistics import (
     chao1,
     clopper_pearson,
@@ -26,7 +26,7 @@ from ndcheck.records import ARMS, Arm, RunSpec, Sample
 
 
 def summarise(samples: Iterable[Sample], spec: RunSpec) -> Summary:
-    """Read ``samples`` once, in any order; `ndcheck.analysis.outcomes` says what is kept of them.
+    """Read ``samples`` once, in any order; `ndcheck.analysis.accumulating` says what is kept of them.
 
     Every probe and arm of the spec gets a summary, even if nothing of it ran.
     """

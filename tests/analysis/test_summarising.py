@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.statistics import clopper_pearson
+from ndcheck.analysis.summarising import summarise
 from ndcheck.records import AXES, Fault, Load, Probe
 
 ULP = 2.0**-24
