@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ndcheck.analysis.summarising import summarise
-from ndcheck.judging.comparison import Measured, compare, find_references, judge_comparison
+from ndcheck.findings import find
+from ndcheck.judging.comparison import compare, judge_comparison
 from ndcheck.judging.rules import Rules, RuleSet, judge_gate
-from ndcheck.judging.verdict import EXIT_CODES, judge
+from ndcheck.judging.verdict import EXIT_CODES
 from ndcheck.records import AXES, Decoding, Environment, Fault, Load, Run, Sample, Witness
 from ndcheck.reports.comparison import print_comparison
 from ndcheck.reports.figures import gather
@@ -99,11 +100,12 @@ def printed(show, *args):
     return screen.getvalue()
 
 
-def screens(run, samples, summary, judgement, verdict):
+def screens(findings, verdict):
+    run, summary = findings.run, findings.summary
     result = CheckResult("check", "ndcheck run", verdict=verdict)
     row = {
         "name": "r",
-        "verdict": judgement.verdict.outcome,
+        "verdict": findings.judgement.verdict.outcome,
         "status": "finished",
         "n_unique": max(p.n_unique for p in summary.probes),
         "diverged_trials": sum(p.diverged_trials for p in summary.probes),
@@ -111,10 +113,10 @@ def screens(run, samples, summary, judgement, verdict):
         "model": "m",
         "arms": run.spec.arms,
     }
-    page = html_report(run, gather(samples, summary), summary, judgement, DEFAULTS)
+    page = html_report(findings, gather(findings), DEFAULTS)
     visible = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.S)
-    yield printed(print_report, run, summary, judgement, DEFAULTS)
-    yield markdown_report(run, summary, judgement, DEFAULTS)
+    yield printed(print_report, findings, DEFAULTS)
+    yield markdown_report(findings, DEFAULTS)
     yield re.sub(r"</?(?:td|strong|th|small)[^>]*>", " ", visible)
     yield printed(print_gate, [result])
     yield gate_markdown([result])
@@ -126,9 +128,9 @@ def screens(run, samples, summary, judgement, verdict):
 def test_where_completions_differ_nothing_passes(drawn):
     spec, samples = drawn
     differing = oracle(samples, allow_latent=spec.allow_latent)
-    run, summary = record(spec), summarise(samples, spec)
-    judgement = judge(run, summary)
-    verdict = judge_gate(run, summary, RuleSet())
+    findings = find(record(spec), samples)
+    judgement = findings.judgement
+    verdict = judge_gate(findings.run, findings.summary, RuleSet())
     failed = {p.arm for p in judgement.probes if p.verdict.outcome == "FAIL"}
     assert failed == differing
     for arm in differing:
@@ -141,7 +143,7 @@ def test_where_completions_differ_nothing_passes(drawn):
         assert int(junit.get("failures")) > 0
     elif judgement.verdict.outcome == "PASS":
         assert verdict.outcome == "PASS"
-    for screen in screens(run, samples, summary, judgement, verdict):
+    for screen in screens(findings, verdict):
         for line in screen.splitlines():
             if "PASS" in line and not spec.allow_latent:
                 # What diverged, or only its bits: "planted fault caught in 1 of 1" is neither.
@@ -178,10 +180,7 @@ def test_what_a_limit_allows_is_called_accepted(limits, drawn):
 @given(runs(), runs())
 @settings(deadline=None, max_examples=50)
 def test_a_comparison_passes_nothing_that_diverged(drawn_a, drawn_b):
-    measured = [
-        Measured(record(spec), summarise(samples, spec), find_references(samples))
-        for spec, samples in (drawn_a, drawn_b)
-    ]
+    measured = (find(record(spec), samples).measured for spec, samples in (drawn_a, drawn_b))
     comparison = compare(*measured)
     verdicts = judge_comparison(comparison, ("unique", "rate"), 0.95)
     for line in printed(print_comparison, ("a", "b"), comparison, verdicts).splitlines():

@@ -26,7 +26,7 @@ from ndcheck.records import ARMS, Arm, RunSpec, Sample
 
 
 def summarise(samples: Iterable[Sample], spec: RunSpec) -> Summary:
-    """Read ``samples`` once, in any order; `ndcheck.analysis.accumulating` says what is kept of them.
+    """Read ``samples`` in any order; `ndcheck.analysis.accumulating` says what is kept of them.
 
     Every probe and arm of the spec gets a summary, even if nothing of it ran.
     """

@@ -18,7 +18,7 @@ from ndcheck.cli.run_session import note
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import UsageError
 from ndcheck.records import ARMS, Arm, Load, Probe, RunSpec
-from ndcheck.reports.explain.kept import save_explanation
+from ndcheck.storage.explanation import save_explanation
 from ndcheck.storage.run_directory import replacing, write_failure
 
 if TYPE_CHECKING:

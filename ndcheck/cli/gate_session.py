@@ -19,6 +19,7 @@ from ndcheck.cli.progress import ProgressLine
 from ndcheck.cli.run_session import note, note_bad_lines
 from ndcheck.config import Check, find_file, read_checks
 from ndcheck.errors import UsageError, did_you_mean, doing
+from ndcheck.findings import read_findings
 from ndcheck.judging.comparison import FAIL_ON, compare
 from ndcheck.judging.rules import Rules, RuleSet, judge_gate
 from ndcheck.records import ARMS, RunSpec
@@ -112,7 +113,7 @@ def judge_runs(
         try:
             with doing(f"judging {path}"):
                 run = Run(path)
-                note_bad_lines(run.bad_lines)
+                note_bad_lines(run.findings.bad_lines)
                 results.append(_judge(str(path), run, demands.over(rules, run.record.spec), folder))
         except UsageError:
             raise
@@ -234,7 +235,9 @@ def _rehearse(check: Check, rules: RuleSet) -> None:
 def _judge(name: str, run: Run, rules: RuleSet, folder: Path) -> CheckResult:
     comparison = None
     if rules.baseline is not None:
-        comparison = compare(Run(find_run(rules.baseline, folder)).measured, run.measured)
+        comparison = compare(
+            read_findings(find_run(rules.baseline, folder)).measured, run.findings.measured
+        )
     return CheckResult(
         name,
         run.command,

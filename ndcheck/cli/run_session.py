@@ -7,23 +7,21 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import typer
 
 from ndcheck import environment
 from ndcheck.analysis.statistics import trials_needed
-from ndcheck.analysis.summarising import summarise
 from ndcheck.cli.console import INTERRUPTED
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import NdcheckError, UsageError, doing
-from ndcheck.judging.verdict import EXIT_CODES, judge
+from ndcheck.findings import read_findings
+from ndcheck.judging.verdict import EXIT_CODES
 from ndcheck.ranks import check_ranks, rank
-from ndcheck.records import Run, RunSpec, Sample, Trial
+from ndcheck.records import RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
-from ndcheck.reports.explain.kept import read_advice
 from ndcheck.reports.plots import MAX_PROBES
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.wording.reproduction import resume_command
@@ -41,7 +39,7 @@ from ndcheck.runner import (
 )
 from ndcheck.samplers.base import Sampler, open_sampler
 from ndcheck.storage.evidence import is_continued_by
-from ndcheck.storage.run_directory import RunDirectory, SampleReader, read_run, write_failure
+from ndcheck.storage.run_directory import RunDirectory, read_run
 
 MAX_BAD_LINES_SHOWN = 5
 
@@ -176,48 +174,38 @@ def measure(
         with ProgressLine(quiet=quiet) as progress:
             run_trials(trials, sampler, directory, finished, progress.show)
     except KeyboardInterrupt:
-        report(directory.path, directory.run, as_json=as_json, html=html, plots=plots)
+        report(directory.path, as_json=as_json, html=html, plots=plots)
         note(f"interrupted; go on with: {go_on}", quiet=False)
         return INTERRUPTED
     except NdcheckError as error:
         failure = error
-    code = report(directory.path, directory.run, as_json=as_json, html=html, plots=plots)
+    code = report(directory.path, as_json=as_json, html=html, plots=plots)
     if failure is not None:
         note(f"finished trials are kept; go on with: {go_on}", quiet=False)
         raise failure
     return code
 
 
-def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bool = False) -> int:
+def report(path: Path, *, as_json: bool, html: bool = False, plots: bool = False) -> int:
     """Write the reports of a run and show one. Returns the verdict's exit code."""
     from rich.console import Console
 
     check_plots(wanted=plots)
-    samples = SampleReader(path, run)
-    summary = summarise(samples, run.spec)
-    note_bad_lines(samples.bad_lines)
-    run = replace(run, flaws=samples.flaws)
-    judgement = judge(run, summary)
-    advice = read_advice(path)
-    try:
-        write_reports(
-            path, run, samples, summary, judgement, DEFAULTS, advice, html=html, plots=plots
-        )
-    except OSError as error:
-        raise write_failure(path, error) from error
+    findings = read_findings(path)
+    note_bad_lines(findings.bad_lines)
+    write_reports(findings, DEFAULTS, html=html, plots=plots)
     if html:
         note(f"wrote {path / 'report.html'}", quiet=False)
     if plots:
-        rest = len(run.spec.probes) - MAX_PROBES
+        rest = len(findings.run.spec.probes) - MAX_PROBES
         note(
             f"wrote {path / 'plots'}{f' without the last {rest} probes' * (rest > 0)}", quiet=False
         )
     if as_json:
-        typer.echo(json.dumps(make_document(run, summary, judgement), indent=2, allow_nan=False))
+        typer.echo(json.dumps(make_document(findings), indent=2, allow_nan=False))
     else:
-        console = Console(highlight=False)
-        print_report(console, run, summary, judgement, DEFAULTS, str(path), advice)
-    return EXIT_CODES[judgement.verdict.outcome]
+        print_report(Console(highlight=False), findings, DEFAULTS)
+    return EXIT_CODES[findings.judgement.verdict.outcome]
 
 
 def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:

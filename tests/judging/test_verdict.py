@@ -15,7 +15,7 @@ from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Decoding, Endpoint, Environment, Load, Run, Witness
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.scripted.sampler import ScriptedSampler
-from ndcheck.selftest import CASES, check, judge_sampler
+from ndcheck.selftest import CASES, find_mistake, measure
 
 SPEC = replace(DEFAULTS, arms=("stock",), decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40)
 
@@ -240,14 +240,14 @@ def test_worst():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.behaviour)
 def test_selftest_cases_are_judged_rightly(case):
-    assert check(case, *judge_sampler(ScriptedSampler(case.behaviour))) is None
+    assert find_mistake(case, measure(ScriptedSampler(case.behaviour))) is None
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.behaviour)
 def test_selftest_cases_can_fail(case):
     """Each case given another behaviour's samples must be seen as wrong."""
     other = "flaky" if case.behaviour == "clean" else "clean"
-    assert check(case, *judge_sampler(ScriptedSampler(other))) is not None
+    assert find_mistake(case, measure(ScriptedSampler(other))) is not None
 
 
 def test_scripted_behaviours_fork_where_they_say():

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import tomllib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 
 from ndcheck.reports.figures import gather
 from ndcheck.reports.html.page import SCRIPTS, TEMPLATE, html_report
+from ndcheck.request import DEFAULTS
+from ndcheck.storage.explanation import save_explanation
 
 EXAMPLES = [
     "failing",
@@ -64,15 +67,15 @@ class Page(HTMLParser):
         return json.loads(self.texts["script"][0])
 
 
-def render(example, advice=()) -> str:
-    figures = gather(example.samples, example.summary)
-    arguments = (example.run, figures, example.summary, example.judgement, example.defaults)
-    return html_report(*arguments, advice)
+def render(example) -> str:
+    return html_report(example, gather(example), DEFAULTS)
 
 
-def test_what_a_trace_advises_is_shown_as_text(failing) -> None:
+def test_what_a_trace_advises_is_shown_as_text(failing, tmp_path) -> None:
     assert "Explanation" not in render(failing)
-    text = render(failing, ["linear <b>in</b> lm_head\x1b[31m follows the batch size"])
+    advice = ["linear <b>in</b> lm_head\x1b[31m follows the batch size"]
+    save_explanation(tmp_path, 7, {102: advice})
+    text = render(replace(failing, directory=tmp_path))
     assert "<h2>Explanation</h2>" in text
     assert "linear &lt;b&gt;in&lt;/b&gt; lm_head" in text
     assert "\x1b" not in text
