@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ndcheck.analysis.summarising import summarise
+from ndcheck.cli.console import EXIT_CODES
+from ndcheck.cli.gate_session import exit_code
 from ndcheck.findings import find
 from ndcheck.judging.comparison import compare, judge_comparison
 from ndcheck.judging.rules import Rules, RuleSet, judge_gate
-from ndcheck.judging.verdict import EXIT_CODES
 from ndcheck.records import AXES, Decoding, Environment, Fault, Load, Run, Sample, Witness
 from ndcheck.reports.comparison import print_comparison
 from ndcheck.reports.figures import gather
-from ndcheck.reports.gate import CheckResult, exit_code, gate_markdown, print_gate
+from ndcheck.reports.gate import CheckResult, gate_markdown, print_gate
 from ndcheck.reports.html.page import html_report
 from ndcheck.reports.junit import junit_xml
 from ndcheck.reports.listing import run_lines

@@ -13,12 +13,11 @@ import typer
 
 from ndcheck import environment
 from ndcheck.analysis.statistics import trials_needed
-from ndcheck.cli.console import INTERRUPTED
+from ndcheck.cli.console import EXIT_CODES, INTERRUPTED, note, note_bad_lines
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import NdcheckError, UsageError, doing
 from ndcheck.findings import read_findings
-from ndcheck.judging.verdict import EXIT_CODES
 from ndcheck.ranks import check_ranks, rank
 from ndcheck.records import RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
@@ -40,8 +39,6 @@ from ndcheck.runner import (
 from ndcheck.samplers.base import Sampler, open_sampler
 from ndcheck.storage.evidence import is_continued_by
 from ndcheck.storage.run_directory import RunDirectory, read_run
-
-MAX_BAD_LINES_SHOWN = 5
 
 
 def start(
@@ -175,13 +172,13 @@ def measure(
             run_trials(trials, sampler, directory, finished, progress.show)
     except KeyboardInterrupt:
         report(directory.path, as_json=as_json, html=html, plots=plots)
-        note(f"interrupted; go on with: {go_on}", quiet=False)
+        note(f"interrupted; go on with: {go_on}")
         return INTERRUPTED
     except NdcheckError as error:
         failure = error
     code = report(directory.path, as_json=as_json, html=html, plots=plots)
     if failure is not None:
-        note(f"finished trials are kept; go on with: {go_on}", quiet=False)
+        note(f"finished trials are kept; go on with: {go_on}")
         raise failure
     return code
 
@@ -195,12 +192,10 @@ def report(path: Path, *, as_json: bool, html: bool = False, plots: bool = False
     note_bad_lines(findings.bad_lines)
     write_reports(findings, DEFAULTS, html=html, plots=plots)
     if html:
-        note(f"wrote {path / 'report.html'}", quiet=False)
+        note(f"wrote {path / 'report.html'}")
     if plots:
         rest = len(findings.run.spec.probes) - MAX_PROBES
-        note(
-            f"wrote {path / 'plots'}{f' without the last {rest} probes' * (rest > 0)}", quiet=False
-        )
+        note(f"wrote {path / 'plots'}{f' without the last {rest} probes' * (rest > 0)}")
     if as_json:
         typer.echo(json.dumps(make_document(findings), indent=2, allow_nan=False))
     else:
@@ -273,19 +268,3 @@ def check_plots(*, wanted: bool) -> None:
     """Raise UsageError before anything is measured if the plots could not be drawn."""
     if wanted and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plots needs matplotlib: pip install 'ndcheck[plots]'")
-
-
-def note_bad_lines(lines: Sequence[str]) -> None:
-    """The first few on stderr; the verdict's reasons hold their number."""
-    for line in lines[:MAX_BAD_LINES_SHOWN]:
-        note(line, quiet=False)
-    if len(lines) > MAX_BAD_LINES_SHOWN:
-        note(f"and {len(lines) - MAX_BAD_LINES_SHOWN} more lines", quiet=False)
-
-
-def note(line: str, *, quiet: bool) -> None:
-    """One line on stderr."""
-    from ndcheck.reports.untrusted import visible
-
-    if not quiet:
-        typer.echo(f"ndcheck: {visible(line)}", err=True)

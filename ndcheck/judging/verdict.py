@@ -19,7 +19,6 @@ STOCK_DID_NOT_FAIL = (
     "the stock arm, its control, did not fail under these loads: try larger --loads"
 )
 NOT_TOLD_APART = "not told apart from run-to-run"
-EXIT_CODES: dict[Outcome, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,12 @@ def compare(
     from rich.console import Console
 
     from ndcheck.api import find_run
+    from ndcheck.cli.console import EXIT_CODES
     from ndcheck.errors import UsageError
     from ndcheck.findings import read_findings
     from ndcheck.judging.comparison import FAIL_ON, judge_comparison
     from ndcheck.judging.comparison import compare as compare_runs
-    from ndcheck.judging.verdict import EXIT_CODES, worst
+    from ndcheck.judging.verdict import worst
     from ndcheck.reports.comparison import comparison_document, print_comparison
     from ndcheck.request import parse_names
 
