@@ -177,9 +177,10 @@ def decode(arm, vocabulary) -> list[str]:
                 return value
 
     found: list[list[int]] = []
-    for _, parent, start, end, *_ in arm["trunks"][: arm["n_with_tokens"]]:
-        own = [number() for _ in range(end - start)]
-        found.append((found[parent][:start] if parent >= 0 else []) + own)
+    for trunk in arm["trunks"][: arm["n_with_tokens"]]:
+        own = [number() for _ in range(trunk["end"] - trunk["start"])]
+        parent = trunk["parent"]
+        found.append((found[parent][: trunk["start"]] if parent >= 0 else []) + own)
     assert next(stream, None) is None
     return ["".join(vocabulary[token] for token in tokens) for tokens in found]
 
@@ -190,10 +191,10 @@ def test_the_embedded_completions_are_the_runs(name, request) -> None:
     data = Page(render(example)).data
     for arm, probe in zip(data["probes"][0]["arms"], example.summary.probes, strict=True):
         texts = decode(arm, data["vocabulary"])
-        ids = [trunk[0] for trunk in arm["trunks"]]
+        ids = [trunk["completion"] for trunk in arm["trunks"]]
         assert sorted(ids) == [completion.completion_id for completion in probe.completions]
         assert texts == [probe.completions[i - 1].text for i in ids]
-        counts = [arm["trunks"][row[5]][4] for row in arm["rows"]]
+        counts = [arm["trunks"][row["trunk"]]["count"] for row in arm["rows"]]
         assert len(counts) == probe.n_samples
 
 
