@@ -48,7 +48,7 @@ class Findings:
     @cached_property
     def measured(self) -> Measured:
         """What `ndcheck.judging.comparison.compare` takes; the samples are read once more."""
-        return Measured(self.run, self.summary, find_references(self.samples))
+        return Measured(self.run, self.summary, find_references(self.samples, self.summary))
 
 
 def find(run: Run, samples: Iterable[Sample]) -> Findings:

@@ -99,6 +99,10 @@ class Load:
     cut: Positive | None = None
 
 
+ALONE = Load(1)
+"""The probe alone, prefilled as a whole: the load of the reference."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """A planted fault: the control that a sound measurement must catch.
@@ -202,6 +206,14 @@ class Sample:
     @property
     def text(self) -> str:
         return "".join(self.token_texts)
+
+    @property
+    def is_reference(self) -> bool:
+        """Did the probe alone give it, so that it may be the reference, the commonest of these?
+
+        Not where it failed or was planted; a batch that is a baseline of others is none either.
+        """
+        return self.axis != "control" and self.error is None and self.load == ALONE
 
     @classmethod
     def of(

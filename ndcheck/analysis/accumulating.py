@@ -25,10 +25,9 @@ from ndcheck.analysis.divergence import (
 from ndcheck.analysis.metrics import LogprobSums
 from ndcheck.analysis.serving import Serving
 from ndcheck.analysis.unique import Interner
-from ndcheck.records import Arm, Axis, CacheState, Fault, Load, RunSpec, Sample
+from ndcheck.records import Arm, Axis, CacheState, Fault, RunSpec, Sample
 
 AXIS_CODES: tuple[Axis, ...] = get_args(Axis)
-ALONE = Load(1)
 
 OUTCOME = np.dtype(
     [
@@ -134,7 +133,7 @@ class Group:
 
     def read(self, index: int, sample: Sample) -> Iterator[tuple[Any, ...]]:
         """OUTCOME rows of this sample and of those that waited for it; none if it has to wait."""
-        if self.reference is None and sample.error is None and is_alone(sample):
+        if self.reference is None and sample.is_reference:
             self.set_reference(sample)
             yield from self.read_waiting()
         if self.reference is None:
@@ -225,7 +224,7 @@ class Group:
             return (*origin, -1, -1, np.nan, 0, 0)
         number = self._intern(sample, stream)
         bits = _fingerprint(stream.logprobs), _fingerprint(stream.row_digests)
-        if is_alone(sample):
+        if sample.is_reference:
             self._alone[number, *bits] += 1
             self._alone_trials.add(sample.trial_id)
             first = self._alone_samples.setdefault((number, *bits), sample)
@@ -269,11 +268,6 @@ def is_settled(most: Any, next_most: Any, total: Any) -> Any:
     A sign test at two standard deviations of the most frequent one against the next; arrays too.
     """
     return (next_most == 0) | ((most - next_most) ** 2 >= 4 * total)
-
-
-def is_alone(sample: Sample) -> bool:
-    """Is it the probe alone in its batch, prefilled as a whole, and nothing planted in it?"""
-    return sample.axis != "control" and sample.load == ALONE
 
 
 def is_caught(fault: Fault, baseline: Stream, stream: Stream) -> bool:

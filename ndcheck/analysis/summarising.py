@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ndcheck.analysis.accumulating import ALONE, Group, collect
+from ndcheck.analysis.accumulating import Group, collect
 from ndcheck.analysis.axes import find_axes
 from ndcheck.analysis.loads import find_loads
 from ndcheck.analysis.metrics import measure
@@ -22,7 +22,7 @@ from ndcheck.analysis.summary import ControlFinding, ProbeSummary, SampleColumns
 from ndcheck.analysis.tree import build_tree
 from ndcheck.analysis.trials import Trials, axis_code, count_bit_patterns, group_trials
 from ndcheck.analysis.unique import Completions
-from ndcheck.records import ARMS, Arm, RunSpec, Sample
+from ndcheck.records import ALONE, ARMS, Arm, RunSpec, Sample
 
 
 def summarise(samples: Iterable[Sample], spec: RunSpec) -> Summary:
@@ -53,7 +53,8 @@ def summarise(samples: Iterable[Sample], spec: RunSpec) -> Summary:
         )
         for arm, probe_id in evidence
     )
-    return Summary(probes, columns, _compare_arms(probes))
+    references = {key: group.reference.trial_id for key, group in groups.items() if group.reference}
+    return Summary(probes, columns, _compare_arms(probes), references)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -242,3 +242,5 @@ class Summary:
     samples: SampleColumns
     fisher_p: float | None
     """Fisher's exact test, two-sided, on diverged draws: stock against invariant."""
+    references: Mapping[tuple[Arm, str], int] = field(default_factory=dict)
+    """The trial that gave the reference, by arm and probe id; absent where none did."""

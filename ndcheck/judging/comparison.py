@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -11,7 +10,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ndcheck.analysis.accumulating import is_alone
 from ndcheck.analysis.divergence import first_divergence, latent_divergence, read_stream
 from ndcheck.analysis.statistics import fisher_exact, k1_kl, k3_kl
 from ndcheck.analysis.summary import ProbeSummary, Summary
@@ -84,18 +82,13 @@ class Comparison:
     """What is wrong with the samples of either."""
 
 
-def find_references(samples: Iterable[Sample]) -> dict[tuple[Arm, str], Sample]:
-    """By arm and probe id, the first sample of the probe's commonest completion alone."""
-    found: dict[tuple[Arm, str], dict[tuple[int, ...], Sample]] = {}
-    counts: Counter[tuple[Arm, str, tuple[int, ...]]] = Counter()
-    for sample in samples:
-        if sample.error is None and is_alone(sample):
-            counts[sample.arm, sample.probe_id, sample.token_ids] += 1
-            alone = found.setdefault((sample.arm, sample.probe_id), {})
-            alone.setdefault(sample.token_ids, sample)
+def find_references(samples: Iterable[Sample], summary: Summary) -> dict[tuple[Arm, str], Sample]:
+    """By arm and probe id, the sample that ``summary`` compares the others with."""
     return {
-        key: alone[max(alone, key=lambda token_ids: counts[(*key, token_ids)])]
-        for key, alone in found.items()
+        (sample.arm, sample.probe_id): sample
+        for sample in samples
+        if summary.references.get((sample.arm, sample.probe_id)) == sample.trial_id
+        and sample.is_reference
     }
 
 

@@ -10,10 +10,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ndcheck.records import Axis, CacheState, Load, RunSpec
+from ndcheck.records import ALONE, Axis, CacheState, Load, RunSpec
 
 CACHE_STATES: tuple[CacheState, ...] = ("chunked", "prefix")
-ALONE = Load(1)
 N_PREFILL_CHUNKS = 3
 MOST_CHUNKS = 16
 SMALLEST_PAGE_TOKENS = 4

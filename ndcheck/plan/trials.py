@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ndcheck.errors import UsageError
-from ndcheck.plan.grid import ALONE, CACHE_STATES, SMALLEST_PAGE_TOKENS, Cell, Grid
-from ndcheck.records import Arm, CacheState, Load, Probe, RunSpec, Trial
+from ndcheck.plan.grid import CACHE_STATES, SMALLEST_PAGE_TOKENS, Cell, Grid
+from ndcheck.records import ALONE, Arm, CacheState, Load, Probe, RunSpec, Trial
 
 
 def plan_trials(

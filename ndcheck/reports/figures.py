@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from ndcheck.analysis.accumulating import is_alone
 from ndcheck.analysis.summary import ProbeSummary
 from ndcheck.findings import Findings
 from ndcheck.records import Arm
@@ -109,7 +108,7 @@ def gather(findings: Findings) -> dict[tuple[Arm, str], ArmFigures]:
         arm.unique_by_load.setdefault((load, batch_size), set()).add(completion_id)
         if first_divergence >= 0:
             arm.divergences[first_divergence] += 1
-        if is_alone(sample) and first_divergence < 0 and not arm.reference_margins:
+        if sample.is_reference and first_divergence < 0 and not arm.reference_margins:
             arm.reference_margins = tuple(
                 margin if math.isfinite(margin) else math.nan for margin in sample.margins
             )
