@@ -47,7 +47,7 @@ class Progress:
         self.n_done += 1
         diverged = False
         for sample in samples:
-            if sample.error is not None or sample.axis == "control":
+            if sample.error is not None or sample.role == "control":
                 continue
             probe = (sample.arm, sample.probe_id)
             if sample.is_reference:
@@ -207,7 +207,7 @@ def run_trials(
             if trial.trial_id in by_trial:
                 diverged = take_in(by_trial[trial.trial_id])
             else:
-                if trial.axis == "control":
+                if trial.role == "control":
                     fault = plant_fault(reference_lengths.get((trial.arm, trial.probe_id), 0))
                     trial = replace(trial, fault=fault)
                 trial_started = time.perf_counter()

@@ -114,7 +114,7 @@ def measured():
         samplers = {arm: ScriptedSampler((arms or {}).get(arm, behaviour)) for arm in spec.arms}
         for trial in plan_trials(spec, {"p1": 4}, 1000):
             sampler = samplers[trial.arm]
-            if trial.axis == "control":
+            if trial.role == "control":
                 trial = replace(trial, fault=plant_fault(8))
             samples += map(change, sampler.sample(trial, spec.probes[0], spec.decoding))
         record = {"environment": Environment(), "status": "finished", **run}

@@ -13,12 +13,13 @@ from ndcheck.errors import UsageError
 from ndcheck.explain.failing import find_failure
 from ndcheck.findings import find, read_findings
 from ndcheck.plan.trials import plan_trials
-from ndcheck.records import Decoding, Environment, Load, Run, Sample, Witness
+from ndcheck.records import AXES, Decoding, Environment, Load, Run, Sample, Witness
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import Progress, run_trials
 from ndcheck.samplers.scripted.sampler import FORK_AT, ScriptedSampler
 from ndcheck.storage.explanation import EXPLANATION_FILE, save_explanation
 from ndcheck.storage.run_directory import RunDirectory, SampleReader
+from ndcheck.storage.sample_lines import decode_line, encode_line
 
 RECORDED = Path(__file__).parent / "runs" / "fork"
 SPEC = replace(DEFAULTS, arms=("stock",), decoding=Decoding(8), batch_sizes=(1, 4), n_samples=60)
@@ -32,11 +33,11 @@ SAMPLE = Sample(
     ("changes", "may_be"),
     [
         ({}, True),
-        ({"axis": "run-to-run", "baseline": 0}, True),
+        ({"purpose": "run-to-run", "baseline": 0}, True),
         ({"error": "out of memory", "token_ids": ()}, False),
-        ({"axis": "control", "baseline": 0}, False),
+        ({"purpose": "control", "baseline": 0}, False),
         ({"load": Load(2, (0, 1))}, False),
-        ({"load": Load(1, cache_state="chunked"), "axis": "cache"}, False),
+        ({"load": Load(1, cache_state="chunked"), "purpose": "cache"}, False),
         ({"load": Load(2, (0,), (3,)), "baseline": 0}, False),
     ],
 )
@@ -71,7 +72,7 @@ def measure(path, sampler):
 
 def test_a_control_is_planted_within_the_first_reference_that_did_not_fail(tmp_path):
     measure(tmp_path, FailsFirst("clean", 1))
-    (control,) = [s for s in SampleReader(tmp_path) if s.axis == "control"]
+    (control,) = [s for s in SampleReader(tmp_path) if s.role == "control"]
     assert (control.fault.latent_at, control.fault.fork_at) == (2, 4)
 
 
@@ -120,3 +121,18 @@ def test_a_damaged_explanation_takes_no_verdict_away(tmp_path):
     assert damaged.judgement == read_findings(RECORDED).judgement
     with pytest.raises(UsageError, match="delete it or trace again"):
         _ = damaged.advice
+
+
+@pytest.mark.parametrize(
+    ("purpose", "role", "axis"),
+    [("reference", "reference", None), ("control", "control", None)]
+    + [(axis, "trial", axis) for axis in AXES],
+)
+def test_a_role_is_no_axis_and_files_keep_both_as_one(purpose, role, axis):
+    sample = replace(SAMPLE, purpose=purpose)
+    assert (sample.role, sample.axis) == (role, axis)
+    line = encode_line(sample)
+    document = json.loads(line)
+    assert document["axis"] == purpose
+    assert not {"purpose", "role"} & set(document)
+    assert decode_line(line) == sample

@@ -46,11 +46,11 @@ def runs(draw):
     is_rare = draw(st.booleans())
     samples = []
     for trial_id in range(draw(st.integers(1, 9))):
-        axis = draw(st.sampled_from(("reference", "control", *AXES)))
-        load = draw(st.sampled_from(LOADS[:1] if axis == "control" else LOADS))
+        purpose = draw(st.sampled_from(("reference", "control", *AXES)))
+        load = draw(st.sampled_from(LOADS[:1] if purpose == "control" else LOADS))
         baseline = draw(st.sampled_from((None, 0, *range(trial_id), 99)))
         arm = draw(st.sampled_from(arms))
-        fault = Fault(0, 1) if axis == "control" and draw(st.booleans()) else None
+        fault = Fault(0, 1) if purpose == "control" and draw(st.booleans()) else None
         for slot in load.slots:
             odd = draw(st.sampled_from((0,) * 6 * is_rare + (0, 1, 2)))
             bits = draw(st.sampled_from((0.0,) * 6 * is_rare + (0.0, -0.5)))
@@ -63,7 +63,7 @@ def runs(draw):
                     trial_id=trial_id,
                     arm=arm,
                     probe_id="p1",
-                    axis=axis,
+                    purpose=purpose,
                     baseline=baseline,
                     load=load,
                     slot=slot,
@@ -82,7 +82,7 @@ def runs(draw):
 
 def oracle(samples, *, allow_latent):
     """Which arms hold two completions that differ, by comparing every pair of samples."""
-    counted = [s for s in samples if s.axis != "control" and s.error is None]
+    counted = [s for s in samples if s.role != "control" and s.error is None]
     found = set()
     for a, b in combinations(counted, 2):
         other_bits = a.logprobs and b.logprobs and a.logprobs != b.logprobs

@@ -25,9 +25,9 @@ from ndcheck.analysis.divergence import (
 from ndcheck.analysis.metrics import LogprobSums
 from ndcheck.analysis.serving import Serving
 from ndcheck.analysis.unique import Interner
-from ndcheck.records import Arm, Axis, CacheState, Fault, RunSpec, Sample
+from ndcheck.records import Arm, CacheState, Fault, Purpose, RunSpec, Sample
 
-AXIS_CODES: tuple[Axis, ...] = get_args(Axis)
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 OUTCOME = np.dtype(
     [
@@ -35,7 +35,7 @@ OUTCOME = np.dtype(
         ("group", np.int32),
         ("trial", np.int64),
         ("baseline", np.int64),  # -1: none
-        ("axis", np.int8),  # index in AXIS_CODES
+        ("purpose", np.int8),  # index in PURPOSES
         ("slot", np.int32),
         ("achieved", np.int32),  # batch size that ran; -1: unknown
         ("elapsed_s", np.float64),  # of the trial
@@ -54,7 +54,7 @@ OUTCOME = np.dtype(
 class LoadKind(NamedTuple):
     """What is reported together; ``slot`` is None where a load has several."""
 
-    axis: Axis
+    purpose: Purpose
     batch_size: int
     slot: int | None
     cache_state: CacheState
@@ -210,7 +210,7 @@ class Group:
             self.number,
             sample.trial_id,
             -1 if sample.baseline is None else sample.baseline,
-            AXIS_CODES.index(sample.axis),
+            PURPOSES.index(sample.purpose),
             sample.slot,
             -1 if achieved is None else achieved,
             sample.elapsed_s,
@@ -219,7 +219,7 @@ class Group:
         if sample.error is not None:
             return (*origin, -1, -1, np.nan, 0, 0)
         stream = read_stream(sample)
-        if sample.axis == "control":
+        if sample.role == "control":
             self._judge_control(sample, stream)
             return (*origin, -1, -1, np.nan, 0, 0)
         number = self._intern(sample, stream)
@@ -236,7 +236,7 @@ class Group:
         """The columns ``batch_size``, ``kind`` and ``load``."""
         load = sample.load
         slot = load.slots[0] if len(load.slots) == 1 else None
-        kind = LoadKind(sample.axis, load.batch_size, slot, load.cache_state)
+        kind = LoadKind(sample.purpose, load.batch_size, slot, load.cache_state)
         return load.batch_size, self.kinds.setdefault(kind, len(self.kinds)), hash(load)
 
     def _compare(self, sample: Sample, stream: Stream, number: int) -> tuple[int, float]:

@@ -20,7 +20,7 @@ from ndcheck.analysis.statistics import (
 )
 from ndcheck.analysis.summary import ControlFinding, ProbeSummary, SampleColumns, Summary
 from ndcheck.analysis.tree import build_tree
-from ndcheck.analysis.trials import Trials, axis_code, count_bit_patterns, group_trials
+from ndcheck.analysis.trials import Trials, count_bit_patterns, group_trials, purpose_code
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import ALONE, ARMS, Arm, RunSpec, Sample
 
@@ -90,7 +90,7 @@ def _gather(group: Group, rows: NDArray[np.void], columns: SampleColumns) -> _Ev
         group,
         completions,
         trials=group_trials(rows, completions, group.reference),
-        errors=rest[rest["axis"] != axis_code("control")],
+        errors=rest[rest["purpose"] != purpose_code("control")],
     )
 
 

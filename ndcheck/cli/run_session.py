@@ -218,7 +218,7 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
     for row in rows:
         typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
     n_rows = sum(trial.load.batch_size for trial in trials)
-    counts = Counter(trial.axis for trial in trials)
+    counts = Counter(trial.purpose for trial in trials)
     cost = (
         f"up to {len(trials) * spec.decoding.max_tokens} decode steps and "
         f"{n_rows * spec.decoding.max_tokens} generated tokens"
@@ -226,8 +226,8 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
     if spec.batching == "continuous":
         cost = f"continuous batching, arrivals {spec.arrivals}: batch is the most in flight"
     typer.echo(
-        f"\n{len(trials)} trials ({', '.join(f'{n} {axis}' for axis, n in counts.items())}), "
-        f"{sum(t.n_samples for t in trials if t.axis != 'control')} samples; {cost}"
+        f"\n{len(trials)} trials ({', '.join(f'{n} {purpose}' for purpose, n in counts.items())}), "
+        f"{sum(t.n_samples for t in trials if t.role != 'control')} samples; {cost}"
     )
     return 0
 
@@ -242,7 +242,7 @@ def plan_row(trial: Trial) -> tuple[str, ...]:
         str(trial.trial_id),
         trial.arm,
         trial.probe_id,
-        trial.axis,
+        trial.purpose,
         str(load.batch_size),
         slots,
         fillers,

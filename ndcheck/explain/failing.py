@@ -59,9 +59,9 @@ def find_failure(directory: Path, sample_id: int | None, rank: Rank = by_tokens)
     references = find_references(samples, summarise(samples, run.spec))
     best: Failure | None = None
     for sample in samples:
-        if sample.sample_id == sample_id and (sample.error or sample.axis == "control"):
+        if sample.sample_id == sample_id and (sample.error or sample.role == "control"):
             raise UsageError(f"--sample {sample_id} is a control or failed: choose another")
-        if sample.error or sample.axis == "control":
+        if sample.error or sample.role == "control":
             continue
         reference = references.get((sample.arm, sample.probe_id))
         if reference is None:

@@ -99,11 +99,11 @@ def gather(findings: Findings) -> dict[tuple[Arm, str], ArmFigures]:
         strict=True,
     )
     for sample, (completion_id, first_divergence) in zip(findings.samples, outcomes, strict=True):
-        if sample.axis == "control" or completion_id < 0:
+        if sample.role == "control" or completion_id < 0:
             continue
         key = (sample.arm, sample.probe_id)
         arm = figures[key]
-        load = phrases.load_name(sample.axis, sample.load.cache_state)
+        load = phrases.load_name(sample.purpose, sample.load.cache_state)
         batch_size = sample.load.batch_size
         arm.unique_by_load.setdefault((load, batch_size), set()).add(completion_id)
         if first_divergence >= 0:

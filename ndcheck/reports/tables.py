@@ -121,7 +121,7 @@ def _sample_rows(findings: Findings) -> Iterator[_Row]:
     )
     for sample, outcome in zip(findings.samples, outcomes, strict=True):
         completion_id, first_divergence, margin, latent_divergence, max_abs_dlogprob = outcome
-        if sample.axis == "control":
+        if sample.role == "control":
             continue
         failed = sample.error is not None
         yield {

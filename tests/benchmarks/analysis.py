@@ -89,7 +89,7 @@ def generate(n_samples: int, n_tokens: int, n_distinct: int) -> Iterator[Sample]
             trial_id=trial_id,
             arm="stock",
             probe_id="p1",
-            axis="batch-size" if i else "reference",
+            purpose="batch-size" if i else "reference",
             baseline=0 if i else None,
             load=load if i else alone,
             slot=(i - 1) % BATCH_SIZE if i else 0,

@@ -84,7 +84,7 @@ def neighbours_only(rate: float) -> Fault:
 
 def complete(trial: Trial, odd: int) -> Iterator[Sample]:
     token_ids = (odd, 0)
-    if trial.axis == "control":
+    if trial.role == "control":
         fault = plant_fault(N_TOKENS)
         trial, token_ids = replace(trial, fault=fault), (0, 1)
     for nth in range(trial.n_samples):

@@ -50,7 +50,7 @@ def test_many_samples_are_thinned_evenly(failing, monkeypatch) -> None:
 def test_reference_margins_are_the_probes_alone(failing) -> None:
     first = replace(
         failing.samples[0],
-        axis="reference",
+        purpose="reference",
         baseline=None,
         load=Load(1),
         margins=(1.5, float("inf"), 0.25),

@@ -77,7 +77,7 @@ def test_controls_are_left_out_but_keep_their_place(failing) -> None:
         trial_id=1,
         arm="stock",
         probe_id="p1",
-        axis="control",
+        purpose="control",
         baseline=0,
         load=Load(1),
         slot=0,

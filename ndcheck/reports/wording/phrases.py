@@ -7,7 +7,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
 
 from ndcheck.analysis.summary import AxisFinding, LoadFinding, ProbeSummary, Summary
 from ndcheck.judging.verdict import count as count
-from ndcheck.records import Axis, CacheState, Run
+from ndcheck.records import CacheState, Purpose, Run
 from ndcheck.reports.untrusted import visible
 
 
@@ -120,10 +120,10 @@ def load(finding: LoadFinding) -> str:
     return load_name(finding.axis, finding.cache_state)
 
 
-def load_name(axis: Axis, cache_state: CacheState) -> str:
-    if axis == "run-to-run" and cache_state != "whole":
+def load_name(purpose: Purpose, cache_state: CacheState) -> str:
+    if purpose == "run-to-run" and cache_state != "whole":
         return f"{cache_state} again"
-    return cache_state if axis == "cache" else axis
+    return cache_state if purpose == "cache" else purpose
 
 
 def speed(tokens_per_s: float | None) -> str:

@@ -75,7 +75,7 @@ def attack(two_arms):
             sample,
             token_ids=(1, 2 + (sample.sample_id > 4)),
             token_texts=(ATTACK, ATTACK if sample.sample_id <= 4 else ATTACK[::-1]),
-            axis="neighbours" if sample.sample_id else "reference",
+            purpose="neighbours" if sample.sample_id else "reference",
             baseline=0 if sample.sample_id else None,
         )
         for sample in two_arms.samples[:9]
