@@ -44,7 +44,11 @@ Level = Annotated[float, Range(0, 1, is_open=True)]
 
 Arm = Literal["stock", "invariant"]
 Batching = Literal["exact", "continuous"]
-Axis = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
+Axis = Literal["run-to-run", "batch-size", "slot", "neighbours", "cache"]
+Role = Literal["reference", "trial", "control"]
+"""A trial is compared with a baseline along an axis; a reference and a control have none."""
+Purpose = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
+"""What a trial is for: its axis, or its role where it has none. Files call it ``axis``."""
 CacheState = Literal["whole", "chunked", "prefix"]
 EngineName = Literal["vllm"]
 Fillers = Literal["words", "shared-prefix"]
@@ -99,6 +103,10 @@ class Load:
     cut: Positive | None = None
 
 
+ALONE = Load(1)
+"""The probe alone, prefilled as a whole: the load of the reference."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """A planted fault: the control that a sound measurement must catch.
@@ -125,15 +133,33 @@ class Trial:
     trial_id: int
     arm: Arm
     probe_id: str
-    axis: Axis
+    purpose: Purpose
     load: Load
     first_sample_id: int
     baseline: int | None = None
     fault: Fault | None = None
 
     @property
+    def role(self) -> Role:
+        return role_of(self.purpose)
+
+    @property
+    def axis(self) -> Axis | None:
+        return axis_of(self.purpose)
+
+    @property
     def n_samples(self) -> int:
         return len(self.load.slots)
+
+
+def role_of(purpose: Purpose) -> Role:
+    """What a trial of this purpose is."""
+    return purpose if purpose == "reference" or purpose == "control" else "trial"
+
+
+def axis_of(purpose: Purpose) -> Axis | None:
+    """Along what a trial of this purpose is compared, if it is."""
+    return None if purpose == "reference" or purpose == "control" else purpose
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +214,7 @@ class Sample:
     trial_id: Seed
     arm: Arm
     probe_id: str
-    axis: Axis
+    purpose: Purpose
     baseline: Seed | None
     load: Load
     slot: Count
@@ -207,6 +233,22 @@ class Sample:
     @property
     def text(self) -> str:
         return "".join(self.token_texts)
+
+    @property
+    def role(self) -> Role:
+        return role_of(self.purpose)
+
+    @property
+    def axis(self) -> Axis | None:
+        return axis_of(self.purpose)
+
+    @property
+    def is_reference(self) -> bool:
+        """Did the probe alone give it, so that it may be the reference, the commonest of these?
+
+        Not where it failed or was planted; a batch that is a baseline of others is none either.
+        """
+        return self.role != "control" and self.error is None and self.load == ALONE
 
     @classmethod
     def of(
@@ -231,7 +273,7 @@ class Sample:
             trial_id=trial.trial_id,
             arm=trial.arm,
             probe_id=trial.probe_id,
-            axis=trial.axis,
+            purpose=trial.purpose,
             baseline=trial.baseline,
             load=trial.load,
             slot=trial.load.slots[nth],

@@ -150,7 +150,7 @@ class Serving:
             return
         if witness.response_id:
             self._ids[witness.response_id] += 1
-        if sample.axis == "control":  # Its tokens were changed on purpose.
+        if sample.role == "control":  # Its tokens were changed on purpose.
             return
         self._n_answers += 1
         self._trials.add(sample.trial_id)

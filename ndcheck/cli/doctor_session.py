@@ -8,10 +8,9 @@ import json
 import typer
 
 from ndcheck import environment
+from ndcheck.cli.console import FAILED
 from ndcheck.reports.untrusted import visible
 from ndcheck.selftest import run_cases
-
-FAILED = 4
 
 
 def check_up(*, as_json: bool) -> int:

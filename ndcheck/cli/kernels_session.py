@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import track
 
 from ndcheck import environment
+from ndcheck.cli.console import EXIT_CODES
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.judging.verdict import EXIT_CODES
 from ndcheck.reports import kernels as report
 from ndcheck.reports.write import TableFile
 from ndcheck.samplers.local.device import choose_device

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ndcheck.records import Arm, Axis, Trial
+from ndcheck.records import Arm, Purpose, Trial
 
 CONFIRMED_LOADS = 2
 """Loads of an axis, in a probe's arm, that are run again where they diverged."""
@@ -25,7 +25,7 @@ def plan_confirmations(
     arm differed in tokens, those that differed in bits alone are not repeated, and no load is that
     ran more than once.
     """
-    done = [trial for trial in trials if trial.trial_id in rows_of and trial.axis != "control"]
+    done = [trial for trial in trials if trial.trial_id in rows_of and trial.role != "control"]
     n_run = Counter((trial.arm, trial.probe_id, trial.load) for trial in done)
     parted: dict[tuple[Arm, str], list[list[Trial]]] = defaultdict(lambda: [[], []])
     for trial in done:
@@ -42,16 +42,16 @@ def plan_confirmations(
     again: list[Trial] = []
     end = max((trial.first_sample_id + trial.n_samples for trial in trials), default=0)
     for in_tokens, in_bits in parted.values():
-        n_of_axis: Counter[Axis] = Counter()
+        n_of: Counter[Purpose] = Counter()
         for trial in in_tokens or in_bits:
             is_single = n_run[trial.arm, trial.probe_id, trial.load] == 1
-            if not is_single or n_of_axis[trial.axis] == CONFIRMED_LOADS:
+            if not is_single or n_of[trial.purpose] == CONFIRMED_LOADS:
                 continue
-            n_of_axis[trial.axis] += 1
+            n_of[trial.purpose] += 1
             repeat = replace(
                 trial,
                 trial_id=len(trials) + len(again),
-                axis="run-to-run",
+                purpose="run-to-run",
                 first_sample_id=end,
                 baseline=trial.trial_id,
             )

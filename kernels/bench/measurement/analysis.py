@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.analysis.tree import Fork
 from ndcheck.records import AXES, Decoding, Load, Probe, RunSpec, Sample, Witness
 
@@ -91,7 +91,7 @@ def generate(n_samples: int, n_tokens: int, n_distinct: int) -> Iterator[Sample]
             trial_id=trial_id,
             arm="stock",
             probe_id="p1",
-            axis="batch-size" if i else "reference",
+            purpose="batch-size" if i else "reference",
             baseline=0 if i else None,
             load=load if i else alone,
             slot=(i - 1) % BATCH_SIZE if i else 0,

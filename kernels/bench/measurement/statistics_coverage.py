@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.summary import ProbeSummary
-from ndcheck.judging.verdict import judge
+from ndcheck.findings import find
 from ndcheck.plan.confirmations import plan_confirmations
 from ndcheck.plan.faults import plant_fault
 from ndcheck.plan.grid import ALONE
@@ -85,7 +84,7 @@ def neighbours_only(rate: float) -> Fault:
 
 def complete(trial: Trial, odd: int) -> Iterator[Sample]:
     token_ids = (odd, 0)
-    if trial.axis == "control":
+    if trial.role == "control":
         fault = plant_fault(N_TOKENS)
         trial, token_ids = replace(trial, fault=fault), (0, 1)
     for nth in range(trial.n_samples):
@@ -117,10 +116,10 @@ def runs(spec: RunSpec, fault: Fault, n_runs: int) -> Iterator[tuple[ProbeSummar
     rng = random.Random(f"{fault.name}/{fault.truth}/{spec.endpoint}/{spec.n_samples}")
     record = Run("r", "0", spec, Environment(), "", status="finished")
     for _ in range(n_runs):
-        summary = summarise(simulate(spec, trials, fault.draw(rng)), spec)
-        judgement = judge(record, summary)
+        findings = find(record, simulate(spec, trials, fault.draw(rng)))
+        judgement = findings.judgement
         axes = {axis: v.outcome for axis, v in judgement.probes[0].axes.items()}
-        yield summary.probes[0], {"run": judgement.verdict.outcome, **axes}
+        yield findings.summary.probes[0], {"run": judgement.verdict.outcome, **axes}
 
 
 def coverage(where: str, fault: Fault, n_samples: int, n_runs: int) -> dict[str, object]:

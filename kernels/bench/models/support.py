@@ -24,15 +24,14 @@ import transformers
 
 from bench.models.families import FAMILIES, SHAPES, save_model
 from ndcheck import __version__, environment
-from ndcheck.analysis.accumulate import summarise
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError
-from ndcheck.judging.verdict import judge_probe
+from ndcheck.findings import read_findings
 from ndcheck.plan.trials import plan_trials
 from ndcheck.records import AXES, Arm, Decoding, Probe, Run, RunSpec
 from ndcheck.runner import run_trials
 from ndcheck.samplers.local.sampler import DTYPES, TransformersSampler
-from ndcheck.storage.run_directory import RunDirectory, SampleReader
+from ndcheck.storage.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "results" / "families"
@@ -84,8 +83,8 @@ def measure(family: str, dtype: str, device: str, arm: Arm, grid: Grid = FULL) -
                 run_trials(trials, sampler, directory)
             except BackendError as error:
                 return {"refused": str(error).removeprefix("invariant arm: ").split(". Run")[0]}
-        summary = summarise(SampleReader(path), spec).probes[0]
-        verdict = judge_probe(summary, spec)
+        findings = read_findings(path)
+        (summary,), (verdict,) = findings.summary.probes, findings.judgement.probes
         return {
             "outcome": verdict.verdict.outcome,
             "axes": {

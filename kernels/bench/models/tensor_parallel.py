@@ -179,7 +179,7 @@ def bits(path: Path) -> set[tuple[tuple[int, ...], tuple[str, ...]]]:
     return {
         (sample.token_ids, sample.row_digests)
         for sample in SampleReader(path)
-        if sample.arm == "invariant" and sample.axis != "control"
+        if sample.arm == "invariant" and sample.role != "control"
     }
 
 

@@ -164,7 +164,7 @@ def read_run_and_judge(path: Path, *, fully: bool) -> str:
 
     run = Run(path)
     verdict = judge_gate(run.record, run.summary, RuleSet())
-    document = make_document(run.record, run.summary, run.judgement)
+    document = make_document(run.findings)
     json.dumps(document, allow_nan=False)
     if fully:
         run.write_reports()
@@ -172,7 +172,7 @@ def read_run_and_judge(path: Path, *, fully: bool) -> str:
         result = CheckResult("check", run.command, str(path), verdict=verdict)
         gate_markdown([result])
         junit_xml([result])
-        compare(run.measured, run.measured)
+        compare(run.findings.measured, run.findings.measured)
         with contextlib.suppress(UsageError):
             find_failure(path, None)
     if document["verdict"] == "PASS" and verdict.outcome != "PASS":

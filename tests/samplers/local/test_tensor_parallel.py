@@ -92,7 +92,7 @@ def bits(out, arm):
     return {
         (s.trial_id, s.slot): s.row_digests
         for s in SampleReader(out)
-        if s.arm == arm and s.axis != "control"
+        if s.arm == arm and s.role != "control"
     }
 
 
@@ -192,7 +192,7 @@ def test_bits_of_a_mixture_are_those_of_one_process(models, tmp_path):
     runs = [read_run(path) for path in (out[1], out[2], plain)]
     assert len({run.environment.model["digest"] for run in runs}) == 1  # The same weights.
     for path in (*out.values(), plain):
-        samples = [s for s in SampleReader(path) if s.axis != "control"]
+        samples = [s for s in SampleReader(path) if s.role != "control"]
         assert all(s.witness.achieved_batch_size == s.load.batch_size for s in samples)
         assert all(s.witness.override_fires for s in samples if s.arm == "invariant")
         assert len(set(bits(path, "invariant").values())) == 1

@@ -25,10 +25,9 @@ from ndcheck.analysis.divergence import (
 from ndcheck.analysis.metrics import LogprobSums
 from ndcheck.analysis.serving import Serving
 from ndcheck.analysis.unique import Interner
-from ndcheck.records import Arm, Axis, CacheState, Fault, Load, RunSpec, Sample
+from ndcheck.records import Arm, CacheState, Fault, Purpose, RunSpec, Sample
 
-AXIS_CODES: tuple[Axis, ...] = get_args(Axis)
-ALONE = Load(1)
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 OUTCOME = np.dtype(
     [
@@ -36,7 +35,7 @@ OUTCOME = np.dtype(
         ("group", np.int32),
         ("trial", np.int64),
         ("baseline", np.int64),  # -1: none
-        ("axis", np.int8),  # index in AXIS_CODES
+        ("purpose", np.int8),  # index in PURPOSES
         ("slot", np.int32),
         ("achieved", np.int32),  # batch size that ran; -1: unknown
         ("elapsed_s", np.float64),  # of the trial
@@ -55,7 +54,7 @@ OUTCOME = np.dtype(
 class LoadKind(NamedTuple):
     """What is reported together; ``slot`` is None where a load has several."""
 
-    axis: Axis
+    purpose: Purpose
     batch_size: int
     slot: int | None
     cache_state: CacheState
@@ -134,7 +133,7 @@ class Group:
 
     def read(self, index: int, sample: Sample) -> Iterator[tuple[Any, ...]]:
         """OUTCOME rows of this sample and of those that waited for it; none if it has to wait."""
-        if self.reference is None and sample.error is None and is_alone(sample):
+        if self.reference is None and sample.is_reference:
             self.set_reference(sample)
             yield from self.read_waiting()
         if self.reference is None:
@@ -211,7 +210,7 @@ class Group:
             self.number,
             sample.trial_id,
             -1 if sample.baseline is None else sample.baseline,
-            AXIS_CODES.index(sample.axis),
+            PURPOSES.index(sample.purpose),
             sample.slot,
             -1 if achieved is None else achieved,
             sample.elapsed_s,
@@ -220,12 +219,12 @@ class Group:
         if sample.error is not None:
             return (*origin, -1, -1, np.nan, 0, 0)
         stream = read_stream(sample)
-        if sample.axis == "control":
+        if sample.role == "control":
             self._judge_control(sample, stream)
             return (*origin, -1, -1, np.nan, 0, 0)
         number = self._intern(sample, stream)
         bits = _fingerprint(stream.logprobs), _fingerprint(stream.row_digests)
-        if is_alone(sample):
+        if sample.is_reference:
             self._alone[number, *bits] += 1
             self._alone_trials.add(sample.trial_id)
             first = self._alone_samples.setdefault((number, *bits), sample)
@@ -237,7 +236,7 @@ class Group:
         """The columns ``batch_size``, ``kind`` and ``load``."""
         load = sample.load
         slot = load.slots[0] if len(load.slots) == 1 else None
-        kind = LoadKind(sample.axis, load.batch_size, slot, load.cache_state)
+        kind = LoadKind(sample.purpose, load.batch_size, slot, load.cache_state)
         return load.batch_size, self.kinds.setdefault(kind, len(self.kinds)), hash(load)
 
     def _compare(self, sample: Sample, stream: Stream, number: int) -> tuple[int, float]:
@@ -269,11 +268,6 @@ def is_settled(most: Any, next_most: Any, total: Any) -> Any:
     A sign test at two standard deviations of the most frequent one against the next; arrays too.
     """
     return (next_most == 0) | ((most - next_most) ** 2 >= 4 * total)
-
-
-def is_alone(sample: Sample) -> bool:
-    """Is it the probe alone in its batch, prefilled as a whole, and nothing planted in it?"""
-    return sample.axis != "control" and sample.load == ALONE
 
 
 def is_caught(fault: Fault, baseline: Stream, stream: Stream) -> bool:

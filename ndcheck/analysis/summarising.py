@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ndcheck.analysis.accumulating import Group, collect
 from ndcheck.analysis.axes import find_axes
 from ndcheck.analysis.loads import find_loads
 from ndcheck.analysis.metrics import measure
-from ndcheck.analysis.outcomes import ALONE, Group, collect
 from ndcheck.analysis.statistics import (
     chao1,
     clopper_pearson,
@@ -20,13 +20,13 @@ from ndcheck.analysis.statistics import (
 )
 from ndcheck.analysis.summary import ControlFinding, ProbeSummary, SampleColumns, Summary
 from ndcheck.analysis.tree import build_tree
-from ndcheck.analysis.trials import Trials, axis_code, count_bit_patterns, group_trials
+from ndcheck.analysis.trials import Trials, count_bit_patterns, group_trials, purpose_code
 from ndcheck.analysis.unique import Completions
-from ndcheck.records import ARMS, Arm, RunSpec, Sample
+from ndcheck.records import ALONE, ARMS, Arm, RunSpec, Sample
 
 
 def summarise(samples: Iterable[Sample], spec: RunSpec) -> Summary:
-    """Read ``samples`` once, in any order; `ndcheck.analysis.outcomes` says what is kept of them.
+    """Read ``samples`` in any order; `ndcheck.analysis.accumulating` says what is kept of them.
 
     Every probe and arm of the spec gets a summary, even if nothing of it ran.
     """
@@ -53,7 +53,8 @@ def summarise(samples: Iterable[Sample], spec: RunSpec) -> Summary:
         )
         for arm, probe_id in evidence
     )
-    return Summary(probes, columns, _compare_arms(probes))
+    references = {key: group.reference.trial_id for key, group in groups.items() if group.reference}
+    return Summary(probes, columns, _compare_arms(probes), references)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def _gather(group: Group, rows: NDArray[np.void], columns: SampleColumns) -> _Ev
         group,
         completions,
         trials=group_trials(rows, completions, group.reference),
-        errors=rest[rest["axis"] != axis_code("control")],
+        errors=rest[rest["purpose"] != purpose_code("control")],
     )
 
 

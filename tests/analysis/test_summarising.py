@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.statistics import clopper_pearson
+from ndcheck.analysis.summarising import summarise
 from ndcheck.records import AXES, Fault, Load, Probe
 
 ULP = 2.0**-24
@@ -134,8 +134,8 @@ def test_prefix_completions_diverge_where_one_ends(build):
 def test_a_baseline_that_was_not_asked_for_is_evidence_all_the_same(build):
     samples = [
         build.reference("ab"),
-        build.sample(1, "ax", axis="reference"),
-        build.sample(2, "ax", axis="cache", baseline=1),
+        build.sample(1, "ax", purpose="reference"),
+        build.sample(2, "ax", purpose="cache", baseline=1),
     ]
     probe = build.probe(samples)
     assert (probe.n_trials, probe.diverged_trials, probe.n_samples) == (2, 2, 3)
@@ -145,7 +145,7 @@ def test_a_baseline_that_was_not_asked_for_is_evidence_all_the_same(build):
 
 
 def test_a_batch_that_serves_as_a_baseline_is_never_the_reference(build):
-    samples = [build.sample(1, "ax", axis="reference"), build.reference("ab")]
+    samples = [build.sample(1, "ax", purpose="reference"), build.reference("ab")]
     diverged = {c.text: c.first_divergence for c in build.probe(samples).completions}
     assert diverged == {"ab": None, "ax": 1}
 
@@ -201,7 +201,7 @@ def test_a_trial_counts_if_any_of_its_rows_did_not_fail(build):
 
 @pytest.mark.parametrize("baseline", [None, 9])
 def test_a_trial_without_its_baseline_is_not_counted_for_its_axis(build, baseline):
-    samples = [build.reference("ab"), build.sample(1, "ax", axis="cache", baseline=baseline)]
+    samples = [build.reference("ab"), build.sample(1, "ax", purpose="cache", baseline=baseline)]
     probe = build.probe(samples)
     assert finding_of(probe, "cache").n_trials == 0
     assert (probe.n_trials, probe.diverged_trials) == (1, 1)
@@ -211,7 +211,7 @@ def test_a_trial_whose_baseline_failed_is_not_counted_for_its_axis(build):
     samples = [
         build.reference("ab"),
         build.error(1),
-        build.sample(2, "ax", axis="neighbours", baseline=1),
+        build.sample(2, "ax", purpose="neighbours", baseline=1),
     ]
     assert finding_of(build.probe(samples), "neighbours").n_trials == 0
 
@@ -219,9 +219,9 @@ def test_a_trial_whose_baseline_failed_is_not_counted_for_its_axis(build):
 @pytest.mark.parametrize("failed", [True, False])
 def test_without_a_reference_nothing_is_compared_with_it(build, failed):
     samples = [
-        *([build.error(0, axis="reference", baseline=None)] if failed else []),
+        *([build.error(0, purpose="reference", baseline=None)] if failed else []),
         build.sample(1, "ab"),
-        build.sample(2, "ax", axis="run-to-run", baseline=1),
+        build.sample(2, "ax", purpose="run-to-run", baseline=1),
     ]
     summary = summarise(samples, build.spec)
     (probe,) = summary.probes
@@ -301,13 +301,13 @@ def test_only_the_slot_differs(build):
     samples = [
         build.reference("ab"),
         build.sample(1, "ab"),
-        build.sample(2, "ax", slot=1, axis="slot", baseline=1),
-        build.sample(3, "ab", axis="neighbours", baseline=1),
+        build.sample(2, "ax", slot=1, purpose="slot", baseline=1),
+        build.sample(3, "ab", purpose="neighbours", baseline=1),
     ]
     finding = finding_of(build.probe(samples), "slot")
     # Once alone it may be chance.
     assert (finding.n_trials, finding.diverged_trials, finding.rate) == (1, 1, None)
-    samples.append(build.sample(4, "ax", slot=1, axis="run-to-run", baseline=2))
+    samples.append(build.sample(4, "ax", slot=1, purpose="run-to-run", baseline=2))
     probe = build.probe(samples)
     finding = finding_of(probe, "slot")
     assert (finding.n_trials, finding.diverged_trials, finding.rate) == (1, 1, 1.0)
@@ -320,7 +320,7 @@ def test_rows_of_one_batch_are_evidence_on_the_slot(build):
     samples = [
         build.reference("ab"),
         *build.copies(1, ["ab", "ab", "ax"]),
-        *build.copies(2, ["ab", "ab", "ab"], axis="run-to-run", baseline=1),
+        *build.copies(2, ["ab", "ab", "ab"], purpose="run-to-run", baseline=1),
     ]
     probe = build.probe(samples)
     slot = finding_of(probe, "slot")
@@ -365,7 +365,7 @@ def test_bits_that_only_one_of_two_trials_recorded_are_no_evidence(build):
     samples = [
         build.reference("ab"),
         build.sample(1, "ab", bits=False),
-        build.sample(2, "ab", axis="run-to-run", baseline=1),
+        build.sample(2, "ab", purpose="run-to-run", baseline=1),
     ]
     probe = build.probe(samples)
     assert (probe.latent_trials, sum(f.latent_trials for f in probe.axes)) == (0, 0)
@@ -376,9 +376,9 @@ def test_only_the_neighbours_differ(build):
     samples = [
         build.reference("abc"),
         build.sample(1, "axc", batch_size=8),
-        build.sample(2, "axy", axis="neighbours", baseline=1, load=Load(8, (0,), (4,) * 7)),
-        build.sample(3, "axc", axis="neighbours", baseline=1, load=Load(8, (0,), (5,) * 7)),
-        build.sample(4, "axc", batch_size=8, axis="run-to-run", baseline=1),
+        build.sample(2, "axy", purpose="neighbours", baseline=1, load=Load(8, (0,), (4,) * 7)),
+        build.sample(3, "axc", purpose="neighbours", baseline=1, load=Load(8, (0,), (5,) * 7)),
+        build.sample(4, "axc", batch_size=8, purpose="run-to-run", baseline=1),
     ]
     probe = build.probe(samples)
     finding = finding_of(probe, "neighbours")
@@ -406,7 +406,7 @@ def test_loads_by_kind(build):
         build.sample(2, "abx", batch_size=4, elapsed_s=1.0, achieved=3),
         build.sample(3, "xbc", batch_size=4, elapsed_s=1.0, achieved=None),
         *build.copies(4, ["abc", "abx"], elapsed_s=2.0),
-        build.sample(5, "abc", load=Load(1, cache_state="chunked"), axis="cache", elapsed_s=0.0),
+        build.sample(5, "abc", load=Load(1, cache_state="chunked"), purpose="cache", elapsed_s=0.0),
     ]
     probe = build.probe(samples)
     assert [(x.axis, x.batch_size, x.slot, x.cache_state) for x in probe.loads] == [
@@ -443,7 +443,7 @@ def test_unwitnessed_trials(build):
 
 
 def judge_control(build, **fields):
-    control = {"axis": "control", "batch_size": 1, "fault": Fault(latent_at=1, fork_at=3)}
+    control = {"purpose": "control", "batch_size": 1, "fault": Fault(latent_at=1, fork_at=3)}
     samples = [build.reference("abcdef"), build.sample(1, **(control | fields))]
     return summarise(samples, build.spec)
 
@@ -482,7 +482,7 @@ def test_without_bits_the_fork_decides(build):
 
 
 def test_failed_controls_are_not_counted(build):
-    samples = [build.reference("abcd"), build.error(1, axis="control")]
+    samples = [build.reference("abcd"), build.error(1, purpose="control")]
     probe = build.probe(samples)
     assert (probe.control.n_trials, probe.n_errors, len(probe.loads)) == (0, 0, 1)
 
@@ -619,7 +619,7 @@ def test_the_order_of_the_stream_does_not_matter(build, trials, random):
                 slot=slot,
                 load=load,
                 moved=moved,
-                axis=AXES[trial_id % len(AXES)],
+                purpose=AXES[trial_id % len(AXES)],
                 baseline=trial_id - 1,
             )
             for slot, (text, moved) in enumerate(rows)
