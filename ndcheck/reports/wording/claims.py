@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.records import Run
 from ndcheck.reports.wording import phrases
+from ndcheck.samplers.backends import backend_of
 
 
 def claims(run: Run, summary: Summary, escape: Callable[[str], str]) -> list[str]:
@@ -66,7 +67,7 @@ def exclusions(run: Run) -> list[str]:
     ]
     return [
         *(overlap if witness == "client-side overlap" else []),
-        *(replicas if run.spec.endpoint is not None else []),
+        *(replicas if backend_of(run.spec).is_remote else []),
         "Anything on other hardware, other versions of the software or other numeric flags.",
         "Other models, prompts, decoding settings or longer completions.",
         f"Other loads: batch sizes {sizes} were enumerated over {axes}; the contents and lengths "
