@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 import subprocess
 import sys
@@ -290,3 +291,26 @@ def test_the_old_name_of_arrivals_is_heard_with_a_note(capsys):
     assert spec == parse(*served, "--arrivals", "poisson:2/s")[1]
     assert "--arrivals poisson:2/s" in reproduce_command(spec, DEFAULTS)
     assert parse(*served, "--arrival", "closed", "--arrivals", "together")[0] == 2
+
+
+def test_help_puts_options_under_their_owners(capsys):
+    assert run_command_line(["run", "--help"]) == 0
+    sections = re.split(r"(?m)^(Options.*):$", capsys.readouterr().out)[1:]
+    headings = {
+        flag: heading
+        for heading, text in zip(sections[::2], sections[1::2], strict=True)
+        for flag in re.findall(r"(?m)^  (?:-\w, )?(--[\w-]+)", text)
+    }
+    assert set(headings) >= {option.flag for option in OPTIONS.values()}
+    assert "--arrival" not in headings
+    for flag, heading in {
+        "--model": "Options",
+        "--samples": "Options",
+        "--json": "Options",
+        "--timeout": "Options of a server",
+        "--attn": "Options of transformers in this process",
+        "--arrivals": "Options of a server and transformers in this process",
+        "--dtype": "Options of transformers in this process and vLLM",
+        "--pp": "Options of vLLM",
+    }.items():
+        assert headings[flag] == heading
