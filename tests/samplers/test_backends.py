@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -20,6 +22,7 @@ from ndcheck import request
 from ndcheck.cli import run_session
 from ndcheck.cli.app import run_command_line
 from ndcheck.cli.commands.run import run
+from ndcheck.errors import UsageError
 from ndcheck.records import AXES, Engine
 from ndcheck.reports.wording.reproduction import PROMPTS_FILE, prompts_file, reproduce_command
 from ndcheck.request import DEFAULTS
@@ -27,7 +30,9 @@ from ndcheck.samplers import backends
 from ndcheck.samplers.backend import Backend
 from ndcheck.samplers.backends import BACKENDS, OPTIONS, backend_of
 from ndcheck.samplers.options import ENGINE
+from ndcheck.storage.run_directory import read_run
 
+RUNS = Path(__file__).parents[1] / "runs"
 URL = "http://host:8000/v1"
 CHOSEN = {
     "LocalBackend": (),
@@ -314,3 +319,15 @@ def test_help_puts_options_under_their_owners(capsys):
         "--pp": "Options of vLLM",
     }.items():
         assert headings[flag] == heading
+
+
+def test_a_run_of_an_unknown_engine_is_not_read(tmp_path):
+    document = json.loads((RUNS / "fork" / "run.json").read_text())
+    for name, outcome in (
+        ("vllm", nullcontext()),
+        ("v", pytest.raises(UsageError, match="'v' is")),
+    ):
+        document["spec"] |= {"model": "m", "engine": {"name": name}}
+        (tmp_path / "run.json").write_text(json.dumps(document))
+        with outcome:
+            assert read_run(tmp_path).spec.engine == Engine("vllm")
