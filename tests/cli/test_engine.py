@@ -116,7 +116,7 @@ def test_ctrl_c_ends_the_workers(started, wait_for_lines, with_fake, tmp_path):
         (("--engine", "vllm", "--engine-arg", "a=1", "--engine-arg", "a=2"), ("twice",)),
         (("--engine", "vllm", "--device", "cuda:1"), ("CUDA_VISIBLE_DEVICES",)),
         (("--engine", "vllm", "--attn", "eager"), ("attention_backend=NAME",)),
-        (("--engine", "vllm", "--model", "scripted:clean"), ("scripted:clean",)),
+        (("--engine", "vllm", "--model", "scripted:clean"), ("--engine: ", "not scripted:NAME")),
         (("--engine", "vllm", "--loads", "auto"), ("--loads auto", "give numbers")),
         (
             ("--engine", "vllm", "--batching", "continuous"),
