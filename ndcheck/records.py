@@ -7,7 +7,7 @@ unit of evidence; a *sample* is one completion of a probe. CONTRIBUTING.md expla
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,6 @@ Role = Literal["reference", "trial", "control"]
 Purpose = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
 """What a trial is for: its axis, or its role where it has none. Files call it ``axis``."""
 CacheState = Literal["whole", "chunked", "prefix"]
-EngineName = Literal["vllm"]
 Fillers = Literal["words", "shared-prefix"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
@@ -59,6 +58,8 @@ RunStatus = Literal["running", "finished", "interrupted", "failed"]
 ARMS: tuple[Arm, ...] = ("stock", "invariant")
 AXES: tuple[Axis, ...] = ("run-to-run", "batch-size", "slot", "neighbours", "cache")
 """The five invariance properties, each with its own verdict."""
+CLOSED_ARRIVALS = ("together", "closed")
+"""Those of `ndcheck.plan.arrivals` under which the number in flight is as asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +309,7 @@ class Environment:
 class Engine:
     """A serving engine that computes in processes of its own; ``arguments`` are ``KEY=VALUE``."""
 
-    name: EngineName = "vllm"
+    name: str = "vllm"
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
     arguments: tuple[str, ...] = ()
@@ -320,8 +321,8 @@ class Endpoint:
 
     ``header_names`` are sent with values that the command line gives again. ``arrival`` says when
     the requests of a trial are sent: ``together``, ``closed`` (each row's next request when its
-    last is answered), or as an open loop, ``poisson:RATE`` or ``bursts:SIZE:SECONDS``. Fillers
-    are ``words``, or the probe with words after it (``shared-prefix``).
+    last is answered), or as an open loop, ``poisson:RATE`` or ``bursts:SIZE:GAP`` by the second.
+    Fillers are ``words``, or the probe with words after it (``shared-prefix``).
     """
 
     url: str
@@ -331,13 +332,6 @@ class Endpoint:
     fillers: Fillers = "words"
     timeout_s: NotNegative = 300.0
     n_retries: Count = 2
-
-    CLOSED_ARRIVALS: ClassVar[tuple[str, ...]] = ("together", "closed")
-
-    @property
-    def sets_batch_size(self) -> bool:
-        """False in an open loop, where the server's speed decides how many run at a time."""
-        return self.arrival in self.CLOSED_ARRIVALS
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,7 +358,7 @@ class RunSpec:
     attention: str = "auto"
     batching: Batching = "exact"
     arrivals: str = "closed"
-    """Who comes when under continuous batching; see `ndcheck.plan.queue`."""
+    """Who comes when under continuous batching, by the decode step; see `ndcheck.plan.queue`."""
     chat: bool = False
     trust_remote_code: bool = False
     random_weights: Seed | None = None
@@ -391,8 +385,8 @@ class RunSpec:
     def sets_batch_size(self) -> bool:
         """False in an open loop, where arrivals and speed decide how many run at a time."""
         if self.endpoint is not None:
-            return self.endpoint.sets_batch_size
-        return self.batching == "exact" or not self.arrivals.startswith("poisson")
+            return self.endpoint.arrival in CLOSED_ARRIVALS
+        return self.batching == "exact" or self.arrivals in CLOSED_ARRIVALS
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import torch
 
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, TrialError, UsageError
+from ndcheck.plan.arrivals import parse_arrivals
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.plan.queue import Request, queue_requests
 from ndcheck.records import (
@@ -273,7 +274,8 @@ class TransformersSampler:
         from ndcheck.samplers.local.continuous import serve_load
 
         load, prompt = trial.load, self._prompts.encode(probe.prompt)
-        queue = queue_requests(load, self._arrivals or "", len(prompt), decoding.max_tokens)
+        arrivals = parse_arrivals(self._arrivals or "", "step")
+        queue = queue_requests(load, arrivals, len(prompt), decoding.max_tokens)
         served, n_fires = serve_load(
             self._model,
             ((request, self._prompt_of(request, prompt)) for request in queue),

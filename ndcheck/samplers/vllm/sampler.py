@@ -13,7 +13,6 @@ from typing import Any
 import transformers
 
 from ndcheck.builtin import MODEL_DIRECTORY
-from ndcheck.engine_request import NO_AUTO_LOADS
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.plan.grid import CACHE_STATES, N_PREFILL_CHUNKS
 from ndcheck.records import (
@@ -30,6 +29,7 @@ from ndcheck.records import (
 )
 from ndcheck.samplers.local.loading import load_config
 from ndcheck.samplers.local.prompts import load_prompts
+from ndcheck.samplers.vllm.backend import NO_AUTO_LOADS
 from ndcheck.samplers.vllm.checkpoint import (
     digest_checkpoint,
     find_checkpoint,
