@@ -124,7 +124,7 @@ class Fault:
 class Trial:
     """One execution of one load: one batch.
 
-    ``baseline`` is the trial that differs from this one along ``axis`` only; None for the
+    ``baseline`` is the trial that differs from this one along its axis only; None for the
     first trial of the probe alone (batch size 1). ``first_sample_id`` numbers the samples in plan
     order, one per slot.
     """
@@ -143,10 +143,6 @@ class Trial:
         return role_of(self.purpose)
 
     @property
-    def axis(self) -> Axis | None:
-        return axis_of(self.purpose)
-
-    @property
     def n_samples(self) -> int:
         return len(self.load.slots)
 
@@ -154,11 +150,6 @@ class Trial:
 def role_of(purpose: Purpose) -> Role:
     """What a trial of this purpose is."""
     return purpose if purpose == "reference" or purpose == "control" else "trial"
-
-
-def axis_of(purpose: Purpose) -> Axis | None:
-    """Along what a trial of this purpose is compared, if it is."""
-    return None if purpose == "reference" or purpose == "control" else purpose
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,10 +223,6 @@ class Sample:
     @property
     def role(self) -> Role:
         return role_of(self.purpose)
-
-    @property
-    def axis(self) -> Axis | None:
-        return axis_of(self.purpose)
 
     @property
     def is_reference(self) -> bool:
