@@ -62,6 +62,7 @@ def run(
     invariance property, a minute or two.
     """
     from ndcheck.cli import run_session, trust
+    from ndcheck.cli.console import note
 
     headers = parse_headers(header or ())
     if resume is not None:
@@ -73,7 +74,7 @@ def run(
         )
         raise typer.Exit(code)
     if arrival is not None:
-        run_session.note("--arrival is now called --arrivals", quiet=quiet)
+        note("--arrival is now called --arrivals", quiet=quiet)
     spec = make_spec(
         model=model,
         prompt=prompt or (),
