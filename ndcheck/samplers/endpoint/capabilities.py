@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from ndcheck.errors import UsageError
-from ndcheck.samplers.endpoint.answer import Answer, Compared
-from ndcheck.samplers.endpoint.dialects import Body, Dialect
-from ndcheck.samplers.endpoint.event_stream import RequestFailure
+from ndcheck.samplers.endpoint.answers.answer import Answer, Compared
+from ndcheck.samplers.endpoint.answers.dialects import Body, Dialect
+from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 
 FP32_DIGITS = 6
 """Fewer significant digits cannot tell neighbouring fp32 values apart."""

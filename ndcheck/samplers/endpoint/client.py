@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ndcheck.samplers.endpoint.answer import Answer, Compared
-from ndcheck.samplers.endpoint.dialects import Body, Dialect, Generate
-from ndcheck.samplers.endpoint.event_stream import Event, RequestFailure
+from ndcheck.samplers.endpoint.answers.answer import Answer, Compared
+from ndcheck.samplers.endpoint.answers.dialects import Body, Dialect, Generate
+from ndcheck.samplers.endpoint.answers.event_stream import Event, RequestFailure
 from ndcheck.samplers.endpoint.transport import Transport
 
 FIRST_PAUSE_S = 0.5

@@ -12,12 +12,12 @@ from ndcheck.errors import BackendError, UsageError
 from ndcheck.plan.fillers import filler_text
 from ndcheck.records import Endpoint, RunSpec
 from ndcheck.samplers.endpoint import prefix_cache
-from ndcheck.samplers.endpoint.answer import EMPTY, Answer
+from ndcheck.samplers.endpoint.answers.answer import EMPTY, Answer
+from ndcheck.samplers.endpoint.answers.dialects import Body, Chat, Completions, Dialect, Generate
+from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
+from ndcheck.samplers.endpoint.answers.events import as_count, as_dict, as_fact, as_list
 from ndcheck.samplers.endpoint.capabilities import BUSY, Capabilities, probe
 from ndcheck.samplers.endpoint.client import Client
-from ndcheck.samplers.endpoint.dialects import Body, Chat, Completions, Dialect, Generate
-from ndcheck.samplers.endpoint.event_stream import RequestFailure
-from ndcheck.samplers.endpoint.events import as_count, as_dict, as_fact, as_list
 from ndcheck.samplers.endpoint.prefix_cache import PrefixCache
 from ndcheck.samplers.endpoint.transport import Transport
 from ndcheck.samplers.endpoint.witness import CLIENT_OVERLAP, MetricsWitness, find_gauge

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ndcheck.records import CacheState
-from ndcheck.samplers.endpoint.answer import Answer
-from ndcheck.samplers.endpoint.dialects import Body
-from ndcheck.samplers.endpoint.event_stream import RequestFailure
+from ndcheck.samplers.endpoint.answers.answer import Answer
+from ndcheck.samplers.endpoint.answers.dialects import Body
+from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.transport import Transport
 
 Ask = Callable[[Body], Awaitable[Answer]]

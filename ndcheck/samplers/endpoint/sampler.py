@@ -23,13 +23,13 @@ from ndcheck.records import (
     Trial,
     Witness,
 )
-from ndcheck.samplers.endpoint.answer import Answer
+from ndcheck.samplers.endpoint.answers.answer import Answer
+from ndcheck.samplers.endpoint.answers.dialects import outlasting
+from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.arrivals import run_trial
 from ndcheck.samplers.endpoint.capabilities import FP32_DIGITS
 from ndcheck.samplers.endpoint.client import Outcome, check_whole
 from ndcheck.samplers.endpoint.credentials import request_headers
-from ndcheck.samplers.endpoint.dialects import outlasting
-from ndcheck.samplers.endpoint.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.opening import Identity, identify, open_server
 from ndcheck.samplers.endpoint.transport import Transport
 from ndcheck.samplers.endpoint.witness import (

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from ndcheck.errors import UsageError
-from ndcheck.samplers.endpoint.event_stream import (
+from ndcheck.samplers.endpoint.answers.event_stream import (
     MAX_SNIPPET,
     TEMPORARY,
     Event,

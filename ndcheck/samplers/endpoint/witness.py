@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from itertools import pairwise
 
-from ndcheck.samplers.endpoint.answer import Answer
-from ndcheck.samplers.endpoint.event_stream import RequestFailure
-from ndcheck.samplers.endpoint.events import MAX_COUNT
+from ndcheck.samplers.endpoint.answers.answer import Answer
+from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
+from ndcheck.samplers.endpoint.answers.events import MAX_COUNT
 from ndcheck.samplers.endpoint.transport import Transport
 
 GAUGES = (

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ndcheck.records import Fault
-from ndcheck.samplers.endpoint.answer import Answer, align
-from ndcheck.samplers.endpoint.event_stream import RequestFailure
-from ndcheck.samplers.endpoint.events import Token
+from ndcheck.samplers.endpoint.answers.answer import Answer, align
+from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
+from ndcheck.samplers.endpoint.answers.events import Token
 from ndcheck.samplers.endpoint.redaction import Redactor
 from ndcheck.samplers.endpoint.sampler import plant
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ndcheck.records import Decoding
-from ndcheck.samplers.endpoint.answer import Answer
-from ndcheck.samplers.endpoint.dialects import Chat, Completions, Generate
-from ndcheck.samplers.endpoint.event_stream import EventReader, RequestFailure
+from ndcheck.samplers.endpoint.answers.answer import Answer
+from ndcheck.samplers.endpoint.answers.dialects import Chat, Completions, Generate
+from ndcheck.samplers.endpoint.answers.event_stream import EventReader, RequestFailure
 from ndcheck.samplers.endpoint.redaction import Redactor
 
 NO_SECRETS = Redactor({})

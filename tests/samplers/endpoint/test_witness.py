@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ndcheck.samplers.endpoint.answer import Answer, Arrival
+from ndcheck.samplers.endpoint.answers.answer import Answer, Arrival
 from ndcheck.samplers.endpoint.witness import (
     batch_sizes_read,
     batch_sizes_seen,

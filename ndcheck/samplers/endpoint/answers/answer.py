@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ndcheck.records import FinishReason
-from ndcheck.samplers.endpoint.event_stream import RequestFailure, paired, plain
-from ndcheck.samplers.endpoint.events import Frame, Token
+from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure, paired, plain
+from ndcheck.samplers.endpoint.answers.events import Frame, Token
 from ndcheck.samplers.endpoint.redaction import Redactor
 
 Compared = Literal["token ids", "logprob tokens", "text"]

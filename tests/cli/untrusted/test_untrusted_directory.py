@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-FIXTURE = Path(__file__).parents[1] / "runs" / "schema-1"
+FIXTURE = Path(__file__).parents[2] / "runs" / "schema-1"
 KEY = "sk-private-0123456789"
 OPTIONS = ("--model", "scripted:slow", "--max-tokens", "8", "--loads", "1,4", "-n", "40", "-q")
 

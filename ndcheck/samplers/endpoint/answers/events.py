@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ndcheck.records import FinishReason
-from ndcheck.samplers.endpoint.event_stream import Event, RequestFailure, find_words, plain
+from ndcheck.samplers.endpoint.answers.event_stream import Event, RequestFailure, find_words, plain
 
 MAX_FACT = 200
 MAX_COUNT = 2**31

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from ndcheck.records import Decoding
-from ndcheck.samplers.endpoint.event_stream import Event
-from ndcheck.samplers.endpoint.events import Frame, read_generate, read_openai
+from ndcheck.samplers.endpoint.answers.event_stream import Event
+from ndcheck.samplers.endpoint.answers.events import Frame, read_generate, read_openai
 
 Body = dict[str, Any]
 OUTLASTING_TOKENS = 4

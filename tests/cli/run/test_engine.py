@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FAKE = Path(__file__).parents[1] / "samplers" / "vllm" / "fake"
+FAKE = Path(__file__).parents[2] / "samplers" / "vllm" / "fake"
 PROMPT = "the quick answer depends on order because sums are not associative"
 OPTIONS = ("--engine", "vllm", "--prompt", PROMPT, "--loads", "1,4", "-n", "40")
 

@@ -1,0 +1,1 @@
+"""How a server is asked, and what it answered: bytes, events, one answer; all of it untrusted."""
