@@ -10,8 +10,8 @@ import pytest
 from hypothesis import settings
 
 from ndcheck.analysis.summarising import summarise
-from ndcheck.analysis.summary import ProbeSummary
-from ndcheck.records import AXES, Decoding, Load, Probe, RunSpec, Sample, Witness
+from ndcheck.analysis.summary import AxisFinding, LoadFinding, ProbeSummary
+from ndcheck.records import AXES, Axis, Decoding, Load, Probe, RunSpec, Sample, Witness
 
 # How long an example takes on a shared machine says nothing about the code.
 settings.register_profile("untimed", deadline=None)
@@ -103,6 +103,16 @@ def summarise_probe(samples: list[Sample], **spec: Any) -> ProbeSummary:
     return probe
 
 
+def finding_of(probe: ProbeSummary, axis: Axis) -> AxisFinding:
+    return next(finding for finding in probe.axes if finding.axis == axis)
+
+
+def load_of(probe: ProbeSummary, axis: Axis, batch_size: int, slot: int | None = 0) -> LoadFinding:
+    kind = (axis, batch_size, slot)
+    (load,) = (x for x in probe.loads if (x.axis, x.batch_size, x.slot) == kind)
+    return load
+
+
 @pytest.fixture(scope="session")
 def build() -> SimpleNamespace:
     """The functions above, by short names."""
@@ -113,4 +123,6 @@ def build() -> SimpleNamespace:
         copies=make_copies,
         error=make_error,
         probe=summarise_probe,
+        finding=finding_of,
+        load=load_of,
     )

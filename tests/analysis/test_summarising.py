@@ -10,24 +10,7 @@ from hypothesis import strategies as st
 
 from ndcheck.analysis.statistics import clopper_pearson
 from ndcheck.analysis.summarising import summarise
-from ndcheck.records import AXES, Fault, Load, Probe
-
-ULP = 2.0**-24
-
-
-def finding_of(probe, axis):
-    return next(finding for finding in probe.axes if finding.axis == axis)
-
-
-def load_of(probe, axis, batch_size, slot=0):
-    found = [
-        load
-        for load in probe.loads
-        if (load.axis, load.batch_size, load.slot) == (axis, batch_size, slot)
-    ]
-    (load,) = found
-    return load
-
+from ndcheck.records import AXES, Load, Probe
 
 # What is counted
 
@@ -140,8 +123,8 @@ def test_a_baseline_that_was_not_asked_for_is_evidence_all_the_same(build):
     probe = build.probe(samples)
     assert (probe.n_trials, probe.diverged_trials, probe.n_samples) == (2, 2, 3)
     assert probe.completions[0].first_divergence == 1
-    assert finding_of(probe, "cache").diverged_trials == 0
-    assert finding_of(probe, "batch-size").diverged_trials == 1
+    assert build.finding(probe, "cache").diverged_trials == 0
+    assert build.finding(probe, "batch-size").diverged_trials == 1
 
 
 def test_a_batch_that_serves_as_a_baseline_is_never_the_reference(build):
@@ -179,9 +162,9 @@ def test_errors_count_as_errors_only(build):
     (probe,) = summary.probes
     assert (probe.n_trials, probe.n_samples, probe.n_errors, probe.n_unique) == (1, 2, 3, 1)
     assert (probe.elapsed_s, probe.unwitnessed_trials) == (2, 0)
-    assert finding_of(probe, "batch-size").n_trials == 1
-    assert load_of(probe, "batch-size", 2).n_errors == 1
-    failed = load_of(probe, "batch-size", 64, slot=None)
+    assert build.finding(probe, "batch-size").n_trials == 1
+    assert build.load(probe, "batch-size", 2).n_errors == 1
+    failed = build.load(probe, "batch-size", 64, slot=None)
     assert (failed.n_trials, failed.n_samples, failed.n_errors, failed.n_unique) == (0, 0, 2, 0)
     assert failed.tokens_per_s is failed.achieved_batch_size_min is None
     assert summary.samples.completion_id.tolist() == [1, 1, -1, -1, -1]
@@ -203,7 +186,7 @@ def test_a_trial_counts_if_any_of_its_rows_did_not_fail(build):
 def test_a_trial_without_its_baseline_is_not_counted_for_its_axis(build, baseline):
     samples = [build.reference("ab"), build.sample(1, "ax", purpose="cache", baseline=baseline)]
     probe = build.probe(samples)
-    assert finding_of(probe, "cache").n_trials == 0
+    assert build.finding(probe, "cache").n_trials == 0
     assert (probe.n_trials, probe.diverged_trials) == (1, 1)
 
 
@@ -213,7 +196,7 @@ def test_a_trial_whose_baseline_failed_is_not_counted_for_its_axis(build):
         build.error(1),
         build.sample(2, "ax", purpose="neighbours", baseline=1),
     ]
-    assert finding_of(build.probe(samples), "neighbours").n_trials == 0
+    assert build.finding(build.probe(samples), "neighbours").n_trials == 0
 
 
 @pytest.mark.parametrize("failed", [True, False])
@@ -229,262 +212,9 @@ def test_without_a_reference_nothing_is_compared_with_it(build, failed):
     assert (probe.n_samples, probe.n_unique) == (2, 2)
     assert all(c.first_divergence is None for c in probe.completions)
     assert probe.metrics.k1_kl is probe.metrics.flip_rate_per_step is None
-    assert finding_of(probe, "batch-size").n_trials == 0
-    assert finding_of(probe, "run-to-run").diverged_trials == 1
+    assert build.finding(probe, "batch-size").n_trials == 0
+    assert build.finding(probe, "run-to-run").diverged_trials == 1
     assert set(summary.samples.first_divergence.tolist()) == {-1}
-
-
-# Bits
-
-
-def test_latent_only(build):
-    samples = [
-        build.reference("abcd"),
-        build.sample(1, "abcd", moved=(2, 3)),
-        build.sample(2, "abcd"),
-        build.sample(3, "abXd", moved=(1,)),
-    ]
-    summary = summarise(samples, build.spec)
-    (probe,) = summary.probes
-    assert (probe.n_trials, probe.diverged_trials, probe.latent_trials) == (3, 1, 1)
-    finding = finding_of(probe, "batch-size")
-    assert (finding.n_trials, finding.diverged_trials, finding.latent_trials) == (3, 1, 1)
-    assert load_of(probe, "batch-size", 2).latent == 1
-    assert summary.samples.latent_divergence.tolist() == [-1, 2, -1, 1]
-    assert summary.samples.first_divergence.tolist() == [-1, -1, -1, 2]
-    assert summary.samples.max_abs_dlogprob[1:].tolist() == [ULP, 0.0, ULP]
-
-
-def test_a_trial_with_a_fork_in_one_row_is_diverged_not_latent(build):
-    load = Load(2, (0, 1))
-    samples = [
-        build.reference("ab"),
-        build.sample(1, "ab", load=load, moved=(0,)),
-        build.sample(1, "ax", load=load, slot=1),
-    ]
-    probe = build.probe(samples)
-    assert (probe.diverged_trials, probe.latent_trials) == (1, 0)
-
-
-def test_bits_after_the_fork_say_nothing(build):
-    samples = [build.reference("abcd"), build.sample(1, "aXcd", moved=(1, 2))]
-    summary = summarise(samples, build.spec)
-    assert summary.samples.latent_divergence.tolist() == [-1, -1]
-    assert summary.samples.max_abs_dlogprob[1] == 0
-
-
-def test_without_bits_there_is_no_latent_divergence_and_no_metric_of_them(build):
-    samples = [build.reference("ab", bits=False), build.sample(1, "ab", bits=False)]
-    summary = summarise(samples, build.spec)
-    (probe,) = summary.probes
-    assert probe.latent_trials == 0
-    assert np.isnan(summary.samples.max_abs_dlogprob).all()
-    metrics = probe.metrics
-    assert metrics.avg_std_top1_prob is metrics.k1_kl is metrics.k3_kl is None
-
-
-def test_margin_is_the_references_at_the_first_divergence(build):
-    samples = [
-        build.reference("abc", margins=(3.0, 0.25, math.inf)),
-        build.sample(1, "aXc", margins=(9.0, 9.0, 9.0)),
-        build.sample(2, "abX"),
-    ]
-    summary = summarise(samples, build.spec)
-    np.testing.assert_array_equal(summary.samples.margin, [math.nan, 0.25, math.nan])
-    assert [c.margin for c in summary.probes[0].completions] == [None, 0.25, None]
-
-
-# Axes
-
-
-def test_only_the_slot_differs(build):
-    samples = [
-        build.reference("ab"),
-        build.sample(1, "ab"),
-        build.sample(2, "ax", slot=1, purpose="slot", baseline=1),
-        build.sample(3, "ab", purpose="neighbours", baseline=1),
-    ]
-    finding = finding_of(build.probe(samples), "slot")
-    # Once alone it may be chance.
-    assert (finding.n_trials, finding.diverged_trials, finding.rate) == (1, 1, None)
-    samples.append(build.sample(4, "ax", slot=1, purpose="run-to-run", baseline=2))
-    probe = build.probe(samples)
-    finding = finding_of(probe, "slot")
-    assert (finding.n_trials, finding.diverged_trials, finding.rate) == (1, 1, 1.0)
-    assert (finding.rate_ci_low, finding.rate_ci_high) == clopper_pearson(1, 1, 0.95)
-    assert (finding.first_divergence_min, finding.batch_sizes_diverged) == (1, (2,))
-    assert {f.axis for f in probe.axes if f.diverged_trials} == {"slot"}
-
-
-def test_rows_of_one_batch_are_evidence_on_the_slot(build):
-    samples = [
-        build.reference("ab"),
-        *build.copies(1, ["ab", "ab", "ax"]),
-        *build.copies(2, ["ab", "ab", "ab"], purpose="run-to-run", baseline=1),
-    ]
-    probe = build.probe(samples)
-    slot = finding_of(probe, "slot")
-    assert (slot.n_trials, slot.diverged_trials, slot.batch_sizes_diverged) == (2, 1, (3,))
-    # Row 0 alone has a counterpart in the reference, and it is equal.
-    assert finding_of(probe, "batch-size").diverged_trials == 0
-    # The same load twice is compared row by row.
-    assert finding_of(probe, "run-to-run").diverged_trials == 1
-
-
-def test_rows_that_all_differ_from_the_reference_alike_are_not_laid_to_the_slot(build):
-    samples = [build.reference("ab"), *build.copies(1, ["ax", "ax"])]
-    probe = build.probe(samples)
-    assert finding_of(probe, "slot").diverged_trials == 0
-    assert finding_of(probe, "batch-size").diverged_trials == 1
-
-
-def test_latent_difference_between_rows(build):
-    load = Load(2, (0, 1))
-    samples = [
-        build.reference("ab"),
-        build.sample(1, "ab", load=load),
-        build.sample(1, "ab", load=load, slot=1, moved=(1,)),
-    ]
-    finding = finding_of(build.probe(samples), "slot")
-    assert (finding.n_trials, finding.diverged_trials, finding.latent_trials) == (1, 0, 1)
-
-
-def test_a_fork_in_one_row_and_moved_bits_in_another_are_one_diverged_trial(build):
-    load = Load(3, (0, 1, 2))
-    samples = [
-        build.reference("ab"),
-        build.sample(1, "ab", load=load),
-        build.sample(1, "ab", load=load, slot=1, moved=(1,)),
-        build.sample(1, "ax", load=load, slot=2),
-    ]
-    finding = finding_of(build.probe(samples), "slot")
-    assert (finding.n_trials, finding.diverged_trials, finding.latent_trials) == (1, 1, 0)
-
-
-def test_bits_that_only_one_of_two_trials_recorded_are_no_evidence(build):
-    samples = [
-        build.reference("ab"),
-        build.sample(1, "ab", bits=False),
-        build.sample(2, "ab", purpose="run-to-run", baseline=1),
-    ]
-    probe = build.probe(samples)
-    assert (probe.latent_trials, sum(f.latent_trials for f in probe.axes)) == (0, 0)
-
-
-def test_only_the_neighbours_differ(build):
-    # The batch differs from the reference as well, but not along this axis.
-    samples = [
-        build.reference("abc"),
-        build.sample(1, "axc", batch_size=8),
-        build.sample(2, "axy", purpose="neighbours", baseline=1, load=Load(8, (0,), (4,) * 7)),
-        build.sample(3, "axc", purpose="neighbours", baseline=1, load=Load(8, (0,), (5,) * 7)),
-        build.sample(4, "axc", batch_size=8, purpose="run-to-run", baseline=1),
-    ]
-    probe = build.probe(samples)
-    finding = finding_of(probe, "neighbours")
-    assert (finding.n_trials, finding.diverged_trials) == (2, 1)
-    assert (finding.first_divergence_min, finding.batch_sizes_diverged) == (2, (8,))
-    assert finding_of(probe, "run-to-run").diverged_trials == 0
-    assert finding_of(probe, "batch-size").diverged_trials == 1
-    assert probe.diverged_trials == 4
-
-
-def test_axes_without_evidence_are_listed_only_if_asked_for(build):
-    samples = [build.reference("ab"), build.sample(1, "ab")]
-    probe = build.probe(samples, axes=("cache",))
-    assert [f.axis for f in probe.axes] == ["batch-size", "cache"]
-    assert [f.axis for f in build.probe(samples).axes] == list(AXES)
-
-
-# Loads
-
-
-def test_loads_by_kind(build):
-    samples = [
-        build.reference("abc", elapsed_s=0.5),
-        build.sample(1, "abc", batch_size=4, elapsed_s=2.0),
-        build.sample(2, "abx", batch_size=4, elapsed_s=1.0, achieved=3),
-        build.sample(3, "xbc", batch_size=4, elapsed_s=1.0, achieved=None),
-        *build.copies(4, ["abc", "abx"], elapsed_s=2.0),
-        build.sample(5, "abc", load=Load(1, cache_state="chunked"), purpose="cache", elapsed_s=0.0),
-    ]
-    probe = build.probe(samples)
-    assert [(x.axis, x.batch_size, x.slot, x.cache_state) for x in probe.loads] == [
-        ("reference", 1, 0, "whole"),
-        ("batch-size", 2, None, "whole"),
-        ("batch-size", 4, 0, "whole"),
-        ("cache", 1, 0, "chunked"),
-    ]
-    four = load_of(probe, "batch-size", 4)
-    assert (four.n_trials, four.n_samples, four.n_errors, four.n_unique) == (3, 3, 0, 3)
-    assert (four.n_diverged_trials, four.first_divergence_min) == (2, 0)
-    assert (four.first_divergence_median, four.latent) == (1.0, 0)
-    assert (four.achieved_batch_size_min, four.elapsed_s) == (3, 4.0)
-    assert four.tokens_per_s == 9 / 4
-    copies = load_of(probe, "batch-size", 2, slot=None)
-    assert (copies.n_trials, copies.n_samples, copies.n_unique) == (1, 2, 2)
-    assert (copies.elapsed_s, copies.tokens_per_s) == (2.0, 3.0)  # two rows of three tokens
-    assert load_of(probe, "cache", 1).tokens_per_s is None
-    assert (probe.elapsed_s, probe.tokens_per_s) == (6.5, 21 / 6.5)
-
-
-def test_unwitnessed_trials(build):
-    samples = [
-        build.reference("ab"),
-        build.sample(1, "ab"),
-        build.sample(2, "ab", achieved=1),
-        build.sample(3, "ab", achieved=None),
-        *build.copies(4, ["ab", "ab"], achieved=None),
-    ]
-    assert build.probe(samples).unwitnessed_trials == 3
-
-
-# Control
-
-
-def judge_control(build, **fields):
-    control = {"purpose": "control", "batch_size": 1, "fault": Fault(latent_at=1, fork_at=3)}
-    samples = [build.reference("abcdef"), build.sample(1, **(control | fields))]
-    return summarise(samples, build.spec)
-
-
-def test_a_control_is_caught_where_it_was_planted_and_counts_nowhere_else(build):
-    summary = judge_control(build, text="abcXef", moved=(1, 2))
-    (probe,) = summary.probes
-    assert (probe.control.n_trials, probe.control.n_caught) == (1, 1)
-    assert (probe.n_samples, probe.n_trials, probe.n_unique, probe.elapsed_s) == (1, 0, 1, 1.0)
-    assert [load.axis for load in probe.loads] == ["reference"]
-    assert summary.samples.completion_id.tolist() == [1, -1]
-    assert summary.samples.first_divergence.tolist() == [-1, -1]
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"text": "abcdef", "moved": (1,)},  # no fork
-        {"text": "abcdXf", "moved": (1,)},  # a late one
-        {"text": "aXcdef"},  # an early one
-        {"text": "abcXef"},  # no latent divergence
-        {"text": "abcXef", "moved": (2,)},  # a late one
-        {"text": "abcXef", "moved": (0, 1)},  # something differs before the fault
-        {"text": "abcXef", "moved": (1,), "baseline": 9},
-        {"text": "abcXef", "moved": (1,), "fault": None},
-    ],
-)
-def test_a_control_is_missed(build, fields):
-    control = judge_control(build, **fields).probes[0].control
-    assert (control.n_trials, control.n_caught) == (1, 0)
-
-
-def test_without_bits_the_fork_decides(build):
-    (probe,) = judge_control(build, text="abcXef", bits=False).probes
-    assert (probe.control.n_trials, probe.control.n_caught) == (1, 1)
-
-
-def test_failed_controls_are_not_counted(build):
-    samples = [build.reference("abcd"), build.error(1, purpose="control")]
-    probe = build.probe(samples)
-    assert (probe.control.n_trials, probe.n_errors, len(probe.loads)) == (0, 0, 1)
 
 
 # Two arms
@@ -524,79 +254,6 @@ def test_arms_are_compared_by_trials_and_by_time_on_the_same_loads(build):
 def test_one_arm_is_not_compared(build):
     summary = summarise([build.reference("ab"), build.sample(1, "ax")], build.spec)
     assert summary.fisher_p is None
-
-
-# Metrics
-
-
-def test_agreement(build):
-    agreeing = [build.reference("ab"), build.sample(1, "ab")]
-    assert build.probe(agreeing).metrics.tar_r == 1
-    assert build.probe([*agreeing, build.sample(2, "ax")]).metrics.tar_r == 0
-    assert build.probe(agreeing[:1]).metrics.tar_r is None
-
-
-@pytest.mark.parametrize(
-    ("pattern", "agreement"),
-    [
-        (None, None),
-        (r"=(\d)", 1.0),  # the last match's group
-        (r"=\d", 1.0),  # or all of it
-        (r"^.", 1.0),
-        (r"^.(.)", 0.0),
-        (r"^(x=1)?", 0.0),  # one has no answer
-    ],
-)
-def test_agreement_of_answers(build, pattern, agreement):
-    samples = [build.reference("x=1 =2"), build.sample(1, "xy =2")]
-    assert build.probe(samples, answer_pattern=pattern).metrics.tar_a == agreement
-
-
-def test_position_and_rate_of_divergence(build):
-    samples = [
-        build.reference("abcd"),
-        build.sample(1, "abcd"),
-        build.sample(2, "aXcd"),
-        build.sample(3, "abcX"),
-        build.sample(4, "abcX"),
-    ]
-    metrics = build.probe(samples).metrics
-    assert metrics.div_index == pytest.approx((1 + 3 + 3) / 3)
-    # 4 steps of the sample that agrees, then 2, 4 and 4 up to and with the divergence.
-    assert metrics.flip_rate_per_step == pytest.approx(3 / 14)
-    assert build.probe(samples[:2]).metrics.div_index is None
-    assert build.probe(samples[:2]).metrics.flip_rate_per_step == 0
-
-
-def test_probabilities_on_the_shared_prefix(build):
-    def with_probabilities(trial_id, text, *probabilities):
-        make = build.sample if trial_id else build.reference
-        logprobs = tuple(np.log(np.array(probabilities, np.float32)).tolist())
-        return make(trial_id=trial_id, text=text, logprobs=logprobs)
-
-    samples = [
-        with_probabilities(0, "abc", 0.5, 0.8, 0.9),
-        with_probabilities(1, "abc", 0.25, 0.8, 0.1),
-        with_probabilities(2, "abX", 0.5, 0.4, 0.2),
-    ]
-    metrics = build.probe(samples).metrics
-    spread = np.std([[0.5, 0.25, 0.5], [0.8, 0.8, 0.4]], axis=1).mean()
-    assert metrics.avg_std_top1_prob == pytest.approx(spread, rel=1e-6)
-    # Sample 1 shares three tokens with the reference, sample 2 two.
-    rho = np.array([0.25 / 0.5, 1, 0.1 / 0.9, 1, 0.4 / 0.8])
-    assert metrics.k1_kl == pytest.approx(-np.log(rho).mean(), rel=1e-6)
-    assert metrics.k3_kl == pytest.approx((rho - 1 - np.log(rho)).mean(), rel=1e-6)
-
-
-def test_equal_probabilities_have_no_spread_at_all(build):
-    metrics = build.probe([build.reference("ab"), *build.copies(1, ["ab"] * 7)]).metrics
-    assert metrics.avg_std_top1_prob == metrics.k1_kl == metrics.k3_kl == 0
-
-
-def test_a_model_that_computes_nan_has_no_such_metric(build):
-    samples = [build.reference("ab"), build.sample(1, "ab", logprobs=(math.nan, -math.inf))]
-    metrics = build.probe(samples).metrics
-    assert metrics.avg_std_top1_prob is metrics.k1_kl is metrics.k3_kl is None
 
 
 # Order

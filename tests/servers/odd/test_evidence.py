@@ -1,0 +1,164 @@
+"""Caches, replicas and thin batches: what servers make of requests that were sent together."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+
+WORDS = [f" w{i}" for i in range(40)]
+
+
+class Caches:
+    """Repeats whole answers by request; the model behind it is random."""
+
+    ids = True
+
+    def events(self, body):
+        key = json.dumps(body, sort_keys=True)
+        if key not in self.state:
+            words = [{**body, "n": random.choice(WORDS)} for _ in range(self.limit(body))]
+            texts = [word["n"] for word in words]
+            self.state[key] = (f"cmpl-{len(self.state)}", texts)
+        self.name, texts = self.state[key]
+        self.texts = texts
+        yield from super().events(body)
+
+    def tokens(self, body):
+        return self.texts
+
+    def frame(self):
+        return {"id": self.name} if self.ids else {}
+
+
+class CachesWithoutIds(Caches):
+    ids = False
+
+
+def test_whole_answers_from_a_cache_are_no_evidence(odd, measure):
+    judgement, summary, _ = measure(odd(Caches))
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert any("the response id of another answer" in r for r in judgement.verdict.reasons)
+    assert summary.probes[0].n_unique == 1
+
+
+def test_a_cache_is_seen_by_requests_that_differ_in_their_limit(odd, measure):
+    judgement, *_ = measure(odd(CachesWithoutIds))
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert any("differ in their limit alone" in r for r in judgement.verdict.reasons)
+
+
+class Replays:
+    """Takes its time for a request that is new, and none for one that it knows."""
+
+    def pause(self):
+        time.sleep(self.step_s)
+
+    def events(self, body):
+        key = json.dumps(body, sort_keys=True)
+        self.step_s = 0 if key in self.state else 0.004
+        time.sleep(0 if key in self.state else 0.3)
+        self.state[key] = True
+        yield from super().events(body)
+
+
+def test_answers_sooner_than_a_first_token_are_no_evidence(odd, measure):
+    judgement, *_ = measure(odd(Replays), batch_sizes=(1,), n_samples=5)
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert any("sooner than a first token can" in r for r in judgement.verdict.reasons)
+
+
+class EarlyFillers:
+    """Fillers end after six tokens; the fork needs company at the eleventh."""
+
+    gauge = True
+    step_s = 0.02
+
+    def tokens(self, body):
+        is_filler = "class Queue" not in body["prompt"]
+        return WORDS[: 6 if is_filler else self.limit(body)]
+
+    def end(self, body):
+        return "stop" if "class Queue" not in body["prompt"] else "length"
+
+    def text(self, t, token):
+        return " other" if t == 10 and self.running > 1 else token
+
+
+class EarlyFillersAlone(EarlyFillers):
+    """The same, and no second filler is let in: the probe ends alone."""
+
+    def refuse(self, path, body):
+        if "class Queue" in body["prompt"]:
+            type(self).n_fillers = 0
+        else:
+            type(self).n_fillers = getattr(type(self), "n_fillers", 0) + 1
+            if self.n_fillers > 2:
+                time.sleep(0.6)
+
+    def text(self, t, token):
+        return token
+
+
+MIXED = {
+    "chat": False,
+    "mode": "mixed",
+    "batch_sizes": (1, 3),
+    "n_samples": 7,
+}
+
+
+def test_fillers_that_end_early_are_replaced(odd, measure):
+    judgement, _, samples = measure(odd(EarlyFillers), **MIXED)
+    assert judgement.verdict.outcome == "FAIL"
+    for sample in samples:
+        assert len(sample.witness.step_batch_sizes) == len(sample.token_ids)
+        assert sample.witness.achieved_batch_size == sample.load.batch_size
+
+
+def test_a_batch_that_was_there_for_a_glimpse_only_is_no_witness(odd, measure):
+    judgement, *_ = measure(odd(EarlyFillersAlone), decoding=decoding(24), **MIXED)
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    reasons = " ".join(judgement.verdict.reasons)
+    assert "thinner than asked for at most tokens" in reasons
+
+
+def decoding(n_tokens):
+    from ndcheck.records import Decoding
+
+    return Decoding(n_tokens)
+
+
+class StickyReplicas:
+    """One of eight replicas is bad; each connection stays with one."""
+
+    def pause(self):
+        pass
+
+    def setup(self):
+        super().setup()
+        self.replica = next(type(self).numbers) % 8
+
+    def text(self, t, token):
+        return " other" if self.replica == 3 else token
+
+
+def test_every_trial_is_a_draw_of_a_replica(odd, measure):
+    alone = {"axes": ("run-to-run",), "batch_sizes": (1,), "n_samples": 20}
+    judgement, _, samples = measure(odd(StickyReplicas), **alone)
+    assert judgement.verdict.outcome == "FAIL"
+    assert len({sample.witness.connection for sample in samples}) == len(samples)
+
+
+class OpenLoop:
+    def pause(self):
+        time.sleep(0.01)
+
+
+def test_an_open_loop_is_judged_by_what_it_reached(odd, measure):
+    apart = {**MIXED, "batch_sizes": (3,), "n_samples": 6}
+    judgement, summary, _ = measure(odd(OpenLoop), arrival="bursts:1:0.6", **apart)
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert any("most ran alone: batches of 1 (" in r for r in judgement.verdict.reasons)
+    (reached,) = summary.probes[0].serving.reached
+    assert reached.tokens_by_size == ((1, reached.n_tokens),)
