@@ -51,6 +51,7 @@ EngineName = Literal["vllm"]
 Fillers = Literal["words", "shared-prefix"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
+Role = Literal["system", "developer", "user", "assistant"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
 
 ARMS: tuple[Arm, ...] = ("stock", "invariant")
@@ -59,11 +60,33 @@ AXES: tuple[Axis, ...] = ("run-to-run", "batch-size", "slot", "neighbours", "cac
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+Prompt = str | tuple[Message, ...]
+"""What a model is asked: a text, or the messages of a conversation."""
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
-    """A prompt being measured."""
+    """A prompt being measured.
+
+    ``messages`` are those of a conversation, the user's last; ``prompt`` is then the text of that
+    one, to tell the probe by.
+    """
 
     probe_id: str
     prompt: str
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def content(self) -> Prompt:
+        """What the model is asked."""
+        return self.messages or self.prompt
 
 
 @dataclass(frozen=True, slots=True)

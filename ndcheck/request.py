@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 from ndcheck.engine_request import ENGINE_DEFAULTS, NO_AUTO_LOADS, TRANSFORMERS, make_engine
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.plan.arrivals import parse_arrival
-from ndcheck.plan.prompts import read_prompts
+from ndcheck.plan.prompts import STANDARD_INPUT, read_prompts, read_standard_input
+from ndcheck.plan.prompts.entries import Entry
 from ndcheck.plan.queue import check_arrivals
 from ndcheck.plan.size import MAX_BATCH_SIZE, check_size
 from ndcheck.ranks import check_request
@@ -27,6 +28,7 @@ from ndcheck.records import (
     Fillers,
     Mode,
     Probe,
+    Prompt,
     RunSpec,
 )
 from ndcheck.storage.reading import is_unicode
@@ -52,6 +54,7 @@ def make_spec(
     model: str = DEFAULTS.model,
     prompt: str | Sequence[str] = (),
     prompts_file: Path | None = None,
+    prompt_column: str | None = None,
     chat: bool = DEFAULTS.chat,
     loads: str | Sequence[int] = DEFAULTS.batch_sizes,
     axes: str | Sequence[str] = DEFAULTS.axes,
@@ -90,9 +93,11 @@ def make_spec(
     `ndcheck.measure` and the checks of a configuration file take the same ones; the annotations
     say what a file may hold. Raises UsageError naming the option that is wrong.
     """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    probes = make_probes(prompts, prompts_file, prompt_column)
     spec = RunSpec(
         model=model,
-        probes=make_probes([prompt] if isinstance(prompt, str) else prompt, prompts_file),
+        probes=probes,
         decoding=Decoding(max_tokens, temperature, seed),
         batch_sizes=parse_loads(_join(loads)),
         axes=parse_axes(_join(axes)),
@@ -107,7 +112,7 @@ def make_spec(
         dtype=dtype,
         device=device,
         attention=attn,
-        chat=chat,
+        chat=chat or all(probe.messages for probe in probes),
         trust_remote_code=trust_remote_code,
         random_weights=random_weights,
         target_rate=target_rate,
@@ -184,19 +189,28 @@ def parse_batching(text: str) -> Batching:
     raise UsageError(f"--batching {text}: choose from {', '.join(get_args(Batching))}")
 
 
-def make_probes(prompts: Sequence[str], file: Path | None) -> tuple[Probe, ...]:
+def make_probes(
+    prompts: Sequence[str], file: Path | None, column: str | None = None
+) -> tuple[Probe, ...]:
     """Probes p1, p2, ... from prompts given one by one and from a file.
 
-    The file is UTF-8, one prompt a line; with the suffix .jsonl each line is a JSON string or an
-    object with ``prompt`` and optionally ``id``. Raises UsageError for an empty prompt, a
-    repeated id, or a file that cannot be read.
+    ``-`` stands for all of standard input as one prompt, or as the file; the file is read by
+    `ndcheck.plan.prompts.read_prompts`. Raises UsageError for an empty prompt, a repeated id, or
+    a file that cannot be read.
     """
-    entries: list[tuple[str | None, str]] = [(None, prompt) for prompt in prompts]
+    if [*prompts, str(file)].count(STANDARD_INPUT) > 1:
+        raise UsageError(f"--prompt, --prompts-file: {STANDARD_INPUT} can be read once only")
+    if column is not None and file is None:
+        raise UsageError("--prompt-column: this is for a file: give --prompts-file")
+    entries: list[Entry] = [
+        (None, _read_prompt_from_input() if prompt == STANDARD_INPUT else prompt)
+        for prompt in prompts
+    ]
     if file is not None:
-        entries += read_prompts(file)
+        entries += read_prompts(file, column)
     if file is None and not prompts:
         return DEFAULTS.probes
-    probes = [Probe(name or f"p{i}", prompt) for i, (name, prompt) in enumerate(entries, 1)]
+    probes = [_make_probe(name or f"p{i}", prompt) for i, (name, prompt) in enumerate(entries, 1)]
     if not probes:
         raise UsageError(f"--prompts-file {file}: it holds no prompt")
     for probe in probes:
@@ -207,6 +221,20 @@ def make_probes(prompts: Sequence[str], file: Path | None) -> tuple[Probe, ...]:
     if len({probe.probe_id for probe in probes}) < len(probes):
         raise UsageError(f"--prompts-file {file}: two prompts have the same id")
     return tuple(probes)
+
+
+def _make_probe(probe_id: str, prompt: Prompt) -> Probe:
+    if isinstance(prompt, str):
+        return Probe(probe_id, prompt)
+    return Probe(probe_id, prompt[-1].content, prompt)
+
+
+def _read_prompt_from_input() -> str:
+    try:
+        text = read_standard_input().decode("utf-8")
+    except ValueError as error:
+        raise UsageError(f"--prompt {STANDARD_INPUT}: {error}") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _check_for_engine(spec: RunSpec) -> None:
@@ -341,6 +369,8 @@ def check(spec: RunSpec) -> None:
     for is_fine, message in checks:
         if not is_fine:
             raise UsageError(message)
+    if not spec.chat and any(probe.messages for probe in spec.probes):
+        raise UsageError("--prompts-file: some prompts are conversations: add --chat")
     check_size(spec)
     check_arrivals(spec.arrivals)
     if spec.batching == "exact" and spec.arrivals != DEFAULTS.arrivals:

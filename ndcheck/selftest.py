@@ -112,7 +112,7 @@ def judge_sampler(sampler: Sampler) -> tuple[Judgement, Summary]:
         batch_sizes=(1, 3),
         n_samples=40,
     )
-    lengths = {probe.probe_id: sampler.count_tokens(probe.prompt) for probe in spec.probes}
+    lengths = {probe.probe_id: sampler.count_tokens(probe.content) for probe in spec.probes}
     run = Run("selftest", __version__, spec, Environment(), started_at="")
     with tempfile.TemporaryDirectory(prefix="ndcheck-selftest-") as name:
         path = Path(name) / "run"

@@ -109,7 +109,7 @@ def trace_loads(
 ) -> int:
     """Trace a probe under a load of each batch size. Returns the exit code."""
     sampler = _open(spec, quiet=quiet)
-    length = sampler.count_tokens(spec.probes[0].prompt)
+    length = sampler.count_tokens(spec.probes[0].content)
     if length == 0:
         raise UsageError("the prompt has no tokens")
     loads = []

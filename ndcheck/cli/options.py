@@ -69,14 +69,24 @@ Retries = Annotated[
 ]
 Prompt = Annotated[
     list[str] | None,
-    typer.Option("--prompt", help="A probe; may be given several times.", metavar="TEXT"),
+    typer.Option(
+        "--prompt", help="A probe; may be given several times. - is stdin.", metavar="TEXT"
+    ),
 ]
 PromptsFile = Annotated[
     Path | None,
     typer.Option(
         "--prompts-file",
-        help="Probes, one a line (.txt) or as JSON lines (.jsonl).",
+        help="Probes: text, JSON, JSON lines, CSV or Parquet; conversations too. - is stdin.",
         metavar="FILE",
+    ),
+]
+PromptColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-column",
+        help="The column or field of --prompts-file that holds the prompt.",
+        metavar="NAME",
     ),
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")]

@@ -16,6 +16,7 @@ from ndcheck.analysis.outcomes import is_alone
 from ndcheck.analysis.statistics import fisher_exact, k1_kl, k3_kl
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.judging.verdict import Verdict
+from ndcheck.plan.conversations import as_text
 from ndcheck.records import Arm, Run, Sample
 
 Group = Literal["environment", "model", "kernels", "load"]
@@ -137,7 +138,7 @@ def judge_comparison(
 
 
 def _by_prompt(measured: Measured) -> dict[tuple[Arm, str], tuple[ProbeSummary, Sample]]:
-    prompts = {probe.probe_id: probe.prompt for probe in measured.run.spec.probes}
+    prompts = {probe.probe_id: as_text(probe.content) for probe in measured.run.spec.probes}
     return {
         (probe.arm, prompts[probe.probe_id]): (probe, reference)
         for probe in measured.summary.probes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ndcheck.analysis.summary import Summary
 from ndcheck.judging.verdict import Judgement
-from ndcheck.records import AXES, Probe, Run, RunSpec
+from ndcheck.records import AXES, Run, RunSpec
 from ndcheck.reports.wording.phrases import percent
 from ndcheck.reports.wording.reproduction import argument, resume_command, wrapped_command
 
@@ -122,7 +122,7 @@ def _narrower(spec: RunSpec, summary: Summary) -> RunSpec | None:
                 batch_sizes=(batch_size,),
                 arms=(worst.arm,),
                 probes=tuple(
-                    Probe("p1", probe.prompt)
+                    replace(probe, probe_id="p1")
                     for probe in spec.probes
                     if probe.probe_id == worst.probe_id
                 ),

@@ -25,11 +25,13 @@ from ndcheck.records import (
     Decoding,
     Load,
     Probe,
+    Prompt,
     RunSpec,
     Sample,
     Trial,
     Witness,
 )
+from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.device import choose_device, own_device
 from ndcheck.samplers.local.faithful import PATHS, Findings, Path, examine, find_refusals
@@ -94,13 +96,14 @@ class TransformersSampler:
                 from ndcheck_kernels.models.decoder import join_weights
 
                 join_weights(self._model)
-        lengths = [self.count_tokens(probe.prompt) for probe in spec.probes]
+        lengths = [self.count_tokens(probe.content) for probe in spec.probes]
         beside = [(n, self._longest_neighbour(n, spec.decoding)) for n in lengths]
         refusals = find_refusals(spec, self._text_config, self._findings, beside)
         self.refused_axes = tuple(refusals.axes.items())
         self.cache_states = tuple(state for state in CACHE_STATES if state not in refusals.states)
         # Where both are left out the axis is, which says so itself.
-        self.notes = tuple(refusals.states.values()) if self.cache_states else ()
+        self.notes = self._prompts.warnings(spec.probes)
+        self.notes += tuple(refusals.states.values()) if self.cache_states else ()
 
     @property
     def context(self) -> int:
@@ -122,8 +125,11 @@ class TransformersSampler:
         """The text of one token."""
         return self._prompts.decode(token_id)
 
-    def count_tokens(self, prompt: str) -> int:
+    def count_tokens(self, prompt: Prompt) -> int:
         return len(self._prompts.encode(prompt))
+
+    def render(self, prompt: Prompt) -> Rendered | None:
+        return self._prompts.render(prompt)
 
     def rows(self, load: Load, probe: Probe) -> list[list[int]]:
         """Token ids of every row of the batch: probes at their slots, fillers elsewhere."""
@@ -272,7 +278,7 @@ class TransformersSampler:
         """Decode under continuous batching, with ``size`` requests in flight."""
         from ndcheck.samplers.local.continuous import serve_load
 
-        load, prompt = trial.load, self._prompts.encode(probe.prompt)
+        load, prompt = trial.load, self._prompts.encode(probe.content)
         queue = queue_requests(load, self._arrivals or "", len(prompt), decoding.max_tokens)
         served, n_fires = serve_load(
             self._model,

@@ -23,11 +23,13 @@ from ndcheck.records import (
     Engine,
     Fault,
     Probe,
+    Prompt,
     RunSpec,
     Sample,
     Trial,
     Witness,
 )
+from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.loading import load_config
 from ndcheck.samplers.local.prompts import load_prompts
 from ndcheck.samplers.vllm.checkpoint import (
@@ -93,7 +95,7 @@ class EngineSampler:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        notes = []
+        notes = [*self._prompts.warnings(self._spec.probes)]
         if len(self._spec.arms) > 1:
             notes.append(f"the arms run {self._how_arms_run}")
         if "cache" in self._spec.axes and not self._can_share_prefixes():
@@ -111,8 +113,11 @@ class EngineSampler:
             else "interleaved, each in an engine of its own"
         )
 
-    def count_tokens(self, prompt: str) -> int:
+    def count_tokens(self, prompt: Prompt) -> int:
         return len(self._prompts.encode(prompt))
+
+    def render(self, prompt: Prompt) -> Rendered | None:
+        return self._prompts.render(prompt)
 
     def describe(self) -> dict[str, Any]:
         ready = self._ready
@@ -140,7 +145,7 @@ class EngineSampler:
         started = time.perf_counter()
         worker = self._worker(trial.arm)
         load = trial.load
-        probe_ids = self._prompts.encode(probe.prompt)
+        probe_ids = self._prompts.encode(probe.content)
         answer = worker.ask(
             {
                 "rows": self._prompts.rows(load, probe),
@@ -226,13 +231,13 @@ class EngineSampler:
         """Whether every prompt is longer than a block; not known before an engine has started."""
         if not self._workers:
             return True
-        lengths = (self.count_tokens(probe.prompt) for probe in self._spec.probes)
+        lengths = (self.count_tokens(probe.content) for probe in self._spec.probes)
         block_size: int = self._ready["block_size"]
         return min(lengths) > block_size
 
     def _longest_row(self) -> int:
         """Tokens of the longest prompt in any batch: fillers may be twice the probe's length."""
-        return max(2 * self.count_tokens(probe.prompt) + 16 for probe in self._spec.probes)
+        return max(2 * self.count_tokens(probe.content) + 16 for probe in self._spec.probes)
 
     def _most_tokens(self) -> int:
         """Tokens that the KV cache holds at the end of the largest batch, at most."""
