@@ -341,6 +341,8 @@ class RunSpec:
     batching: Batching = "exact"
     arrivals: str = "closed"
     """Who comes when under continuous batching; see `ndcheck.plan.queue`."""
+    adapter: str | None = None
+    """A directory of peft's; None too where ``model`` is one, which names its base."""
     chat: bool = False
     trust_remote_code: bool = False
     random_weights: Seed | None = None

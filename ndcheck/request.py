@@ -52,6 +52,7 @@ Name = TypeVar("Name", bound=str)
 def make_spec(
     *,
     model: str = DEFAULTS.model,
+    adapter: Path | None = None,
     prompt: str | Sequence[str] = (),
     prompts_file: Path | None = None,
     prompt_column: str | None = None,
@@ -112,6 +113,7 @@ def make_spec(
         dtype=dtype,
         device=device,
         attention=attn,
+        adapter=None if adapter is None else str(adapter),
         chat=chat or all(probe.messages for probe in probes),
         trust_remote_code=trust_remote_code,
         random_weights=random_weights,
@@ -343,7 +345,7 @@ def _check_endpoint(endpoint: Endpoint) -> None:
 def check(spec: RunSpec) -> None:
     """Raise UsageError naming the option that is out of range."""
     decoding = spec.decoding
-    texts = (spec.model, spec.device, spec.attention, spec.answer_pattern or "")
+    texts = (spec.model, spec.adapter or "", spec.device, spec.attention, spec.answer_pattern or "")
     checks = (
         *((is_unicode(text), f"{text!r} is not valid UTF-8") for text in texts),
         (spec.n_samples >= 1, f"--samples {spec.n_samples}: give 1 or more"),
@@ -378,6 +380,8 @@ def check(spec: RunSpec) -> None:
     if spec.batching == "continuous" and spec.model.startswith("scripted:"):
         raise UsageError("--batching continuous needs a model that computes, not scripted:NAME")
     check_request(spec)
+    if spec.adapter is not None and spec.model.startswith("scripted:"):
+        raise UsageError("--adapter needs a model that computes, not scripted:NAME")
     if spec.engine is not None:
         _check_for_engine(spec)
     if spec.endpoint is not None:
@@ -400,6 +404,7 @@ def _check_for_server(spec: RunSpec, endpoint: Endpoint) -> None:
         ("--attn", spec.attention, DEFAULTS.attention),
         ("--batching", spec.batching, DEFAULTS.batching),
         ("--random-weights", spec.random_weights, DEFAULTS.random_weights),
+        ("--adapter", spec.adapter, DEFAULTS.adapter),
         ("--trust-remote-code", spec.trust_remote_code, DEFAULTS.trust_remote_code),
     ):
         if value != default:

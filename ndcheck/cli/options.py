@@ -16,9 +16,18 @@ Model = Annotated[
     str,
     typer.Option(
         "--model",
-        help="builtin, a directory, a hub id, or scripted:NAME; with --endpoint a served name.",
+        help="builtin, smollm2, a directory, a GGUF file, a hub id, or scripted:NAME; with "
+        "--endpoint a served name.",
         envvar="NDCHECK_MODEL",
         metavar="MODEL",
+    ),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        help="A LoRA or another adapter of peft's, merged into the model.",
+        metavar="DIR",
     ),
 ]
 EndpointUrl = Annotated[

@@ -25,7 +25,16 @@ FailOn = Literal["environment", "model", "kernels", "load", "tokens", "bits", "u
 References = Mapping[tuple[Arm, str], Sample]
 
 FAIL_ON: tuple[FailOn, ...] = get_args(FailOn)
-MODEL_FIELDS = ("model", "dtype", "device", "attention", "chat", "trust_remote_code", "decoding")
+MODEL_FIELDS = (
+    "model",
+    "adapter",
+    "dtype",
+    "device",
+    "attention",
+    "chat",
+    "trust_remote_code",
+    "decoding",
+)
 KERNEL_FIELDS = ("arms",)
 
 

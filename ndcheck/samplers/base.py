@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from ndcheck.errors import UsageError
 from ndcheck.records import Axis, CacheState, Decoding, Probe, Prompt, RunSpec, Sample, Trial
-from ndcheck.samplers.local.checkpoint.files import check_config
+from ndcheck.samplers.local.checkpoint.sources import find_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +77,10 @@ def open_sampler(
 ) -> Sampler:
     """The sampler of ``spec``: its endpoint's, its engine's, or that of its model in this process.
 
-    A model is ``builtin``, ``scripted:NAME``, a directory or a hub id. An engine computes it in
-    processes of its own. ``load_weights`` False is enough for planning: token counts and the
-    context length. ``headers`` go with every request; ``say`` is told what a server makes us wait
-    for.
+    A model is ``builtin``, ``smollm2``, ``scripted:NAME``, a directory, a GGUF file or a hub id. An
+    engine computes it in processes of its own. ``load_weights`` False is enough for planning: token
+    counts and the context length. ``headers`` go with every request; ``say`` is told what a server
+    makes us wait for.
     Raises UsageError for an unknown model, BackendError where it cannot be loaded or reached.
     """
     if spec.endpoint is not None:
@@ -96,8 +96,7 @@ def open_sampler(
                 f"no scripted sampler named {name!r}: choose from {', '.join(BEHAVIOURS)}"
             )
         return ScriptedSampler(name)
-    if spec.model != "builtin":
-        check_config(spec.model)  # Before torch is imported, which takes seconds.
+    find_source(spec)  # Before torch is imported, which takes seconds.
     if spec.engine is not None:
         from ndcheck.samplers.vllm.sampler import EngineSampler
 

@@ -18,6 +18,7 @@ from ndcheck.request import (
 def run(
     context: typer.Context,
     model: o.Model = DEFAULTS.model,
+    adapter: o.Adapter = None,
     endpoint: o.EndpointUrl = None,
     prompt: o.Prompt = None,
     prompts_file: o.PromptsFile = None,
@@ -80,6 +81,7 @@ def run(
         raise typer.Exit(code)
     spec = make_spec(
         model=model,
+        adapter=adapter,
         prompt=prompt or (),
         prompts_file=prompts_file,
         prompt_column=prompt_column,

@@ -38,6 +38,7 @@ def wrapped_command(spec: RunSpec, defaults: RunSpec, width: int, directory: str
 def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
     pairs: list[tuple[str, object, object]] = [
         ("--model", spec.model, defaults.model),
+        ("--adapter", spec.adapter, defaults.adapter),
         *_engine_options(spec.engine),
         ("--tp", spec.tensor_parallel, defaults.tensor_parallel),
         ("--tp-groups", spec.tp_groups, defaults.tp_groups),

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.plan.queue import Request, queue_requests
@@ -33,6 +32,7 @@ from ndcheck.records import (
 )
 from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.device import choose_device, own_device
 from ndcheck.samplers.local.faithful import PATHS, Findings, Path, examine, find_refusals
 from ndcheck.samplers.local.following import Ranks
@@ -65,10 +65,9 @@ class TransformersSampler:
     interleaves_arms = True
 
     def __init__(self, spec: RunSpec, *, load_weights: bool = True) -> None:
-        self._name = spec.model
         self._arms = spec.arms
         self._arrivals = spec.arrivals if spec.batching == "continuous" else None
-        source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
+        self._source = source = find_source(spec)
         self._tp_groups = spec.tp_groups
         self._probes = {probe.probe_id: probe for probe in spec.probes}
         self._decoding = spec.decoding
@@ -79,15 +78,16 @@ class TransformersSampler:
             self._ranks = Ranks(self._device)
         if spec.dtype != "auto" and spec.dtype not in DTYPES:
             raise UsageError(f"--dtype {spec.dtype}: choose from auto, {', '.join(DTYPES)}")
-        config = load_config(source, spec)
+        config = load_config(source.model, spec)
         self._text_config = config.get_text_config(decoder=True)
-        self._prompts = load_prompts(source, spec, getattr(self._text_config, "vocab_size", None))
+        n_ids = getattr(self._text_config, "vocab_size", None)
+        self._prompts = load_prompts(source.tokenizer, spec, n_ids)
         self._model: Any = None
         self._findings: Findings | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
         self._uncaptured: set[Arm] = set()
         if load_weights:
-            self._model = load_model(source, config, spec, self._device)
+            self._model = load_model(source.model, config, spec, self._device, source.adapter)
             self._stop_ids = stop_ids(self._model)
             self._digest = digest_weights(self._model)
             self._findings = examine(self._model, self._device, _paths(spec))
@@ -138,7 +138,7 @@ class TransformersSampler:
     def describe(self) -> dict[str, Any]:
         parameter = next(self._model.parameters())
         return {
-            "name": self._name,
+            **self._source.describe(),
             "class": type(self._model).__name__,
             "parameters": sum(p.numel() for p in self._model.parameters()),
             "dtype": str(parameter.dtype).removeprefix("torch."),

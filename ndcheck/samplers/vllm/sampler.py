@@ -12,7 +12,6 @@ from typing import Any
 
 import transformers
 
-from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.engine_request import NO_AUTO_LOADS
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.plan.grid import CACHE_STATES, N_PREFILL_CHUNKS
@@ -30,6 +29,7 @@ from ndcheck.records import (
     Witness,
 )
 from ndcheck.samplers.base import Rendered
+from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.loading import load_config
 from ndcheck.samplers.local.prompts import load_prompts
 from ndcheck.samplers.vllm.checkpoint import (
@@ -57,7 +57,7 @@ class EngineSampler:
     def __init__(self, spec: RunSpec, engine: Engine, *, load_weights: bool = True) -> None:
         self._spec = spec
         self._engine = engine
-        self._source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
+        self._source = find_source(spec).model
         if spec.dtype not in DTYPES:
             raise UsageError(f"--dtype {spec.dtype}: choose from {', '.join(DTYPES)}")
         if load_weights and importlib.util.find_spec("vllm") is None:
