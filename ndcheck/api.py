@@ -7,19 +7,16 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndcheck import records
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summary import Summary
 from ndcheck.errors import UsageError, did_you_mean
-from ndcheck.judging.comparison import Measured, find_references
-from ndcheck.judging.verdict import Outcome, judge
+from ndcheck.findings import read_findings
+from ndcheck.judging.verdict import Judgement, Outcome
 from ndcheck.ranks import program
 from ndcheck.reports import tables
-from ndcheck.reports.explain.kept import read_advice
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.wording import phrases
 from ndcheck.reports.wording.reproduction import reproduce_command
@@ -28,14 +25,7 @@ from ndcheck.request import DEFAULTS, add_headers, make_spec, parse_headers
 from ndcheck.runner import Progress, begin, fit_spec, new_directory, plan, run_trials, slug
 from ndcheck.samplers.base import open_sampler
 from ndcheck.storage.reading import exists
-from ndcheck.storage.run_directory import (
-    RUN_FILE,
-    SAMPLES_FILE,
-    NewDirectory,
-    SampleReader,
-    read_run,
-    write_failure,
-)
+from ndcheck.storage.run_directory import RUN_FILE, SAMPLES_FILE, NewDirectory, write_failure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,12 +130,22 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         """Read a run. Raises UsageError if ``path`` holds none."""
         self.path = Path(path)
-        record = read_run(self.path)
-        self._samples = SampleReader(self.path, record)
-        self.summary = summarise(self._samples, record.spec)
-        self.bad_lines = tuple(self._samples.bad_lines)
-        self.record = replace(record, flaws=self._samples.flaws)
-        self.judgement = judge(self.record, self.summary)
+        self.findings = read_findings(self.path)
+
+    @property
+    def record(self) -> records.Run:
+        """How it was made, and how it ended."""
+        return self.findings.run
+
+    @property
+    def summary(self) -> Summary:
+        """What the samples show."""
+        return self.findings.summary
+
+    @property
+    def judgement(self) -> Judgement:
+        """The verdict on each probe, arm and property."""
+        return self.findings.judgement
 
     @property
     def verdict(self) -> Outcome:
@@ -162,63 +162,37 @@ class Run:
         """The shell command that repeats the run."""
         return reproduce_command(self.record.spec, DEFAULTS, str(self.path))
 
-    @cached_property
-    def measured(self) -> Measured:
-        """The run as `ndcheck.judging.comparison.compare` takes it."""
-        return Measured(self.record, self.summary, find_references(self._samples))
-
     @property
     def samples(self) -> pd.DataFrame:
         """One row a sample, controls left out."""
         import pandas as pd
 
-        return pd.concat(
-            tables.sample_tables(self.record, self._samples, self.summary), ignore_index=True
-        )
+        return pd.concat(tables.sample_tables(self.findings), ignore_index=True)
 
     @property
     def completions(self) -> pd.DataFrame:
         """One row for each distinct completion of a probe in an arm, the most frequent first."""
         import pandas as pd
 
-        return pd.concat(tables.completion_tables(self.summary), ignore_index=True)
+        return pd.concat(tables.completion_tables(self.findings), ignore_index=True)
 
     @property
     def loads(self) -> pd.DataFrame:
         """One row for each kind of load."""
-        return tables.loads_table(self.summary)
+        return tables.loads_table(self.findings)
 
     @property
     def probes(self) -> pd.DataFrame:
         """One row for each probe and arm: summary.csv."""
-        return tables.summary_table(self.summary, self.judgement)
+        return tables.summary_table(self.findings)
 
     def write_reports(self) -> None:
         """Write report.md and the CSV files. Raises BackendError if the disk refuses."""
-        try:
-            write_reports(
-                self.path,
-                self.record,
-                self._samples,
-                self.summary,
-                self.judgement,
-                DEFAULTS,
-                read_advice(self.path),
-            )
-        except OSError as error:
-            raise write_failure(self.path, error) from error
+        write_reports(self.findings, DEFAULTS)
 
     def print(self, console: Console) -> None:
         """The screen of `ndcheck run`."""
-        print_report(
-            console,
-            self.record,
-            self.summary,
-            self.judgement,
-            DEFAULTS,
-            str(self.path),
-            read_advice(self.path),
-        )
+        print_report(console, self.findings, DEFAULTS)
 
     def __repr__(self) -> str:
         found = "; ".join(phrases.outcome(probe) for probe in self.summary.probes)

@@ -1,8 +1,7 @@
 """The plain data that flows from plan to report: frozen, slotted, and free of behaviour.
 
-One-way data flow: ``Probe + Decoding + Load -> Trial -> Sample``. Every word follows the
-project's vocabulary: a *trial* is one batch and the unit of evidence, a *sample* is one
-completion of a probe.
+It flows one way: ``Probe + Decoding + Load -> Trial -> Sample``. A *trial* is one batch and the
+unit of evidence; a *sample* is one completion of a probe. CONTRIBUTING.md explains every word.
 """
 
 from __future__ import annotations
@@ -45,7 +44,11 @@ Level = Annotated[float, Range(0, 1, is_open=True)]
 
 Arm = Literal["stock", "invariant"]
 Batching = Literal["exact", "continuous"]
-Axis = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
+Axis = Literal["run-to-run", "batch-size", "slot", "neighbours", "cache"]
+Role = Literal["reference", "trial", "control"]
+"""A trial is compared with a baseline along an axis; a reference and a control have none."""
+Purpose = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
+"""What a trial is for: its axis, or its role where it has none. Files call it ``axis``."""
 CacheState = Literal["whole", "chunked", "prefix"]
 EngineName = Literal["vllm"]
 Fillers = Literal["words", "shared-prefix"]
@@ -107,11 +110,12 @@ class Decoding:
 class Load:
     """How the probe's rows are batched.
 
-    ``slots`` are the rows that hold the probe (all of them in mode ``copies``); the other rows
-    hold fillers of ``filler_lengths`` tokens, in row order, with contents drawn from
+    ``slots`` are the rows that hold the probe (all of them in mode ``copies``). The other rows
+    hold fillers of ``filler_lengths`` tokens, in row order, whose contents are drawn from
     ``filler_seed``. ``cache_state`` says how the prompt enters the KV cache: ``whole`` in one
-    forward pass, ``chunked`` in several, or on top of a ``prefix`` computed alone beforehand.
-    ``cut`` is how many tokens a chunk has, or follow the prefix; None is the sampler's own choice.
+    forward pass, ``chunked`` in several passes, or after a ``prefix`` that was computed alone.
+    ``cut`` is a number of tokens: of each chunk, or of what follows the prefix. None leaves it to
+    the sampler.
     """
 
     batch_size: Positive
@@ -122,13 +126,18 @@ class Load:
     cut: Positive | None = None
 
 
+ALONE = Load(1)
+"""The probe alone, prefilled as a whole: the load of the reference."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """A planted fault: the control that a sound measurement must catch.
 
-    At generated token ``fork_at`` another token is lifted above the one that was drawn, and at
-    ``latent_at`` the drawn token's logit moves by one unit in the last place: before the fork, or
-    not at all where both are the only token.
+    Both fields count generated tokens from 0. At ``latent_at`` the logit of the drawn token moves
+    by one unit in the last place, which changes bits and no token. At ``fork_at`` another token is
+    lifted above the one that was drawn. ``latent_at`` is less than ``fork_at``; where a completion
+    has one token only, both are 0 and the fork alone is planted.
     """
 
     latent_at: Count
@@ -139,74 +148,96 @@ class Fault:
 class Trial:
     """One execution of one load: one batch.
 
-    ``baseline`` is the trial that differs from this one along ``axis`` only; None for the
-    first trial of the probe alone (batch size 1). ``first_sample_id`` numbers the samples in plan
-    order, one per slot.
+    ``baseline`` is the id of the trial that differs from this one along ``axis`` only; None for
+    the first trial of the probe alone (batch size 1). The trial's samples, one for each slot, have
+    consecutive ids from ``first_sample_id`` on.
     """
 
     trial_id: int
     arm: Arm
     probe_id: str
-    axis: Axis
+    purpose: Purpose
     load: Load
     first_sample_id: int
     baseline: int | None = None
     fault: Fault | None = None
 
     @property
+    def role(self) -> Role:
+        return role_of(self.purpose)
+
+    @property
+    def axis(self) -> Axis | None:
+        return axis_of(self.purpose)
+
+    @property
     def n_samples(self) -> int:
         return len(self.load.slots)
 
 
+def role_of(purpose: Purpose) -> Role:
+    """What a trial of this purpose is."""
+    return purpose if purpose == "reference" or purpose == "control" else "trial"
+
+
+def axis_of(purpose: Purpose) -> Axis | None:
+    """Along what a trial of this purpose is compared, if it is."""
+    return None if purpose == "reference" or purpose == "control" else purpose
+
+
 @dataclass(frozen=True, slots=True)
 class Witness:
-    """Evidence of the batch that really ran; None where the backend gives none.
-
-    ``achieved_batch_size`` is the smallest number of rows any forward pass of the trial had; under
-    continuous batching the largest that the sample's own steps had, the least of the trial's
-    samples, and ``step_batch_sizes`` is the number at each token of this sample; of a server's
-    answer the one that more than half of its tokens had at least, the least of the trial's.
-    ``override_fires`` counts the ops that an invariant implementation computed;
-    ``out_of_memory_at`` is the last batch size that did not fit, before it was halved.
-    ``passes`` is what an engine's scheduler did: in order, how many equal passes, and of each its
-    rows, its tokens, and the requests then running, waiting and preempted.
-
-    Of a server's answer: the ``connection`` that it came through, its ``response_id`` where these
-    tell answers apart, the server's ``fingerprint``, a digest of the tokens' names, and
-    ``is_replayed``: it came sooner than a first token can. Empty where unknown.
-    """
+    """Evidence of the batch that really ran. What a backend does not tell is None or empty."""
 
     achieved_batch_size: Count | None
+    """Rows that the batch is known to have had; the same for all samples of a trial.
+
+    In an exact batch: the fewest rows of any forward pass. Under continuous batching: a sample's
+    own number is the most rows that any of its steps had. Of a server's answer: the size that more
+    than half of its tokens had at least. The last two are the least over the trial's samples.
+    """
     prefill_calls: Count | None = None
+    """Forward passes over the prompt."""
     decode_calls: Count | None = None
+    """Forward passes over one token."""
     override_fires: Seed | None = None
+    """Ops that a batch-invariant implementation computed; None in the stock arm."""
     step_batch_sizes: tuple[Count, ...] = ()
+    """Rows of the batch at each token of this sample, where requests come and go."""
     out_of_memory_at: Count | None = None
+    """The last batch size that did not fit and was halved."""
     passes: tuple[tuple[Seed, ...], ...] = ()
+    """What an engine's scheduler did, in order. Equal passes in a row are one entry of six numbers:
+    how many passes, the rows of each, its tokens, and the requests running, waiting, preempted."""
     connection: str = ""
+    """Which connection a server's answer came through, to tell replicas apart."""
     response_id: str = ""
+    """The server's id of the answer, if its ids differ from answer to answer."""
     fingerprint: str = ""
+    """The server's ``system_fingerprint``."""
     names_digest: str = ""
+    """A digest of the names of the answer's tokens, where a server gives names beside ids."""
     is_replayed: bool = False
+    """Whether a server's answer came sooner than a first token can: out of a cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One completion of a probe.
 
-    Per generated token t: ``token_ids[t]``; ``token_texts[t]`` (their concatenation is the
-    completion's text); ``logprobs[t]``, the chosen token's log-probability, an exact fp32 value
-    held as a float; ``margins[t]``, top-1 minus top-2 logit; ``row_digests[t]``, 16 hexadecimal
-    digits over the bits of the full logits row. The last three are empty where the backend does
-    not give them; where it gives no token ids either, other stable ids stand for the pieces that
-    are compared. A sample with ``error`` has no tokens and no part in any count of completions.
+    These have one entry for each generated token: ``token_ids``; ``token_texts``, which joined are
+    the completion's text; ``logprobs`` of the chosen tokens, exact fp32 values held as floats;
+    ``margins``, the best logit minus the second best; ``row_digests``, 16 hexadecimal digits over
+    the bits of all the step's logits. The last three are empty where the backend does not give
+    them. Where it gives no token ids, the pieces of text that are compared get ids of their own,
+    the same for equal pieces. A sample with ``error`` has no tokens and counts as no completion.
     """
 
     sample_id: Seed
     trial_id: Seed
     arm: Arm
     probe_id: str
-    axis: Axis
+    purpose: Purpose
     baseline: Seed | None
     load: Load
     slot: Count
@@ -225,6 +256,22 @@ class Sample:
     @property
     def text(self) -> str:
         return "".join(self.token_texts)
+
+    @property
+    def role(self) -> Role:
+        return role_of(self.purpose)
+
+    @property
+    def axis(self) -> Axis | None:
+        return axis_of(self.purpose)
+
+    @property
+    def is_reference(self) -> bool:
+        """Did the probe alone give it, so that it may be the reference, the commonest of these?
+
+        Not where it failed or was planted; a batch that is a baseline of others is none either.
+        """
+        return self.role != "control" and self.error is None and self.load == ALONE
 
     @classmethod
     def of(
@@ -249,7 +296,7 @@ class Sample:
             trial_id=trial.trial_id,
             arm=trial.arm,
             probe_id=trial.probe_id,
-            axis=trial.axis,
+            purpose=trial.purpose,
             baseline=trial.baseline,
             load=trial.load,
             slot=trial.load.slots[nth],
@@ -269,9 +316,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Hardware, software and numeric flags; two runs are comparable where ``must_match`` agrees.
+    """Hardware, software, numeric flags and the model: what decides bits, as JSON scalars.
 
-    Values are JSON scalars; unknown is None, never 0.
+    Unknown is None, never 0.
     """
 
     hardware: dict[str, Any] = field(default_factory=dict)
@@ -353,15 +400,16 @@ class RunSpec:
     allow_latent: bool = False
     answer_pattern: str | None = None
     tensor_parallel: Positive = 1
-    """Processes that share the model, without an engine; an engine has its own."""
+    """Processes that share the model in ndcheck's own arms; an `Engine` has a number of its own."""
     tp_groups: Positive | None = None
-    """Parts of every sum over ranks in the invariant arm, whose bits any divisor then shares."""
+    """Into how many parts the invariant arm cuts every sum over processes: its bits are then the
+    same for every number of processes that divides this one."""
     engine: Engine | None = None
     endpoint: Endpoint | None = None
 
     @property
     def repeats_are_draws(self) -> bool:
-        """Is every batch formed anew, so that a load asked for again is another draw?"""
+        """Whether each batch is formed anew, so that the same load may give another completion."""
         return bool(self.endpoint or self.engine or self.batching == "continuous")
 
     @property
@@ -376,10 +424,10 @@ class RunSpec:
 class Run:
     """What run.json holds: the spec to repeat it, where it ran, and how it ended.
 
-    ``changes`` says what became of the backend in mid-run: another version, another replica.
-    ``trial_digests`` hold each planned trial, 8 hexadecimal digits by trial id (empty in files
-    from before they were kept). ``flaws`` say what is wrong with the samples, a sentence each:
-    found when they are read, never written.
+    ``changes`` says how the backend changed in mid-run: another version, another replica.
+    ``trial_digests`` has 8 hexadecimal digits for each planned trial, in the order of their ids;
+    it is empty in files from before digests were kept. ``flaws`` says what is wrong with the
+    samples, a sentence each; it is filled when samples are read and never written.
     """
 
     run_id: str

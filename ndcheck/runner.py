@@ -47,14 +47,18 @@ class Progress:
         self.n_done += 1
         diverged = False
         for sample in samples:
-            if sample.error is not None or sample.axis == "control":
+            if sample.error is not None or sample.role == "control":
                 continue
-            reference = self._references.setdefault((sample.arm, sample.probe_id), sample.token_ids)
-            key = (sample.arm, sample.probe_id, hash(sample.token_ids))
+            probe = (sample.arm, sample.probe_id)
+            if sample.is_reference:
+                self._references.setdefault(probe, sample.token_ids)
+            key = (*probe, hash(sample.token_ids))
             if key not in self._completions:
                 self._completions.add(key)
                 self.unique[sample.arm] = self.unique.get(sample.arm, 0) + 1
-            position = first_divergence(sample.token_ids, reference)
+            if probe not in self._references:
+                continue
+            position = first_divergence(sample.token_ids, self._references[probe])
             if position is not None:
                 diverged = True
                 if self.first_divergence is None or position < self.first_divergence:
@@ -182,8 +186,9 @@ def run_trials(
 
     def take_in(samples: Sequence[Sample]) -> bool:
         for sample in samples:
-            if sample.axis == "reference" and sample.baseline is None:
-                reference_lengths[sample.arm, sample.probe_id] = len(sample.token_ids)
+            if sample.is_reference:
+                key = sample.arm, sample.probe_id
+                reference_lengths.setdefault(key, len(sample.token_ids))
             if sample.error is None:
                 bits = hash((sample.logprobs, sample.row_digests))
                 rows = rows_of.setdefault(sample.trial_id, {})
@@ -202,8 +207,8 @@ def run_trials(
             if trial.trial_id in by_trial:
                 diverged = take_in(by_trial[trial.trial_id])
             else:
-                if trial.axis == "control":
-                    fault = plant_fault(reference_lengths[trial.arm, trial.probe_id])
+                if trial.role == "control":
+                    fault = plant_fault(reference_lengths.get((trial.arm, trial.probe_id), 0))
                     trial = replace(trial, fault=fault)
                 trial_started = time.perf_counter()
                 try:

@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ndcheck import __version__
-from ndcheck.analysis.accumulate import summarise
-from ndcheck.analysis.summary import Summary
-from ndcheck.judging.verdict import Judgement, Outcome, judge
+from ndcheck.findings import Findings, read_findings
+from ndcheck.judging.verdict import Outcome
 from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Axis, Environment, Run
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import run_trials
 from ndcheck.samplers.base import Sampler
 from ndcheck.samplers.scripted.sampler import FORK_AT, LATENT_AT, ScriptedSampler
-from ndcheck.storage.run_directory import RunDirectory, SampleReader
+from ndcheck.storage.run_directory import RunDirectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +97,14 @@ CASES = (
 def run_cases(cases: tuple[Case, ...] = CASES) -> Iterator[tuple[Case, str | None]]:
     """Each case with None if it was judged rightly, or with what was seen instead."""
     for case in cases:
-        judgement, summary = judge_sampler(ScriptedSampler(case.behaviour))
-        yield case, check(case, judgement, summary)
+        yield case, find_mistake(case, measure(ScriptedSampler(case.behaviour)))
 
 
-def judge_sampler(sampler: Sampler) -> tuple[Judgement, Summary]:
-    """Plan, run, store, read back, summarise and judge, with a small grid."""
+def measure(sampler: Sampler) -> Findings:
+    """Plan, run, store, read back, summarise and judge, with a small grid.
+
+    The samples are gone with their directory.
+    """
     spec = replace(
         DEFAULTS,
         arms=("stock",),
@@ -113,17 +114,20 @@ def judge_sampler(sampler: Sampler) -> tuple[Judgement, Summary]:
         n_samples=40,
     )
     lengths = {probe.probe_id: sampler.count_tokens(probe.content) for probe in spec.probes}
-    run = Run("selftest", __version__, spec, Environment(), started_at="")
+    trials = plan_trials(spec, lengths, sampler.context)
+    run = Run(
+        "selftest", __version__, spec, Environment(), started_at="", n_trials_planned=len(trials)
+    )
     with tempfile.TemporaryDirectory(prefix="ndcheck-selftest-") as name:
         path = Path(name) / "run"
         with closing(RunDirectory.create(path, run)) as directory:
-            run = run_trials(plan_trials(spec, lengths, sampler.context), sampler, directory)
-        summary = summarise(SampleReader(path), spec)
-    return judge(run, summary), summary
+            run_trials(trials, sampler, directory)
+        return read_findings(path)
 
 
-def check(case: Case, judgement: Judgement, summary: Summary) -> str | None:
+def find_mistake(case: Case, findings: Findings) -> str | None:
     """None if the verdict, the guilty properties and the positions are those planted."""
+    judgement, summary = findings.judgement, findings.summary
     (probe,), (probe_verdict,) = summary.probes, judgement.probes
     failing = {axis for axis, verdict in probe_verdict.axes.items() if verdict.outcome == "FAIL"}
     if judgement.verdict.outcome != case.outcome:

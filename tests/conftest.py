@@ -97,8 +97,7 @@ def measured():
     """``measured(behaviour)``: a scripted run as it would be read back, without a disk."""
     from dataclasses import replace
 
-    from ndcheck.analysis.accumulate import summarise
-    from ndcheck.judging.comparison import Measured, find_references
+    from ndcheck.findings import find
     from ndcheck.plan.faults import plant_fault
     from ndcheck.plan.trials import plan_trials
     from ndcheck.records import Decoding, Environment, Run
@@ -115,11 +114,10 @@ def measured():
         samplers = {arm: ScriptedSampler((arms or {}).get(arm, behaviour)) for arm in spec.arms}
         for trial in plan_trials(spec, {"p1": 4}, 1000):
             sampler = samplers[trial.arm]
-            if trial.axis == "control":
+            if trial.role == "control":
                 trial = replace(trial, fault=plant_fault(8))
             samples += map(change, sampler.sample(trial, spec.probes[0], spec.decoding))
         record = {"environment": Environment(), "status": "finished", **run}
-        record = Run("r", "0", spec, started_at="", **record)
-        return Measured(record, summarise(samples, spec), find_references(samples))
+        return find(Run("r", "0", spec, started_at="", **record), samples).measured
 
     return measure

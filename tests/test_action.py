@@ -186,7 +186,7 @@ def test_inputs(repository, given, succeeded, verdict):
 
 
 def block(name):
-    text = (ROOT / "README.md").read_text()
+    text = "".join((ROOT / file).read_text() for file in ("README.md", "ndcheck/README.md"))
     return re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", text, re.DOTALL)[1]
 
 

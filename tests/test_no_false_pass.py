@@ -13,14 +13,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ndcheck.analysis.accumulate import summarise
-from ndcheck.judging.comparison import Measured, compare, find_references, judge_comparison
+from ndcheck.analysis.summarising import summarise
+from ndcheck.cli.console import EXIT_CODES
+from ndcheck.cli.gate_session import exit_code
+from ndcheck.findings import find
+from ndcheck.judging.comparison import compare, judge_comparison
 from ndcheck.judging.rules import Rules, RuleSet, judge_gate
-from ndcheck.judging.verdict import EXIT_CODES, judge
 from ndcheck.records import AXES, Decoding, Environment, Fault, Load, Run, Sample, Witness
 from ndcheck.reports.comparison import print_comparison
 from ndcheck.reports.figures import gather
-from ndcheck.reports.gate import CheckResult, exit_code, gate_markdown, print_gate
+from ndcheck.reports.gate import CheckResult, gate_markdown, print_gate
 from ndcheck.reports.html.page import html_report
 from ndcheck.reports.junit import junit_xml
 from ndcheck.reports.listing import run_lines
@@ -44,11 +46,11 @@ def runs(draw):
     is_rare = draw(st.booleans())
     samples = []
     for trial_id in range(draw(st.integers(1, 9))):
-        axis = draw(st.sampled_from(("reference", "control", *AXES)))
-        load = draw(st.sampled_from(LOADS[:1] if axis == "control" else LOADS))
+        purpose = draw(st.sampled_from(("reference", "control", *AXES)))
+        load = draw(st.sampled_from(LOADS[:1] if purpose == "control" else LOADS))
         baseline = draw(st.sampled_from((None, 0, *range(trial_id), 99)))
         arm = draw(st.sampled_from(arms))
-        fault = Fault(0, 1) if axis == "control" and draw(st.booleans()) else None
+        fault = Fault(0, 1) if purpose == "control" and draw(st.booleans()) else None
         for slot in load.slots:
             odd = draw(st.sampled_from((0,) * 6 * is_rare + (0, 1, 2)))
             bits = draw(st.sampled_from((0.0,) * 6 * is_rare + (0.0, -0.5)))
@@ -61,7 +63,7 @@ def runs(draw):
                     trial_id=trial_id,
                     arm=arm,
                     probe_id="p1",
-                    axis=axis,
+                    purpose=purpose,
                     baseline=baseline,
                     load=load,
                     slot=slot,
@@ -80,7 +82,7 @@ def runs(draw):
 
 def oracle(samples, *, allow_latent):
     """Which arms hold two completions that differ, by comparing every pair of samples."""
-    counted = [s for s in samples if s.axis != "control" and s.error is None]
+    counted = [s for s in samples if s.role != "control" and s.error is None]
     found = set()
     for a, b in combinations(counted, 2):
         other_bits = a.logprobs and b.logprobs and a.logprobs != b.logprobs
@@ -99,11 +101,12 @@ def printed(show, *args):
     return screen.getvalue()
 
 
-def screens(run, samples, summary, judgement, verdict):
+def screens(findings, verdict):
+    run, summary = findings.run, findings.summary
     result = CheckResult("check", "ndcheck run", verdict=verdict)
     row = {
         "name": "r",
-        "verdict": judgement.verdict.outcome,
+        "verdict": findings.judgement.verdict.outcome,
         "status": "finished",
         "n_unique": max(p.n_unique for p in summary.probes),
         "diverged_trials": sum(p.diverged_trials for p in summary.probes),
@@ -111,10 +114,10 @@ def screens(run, samples, summary, judgement, verdict):
         "model": "m",
         "arms": run.spec.arms,
     }
-    page = html_report(run, gather(samples, summary), summary, judgement, DEFAULTS)
+    page = html_report(findings, gather(findings), DEFAULTS)
     visible = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.S)
-    yield printed(print_report, run, summary, judgement, DEFAULTS)
-    yield markdown_report(run, summary, judgement, DEFAULTS)
+    yield printed(print_report, findings, DEFAULTS)
+    yield markdown_report(findings, DEFAULTS)
     yield re.sub(r"</?(?:td|strong|th|small)[^>]*>", " ", visible)
     yield printed(print_gate, [result])
     yield gate_markdown([result])
@@ -126,9 +129,9 @@ def screens(run, samples, summary, judgement, verdict):
 def test_where_completions_differ_nothing_passes(drawn):
     spec, samples = drawn
     differing = oracle(samples, allow_latent=spec.allow_latent)
-    run, summary = record(spec), summarise(samples, spec)
-    judgement = judge(run, summary)
-    verdict = judge_gate(run, summary, RuleSet())
+    findings = find(record(spec), samples)
+    judgement = findings.judgement
+    verdict = judge_gate(findings.run, findings.summary, RuleSet())
     failed = {p.arm for p in judgement.probes if p.verdict.outcome == "FAIL"}
     assert failed == differing
     for arm in differing:
@@ -141,7 +144,7 @@ def test_where_completions_differ_nothing_passes(drawn):
         assert int(junit.get("failures")) > 0
     elif judgement.verdict.outcome == "PASS":
         assert verdict.outcome == "PASS"
-    for screen in screens(run, samples, summary, judgement, verdict):
+    for screen in screens(findings, verdict):
         for line in screen.splitlines():
             if "PASS" in line and not spec.allow_latent:
                 # What diverged, or only its bits: "planted fault caught in 1 of 1" is neither.
@@ -178,10 +181,7 @@ def test_what_a_limit_allows_is_called_accepted(limits, drawn):
 @given(runs(), runs())
 @settings(deadline=None, max_examples=50)
 def test_a_comparison_passes_nothing_that_diverged(drawn_a, drawn_b):
-    measured = [
-        Measured(record(spec), summarise(samples, spec), find_references(samples))
-        for spec, samples in (drawn_a, drawn_b)
-    ]
+    measured = (find(record(spec), samples).measured for spec, samples in (drawn_a, drawn_b))
     comparison = compare(*measured)
     verdicts = judge_comparison(comparison, ("unique", "rate"), 0.95)
     for line in printed(print_comparison, ("a", "b"), comparison, verdicts).splitlines():

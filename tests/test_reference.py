@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bench.reference.summary import measured_table
+
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ROOT / "tests" / "benchmarks"
 
 
 def test_a_part_leaves_its_tables_and_plots_and_the_summary_shows_them(tmp_path):
@@ -21,10 +23,11 @@ def test_a_part_leaves_its_tables_and_plots_and_the_summary_shows_them(tmp_path)
     )
     done = subprocess.run(
         [
-            sys.executable, str(SCRIPTS / "reference.py"), str(tmp_path),
+            sys.executable, "-m", "bench.reference.experiment", str(tmp_path),
             "--part", "8b-long", "--tiny", "--summary",
         ],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": "kernels"}, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "8b-long"
@@ -48,10 +51,7 @@ def test_a_part_leaves_its_tables_and_plots_and_the_summary_shows_them(tmp_path)
     assert "| [8b-long](8b-long/report.md) | invariant | 1 of 15 | 15 | none |" in readme
 
 
-def test_the_summary_shows_where_an_arm_left_its_reference(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    from reference_summary import measured_table
-
+def test_the_summary_shows_where_an_arm_left_its_reference(tmp_path):
     def write(name: str, *rows: dict[str, object]) -> None:
         with (tmp_path / "x" / name).open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

@@ -1,36 +1,27 @@
-"""A bounded part of tests/benchmarks/reliability.py: mutated files and command lines end well."""
+"""A bounded part of bench.reliability.fuzz: mutated files and command lines end well."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 import time
-from pathlib import Path
 
 import pytest
+
+from bench.reliability import fuzz
 
 N_READERS = 600
 N_OPTIONS = 40
 
 
-@pytest.fixture
-def reliability(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
-    yield importlib.import_module("reliability")
-    for name in ("reliability", "mutations"):
-        del sys.modules[name]
-
-
 @pytest.mark.parametrize(("part", "count"), [("readers", N_READERS), ("options", N_OPTIONS)])
-def test_nothing_is_uncaught_hangs_or_ends_with_a_wrong_code(reliability, part, count):
-    findings = reliability.Findings()
-    getattr(reliability, f"fuzz_{part}")(count, 7, findings)
+def test_nothing_is_uncaught_hangs_or_ends_with_a_wrong_code(part, count):
+    findings = fuzz.Findings()
+    getattr(fuzz, f"fuzz_{part}")(count, 7, findings)
     assert findings.failures == {}, findings.examples
     assert sum(findings.outcomes.values()) == count
     assert len(findings.outcomes) >= 2  # The control: not all are refused, nor all taken.
 
 
-def test_what_goes_wrong_is_counted(reliability, monkeypatch):
+def test_what_goes_wrong_is_counted(monkeypatch):
     """The controls: a reader that crashes, one that believes everything, and one that hangs."""
 
     def crash(path, *, fully):
@@ -45,8 +36,8 @@ def test_what_goes_wrong_is_counted(reliability, monkeypatch):
         (lambda path, *, fully: "FAIL", "wrong exit code: a run that passes was accused"),
         (hang, "hang"),
     ):
-        findings = reliability.Findings()
-        monkeypatch.setattr(reliability, "read_run_and_judge", fault)
-        monkeypatch.setattr(reliability, "HANG_S", 1)
-        reliability.fuzz_readers(12 if fault != hang else 2, 7, findings)
+        findings = fuzz.Findings()
+        monkeypatch.setattr(fuzz, "read_run_and_judge", fault)
+        monkeypatch.setattr(fuzz, "HANG_S", 1)
+        fuzz.fuzz_readers(12 if fault != hang else 2, 7, findings)
         assert any(found.startswith(kind) for found in findings.failures), findings.failures

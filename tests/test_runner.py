@@ -46,7 +46,7 @@ def test_every_planned_sample_is_stored_in_order(tmp_path):
     assert read_run(tmp_path) == finished
     samples = list(SampleReader(tmp_path))
     assert [s.sample_id for s in samples] == list(range(len(samples)))
-    assert sum(s.axis != "control" for s in samples) == SPEC.n_samples
+    assert sum(s.role != "control" for s in samples) == SPEC.n_samples
 
 
 def test_what_diverged_once_runs_once_more(tmp_path):
@@ -79,7 +79,7 @@ def test_a_confirmation_is_resumed_like_any_trial(tmp_path, n_left_out):
 
 def test_control_is_planted_within_the_reference(tmp_path):
     run(tmp_path, "clean")
-    (control,) = [s for s in SampleReader(tmp_path) if s.axis == "control"]
+    (control,) = [s for s in SampleReader(tmp_path) if s.role == "control"]
     assert (control.fault.latent_at, control.fault.fork_at) == (2, 4)
 
 

@@ -2,19 +2,16 @@
 
 from ndcheck_kernels.models import invariant_model
 from ndcheck_kernels.models.attention import register_attention
-from ndcheck_kernels.scope.mode import (
-    OP_GROUPS,
-    Scope,
-    UncoveredOpError,
-    UnsupportedCallError,
+from ndcheck_kernels.scope.mode import invariant_kernels
+from ndcheck_kernels.scope.refusal import UncoveredOpError, UnsupportedCallError
+from ndcheck_kernels.scope.registry import (
     accept,
     accepted_ops,
-    active_scope,
     covered_ops,
     implements,
     implements_pointwise,
-    invariant_kernels,
 )
+from ndcheck_kernels.scope.state import OP_GROUPS, Scope, active_scope
 
 __all__ = [
     "OP_GROUPS",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.statistics import clopper_pearson, fisher_exact
 from ndcheck.analysis.summary import AxisFinding, Draw
-from ndcheck.analysis.trials import Trials, axis_code
+from ndcheck.analysis.trials import Trials, purpose_code
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import AXES, Axis
 
@@ -95,10 +95,10 @@ def _pair_repeats(trials: Trials) -> Pairs:
 
 
 def _pair_with_baselines(trials: Trials, axis: Axis) -> Pairs:
-    is_of_axis = trials.rows["axis"] == axis_code(axis)
+    is_of_axis = trials.rows["purpose"] == purpose_code(axis)
     if axis == "batch-size":
         # Batches that only served as baselines: runs before version 0.2 did not ask them.
-        is_of_axis |= trials.rows["axis"] == axis_code("reference")
+        is_of_axis |= trials.rows["purpose"] == purpose_code("reference")
     rows = np.flatnonzero(is_of_axis)
     rows = rows[np.isin(trials.rows["baseline"][rows], trials.ids)]
     baselines = np.searchsorted(trials.ids, trials.rows["baseline"][rows])

@@ -1,4 +1,4 @@
-"""Where two completions part: in their tokens, and before that in their bits."""
+"""Where two completions first differ: in their tokens, and before that in their bits."""
 
 from __future__ import annotations
 

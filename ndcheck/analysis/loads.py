@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ndcheck.analysis.outcomes import AXIS_CODES, LoadKind
+from ndcheck.analysis.accumulating import PURPOSES, LoadKind
 from ndcheck.analysis.summary import LoadFinding
 from ndcheck.analysis.trials import Trials
 from ndcheck.analysis.unique import Completions
@@ -27,13 +27,13 @@ def find_loads(
     return tuple(
         _judge(kind, kinds[kind], trials, completions, errors)
         for kind in sorted(kinds, key=_place)
-        if kind.axis != "control"
+        if kind.purpose != "control"
     )
 
 
 def _place(kind: LoadKind) -> tuple[int, ...]:
     slot = -1 if kind.slot is None else kind.slot
-    return AXIS_CODES.index(kind.axis), kind.batch_size, slot, CACHE_STATES.index(kind.cache_state)
+    return PURPOSES.index(kind.purpose), kind.batch_size, slot, CACHE_STATES.index(kind.cache_state)
 
 
 def _judge(

@@ -1,4 +1,4 @@
-"""What a server's answers tell of themselves: the draws they are, and the batches that ran."""
+"""What a server's answers show: whether they are independent draws, and the batches they ran in."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Serving:
             return
         if witness.response_id:
             self._ids[witness.response_id] += 1
-        if sample.axis == "control":  # Its tokens were changed on purpose.
+        if sample.role == "control":  # Its tokens were changed on purpose.
             return
         self._n_answers += 1
         self._trials.add(sample.trial_id)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ndcheck.analysis.serving import ServingFinding
 from ndcheck.analysis.tree import Fork
-from ndcheck.records import Arm, Axis, CacheState
+from ndcheck.records import Arm, Axis, CacheState, Purpose
 
 Draw = Literal["load", "trial"]
 """What a rate counts. In process, a load that is run again gives what it gave before: each distinct
@@ -91,12 +91,13 @@ class AxisFinding:
 class LoadFinding:
     """All trials of one kind of load, compared with the reference.
 
+    ``axis`` is what its trials were for: "reference" for the probe alone, which has no axis.
     ``slot`` is None where the load has several. The first divergences are over trials, each at
     its earliest row; ``latent`` counts trials. ``elapsed_s`` is the sum over trials;
     ``tokens_per_s`` counts the probe's tokens, not the fillers'.
     """
 
-    axis: Axis
+    axis: Purpose
     batch_size: int
     slot: int | None
     cache_state: CacheState
@@ -242,3 +243,5 @@ class Summary:
     samples: SampleColumns
     fisher_p: float | None
     """Fisher's exact test, two-sided, on diverged draws: stock against invariant."""
+    references: Mapping[tuple[Arm, str], int] = field(default_factory=dict)
+    """The trial that gave the reference, by arm and probe id; absent where none did."""

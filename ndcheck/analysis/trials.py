@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ndcheck.analysis.accumulating import PURPOSES, is_settled
 from ndcheck.analysis.divergence import Reference
-from ndcheck.analysis.outcomes import AXIS_CODES, is_settled
 from ndcheck.analysis.summary import Draw
 from ndcheck.analysis.unique import Completions
-from ndcheck.records import Axis
+from ndcheck.records import Axis, Purpose
 
 NO_DIVERGENCE = np.iinfo(np.int32).max
 NO_TRIAL = -1
@@ -59,11 +59,11 @@ class Trials:
     @property
     def is_confirmation(self) -> NDArray[np.bool_]:
         """Was it run only because its load had diverged? Such a trial is no draw of any rate."""
-        axis, baseline = self.column("axis"), self.column("baseline")
+        purpose, baseline = self.column("purpose"), self.column("baseline")
         place = np.searchsorted(self.ids, baseline).clip(max=max(0, len(self) - 1))
         is_known = np.isin(baseline, self.ids)
-        of_varied = np.isin(axis[place], [axis_code(a) for a in VARIED_AXES]) & is_known
-        is_confirmation: NDArray[np.bool_] = of_varied & (axis == axis_code("run-to-run"))
+        of_varied = np.isin(purpose[place], [purpose_code(a) for a in VARIED_AXES]) & is_known
+        is_confirmation: NDArray[np.bool_] = of_varied & (purpose == purpose_code("run-to-run"))
         return is_confirmation
 
     @property
@@ -106,8 +106,8 @@ class Trials:
         return is_witnessed if exactly else is_witnessed | ((achieved > 1) & (asked > 1))
 
 
-def axis_code(axis: Axis) -> int:
-    return AXIS_CODES.index(axis)
+def purpose_code(purpose: Purpose) -> int:
+    return PURPOSES.index(purpose)
 
 
 def group_trials(

@@ -1,4 +1,4 @@
-"""Where every command ends: one line on stderr and an exit code, whatever happened.
+"""What every command says on stderr, and how it ends: an exit code, whatever happened.
 
 1 says that nondeterminism was found, so nothing that nobody expected may end with it, and an output
 that nobody can read takes nothing away from a verdict. Imports the standard library alone, since
@@ -15,13 +15,16 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ndcheck.errors import NdcheckError
 
+EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
+"""By the outcome of a verdict."""
 FAILED = 4
 INTERRUPTED = 130
+MAX_BAD_LINES_SHOWN = 5
 DEBUG = "NDCHECK_DEBUG"
 MAX_WORDS = 400
 
@@ -35,7 +38,7 @@ def run_guarded(action: Callable[[], int]) -> int:
     except BaseException as error:
         if os.environ.get(DEBUG):
             traceback.print_exception(error)
-        print_error(describe(error))
+        note(describe(error))
         return error.exit_code if isinstance(error, NdcheckError) else FAILED
 
 
@@ -59,10 +62,20 @@ def describe(error: BaseException) -> str:
     )
 
 
-def print_error(message: str) -> None:
-    """One line, whatever the message holds."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+def note(line: str, *, quiet: bool = False) -> None:
+    """One line on stderr, whatever it holds."""
+    if quiet:
+        return
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     print(f"ndcheck: {''.join(shown)}", file=sys.stderr)  # noqa: T201
+
+
+def note_bad_lines(lines: Sequence[str]) -> None:
+    """The first few on stderr; the verdict's reasons hold their number."""
+    for line in lines[:MAX_BAD_LINES_SHOWN]:
+        note(line)
+    if len(lines) > MAX_BAD_LINES_SHOWN:
+        note(f"and {len(lines) - MAX_BAD_LINES_SHOWN} more lines")
 
 
 class Output(io.FileIO):
@@ -99,7 +112,7 @@ def main(action: Callable[[], int]) -> int:
     failure = outputs[0].failure
     # A reader that has left (head, less) has what it wanted.
     if failure is not None and failure.errno != errno.EPIPE:
-        print_error(f"stdout: {failure.strerror}")
+        note(f"stdout: {failure.strerror}")
         code = code if code == 1 else FAILED
     sys.stderr.flush()
     return code

@@ -1,4 +1,4 @@
-"""The doctor's visit: environment, numeric flags, self-test."""
+"""`ndcheck doctor` from options to exit code: environment, numeric flags, self-test."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import json
 import typer
 
 from ndcheck import environment
+from ndcheck.cli.console import FAILED
 from ndcheck.reports.untrusted import visible
 from ndcheck.selftest import run_cases
-
-FAILED = 4
 
 
 def check_up(*, as_json: bool) -> int:

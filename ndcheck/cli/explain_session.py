@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ndcheck import request
-from ndcheck.cli.run_session import note
+from ndcheck.cli.console import note
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import UsageError
 from ndcheck.records import ARMS, Arm, Load, Probe, RunSpec
-from ndcheck.reports.explain.kept import save_explanation
+from ndcheck.storage.explanation import save_explanation
 from ndcheck.storage.run_directory import replacing, write_failure
 
 if TYPE_CHECKING:
@@ -179,8 +179,8 @@ def _trace(
     recorded: tuple[str, ...] = (),
     save: Callable[[dict[int, list[str]]], None] = lambda advice: None,
 ) -> int:
-    from ndcheck.explain.findings import group_findings
     from ndcheck.explain.swapping import find_swaps
+    from ndcheck.explain.traced import group_findings
     from ndcheck.explain.tracing import Tracer
     from ndcheck.reports.explain import trace as trace_report
 

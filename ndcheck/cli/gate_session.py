@@ -14,18 +14,17 @@ from pathlib import Path
 import typer
 
 from ndcheck.api import Run, find_run, measure_spec, save_baseline
-from ndcheck.cli.console import DEBUG, describe
+from ndcheck.cli.console import DEBUG, EXIT_CODES, FAILED, describe, note, note_bad_lines
 from ndcheck.cli.progress import ProgressLine
-from ndcheck.cli.run_session import note, note_bad_lines
 from ndcheck.config import Check, find_file, read_checks
 from ndcheck.errors import UsageError, did_you_mean, doing
+from ndcheck.findings import read_findings
 from ndcheck.judging.comparison import FAIL_ON, compare
 from ndcheck.judging.rules import Rules, RuleSet, judge_gate
 from ndcheck.records import ARMS, RunSpec
 from ndcheck.reports.gate import (
     CheckResult,
     Inconclusive,
-    exit_code,
     gate_document,
     gate_markdown,
     github_annotations,
@@ -112,7 +111,7 @@ def judge_runs(
         try:
             with doing(f"judging {path}"):
                 run = Run(path)
-                note_bad_lines(run.bad_lines)
+                note_bad_lines(run.findings.bad_lines)
                 results.append(_judge(str(path), run, demands.over(rules, run.record.spec), folder))
         except UsageError:
             raise
@@ -121,7 +120,7 @@ def judge_runs(
             results.append(_failed(str(path), command, error))
         else:
             if baseline_name is not None:
-                note(f"saved {save_baseline(run, baseline_name)}", quiet=False)
+                note(f"saved {save_baseline(run, baseline_name)}")
     return results
 
 
@@ -152,7 +151,7 @@ def run_checks(
         except KeyboardInterrupt:
             if (path / RUN_FILE).exists():
                 go_on = resume_command(check.spec, str(path))
-                note(f"interrupted; go on with: {go_on}", quiet=False)
+                note(f"interrupted; go on with: {go_on}")
             raise
         except UsageError as error:
             raise check.locate(error) from error
@@ -166,6 +165,15 @@ def _failed(name: str, command: str, error: BaseException) -> CheckResult:
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
     return CheckResult(name, command, error=describe(error))
+
+
+def exit_code(results: Sequence[CheckResult], inconclusive: Inconclusive = "exit-3") -> int:
+    """1 where a check failed, else 4 where a run did, else 3 where one was inconclusive, else 0."""
+    codes = dict(EXIT_CODES)
+    if inconclusive != "exit-3":
+        codes["INCONCLUSIVE"] = EXIT_CODES["PASS" if inconclusive == "pass" else "FAIL"]
+    found = {FAILED if r.verdict is None else codes[r.verdict.outcome] for r in results}
+    return next(code for code in (1, FAILED, 3, 0) if code in found)
 
 
 def publish(
@@ -234,7 +242,9 @@ def _rehearse(check: Check, rules: RuleSet) -> None:
 def _judge(name: str, run: Run, rules: RuleSet, folder: Path) -> CheckResult:
     comparison = None
     if rules.baseline is not None:
-        comparison = compare(Run(find_run(rules.baseline, folder)).measured, run.measured)
+        comparison = compare(
+            read_findings(find_run(rules.baseline, folder)).measured, run.findings.measured
+        )
     return CheckResult(
         name,
         run.command,

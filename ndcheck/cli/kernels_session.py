@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import track
 
 from ndcheck import environment
+from ndcheck.cli.console import EXIT_CODES
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.judging.verdict import EXIT_CODES
 from ndcheck.reports import kernels as report
 from ndcheck.reports.write import TableFile
 from ndcheck.samplers.local.device import choose_device
@@ -29,7 +29,7 @@ MOST_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Selection:
     """What to measure, validated but for the ops, which differ between check and bench."""
 
     device: torch.device
@@ -38,7 +38,7 @@ class Request:
     row_counts: tuple[int, ...] | None
 
 
-def request(device: str, dtype: str, op: str, rows: str | None) -> Request:
+def read_selection(device: str, dtype: str, op: str, rows: str | None) -> Selection:
     """Raises UsageError."""
     import torch
 
@@ -49,7 +49,7 @@ def request(device: str, dtype: str, op: str, rows: str | None) -> Request:
     row_counts = None if rows is None else tuple(sorted({_count(text) for text in _split(rows)}))
     if row_counts == ():
         raise UsageError("--rows: give numbers of rows, such as 1,16,256")
-    return Request(
+    return Selection(
         choose_device(device),
         tuple(getattr(torch, DTYPES[name]) for name in names),
         () if op == "all" else _split(op),
@@ -57,7 +57,7 @@ def request(device: str, dtype: str, op: str, rows: str | None) -> Request:
     )
 
 
-def check(wanted: Request, csv: Path | None, *, as_json: bool, quiet: bool) -> int:
+def run_check(wanted: Selection, csv: Path | None, *, as_json: bool, quiet: bool) -> int:
     """Measure bits and accuracy. Returns the exit code."""
     from ndcheck_kernels.measure.cases import checked_cases
     from ndcheck_kernels.measure.check import Finding, check, default_row_counts
@@ -80,7 +80,7 @@ def check(wanted: Request, csv: Path | None, *, as_json: bool, quiet: bool) -> i
     return EXIT_CODES[report.judge_findings(findings)]
 
 
-def bench(wanted: Request, csv: Path | None, *, as_json: bool, quiet: bool) -> int:
+def run_bench(wanted: Selection, csv: Path | None, *, as_json: bool, quiet: bool) -> int:
     """Measure time. Returns the exit code. Raises BackendError if torch's kernel ran in our arm."""
     from ndcheck_kernels import UncoveredOpError
     from ndcheck_kernels.measure.bench import (
@@ -119,7 +119,7 @@ def bench(wanted: Request, csv: Path | None, *, as_json: bool, quiet: bool) -> i
     return 0
 
 
-def _select(cases: Sequence[Case], wanted: Request) -> list[Case]:
+def _select(cases: Sequence[Case], wanted: Selection) -> list[Case]:
     """The cases asked for that this device covers. Raises UsageError."""
     from ndcheck_kernels import covered_ops
 

@@ -7,24 +7,21 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import typer
 
 from ndcheck import environment
-from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.statistics import trials_needed
-from ndcheck.cli.console import INTERRUPTED
+from ndcheck.cli.console import EXIT_CODES, INTERRUPTED, note, note_bad_lines
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import NdcheckError, UsageError, doing
-from ndcheck.judging.verdict import EXIT_CODES, judge
+from ndcheck.findings import read_findings
 from ndcheck.plan.conversations import as_messages
 from ndcheck.ranks import check_ranks, rank
-from ndcheck.records import Probe, Run, RunSpec, Sample, Trial
+from ndcheck.records import Probe, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
-from ndcheck.reports.explain.kept import read_advice
 from ndcheck.reports.plots import MAX_PROBES
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.untrusted import quoted
@@ -43,9 +40,8 @@ from ndcheck.runner import (
 )
 from ndcheck.samplers.base import Rendered, Sampler, open_sampler
 from ndcheck.storage.evidence import is_continued_by
-from ndcheck.storage.run_directory import RunDirectory, SampleReader, read_run, write_failure
+from ndcheck.storage.run_directory import RunDirectory, read_run
 
-MAX_BAD_LINES_SHOWN = 5
 MAX_LINES_SHOWN, MAX_TEXT_SHOWN = 32, 1000
 """Of a prompt, in lines and in characters of each."""
 
@@ -180,48 +176,36 @@ def measure(
         with ProgressLine(quiet=quiet) as progress:
             run_trials(trials, sampler, directory, finished, progress.show)
     except KeyboardInterrupt:
-        report(directory.path, directory.run, as_json=as_json, html=html, plots=plots)
-        note(f"interrupted; go on with: {go_on}", quiet=False)
+        report(directory.path, as_json=as_json, html=html, plots=plots)
+        note(f"interrupted; go on with: {go_on}")
         return INTERRUPTED
     except NdcheckError as error:
         failure = error
-    code = report(directory.path, directory.run, as_json=as_json, html=html, plots=plots)
+    code = report(directory.path, as_json=as_json, html=html, plots=plots)
     if failure is not None:
-        note(f"finished trials are kept; go on with: {go_on}", quiet=False)
+        note(f"finished trials are kept; go on with: {go_on}")
         raise failure
     return code
 
 
-def report(path: Path, run: Run, *, as_json: bool, html: bool = False, plots: bool = False) -> int:
+def report(path: Path, *, as_json: bool, html: bool = False, plots: bool = False) -> int:
     """Write the reports of a run and show one. Returns the verdict's exit code."""
     from rich.console import Console
 
     check_plots(wanted=plots)
-    samples = SampleReader(path, run)
-    summary = summarise(samples, run.spec)
-    note_bad_lines(samples.bad_lines)
-    run = replace(run, flaws=samples.flaws)
-    judgement = judge(run, summary)
-    advice = read_advice(path)
-    try:
-        write_reports(
-            path, run, samples, summary, judgement, DEFAULTS, advice, html=html, plots=plots
-        )
-    except OSError as error:
-        raise write_failure(path, error) from error
+    findings = read_findings(path)
+    note_bad_lines(findings.bad_lines)
+    write_reports(findings, DEFAULTS, html=html, plots=plots)
     if html:
-        note(f"wrote {path / 'report.html'}", quiet=False)
+        note(f"wrote {path / 'report.html'}")
     if plots:
-        rest = len(run.spec.probes) - MAX_PROBES
-        note(
-            f"wrote {path / 'plots'}{f' without the last {rest} probes' * (rest > 0)}", quiet=False
-        )
+        rest = len(findings.run.spec.probes) - MAX_PROBES
+        note(f"wrote {path / 'plots'}{f' without the last {rest} probes' * (rest > 0)}")
     if as_json:
-        typer.echo(json.dumps(make_document(run, summary, judgement), indent=2, allow_nan=False))
+        typer.echo(json.dumps(make_document(findings), indent=2, allow_nan=False))
     else:
-        console = Console(highlight=False)
-        print_report(console, run, summary, judgement, DEFAULTS, str(path), advice)
-    return EXIT_CODES[judgement.verdict.outcome]
+        print_report(Console(highlight=False), findings, DEFAULTS)
+    return EXIT_CODES[findings.judgement.verdict.outcome]
 
 
 def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
@@ -242,7 +226,7 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
     for row in rows:
         typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
     n_rows = sum(trial.load.batch_size for trial in trials)
-    counts = Counter(trial.axis for trial in trials)
+    counts = Counter(trial.purpose for trial in trials)
     cost = (
         f"up to {len(trials) * spec.decoding.max_tokens} decode steps and "
         f"{n_rows * spec.decoding.max_tokens} generated tokens"
@@ -250,8 +234,8 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
     if spec.batching == "continuous":
         cost = f"continuous batching, arrivals {spec.arrivals}: batch is the most in flight"
     typer.echo(
-        f"\n{len(trials)} trials ({', '.join(f'{n} {axis}' for axis, n in counts.items())}), "
-        f"{sum(t.n_samples for t in trials if t.axis != 'control')} samples; {cost}"
+        f"\n{len(trials)} trials ({', '.join(f'{n} {purpose}' for purpose, n in counts.items())}), "
+        f"{sum(t.n_samples for t in trials if t.role != 'control')} samples; {cost}"
     )
     typer.echo("\n".join(("", *prompt)))
     return 0
@@ -282,7 +266,7 @@ def plan_row(trial: Trial) -> tuple[str, ...]:
         str(trial.trial_id),
         trial.arm,
         trial.probe_id,
-        trial.axis,
+        trial.purpose,
         str(load.batch_size),
         slots,
         fillers,
@@ -308,19 +292,3 @@ def check_plots(*, wanted: bool) -> None:
     """Raise UsageError before anything is measured if the plots could not be drawn."""
     if wanted and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plots needs matplotlib: pip install 'ndcheck[plots]'")
-
-
-def note_bad_lines(lines: Sequence[str]) -> None:
-    """The first few on stderr; the verdict's reasons hold their number."""
-    for line in lines[:MAX_BAD_LINES_SHOWN]:
-        note(line, quiet=False)
-    if len(lines) > MAX_BAD_LINES_SHOWN:
-        note(f"and {len(lines) - MAX_BAD_LINES_SHOWN} more lines", quiet=False)
-
-
-def note(line: str, *, quiet: bool) -> None:
-    """One line on stderr."""
-    from ndcheck.reports.untrusted import visible
-
-    if not quiet:
-        typer.echo(f"ndcheck: {visible(line)}", err=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ndcheck.explain.findings import LoadTrace, OpGroup
 from ndcheck.explain.order.reductions import REDUCTIONS
 from ndcheck.explain.swapping import Swaps
+from ndcheck.explain.traced import LoadTrace, OpGroup
 
 ATTENTION = "scaled_dot_product_attention"
 DTYPE_OPTIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

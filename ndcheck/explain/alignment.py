@@ -1,4 +1,4 @@
-"""Where a load's tensors hold what the probe's tensors hold when it runs alone."""
+"""Find the probe's own part of a batch's tensor: what the same tensor holds when it runs alone."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""A load's pass beside the one alone: as it is, and with the probe's row put right on the way.
+"""Compare a forward pass of a batch with the pass of the probe alone, op by op.
 
-In the repaired pass whatever leaves the track of the pass alone is written back at once to what it
-was there. So every op is given the probe's own inputs, and one that returns other bits introduces
-them. What has no counterpart alone (a loop over rows, work that torch does not see) is compared as
-part of its module.
+The pass of the batch runs twice. The first is left as it is. In the second, the *repaired* pass,
+the probe's row of every output that differs from the pass alone is overwritten at once with what
+it was alone. So each op is given the probe's own inputs, and an op that still returns other bits
+*introduces* the difference; all others only *inherit* one. What has no counterpart in the pass
+alone (a loop over rows, work that torch does not see) is compared as part of its module.
 """
 
 from __future__ import annotations

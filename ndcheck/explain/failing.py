@@ -1,4 +1,4 @@
-"""The sample of a run that is to be explained."""
+"""Choose the sample of a failed run that is explained."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ndcheck.analysis.divergence import first_divergence, latent_divergence, read_stream
+from ndcheck.analysis.summarising import summarise
 from ndcheck.errors import UsageError
-from ndcheck.records import Arm, Probe, Run, Sample
+from ndcheck.judging.comparison import find_references
+from ndcheck.records import Probe, Run, Sample
 from ndcheck.storage.run_directory import SampleReader, read_run
 
 
@@ -53,14 +55,19 @@ def find_failure(directory: Path, sample_id: int | None, rank: Rank = by_tokens)
     """
     run = read_run(directory)
     probes = {probe.probe_id: probe for probe in run.spec.probes}
-    references: dict[tuple[Arm, str], Sample] = {}
+    samples = SampleReader(directory, run)
+    references = find_references(samples, summarise(samples, run.spec))
     best: Failure | None = None
-    for sample in SampleReader(directory, run):
-        if sample.sample_id == sample_id and (sample.error or sample.axis == "control"):
+    for sample in samples:
+        if sample.sample_id == sample_id and (sample.error or sample.role == "control"):
             raise UsageError(f"--sample {sample_id} is a control or failed: choose another")
-        if sample.error or sample.axis == "control":
+        if sample.error or sample.role == "control":
             continue
-        reference = references.setdefault((sample.arm, sample.probe_id), sample)
+        reference = references.get((sample.arm, sample.probe_id))
+        if reference is None:
+            if sample.sample_id == sample_id:
+                raise UsageError(f"--sample {sample_id} has no reference: the probe alone failed")
+            continue
         failure = _compare(run, probes[sample.probe_id], sample, reference)
         if sample.sample_id == sample_id:
             if failure is None:

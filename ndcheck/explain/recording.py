@@ -1,4 +1,4 @@
-"""Every op and module of a forward pass, seen as it runs, and recorded alone."""
+"""Watch every op and module of a forward pass, and record what each gave the probe alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A failing load made as small as it can be while it still parts the probe from its reference."""
+"""Make a failing load as small as it can be and still give another completion than alone."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ndcheck.explain.alignment import equal_bits
-from ndcheck.explain.findings import OpGroup
 from ndcheck.explain.modules import ModulePath, without_numbers
 from ndcheck.explain.recording import Place, op_name
+from ndcheck.explain.traced import OpGroup
 from ndcheck.explain.tracing import Tracer
 from ndcheck.records import Decoding, Load, Probe
 from ndcheck.samplers.local.sampler import TransformersSampler

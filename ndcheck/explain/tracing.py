@@ -14,7 +14,6 @@ from torch import Tensor
 from ndcheck.errors import UsageError
 from ndcheck.explain.alignment import Geometry, clone_exactly, equal_bits, write_exactly
 from ndcheck.explain.comparing import Difference, NaturalPass, RepairedPass, Setting, cache_tensors
-from ndcheck.explain.findings import LoadTrace, OpFinding
 from ndcheck.explain.modules import holders_of_layers, without_numbers
 from ndcheck.explain.recording import (
     AlonePass,
@@ -26,6 +25,7 @@ from ndcheck.explain.recording import (
     digest_rows,
     unseen,
 )
+from ndcheck.explain.traced import LoadTrace, OpFinding
 from ndcheck.records import Arm, Decoding, Load, Probe
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.sampler import TransformersSampler

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -12,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndcheck.analysis.divergence import first_divergence, latent_divergence, read_stream
-from ndcheck.analysis.outcomes import is_alone
 from ndcheck.analysis.statistics import fisher_exact, k1_kl, k3_kl
 from ndcheck.analysis.summary import ProbeSummary, Summary
-from ndcheck.judging.verdict import Verdict
+from ndcheck.judging.verdict import Verdict, count
 from ndcheck.plan.conversations import as_text
 from ndcheck.records import Arm, Run, Sample
 
@@ -94,18 +92,13 @@ class Comparison:
     """What is wrong with the samples of either."""
 
 
-def find_references(samples: Iterable[Sample]) -> dict[tuple[Arm, str], Sample]:
-    """By arm and probe id, the first sample of the probe's commonest completion alone."""
-    found: dict[tuple[Arm, str], dict[tuple[int, ...], Sample]] = {}
-    counts: Counter[tuple[Arm, str, tuple[int, ...]]] = Counter()
-    for sample in samples:
-        if sample.error is None and is_alone(sample):
-            counts[sample.arm, sample.probe_id, sample.token_ids] += 1
-            alone = found.setdefault((sample.arm, sample.probe_id), {})
-            alone.setdefault(sample.token_ids, sample)
+def find_references(samples: Iterable[Sample], summary: Summary) -> dict[tuple[Arm, str], Sample]:
+    """By arm and probe id, the sample that ``summary`` compares the others with."""
     return {
-        key: alone[max(alone, key=lambda token_ids: counts[(*key, token_ids)])]
-        for key, alone in found.items()
+        (sample.arm, sample.probe_id): sample
+        for sample in samples
+        if summary.references.get((sample.arm, sample.probe_id)) == sample.trial_id
+        and sample.is_reference
     }
 
 
@@ -255,19 +248,23 @@ def _judge_drift(name: FailOn, drift: Drift, confidence: float) -> Verdict:
             at = drift.first_divergence + 1
             return Verdict("FAIL", (f"{subject}: another token at {at}",))
         if name == "tokens":
-            return Verdict("PASS", (f"{subject}: {drift.n_shared_tokens} tokens equal",))
+            return Verdict("PASS", (f"{subject}: {count(drift.n_shared_tokens, 'token')} equal",))
         if not drift.bits_recorded:
             return Verdict("INCONCLUSIVE", (f"{subject}: bits were not recorded in both runs",))
         if drift.kind == "latent":
             return Verdict("FAIL", (f"{subject}: equal tokens, other bits",))
-        return Verdict("PASS", (f"{subject}: {drift.n_shared_tokens} tokens equal bit for bit",))
+        return Verdict(
+            "PASS", (f"{subject}: {count(drift.n_shared_tokens, 'token')} equal bit for bit",)
+        )
     if name == "unique":
-        counts = f"{subject}: {b.n_unique} unique completions, {a.n_unique} in the baseline"
+        counts = (
+            f"{subject}: {count(b.n_unique, 'unique completion')}, {a.n_unique} in the baseline"
+        )
         is_worse = b.n_unique > a.n_unique
     else:
         counts = (
-            f"{subject}: {b.diverged_draws} of {b.n_draws} {b.draw}s diverged, "
-            f"{a.diverged_draws} of {a.n_draws} {a.draw}s in the baseline "
+            f"{subject}: {b.diverged_draws} of {count(b.n_draws, b.draw)} diverged, "
+            f"{a.diverged_draws} of {count(a.n_draws, a.draw)} in the baseline "
             f"(p = {drift.fisher_p:.2g}, Fisher's exact test)"
         )
         higher = b.diverged_draws * a.n_draws > a.diverged_draws * b.n_draws
@@ -275,6 +272,6 @@ def _judge_drift(name: FailOn, drift: Drift, confidence: float) -> Verdict:
     if is_worse:
         return Verdict("FAIL", (counts,))
     if b.n_draws < a.n_draws:
-        fewer = f"{counts}, but only {b.n_draws} {b.draw}s against {a.n_draws}"
+        fewer = f"{counts}, but only {count(b.n_draws, b.draw)} against {a.n_draws}"
         return Verdict("INCONCLUSIVE", (fewer,))
     return Verdict("PASS", (counts,), accepts_divergence=b.has_diverged)

@@ -14,6 +14,7 @@ from ndcheck.judging.verdict import (
     STOCK_DID_NOT_FAIL,
     Outcome,
     Verdict,
+    count,
     judge_axis,
     judge_divergence,
     judge_probe,
@@ -251,7 +252,9 @@ def _judge_evidence(
             doubts.append(STOCK_DID_NOT_FAIL)
     if doubts:
         return Verdict("INCONCLUSIVE", tuple(doubts))
-    return Verdict("PASS", (f"{probe.n_trials} trials, each witnessed at its size; {control}",))
+    return Verdict(
+        "PASS", (f"{count(probe.n_trials, 'trial')}, each witnessed at its size; {control}",)
+    )
 
 
 def _judge_divergence(probe: ProbeSummary, spec: RunSpec, own: Rules, rules: RuleSet) -> Verdict:
@@ -301,7 +304,8 @@ def _allows_latent(rules: Rules, spec: RunSpec) -> bool:
 
 
 def _judge_unique(probe: ProbeSummary, limit: int) -> Verdict:
-    reason = f"{probe.n_unique} unique completions of {probe.n_samples}; at most {limit} accepted"
+    unique = count(probe.n_unique, "unique completion")
+    reason = f"{unique} of {probe.n_samples}; at most {limit} accepted"
     if not probe.n_samples:
         return Verdict("INCONCLUSIVE", (reason,))
     accepts = probe.n_unique > 1
@@ -311,8 +315,8 @@ def _judge_unique(probe: ProbeSummary, limit: int) -> Verdict:
 def _seen(found: ProbeSummary | AxisFinding) -> str:
     if isinstance(found, AxisFinding):
         n, diverged, _ = found.shown
-        return f"{diverged} of {n} {found.draw}s diverged"
-    return f"{found.diverged_draws} of {found.n_draws} {found.draw}s diverged"
+        return f"{diverged} of {count(n, found.draw)} diverged"
+    return f"{found.diverged_draws} of {count(found.n_draws, found.draw)} diverged"
 
 
 def _judge_rate(found: ProbeSummary | AxisFinding, limit: float, confidence: float) -> Verdict:
@@ -331,17 +335,19 @@ def _judge_rate(found: ProbeSummary | AxisFinding, limit: float, confidence: flo
         return Verdict("PASS", (reason,), accepts_divergence=found.diverged_trials > 0)
     if low > limit:
         return Verdict("FAIL", (reason,))
-    needed = trials_needed(limit, confidence)
+    clean = count(trials_needed(limit, confidence), f"clean {found.draw}")
     return Verdict(
         "INCONCLUSIVE",
-        (f"{reason}, which takes {needed} clean {found.draw}s to show (target_rate = {limit:g})",),
+        (f"{reason}, which takes {clean} to show (target_rate = {limit:g})",),
     )
 
 
 def _judge_prefix(n_tokens: int, has_forked: bool, limit: int) -> Verdict:
     if not has_forked:
         return Verdict("PASS", ("the completions do not part",))
-    reason = f"the completions part after {n_tokens} common tokens; at least {limit} asked for"
+    reason = (
+        f"the completions part after {count(n_tokens, 'common token')}; at least {limit} asked for"
+    )
     return Verdict("PASS" if n_tokens >= limit else "FAIL", (reason,), accepts_divergence=True)
 
 

@@ -19,7 +19,6 @@ STOCK_DID_NOT_FAIL = (
     "the stock arm, its control, did not fail under these loads: try larger --loads"
 )
 NOT_TOLD_APART = "not told apart from run-to-run"
-EXIT_CODES: dict[Outcome, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,11 @@ class Judgement:
 
     verdict: Verdict
     probes: tuple[ProbeVerdict, ...]
+
+
+def count(number: int, noun: str) -> str:
+    """``"1 load"``, ``"2 loads"``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def run_doubts(run: Run) -> tuple[str, ...]:
@@ -132,8 +136,8 @@ def judge_divergence(
     probe: ProbeSummary, *, allow_latent: bool, allow_tokens: bool = False
 ) -> Verdict:
     """FAIL if any two completions differ, in whatever comparison, asked for or not."""
-    n, noun = probe.n_draws, f"{probe.draw}s"
-    seen = f"{probe.diverged_draws} of {n} {noun} diverged from the probe alone"
+    n = probe.n_draws
+    seen = f"{probe.diverged_draws} of {count(n, probe.draw)} diverged from the probe alone"
     unique = f"{probe.n_unique} unique completions of {probe.n_samples}"
     if probe.has_diverged and not allow_tokens:
         return Verdict("FAIL", (f"{seen}; {unique}" if n else unique,))
@@ -149,17 +153,18 @@ def judge_axis(axis: Axis, finding: AxisFinding | None, spec: RunSpec) -> Verdic
     """
     if finding is None or finding.n_trials == 0:
         return Verdict("INCONCLUSIVE", (f"{axis}: no trial compared it",))
-    (n, k, n_latent), noun = finding.shown, f"{finding.draw}s"
+    n, k, n_latent = finding.shown
+    draws = count(n, finding.draw)
     outcome: Outcome = "FAIL" if finding.told_apart is not False else "INCONCLUSIVE"
     note = "" if outcome == "FAIL" else f"; {NOT_TOLD_APART}"
     if finding.draw == "load" and finding.told_apart and finding.n_confirmed:
         note = f"; {finding.n_confirmed} of them repeated, alike each time"
     if finding.diverged_trials:
-        return Verdict(outcome, (f"{axis}: tokens diverged in {k} of {n} {noun}{note}",))
+        return Verdict(outcome, (f"{axis}: tokens diverged in {k} of {draws}{note}",))
     if finding.latent_trials and not spec.allow_latent:
-        latent = f"{n_latent} of {n} {noun}"
+        latent = f"{n_latent} of {draws}"
         return Verdict(outcome, (f"{axis}: tokens equal, but bits differed in {latent}{note}",))
-    return Verdict("PASS", (f"{axis}: 0 of {n} {noun} diverged",))
+    return Verdict("PASS", (f"{axis}: 0 of {draws} diverged",))
 
 
 def _weaken(probe: ProbeVerdict, *doubts: str) -> ProbeVerdict:
@@ -220,9 +225,10 @@ def _lacks_draws(probe: ProbeSummary, spec: RunSpec) -> str | None:
     needed = trials_needed(spec.target_rate, spec.confidence)
     if found.n_draws >= needed:
         return None
+    clean = count(needed, f"clean {found.draw}")
     return (
-        f"to exclude a rate of {100 * spec.target_rate:g} % takes {needed} clean {found.draw}s; "
-        f"there are {found.n_draws}"
+        f"to exclude a rate of {100 * spec.target_rate:g} % takes {clean}; there are "
+        f"{found.n_draws}"
     )
 
 

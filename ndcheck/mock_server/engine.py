@@ -29,7 +29,7 @@ class Token:
 
 
 @dataclass(slots=True, eq=False)
-class Request:
+class ServedRequest:
     """What runs: ``replica`` counts from 0, ``is_cached`` is decided when it is admitted."""
 
     prompt: str
@@ -43,7 +43,7 @@ class Request:
     forked: bool = False
 
 
-class Engine:
+class ScriptedEngine:
     """At most ``max_batch`` requests run; a step takes ``step_s`` seconds.
 
     An idle engine waits a little for requests that were sent together. With ``is_polled`` it also
@@ -55,8 +55,8 @@ class Engine:
         self._fault = fault
         self._max_batch = 1 if fault == "never-batches" else max_batch
         self._step_s = step_s
-        self._waiting: list[Request] = []
-        self._running: list[Request] = []
+        self._waiting: list[ServedRequest] = []
+        self._running: list[ServedRequest] = []
         self._cached: set[str] = set()
         self._numbers = itertools.count()
         self._work = asyncio.Event()
@@ -73,9 +73,11 @@ class Engine:
 
     async def generate(
         self, prompt: str, max_tokens: int, seed: int, cache_key: str | None
-    ) -> AsyncIterator[tuple[Request, Token]]:
+    ) -> AsyncIterator[tuple[ServedRequest, Token]]:
         """Tokens as they come; ``cache_key`` None neither reads nor fills the prefix cache."""
-        request = Request(prompt, max_tokens, seed, cache_key, next(self._numbers) % N_REPLICAS)
+        request = ServedRequest(
+            prompt, max_tokens, seed, cache_key, next(self._numbers) % N_REPLICAS
+        )
         self._waiting.append(request)
         self._work.set()
         try:
@@ -108,13 +110,13 @@ class Engine:
                 if request.n_done == request.max_tokens:
                     self._running.remove(request)
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, request: ServedRequest) -> None:
         if request.cache_key is not None:
             request.is_cached = request.cache_key in self._cached
             self._cached.add(request.cache_key)
         self._running.append(request)
 
-    def _next_token(self, request: Request, n_running: int) -> Token:
+    def _next_token(self, request: ServedRequest, n_running: int) -> Token:
         strikes = {
             "concurrency": n_running > 1,
             "latent": n_running > 1,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ndcheck.mock_server import shapes
-from ndcheck.mock_server.engine import Engine, Token
+from ndcheck.mock_server.engine import ScriptedEngine, Token
 from ndcheck.mock_server.faults import STREAM_FAULTS
 
 Json = dict[str, Any]
@@ -43,7 +43,7 @@ class MockServer:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._engine = Engine(
+        self._engine = ScriptedEngine(
             plan.fault, plan.max_batch, plan.step_s, is_polled=plan.flavour in shapes.GAUGES
         )
         self._numbers = itertools.count()

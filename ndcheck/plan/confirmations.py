@@ -1,4 +1,7 @@
-"""Loads that diverged, once more: a repeat tells a load that always parts from chance."""
+"""Run some of the loads that diverged once more, to tell chance from a load that always diverges.
+
+One that diverges again is laid to its axis; one that does not may have been chance.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ndcheck.records import Arm, Axis, Trial
+from ndcheck.records import Arm, Purpose, Trial
 
 CONFIRMED_LOADS = 2
 """Loads of an axis, in a probe's arm, that are run again where they diverged."""
@@ -15,13 +18,14 @@ CONFIRMED_LOADS = 2
 def plan_confirmations(
     trials: Sequence[Trial], rows_of: Mapping[int, Mapping[int, tuple[int, int]]]
 ) -> list[Trial]:
-    """The first loads that parted from their baselines along each axis, once more.
+    """A repeat of up to `CONFIRMED_LOADS` loads of each axis that differed from their baselines.
 
-    ``rows_of`` holds, by trial and slot, what stands for the tokens and for the bits of a row.
-    Only a repeat tells a load that always parts from chance. Where tokens parted, bits are not
-    looked at; loads that ran more than once have been repeated.
+    ``rows_of`` holds two numbers for each trial and slot: rows with equal tokens have the same
+    first number, and if their bits are equal too, the same second. Where some loads of a probe and
+    arm differed in tokens, those that differed in bits alone are not repeated, and no load is that
+    ran more than once.
     """
-    done = [trial for trial in trials if trial.trial_id in rows_of and trial.axis != "control"]
+    done = [trial for trial in trials if trial.trial_id in rows_of and trial.role != "control"]
     n_run = Counter((trial.arm, trial.probe_id, trial.load) for trial in done)
     parted: dict[tuple[Arm, str], list[list[Trial]]] = defaultdict(lambda: [[], []])
     for trial in done:
@@ -38,16 +42,16 @@ def plan_confirmations(
     again: list[Trial] = []
     end = max((trial.first_sample_id + trial.n_samples for trial in trials), default=0)
     for in_tokens, in_bits in parted.values():
-        n_of_axis: Counter[Axis] = Counter()
+        n_of: Counter[Purpose] = Counter()
         for trial in in_tokens or in_bits:
             is_single = n_run[trial.arm, trial.probe_id, trial.load] == 1
-            if not is_single or n_of_axis[trial.axis] == CONFIRMED_LOADS:
+            if not is_single or n_of[trial.purpose] == CONFIRMED_LOADS:
                 continue
-            n_of_axis[trial.axis] += 1
+            n_of[trial.purpose] += 1
             repeat = replace(
                 trial,
                 trial_id=len(trials) + len(again),
-                axis="run-to-run",
+                purpose="run-to-run",
                 first_sample_id=end,
                 baseline=trial.trial_id,
             )

@@ -1,4 +1,4 @@
-"""The fault that a control is given: what it must be able to see."""
+"""Where in a completion the control's fault is planted."""
 
 from __future__ import annotations
 

@@ -10,10 +10,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ndcheck.records import Axis, CacheState, Load, RunSpec
+from ndcheck.records import ALONE, CacheState, Load, Purpose, RunSpec
 
 CACHE_STATES: tuple[CacheState, ...] = ("chunked", "prefix")
-ALONE = Load(1)
 N_PREFILL_CHUNKS = 3
 MOST_CHUNKS = 16
 SMALLEST_PAGE_TOKENS = 4
@@ -30,7 +29,7 @@ def batch_sizes_up_to(largest: int) -> tuple[int, ...]:
 class Cell:
     """One load of a round, and the load that it is compared with."""
 
-    axis: Axis
+    purpose: Purpose
     load: Load
     baseline: Load = ALONE
 

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ndcheck.errors import UsageError
-from ndcheck.plan.grid import ALONE, CACHE_STATES, SMALLEST_PAGE_TOKENS, Cell, Grid
-from ndcheck.records import Arm, CacheState, Load, Probe, RunSpec, Trial
+from ndcheck.plan.grid import CACHE_STATES, SMALLEST_PAGE_TOKENS, Cell, Grid
+from ndcheck.records import ALONE, Arm, CacheState, Load, Probe, RunSpec, Trial
 
 
 def plan_trials(
@@ -100,14 +100,14 @@ class _ProbePlan:
         n_copies = len(cell.load.slots)
         if self._n_draws is None and n_copies > self._n_missing():
             # With other rows than its baseline's, a load would differ from it along two axes.
-            if cell.axis in ("run-to-run", "cache"):
+            if cell.purpose in ("run-to-run", "cache"):
                 return
             n_copies = self._n_missing()
             cell = replace(cell, load=grid.with_copies(cell.load, n_copies))
         n_run = self._n_run[cell.load]
         if cell.baseline not in self._first_ids:
             return
-        if cell.axis == "run-to-run":
+        if cell.purpose == "run-to-run":
             if "run-to-run" not in self._spec.axes and cell.load != ALONE and n_run > 1:
                 return
         elif n_run and not self._spec.repeats_are_draws:
@@ -124,13 +124,13 @@ class _ProbePlan:
                 trial_id=len(self._trials),
                 arm=arm,
                 probe_id=self._probe.probe_id,
-                axis=cell.axis,
+                purpose=cell.purpose,
                 load=cell.load,
                 first_sample_id=last.first_sample_id + last.n_samples if last else 0,
                 baseline=baselines.get(arm),
             )
             self._trials.append(trial)
         self._first_ids.setdefault(cell.load, ids)
-        if cell.axis != "control":
+        if cell.purpose != "control":
             self._n_run[cell.load] += 1
             self._n_samples += len(cell.load.slots)

@@ -11,9 +11,9 @@ import dataclasses
 import math
 from typing import Any
 
-from ndcheck.analysis.summary import Completion, Metrics, ProbeSummary, Summary
-from ndcheck.judging.verdict import Judgement, ProbeVerdict, Verdict
-from ndcheck.records import Run
+from ndcheck.analysis.summary import Completion, Metrics, ProbeSummary
+from ndcheck.findings import Findings
+from ndcheck.judging.verdict import ProbeVerdict, Verdict
 
 SCHEMA_VERSION = 1
 METRIC_NAMES = {
@@ -28,9 +28,9 @@ METRIC_NAMES = {
 """The published name of each field of Metrics."""
 
 
-def make_document(run: Run, summary: Summary, judgement: Judgement) -> dict[str, Any]:
+def make_document(findings: Findings) -> dict[str, Any]:
     """Everything found, without token ids; unknown is null, and numbers are finite."""
-    verdicts = {(verdict.arm, verdict.probe_id): verdict for verdict in judgement.probes}
+    run, summary, verdicts = findings.run, findings.summary, findings.verdicts
     found: dict[str, Any] = _finite(
         {
             "schema_version": SCHEMA_VERSION,
@@ -42,7 +42,7 @@ def make_document(run: Run, summary: Summary, judgement: Judgement) -> dict[str,
             "elapsed_s": run.elapsed_s,
             "spec": dataclasses.asdict(run.spec),
             "environment": dataclasses.asdict(run.environment),
-            **_verdict(judgement.verdict),
+            **_verdict(findings.judgement.verdict),
             "fisher_p": summary.fisher_p,
             "probes": [_probe(p, verdicts[p.arm, p.probe_id]) for p in summary.probes],
         }

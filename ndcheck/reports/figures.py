@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from ndcheck.analysis.outcomes import is_alone
-from ndcheck.analysis.summary import ProbeSummary, Summary
-from ndcheck.records import Arm, Sample
+from ndcheck.analysis.summary import ProbeSummary
+from ndcheck.findings import Findings
+from ndcheck.records import Arm
 from ndcheck.reports.trees.trunks import Trunk, find_trunk, walk
 from ndcheck.reports.wording import phrases
 
@@ -80,8 +80,9 @@ class ArmFigures:
         )
 
 
-def gather(samples: Iterable[Sample], summary: Summary) -> dict[tuple[Arm, str], ArmFigures]:
-    """By arm and probe; ``samples`` are all of the run's, in the order of ``summary.samples``."""
+def gather(findings: Findings) -> dict[tuple[Arm, str], ArmFigures]:
+    """By arm and probe; the samples are read once more."""
+    summary = findings.summary
     figures = {
         (probe.arm, probe.probe_id): ArmFigures(probe, find_trunk(probe, MAX_COMPLETIONS))
         for probe in summary.probes
@@ -97,17 +98,17 @@ def gather(samples: Iterable[Sample], summary: Summary) -> dict[tuple[Arm, str],
         summary.samples.first_divergence.tolist(),
         strict=True,
     )
-    for sample, (completion_id, first_divergence) in zip(samples, outcomes, strict=True):
-        if sample.axis == "control" or completion_id < 0:
+    for sample, (completion_id, first_divergence) in zip(findings.samples, outcomes, strict=True):
+        if sample.role == "control" or completion_id < 0:
             continue
         key = (sample.arm, sample.probe_id)
         arm = figures[key]
-        load = phrases.load_name(sample.axis, sample.load.cache_state)
+        load = phrases.load_name(sample.purpose, sample.load.cache_state)
         batch_size = sample.load.batch_size
         arm.unique_by_load.setdefault((load, batch_size), set()).add(completion_id)
         if first_divergence >= 0:
             arm.divergences[first_divergence] += 1
-        if is_alone(sample) and first_divergence < 0 and not arm.reference_margins:
+        if sample.is_reference and first_divergence < 0 and not arm.reference_margins:
             arm.reference_margins = tuple(
                 margin if math.isfinite(margin) else math.nan for margin in sample.margins
             )

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ndcheck.judging.rules import GateVerdict, Ruling
-from ndcheck.judging.verdict import EXIT_CODES, Outcome
 from ndcheck.reports.terminal import STYLES, print_without_padding
 from ndcheck.reports.untrusted import code_block, markdown_text, visible
 from ndcheck.reports.wording.reproduction import argument
@@ -22,7 +21,6 @@ MAX_MARKDOWN_RULINGS = 500
 ONLY_STOCK_FAILED = (
     "only stock failed; to judge the invariant arm, with stock as its control: --arms invariant"
 )
-BACKEND_FAILURE = 4
 Inconclusive = Literal["exit-3", "pass", "fail"]
 """What an inconclusive check counts as: exit code 3, a pass, or a failure."""
 
@@ -52,15 +50,6 @@ class CheckResult:
         if self.verdict is None:
             return str(self.error)
         return self.verdict.reasons[0]
-
-
-def exit_code(results: Sequence[CheckResult], inconclusive: Inconclusive = "exit-3") -> int:
-    """1 where a check failed, else 4 where a run did, else 3 where one was inconclusive, else 0."""
-    codes: dict[Outcome, int] = dict(EXIT_CODES)
-    if inconclusive != "exit-3":
-        codes["INCONCLUSIVE"] = EXIT_CODES["PASS" if inconclusive == "pass" else "FAIL"]
-    found = {BACKEND_FAILURE if r.verdict is None else codes[r.verdict.outcome] for r in results}
-    return next(code for code in (1, BACKEND_FAILURE, 3, 0) if code in found)
 
 
 def print_gate(console: Console, results: Sequence[CheckResult]) -> None:

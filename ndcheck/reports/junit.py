@@ -1,4 +1,4 @@
-"""JUnit XML as Jenkins, GitLab and GitHub's actions read it: a suite a check, a case a rule."""
+"""JUnit XML as Jenkins, GitLab and GitHub's actions read it: a suite per check, a case per rule."""
 
 from __future__ import annotations
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
-from ndcheck.judging.verdict import NOT_TOLD_APART, Judgement, ProbeVerdict
-from ndcheck.records import Arm, Run, RunSpec
+from ndcheck.analysis.summary import AxisFinding, ProbeSummary
+from ndcheck.findings import Findings
+from ndcheck.judging.verdict import NOT_TOLD_APART, ProbeVerdict
+from ndcheck.records import Run, RunSpec
 from ndcheck.reports.document import published
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import code_block, code_cell, code_span, markdown_text, quoted
@@ -31,37 +32,29 @@ METRIC_MEANINGS = {
 }
 
 
-def markdown_report(
-    run: Run,
-    summary: Summary,
-    judgement: Judgement,
-    defaults: RunSpec,
-    advice: Sequence[str] = (),
-) -> str:
+def markdown_report(findings: Findings, defaults: RunSpec) -> str:
     """The whole report; a function of its arguments alone, so it renders to the same bytes."""
-    verdicts = {(verdict.arm, verdict.probe_id): verdict for verdict in judgement.probes}
+    advice = findings.advice
     parts = [
-        f"# ndcheck: {judgement.verdict.outcome}",
-        *_verdict(summary, judgement, verdicts),
-        *_reproduction(run, summary, defaults),
+        f"# ndcheck: {findings.judgement.verdict.outcome}",
+        *_verdict(findings),
+        *_reproduction(findings, defaults),
         *(["## Explanation", _bullets(map(markdown_text, advice))] if advice else []),
-        *_next_steps(run, summary, judgement, defaults),
-        *(part for probe in summary.probes for part in _probe(probe, run, summary, verdicts)),
+        *_next_steps(findings, defaults),
+        *(part for probe in findings.summary.probes for part in _probe(probe, findings)),
         "## Claims",
-        _bullets(claims(run, summary, markdown_text)),
+        _bullets(claims(findings, markdown_text)),
         "Not claimed:",
-        _bullets(exclusions(run)),
-        *_environment(run),
+        _bullets(exclusions(findings.run)),
+        *_environment(findings.run),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _verdict(
-    summary: Summary, judgement: Judgement, verdicts: Mapping[tuple[Arm, str], ProbeVerdict]
-) -> Iterator[str]:
-    lines = []
+def _verdict(findings: Findings) -> Iterator[str]:
+    summary, lines = findings.summary, []
     for probe in summary.probes:
-        verdict = verdicts[probe.arm, probe.probe_id].verdict
+        verdict = findings.verdicts[probe.arm, probe.probe_id].verdict
         subject = markdown_text(phrases.subject(probe, summary))
         line = f"**{verdict.outcome}** {subject + ': ' if subject else ''}{phrases.outcome(probe)}"
         lines.append(line)
@@ -69,26 +62,25 @@ def _verdict(
     if summary.fisher_p is not None:
         lines.append(f"Stock against invariant: p = {summary.fisher_p:.2g} (Fisher's exact test)")
     if not lines:
-        lines += [markdown_text(reason) for reason in judgement.verdict.reasons]
+        lines += [markdown_text(reason) for reason in findings.judgement.verdict.reasons]
     yield "\n".join(line if line.startswith(" ") else f"- {line}" for line in lines)
 
 
-def _reproduction(run: Run, summary: Summary, defaults: RunSpec) -> Iterator[str]:
+def _reproduction(findings: Findings, defaults: RunSpec) -> Iterator[str]:
+    run = findings.run
     command = wrapped_command(run.spec, defaults, BLOCK_WIDTH)
     yield "To repeat this run:"
     yield code_block("\n".join(command), "sh")
     if prompts_file(run.spec, defaults) is not None:
         yield f"`{PROMPTS_FILE}` lies beside this report."
     yield f"{code_span(phrases.environment(run))}: {phrases.workload(run)}."
-    shortfall = phrases.shortfall(run, summary)
+    shortfall = phrases.shortfall(run, findings.summary)
     if shortfall:
         yield f"{shortfall}."
 
 
-def _next_steps(
-    run: Run, summary: Summary, judgement: Judgement, defaults: RunSpec
-) -> Iterator[str]:
-    found = remedies(run, summary, judgement, defaults, "", BLOCK_WIDTH)
+def _next_steps(findings: Findings, defaults: RunSpec) -> Iterator[str]:
+    found = remedies(findings, defaults, "", BLOCK_WIDTH)
     if found:
         yield "## Next"
     for remedy in found:
@@ -97,13 +89,9 @@ def _next_steps(
             yield code_block("\n".join(remedy.command), "sh")
 
 
-def _probe(
-    probe: ProbeSummary,
-    run: Run,
-    summary: Summary,
-    verdicts: Mapping[tuple[Arm, str], ProbeVerdict],
-) -> Iterator[str]:
-    subject, unit = phrases.subject(probe, summary), phrases.unit(run)
+def _probe(probe: ProbeSummary, findings: Findings) -> Iterator[str]:
+    run = findings.run
+    subject, unit = phrases.subject(probe, findings.summary), phrases.unit(run)
     yield f"## Findings: {markdown_text(subject)}" if subject else "## Findings"
     prompt = next((p.prompt for p in run.spec.probes if p.probe_id == probe.probe_id), None)
     if prompt is not None:
@@ -119,7 +107,7 @@ def _probe(
             lines.insert(0, serving.origin(probe.serving, run))
         yield _bullets(map(markdown_text, lines))
     if probe.axes:
-        yield _properties(probe, verdicts[probe.arm, probe.probe_id], unit)
+        yield _properties(probe, findings.verdicts[probe.arm, probe.probe_id], unit)
     if probe.loads:
         yield _loads(probe, unit)
     if probe.completions:

@@ -7,13 +7,12 @@ a formula gets an apostrophe in front.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ndcheck.analysis.summary import Completion, LoadFinding, ProbeSummary, Summary
-from ndcheck.judging.verdict import Judgement
-from ndcheck.records import Run, Sample
+from ndcheck.analysis.summary import Completion, LoadFinding, ProbeSummary
+from ndcheck.findings import Findings
 from ndcheck.reports.untrusted import csv_text
 
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ ROWS_PER_TABLE = 20_000
 """Bounds the memory of a large export; the file is the same whatever the number."""
 
 _Columns = dict[str, str]
+_Row = dict[str, Any]
+"""A value for each column, by its name."""
 _TEXT, _INT, _FLOAT = "object", "Int64", "float64"
 
 SAMPLE_COLUMNS: _Columns = {
@@ -103,20 +104,13 @@ SUMMARY_COLUMNS: _Columns = {
 }
 
 
-def sample_tables(
-    run: Run, samples: Iterable[Sample], summary: Summary, rows: int = ROWS_PER_TABLE
-) -> Iterator[pd.DataFrame]:
-    """samples.csv in tables of at most ``rows`` rows; controls are left out.
-
-    ``samples`` are all of the run's, controls too, in the order that ``summary.samples`` has.
-    """
-    return _frames(SAMPLE_COLUMNS, _sample_rows(run, samples, summary), rows)
+def sample_tables(findings: Findings, rows: int = ROWS_PER_TABLE) -> Iterator[pd.DataFrame]:
+    """samples.csv in tables of at most ``rows`` rows; controls are left out."""
+    return _frames(SAMPLE_COLUMNS, _sample_rows(findings), rows)
 
 
-def _sample_rows(
-    run: Run, samples: Iterable[Sample], summary: Summary
-) -> Iterator[tuple[Any, ...]]:
-    columns = summary.samples
+def _sample_rows(findings: Findings) -> Iterator[_Row]:
+    columns = findings.summary.samples
     outcomes = zip(
         columns.completion_id.tolist(),
         columns.first_divergence.tolist(),
@@ -125,88 +119,87 @@ def _sample_rows(
         columns.max_abs_dlogprob,
         strict=True,
     )
-    for sample, outcome in zip(samples, outcomes, strict=True):
+    for sample, outcome in zip(findings.samples, outcomes, strict=True):
         completion_id, first_divergence, margin, latent_divergence, max_abs_dlogprob = outcome
-        if sample.axis == "control":
+        if sample.role == "control":
             continue
         failed = sample.error is not None
-        yield (
-            run.run_id,
-            sample.arm,
-            sample.probe_id,
-            sample.trial_id,
-            sample.sample_id,
-            sample.load.batch_size,
-            sample.witness.achieved_batch_size,
-            sample.slot,
-            " ".join(map(str, sample.load.filler_lengths)),
-            sample.load.cache_state,
-            None if failed else len(sample.token_ids),
-            sample.finish_reason,
-            _known(completion_id),
-            _known(first_divergence),
-            margin,
-            _known(latent_divergence),
-            max_abs_dlogprob,
-            sample.elapsed_s,
-            sample.error,
-            None if failed else sample.text,
-            sample.n_retries,
-        )
+        yield {
+            "run_id": findings.run.run_id,
+            "arm": sample.arm,
+            "probe_id": sample.probe_id,
+            "trial_id": sample.trial_id,
+            "sample_id": sample.sample_id,
+            "batch_size": sample.load.batch_size,
+            "achieved_batch_size": sample.witness.achieved_batch_size,
+            "slot": sample.slot,
+            "filler_lengths": " ".join(map(str, sample.load.filler_lengths)),
+            "cache_state": sample.load.cache_state,
+            "n_tokens": None if failed else len(sample.token_ids),
+            "finish_reason": sample.finish_reason,
+            "completion_id": _known(completion_id),
+            "first_divergence": _known(first_divergence),
+            "margin": margin,
+            "latent_divergence": _known(latent_divergence),
+            "max_abs_dlogprob": max_abs_dlogprob,
+            "elapsed_s": sample.elapsed_s,
+            "error": sample.error,
+            "text": None if failed else sample.text,
+            "n_retries": sample.n_retries,
+        }
 
 
 def _known(number: int) -> int | None:
     return None if number < 0 else number
 
 
-def completion_tables(summary: Summary, rows: int = ROWS_PER_TABLE) -> Iterator[pd.DataFrame]:
+def completion_tables(findings: Findings, rows: int = ROWS_PER_TABLE) -> Iterator[pd.DataFrame]:
     """completions.csv in tables of at most ``rows`` rows."""
-    found = ((probe, item) for probe in summary.probes for item in probe.completions)
-    return _frames(COMPLETION_COLUMNS, _item_rows(COMPLETION_COLUMNS, found), rows)
+    found = (
+        _row(COMPLETION_COLUMNS, probe, item)
+        for probe in findings.summary.probes
+        for item in probe.completions
+    )
+    return _frames(COMPLETION_COLUMNS, found, rows)
 
 
-def loads_table(summary: Summary) -> pd.DataFrame:
-    found = ((probe, item) for probe in summary.probes for item in probe.loads)
-    return _frame(LOAD_COLUMNS, list(_item_rows(LOAD_COLUMNS, found)))
+def loads_table(findings: Findings) -> pd.DataFrame:
+    """loads.csv."""
+    probes = findings.summary.probes
+    rows = [_row(LOAD_COLUMNS, probe, load) for probe in probes for load in probe.loads]
+    return _frame(LOAD_COLUMNS, rows)
 
 
-def _item_rows(
-    columns: _Columns, found: Iterable[tuple[ProbeSummary, Completion | LoadFinding]]
-) -> Iterator[tuple[Any, ...]]:
-    names = list(columns)[2:]
-    for probe, item in found:
-        yield (probe.arm, probe.probe_id, *(getattr(item, name) for name in names))
+def _row(columns: _Columns, probe: ProbeSummary, item: Completion | LoadFinding) -> _Row:
+    """Whose it is, and the fields of ``item`` that have the other columns' names."""
+    own = {"arm": probe.arm, "probe_id": probe.probe_id}
+    return own | {name: getattr(item, name) for name in columns if name not in own}
 
 
-def summary_table(summary: Summary, judgement: Judgement) -> pd.DataFrame:
-    verdicts = {(p.arm, p.probe_id): p.verdict for p in judgement.probes}
+def summary_table(findings: Findings) -> pd.DataFrame:
+    """summary.csv."""
     rows = []
-    for probe in summary.probes:
-        verdict = verdicts[probe.arm, probe.probe_id]
+    for probe in findings.summary.probes:
+        verdict = findings.verdicts[probe.arm, probe.probe_id].verdict
         judged = {"verdict": verdict.outcome, "reasons": "; ".join(verdict.reasons)}
-        rows.append(
-            tuple(
-                judged[name] if name in judged else getattr(probe, name) for name in SUMMARY_COLUMNS
-            )
-        )
+        measured = {name: getattr(probe, name) for name in SUMMARY_COLUMNS if name not in judged}
+        rows.append(measured | judged)
     return _frame(SUMMARY_COLUMNS, rows)
 
 
-def _frames(
-    columns: _Columns, found: Iterator[tuple[Any, ...]], rows: int
-) -> Iterator[pd.DataFrame]:
+def _frames(columns: _Columns, found: Iterator[_Row], rows: int) -> Iterator[pd.DataFrame]:
     """At least one frame, so that an empty file has its header."""
     yield _frame(columns, list(islice(found, rows)))
     while chunk := list(islice(found, rows)):
         yield _frame(columns, chunk)
 
 
-def _frame(columns: _Columns, rows: list[tuple[Any, ...]]) -> pd.DataFrame:
+def _frame(columns: _Columns, rows: list[_Row]) -> pd.DataFrame:
     import pandas as pd
 
     series = {}
-    for index, (name, kind) in enumerate(columns.items()):
-        values = [_cell(row[index], kind) for row in rows]
+    for name, kind in columns.items():
+        values = [_cell(row[name], kind) for row in rows]
         series[name] = pd.Series(values, dtype=kind)
     return pd.DataFrame(series)
 

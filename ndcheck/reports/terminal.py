@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ndcheck.analysis.summary import LoadFinding, ProbeSummary, Summary
-from ndcheck.judging.verdict import NOT_TOLD_APART, Judgement, Outcome, ProbeVerdict
-from ndcheck.records import ARMS, AXES, Arm, Run, RunSpec
+from ndcheck.findings import Findings
+from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome
+from ndcheck.records import ARMS, AXES, RunSpec
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import quoted, visible
 from ndcheck.reports.wording import phrases, serving
@@ -30,42 +31,29 @@ STYLES: dict[Outcome, str] = {
     "INCONCLUSIVE": "bold yellow",
     "PASS": "bold green",
 }
-Verdicts = Mapping[tuple[Arm, str], ProbeVerdict]
 
 
-def print_report(
-    console: Console,
-    run: Run,
-    summary: Summary,
-    judgement: Judgement,
-    defaults: RunSpec,
-    directory: str = "",
-    advice: Sequence[str] = (),
-) -> None:
-    """Print the screen; ``directory`` is the run's, as the user named it.
-
-    ``advice`` is what `ndcheck trace` made of it.
-    """
-    width = console.width
-    verdicts = {(verdict.arm, verdict.probe_id): verdict for verdict in judgement.probes}
+def print_report(console: Console, findings: Findings, defaults: RunSpec) -> None:
+    """Print the screen."""
+    width, verdicts = console.width, findings.verdicts
     ranked = sorted(
-        summary.probes,
+        findings.summary.probes,
         key=lambda probe: list(STYLES).index(verdicts[probe.arm, probe.probe_id].verdict.outcome),
     )
     # The details of one probe fill a screen: the worst one's; report.md has them all.
     detailed = [probe for probe in ranked if probe.probe_id == ranked[0].probe_id]
     detailed.sort(key=lambda probe: ARMS.index(probe.arm))
     groups = [detailed] if width >= MIN_WIDTH_SIDE_BY_SIDE else [[probe] for probe in detailed]
-    unit = phrases.unit(run)
+    unit = phrases.unit(findings.run)
     sections: list[Sequence[RenderableType]] = [
-        [_verdicts(ranked, summary, judgement, verdicts)],
-        [_setting(run, summary, detailed, defaults, directory, width)],
-        *([*_heading(group, detailed), *_axes(group, verdicts, unit)] for group in groups),
+        [_verdicts(ranked, findings)],
+        [_setting(findings, detailed, defaults, width)],
+        *([*_heading(group, detailed), *_axes(group, findings, unit)] for group in groups),
         *([*_heading(group, detailed), *_loads(group, unit)] for group in groups),
-        [*_comparison(summary)],
+        [*_comparison(findings.summary)],
         [*_trees(detailed, width, unit)],
-        [Text(visible(f"trace: {sentence}")) for sentence in advice],
-        [*_next_steps(run, summary, judgement, defaults, directory, width)],
+        [Text(visible(f"trace: {sentence}")) for sentence in findings.advice],
+        [*_next_steps(findings, defaults, width)],
     ]
     for index, section in enumerate(section for section in sections if section):
         if index:
@@ -89,10 +77,9 @@ def print_without_padding(console: Console, part: RenderableType) -> None:
         console.print(text)
 
 
-def _verdicts(
-    ranked: Sequence[ProbeSummary], summary: Summary, judgement: Judgement, verdicts: Verdicts
-) -> Table:
+def _verdicts(ranked: Sequence[ProbeSummary], findings: Findings) -> Table:
     """One line for each probe and arm, the worst first."""
+    judgement, verdicts = findings.judgement, findings.verdicts
     rows: list[tuple[Outcome, str, list[str]]] = []
     explained = {r for verdict in verdicts.values() for r in verdict.verdict.reasons}
     unexplained = [r for r in judgement.verdict.reasons if r not in explained]
@@ -110,7 +97,7 @@ def _verdicts(
             sentences += [reason for reason in verdict.reasons if reason not in of_axes]
         elif verdict.outcome == "FAIL" and not probe.diverged_draws:
             sentences += verdict.reasons[:1]
-        rows.append((verdict.outcome, phrases.subject(probe, summary), sentences))
+        rows.append((verdict.outcome, phrases.subject(probe, findings.summary), sentences))
     with_subject = any(subject for _, subject, _ in rows)
     grid = _grid(3 if with_subject else 2)
     for outcome, subject, sentences in rows:
@@ -123,19 +110,15 @@ def _verdicts(
 
 
 def _setting(
-    run: Run,
-    summary: Summary,
-    detailed: Sequence[ProbeSummary],
-    defaults: RunSpec,
-    directory: str,
-    width: int,
+    findings: Findings, detailed: Sequence[ProbeSummary], defaults: RunSpec, width: int
 ) -> Table:
     """Where and what was measured, and the command that does it again."""
+    run = findings.run
     grid = _grid(2)
     width -= len("decoding  ")
     grid.add_row("model", Text(phrases.environment(run)))
     grid.add_row("decoding", Text(phrases.workload(run)))
-    shortfall = phrases.shortfall(run, summary)
+    shortfall = phrases.shortfall(run, findings.summary)
     if shortfall:
         grid.add_row("loads", Text(shortfall))
     shown = {probe.probe_id for probe in detailed}
@@ -150,8 +133,13 @@ def _setting(
                 grid.add_row("answers", Text(serving.origin(served, run)))
             if served.reached:
                 grid.add_row("batches", Text("\n".join(serving.batches(served))))
-    grid.add_row("repeat", _command(wrapped_command(run.spec, defaults, width, directory), width))
+    command = wrapped_command(run.spec, defaults, width, _directory(findings))
+    grid.add_row("repeat", _command(command, width))
     return grid
+
+
+def _directory(findings: Findings) -> str:
+    return "" if findings.directory is None else str(findings.directory)
 
 
 def _command(lines: Sequence[str], width: int) -> Text:
@@ -161,7 +149,7 @@ def _command(lines: Sequence[str], width: int) -> Text:
     return Text("\n".join(lines), style="cyan")
 
 
-def _axes(detailed: Sequence[ProbeSummary], verdicts: Verdicts, unit: str) -> list[RenderableType]:
+def _axes(detailed: Sequence[ProbeSummary], findings: Findings, unit: str) -> list[RenderableType]:
     """Each property with its own verdict, arms below one another."""
     with_arm = len(detailed) > 1
     table = _table("property", *(["arm"] if with_arm else []), "verdict")
@@ -172,7 +160,7 @@ def _axes(detailed: Sequence[ProbeSummary], verdicts: Verdicts, unit: str) -> li
         label: str = axis
         for probe in detailed:
             finding = next((finding for finding in probe.axes if finding.axis == axis), None)
-            verdict = verdicts[probe.arm, probe.probe_id].axes.get(axis)
+            verdict = findings.verdicts[probe.arm, probe.probe_id].axes.get(axis)
             if finding is None or verdict is None:
                 continue
             n, diverged, latent = finding.shown
@@ -285,16 +273,9 @@ def _trees(detailed: Sequence[ProbeSummary], width: int, unit: str) -> Iterator[
             yield Text(f"  {line}")
 
 
-def _next_steps(
-    run: Run,
-    summary: Summary,
-    judgement: Judgement,
-    defaults: RunSpec,
-    directory: str,
-    width: int,
-) -> Iterator[RenderableType]:
-    width -= 2
-    for remedy in remedies(run, summary, judgement, defaults, directory, width):
+def _next_steps(findings: Findings, defaults: RunSpec, width: int) -> Iterator[RenderableType]:
+    width, directory = width - 2, _directory(findings)
+    for remedy in remedies(findings, defaults, directory, width):
         yield Text(f"{remedy.reason}:" if remedy.command else remedy.reason)
         if remedy.command:
             yield Padding(_command(remedy.command, width), (0, 0, 0, 2))

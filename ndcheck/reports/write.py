@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import errno
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ndcheck.analysis.summary import Summary
-from ndcheck.judging.verdict import Judgement
-from ndcheck.records import Run, RunSpec, Sample
+from ndcheck.findings import Findings
+from ndcheck.records import RunSpec
 from ndcheck.reports.figures import gather
 from ndcheck.reports.html.page import html_report
 from ndcheck.reports.markdown import markdown_report
@@ -32,29 +31,31 @@ PLOTS_DIRECTORY = "plots"
 
 
 def write_reports(
-    directory: Path,
-    run: Run,
-    samples: Iterable[Sample],
-    summary: Summary,
-    judgement: Judgement,
-    defaults: RunSpec,
-    advice: Sequence[str] = (),
-    *,
-    html: bool = False,
-    plots: bool = False,
+    findings: Findings, defaults: RunSpec, *, html: bool = False, plots: bool = False
 ) -> list[Path]:
     """Write report.md, the CSV files, and the prompts if report.md's command needs them in a file.
 
-    ``html`` adds report.html, ``plots`` the directory plots/. All bytes depend on the arguments
-    alone.
-    ``samples`` are all of the run's, controls too, in the order that ``summary.samples`` has; they
-    are streamed once, and once more for html and plots. Raises OSError where the disk refuses.
+    ``html`` adds report.html, ``plots`` the directory plots/. All bytes depend on the findings and
+    the defaults alone. The samples are streamed once, and once more for html and plots. Raises
+    BackendError where the disk refuses.
     """
+    directory = findings.directory
+    if directory is None:
+        raise ValueError("these findings have no directory")
+    try:
+        return _write(directory, findings, defaults, html=html, plots=plots)
+    except OSError as error:
+        raise write_failure(directory, error) from error
+
+
+def _write(
+    directory: Path, findings: Findings, defaults: RunSpec, *, html: bool, plots: bool
+) -> list[Path]:
     tables: dict[str, Iterable[pd.DataFrame]] = {
-        "samples.csv": sample_tables(run, samples, summary),
-        "completions.csv": completion_tables(summary),
-        "loads.csv": [loads_table(summary)],
-        "summary.csv": [summary_table(summary, judgement)],
+        "samples.csv": sample_tables(findings),
+        "completions.csv": completion_tables(findings),
+        "loads.csv": [loads_table(findings)],
+        "summary.csv": [summary_table(findings)],
     }
     remove_leftovers(directory)
     remove_leftovers(directory / PLOTS_DIRECTORY)
@@ -63,20 +64,20 @@ def write_reports(
             for index, part in enumerate(parts):
                 # RFC 4180 ends lines with CR LF.
                 part.to_csv(file, index=False, header=index == 0, lineterminator="\r\n")
-    texts = {"report.md": markdown_report(run, summary, judgement, defaults, advice)}
+    texts = {"report.md": markdown_report(findings, defaults)}
     pictures: dict[str, bytes] = {}
     if html or plots:
-        figures = gather(samples, summary)
+        figures = gather(findings)
     if html:
-        texts["report.html"] = html_report(run, figures, summary, judgement, defaults, advice)
+        texts["report.html"] = html_report(findings, figures, defaults)
     if plots:
         from ndcheck.reports.plots import plot_files
 
-        pictures = plot_files(figures, phrases.unit(run))
+        pictures = plot_files(figures, phrases.unit(findings.run))
         (directory / PLOTS_DIRECTORY).mkdir(exist_ok=True)
         if (directory / PLOTS_DIRECTORY).is_symlink():
             raise OSError(errno.ELOOP, f"{PLOTS_DIRECTORY} is a link")
-    prompts = prompts_file(run.spec, defaults)
+    prompts = prompts_file(findings.run.spec, defaults)
     if prompts is not None:
         texts[PROMPTS_FILE] = prompts
     for name, text in texts.items():

@@ -10,12 +10,12 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
-from ndcheck.records import Arm, Axis, Load, Run, Sample, Trial
+from ndcheck.records import Arm, Load, Purpose, Run, Sample, Trial
 
 DIGITS_PER_TRIAL = 8
 MAX_NAMED = 5
 
-Planned = tuple[Arm, str, Axis, int | None, Load, int]
+Planned = tuple[Arm, str, Purpose, int | None, Load, int]
 """What all samples of a trial have in common, and the id of its first."""
 
 
@@ -71,7 +71,7 @@ class Ledger:
         planned = (
             sample.arm,
             sample.probe_id,
-            sample.axis,
+            sample.purpose,
             sample.baseline,
             sample.load,
             first_sample_id,
@@ -117,7 +117,8 @@ def trial_digests(trials: Iterable[Trial]) -> str:
     """What `Run.trial_digests` holds of a plan."""
     ordered = sorted(trials, key=lambda trial: trial.trial_id)
     return "".join(
-        _digest((t.arm, t.probe_id, t.axis, t.baseline, t.load, t.first_sample_id)) for t in ordered
+        _digest((t.arm, t.probe_id, t.purpose, t.baseline, t.load, t.first_sample_id))
+        for t in ordered
     )
 
 
@@ -130,9 +131,9 @@ def is_continued_by(run: Run, finished: Iterable[Sample], trials: Sequence[Trial
         return run.trial_digests.startswith(trial_digests(trials))
     if len(trials) != run.n_trials_planned:
         return False
-    planned = {t.trial_id: (t.arm, t.probe_id, t.axis, t.baseline, t.load) for t in trials}
+    planned = {t.trial_id: (t.arm, t.probe_id, t.purpose, t.baseline, t.load) for t in trials}
     return all(
-        planned[s.trial_id] == (s.arm, s.probe_id, s.axis, s.baseline, s.load) for s in finished
+        planned[s.trial_id] == (s.arm, s.probe_id, s.purpose, s.baseline, s.load) for s in finished
     )
 
 

@@ -13,8 +13,11 @@ import re
 import struct
 from dataclasses import dataclass
 
-from ndcheck.records import Load, Sample, Witness
+from ndcheck.records import Load, Purpose, Sample, Witness
 from ndcheck.storage.reading import MAX_LINE_BYTES, decode, parse_json
+
+_KEYS = {"purpose": "axis"}
+"""Fields that have another name in files."""
 
 
 def encode_line(sample: Sample) -> bytes:
@@ -22,7 +25,7 @@ def encode_line(sample: Sample) -> bytes:
     load, witness = fields.pop("load"), fields.pop("witness")
     logprobs = fields.pop("logprobs")
     document = {
-        **fields,
+        **{_KEYS.get(name, name): value for name, value in fields.items()},
         **dataclasses.asdict(load),
         **dataclasses.asdict(witness),
         "fault": dataclasses.asdict(sample.fault) if sample.fault else None,
@@ -43,6 +46,7 @@ _HEXADECIMAL = re.compile(r"(?:[0-9a-f]{8})*")
 class _Packed:
     """What a line holds in a form of its own; a margin of infinity is null."""
 
+    axis: Purpose
     logprob_bits: str = ""
     margins: tuple[float | None, ...] = ()
     row_digests: str = ""
@@ -62,6 +66,7 @@ def decode_line(line: bytes | None) -> Sample:
     return decode(
         Sample,
         document,
+        purpose=packed.axis,
         load=decode(Load, document),
         witness=decode(Witness, document),
         logprobs=struct.unpack(f">{len(bits) // 4}f", bits),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.analysis.summary import ProbeSummary
 from ndcheck.records import AXES, Decoding, Load, Probe, RunSpec, Sample, Witness
 
@@ -53,7 +53,7 @@ def make_sample(
         trial_id=trial_id,
         arm="stock",
         probe_id="p1",
-        axis="batch-size",
+        purpose="batch-size",
         baseline=0,
         load=load,
         slot=slot,
@@ -76,7 +76,7 @@ def make_sample(
 def make_reference(text: str, **fields: Any) -> Sample:
     """Trial 0: the probe alone."""
     return make_sample(
-        **{"trial_id": 0, "text": text, "batch_size": 1, "axis": "reference", "baseline": None}
+        **{"trial_id": 0, "text": text, "batch_size": 1, "purpose": "reference", "baseline": None}
         | fields
     )
 

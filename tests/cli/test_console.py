@@ -168,9 +168,9 @@ def test_closed_streams_never_let_a_run_write_into_its_own_samples(environment, 
 def test_what_happens_beside_the_command(environment, tmp_path, code, line):
     """A thread that dies leaves nothing to trust; what is collected too late harms nothing."""
     script = (
-        "from ndcheck.cli import boundary\n"
+        "from ndcheck.cli import console\n"
         f"def action():\n exec({code!r})\n return 0\n"
-        "raise SystemExit(boundary.main(action))"
+        "raise SystemExit(console.main(action))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True,

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "explain.py"
+from bench.measurement import explain
 
 
 def test_it_writes_its_tables(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path), "--tiny"])
+    monkeypatch.setattr(sys, "argv", ["explain", str(tmp_path), "--tiny"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        explain.main()
     assert ended.value.code == 0, capsys.readouterr().err
     tables = {}
     for file in tmp_path.glob("*.csv"):
@@ -35,8 +33,6 @@ def test_it_writes_its_tables(tmp_path, monkeypatch, capsys):
 
 
 def test_the_first_op_that_tells_rows_apart_is_named(tmp_path):
-    script = runpy.run_path(str(SCRIPT))
-
     class Uneven(torch.nn.Module):
         """Other bits in every row but the first, from the third decode step on."""
 
@@ -51,9 +47,9 @@ def test_the_first_op_that_tells_rows_apart_is_named(tmp_path):
                 return out
             return torch.cat([out[:1], torch.nextafter(out[1:], torch.full_like(out[1:], 9.0))])
 
-    model = script["RandomModel"](script["TINY"], torch.device("cpu"))
+    model = explain.RandomModel(explain.TINY, torch.device("cpu"))
     model.model.model.norm = Uneven(model.model.model.norm)
-    script["decode_copies"](model, script["SMALL"], tmp_path)
+    explain.decode_copies(model, explain.SMALL, tmp_path)
     with (tmp_path / "within_batch.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert [row["first_op"] for row in rows] == ["", "", "", "cat"]

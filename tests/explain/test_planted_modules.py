@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ndcheck.explain.advice import advise
-from ndcheck.explain.findings import group_findings
 from ndcheck.explain.swapping import find_swaps
+from ndcheck.explain.traced import group_findings
 from ndcheck.explain.tracing import Tracer
 from ndcheck.records import Decoding, Load, Probe
 from ndcheck.reports.explain.trace import Explanation, trace_document, trace_lines

@@ -9,8 +9,8 @@ import torch
 
 from ndcheck.errors import UsageError
 from ndcheck.explain.advice import advise, spans
-from ndcheck.explain.findings import group_findings
 from ndcheck.explain.swapping import find_swaps
+from ndcheck.explain.traced import group_findings
 from ndcheck.explain.tracing import Tracer
 from ndcheck.records import Decoding, Load, Probe
 from ndcheck.reports.explain.trace import Explanation, trace_document, trace_lines

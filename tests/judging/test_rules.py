@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.errors import UsageError
 from ndcheck.judging.comparison import Measured, compare
 from ndcheck.judging.rules import Rules, RuleSet, judge_gate
@@ -72,7 +72,7 @@ def test_the_rate_rule_says_what_it_would_take(measured):
     ("change", "reason"),
     [
         (lambda s: replace(s, witness=Witness(None)), "not witnessed"),
-        (lambda s: replace(s, fault=None) if s.axis == "control" else s, "caught in 0 of 1"),
+        (lambda s: replace(s, fault=None) if s.role == "control" else s, "caught in 0 of 1"),
         (lambda s: replace(s, error="boom", token_ids=()) if s.slot else s, "error: "),
     ],
 )

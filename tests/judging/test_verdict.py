@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 from scipy.stats import binomtest
 
-from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.divergence import first_divergence
+from ndcheck.analysis.summarising import summarise
 from ndcheck.judging.verdict import judge, worst
 from ndcheck.plan.faults import plant_fault
 from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Decoding, Endpoint, Environment, Load, Run, Witness
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.scripted.sampler import ScriptedSampler
-from ndcheck.selftest import CASES, check, judge_sampler
+from ndcheck.selftest import CASES, find_mistake, measure
 
 SPEC = replace(DEFAULTS, arms=("stock",), decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40)
 
@@ -26,7 +26,7 @@ def samples_of(behaviour="clean", spec=SPEC, arm_behaviours=None):
     samplers = {a: ScriptedSampler((arm_behaviours or {}).get(a, behaviour)) for a in spec.arms}
     for trial in plan_trials(spec, {"p1": 4}, 1000):
         sampler = samplers[trial.arm]
-        if trial.axis == "control":
+        if trial.role == "control":
             trial = replace(trial, fault=plant_fault(8))
         found += sampler.sample(trial, spec.probes[0], spec.decoding)
     return found
@@ -57,7 +57,7 @@ def test_clean_results_with_doubts_are_inconclusive(spoil, reason):
 
 
 def test_without_a_control_nothing_passes():
-    judgement = judged([s for s in samples_of() if s.axis != "control"])
+    judgement = judged([s for s in samples_of() if s.role != "control"])
     assert judgement.verdict.outcome == "INCONCLUSIVE"
     assert "no control ran" in judgement.verdict.reasons[0]
 
@@ -71,7 +71,7 @@ def test_a_control_that_goes_unseen_is_inconclusive():
             logprobs=reference.logprobs,
             row_digests=reference.row_digests,
         )
-        if s.axis == "control"
+        if s.role == "control"
         else s
         for s in samples_of()
     ]
@@ -147,7 +147,7 @@ def test_what_was_not_asked_for_fails_all_the_same(behaviour, axes, guilty):
 
 def test_trials_without_a_baseline_fail_too():
     samples = [
-        replace(s, baseline=99) for s in samples_of("batch-dependent") if s.axis != "control"
+        replace(s, baseline=99) for s in samples_of("batch-dependent") if s.role != "control"
     ]
     judgement = judged(samples, replace(SPEC, axes=("slot",)))
     assert judgement.verdict.outcome == "FAIL"
@@ -167,7 +167,7 @@ def test_without_a_reference_different_completions_fail():
 def test_an_odd_reference_is_one_trial_of_run_to_run(n_odd):
     """With the first completion alone as the reference, all others would diverge from it."""
     clean = samples_of()
-    odd = [s.sample_id for s in clean if s.load == Load(1) and s.axis != "control"][:n_odd]
+    odd = [s.sample_id for s in clean if s.load == Load(1) and s.role != "control"][:n_odd]
     samples = [replace(s, token_ids=(9,) * 8) if s.sample_id in odd else s for s in clean]
     (probe,) = summarise(samples, SPEC).probes
     assert (probe.diverged_trials, probe.draw) == (n_odd, "trial")
@@ -240,14 +240,14 @@ def test_worst():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.behaviour)
 def test_selftest_cases_are_judged_rightly(case):
-    assert check(case, *judge_sampler(ScriptedSampler(case.behaviour))) is None
+    assert find_mistake(case, measure(ScriptedSampler(case.behaviour))) is None
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.behaviour)
 def test_selftest_cases_can_fail(case):
     """Each case given another behaviour's samples must be seen as wrong."""
     other = "flaky" if case.behaviour == "clean" else "clean"
-    assert check(case, *judge_sampler(ScriptedSampler(other))) is not None
+    assert find_mistake(case, measure(ScriptedSampler(other))) is not None
 
 
 def test_scripted_behaviours_fork_where_they_say():

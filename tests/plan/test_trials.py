@@ -28,7 +28,7 @@ def plan(spec=DEFAULTS, n_draws=None, context=CONTEXT):
 
 
 def evidence(trials):
-    return [t for t in trials if t.axis not in ("reference", "control")]
+    return [t for t in trials if t.role == "trial"]
 
 
 def other_loads(trials):
@@ -66,27 +66,27 @@ def test_plan_invariants(n_samples, batch_sizes, axes, mode, arms):
             baseline = trials[trial.baseline]
             assert baseline.trial_id < trial.trial_id
             assert (baseline.arm, baseline.probe_id) == (trial.arm, trial.probe_id)
-            assert baseline.axis in ("reference", "batch-size")
+            assert baseline.purpose in ("reference", "batch-size")
         else:
-            assert (trial.axis, trial.load) == ("reference", ALONE)
-        if trial.axis not in ("reference", "control"):
+            assert (trial.purpose, trial.load) == ("reference", ALONE)
+        if trial.role == "trial":
             # Baselines, and repeats of them, are evidence whatever was asked for.
             assert trial.axis in {*axes, "batch-size", "run-to-run"}
-    assert len({t.load for t in trials if t.axis not in REPEATS}) == len(
-        [t for t in trials if t.arm == arms[0] and t.axis not in REPEATS]
+    assert len({t.load for t in trials if t.purpose not in REPEATS}) == len(
+        [t for t in trials if t.arm == arms[0] and t.purpose not in REPEATS]
     )
     for arm in arms:
         mine = [t for t in trials if t.arm == arm]
-        counted = sum(t.n_samples for t in mine if t.axis != "control")
+        counted = sum(t.n_samples for t in mine if t.role != "control")
         is_endless = "run-to-run" in axes or max(batch_sizes) > 1
         assert counted == n_samples or (counted < n_samples and not is_endless)
-        assert sum(t.axis == "control" for t in mine) == 1
+        assert sum(t.role == "control" for t in mine) == 1
         assert n_samples == 1 or (mine[-1].axis, mine[-1].load) == ("run-to-run", ALONE)
 
 
 def test_baselines_differ_along_their_axis_only():
     trials = plan(replace(DEFAULTS, n_samples=400))
-    assert {t.axis for t in trials} == {"reference", "control", *AXES}
+    assert {t.purpose for t in trials} == {"reference", "control", *AXES}
     for trial in evidence(trials):
         load, base = trial.load, trials[trial.baseline].load
         if trial.axis == "run-to-run":
@@ -139,10 +139,10 @@ def test_every_size_follows_a_larger_and_a_smaller_one(mode, axes):
 
 def test_in_process_a_load_that_is_no_repeat_runs_once():
     trials = plan(replace(DEFAULTS, n_samples=1000))
-    loads = [t.load for t in trials if t.axis not in REPEATS]
+    loads = [t.load for t in trials if t.purpose not in REPEATS]
     assert len(loads) == len(set(loads)) > 300
     # What repeats is a load that ran before, in the same arm.
-    ran = {t.load for t in trials if t.axis not in REPEATS} | {ALONE}
+    ran = {t.load for t in trials if t.purpose not in REPEATS} | {ALONE}
     assert {t.load for t in trials if t.axis == "run-to-run"} <= ran
 
 
@@ -169,16 +169,16 @@ def test_an_exhausted_grid_ends_the_plan():
     assert [t.load for t in trials if t.load not in other_loads(trials)] == [ALONE] * 5
     # A server's batch is formed anew: there the same is asked as often as wanted.
     served = plan(replace(spec, endpoint=Endpoint("http://host/v1")))
-    assert sum(t.n_samples for t in served if t.axis != "control") == 1000
+    assert sum(t.n_samples for t in served if t.role != "control") == 1000
 
 
 def test_the_probe_alone_comes_first_in_the_round_and_last():
     spec = replace(DEFAULTS, endpoint=Endpoint("http://host/v1"), n_samples=50)
     trials = plan(spec)
     first, last = trials[0], trials[-1]
-    assert (first.axis, first.load) == ("reference", Load(1))
+    assert (first.purpose, first.load) == ("reference", Load(1))
     assert (last.axis, last.load, last.baseline) == ("run-to-run", Load(1), first.trial_id)
-    assert sum(t.n_samples for t in trials if t.axis != "control") == 50
+    assert sum(t.n_samples for t in trials if t.role != "control") == 50
 
 
 def test_only_cache_states_that_the_backend_has_are_planned():
@@ -226,7 +226,7 @@ def test_probes_each_get_their_samples():
     trials = plan_trials(spec, {"a": 3, "b": 7}, CONTEXT)
     for probe in probes:
         mine = [t for t in trials if t.probe_id == probe.probe_id]
-        assert sum(t.n_samples for t in mine if t.axis != "control") == 50
+        assert sum(t.n_samples for t in mine if t.role != "control") == 50
 
 
 @given(st.integers(0, 2**32), st.integers(1, 200))
@@ -265,7 +265,7 @@ def test_under_continuous_batching_copies_meet_other_company_in_each_round():
 
 
 def test_what_diverged_once_is_confirmed():
-    trials = [t for t in plan(replace(DEFAULTS, n_samples=150)) if t.axis != "control"]
+    trials = [t for t in plan(replace(DEFAULTS, n_samples=150)) if t.role != "control"]
     same = {t.trial_id: dict.fromkeys(t.load.slots, (1, 1)) for t in trials}
 
     def confirmed(*odd, row=(2, 2)):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from ndcheck.analysis.accumulate import summarise
 from ndcheck.analysis.summary import (
     AxisFinding,
     Completion,
@@ -20,7 +19,8 @@ from ndcheck.analysis.summary import (
     Summary,
 )
 from ndcheck.analysis.tree import Branch, Fork
-from ndcheck.judging.verdict import Judgement, judge
+from ndcheck.findings import Findings, find
+from ndcheck.judging.verdict import judge
 from ndcheck.records import (
     AXES,
     Arm,
@@ -33,17 +33,8 @@ from ndcheck.records import (
     Sample,
     Witness,
 )
+from ndcheck.request import DEFAULTS
 
-DEFAULTS = RunSpec(
-    model="builtin",
-    probes=(Probe("p1", "Where was Richard Feynman born?"),),
-    decoding=Decoding(max_tokens=64),
-    batch_sizes=(1, 2, 4, 8, 16),
-    axes=AXES,
-    mode="copies",
-    n_samples=200,
-    arms=("stock", "invariant"),
-)
 ENVIRONMENT = Environment(
     hardware={"cpu": "AMD EPYC 7763 64-Core Processor", "gpu": None},
     software={"python": "3.12.4", "torch": "2.13.0", "transformers": "5.22.2"},
@@ -51,15 +42,6 @@ ENVIRONMENT = Environment(
     model={"dtype": "bfloat16", "device": "cpu", "digest": "9f86d081884c7d65"},
 )
 Tokens = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Example:
-    run: Run
-    samples: list[Sample]
-    summary: Summary
-    judgement: Judgement
-    defaults: RunSpec = DEFAULTS
 
 
 def fork(completions: list[Completion], start: int = 0) -> Fork | None:
@@ -221,7 +203,7 @@ def probe_summary(
 
 def example(
     *probes: ProbeSummary, spec: RunSpec = DEFAULTS, fisher_p: float | None = None
-) -> Example:
+) -> Findings:
     """Samples that fit the summaries: one for each counted completion, then the failed ones."""
     samples: list[Sample] = []
     columns: list[tuple[int, int, int, float, float]] = []
@@ -247,7 +229,7 @@ def example(
                     trial_id=len(samples),
                     arm=probe.arm,
                     probe_id=probe.probe_id,
-                    axis="neighbours",
+                    purpose="neighbours",
                     baseline=0,
                     load=Load(3, (1,), (9, 30)),
                     slot=1,
@@ -276,7 +258,7 @@ def example(
         n_trials_planned=28,
         elapsed_s=14.5,
     )
-    return Example(run, samples, summary, judge(run, summary))
+    return Findings(run, samples, summary, judge(run, summary))
 
 
 PREFIX = (*(f" word{i}" for i in range(96)), " Richard", " Feynman", " was", " born", " in", "")
@@ -289,14 +271,14 @@ HOSTILE = (
 
 
 @pytest.fixture
-def failing() -> Example:
+def failing() -> Findings:
     texts = [(QUEENS, 992), (CITY, 8)]
     spec = replace(DEFAULTS, arms=("stock",), n_samples=1000, batch_sizes=(1, 2, 4, 8, 16, 32))
     return example(probe_summary("stock", texts, diverged=8, n=1000, latent=3), spec=spec)
 
 
 @pytest.fixture
-def two_arms() -> Example:
+def two_arms() -> Findings:
     return example(
         probe_summary("stock", [(QUEENS, 190), (CITY, 8), (FAR, 2)], diverged=9),
         probe_summary("invariant", [(QUEENS, 200)], slowdown=1.04),
@@ -305,30 +287,30 @@ def two_arms() -> Example:
 
 
 @pytest.fixture
-def passing() -> Example:
+def passing() -> Findings:
     spec = replace(DEFAULTS, arms=("invariant",))
     return example(probe_summary("invariant", [(QUEENS, 200)], n=368), spec=spec)
 
 
 @pytest.fixture
-def inconclusive() -> Example:
+def inconclusive() -> Findings:
     """Half of the samples failed and the planted fault was not caught."""
     probe = probe_summary("stock", [(QUEENS, 100)], n_errors=100)
     return example(replace(probe, control=ControlFinding(1, 0), unwitnessed_trials=3))
 
 
 @pytest.fixture
-def empty() -> Example:
+def empty() -> Findings:
     return example()
 
 
 @pytest.fixture
-def all_errors() -> Example:
+def all_errors() -> Findings:
     return example(probe_summary("stock", n_errors=5), spec=replace(DEFAULTS, arms=("stock",)))
 
 
 @pytest.fixture
-def many() -> Example:
+def many() -> Findings:
     """80 completions that part from the first at many positions."""
     texts = [(QUEENS, 500)]
     texts += [((*QUEENS[: 20 + i], f" other{i}", " end"), 80 - i) for i in range(79)]
@@ -336,7 +318,7 @@ def many() -> Example:
 
 
 @pytest.fixture
-def hostile() -> Example:
+def hostile() -> Findings:
     tokens = (HOSTILE, "=1+1", HOSTILE)
     texts = [(tokens, 3), ((HOSTILE, HOSTILE), 2), ((HOSTILE, "\ud800" + "\u0301" * 500), 1)]
     spec = replace(DEFAULTS, probes=(Probe("=p\x1b[1m", HOSTILE), Probe("-p2", "`" * 5)))
@@ -348,12 +330,12 @@ def hostile() -> Example:
 
 
 @pytest.fixture
-def latent_only() -> Example:
+def latent_only() -> Findings:
     spec = replace(DEFAULTS, arms=("stock",))
     return example(probe_summary("stock", [(QUEENS, 200)], latent=4), spec=spec)
 
 
-def measured(token_ids: list[list[int]]) -> Example:
+def measured(token_ids: list[list[int]]) -> Findings:
     """A run of one sample for each list, the first the reference, summarised as runs are."""
     spec = replace(
         DEFAULTS,
@@ -368,7 +350,7 @@ def measured(token_ids: list[list[int]]) -> Example:
             trial_id=number,
             arm="stock",
             probe_id="p1",
-            axis="neighbours" if number else "reference",
+            purpose="neighbours" if number else "reference",
             baseline=0 if number else None,
             load=Load(2, (0,), (9,)) if number else Load(1),
             slot=0,
@@ -380,19 +362,17 @@ def measured(token_ids: list[list[int]]) -> Example:
         )
         for number, ids in enumerate(token_ids)
     ]
-    summary = summarise(samples, spec)
-    run = replace(example().run, spec=spec)
-    return Example(run, samples, summary, judge(run, summary))
+    return find(replace(example().run, spec=spec), samples)
 
 
 @pytest.fixture
-def stairs() -> Example:
+def stairs() -> Findings:
     """Each completion leaves the reference one token later than the one before."""
     return measured([[0] * 1000] + [[0] * i + [1] * (1000 - i) for i in range(1, 1000)])
 
 
 @pytest.fixture(scope="session")
-def big() -> Example:
+def big() -> Findings:
     """1000 x 1000 tokens that share nothing, out of a vocabulary of 30,000."""
     draw = np.random.default_rng(0)
     ids = draw.integers(0, 30_000, (1000, 1000))

@@ -8,21 +8,17 @@ import pytest
 from ndcheck.reports.document import make_document
 
 
-def document(example):
-    return make_document(example.run, example.summary, example.judgement)
-
-
 @pytest.mark.parametrize(
     "name", ["failing", "two_arms", "passing", "inconclusive", "empty", "all_errors", "hostile"]
 )
 def test_it_is_strict_json(name, request) -> None:
-    found = document(request.getfixturevalue(name))
+    found = make_document(request.getfixturevalue(name))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["schema_version"] == 1
 
 
 def test_what_it_says(two_arms) -> None:
-    found = document(two_arms)
+    found = make_document(two_arms)
     assert found["run_id"] == "20261124-053329-1f3a"
     assert found["verdict"] == "FAIL"
     assert found["fisher_p"] == 0.00123
@@ -53,7 +49,7 @@ def test_infinities_are_null(passing) -> None:
     (probe,) = passing.summary.probes
     metrics = replace(probe.metrics, k1_kl=float("inf"), k3_kl=float("nan"))
     summary = replace(passing.summary, probes=(replace(probe, metrics=metrics),))
-    (found,) = document(replace(passing, summary=summary))["probes"]
+    (found,) = make_document(replace(passing, summary=summary))["probes"]
     assert found["metrics"]["k1_kl"] is found["metrics"]["k3_kl"] is None
 
 
@@ -61,5 +57,5 @@ def test_evidence_on_a_property_not_asked_for_has_no_verdict(passing) -> None:
     (verdict,) = passing.judgement.probes
     asked = replace(verdict, axes={"slot": verdict.axes["slot"]})
     judgement = replace(passing.judgement, probes=(asked,))
-    (found,) = document(replace(passing, judgement=judgement))["probes"]
+    (found,) = make_document(replace(passing, judgement=judgement))["probes"]
     assert [axis["verdict"] for axis in found["axes"]] == [None, None, "PASS", None, None]

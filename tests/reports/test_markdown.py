@@ -5,6 +5,7 @@ from markdown_it import MarkdownIt
 
 from ndcheck.reports.document import METRIC_NAMES
 from ndcheck.reports.markdown import METRIC_MEANINGS, markdown_report
+from ndcheck.request import DEFAULTS
 
 EXAMPLES = [
     "failing",
@@ -19,7 +20,7 @@ EXAMPLES = [
 
 
 def render(example) -> str:
-    return markdown_report(example.run, example.summary, example.judgement, example.defaults)
+    return markdown_report(example, DEFAULTS)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

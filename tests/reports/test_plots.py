@@ -11,7 +11,7 @@ NAMES = ["unique-completions", "first-divergence", "margin-at-fork", "heat-strip
 
 
 def draw(example) -> dict[str, bytes]:
-    return plots.plot_files(gather(example.samples, example.summary))
+    return plots.plot_files(gather(example))
 
 
 def test_each_figure_is_a_png_and_an_svg_and_the_same_bytes_each_time(two_arms) -> None:
@@ -33,7 +33,7 @@ def test_each_figure_is_a_png_and_an_svg_and_the_same_bytes_each_time(two_arms) 
 
 
 def test_blocks_cover_every_sample_from_its_start_to_its_end(many) -> None:
-    (arm,) = gather(many.samples, many.summary).values()
+    (arm,) = gather(many).values()
     blocks = list(plots._blocks(arm))
     area = sum((right - left) * n_rows for left, right, _, n_rows, _ in blocks)
     assert area == sum(c.count * c.n_tokens for c in arm.probe.completions)

@@ -12,7 +12,7 @@ from ndcheck.reports import tables
 
 
 def samples_of(example, rows=20_000):
-    return list(tables.sample_tables(example.run, example.samples, example.summary, rows))
+    return list(tables.sample_tables(example, rows))
 
 
 SAMPLES = (
@@ -36,16 +36,15 @@ SUMMARY = (
 
 
 def test_columns_are_those_of_the_contract(failing) -> None:
-    summary = failing.summary
     assert ",".join(samples_of(failing)[0]) == SAMPLES
-    assert ",".join(next(tables.completion_tables(summary))) == COMPLETIONS
-    assert ",".join(tables.loads_table(summary)) == LOADS
-    assert ",".join(tables.summary_table(summary, failing.judgement)) == SUMMARY
+    assert ",".join(next(tables.completion_tables(failing))) == COMPLETIONS
+    assert ",".join(tables.loads_table(failing)) == LOADS
+    assert ",".join(tables.summary_table(failing)) == SUMMARY
 
 
 def test_one_row_per_sample_and_counts_that_add_up(failing) -> None:
     (samples,) = samples_of(failing)
-    (completions,) = tables.completion_tables(failing.summary)
+    (completions,) = tables.completion_tables(failing)
     assert len(samples) == completions["count"].sum() == 1000
     assert samples["completion_id"].value_counts().to_dict() == {1: 992, 2: 8}
 
@@ -78,7 +77,7 @@ def test_controls_are_left_out_but_keep_their_place(failing) -> None:
         trial_id=1,
         arm="stock",
         probe_id="p1",
-        axis="control",
+        purpose="control",
         baseline=0,
         load=Load(1),
         slot=0,
@@ -113,9 +112,9 @@ def test_tables_in_parts_hold_the_same(failing) -> None:
 
 def test_an_empty_run_has_empty_tables_with_headers(empty) -> None:
     assert [len(part) for part in samples_of(empty)] == [0]
-    assert [len(part) for part in tables.completion_tables(empty.summary)] == [0]
-    assert tables.loads_table(empty.summary).empty
-    assert tables.summary_table(empty.summary, empty.judgement).empty
+    assert [len(part) for part in tables.completion_tables(empty)] == [0]
+    assert tables.loads_table(empty).empty
+    assert tables.summary_table(empty).empty
 
 
 def test_hostile_text_is_neutralised_and_numbers_are_not(hostile) -> None:

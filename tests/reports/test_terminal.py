@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -10,18 +11,13 @@ from rich.console import Console
 from ndcheck.analysis.summary import ControlFinding
 from ndcheck.records import Probe
 from ndcheck.reports.terminal import print_report, progress_line
+from ndcheck.request import DEFAULTS
 
 
 def screen(example, width=80, directory="runs/a", **console) -> str:
     file = io.StringIO()
-    print_report(
-        Console(file=file, width=width, **console),
-        example.run,
-        example.summary,
-        example.judgement,
-        example.defaults,
-        directory,
-    )
+    there = replace(example, directory=Path(directory))
+    print_report(Console(file=file, width=width, **console), there, DEFAULTS)
     return file.getvalue()
 
 

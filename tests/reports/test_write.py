@@ -9,9 +9,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from ndcheck.errors import BackendError
 from ndcheck.records import RunSpec
 from ndcheck.reports import plots, write
-from ndcheck.request import make_probes
+from ndcheck.request import DEFAULTS, make_probes
 
 EXAMPLES = [
     "failing",
@@ -26,15 +27,7 @@ EXAMPLES = [
 
 
 def write_reports(path, example):
-    return write.write_reports(
-        path,
-        example.run,
-        example.samples,
-        example.summary,
-        example.judgement,
-        example.defaults,
-        html=True,
-    )
+    return write.write_reports(replace(example, directory=path), DEFAULTS, html=True)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -99,7 +92,7 @@ def test_files_are_replaced_whole_or_not_at_all(passing, tmp_path, monkeypatch) 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pd.DataFrame, "to_csv", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(BackendError, match="No space left"):
         write_reports(tmp_path, passing)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -120,10 +113,10 @@ def test_the_command_is_the_runs_and_not_the_machines(failing, tmp_path) -> None
 
 def test_pages_and_plots_are_written_only_where_asked_for(two_arms, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(plots, "PLOTS", {"cost": plots.PLOTS["cost"]})
-    arguments = (two_arms.run, two_arms.samples, two_arms.summary, two_arms.judgement)
-    paths = write.write_reports(tmp_path, *arguments, two_arms.defaults)
+    there = replace(two_arms, directory=tmp_path)
+    paths = write.write_reports(there, DEFAULTS)
     assert {path.suffix for path in paths} == {".md", ".csv"}
-    paths = write.write_reports(tmp_path, *arguments, two_arms.defaults, plots=True)
+    paths = write.write_reports(there, DEFAULTS, plots=True)
     pictures = [path for path in paths if path.suffix in (".png", ".svg")]
     assert {path.name for path in pictures} == {"cost.png", "cost.svg"}
     assert sorted(pictures) == sorted((tmp_path / "plots").iterdir())

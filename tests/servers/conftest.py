@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import pytest
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.judging.verdict import judge
 from ndcheck.mock_server.server import MockServer, Plan
 from ndcheck.records import Decoding, Endpoint, Environment, Run

@@ -307,7 +307,7 @@ class HoldsConnections(Server):
 def test_a_server_that_answers_well_passes(odd, measure, handler):
     judgement, summary, samples = measure(odd(handler), **SMALL)
     assert judgement.verdict.outcome == "PASS", judgement.verdict.reasons
-    assert {sample.text for sample in samples if sample.axis != "control"} == {"".join(WORDS[:12])}
+    assert {sample.text for sample in samples if sample.role != "control"} == {"".join(WORDS[:12])}
     assert {sample.error for sample in samples} == {None}
     assert summary.probes[0].serving.n_connections == 11
 

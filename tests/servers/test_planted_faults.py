@@ -48,7 +48,7 @@ def test_a_clean_server_passes(mock, measure, flavour):
     assert {s.witness.achieved_batch_size for s in samples} == {1, 3}
     has_logprobs = flavour != "text"
     assert all(bool(s.logprobs) == has_logprobs for s in samples)
-    assert samples[0].axis == "reference"
+    assert samples[0].role == "reference"
     assert (samples[-1].axis, samples[-1].load.batch_size) == ("run-to-run", 1)
 
 
@@ -136,7 +136,7 @@ def test_a_failed_request_is_a_sample_with_its_error(mock, measure, fault, monke
     errors = [s.error for s in samples if s.error is not None]
     assert any(ERRORS[fault] in error for error in errors), errors
     assert len(errors) == summary.probes[0].n_errors > 0
-    assert len([s for s in samples if s.axis != "control"]) == 11
+    assert len([s for s in samples if s.role != "control"]) == 11
 
 
 @pytest.mark.parametrize("fault", ["error", "html", "reset", "redirect", "truncate"])

@@ -21,7 +21,8 @@ from ndcheck_kernels.cpu.pointwise import pointwise
 from ndcheck_kernels.cpu.products import bmm
 from ndcheck_kernels.cpu.reductions import sum_rows
 from ndcheck_kernels.ops.attention import attention_op, register_sdpa
-from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
+from ndcheck_kernels.scope.registry import implements
 
 aten = torch.ops.aten
 

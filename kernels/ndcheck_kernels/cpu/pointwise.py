@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from ndcheck_kernels.cpu.rows import BASE_ROWS, Probe, map_rows
-from ndcheck_kernels.scope.mode import UnsupportedCallError, implements, implements_pointwise
+from ndcheck_kernels.cpu.proven_rows import BASE_ROWS, Probe, map_rows
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
+from ndcheck_kernels.scope.registry import implements, implements_pointwise
 
 aten = torch.ops.aten
 

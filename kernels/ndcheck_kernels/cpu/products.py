@@ -18,14 +18,14 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels.cpu.rows import BASE_ROWS, Probe, RowKernel, map_rows
+from ndcheck_kernels.cpu.proven_rows import BASE_ROWS, Probe, RowKernel, map_rows
 from ndcheck_kernels.ops.products import (
     combine,
     register_grouped_product,
     register_partial_products,
     register_products,
 )
-from ndcheck_kernels.scope.mode import UnsupportedCallError
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
 
 aten = torch.ops.aten
 

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ndcheck_kernels.cpu.pointwise import rsqrt
-from ndcheck_kernels.cpu.rows import BASE_ROWS, Probe, map_rows
-from ndcheck_kernels.scope.mode import UnsupportedCallError, accept, implements
+from ndcheck_kernels.cpu.proven_rows import BASE_ROWS, Probe, map_rows
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
+from ndcheck_kernels.scope.registry import accept, implements
 
 aten = torch.ops.aten
 

@@ -12,7 +12,8 @@ Not claimed: the order of ties in topk over more than `MOST_CANDIDATES`; there t
 import torch
 
 from ndcheck_kernels.ops.experts import combine_op, route_by_sorting, route_op
-from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
+from ndcheck_kernels.scope.registry import implements
 
 aten = torch.ops.aten
 

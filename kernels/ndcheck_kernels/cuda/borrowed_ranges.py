@@ -1,6 +1,6 @@
 """From which M to which cuBLASLt without split-K was faster than ours, by (N, K).
 
-Written by kernels/bench/freeze_borrowed.py from borrowed.csv and borrowed_bits.csv of
+Written by kernels/bench/ops/freeze_borrowed.py from borrowed.csv and borrowed_bits.csv of
 results/kernels.
 """
 

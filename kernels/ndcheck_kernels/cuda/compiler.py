@@ -1,4 +1,4 @@
-"""What is said, and what is kept back, where a kernel does not compile."""
+"""One line instead of thousands where Triton cannot compile a kernel."""
 
 from __future__ import annotations
 

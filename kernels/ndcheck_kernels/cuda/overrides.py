@@ -21,7 +21,8 @@ from ndcheck_kernels.cuda.rows import reductions, rms_norm, softmax
 from ndcheck_kernels.ops.attention import as_causal, attention_op, register_sdpa
 from ndcheck_kernels.ops.complex_numbers import register_complex
 from ndcheck_kernels.ops.products import register_products
-from ndcheck_kernels.scope.mode import UnsupportedCallError, accept, implements
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
+from ndcheck_kernels.scope.registry import accept, implements
 
 aten = torch.ops.aten
 

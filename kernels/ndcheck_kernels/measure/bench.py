@@ -14,7 +14,8 @@ import torch
 
 from ndcheck_kernels.measure.cases import Case, Operands, Source
 from ndcheck_kernels.measure.timing import copies, copy_gb_per_s, medians_us, mm_tflop_per_s
-from ndcheck_kernels.scope.mode import accepted_ops, invariant_kernels
+from ndcheck_kernels.scope.mode import invariant_kernels
+from ndcheck_kernels.scope.registry import accepted_ops
 
 DEFAULT_ROW_COUNTS = {"cuda": (1, 4, 16, 64, 256, 1024, 4096), "cpu": (1, 4, 16, 64, 256)}
 

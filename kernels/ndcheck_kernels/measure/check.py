@@ -17,7 +17,10 @@ from typing import Literal
 import torch
 
 from ndcheck_kernels.measure.cases import Call, Case, Form, Operands, Source
-from ndcheck_kernels.scope.mode import Scope, UncoveredOpError, accepted_ops, invariant_kernels
+from ndcheck_kernels.scope.mode import invariant_kernels
+from ndcheck_kernels.scope.refusal import UncoveredOpError
+from ndcheck_kernels.scope.registry import accepted_ops
+from ndcheck_kernels.scope.state import Scope
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ndcheck_kernels.models import alibi, attention, experts, gated_delta, tensor_parallel
 from ndcheck_kernels.ops.library import NAME
-from ndcheck_kernels.scope.mode import UncoveredOpError
+from ndcheck_kernels.scope.refusal import UncoveredOpError
 
 # What a layer keeps of earlier tokens: keys and values, or the state of a gated delta rule.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})

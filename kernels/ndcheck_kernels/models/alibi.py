@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ndcheck_kernels.ops.attention import attention_op, spans_from_any
-from ndcheck_kernels.scope.mode import active_scope, refusal
+from ndcheck_kernels.scope.refusal import refusal
+from ndcheck_kernels.scope.state import active_scope
 
 
 def replace_attention() -> None:

@@ -19,7 +19,7 @@ from ndcheck_kernels.ops.attention import (
     spans_from_mask,
 )
 from ndcheck_kernels.ops.library import NAME
-from ndcheck_kernels.scope.mode import UnsupportedCallError, refusal
+from ndcheck_kernels.scope.refusal import UnsupportedCallError, refusal
 
 # What a model may do with a mask that it only passes on.
 _MOVES = """
@@ -73,7 +73,6 @@ def _attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
-    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What a transformers attention module calls; the mask comes from `_mask_maker`."""
@@ -82,6 +81,7 @@ def _attention_forward(
     require_scope("attn", stock="sdpa")
     batch, _, length, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
+    is_causal: bool | None = kwargs.get("is_causal")
     sinks = kwargs.get("s_aux")
     if kwargs.get("cache") is not None:
 

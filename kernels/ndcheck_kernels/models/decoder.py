@@ -29,7 +29,8 @@ from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.models.mixture import FIRES as MIXTURE_FIRES
 from ndcheck_kernels.models.mixture import is_mixture, mixture
-from ndcheck_kernels.scope.mode import Scope, active_scope, refusal
+from ndcheck_kernels.scope.refusal import refusal
+from ndcheck_kernels.scope.state import Scope, active_scope
 
 LAYERS = (
     *("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"),

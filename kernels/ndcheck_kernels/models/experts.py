@@ -22,7 +22,7 @@ import torch
 from ndcheck_kernels.models.interface import require_scope
 from ndcheck_kernels.ops.experts import combine_op, route_op
 from ndcheck_kernels.ops.library import NAME
-from ndcheck_kernels.scope.mode import refusal
+from ndcheck_kernels.scope.refusal import refusal
 
 aten = torch.ops.aten
 

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ndcheck_kernels.scope.mode import active_scope, refusal
+from ndcheck_kernels.scope.refusal import refusal
+from ndcheck_kernels.scope.state import active_scope
 
 RULE = "torch_recurrent_gated_delta_rule"
 _CHUNKED_RULE = "torch_chunk_gated_delta_rule"
@@ -67,14 +68,13 @@ def gated_delta_rule(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """query, key [B, T, H_k, D], value [B, T, H, D_v], g and beta [B, T, H] -> [B, T, H, D_v].
 
     The state is [B, H, D, D_v] float32; the outputs are those of `gated_delta_reference`.
     """
-    if cu_seqlens is not None:
+    if kwargs.get("cu_seqlens") is not None:
         raise refusal("gated delta rule", query.dtype, query.device.type, "sequences are packed")
     repeats = value.shape[2] // key.shape[2]
     query, key = (t.float().repeat_interleave(repeats, 2) for t in (query, key))

@@ -1,7 +1,7 @@
-"""Where the attention and the experts that transformers knows by `NAME` may be used."""
+"""Refuse the attention and experts that transformers calls `NAME` outside of a scope."""
 
 from ndcheck_kernels.ops.library import NAME
-from ndcheck_kernels.scope.mode import active_scope
+from ndcheck_kernels.scope.state import active_scope
 
 
 def require_scope(kind: str, stock: str) -> None:

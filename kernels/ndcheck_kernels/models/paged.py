@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.scope.mode import UnsupportedCallError
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """query [B, H, Q, D], key and value [B, H_kv, KV, D], spans [B, 1, 2] -> [B, H, Q, D]."""

@@ -1,14 +1,20 @@
-"""The layers of a model that is spread over ranks, with sums whose order the spreading fixes.
+"""Layers of a model that several ranks share, with sums in an order that is fixed beforehand.
 
-A transformers tensor-parallel plan cuts layers by output features (`colwise`), by input features
-(`rowwise`), or experts by their hidden features (`moe_tp_experts`). The last two give every rank a
-partial sum. Here a partial sum stays in fp32 until `rank_sum` has added all of them in rank order;
-stock adds sums rounded to the model's dtype in an order that the collective chooses.
+A *rank* is one of the processes that share a model. transformers' tensor-parallel plan says how
+each layer is cut: by its output features (`colwise`), by its input features (`rowwise`), or, for
+experts, by their hidden features (`moe_tp_experts`). In the last two cases every rank computes a
+part of a sum.
 
-With `groups`, a power of two, bits are equal on 1, 2, 4, ... `groups` ranks: the input features of
-a partial sum are cut into that many parts, each a product of its own, added as a tree of which a
-rank holds a branch; output features are computed in as many blocks, since the order of a product
-may follow its width. Attention needs nothing: a head is computed whole on one rank.
+Stock rounds the parts to the model's dtype and adds them in an order that the collective chooses.
+Here they stay in fp32, and `rank_sum_op` adds neighbouring ranks first, then neighbouring pairs.
+
+With `groups`, a power of two, the bits are the same on 1, 2, 4, ... `groups` ranks:
+
+- Input features are cut into `groups` parts, each a product of its own. The parts are added
+  pairwise, as a tree; a rank that holds several parts holds a whole branch of that tree.
+- Output features are computed in `groups` blocks of one width, because the order in which a
+  product adds may depend on how wide it is.
+- Attention stays as it is: each head is computed whole on one rank.
 """
 
 import re
@@ -29,29 +35,33 @@ from ndcheck_kernels.ops.collectives import (
 )
 from ndcheck_kernels.ops.experts import combine_op, route_op
 from ndcheck_kernels.ops.products import partial_grouped_op, partial_linear_op
-from ndcheck_kernels.scope.mode import UncoveredOpError, refusal
+from ndcheck_kernels.scope.refusal import UncoveredOpError, refusal
 
 aten = torch.ops.aten
 
 _GATHERED = frozenset({"colwise_gather_output", "colwise_rep"})
 _VOCABULARY = frozenset({"embedding_rowwise", "rowwise"})  # As transformers 5.18 and 5.17 call it.
-# With these no rank's forward needs another's; of any other style's own collective a scope refuses.
+# In these a rank's forward needs nothing of another rank. Any other style calls a collective of
+# torch's, which a scope refuses.
 _LOCAL = frozenset({"colwise", "packed_colwise", "replicated_with_grad_allreduce", "replicate"})
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How a model lies on ranks: how many, which this is, their group, the parts of every sum."""
+    """How a model is spread over ranks."""
 
     n_ranks: int
     rank: int
+    """Which of them this process is, from 0."""
     group: str
+    """The name of torch's process group; empty with one rank."""
     groups: int
+    """Into how many parts every sum is cut, over all ranks."""
     is_nested: bool
-    """Whether bits shall be those of other numbers of ranks."""
+    """Whether the bits have to be those of other numbers of ranks too."""
 
     def sum(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Of this rank's parts and all others', fp32 (fp64)."""
+        """The sum of all ranks' parts, of which ``parts`` are this rank's; fp32 (fp64 for fp64)."""
         own = add_pairwise(parts)
         if self.n_ranks == 1:
             return own
@@ -61,10 +71,12 @@ class Spread:
 
 @contextmanager
 def ordered_layers(model: Any, groups: int | None = None) -> Iterator[None]:
-    """Run the layers of a transformers model that its plan cuts by the sums above.
+    """Compute the layers that a transformers model's plan cuts as this module says.
 
-    Raises UncoveredOpError, naming the module, where sizes do not divide or, with ``groups``, for a
-    style of which nothing is known. On leaving, the model has its own forwards again.
+    ``groups`` None: the bits belong to the number of ranks that share the model. On leaving, the
+    model has its own forwards again. Raises ValueError unless ``groups`` is a power of two that the
+    number of ranks divides; UncoveredOpError, naming the module, where a layer's size does not
+    divide into parts or, with ``groups``, for a style of plan that is not known here.
     """
     n_ranks = getattr(model, "_tp_size", None) or 1
     if n_ranks == 1 and groups is None:
@@ -114,7 +126,7 @@ def _planned(model: Any) -> Iterator[tuple[str, torch.nn.Module, str]]:
 def _ordered(
     layer: Any, path: str, style: str, spread: Spread
 ) -> Callable[..., torch.Tensor] | None:
-    """What computes the layer; None where its own forward does."""
+    """The forward that takes the place of the layer's own; None where its own is right."""
     if isinstance(layer, torch.nn.Embedding) and style in _VOCABULARY:
         return partial(_look_up, layer, spread) if spread.n_ranks > 1 else None
     if style == "rowwise":
@@ -134,7 +146,10 @@ def _ordered(
 
 
 def _look_up(layer: Any, spread: Spread, ids: torch.Tensor) -> torch.Tensor:
-    """An embedding of which this rank holds some rows: ids [...] -> [..., H], exact."""
+    """An embedding of which this rank holds some rows: ids [...] -> [..., H].
+
+    Exact: one rank has the row, and all others add 0.
+    """
     weight = _here(layer.weight)
     own = ids - spread.rank * -(-layer.num_embeddings // spread.n_ranks)
     is_elsewhere = (own < 0) | (own >= weight.shape[0])

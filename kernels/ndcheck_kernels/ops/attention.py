@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 
 from ndcheck_kernels.ops.library import NAME, declare
-from ndcheck_kernels.scope.mode import UncoveredOpError, UnsupportedCallError, implements, refusal
+from ndcheck_kernels.scope.refusal import UncoveredOpError, UnsupportedCallError, refusal
+from ndcheck_kernels.scope.registry import implements
 
 attention_op = declare(
     "attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale, "

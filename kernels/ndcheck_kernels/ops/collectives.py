@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ndcheck_kernels.ops.library import declare
-from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
+from ndcheck_kernels.scope.registry import implements
 
 GATHERED_ELEMENTS = 2**16
 """Up to this size every rank adds all of it, in one round trip; above, each a slice, in two."""

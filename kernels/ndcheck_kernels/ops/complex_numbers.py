@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from ndcheck_kernels.scope.mode import UnsupportedCallError, implements
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
+from ndcheck_kernels.scope.registry import implements
 
 aten = torch.ops.aten
 

@@ -27,18 +27,20 @@ def compare(
     """Show what differs: environment, model, kernels, load, outputs, metrics, cost."""
     from rich.console import Console
 
-    from ndcheck.api import Run, find_run
+    from ndcheck.api import find_run
+    from ndcheck.cli.console import EXIT_CODES
     from ndcheck.errors import UsageError
+    from ndcheck.findings import read_findings
     from ndcheck.judging.comparison import FAIL_ON, judge_comparison
     from ndcheck.judging.comparison import compare as compare_runs
-    from ndcheck.judging.verdict import EXIT_CODES, worst
+    from ndcheck.judging.verdict import worst
     from ndcheck.reports.comparison import comparison_document, print_comparison
     from ndcheck.request import parse_names
 
     if not 0 < confidence < 1:
         raise UsageError(f"--confidence {confidence}: give a level between 0 and 1, such as 0.95")
     kinds = parse_names("--fail-on", fail_on, FAIL_ON) if fail_on is not None else ()
-    comparison = compare_runs(Run(find_run(a)).measured, Run(find_run(b)).measured)
+    comparison = compare_runs(*(read_findings(find_run(name)).measured for name in (a, b)))
     verdicts = judge_comparison(comparison, kinds, confidence)
     code = EXIT_CODES[worst([v.outcome for v in verdicts.values()])] if verdicts else 0
     if json:

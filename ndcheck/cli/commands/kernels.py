@@ -48,8 +48,8 @@ def check(
     """
     from ndcheck.cli import kernels_session
 
-    request = kernels_session.request(device, dtype, op, rows)
-    raise typer.Exit(kernels_session.check(request, csv, as_json=json, quiet=quiet))
+    selection = kernels_session.read_selection(device, dtype, op, rows)
+    raise typer.Exit(kernels_session.run_check(selection, csv, as_json=json, quiet=quiet))
 
 
 @kernels.command()
@@ -68,5 +68,5 @@ def bench(
     """
     from ndcheck.cli import kernels_session
 
-    request = kernels_session.request(device, dtype, op, rows)
-    raise typer.Exit(kernels_session.bench(request, csv, as_json=json, quiet=quiet))
+    selection = kernels_session.read_selection(device, dtype, op, rows)
+    raise typer.Exit(kernels_session.run_bench(selection, csv, as_json=json, quiet=quiet))

@@ -18,8 +18,5 @@ def report(
 ) -> None:
     """Render a run's reports again from its samples: no model and no GPU needed."""
     from ndcheck.cli import run_session
-    from ndcheck.storage.run_directory import read_run
 
-    raise typer.Exit(
-        run_session.report(directory, read_run(directory), as_json=json, html=html, plots=plots)
-    )
+    raise typer.Exit(run_session.report(directory, as_json=json, html=html, plots=plots))

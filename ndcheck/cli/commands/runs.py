@@ -8,7 +8,7 @@ import json as json_module
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -45,7 +45,7 @@ def runs(
 
 
 def _read(folder: Path) -> Iterator[dict[str, Any]]:
-    from ndcheck.cli.run_session import note
+    from ndcheck.cli.console import note
     from ndcheck.errors import UsageError
     from ndcheck.judging.verdict import worst
     from ndcheck.storage.run_directory import RUN_FILE, read_run
@@ -56,7 +56,7 @@ def _read(folder: Path) -> Iterator[dict[str, Any]]:
         try:
             run = read_run(path)
         except UsageError as error:
-            note(str(error), quiet=False)
+            note(str(error))
             continue
         rows = _read_summary(path / "summary.csv")
         yield {
@@ -85,7 +85,7 @@ class _Row:
 
 
 def _read_summary(file: Path) -> list[_Row]:
-    from ndcheck.cli.run_session import note
+    from ndcheck.cli.console import note
     from ndcheck.storage.reading import read_text
 
     try:
@@ -94,12 +94,12 @@ def _read_summary(file: Path) -> list[_Row]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-        note(f"{file} cannot be read ({error}): ndcheck report writes it again", quiet=False)
+        note(f"{file} cannot be read ({error}): ndcheck report writes it again")
         return []
 
 
 def _read_row(row: dict[str, str]) -> _Row:
-    from ndcheck.judging.verdict import EXIT_CODES
+    from ndcheck.judging.verdict import Outcome
 
-    (verdict,) = (outcome for outcome in EXIT_CODES if outcome == row["verdict"])
+    (verdict,) = (outcome for outcome in get_args(Outcome) if outcome == row["verdict"])
     return _Row(verdict, int(row["n_unique"]), int(row["diverged_trials"]), int(row["n_trials"]))

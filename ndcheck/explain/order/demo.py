@@ -1,4 +1,4 @@
-"""The seed of it all: floating-point addition is not associative, so order decides bits."""
+"""Shown on one screen: floating-point addition is not associative, so order decides bits."""
 
 from __future__ import annotations
 

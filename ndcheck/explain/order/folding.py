@@ -18,7 +18,7 @@ class Fold:
     """
 
     how: str
-    terms: tuple[Run, ...]
+    terms: tuple[AlikeTerms, ...]
     n_leaves: int
     first: int
 
@@ -28,7 +28,7 @@ class Fold:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class AlikeTerms:
     """``count`` terms of one form, each ``stride`` leaves after the one before."""
 
     count: int
@@ -63,7 +63,7 @@ def _branches(form: Fold, indent: str) -> Iterator[str]:
         yield from _branches(run.form, indent + ("   " if is_last else "|  "))
 
 
-def _heading(run: Run) -> str:
+def _heading(run: AlikeTerms) -> str:
     if not run.form.how:
         last = run.form.first + (run.count - 1) * run.stride
         return (
@@ -87,13 +87,13 @@ def _leaves(form: Fold) -> str:
     return f"{form.n_leaves} term{'s' * (form.n_leaves != 1)}"
 
 
-def _run_phrase(run: Run) -> str:
+def _run_phrase(run: AlikeTerms) -> str:
     if not run.form.how:
         return f"{run.count}{_stride(run)}"
     return f"{run.count} × ({phrase(run.form)})" if run.count > 1 else f"({phrase(run.form)})"
 
 
-def _stride(run: Run) -> str:
+def _stride(run: AlikeTerms) -> str:
     if run.count == 1 or run.stride == 1:
         return ""
     return " backwards" if run.stride == -1 else f" (every {abs(run.stride)}{_suffix(run.stride)})"
@@ -169,7 +169,7 @@ def _form(tree: SumTree, term: Term) -> list[tuple[int, str]]:
     return sorted((tree.first_leaves[node] - first, tree.shapes[node]) for node in term)
 
 
-def _runs(tree: SumTree, terms: list[Term]) -> Iterator[Run]:
+def _runs(tree: SumTree, terms: list[Term]) -> Iterator[AlikeTerms]:
     """Runs of alike terms, and runs of alike groups of them."""
     places = [min(tree.first_leaves[node] for node in term) for term in terms]
     forms = [_form(tree, term) for term in terms]
@@ -206,7 +206,7 @@ def _runs(tree: SumTree, terms: list[Term]) -> Iterator[Run]:
         period = max((1, 2, 3), key=lambda p: (repeats(at, p) - 1) * p)
         count = repeats(at, period)
         group = [
-            Run(length, stride, _fold(tree, terms[first]))
+            AlikeTerms(length, stride, _fold(tree, terms[first]))
             for first, length, stride in runs[at : at + (period if count > 1 else 1)]
         ]
         if count == 1:
@@ -215,5 +215,7 @@ def _runs(tree: SumTree, terms: list[Term]) -> Iterator[Run]:
             continue
         n_leaves = sum(run.count * run.form.n_leaves for run in group)
         stride = distance(at, at + period) or 0
-        yield Run(count, stride, Fold("in turn", tuple(group), n_leaves, places[runs[at][0]]))
+        yield AlikeTerms(
+            count, stride, Fold("in turn", tuple(group), n_leaves, places[runs[at][0]])
+        )
         at += count * period

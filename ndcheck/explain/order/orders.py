@@ -202,14 +202,16 @@ def _read_all(reader: Reader, trials: Trials, bits: Sequence[str]) -> list[Order
                 "added in one step, as where the order follows the values"
             )
         alike = sorted(e for e in left - reader.dissenters if bits[e] == bits[watched])
-        evidence, reason, manner = check(tree, reader, trials, watched)
+        evidence, reason, manner = confirm(tree, reader, trials, watched)
         elements = tuple(reader.elements[e] for e in alike)
         orders.append(Order(tree, elements, evidence, reason, manner, bits[watched]))
         left -= set(alike)
     return orders
 
 
-def check(tree: SumTree, reader: Reader, trials: Trials, element: int) -> tuple[Evidence, str, str]:
+def confirm(
+    tree: SumTree, reader: Reader, trials: Trials, element: int
+) -> tuple[Evidence, str, str]:
     """Whether ``tree`` computes the op's bits on random terms, why, and how it rounds to do so.
 
     The mirrored tree is the control: if it does so too, the terms could not tell orders apart.

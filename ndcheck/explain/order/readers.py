@@ -1,4 +1,4 @@
-"""How an op's additions are read from outside: masked sums, and checks that they are sums."""
+"""Call an op on the terms that `sumtree` asks for, and check that it adds them and does no more."""
 
 from __future__ import annotations
 

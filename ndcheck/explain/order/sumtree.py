@@ -1,9 +1,10 @@
 """The order of a sum as a tree, and how to read it from outside.
 
 The method is FPRev (Xie et al., "FPRev: Revealing Floating-Point Summation Order", USENIX ATC
-2025): among units, put +M at i and -M at j, M so large that it swallows every partial sum. What
-was added before the two met is lost, so the result counts the leaves outside their lowest common
-ancestor.
+2025). All terms are 1, but for +M at place i and -M at place j. M is so large that adding 1 to it
+changes nothing, so every 1 that is added to either of them is lost until +M and -M meet and cancel.
+The result is the number of terms that were added after that: the leaves outside of the subtree in
+which i and j first meet. These counts for enough pairs (i, j) give the tree.
 """
 
 from __future__ import annotations

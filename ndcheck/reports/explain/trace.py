@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from ndcheck.explain.advice import advise, spans
-from ndcheck.explain.findings import LoadTrace, OpGroup, group_findings
 from ndcheck.explain.kernel_names import kernel_names
 from ndcheck.explain.recording import Status
 from ndcheck.explain.swapping import Swaps
+from ndcheck.explain.traced import LoadTrace, OpGroup, group_findings
 from ndcheck.reports.untrusted import visible
 
 SCHEMA_VERSION = 2  # 2: status "in a module", and who reaches the logits

@@ -93,32 +93,30 @@ def _arm_data(
         "arm": arm.arm,
         "n_samples": arm.figures.probe.n_samples,
         "reference": next((t.completion.completion_id for t, _ in trunks if t.is_reference), None),
-        # completion, parent, start, tokens, samples, colour, place in the strip
         "trunks": [
-            [
-                trunk.completion.completion_id,
-                parent,
-                trunk.start,
-                trunk.completion.n_tokens,
-                trunk.completion.count,
-                arm.colours[trunk.completion.completion_id],
-                order[trunk.completion.completion_id],
-            ]
+            {
+                "completion": trunk.completion.completion_id,
+                "parent": parent,
+                "start": trunk.start,
+                "end": trunk.completion.n_tokens,
+                "count": trunk.completion.count,
+                "colour": arm.colours[trunk.completion.completion_id],
+                "place": order[trunk.completion.completion_id],
+            }
             for trunk, parent in trunks
         ],
         "n_with_tokens": n_with_tokens,
         "tokens": base64.b64encode(tokens).decode("ascii"),
         "loads": loads,
-        # sample, trial, load, batch size, slot, trunk
         "rows": [
-            [
-                row.sample_id,
-                row.trial_id,
-                loads.index(row.load),
-                row.batch_size,
-                row.slot,
-                places[row.completion_id],
-            ]
+            {
+                "sample": row.sample_id,
+                "trial": row.trial_id,
+                "load": loads.index(row.load),
+                "size": row.batch_size,
+                "slot": row.slot,
+                "trunk": places[row.completion_id],
+            }
             for row in arm.figures.rows
         ],
     }
@@ -140,7 +138,10 @@ def _charts(probe: ProbeView) -> dict[str, Any]:
                 "unique": [arm.unique_by_batch_size.get(size) for size in sizes],
                 "speed": [_rounded(arm.tokens_per_s.get(size, math.nan)) for size in sizes],
                 "histogram": histogram(arm, edges),
-                "forks": [[position, _rounded(margin)] for position, margin in arm.forks],
+                "forks": [
+                    {"position": position, "margin": _rounded(margin)}
+                    for position, margin in arm.forks
+                ],
             }
             for arm in figures
         ],

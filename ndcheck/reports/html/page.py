@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from ndcheck.analysis.summary import Summary
-from ndcheck.judging.verdict import NOT_TOLD_APART, Judgement
+from ndcheck.findings import Findings
+from ndcheck.judging.verdict import NOT_TOLD_APART
 from ndcheck.records import AXES, Arm, Run, RunSpec
 from ndcheck.reports.document import published
 from ndcheck.reports.figures import ArmFigures
@@ -34,38 +34,33 @@ COMMAND_WIDTH = 88
 
 
 def html_report(
-    run: Run,
-    figures: Mapping[tuple[Arm, str], ArmFigures],
-    summary: Summary,
-    judgement: Judgement,
-    defaults: RunSpec,
-    advice: Sequence[str] = (),
+    findings: Findings, figures: Mapping[tuple[Arm, str], ArmFigures], defaults: RunSpec
 ) -> str:
     """The whole page; a function of its arguments alone, so it renders to the same bytes.
 
-    ``figures`` are what `ndcheck.reports.figures.gather` finds, ``advice`` what `ndcheck trace`
-    made of it.
+    ``figures`` are what `ndcheck.reports.figures.gather` finds.
     """
+    run, judgement = findings.run, findings.judgement
     unit = phrases.unit(run)
-    probes = make_views(run, figures, judgement)
+    probes = make_views(findings, figures)
     scripts = [Markup(_asset(name)) for name in SCRIPTS]
     styles = [Markup(_asset(name)) for name in STYLES]
     page = _environment().get_template("report.html.jinja")
     return page.render(
         run=run,
-        summary=summary,
+        summary=findings.summary,
         judgement=judgement,
         unit=unit,
-        headline=_headline(summary, judgement),
-        shortfall=phrases.shortfall(run, summary),
+        headline=_headline(findings),
+        shortfall=phrases.shortfall(run, findings.summary),
         probes=probes,
         multiple=len(probes) > 1,
         worst_probe=next((p for p in probes if p.outcome == judgement.verdict.outcome), None),
         command_lines=wrapped_command(run.spec, defaults, COMMAND_WIDTH),
         prompts_file=PROMPTS_FILE if prompts_file(run.spec, defaults) else None,
-        remedies=remedies(run, summary, judgement, defaults, "", COMMAND_WIDTH),
-        advice=advice,
-        claims=claims(run, summary, visible),
+        remedies=remedies(findings, defaults, "", COMMAND_WIDTH),
+        advice=findings.advice,
+        claims=claims(findings, visible),
         exclusions=exclusions(run),
         environment=_facts(run),
         policy=_policy(scripts, styles),
@@ -105,10 +100,11 @@ def _without_controls(value: object) -> object:
     return without_controls(value) if type(value) is str else value
 
 
-def _headline(summary: Summary, judgement: Judgement) -> str:
-    if judgement.verdict.outcome == "PASS":
+def _headline(findings: Findings) -> str:
+    summary, outcome = findings.summary, findings.judgement.verdict.outcome
+    if outcome == "PASS":
         return "No divergence under these loads"
-    if judgement.verdict.outcome == "INCONCLUSIVE":
+    if outcome == "INCONCLUSIVE":
         return "Not enough evidence"
     if any(probe.has_diverged for probe in summary.probes):
         is_of_load = any(finding.told_apart for p in summary.probes for finding in p.axes)

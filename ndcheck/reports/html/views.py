@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ndcheck.analysis.summary import LoadFinding, ProbeSummary
-from ndcheck.judging.verdict import Judgement, Outcome, ProbeVerdict, Verdict, worst
-from ndcheck.records import Arm, Run
+from ndcheck.findings import Findings
+from ndcheck.judging.verdict import Outcome, ProbeVerdict, Verdict, worst
+from ndcheck.records import Arm
 from ndcheck.reports.figures import ArmFigures
 from ndcheck.reports.trees.trunks import Trunk, find_trunk, walk
 from ndcheck.reports.wording import phrases
@@ -53,11 +54,11 @@ class ProbeView:
 
 
 def make_views(
-    run: Run, figures: Mapping[tuple[Arm, str], ArmFigures], judgement: Judgement
+    findings: Findings, figures: Mapping[tuple[Arm, str], ArmFigures]
 ) -> list[ProbeView]:
-    verdicts = {(verdict.arm, verdict.probe_id): verdict for verdict in judgement.probes}
+    verdicts = findings.verdicts
     views: list[ProbeView] = []
-    for probe in run.spec.probes:
+    for probe in findings.run.spec.probes:
         keys = [key for key in figures if key[1] == probe.probe_id]
         if keys:
             arms = tuple(_arm(i, figures[key], verdicts[key]) for i, key in enumerate(keys))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ndcheck.analysis.summary import ProbeSummary, Summary
+from ndcheck.analysis.summary import ProbeSummary
+from ndcheck.findings import Findings
 from ndcheck.records import Run
 from ndcheck.reports.wording import phrases
 
 
-def claims(run: Run, summary: Summary, escape: Callable[[str], str]) -> list[str]:
+def claims(findings: Findings, escape: Callable[[str], str]) -> list[str]:
     """One sentence for each probe and arm; ``escape`` makes the names in it safe to show."""
-    ranked = sorted(summary.probes, key=_weakness)
-    found = [_claim(probe, run, summary, escape) for probe in ranked]
+    ranked = sorted(findings.summary.probes, key=_weakness)
+    found = [_claim(probe, findings, escape) for probe in ranked]
     return found or ["None: nothing was measured."]
 
 
@@ -20,8 +21,8 @@ def _weakness(probe: ProbeSummary) -> tuple[bool, bool, bool]:
     return not probe.n_trials, probe.has_diverged, probe.has_latent
 
 
-def _claim(probe: ProbeSummary, run: Run, summary: Summary, escape: Callable[[str], str]) -> str:
-    subject = phrases.subject(probe, summary)
+def _claim(probe: ProbeSummary, findings: Findings, escape: Callable[[str], str]) -> str:
+    subject = phrases.subject(probe, findings.summary)
     start = f"{escape(subject)}: " if subject else ""
     if probe.has_diverged and not probe.diverged_draws:
         unique = f"{probe.n_unique} unique completions of {probe.n_samples}"
@@ -41,7 +42,8 @@ def _claim(probe: ProbeSummary, run: Run, summary: Summary, escape: Callable[[st
         latent = f"{probe.latent_draws} of {phrases.draws(probe)}"
         return f"{start}equal tokens, not equal bits (these differ in {latent}): {bound}."
     if probe.metrics.k1_kl is None:
-        return f"{start}equal {phrases.unit(run)}s (the backend gave no bits to compare): {bound}."
+        units = f"{phrases.unit(findings.run)}s"
+        return f"{start}equal {units} (the backend gave no bits to compare): {bound}."
     return f"{start}equal tokens and equal bits across these loads: {bound}."
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
 
 from ndcheck.analysis.summary import AxisFinding, LoadFinding, ProbeSummary, Summary
-from ndcheck.records import Axis, CacheState, Run
+from ndcheck.judging.verdict import count as count
+from ndcheck.records import CacheState, Purpose, Run
 from ndcheck.reports.untrusted import visible
 
 
@@ -17,10 +18,6 @@ def percent(share: float, rounding: str = ROUND_HALF_EVEN) -> str:
         return f"{100 * share:.10g}"  # almost all is not all
     digits = f"{rounded:f}"
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def interval(low: float, high: float) -> str:
@@ -72,11 +69,17 @@ def outcome(probe: ProbeSummary) -> str:
     return sentence
 
 
+def draws_of(probes: Sequence[ProbeSummary]) -> str:
+    """What the rates of all ``probes`` count."""
+    kinds = {probe.draw for probe in probes}
+    nouns = {"load": "distinct loads", "trial": "trials"}
+    return nouns[kinds.pop()] if len(kinds) == 1 else "draws"
+
+
 def scope(probes: Sequence[ProbeSummary]) -> str:
     """Over what the intervals of the properties are, in one line."""
     confidence = percent(probes[0].confidence) if probes else ""
-    unit = {"load": "distinct loads", "trial": "trials"}
-    others = unit[probes[0].draw] if len({probe.draw for probe in probes}) == 1 else "draws"
+    others = draws_of(probes)
     of_repeats = "" if others == "trials" else " (run-to-run: trials)"
     return f"Each interval at {confidence} %, not jointly; over {others}{of_repeats}"
 
@@ -117,10 +120,10 @@ def load(finding: LoadFinding) -> str:
     return load_name(finding.axis, finding.cache_state)
 
 
-def load_name(axis: Axis, cache_state: CacheState) -> str:
-    if axis == "run-to-run" and cache_state != "whole":
+def load_name(purpose: Purpose, cache_state: CacheState) -> str:
+    if purpose == "run-to-run" and cache_state != "whole":
         return f"{cache_state} again"
-    return cache_state if axis == "cache" else axis
+    return cache_state if purpose == "cache" else purpose
 
 
 def speed(tokens_per_s: float | None) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ndcheck.analysis.summary import Summary
-from ndcheck.judging.verdict import Judgement
-from ndcheck.records import AXES, Run, RunSpec
+from ndcheck.findings import Findings
+from ndcheck.records import AXES, RunSpec
 from ndcheck.reports.wording.phrases import percent
 from ndcheck.reports.wording.reproduction import argument, resume_command, wrapped_command
 
@@ -34,16 +34,9 @@ class Remedy:
     command: tuple[str, ...]
 
 
-def remedies(
-    run: Run,
-    summary: Summary,
-    judgement: Judgement,
-    defaults: RunSpec,
-    directory: str,
-    width: int,
-) -> list[Remedy]:
+def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) -> list[Remedy]:
     """The next commands, most urgent first; ``directory`` is the run's, or empty: not named."""
-    spec = run.spec
+    run, summary, spec = findings.run, findings.summary, findings.run.spec
     found: list[Remedy] = []
 
     def suggest(reason: str, wanted: RunSpec) -> None:
@@ -98,7 +91,7 @@ def remedies(
         suggest(
             "Bits differ but no token did; judge tokens alone", replace(spec, allow_latent=True)
         )
-    elif judgement.verdict.outcome == "PASS" and (rate := _next_rate(summary)) is not None:
+    elif findings.judgement.verdict.outcome == "PASS" and (rate := _next_rate(summary)) is not None:
         confidence = f"{percent(spec.confidence)} %"
         reason = f"Exclude a rate of {percent(rate)} % at {confidence}"
         suggest(reason, replace(spec, target_rate=rate))

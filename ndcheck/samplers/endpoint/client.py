@@ -1,4 +1,4 @@
-"""One request after another: asked, retried within bounds, and what became of it kept."""
+"""Send requests, retry them within bounds, and keep what became of each."""
 
 from __future__ import annotations
 

@@ -312,7 +312,7 @@ class EndpointSampler:
         errors = [o.error for o in outcomes if o.answer is None]
         if len(errors) < len(outcomes):
             return
-        if trial.axis == "reference" and trial.baseline is None:
+        if trial.role == "reference" and trial.baseline is None:
             raise BackendError(f"the reference of probe {trial.probe_id} failed: {errors[0]}")
         await self._require_life()
 

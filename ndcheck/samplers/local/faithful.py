@@ -1,9 +1,10 @@
-"""Whether a batch computes what its model computes: seen once per model, before it is measured.
+"""Check once per model, before it is measured, that ndcheck's batches compute what the model does.
 
-The right logits are those of `generate()` on a prompt alone. Beside them stand those of exact
-batches of the same tokens: alone and padded, the prompt whole, chunked or on a prefix, and decoded
-on token by token. What differs by more than rounding under stock kernels does so by the model's
-own code, and would be taken for nondeterminism.
+The right logits are those of `generate()` on a prompt alone. The same tokens also run in exact
+batches: alone and padded, with the prompt whole, in chunks or on a prefix, then token by token.
+Where stock kernels differ from the right logits by more than rounding, the model's own code makes
+the difference (positions that follow padding, say). That is not nondeterminism, so the property is
+left out or refused, with the reason.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ PATHS: tuple[Path, ...] = (
 
 
 @dataclass(slots=True)
-class Findings:
+class Examination:
     """What was seen of one model, in ``dtype``.
 
     ``differences`` from the right logits are in units of their spread, by path; ``sensitivity`` is
@@ -88,7 +89,7 @@ class Findings:
         )
 
 
-_SEEN: weakref.WeakKeyDictionary[Any, Findings] = weakref.WeakKeyDictionary()
+_SEEN: weakref.WeakKeyDictionary[Any, Examination] = weakref.WeakKeyDictionary()
 
 
 def require_faithful(
@@ -120,7 +121,7 @@ class Refusals:
 
 
 def find_refusals(
-    spec: RunSpec, config: Any, findings: Findings | None, lengths: Sequence[tuple[int, int]]
+    spec: RunSpec, config: Any, findings: Examination | None, lengths: Sequence[tuple[int, int]]
 ) -> Refusals:
     """What to leave out of ``spec``'s run.
 
@@ -185,7 +186,7 @@ def rope_switch(config: Any) -> tuple[str, int] | None:
     return min(switches, key=lambda switch: switch[1], default=None)
 
 
-def examine(model: Any, device: torch.device, paths: Sequence[Path] = PATHS) -> Findings:
+def examine(model: Any, device: torch.device, paths: Sequence[Path] = PATHS) -> Examination:
     """What is to be said of these paths through a model, and of whether it is a decoder.
 
     In fp32 where the memory holds the weights once more, else in the model's own dtype, where
@@ -195,7 +196,7 @@ def examine(model: Any, device: torch.device, paths: Sequence[Path] = PATHS) -> 
     bases = dict.fromkeys(base for path in paths for base in _bases(path))
     wanted = [p for p in bases if findings is None or p not in findings.reasons]
     if findings is None or wanted:
-        findings = _SEEN.setdefault(model, Findings(model.dtype))
+        findings = _SEEN.setdefault(model, Examination(model.dtype))
         examination = _Examination(model, device, findings)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # The run gives them again.
@@ -211,7 +212,7 @@ def examine(model: Any, device: torch.device, paths: Sequence[Path] = PATHS) -> 
 
 
 class _Examination:
-    def __init__(self, model: Any, device: torch.device, findings: Findings) -> None:
+    def __init__(self, model: Any, device: torch.device, findings: Examination) -> None:
         self._model = model
         self._name = type(model).__name__
         self._config = model.config.get_text_config(decoder=True)

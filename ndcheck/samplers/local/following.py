@@ -1,4 +1,7 @@
-"""Ranks that run the same trials: rank 0 says which, the others compute it with it."""
+"""The ranks, which are the processes that share a model, compute each trial together.
+
+Rank 0 announces it to the others. The first rank that fails says why, and all end.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""A model, its config and its tokenizer, from a hub id or a directory."""
+"""A model, its config and its tokenizer, from a hub id or a directory.
+
+transformers fills what a checkpoint lacks with random numbers and drops what it has no place for,
+with a warning at most. A measurement of such a model would be one of another model, so here each of
+these ends with a UsageError that names the model, the file and the tensor.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +40,11 @@ the empty model that it describes, and to merge an adapter."""
 FOREIGN = re.compile(
     r"(^|\.)((layers|h|blocks)\.\d+\..*(weight|_proj\.bias)|(score|classifier|qa_outputs|v_head)\..*)$"
 )
-"""Tensors without which a model is another one; buffers of older versions are none of them."""
+"""Names of stored tensors that a model cannot do without: those of its layers, or of another head.
+
+Where the model has no place for one, the config describes another model. Anything else without a
+place, such as a buffer that older versions of transformers stored, does no harm.
+"""
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -44,7 +53,7 @@ DTYPES = {
 
 
 def load_config(source: str, spec: RunSpec) -> Any:
-    """Raises UsageError where there is none, or not that of a decoder."""
+    """The model's config. Raises UsageError where there is none, or none of a decoder."""
     transformers.utils.logging.disable_progress_bar()
     is_gguf = source.endswith(SUFFIX)
     if not is_gguf:
@@ -76,7 +85,7 @@ def dequantised() -> dict[str, Any]:
 
 
 def _check_architecture(source: str, config: Any) -> None:
-    """Raise UsageError for a config whose weights are no causal language model's."""
+    """Raise UsageError where the config is not one of a causal language model."""
     names = [str(name) for name in config.architectures or []]
     if any(re.search(r"(ForCausalLM|LMHeadModel)$", name) for name in names):
         return
@@ -96,7 +105,10 @@ def _check_architecture(source: str, config: Any) -> None:
 
 
 def load_tokenizer(source: str, spec: RunSpec) -> Any:
-    """Raises UsageError where there is none, or one that does not serve."""
+    """The model's tokenizer; with random weights the embedded model's, if it has none of its own.
+
+    Raises UsageError where there is none, or where it turns text into no tokens.
+    """
     origin = _tokenizer_source(source, spec)
     with _one_line_errors(origin, "tokenizer.json, tokenizer_config.json"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -125,7 +137,7 @@ def load_model(
     """
     if spec.tensor_parallel > 1:
         check_heads(config, spec.tensor_parallel)
-    # What it warns of is refused here, or its own plan naming what only other models have.
+    # Its warnings are about what is refused here, or about plans for layers of other models.
     transformers.utils.logging.set_verbosity_error()
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if spec.attention != "auto":
@@ -169,7 +181,8 @@ def _make(
 ) -> Any:
     assert spec.random_weights is not None
     dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
-    # One process makes what four lines of a script do; several never have a whole model.
+    # One process draws as `from_config` does, so that a short script has the same weights. Several
+    # draw their shards, so that none ever holds the whole model.
     is_spread = spec.tensor_parallel > 1 or spec.tp_groups is not None
     torch.manual_seed(spec.random_weights)
     with _one_line_errors(source, CONFIG):
@@ -190,7 +203,10 @@ def _check_size(
     device: torch.device,
     stored: int | None,
 ) -> None:
-    """Raise UsageError where the config claims more than the files hold, or the memory."""
+    """Raise UsageError where the config describes more than the files, or the memory, can hold.
+
+    ``stored`` is what the files hold, None where nothing is loaded.
+    """
     dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
     with (
         _one_line_errors(source, CONFIG),
@@ -224,7 +240,10 @@ def _add_adapter(model: Any, directory: Path) -> Any:
 
 
 def _check_loaded(source: str, model: Any, found: dict[str, Any]) -> None:
-    """Raise UsageError where the model is not the stored one: a part of it would be random."""
+    """Raise UsageError where the model in memory is not the stored one.
+
+    ``found`` is what transformers says of the loading: tensors missing, left over, of other shapes.
+    """
     name = type(model).__name__
     for kind, said in (
         ("missing_keys", "are missing from the checkpoint and would be filled at random"),
@@ -252,14 +271,15 @@ def _check_loaded(source: str, model: Any, found: dict[str, Any]) -> None:
 
 
 def _names(keys: Any) -> list[str]:
-    """Names from what transformers lists: plain, in tuples with shapes, or as a dict's keys."""
+    """Sorted names out of what transformers lists: strings, tuples that begin with one, a dict."""
     return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys or ())
 
 
 def digest_weights(model: Any) -> str:
-    """16 hexadecimal digits over every parameter's name, shape, dtype and 4096 of its elements.
+    """16 hexadecimal digits over name, shape, dtype and 4096 elements of every tensor.
 
-    Evenly spaced elements keep this fast at any size; a fine-tune changes some of them.
+    The elements are evenly spaced: few enough to be fast at any size, and enough for a fine-tuned
+    model to have another digest.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in sorted(model.state_dict().items()):
@@ -271,7 +291,7 @@ def digest_weights(model: Any) -> str:
 
 
 def stop_ids(model: Any) -> set[int]:
-    """Tokens that end a completion. Raises UsageError where the model names what is none."""
+    """Ids of the tokens that end a completion. Raises UsageError where they are no token ids."""
     stop = model.generation_config.eos_token_id
     ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
     if not all(isinstance(i, int) for i in ids):
@@ -283,7 +303,10 @@ def stop_ids(model: Any) -> set[int]:
 
 
 def _tokenizer_source(source: str, spec: RunSpec) -> str:
-    """A bare config.json has no tokenizer; random weights speak no language, so any will do."""
+    """Where the tokenizer is: with ``source``, or the embedded model's for a bare config.json.
+
+    Only random weights may go without a tokenizer of their own: they speak no language.
+    """
     directory = Path(source)
     is_bare = directory.is_dir() and not any(directory.glob("tokenizer*"))
     return str(MODEL_DIRECTORY) if spec.random_weights is not None and is_bare else source
@@ -310,6 +333,6 @@ def _one_line_errors(source: str, part: str, option: str = "--model") -> Iterato
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line: the first, and what follows its colon."""
+    """The first line of an error's message; with the next one where the first ends with a colon."""
     first, *rest = (str(error).strip() or type(error).__name__).splitlines()
     return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first

@@ -34,7 +34,7 @@ from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.device import choose_device, own_device
-from ndcheck.samplers.local.faithful import PATHS, Findings, Path, examine, find_refusals
+from ndcheck.samplers.local.faithful import PATHS, Examination, Path, examine, find_refusals
 from ndcheck.samplers.local.following import Ranks
 from ndcheck.samplers.local.loading import (
     DTYPES,
@@ -83,7 +83,7 @@ class TransformersSampler:
         n_ids = getattr(self._text_config, "vocab_size", None)
         self._prompts = load_prompts(source.tokenizer, spec, n_ids)
         self._model: Any = None
-        self._findings: Findings | None = None
+        self._findings: Examination | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
         self._uncaptured: set[Arm] = set()
         if load_weights:

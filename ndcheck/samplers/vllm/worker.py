@@ -41,12 +41,12 @@ def main() -> None:
 
 def serve(requests: IO[str], replies: IO[str]) -> None:
     """Start an engine as the first request says and generate the batches of the others."""
-    engine: Engine | None = None
+    engine: SteppedEngine | None = None
     for line in requests:
         message = json.loads(line)
         try:
             if engine is None:
-                engine = Engine(message["arguments"], invariant=message["invariant"])
+                engine = SteppedEngine(message["arguments"], invariant=message["invariant"])
                 _send(replies, {"ready": engine.describe()})
             else:
                 _send(replies, engine.generate(message))
@@ -54,7 +54,7 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
             _send(replies, {type(error).__name__: str(error)})
 
 
-class Engine:
+class SteppedEngine:
     """vLLM's engine, stepped in this process, so that its scheduler can be watched.
 
     Raises UsageError for an argument that the engine does not take, and TrialError from

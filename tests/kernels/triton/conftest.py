@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ndcheck_kernels.scope import mode
+from ndcheck_kernels.scope import registry
 
 if not torch.cuda.is_available():
     from triton.runtime import interpreter
@@ -44,6 +44,20 @@ def seeded():
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def sizes():
+    """Of a decoder that the interpreter runs in seconds."""
+    return {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
 
 
 @pytest.fixture
@@ -122,10 +136,10 @@ def assert_batch_invariant():
 @pytest.fixture
 def cuda_registrations(device, monkeypatch):
     """What `cuda` registers is what the scope runs: without a GPU, for CPU tensors."""
-    mode.covered_ops("cpu")
-    mode.covered_ops("cuda")
+    registry.covered_ops("cpu")
+    registry.covered_ops("cuda")
     if device == "cpu":
-        monkeypatch.setitem(mode._implementations, "cpu", mode._implementations["cuda"])
-    mode._found.clear()
+        monkeypatch.setitem(registry._implementations, "cpu", registry._implementations["cuda"])
+    registry.resolved.clear()
     yield
-    mode._found.clear()
+    registry.resolved.clear()

@@ -13,16 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ndcheck_kernels import invariant_kernels, invariant_model
 from ndcheck_kernels.models import attention as model_attention
 from ndcheck_kernels.ops import attention
-from ndcheck_kernels.scope import mode
+from ndcheck_kernels.scope import registry
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
+SMALLER = {"num_hidden_layers": 1, "num_attention_heads": 2}  # as wide as all their heads
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FAMILIES = {
     # Makes a mask for windows that no layer has.
@@ -53,11 +46,11 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_decode_step_reads_nothing_back(family, device, monkeypatch) -> None:
-    monkeypatch.delitem(mode._pointwise, "cpu", raising=False)  # CUDA has no such proofs.
+def test_a_decode_step_reads_nothing_back(family, device, sizes, monkeypatch) -> None:
+    monkeypatch.delitem(registry._pointwise, "cpu", raising=False)  # CUDA has no such proofs.
     name, values = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**(SIZES | values))
+    config = getattr(transformers, f"{name}Config")(**(sizes | SMALLER | values))
     model = getattr(transformers, f"{name}ForCausalLM")(config).to(device).eval()
     cache = transformers.StaticCache(config=config, max_cache_len=8)
     mask = torch.ones(2, 8, dtype=torch.int64, device=device)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[3] / "kernels" / "bench" / "every_launch.py"
+KERNELS = Path(__file__).parents[3] / "kernels"
 
 # The matrix instructions of each architecture; small tiles use HMMA on all of them.
 TENSOR_CORES = {
@@ -30,7 +30,8 @@ DOTS = ("_matmul", "_grouped", "_prefill", "_decode")
 def compile_in_a_process(capability):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, str(BENCH), str(capability)],
+        [sys.executable, "-m", "bench.ops.every_launch", str(capability)],
+        cwd=KERNELS,
         env=environment, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]

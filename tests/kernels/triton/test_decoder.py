@@ -13,15 +13,6 @@ from ndcheck_kernels.cuda.attention.qkv import qkv
 from ndcheck_kernels.models import decoder, experts
 from ndcheck_kernels.models.decoder import fused_layers
 
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 FAMILIES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
@@ -40,13 +31,13 @@ pytestmark = pytest.mark.usefixtures("cuda_registrations")
 
 
 @pytest.fixture
-def make_model(dtype, device):
+def make_model(dtype, device, sizes):
     def make(family):
         register_attention()
         experts.register_experts()
         config_class, model_class = FAMILIES[family]
         torch.manual_seed(0)
-        values = SIZES | CHANGES.get(family, {})
+        values = sizes | CHANGES.get(family, {})
         config = config_class(**values, attn_implementation="ndcheck_invariant")
         config._experts_implementation = experts.NAME
         model = model_class(config)

@@ -136,19 +136,10 @@ def last_logits(model, prompts, device, chunk=None):
     return out.logits[:, -1]
 
 
-def test_a_model_gives_a_row_the_same_bits_in_any_company(dtype, device) -> None:
+def test_a_model_gives_a_row_the_same_bits_in_any_company(dtype, device, sizes) -> None:
     register_attention()
     torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        attn_implementation="ndcheck_invariant",
-    )
+    config = transformers.Qwen3Config(**sizes, attn_implementation="ndcheck_invariant")
     model = transformers.Qwen3ForCausalLM(config).to(device=device, dtype=dtype).eval()
     probe = [5, 17, 90, 33, 21, 8, 64, 2, 11]
     others = [[3] * 14, [9, 4], [77] * 11]

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from ndcheck.analysis.accumulate import summarise
-from ndcheck.judging.verdict import judge
+from ndcheck.findings import find
 from ndcheck.records import Probe
 from ndcheck.reports.figures import gather
 from ndcheck.reports.html.page import html_report
+from ndcheck.request import DEFAULTS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -50,12 +50,8 @@ def opened(browser, tmp_path):
 
     @contextmanager
     def open_page(example, **options):
-        figures = gather(example.samples, example.summary)
         file = tmp_path / "report.html"
-        file.write_text(
-            html_report(example.run, figures, example.summary, example.judgement, example.defaults),
-            encoding="utf-8",
-        )
+        file.write_text(html_report(example, gather(example), DEFAULTS), encoding="utf-8")
         context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
         page = context.new_page()
         complaints, requests = [], []
@@ -79,7 +75,7 @@ def attack(two_arms):
             sample,
             token_ids=(1, 2 + (sample.sample_id > 4)),
             token_texts=(ATTACK, ATTACK if sample.sample_id <= 4 else ATTACK[::-1]),
-            axis="neighbours" if sample.sample_id else "reference",
+            purpose="neighbours" if sample.sample_id else "reference",
             baseline=0 if sample.sample_id else None,
         )
         for sample in two_arms.samples[:9]
@@ -87,10 +83,7 @@ def attack(two_arms):
     spec = replace(two_arms.run.spec, model=ATTACK, probes=(Probe("p1", ATTACK),), arms=("stock",))
     environment = replace(two_arms.run.environment, software={ATTACK: ATTACK})
     run = replace(two_arms.run, spec=spec, environment=environment, stop_reason=ATTACK)
-    summary = summarise(samples, spec)
-    return replace(
-        two_arms, run=run, samples=samples, summary=summary, judgement=judge(run, summary)
-    )
+    return find(run, samples)
 
 
 @pytest.mark.parametrize("name", ["two_arms", "many", "hostile", "inconclusive", "all_errors"])

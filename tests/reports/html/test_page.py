@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import tomllib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 
 from ndcheck.reports.figures import gather
 from ndcheck.reports.html.page import SCRIPTS, TEMPLATE, html_report
+from ndcheck.request import DEFAULTS
+from ndcheck.storage.explanation import save_explanation
 
 EXAMPLES = [
     "failing",
@@ -64,15 +67,15 @@ class Page(HTMLParser):
         return json.loads(self.texts["script"][0])
 
 
-def render(example, advice=()) -> str:
-    figures = gather(example.samples, example.summary)
-    arguments = (example.run, figures, example.summary, example.judgement, example.defaults)
-    return html_report(*arguments, advice)
+def render(example) -> str:
+    return html_report(example, gather(example), DEFAULTS)
 
 
-def test_what_a_trace_advises_is_shown_as_text(failing) -> None:
+def test_what_a_trace_advises_is_shown_as_text(failing, tmp_path) -> None:
     assert "Explanation" not in render(failing)
-    text = render(failing, ["linear <b>in</b> lm_head\x1b[31m follows the batch size"])
+    advice = ["linear <b>in</b> lm_head\x1b[31m follows the batch size"]
+    save_explanation(tmp_path, 7, {102: advice})
+    text = render(replace(failing, directory=tmp_path))
     assert "<h2>Explanation</h2>" in text
     assert "linear &lt;b&gt;in&lt;/b&gt; lm_head" in text
     assert "\x1b" not in text
@@ -174,9 +177,10 @@ def decode(arm, vocabulary) -> list[str]:
                 return value
 
     found: list[list[int]] = []
-    for _, parent, start, end, *_ in arm["trunks"][: arm["n_with_tokens"]]:
-        own = [number() for _ in range(end - start)]
-        found.append((found[parent][:start] if parent >= 0 else []) + own)
+    for trunk in arm["trunks"][: arm["n_with_tokens"]]:
+        own = [number() for _ in range(trunk["end"] - trunk["start"])]
+        parent = trunk["parent"]
+        found.append((found[parent][: trunk["start"]] if parent >= 0 else []) + own)
     assert next(stream, None) is None
     return ["".join(vocabulary[token] for token in tokens) for tokens in found]
 
@@ -187,10 +191,10 @@ def test_the_embedded_completions_are_the_runs(name, request) -> None:
     data = Page(render(example)).data
     for arm, probe in zip(data["probes"][0]["arms"], example.summary.probes, strict=True):
         texts = decode(arm, data["vocabulary"])
-        ids = [trunk[0] for trunk in arm["trunks"]]
+        ids = [trunk["completion"] for trunk in arm["trunks"]]
         assert sorted(ids) == [completion.completion_id for completion in probe.completions]
         assert texts == [probe.completions[i - 1].text for i in ids]
-        counts = [arm["trunks"][row[5]][4] for row in arm["rows"]]
+        counts = [arm["trunks"][row["trunk"]]["count"] for row in arm["rows"]]
         assert len(counts) == probe.n_samples
 
 

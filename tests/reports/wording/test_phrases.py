@@ -92,8 +92,8 @@ def test_a_server_is_named_with_what_it_shows(passing) -> None:
 @pytest.mark.parametrize(("compared", "unit"), [("token ids", "token"), ("text", "character")])
 def test_the_page_and_the_plots_count_them_too(failing, compared, unit) -> None:
     run = served(failing, compared)
-    figures = gather(failing.samples, failing.summary)
-    page = html_report(run, figures, failing.summary, failing.judgement, DEFAULTS)
+    figures = gather(failing)
+    page = html_report(replace(failing, run=run), figures, DEFAULTS)
     assert f'<th class="number">First at {unit}</th>' in page
     assert f'"unit":"{unit}"' in page
     assert ("character by character" in page) == (unit == "character")
@@ -104,13 +104,11 @@ def test_the_page_and_the_plots_count_them_too(failing, compared, unit) -> None:
 def test_positions_of_text_count_characters(passing, failing) -> None:
     for compared, unit in (("token ids", "token"), ("text", "character")):
         run = served(failing, compared)
-        report = markdown_report(run, failing.summary, failing.judgement, DEFAULTS)
+        report = markdown_report(replace(failing, run=run), DEFAULTS)
         assert f"First at {unit} |" in report
         assert f"at {unit} " in report
         assert ("character" in report) == (unit == "character")
-    claims_of = markdown_report(
-        served(passing, "text"), passing.summary, passing.judgement, DEFAULTS
-    )
+    claims_of = markdown_report(replace(passing, run=served(passing, "text")), DEFAULTS)
     assert "answers were seen to arrive interleaved" in " ".join(claims_of.split())
 
 
@@ -129,6 +127,6 @@ def test_the_workload_says_how_requests_arrive(passing, arrival, shown) -> None:
 def test_a_server_that_fails_gets_its_own_remedy(failing, server, remedy) -> None:
     run = served(failing, "token ids")
     run = replace(run, environment=replace(run.environment, model={**SERVER, "server": server}))
-    found = remedies(run, failing.summary, failing.judgement, DEFAULTS, "", 100)
+    found = remedies(replace(failing, run=run), DEFAULTS, "", 100)
     assert any(remedy in each.reason for each in found)
     assert not any("--kernels" in " ".join(each.command) for each in found)

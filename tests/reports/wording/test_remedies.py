@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from ndcheck.findings import Findings
 from ndcheck.judging.verdict import judge
 from ndcheck.records import Decoding, Endpoint
 from ndcheck.reports.wording.remedies import remedies
@@ -17,7 +18,8 @@ HERE = {"class": "LlamaForCausalLM"}
 
 def advice(measured, run=None):
     run = run or measured.run
-    found = remedies(run, measured.summary, judge(run, measured.summary), DEFAULTS, "DIR", 100)
+    findings = Findings(run, (), measured.summary, judge(run, measured.summary))
+    found = remedies(findings, DEFAULTS, "DIR", 100)
     return [(each.reason, " ".join(each.command)) for each in found]
 
 

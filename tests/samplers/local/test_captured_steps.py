@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.errors import UsageError
 from ndcheck.plan.faults import plant_fault
 from ndcheck.plan.trials import plan_trials
@@ -165,7 +165,7 @@ def test_the_invariant_arm_is_and_stock_is_not_invariant(sampler):
     lengths = {"p1": sampler.count_tokens(PROBE.prompt)}
     samples, decoding_length = [], spec.decoding.max_tokens
     for trial in plan_trials(spec, lengths, sampler.context):
-        fault = plant_fault(decoding_length) if trial.axis == "control" else None
+        fault = plant_fault(decoding_length) if trial.role == "control" else None
         samples += sampler.sample(replace(trial, fault=fault), PROBE, spec.decoding)
     arms = {probe.arm: probe for probe in summarise(samples, spec).probes}
     assert arms["stock"].n_unique > 1

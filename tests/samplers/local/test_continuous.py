@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.judging.verdict import judge
 from ndcheck.plan.faults import plant_fault
@@ -54,7 +54,7 @@ def measure(sampler, spec):
     samples = []
     lengths = {"p1": sampler.count_tokens(PROBE.prompt)}
     for trial in plan_trials(spec, lengths, sampler.context):
-        fault = plant_fault(N_TOKENS) if trial.axis == "control" else None
+        fault = plant_fault(N_TOKENS) if trial.role == "control" else None
         samples += sampler.sample(replace(trial, fault=fault), PROBE, spec.decoding)
     run = Run("r", "0", spec, Environment(), "", "finished")
     return samples, judge(run, summarise(samples, spec))
@@ -137,7 +137,7 @@ def test_stock_bits_follow_the_company_and_invariant_bits_do_not(sampler):
     digests = {"stock": set(), "invariant": set()}
     for result in samples:
         assert bool(result.witness.override_fires) == (result.arm == "invariant")
-        if result.axis != "control":
+        if result.role != "control":
             digests[result.arm].add(result.row_digests)
     assert {result.axis for result in samples} > set(AXES)
     assert len(digests["stock"]) > 1
@@ -153,10 +153,10 @@ INVARIANT_ALONE = replace(
 
 def test_an_order_that_follows_the_batch_is_caught(sampler, monkeypatch):
     """Planted in the arm that passes without it."""
-    from ndcheck_kernels.scope import mode
+    from ndcheck_kernels.scope import registry
 
     op = torch.ops.aten.linear.default
-    covered_before = mode.covered_ops("cpu")
+    covered_before = registry.covered_ops("cpu")
 
     def linear(x, weight, bias=None):
         n_parts = 1 + x.numel() // x.shape[-1] % 3
@@ -165,13 +165,13 @@ def test_an_order_that_follows_the_batch_is_caught(sampler, monkeypatch):
 
     _, clean = measure(sampler, INVARIANT_ALONE)
     assert clean.verdict.outcome == "PASS"
-    monkeypatch.setitem(mode._implementations["cpu"], op, linear)
-    mode._found.clear()
+    monkeypatch.setitem(registry._implementations["cpu"], op, linear)
+    registry.resolved.clear()
     try:
         _, planted = measure(sampler, INVARIANT_ALONE)
     finally:
-        mode._found.clear()
-    assert mode.covered_ops("cpu") == covered_before
+        registry.resolved.clear()
+    assert registry.covered_ops("cpu") == covered_before
     assert planted.verdict.outcome == "FAIL"
 
 
@@ -179,7 +179,7 @@ def test_requests_that_never_meet_prove_nothing(open_sampler):
     spec = replace(INVARIANT_ALONE, arrivals="poisson:0.001")
     samples, judgement = measure(open_sampler(arrivals="poisson:0.001"), spec)
     assert {r.witness.achieved_batch_size for r in samples} == {1}
-    assert len({r.row_digests for r in samples if r.axis != "control"}) == 1
+    assert len({r.row_digests for r in samples if r.role != "control"}) == 1
     assert judgement.verdict.outcome == "INCONCLUSIVE"
     assert "not witnessed at the size asked for" in judgement.verdict.reasons[0]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.judging.verdict import judge
 from ndcheck.plan.faults import plant_fault
 from ndcheck.plan.trials import plan_trials
@@ -66,7 +66,7 @@ def test_the_invariant_arm_is_and_stock_is_not_invariant(directory, arrivals):
     sampler = TransformersSampler(spec)
     samples = []
     for trial in plan_trials(spec, {"p1": sampler.count_tokens(PROBE.prompt)}, sampler.context):
-        fault = plant_fault(N_TOKENS) if trial.axis == "control" else None
+        fault = plant_fault(N_TOKENS) if trial.role == "control" else None
         samples += sampler.sample(replace(trial, fault=fault), PROBE, spec.decoding)
     summary = summarise(samples, spec)
     arms = {probe.arm: probe for probe in summary.probes}

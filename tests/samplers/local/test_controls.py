@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.judging.verdict import judge
 from ndcheck.records import Decoding, Environment, Probe, Run
 from ndcheck.request import DEFAULTS

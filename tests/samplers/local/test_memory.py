@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.errors import TrialError
 from ndcheck.judging.verdict import judge
 from ndcheck.plan.faults import plant_fault
@@ -87,7 +87,7 @@ def test_batches_that_did_not_form_prove_nothing(sampler, room):
         room(n_rows)
         samples = []
         for trial in trials:
-            fault = plant_fault(8) if trial.axis == "control" else None
+            fault = plant_fault(8) if trial.role == "control" else None
             samples += sampler.sample(replace(trial, fault=fault), PROBE, GREEDY)
         run = Run("r", "0", spec, Environment(), "", "finished")
         outcomes.append(judge(run, summarise(samples, spec)).verdict.outcome)

@@ -20,7 +20,7 @@ from ndcheck.samplers.local.sharding import check_heads
 from ndcheck.storage.run_directory import SampleReader, read_run
 from ndcheck_kernels.models.tensor_parallel import ordered_layers
 from ndcheck_kernels.ops.collectives import GATHERED_ELEMENTS, add_pairwise
-from ndcheck_kernels.scope.mode import Scope
+from ndcheck_kernels.scope.state import Scope
 
 SIZES = {
     "vocab_size": 4096,  # The embedded tokenizer's, which a bare config gets.
@@ -92,7 +92,7 @@ def bits(out, arm):
     return {
         (s.trial_id, s.slot): s.row_digests
         for s in SampleReader(out)
-        if s.arm == arm and s.axis != "control"
+        if s.arm == arm and s.role != "control"
     }
 
 
@@ -123,7 +123,7 @@ SUMS = f"""
 import gc, json, torch, torch.distributed as dist
 from ndcheck_kernels import invariant_kernels
 from ndcheck_kernels.ops.collectives import add_pairwise, known_ranks, rank_sum_op
-from ndcheck_kernels.scope.mode import UncoveredOpError
+from ndcheck_kernels.scope.refusal import UncoveredOpError
 dist.init_process_group("gloo")
 n, rank = dist.get_world_size(), dist.get_rank()
 found = {{"refused": False}}
@@ -192,7 +192,7 @@ def test_bits_of_a_mixture_are_those_of_one_process(models, tmp_path):
     runs = [read_run(path) for path in (out[1], out[2], plain)]
     assert len({run.environment.model["digest"] for run in runs}) == 1  # The same weights.
     for path in (*out.values(), plain):
-        samples = [s for s in SampleReader(path) if s.axis != "control"]
+        samples = [s for s in SampleReader(path) if s.role != "control"]
         assert all(s.witness.achieved_batch_size == s.load.batch_size for s in samples)
         assert all(s.witness.override_fires for s in samples if s.arm == "invariant")
         assert len(set(bits(path, "invariant").values())) == 1

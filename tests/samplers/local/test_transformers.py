@@ -283,7 +283,7 @@ def test_invariant_kernels_give_the_same_bits_under_every_load(tiny_models, fami
     )
     digests = {"stock": set(), "invariant": set()}
     for trial in plan_trials(spec, lengths, sampler.context):
-        if trial.axis == "control":
+        if trial.role == "control":
             continue
         for result in sampler.sample(trial, PROBE, spec.decoding):
             digests[trial.arm].add(result.row_digests)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ndcheck.analysis.accumulate import summarise
+from ndcheck.analysis.summarising import summarise
 from ndcheck.environment import MUST_MATCH
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.judging.verdict import judge

@@ -243,7 +243,7 @@ def _is_aligned(t: torch.Tensor, row: int) -> bool:
 def route(
     index: torch.Tensor, weights: torch.Tensor, experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `experts.route_op` computes, by counting, for up to `MOST_COUNTED` pairs."""
+    """What `ops.experts.route_op` computes, by counting, for up to `MOST_COUNTED` pairs."""
     pairs, k = index.numel(), index.shape[1]
     token, expert = index.new_empty((2, pairs), dtype=torch.int64)
     place, ordered = torch.empty_like(index, dtype=torch.int64), torch.empty_like(weights)

@@ -17,7 +17,7 @@ from ndcheck_kernels.measure.cases.case import (
 )
 from ndcheck_kernels.measure.reference import attention_reference
 from ndcheck_kernels.ops.attention import attention_op, causal_spans
-from ndcheck_kernels.scope.mode import active_scope
+from ndcheck_kernels.scope.state import active_scope
 
 
 def _attention(

@@ -7,7 +7,7 @@ const report = (() => {
   function decode(arm) {
     const bytes = atob(arm.tokens);
     let at = 0;
-    return arm.trunks.slice(0, arm.n_with_tokens).map(([, , start, end]) => {
+    return arm.trunks.slice(0, arm.n_with_tokens).map(({ start, end }) => {
       const own = new Uint32Array(end - start);
       for (let i = 0; i < own.length; i++) {
         let byte, shift = 0;
@@ -25,7 +25,7 @@ const report = (() => {
   function tokens(arm, index) {
     if (index >= arm.n_with_tokens) return null;
     arm.own ??= decode(arm);
-    const [, parent, start, end] = arm.trunks[index];
+    const { parent, start, end } = arm.trunks[index];
     const found = new Uint32Array(end);
     if (parent >= 0) found.set(tokens(arm, parent).subarray(0, start));
     found.set(arm.own[index], start);
@@ -37,7 +37,7 @@ const report = (() => {
   }
 
   function trunkOf(arm, completion) {
-    return arm.trunks.findIndex(([id]) => id === completion);
+    return arm.trunks.findIndex((trunk) => trunk.completion === completion);
   }
 
   function colour(name) {
@@ -125,7 +125,7 @@ const report = (() => {
     margin(charts) {
       const at = new Map();
       charts.margins.forEach((margin, i) => at.set(i, [margin]));
-      charts.arms.forEach((arm, i) => arm.forks.forEach(([position, margin]) => {
+      charts.arms.forEach((arm, i) => arm.forks.forEach(({ position, margin }) => {
         const row = at.get(position) ?? at.set(position, [null]).get(position);
         row[i + 1] = Math.min(margin, row[i + 1] ?? Infinity);
       }));

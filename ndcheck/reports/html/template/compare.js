@@ -44,7 +44,7 @@
     const panes = section.querySelectorAll("pre");
     const several = probe.arms.length > 1;
     const options = probe.arms.flatMap((arm, i) =>
-      arm.trunks.slice(0, arm.n_with_tokens).map(([id, , start, , count]) => ({
+      arm.trunks.slice(0, arm.n_with_tokens).map(({ completion: id, start, count }) => ({
         value: `${i}/${id}`,
         label: `${several ? `${arm.arm} ` : ""}${id}: ${count} of ${arm.n_samples}${id === arm.reference ? ", the reference" : start ? `, leaves at ${data.unit} ${start + 1}` : ""}`,
       })),

@@ -6,17 +6,17 @@
   const CONTEXT = 4;
 
   const orders = {
-    tree: (arm) => (a, b) => arm.trunks[a[5]][6] - arm.trunks[b[5]][6] || a[0] - b[0],
-    batch: (arm) => (a, b) => a[3] - b[3] || orders.tree(arm)(a, b),
-    run: () => (a, b) => a[0] - b[0],
+    tree: (arm) => (a, b) => arm.trunks[a.trunk].place - arm.trunks[b.trunk].place || a.sample - b.sample,
+    batch: (arm) => (a, b) => a.size - b.size || orders.tree(arm)(a, b),
+    run: () => (a, b) => a.sample - b.sample,
   };
 
   // From which token on a row has which colour: its trunk's, before that its parent's, and so on.
   function segments(arm, index) {
     const found = [];
-    for (let end = arm.trunks[index][3]; index >= 0; index = arm.trunks[index][1]) {
-      const [, , start, , , colourNumber] = arm.trunks[index];
-      found.push([start, end, colourNumber]);
+    for (let end = arm.trunks[index].end; index >= 0; index = arm.trunks[index].parent) {
+      const { start, colour: number } = arm.trunks[index];
+      found.push([start, end, number]);
       end = start;
     }
     return found;
@@ -32,7 +32,7 @@
     const canvas = figure.querySelector("canvas");
     const status = figure.querySelector(".status");
     const order = figure.querySelector(".order");
-    const nTokens = Math.max(1, ...arm.trunks.map((trunk) => trunk[3]));
+    const nTokens = Math.max(1, ...arm.trunks.map((trunk) => trunk.end));
     let rows = [], at = null, width = 0;
     const height = arm.trunks.length === 1 ? 48 : Math.min(420, Math.max(90, arm.rows.length * 5));
 
@@ -49,9 +49,9 @@
       // not hide behind the many.
       for (const first of [true, false]) {
         rows.forEach((row, i) => {
-          if (!cached.has(row[5])) cached.set(row[5], segments(arm, row[5]));
+          if (!cached.has(row.trunk)) cached.set(row.trunk, segments(arm, row.trunk));
           const top = Math.floor(i * y * ratio), bottom = Math.ceil((i + 1) * y * ratio);
-          for (const [start, end, number] of cached.get(row[5])) {
+          for (const [start, end, number] of cached.get(row.trunk)) {
             if ((number === 0) !== first) continue;
             const left = Math.floor(start * x * ratio), right = Math.ceil(end * x * ratio);
             context.fillStyle = palette[number];
@@ -87,8 +87,8 @@
         row: Math.min(rows.length - 1, Math.max(0, row)),
         token: Math.min(nTokens - 1, Math.max(0, token)),
       };
-      const [sample, trial, load, size, slot, index] = rows[at.row];
-      const [completion, , , , count] = arm.trunks[index];
+      const { sample, trial, load, size, slot, trunk: index } = rows[at.row];
+      const { completion, count } = arm.trunks[index];
       status.replaceChildren(
         `Sample ${sample}, trial ${trial}: ${arm.loads[load]}, batch ${size}, slot ${slot} · completion ${completion} (${count} of ${arm.n_samples}) · ${data.unit} ${at.token + 1}: `,
       );
@@ -113,7 +113,7 @@
     }
 
     function compare() {
-      const [completion] = arm.trunks[rows[at.row][5]];
+      const { completion } = arm.trunks[rows[at.row].trunk];
       report.compare(Number(figure.dataset.probe), Number(figure.dataset.arm), completion);
     }
 

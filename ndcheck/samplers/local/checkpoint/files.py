@@ -1,6 +1,6 @@
-"""A model's directory: its config's numbers, its shards and their heads, without torch.
+"""Check a model's directory without torch: the numbers in config.json, the headers of its shards.
 
-Hub ids pass: their files are checked when they are here.
+A hub id passes unchecked: its files are not here yet.
 """
 
 from __future__ import annotations

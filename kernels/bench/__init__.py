@@ -1,0 +1,1 @@
+"""The scripts behind results, each run as `PYTHONPATH=kernels python -m bench.FOLDER.SCRIPT`."""

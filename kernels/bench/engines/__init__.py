@@ -1,0 +1,1 @@
+"""ndcheck's arms beside vLLM's modes, in process and served."""

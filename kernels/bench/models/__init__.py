@@ -1,0 +1,1 @@
+"""Whole models: families, published shapes, decode steps, several GPUs."""

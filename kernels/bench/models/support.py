@@ -1,0 +1,187 @@
+"""Measure which model families are invariant, and write the support table.
+
+    PYTHONPATH=kernels python -m bench.models.support
+
+Every family goes through the load grid of `ndcheck run`, once per dtype and arm, on a model with
+random weights; the invariant arm gets a verdict per property, or the line that refuses it. Results
+are kept by device in results/families/, and kernels/README.md shows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from bench.models.families import FAMILIES, SHAPES, save_model
+from ndcheck import __version__, environment
+from ndcheck.builtin import MODEL_DIRECTORY
+from ndcheck.errors import BackendError
+from ndcheck.findings import read_findings
+from ndcheck.plan.trials import plan_trials
+from ndcheck.records import AXES, Arm, Decoding, Probe, Run, RunSpec
+from ndcheck.runner import run_trials
+from ndcheck.samplers.local.sampler import DTYPES, TransformersSampler
+from ndcheck.storage.run_directory import RunDirectory
+
+ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "results" / "families"
+README = ROOT / "kernels" / "README.md"
+TABLE = re.compile(r"(?<=<!-- support table -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+REFUSED = "refused"
+CODE = "def insert(self, key, value): node = self.root; while node is not None: pass "
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The loads: batch sizes times the properties, each for one round."""
+
+    batch_sizes: tuple[int, ...]
+    prompt: str
+    max_tokens: int
+    n_samples: int
+
+
+# Long enough for more than one split of the keys; 44 is one round.
+FULL = Grid((1, 2, 3, 5, 8), CODE * 6, max_tokens=8, n_samples=44)
+QUICK = Grid((1, 3), CODE, max_tokens=4, n_samples=14)
+
+
+def measure(family: str, dtype: str, device: str, arm: Arm, grid: Grid = FULL) -> dict[str, Any]:
+    """Outcomes by property with trials and divergences, or the line that refuses the model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model, path = Path(scratch) / "model", Path(scratch) / "run"
+        save_model(family, DTYPES[dtype], device, model, MODEL_DIRECTORY)
+        spec = RunSpec(
+            model=str(model),
+            probes=(Probe("p1", grid.prompt),),
+            decoding=Decoding(grid.max_tokens),
+            batch_sizes=grid.batch_sizes,
+            axes=AXES,
+            mode="mixed",
+            n_samples=grid.n_samples,
+            arms=(arm,),
+            device=device,
+        )
+        sampler = TransformersSampler(spec)
+        lengths = {"p1": sampler.count_tokens(grid.prompt)}
+        trials = plan_trials(spec, lengths, sampler.context)
+        here = environment.capture(sampler.describe())
+        run = Run(family, __version__, spec, here, started_at="", n_trials_planned=len(trials))
+        with closing(RunDirectory.create(path, run)) as directory:
+            try:
+                run_trials(trials, sampler, directory)
+            except BackendError as error:
+                return {"refused": str(error).removeprefix("invariant arm: ").split(". Run")[0]}
+        findings = read_findings(path)
+        (summary,), (verdict,) = findings.summary.probes, findings.judgement.probes
+        return {
+            "outcome": verdict.verdict.outcome,
+            "axes": {
+                finding.axis: {
+                    "outcome": verdict.axes[finding.axis].outcome,
+                    "n_trials": finding.n_trials,
+                    "diverged": finding.diverged_trials,
+                    "latent": finding.latent_trials,
+                }
+                for finding in summary.axes
+            },
+        }
+
+
+def measure_all(device: str, families: Iterable[str]) -> dict[str, Any]:
+    """Every family in bf16 and fp32, with the environment it was measured in."""
+    rows = []
+    for family in families:
+        for dtype in ("bf16", "fp32") if family in FAMILIES else ("bf16",):
+            row: dict[str, Any] = {"family": family, "dtype": dtype}
+            for arm in ("stock", "invariant"):
+                row[arm] = measure(family, dtype, device, arm)  # type: ignore[arg-type]
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    here = environment.capture({})
+    return {"device": device, "hardware": here.hardware, "software": here.software, "rows": rows}
+
+
+def render(results: list[dict[str, Any]]) -> str:
+    """The table and the refusals, as Markdown; dtypes with the same outcome share a line."""
+    head = ["family", "device", "dtype", *AXES, "properties that stock lacks"]
+    lines, refusals = [head, ["---"] * len(head)], []
+    for result in results:
+        device = result["hardware"]["gpu"] if result["device"] == "cuda" else result["device"]
+        for family in dict.fromkeys(row["family"] for row in result["rows"]):
+            alike: dict[str, list[dict[str, Any]]] = {}
+            for row in result["rows"]:
+                if row["family"] == family:
+                    alike.setdefault(cells(row["invariant"]), []).append(row)
+            for outcome, same in alike.items():
+                dtypes = ", ".join(row["dtype"] for row in same)
+                if outcome == REFUSED:
+                    reason = same[0]["invariant"]["refused"]
+                    refusals.append(f"- {family} ({device}; {dtypes}): {reason}")
+                else:
+                    stock = "; ".join(f"{row['dtype']}: {failures(row['stock'])}" for row in same)
+                    lines.append([family, device, dtypes, outcome, stock])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\nRefused, in the words of the first dtype:\n\n" + "\n".join(refusals) + "\n"
+
+
+def cells(outcome: dict[str, Any]) -> str:
+    """One per property: its verdict, and how many of its trials diverged in tokens or bits."""
+    if "refused" in outcome:
+        return REFUSED
+    axes = [outcome["axes"][axis] for axis in AXES]
+    return " | ".join(
+        f"{a['outcome'].lower()} ({a['diverged'] + a['latent']}/{a['n_trials']})" for a in axes
+    )
+
+
+def failures(outcome: dict[str, Any]) -> str:
+    failed = [axis for axis in AXES if outcome["axes"][axis]["outcome"] == "FAIL"]
+    return ", ".join(failed) or "none here, so only the planted fault is the control"
+
+
+def load_results() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def write(result: dict[str, Any]) -> None:
+    """One row a line, so that a change shows in a diff; other families' rows stay."""
+    path = RESULTS / f"{result['device']}.json"
+    measured = {row["family"] for row in result["rows"]}
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in kept if row["family"] not in measured] + result["rows"]
+    rows.sort(key=lambda row: [*FAMILIES, *SHAPES].index(row["family"]))
+    about = {key: value for key, value in result.items() if key != "rows"}
+    lines = ",\n".join(map(json.dumps, rows))
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    names = [*FAMILIES, *SHAPES]
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=names)
+    parser.add_argument("--render", action="store_true", help="only write the table again")
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not options.render:
+        torch.set_num_threads(1)
+        write(measure_all(options.device, options.families))
+    README.write_text(TABLE.sub(lambda _: render(load_results()), README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

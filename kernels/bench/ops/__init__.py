@@ -1,0 +1,1 @@
+"""Ops beside torch's: products, attention, rows, experts."""

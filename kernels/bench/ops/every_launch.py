@@ -1,0 +1,158 @@
+"""Compiles every kernel in every configuration that the tables can select, without a GPU.
+
+    PYTHONPATH=kernels python -m bench.ops.every_launch CAPABILITY [all]
+
+Prints JSON: what each compiled kernel uses, and one line for each launch that does not compile.
+Without `all`, the shapes of the README's figures in bfloat16; with it, every dtype, head dimension
+and width that the launchers accept, which takes many minutes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from bench.ops.matmul_cells import SHAPES
+from ndcheck_kernels.cuda import configs, device, routing
+from ndcheck_kernels.cuda.attention import causal, qkv
+from ndcheck_kernels.cuda.compiler import compile_failure
+from ndcheck_kernels.cuda.products import grouped_matmul, matmul
+from ndcheck_kernels.cuda.rows import layer_norm, logits, reductions, rms_norm, silu_mul, softmax
+from ndcheck_kernels.measure import resources
+
+Launch = tuple[str, Callable[[], object]]
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
+WIDTHS = (100, 128, 4096, 16384, 65536, 151936)
+
+
+def launches(capability: int, *, everything: bool) -> Iterator[Launch]:
+    """A name and a call for each; tensors are allocated and never read."""
+    for dtype in device.FLOATS if everything else device.FLOATS[:1]:
+        for source in (products, experts, attentions, rows, decoder):
+            yield from source(capability, dtype, everything)
+
+
+def products(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Launch]:
+    tried = set()
+    for n, k in (*SHAPES.values(), (1000, 1000)):
+        size = dtype.itemsize
+        groups = configs.k_groups(n, k, size, capability)
+        for config in configs.selectable_configs(n, k, size, capability):
+            if (config, groups) in tried:
+                continue
+            tried.add((config, groups))
+            x, w = torch.empty(600, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
+            addends = (None, torch.empty(n, dtype=dtype), torch.empty(600, n, dtype=dtype))
+            for c in addends if everything else addends[:2]:
+                yield (
+                    f"matmul {config} in {groups}",
+                    lambda c=c, x=x, w=w, config=config, groups=groups: matmul._launch(
+                        x, w.t(), c, 1.0, 1.0, None, config, groups
+                    ),
+                )
+
+
+def experts(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Launch]:
+    x, b = torch.empty(600, 2048, dtype=dtype), torch.empty(128, 2048, 1536, dtype=dtype)
+    ends = torch.empty(128, dtype=torch.int32)
+    groups = configs.k_groups(1536, 2048, dtype.itemsize, capability)
+    for config in configs.selectable_grouped_configs(dtype.itemsize, capability):
+        for weights in (b, b.view(128, 1536, 2048).mT):
+            yield (
+                f"grouped_matmul {config}",
+                lambda weights=weights, config=config: grouped_matmul._launch(
+                    x, weights, ends, None, config, groups
+                ),
+            )
+    index, weights = torch.empty(75, 8, dtype=torch.int64), torch.empty(75, 8, dtype=dtype)
+    yield "route", lambda: grouped_matmul.route(index, weights, 128)
+    yield "combine", lambda: grouped_matmul.combine(x, index, weights)
+    yield "combine with a residual", lambda: grouped_matmul.combine(x, index, weights, x[:75])
+    yield "choose", lambda: routing.choose(torch.empty(75, 128, dtype=dtype), 8, True)
+
+
+def attentions(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Launch]:
+    sinks = torch.empty(8, dtype=dtype)
+    for dim in HEAD_DIMS if everything else (64, 128):
+        q, k = (torch.empty(1, h, 512, dim, dtype=dtype) for h in (8, 2))
+        long = torch.empty(1, 8, 8192, dim, dtype=dtype)
+        for name, query in (("prefill", q), ("long prefill", long), ("decode", q[:, :, :1])):
+            if everything or dim == 128:
+                yield f"{name} {dim}", lambda q=query, k=k: causal.attention(q, k, k)
+            if everything or (dim == 128 and name == "prefill"):
+                # Without a window Hopper has a kernel of its own.
+                yield (
+                    f"{name} {dim} with padding",
+                    lambda q=query, k=k: causal.attention(
+                        q, k, k, starts=torch.empty(1, dtype=torch.int64),
+                        lengths=torch.empty(1, dtype=torch.int64), sinks=sinks,
+                    ),
+                )  # fmt: skip
+            if not everything and (dim == 128 or name == "long prefill"):
+                continue
+            yield (
+                f"{name} {dim} with everything",
+                lambda q=query, k=k: causal.attention(
+                    q, k, k, starts=torch.empty(1, dtype=torch.int64),
+                    lengths=torch.empty(1, dtype=torch.int64), window=128, softcap=50.0,
+                    sinks=sinks,
+                ),
+            )  # fmt: skip
+
+
+def rows(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Launch]:
+    for n in WIDTHS if everything else (128, 4096, 16384, 151936):
+        x, w = torch.empty(5, n, dtype=dtype), torch.empty(n, dtype=dtype)
+        if n <= (65536 if everything else 16384):
+            yield f"rms_norm {n}", lambda x=x, w=w: rms_norm.rms_norm(x, w)
+            yield f"rms_norm {n} alone", lambda x=x: rms_norm.rms_norm(x)
+            yield f"add_rms_norm {n}", lambda x=x, w=w: rms_norm.add_rms_norm(x, x, w)
+            yield f"layer_norm {n}", lambda x=x, w=w: layer_norm.layer_norm(x, w, w)
+            yield f"layer_norm {n} alone", lambda x=x: layer_norm.layer_norm(x)
+        for op in (softmax.softmax, softmax.log_softmax, softmax.logsumexp):
+            yield f"{op.__name__} {n}", lambda op=op, x=x: op(x)
+        yield f"sum {n}", lambda x=x: reductions.sum(x, -1)
+        yield f"silu_mul {n}", lambda x=x: silu_mul.silu_mul(x, x)
+        yield f"read_logits {n}", lambda x=x: logits.read_logits(x)
+
+
+def decoder(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Launch]:
+    for dim in qkv.HEAD_DIMS if everything else (32, 64, 128):
+        for heads, kv_heads in ((4, 2), (3, 1), (32, 8)):
+            x = torch.empty(2, 3, (heads + 2 * kv_heads) * dim, dtype=dtype)
+            angles = torch.empty(2, 3, dim, dtype=dtype)
+            keys = torch.empty(2, kv_heads, 8, dim, dtype=dtype)
+            for norm in (None, torch.empty(dim, dtype=dtype)):
+                yield (
+                    f"qkv {heads}/{kv_heads}x{dim}{'' if norm is None else ' with norms'}",
+                    lambda x=x, angles=angles, keys=keys, norm=norm: qkv.qkv(
+                        x, angles, angles, keys, keys, torch.tensor(0), q_weight=norm, k_weight=norm
+                    ),
+                )
+
+
+def compile_all(capability: int, *, everything: bool = False) -> dict[str, object]:
+    """What every kernel uses, and what does not compile and why."""
+    failures, used = [], []
+    with resources.compiling(capability) as kernels:
+        for name, launch in launches(capability, everything=everything):
+            try:
+                launch()
+            except Exception as error:
+                reason = compile_failure(error)
+                if reason is None:
+                    raise
+                failures.append(f"{name}: {reason}")
+        compiled = list(kernels)
+    for kernel in compiled:
+        entry = dataclasses.asdict(resources.resources(kernel))
+        used.append(entry | {"instructions": sorted(entry["instructions"])})
+    return {"kernels": used, "failures": failures}
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(int(sys.argv[1]), everything="all" in sys.argv[2:])))

@@ -1,0 +1,1 @@
+"""The reference experiment: 1000 completions of one prompt."""

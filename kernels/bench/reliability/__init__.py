@@ -1,0 +1,1 @@
+"""Damaged files, odd command lines, spoilt answers, kill -9."""

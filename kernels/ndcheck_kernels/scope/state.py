@@ -1,0 +1,43 @@
+"""The scope that a thread is in, and what happened in it."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+# What `Scope.missing` understands beside op names: one of the ops must have fired.
+OP_GROUPS: dict[str, frozenset[str]] = {
+    "gemm": frozenset({"linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "mv", "dot"}),
+    "attention": frozenset({"attention", "scaled_dot_product_attention"}),
+}
+
+_thread = threading.local()
+
+
+@dataclass
+class Scope:
+    """What happened inside one `invariant_kernels()` block."""
+
+    fires: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def missing(self, expected: Iterable[str] = ("gemm", "attention")) -> tuple[str, ...]:
+        """The expected ops or `OP_GROUPS` that no implementation has computed so far."""
+        fired = set(self.fires)
+        return tuple(name for name in expected if not fired & OP_GROUPS.get(name, {name}))
+
+
+def active_scope() -> Scope | None:
+    """The scope this thread is in."""
+    return getattr(_thread, "scope", None)
+
+
+@contextmanager
+def entered(scope: Scope) -> Iterator[None]:
+    """Make it this thread's scope, and none again at the end."""
+    _thread.scope = scope
+    try:
+        yield
+    finally:
+        _thread.scope = None

@@ -1,0 +1,175 @@
+"""Model families on CPU: the support table is current, and faults in a model are caught."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import ndcheck_kernels
+from bench.models import families, support
+from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck_kernels import UncoveredOpError, invariant_kernels
+from ndcheck_kernels.models import attention
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+NAMES = list(families.FAMILIES)
+PROPERTIES = ("run-to-run", "batch-size", "slot", "neighbours", "cache")
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+    """The committed rows of the table for this kind of device, by family and dtype."""
+    results = {result["device"]: result for result in support.load_results()}
+    return {(row["family"], row["dtype"]): row for row in results["cpu"]["rows"]}
+
+
+def test_the_table_shows_the_results():
+    (table,) = support.TABLE.findall(support.README.read_text())
+    assert table == support.render(support.load_results())
+
+
+def test_the_table_has_every_family_in_two_dtypes(on_cpu):
+    assert sorted(on_cpu) == sorted((name, dtype) for name in NAMES for dtype in ("bf16", "fp32"))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("family", NAMES)
+def test_the_table_is_current(family, dtype, on_cpu):
+    expected = on_cpu[family, dtype]["invariant"]
+    measured = support.measure(family, dtype, "cpu", "invariant", support.QUICK)
+    assert measured.get("refused") == expected.get("refused")
+    if "refused" not in expected:
+        assert measured["outcome"] == expected["outcome"] == "PASS", measured
+        assert set(measured["axes"]) == set(PROPERTIES)
+        assert all(axis["n_trials"] for axis in measured["axes"].values())
+
+
+def test_a_neighbour_dependent_router_is_caught(monkeypatch):
+    """The planted fault: a capacity of 12 tokens per expert; those that come later lose theirs."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+    own = MixtralTopKRouter.forward
+
+    def limited(router, hidden_states):
+        logits, weights, index = own(router, hidden_states)
+        place = torch.nn.functional.one_hot(index, router.num_experts).sum(1).cumsum(0)
+        return logits, weights * (place.gather(1, index) <= 12), index
+
+    own_sampler = support.TransformersSampler
+
+    def load_then_plant(spec):
+        sampler = own_sampler(spec)
+        # Before, the check of the model against generate() would refuse it unmeasured.
+        monkeypatch.setattr(MixtralTopKRouter, "forward", limited)
+        return sampler
+
+    monkeypatch.setattr(support, "TransformersSampler", load_then_plant)
+    outcome = support.measure("Mixtral", "fp32", "cpu", "invariant", support.QUICK)
+    assert outcome["outcome"] == "FAIL"
+    assert outcome["axes"]["slot"]["outcome"] == "FAIL"
+    assert outcome["axes"]["neighbours"]["outcome"] == "FAIL"
+    assert outcome["axes"]["run-to-run"]["outcome"] == "PASS"
+
+
+def test_a_window_that_follows_the_padding_is_caught(monkeypatch):
+    """The planted fault: the window begins at a multiple of 8, counted from the padded column."""
+    own = attention.spans_from_mask
+
+    def rounded(visible, origin=None):
+        spans = own(visible, origin)
+        begin = torch.maximum(spans[..., 0], spans[..., 1] // 8 * 8)
+        return torch.stack([spans[..., 0], begin, spans[..., 2]], -1)
+
+    monkeypatch.setattr(attention, "spans_from_mask", rounded)
+    outcome = support.measure("OLMo 3", "fp32", "cpu", "invariant", support.QUICK)
+    assert outcome["axes"]["neighbours"]["outcome"] == "FAIL"
+    assert outcome["axes"]["run-to-run"]["outcome"] == "PASS"
+
+
+def test_the_model_has_its_own_ways_again():
+    model = families.build_model("Mixtral")
+    own = model.config._attn_implementation, model.config._experts_implementation
+    with ndcheck_kernels.invariant_model(model):
+        assert model.config._attn_implementation == "ndcheck_invariant"
+        assert model.config._experts_implementation == "ndcheck_invariant"
+    assert (model.config._attn_implementation, model.config._experts_implementation) == own
+
+
+@pytest.mark.parametrize("family", ["BLOOM (ALiBi)", "Qwen3.5 (hybrid)"])
+def test_replaced_modules_are_stock_outside_the_scope(family):
+    model, ids = families.build_model(family), torch.arange(3, 40)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        with ndcheck_kernels.invariant_model(model), invariant_kernels():
+            inside = model(ids).logits
+        after = model(ids).logits
+    assert torch.equal(before, after)
+    assert torch.allclose(inside, before, atol=1e-3)
+    assert not torch.equal(inside, before)
+
+
+def assert_refused(model, match):
+    with pytest.raises(UncoveredOpError, match=match), ndcheck_kernels.invariant_model(model):
+        pass
+
+
+def test_quantised_weights_are_refused_by_name():
+    model = families.build_model("Qwen3")
+    layer = model.model.layers[1].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    assert_refused(
+        model, r"quantised weights \(torch.float8_e4m3fn on cpu\) in model\.layers\.1\.mlp"
+    )
+
+
+def test_products_with_quantised_weights_are_refused_by_name():
+    class Int8Linear(torch.nn.Module):
+        def forward(self, x):
+            weight, scales = torch.ones(8, 16, dtype=torch.int8), torch.ones(8).bfloat16()
+            return torch.ops.aten._weight_int8pack_mm(x, weight, scales)
+
+    with (
+        invariant_kernels(),
+        pytest.raises(UncoveredOpError, match=r"_weight_int8pack_mm.*\(Int8Linear\)"),
+    ):
+        torch.nn.Sequential(Int8Linear())(torch.ones(3, 16).bfloat16())
+
+
+def test_other_linear_attention_is_refused_by_name():
+    config = transformers.AutoConfig.for_model(
+        "minimax",
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+        num_local_experts=2,
+        layer_types=["full_attention", "linear_attention"],
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert_refused(model, r"linear attention .* in model\.layers\.1\.self_attn \(MiniMaxLightning")
+
+
+@pytest.mark.parametrize("cache_state", ["whole", "chunked", "prefix"])
+@pytest.mark.parametrize("family", ["OLMo 3", "Llama 4", "Qwen3.5 (hybrid)"])
+def test_padded_rows_over_windows_and_states(family, cache_state):
+    """Prefixes longer than the window, shorter than it, and none at all; 0 is the padding token."""
+    model = families.build_model(family)
+    rows = [list(range(5, 5 + length)) for length in (30, 47, 1, 60)]
+    with (
+        torch.inference_mode(),
+        ndcheck_kernels.invariant_model(model),
+        invariant_kernels(),
+    ):
+        beside = ExactBatch(model, torch.device("cpu"), len(rows), max(map(len, rows)) + 3)
+        beside.reset(rows)
+        together = [beside.prefill(cache_state)]
+        tokens = together[0].argmax(-1)
+        together.append(beside.step(tokens))
+        for slot, row in enumerate(rows):
+            alone = ExactBatch(model, torch.device("cpu"), 1, len(row) + 3)
+            alone.reset([row])
+            assert torch.equal(alone.prefill("whole")[0], together[0][slot])
+            assert torch.equal(alone.step(tokens[slot : slot + 1])[0], together[1][slot])

@@ -1,0 +1,46 @@
+"""Our own ops have no kernel: outside a scope each of them fails by name, inside it runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ndcheck_kernels import invariant_kernels
+from ndcheck_kernels.ops import attention, collectives, experts, products
+
+HEADS = torch.ones(1, 1, 2, 4)
+ROWS, WEIGHT = torch.ones(2, 4), torch.ones(3, 4)
+INDEX = torch.tensor([[1, 0]])
+SPANS = torch.tensor([[[0, 2]]], dtype=torch.int32)
+ENDS = torch.tensor([1, 2], dtype=torch.int32)
+
+CALLS = {
+    "attention": (attention.attention_op, (HEADS, HEADS, HEADS, SPANS, 0.5)),
+    "route_experts": (experts.route_op, (INDEX, ROWS[:1, :2], 2)),
+    "combine_experts": (experts.combine_op, (ROWS, INDEX, ROWS[:1, :2])),
+    "partial_linear": (products.partial_linear_op, (ROWS, WEIGHT)),
+    "partial_grouped": (products.partial_grouped_op, (ROWS, torch.ones(2, 4, 3), ENDS)),
+    # An empty part asks no group of ranks.
+    "rank_sum": (collectives.rank_sum_op, (torch.ones(0), "no group")),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_op_of_our_own_runs_inside_a_scope_only(name):
+    op, arguments = CALLS[name]
+    with pytest.raises(RuntimeError, match=f"{name} only runs inside"):
+        op(*arguments)
+    with invariant_kernels() as scope:
+        op(*arguments)
+    assert scope.fires[name] == 1
+
+
+def test_every_op_of_our_own_is_tried():
+    names = torch._C._dispatch_get_all_op_names()
+    own = {name.split("::")[1] for name in names if name.startswith("ndcheck_kernels::")}
+    assert own == {*CALLS, "rank_gather"}  # Which needs ranks: the tests of samplers start some.
+
+
+def test_a_gather_outside_a_scope_fails():
+    with pytest.raises(RuntimeError, match="rank_gather only runs inside"):
+        collectives.rank_gather_op(torch.ones(2), 2, "no group")
