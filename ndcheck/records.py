@@ -54,7 +54,7 @@ EngineName = Literal["vllm"]
 Fillers = Literal["words", "shared-prefix"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
-Role = Literal["system", "developer", "user", "assistant"]
+Speaker = Literal["system", "developer", "user", "assistant"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
 
 ARMS: tuple[Arm, ...] = ("stock", "invariant")
@@ -66,7 +66,7 @@ AXES: tuple[Axis, ...] = ("run-to-run", "batch-size", "slot", "neighbours", "cac
 class Message:
     """One turn of a conversation."""
 
-    role: Role
+    role: Speaker
     content: str
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-from ndcheck.records import Message, Prompt, Role
+from ndcheck.records import Message, Prompt, Speaker
 from ndcheck.storage.reading import is_unicode
 
 Entry = tuple[str | None, Prompt]
@@ -18,7 +18,7 @@ PROMPT_CHANGING = ("tools", "functions", "chat_template_kwargs")
 MESSAGE_CHANGING = ("tool_calls", "function_call", "name", "audio", "images")
 FIELDS = (*HOLDERS, *IDS, SYSTEM, *PROMPT_CHANGING)
 """All that an entry is read for."""
-ROLES: dict[str, Role] = {
+ROLES: dict[str, Speaker] = {
     "system": "system",
     "developer": "developer",
     **dict.fromkeys(("user", "human"), "user"),
