@@ -49,15 +49,11 @@ def check_request(spec: RunSpec) -> None:
         if groups < 2 or groups & (groups - 1) or groups % n:
             divided = f" that --tp {n} divides" if n > 1 else ""
             raise UsageError(f"--tp-groups {groups}: give a power of two{divided}, such as 8")
-        if "invariant" not in spec.arms or spec.engine is not None:
+        if "invariant" not in spec.arms:
             raise UsageError("--tp-groups is for ndcheck's own kernels: give --kernels invariant")
     if n == 1 and groups is None:
         return
     option = "--tp" if n > 1 else "--tp-groups"
-    if spec.endpoint is not None:
-        raise UsageError(f"{option}: with --endpoint this is the server's own to choose")
-    if spec.model.startswith("scripted:"):
-        raise UsageError(f"{option} needs a model that computes, not {spec.model}")
     if spec.batching != "exact":
         raise UsageError(f"--batching {spec.batching}: with {option} a trial is one exact batch")
     if n > 1 and ":" in spec.device:

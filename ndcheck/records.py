@@ -7,7 +7,9 @@ unit of evidence; a *sample* is one completion of a probe. CONTRIBUTING.md expla
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
+
+from ndcheck.probe import Probe as Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,46 +52,16 @@ Role = Literal["reference", "trial", "control"]
 Purpose = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
 """What a trial is for: its axis, or its role where it has none. Files call it ``axis``."""
 CacheState = Literal["whole", "chunked", "prefix"]
-EngineName = Literal["vllm"]
 Fillers = Literal["words", "shared-prefix"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
-Speaker = Literal["system", "developer", "user", "assistant"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
 
 ARMS: tuple[Arm, ...] = ("stock", "invariant")
 AXES: tuple[Axis, ...] = ("run-to-run", "batch-size", "slot", "neighbours", "cache")
 """The five invariance properties, each with its own verdict."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: Speaker
-    content: str
-
-
-Prompt = str | tuple[Message, ...]
-"""What a model is asked: a text, or the messages of a conversation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """A prompt being measured.
-
-    ``messages`` are those of a conversation, the user's last; ``prompt`` is then the text of that
-    one, to tell the probe by.
-    """
-
-    probe_id: str
-    prompt: str
-    messages: tuple[Message, ...] = ()
-
-    @property
-    def content(self) -> Prompt:
-        """What the model is asked."""
-        return self.messages or self.prompt
+CLOSED_ARRIVALS = ("together", "closed")
+"""Those of `ndcheck.plan.arrivals` under which the number in flight is as asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +303,7 @@ class Environment:
 class Engine:
     """A serving engine that computes in processes of its own; ``arguments`` are ``KEY=VALUE``."""
 
-    name: EngineName = "vllm"
+    name: str = "vllm"
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
     arguments: tuple[str, ...] = ()
@@ -343,8 +315,8 @@ class Endpoint:
 
     ``header_names`` are sent with values that the command line gives again. ``arrival`` says when
     the requests of a trial are sent: ``together``, ``closed`` (each row's next request when its
-    last is answered), or as an open loop, ``poisson:RATE`` or ``bursts:SIZE:SECONDS``. Fillers
-    are ``words``, or the probe with words after it (``shared-prefix``).
+    last is answered), or as an open loop, ``poisson:RATE`` or ``bursts:SIZE:GAP`` by the second.
+    Fillers are ``words``, or the probe with words after it (``shared-prefix``).
     """
 
     url: str
@@ -354,13 +326,6 @@ class Endpoint:
     fillers: Fillers = "words"
     timeout_s: NotNegative = 300.0
     n_retries: Count = 2
-
-    CLOSED_ARRIVALS: ClassVar[tuple[str, ...]] = ("together", "closed")
-
-    @property
-    def sets_batch_size(self) -> bool:
-        """False in an open loop, where the server's speed decides how many run at a time."""
-        return self.arrival in self.CLOSED_ARRIVALS
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +352,7 @@ class RunSpec:
     attention: str = "auto"
     batching: Batching = "exact"
     arrivals: str = "closed"
-    """Who comes when under continuous batching; see `ndcheck.plan.queue`."""
+    """Who comes when under continuous batching, by the decode step; see `ndcheck.plan.queue`."""
     adapter: str | None = None
     """A directory of peft's; None too where ``model`` is one, which names its base."""
     chat: bool = False
@@ -416,8 +381,8 @@ class RunSpec:
     def sets_batch_size(self) -> bool:
         """False in an open loop, where arrivals and speed decide how many run at a time."""
         if self.endpoint is not None:
-            return self.endpoint.sets_batch_size
-        return self.batching == "exact" or not self.arrivals.startswith("poisson")
+            return self.endpoint.arrival in CLOSED_ARRIVALS
+        return self.batching == "exact" or self.arrivals in CLOSED_ARRIVALS
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from ndcheck.plan.grid import batch_sizes_up_to
 from ndcheck.plan.trials import plan_trials
 from ndcheck.records import AXES, Arm, Axis, Environment, Run, RunSpec, RunStatus, Sample, Trial
 from ndcheck.reports.wording import phrases
+from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.base import Sampler
 from ndcheck.storage.evidence import trial_digests
 from ndcheck.storage.run_directory import NewDirectory, RunDirectory, failed_samples
@@ -102,7 +103,7 @@ def _fit_loads(spec: RunSpec, sampler: Sampler) -> RunSpec:
 
 def capture(spec: RunSpec, sampler: Sampler) -> Environment:
     """Where the model runs: of a server only it can tell."""
-    if spec.endpoint is not None:
+    if backend_of(spec).is_remote:
         return environment.capture_client(sampler.describe())
     return environment.capture(sampler.describe())
 

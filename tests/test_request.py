@@ -6,25 +6,27 @@ from dataclasses import replace
 
 import pytest
 
-from ndcheck import engine_request, request
+from ndcheck import request
 from ndcheck.errors import UsageError
 from ndcheck.records import AXES, Decoding, Engine
 from ndcheck.request import DEFAULTS
+from ndcheck.samplers import options
+from ndcheck.samplers.vllm.backend import OWN_OPTIONS
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "a", "", "1,,2", "1.5", "1,2,1", "²"])
 def test_bad_batch_sizes(text):
     with pytest.raises(UsageError, match="--loads"):
-        request.parse_batch_sizes(text)
+        options.parse_batch_sizes(text)
 
 
 def test_batch_sizes():
-    assert request.parse_batch_sizes(" 1, 2,16") == (1, 2, 16)
+    assert options.parse_batch_sizes(" 1, 2,16") == (1, 2, 16)
 
 
 def test_auto_batch_sizes_are_found_later():
-    assert request.parse_loads("auto") == ()
-    assert request.parse_loads("2,3") == (2, 3)
+    assert options.parse_loads("auto") == ()
+    assert options.parse_loads("2,3") == (2, 3)
     assert request.make_spec(loads="auto").batch_sizes == ()
 
 
@@ -33,10 +35,13 @@ def test_auto_batch_sizes_are_found_later():
     [
         ({"batching": "dynamic"}, "--batching dynamic: choose from exact, continuous"),
         ({"arrivals": "together"}, "--arrivals together needs --batching continuous"),
-        ({"batching": "continuous", "arrivals": "poisson:0"}, "--arrivals poisson:0: choose from"),
+        (
+            {"batching": "continuous", "arrivals": "poisson:0"},
+            "--arrivals poisson:0: give together",
+        ),
         (
             {"batching": "continuous", "model": "scripted:clean"},
-            "--batching continuous needs a model that computes",
+            "--batching: this needs a model that computes, not scripted:NAME",
         ),
         (
             {"batching": "continuous", "model": "served", "endpoint": "http://127.0.0.1:1/v1"},
@@ -60,23 +65,42 @@ def test_batching():
 
 
 def test_axes():
-    assert request.parse_axes("all") == AXES
-    assert request.parse_axes("cache,slot") == ("slot", "cache")
+    assert options.parse_axes("all") == AXES
+    assert options.parse_axes("cache,slot") == ("slot", "cache")
     with pytest.raises(UsageError, match="'speed' is unknown; choose from run-to-run"):
-        request.parse_axes("slot,speed")
+        options.parse_axes("slot,speed")
 
 
 def test_arms_and_mode():
-    assert request.parse_arms("invariant,stock", "builtin") == ("stock", "invariant")
-    assert request.parse_arms(None, "builtin") == ("stock", "invariant")
-    assert request.parse_arms(None, "scripted:fork") == ("stock",)
-    assert request.parse_arms(None, "served", is_served=True) == ("stock",)
-    assert request.parse_arms("stock", "served", is_served=True) == ("stock",)
+    assert options.parse_arms("invariant,stock") == ("stock", "invariant")
+    assert request.make_spec().arms == ("stock", "invariant")
+    assert request.make_spec(model="scripted:fork").arms == ("stock",)
+    assert request.make_spec(model="scripted:fork", kernels=["invariant"]).arms == ("invariant",)
+    served = {"model": "served", "endpoint": "http://host/v1"}
+    assert request.make_spec(**served).arms == ("stock",)
+    assert request.make_spec(**served, kernels="stock").arms == ("stock",)
     with pytest.raises(UsageError, match="--kernels stock,invariant: with --endpoint"):
-        request.parse_arms("stock,invariant", "served", is_served=True)
-    assert request.parse_mode("mixed") == "mixed"
+        request.make_spec(**served, kernels="stock,invariant")
+    assert request.make_spec(mode="mixed").mode == "mixed"
     with pytest.raises(UsageError, match="choose from copies, mixed"):
-        request.parse_mode("both")
+        request.make_spec(mode="both")
+
+
+@pytest.mark.parametrize(
+    ("backend", "recorded", "shown"),
+    [
+        ({"batching": "continuous"}, "poisson:0.5", "poisson:0.5/step"),
+        ({"model": "m", "endpoint": "http://host/v1"}, "bursts:2:3", "bursts:2:3s"),
+    ],
+)
+def test_arrivals_go_by_the_clock_of_the_backend(backend, recorded, shown):
+    spec = request.make_spec(**backend, arrivals=shown)
+    assert (spec.endpoint.arrival if spec.endpoint else spec.arrivals) == recorded
+    assert not spec.sets_batch_size
+    assert request.make_spec(**backend, arrivals=recorded) == spec
+    assert request.make_spec(**backend, arrival=shown) == spec
+    with pytest.raises(UsageError, match="--arrival is the old name of --arrivals"):
+        request.make_spec(**backend, arrivals=shown, arrival="closed")
 
 
 def test_probes_from_options_and_files(tmp_path):
@@ -158,7 +182,7 @@ def test_engine_options():
     spec = request.make_spec(model="m", engine="vllm", tp=2, engine_arg=given)
     assert spec.engine == Engine("vllm", 2, 1, ("max_model_len=4096", "kv_cache_dtype=fp8"))
     assert request.make_spec(model="m").engine is None
-    for key, instead in engine_request.OWN_OPTIONS.items():
+    for key, instead in OWN_OPTIONS.items():
         with pytest.raises(UsageError, match=f"{key}: give {instead} instead"):
             request.make_spec(model="m", engine="vllm", engine_arg=f"{key}=1")
 

@@ -22,6 +22,7 @@ from ndcheck.cli.commands.runs import runs
 from ndcheck.cli.commands.shrink import shrink
 from ndcheck.cli.commands.trace import trace
 from ndcheck.cli.console import FAILED, run_guarded
+from ndcheck.cli.grouped_help import GroupedCommand
 from ndcheck.errors import NdcheckError, UsageError, doing
 from ndcheck.ranks import may_speak
 
@@ -58,7 +59,7 @@ COMMANDS = {
     for command in (run, report, trace, shrink, order, demo, gate, compare, runs, doctor)
 }
 for command in COMMANDS.values():
-    app.command()(command)
+    app.command(cls=GroupedCommand if command is run else None)(command)
 app.command(hidden=True)(mock_server)
 app.add_typer(kernels)
 

@@ -18,6 +18,7 @@ from ndcheck.cli.console import note
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import UsageError
 from ndcheck.records import ARMS, Arm, Load, Probe, RunSpec
+from ndcheck.samplers.backends import backend_of
 from ndcheck.storage.explanation import save_explanation
 from ndcheck.storage.run_directory import replacing, write_failure
 
@@ -274,33 +275,18 @@ def shrink(
 
 def _check_visible(spec: RunSpec) -> None:
     """Raise UsageError for a run whose ops cannot be seen, whatever else is given."""
-    if spec.endpoint is not None:
-        raise UsageError(f"{spec.model} runs at {spec.endpoint.url}: no op can be seen there")
-    if spec.engine is not None:
-        raise UsageError(f"{spec.model} runs in {spec.engine.name}: no op can be seen there")
-    if spec.tensor_parallel > 1:
-        raise UsageError(
-            f"{spec.model} runs on {spec.tensor_parallel} ranks: an op is seen in one process; "
-            "explain a run of it with --tp 1"
-        )
-    if spec.batching == "continuous":
-        raise UsageError(
-            "continuous batching: no step can be repeated alone; explain a run of the same prompts "
-            "with --batching exact"
-        )
+    reason = backend_of(spec).unseen(spec)
+    if reason is not None:
+        raise UsageError(reason)
 
 
 def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
     """Raises UsageError for a model whose ops cannot be seen."""
-    from ndcheck.samplers.base import open_sampler
-    from ndcheck.samplers.local.sampler import TransformersSampler
+    from ndcheck.samplers.local.backend import LocalBackend
 
     _check_visible(spec)
     note(f"loading {spec.model}", quiet=quiet)
-    sampler = open_sampler(spec)
-    if not isinstance(sampler, TransformersSampler):
-        raise UsageError(f"--model {spec.model} does not run in this process: no op can be seen")
-    return sampler
+    return LocalBackend().open(spec)
 
 
 def one_arm(text: str) -> Arm:

@@ -3,234 +3,199 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ndcheck.engine_request import ENGINES, TRANSFORMERS
-from ndcheck.plan.queue import ARRIVALS
+from ndcheck.plan.arrivals import NOTATION
 from ndcheck.records import ARMS, AXES
 from ndcheck.request import DEFAULTS
+from ndcheck.samplers.backends import ENGINES, OPTIONS
+
+
+def _option(name: str, help: str, metavar: str | None = None) -> Any:
+    """typer's view of a row: its flags and its NDCHECK_* variable."""
+    row = OPTIONS[name]
+    flags = (row.flag, row.short) if row.short else (row.flag,)
+    return typer.Option(*flags, help=help, envvar=row.variable, metavar=metavar)
+
 
 Model = Annotated[
     str,
-    typer.Option(
-        "--model",
-        help="builtin, smollm2, a directory, a GGUF file, a hub id, or scripted:NAME; with "
-        "--endpoint a served name.",
-        envvar="NDCHECK_MODEL",
-        metavar="MODEL",
+    _option(
+        "model",
+        "builtin, smollm2, a directory, a GGUF file, a hub id, or scripted:NAME; with --endpoint a "
+        "served name.",
+        "MODEL",
     ),
 ]
 Adapter = Annotated[
     Path | None,
-    typer.Option(
-        "--adapter",
-        help="A LoRA or another adapter of peft's, merged into the model.",
-        metavar="DIR",
-    ),
+    _option("adapter", "A LoRA or another adapter of peft's, merged into the model.", "DIR"),
 ]
 EndpointUrl = Annotated[
     str | None,
-    typer.Option(
-        "--endpoint",
-        help="Measure a running server through its OpenAI API, such as http://host:8000/v1.",
-        envvar="NDCHECK_ENDPOINT",
-        metavar="URL",
+    _option(
+        "endpoint",
+        "Measure a running server through its OpenAI API, such as http://host:8000/v1.",
+        "URL",
     ),
 ]
 ApiKeyFile = Annotated[
     Path | None,
-    typer.Option(
-        "--api-key-file",
-        help="Holds the API key [default: NDCHECK_API_KEY, OPENAI_API_KEY]; never recorded.",
-        metavar="FILE",
+    _option(
+        "api_key_file",
+        "Holds the API key [default: NDCHECK_API_KEY, OPENAI_API_KEY]; never recorded.",
+        "FILE",
     ),
 ]
 Header = Annotated[
     list[str] | None,
-    typer.Option(
-        "--header",
-        help="Sent with every request; the value is not recorded.",
-        metavar="'NAME: V'",
+    _option(
+        "header",
+        "Sent with every request; the value is not recorded.",
+        "'NAME: V'",
     ),
 ]
-ArrivalMode = Annotated[
-    str,
-    typer.Option(
-        "--arrival",
-        help="How a trial's requests arrive: together, closed (next when answered), "
-        "poisson:RATE or bursts:SIZE:SECONDS.",
-        metavar="HOW",
-    ),
-]
-FillerKind = Annotated[
-    str, typer.Option("--fillers", help="words, or shared-prefix: the prompt and words.")
-]
-Timeout = Annotated[
-    float, typer.Option("--timeout", help="For one whole answer.", metavar="SECONDS")
-]
+FillerKind = Annotated[str, _option("fillers", "words, or shared-prefix: the prompt and words.")]
+Timeout = Annotated[float, _option("timeout", "For one whole answer.", "SECONDS")]
 Retries = Annotated[
     int,
-    typer.Option(
-        "--retries", help="Of a request that met 429, 5xx or a broken connection.", metavar="N"
-    ),
+    _option("retries", "Of a request that met 429, 5xx or a broken connection.", "N"),
 ]
 Prompt = Annotated[
     list[str] | None,
-    typer.Option(
-        "--prompt", help="A probe; may be given several times. - is stdin.", metavar="TEXT"
-    ),
+    _option("prompt", "A probe; may be given several times. - is stdin.", "TEXT"),
 ]
 PromptsFile = Annotated[
     Path | None,
-    typer.Option(
-        "--prompts-file",
-        help="Probes: text, JSON, JSON lines, CSV or Parquet; conversations too. - is stdin.",
-        metavar="FILE",
+    _option(
+        "prompts_file",
+        "Probes: text, JSON, JSON lines, CSV or Parquet; conversations too. - is stdin.",
+        "FILE",
     ),
 ]
 PromptColumn = Annotated[
     str | None,
-    typer.Option(
-        "--prompt-column",
-        help="The column or field of --prompts-file that holds the prompt.",
-        metavar="NAME",
-    ),
+    _option("prompt_column", "The column or field of --prompts-file with the prompt.", "NAME"),
 ]
-Chat = Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")]
+Chat = Annotated[bool, _option("chat", "Apply the model's chat template.")]
 MaxTokens = Annotated[
     int,
-    typer.Option(
-        "--max-tokens", help="Tokens per completion.", envvar="NDCHECK_MAX_TOKENS", metavar="N"
-    ),
+    _option("max_tokens", "Tokens per completion.", "N"),
 ]
 Temperature = Annotated[
     float,
-    typer.Option(
-        "--temperature", help="0 is greedy; above, a Gumbel draw seeded by --seed.", metavar="T"
-    ),
+    _option("temperature", "0 is greedy; above, a Gumbel draw seeded by --seed.", "T"),
 ]
 Seed = Annotated[
     int,
-    typer.Option("--seed", help="Of fillers, slots and draws.", envvar="NDCHECK_SEED", metavar="N"),
+    _option("seed", "Of fillers, slots and draws.", "N"),
 ]
 Kernels = Annotated[
     str | None,
-    typer.Option(
-        "--kernels",
-        help=f"Arms to run, interleaved: {', '.join(ARMS)} [default: both].",
-        envvar="NDCHECK_KERNELS",
-        metavar="ARMS",
+    _option(
+        "kernels",
+        f"Arms to run, interleaved: {', '.join(ARMS)} [default: both].",
+        "ARMS",
     ),
 ]
 Dtype = Annotated[
     str,
-    typer.Option(
-        "--dtype",
-        help="auto (as stored), bf16, fp16, fp32.",
-        envvar="NDCHECK_DTYPE",
-        metavar="DTYPE",
+    _option(
+        "dtype",
+        "auto (as stored), bf16, fp16, fp32.",
+        "DTYPE",
     ),
 ]
 Device = Annotated[
     str,
-    typer.Option(
-        "--device", help="auto, cpu, cuda, cuda:1, ...", envvar="NDCHECK_DEVICE", metavar="DEVICE"
-    ),
+    _option("device", "auto, cpu, cuda, cuda:1, ...", "DEVICE"),
 ]
 Attention = Annotated[
     str,
-    typer.Option(
-        "--attn",
-        help="transformers' attention implementation: auto, eager, sdpa, ...",
-        envvar="NDCHECK_ATTN",
-        metavar="NAME",
+    _option(
+        "attn",
+        "transformers' attention implementation: auto, eager, sdpa, ...",
+        "NAME",
     ),
 ]
 Loads = Annotated[
     str,
-    typer.Option(
-        "--loads",
-        help="Batch sizes; auto: up to the largest that fits in memory.",
-        envvar="NDCHECK_LOADS",
-        metavar="1,2,...",
+    _option(
+        "loads",
+        "Batch sizes; auto: up to the largest that fits in memory.",
+        "1,2,...",
     ),
 ]
 BatchSizes = Annotated[
     str,
-    typer.Option("--loads", help="Batch sizes.", envvar="NDCHECK_LOADS", metavar="1,2,..."),
+    _option("loads", "Batch sizes.", "1,2,..."),
 ]
 Axes = Annotated[
     str,
-    typer.Option(
-        "--axes",
-        help=f"What varies: all, or some of {', '.join(AXES)}.",
-        envvar="NDCHECK_AXES",
-        metavar="AXES",
+    _option(
+        "axes",
+        f"What varies: all, or some of {', '.join(AXES)}.",
+        "AXES",
     ),
 ]
 LoadMode = Annotated[
     str,
-    typer.Option(
-        "--mode",
-        help="copies: rows are copies of the probe, each a sample. "
-        "mixed: one probe row among fillers.",
-        envvar="NDCHECK_MODE",
-        metavar="MODE",
+    _option(
+        "mode",
+        "copies: rows are copies of the probe, each a sample. mixed: one probe row among fillers.",
+        "MODE",
     ),
 ]
 Batching = Annotated[
     str,
-    typer.Option(
-        "--batching",
-        help="exact: the batch that a load asks for, to the end. continuous: requests come and go "
+    _option(
+        "batching",
+        "exact: the batch that a load asks for, to the end. continuous: requests come and go "
         "between steps, as in a server.",
-        envvar="NDCHECK_BATCHING",
-        metavar="BATCHING",
+        "BATCHING",
     ),
 ]
 Arrivals = Annotated[
-    str,
-    typer.Option(
-        "--arrivals",
-        help=f"Under continuous batching: {ARRIVALS} (requests a decode step); --loads says how "
-        "many are in flight.",
-        envvar="NDCHECK_ARRIVALS",
-        metavar="ARRIVALS",
+    str | None,
+    _option(
+        "arrivals",
+        f"How requests arrive: {NOTATION}; CLOCK is step under continuous batching [default: "
+        "closed], s at a server [default: together].",
+        "ARRIVALS",
     ),
 ]
+OldArrivals = Annotated[str | None, typer.Option("--arrival", hidden=True)]
 Samples = Annotated[
     int,
-    typer.Option(
-        "--samples",
-        "-n",
-        help="Samples of each probe in each arm.",
-        envvar="NDCHECK_SAMPLES",
-        metavar="N",
+    _option(
+        "samples",
+        "Samples of each probe in each arm.",
+        "N",
     ),
 ]
 TargetRate = Annotated[
     float | None,
-    typer.Option(
-        "--target-rate",
-        help="Choose the number of trials so that none diverging excludes this rate.",
-        metavar="P",
+    _option(
+        "target_rate",
+        "Choose the number of trials so that none diverging excludes this rate.",
+        "P",
     ),
 ]
-Confidence = Annotated[float, typer.Option("--confidence", help="Of all bounds.", metavar="LEVEL")]
+Confidence = Annotated[float, _option("confidence", "Of all bounds.", "LEVEL")]
 StopOnDivergence = Annotated[
-    bool, typer.Option("--stop-on-divergence", help="End at the first diverged trial.")
+    bool, _option("stop_on_divergence", "End at the first diverged trial.")
 ]
 AllowLatent = Annotated[
-    bool, typer.Option("--allow-latent", help="Judge tokens alone: equal tokens, other bits pass.")
+    bool, _option("allow_latent", "Judge tokens alone: equal tokens, other bits pass.")
 ]
 AnswerPattern = Annotated[
     str | None,
-    typer.Option(
-        "--answer-pattern",
-        help="Regular expression of the answer in a completion (TARa@N).",
-        metavar="RE",
+    _option(
+        "answer_pattern",
+        "Regular expression of the answer in a completion (TARa@N).",
+        "RE",
     ),
 ]
 Out = Annotated[
@@ -257,50 +222,47 @@ Plots = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")]
 RandomWeights = Annotated[
     int | None,
-    typer.Option(
-        "--random-weights",
-        help="Make weights from the model's config.json and this seed; load none.",
-        metavar="SEED",
+    _option(
+        "random_weights",
+        "Make weights from the model's config.json and this seed; load none.",
+        "SEED",
     ),
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let the model's repository run its code.")
+    bool, _option("trust_remote_code", "Let the model's repository run its code.")
 ]
 EngineChoice = Annotated[
     str,
-    typer.Option(
-        "--engine",
-        help=f"What computes the model: {', '.join((TRANSFORMERS, *ENGINES))}.",
-        envvar="NDCHECK_ENGINE",
-        metavar="NAME",
+    _option(
+        "engine",
+        f"What computes the model: {', '.join(ENGINES)}.",
+        "NAME",
     ),
 ]
 TensorParallel = Annotated[
     int,
-    typer.Option(
-        "--tp",
-        help="Tensor parallel size. Without an engine, start one process a rank: torchrun "
+    _option(
+        "tp",
+        "Tensor parallel size. Without an engine, start one process a rank: torchrun "
         "--nproc-per-node N -m ndcheck run --tp N ...",
-        metavar="N",
+        "N",
     ),
 ]
 TensorParallelGroups = Annotated[
     int | None,
-    typer.Option(
-        "--tp-groups",
-        help="Invariant arm: the same bits at --tp 1, 2, 4, ... N; a power of two.",
-        metavar="N",
+    _option(
+        "tp_groups",
+        "Invariant arm: the same bits at --tp 1, 2, 4, ... N; a power of two.",
+        "N",
     ),
 ]
-PipelineParallel = Annotated[
-    int, typer.Option("--pp", help="vLLM: pipeline parallel size.", metavar="N")
-]
+PipelineParallel = Annotated[int, _option("pp", "vLLM: pipeline parallel size.", "N")]
 EngineArgument = Annotated[
     list[str] | None,
-    typer.Option(
-        "--engine-arg",
-        help="vLLM: one of its engine arguments; may be given several times.",
-        metavar="KEY=VALUE",
+    _option(
+        "engine_arg",
+        "vLLM: one of its engine arguments; may be given several times.",
+        "KEY=VALUE",
     ),
 ]
 

@@ -38,6 +38,7 @@ from ndcheck.runner import (
     run_trials,
     slug,
 )
+from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.base import Rendered, Sampler, open_sampler
 from ndcheck.storage.evidence import is_continued_by
 from ndcheck.storage.run_directory import RunDirectory, read_run
@@ -139,7 +140,7 @@ def follow(spec: RunSpec) -> int:
 
 def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> Sampler:
     """The run's sampler, and what to know of it on stderr."""
-    note(f"{'probing' if spec.endpoint else 'loading'} {spec.model}", quiet=quiet)
+    note(f"{backend_of(spec).opening} {spec.model}", quiet=quiet)
     with doing(f"opening {spec.model}"):
         sampler = open_sampler(spec, headers=headers, say=lambda line: note(line, quiet=quiet))
     for line in sampler.notes:
@@ -232,7 +233,8 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
         f"{n_rows * spec.decoding.max_tokens} generated tokens"
     )
     if spec.batching == "continuous":
-        cost = f"continuous batching, arrivals {spec.arrivals}: batch is the most in flight"
+        arrivals = backend_of(spec).arrivals(spec)
+        cost = f"continuous batching, arrivals {arrivals}: batch is the most in flight"
     typer.echo(
         f"\n{len(trials)} trials ({', '.join(f'{n} {purpose}' for purpose, n in counts.items())}), "
         f"{sum(t.n_samples for t in trials if t.role != 'control')} samples; {cost}"

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import typer
 
 from ndcheck import request
-from ndcheck.engine_request import parse_engine_argument
 from ndcheck.errors import UsageError
 from ndcheck.records import RunSpec
 from ndcheck.reports.wording.reproduction import shell_options, trusted_options
+from ndcheck.samplers.backends import OPTIONS
 
-PARAMETERS = ("endpoint", "api_key_file", "engine_arg", "attn", "trust_remote_code")
+PARAMETERS = frozenset(name for name, option in OPTIONS.items() if option.needs_trust)
 
 
 class Given(NamedTuple):
@@ -31,16 +31,13 @@ class Given(NamedTuple):
 def given_options(context: typer.Context) -> list[Given]:
     """Those of PARAMETERS that have a value other than their default."""
     found = []
-    for name in PARAMETERS:
+    for name in PARAMETERS - {"header"}:  # Its values are not recorded.
         value, source = context.params.get(name), context.get_parameter_source(name)
         if value is None or source is None or source.name == "DEFAULT":
             continue
-        values = list(value) if isinstance(value, (list, tuple)) else [value]
-        if name == "engine_arg":
-            values = [parse_engine_argument(each) for each in values]
-        texts = ["" if each is True else str(each) for each in values if each is not False]
-        option = f"--{name.replace('_', '-')}"
-        found += [Given(option, text, source.name == "COMMANDLINE") for text in texts]
+        option = OPTIONS[name]
+        texts = option.texts(option.parse(value))
+        found += [Given(option.flag, text, source.name == "COMMANDLINE") for text in texts]
     return found
 
 
@@ -55,7 +52,11 @@ def confirm(spec: RunSpec, given: Sequence[Given], option: str) -> None:
             f"{option}: what runs code or is sent somewhere comes from the command line alone: if "
             f"you trust this run, add {shell_options(asked)}"
         )
-    recorded = {*asked, ("--attn", spec.attention)}
+    recorded = {
+        (option.flag, text)
+        for option in map(OPTIONS.__getitem__, PARAMETERS)
+        for text in option.texts(option.get(spec))
+    }
     for each in given:
         if each.is_typed and (each.option, each.value) not in recorded:
             raise UsageError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ndcheck.records import Message, Prompt
+from ndcheck.probe import Message, Prompt
 
 
 def as_messages(prompt: Prompt) -> list[dict[str, str]]:

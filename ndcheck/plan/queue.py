@@ -11,10 +11,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ndcheck.errors import UsageError
+from ndcheck.plan.arrivals import Arrivals
 from ndcheck.records import Load
-
-ARRIVALS = "closed, together, poisson:RATE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,39 +35,27 @@ class Request:
         return self.filler_seed is None
 
 
-def check_arrivals(text: str) -> None:
-    """Raise UsageError unless ``text`` is one of ARRIVALS, with a positive rate."""
-    kind, colon, rate = text.partition(":")
-    try:
-        is_fine = kind in ("closed", "together") and not colon
-        is_fine = is_fine or (kind == "poisson" and 0 < float(rate) < float("inf"))
-    except ValueError:
-        is_fine = False
-    if not is_fine:
-        raise UsageError(
-            f"--arrivals {text}: choose from {ARRIVALS} (RATE in requests per decode step, "
-            "such as poisson:0.5)"
-        )
-
-
 def queue_requests(
-    load: Load, arrivals: str, prompt_length: int, max_tokens: int
+    load: Load, arrivals: Arrivals, prompt_length: int, max_tokens: int
 ) -> Iterator[Request]:
     """Requests in the order of their arrival.
 
     ``closed``: the places are taken by others when the load's rows come, each as one of them
     leaves, and whoever leaves is replaced, without end. ``together``: the rows come at once, and
-    nobody after them. ``poisson:RATE``: the rows come at random, then others, without end.
-    A probe alone (batch size 1) has no company.
+    nobody after them. ``poisson`` and ``bursts``: the rows come at random or in bursts, then
+    others, without end. A probe alone (batch size 1) has no company.
     """
-    kind, _, rate = arrivals.partition(":")
+    kind = arrivals.kind
     rng = random.Random(load.filler_seed)
-    now = 0.0
+    now, n_arrived = 0.0, 0
 
     def arrival_time() -> float:
-        nonlocal now
+        nonlocal now, n_arrived
         if kind == "poisson":
-            now += rng.expovariate(float(rate))
+            now += rng.expovariate(arrivals.rate)
+        elif kind == "bursts":
+            now = n_arrived // arrivals.burst_size * arrivals.gap
+        n_arrived += 1
         return now
 
     def company(nth: int, longest: int) -> Request:

@@ -16,6 +16,7 @@ from ndcheck.reports.wording import phrases, serving
 from ndcheck.reports.wording.claims import claims, exclusions
 from ndcheck.reports.wording.remedies import remedies
 from ndcheck.reports.wording.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
+from ndcheck.samplers.backends import backend_of
 
 MAX_COMPLETIONS = 20
 TEXT_WIDTH = 60
@@ -103,7 +104,7 @@ def _probe(probe: ProbeSummary, findings: Findings) -> Iterator[str]:
     yield f"{completions}. {caught}; {errors}."
     if probe.serving is not None:
         lines = serving.batches(probe.serving)
-        if run.spec.endpoint is not None:
+        if backend_of(run.spec).is_remote:
             lines.insert(0, serving.origin(probe.serving, run))
         yield _bullets(map(markdown_text, lines))
     if probe.axes:

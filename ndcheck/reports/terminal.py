@@ -19,6 +19,7 @@ from ndcheck.reports.untrusted import quoted, visible
 from ndcheck.reports.wording import phrases, serving
 from ndcheck.reports.wording.remedies import remedies
 from ndcheck.reports.wording.reproduction import argument, wrapped_command
+from ndcheck.samplers.backends import backend_of
 
 MAX_VERDICTS = 8
 MAX_LOADS = 10
@@ -129,7 +130,7 @@ def _setting(
             grid.add_row("prompt", Text(label + quoted(probe.prompt, text_width)))
     for served in (summary.serving for summary in detailed):
         if served is not None:
-            if run.spec.endpoint is not None:
+            if backend_of(run.spec).is_remote:
                 grid.add_row("answers", Text(serving.origin(served, run)))
             if served.reached:
                 grid.add_row("batches", Text("\n".join(serving.batches(served))))

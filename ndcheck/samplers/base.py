@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ndcheck.errors import UsageError
-from ndcheck.records import Axis, CacheState, Decoding, Probe, Prompt, RunSpec, Sample, Trial
-from ndcheck.samplers.local.checkpoint.sources import find_source
+from ndcheck.probe import Prompt
+from ndcheck.records import Axis, CacheState, Decoding, Probe, RunSpec, Sample, Trial
+from ndcheck.samplers.backends import backend_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,32 +75,11 @@ def open_sampler(
     headers: Mapping[str, str] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Sampler:
-    """The sampler of ``spec``: its endpoint's, its engine's, or that of its model in this process.
+    """The sampler of ``spec``, by its backend.
 
-    A model is ``builtin``, ``smollm2``, ``scripted:NAME``, a directory, a GGUF file or a hub id. An
-    engine computes it in processes of its own. ``load_weights`` False is enough for planning: token
-    counts and the context length. ``headers`` go with every request; ``say`` is told what a server
-    makes us wait for.
+    ``load_weights`` False is enough for planning: token counts and the
+    context length. ``headers`` go with every request; ``say`` is told what a server makes us wait
+    for.
     Raises UsageError for an unknown model, BackendError where it cannot be loaded or reached.
     """
-    if spec.endpoint is not None:
-        from ndcheck.samplers.endpoint.sampler import EndpointSampler
-
-        return EndpointSampler(spec, spec.endpoint, headers or {}, say)
-    kind, _, name = spec.model.partition(":")
-    if kind == "scripted":
-        from ndcheck.samplers.scripted.sampler import BEHAVIOURS, ScriptedSampler
-
-        if name not in BEHAVIOURS:
-            raise UsageError(
-                f"no scripted sampler named {name!r}: choose from {', '.join(BEHAVIOURS)}"
-            )
-        return ScriptedSampler(name)
-    find_source(spec)  # Before torch is imported, which takes seconds.
-    if spec.engine is not None:
-        from ndcheck.samplers.vllm.sampler import EngineSampler
-
-        return EngineSampler(spec, spec.engine, load_weights=load_weights)
-    from ndcheck.samplers.local.sampler import TransformersSampler
-
-    return TransformersSampler(spec, load_weights=load_weights)
+    return backend_of(spec).open(spec, load_weights=load_weights, headers=headers or {}, say=say)

@@ -24,6 +24,7 @@ from typing import BinaryIO, TextIO
 
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.records import Run, Sample, Trial, Witness
+from ndcheck.samplers.backends import backend_of
 from ndcheck.storage.evidence import Ledger
 from ndcheck.storage.reading import decode, exists, open_file, parse_json, read_lines, read_text
 from ndcheck.storage.sample_lines import decode_line, encode_line
@@ -244,6 +245,7 @@ def read_run(path: Path) -> Run:
         run = decode(Run, document)
         probe_ids = [probe.probe_id for probe in run.spec.probes]
         spec = run.spec
+        backend_of(spec)  # Raises UsageError for an engine that is unknown here.
         for name, values in (("probes", probe_ids), ("arms", spec.arms), ("axes", spec.axes)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"spec.{name}: give one or more, each once")

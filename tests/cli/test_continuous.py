@@ -62,6 +62,7 @@ def test_ops_are_named_under_exact_batching_only(ndcheck_here, tmp_path):
     file = tmp_path / "run" / "run.json"
     record = json.loads(file.read_text())
     record["environment"]["model"]["class"] = "ModelOfThisProcess"
+    record["spec"]["model"] = "builtin"
     for batching, is_offered in (("exact", True), ("continuous", False)):
         record["spec"]["batching"] = batching
         file.write_text(json.dumps(record))

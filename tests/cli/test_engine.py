@@ -1,4 +1,4 @@
-"""`ndcheck run --engine vllm` from the command line, with the stand-in of tests/samplers/engine."""
+"""`ndcheck run --engine vllm` from the command line, with the stand-in of tests/samplers/vllm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FAKE = Path(__file__).parents[1] / "samplers" / "engine" / "fake"
+FAKE = Path(__file__).parents[1] / "samplers" / "vllm" / "fake"
 PROMPT = "the quick answer depends on order because sums are not associative"
 OPTIONS = ("--engine", "vllm", "--prompt", PROMPT, "--loads", "1,4", "-n", "40")
 
@@ -108,7 +108,7 @@ def test_ctrl_c_ends_the_workers(started, wait_for_lines, with_fake, tmp_path):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (("--pp", "2"), ("--pp and --engine-arg", "--engine vllm")),
+        (("--pp", "2"), ("--pp: this is for vLLM", "--engine vllm")),
         (("--engine", "vlm"), ("--engine", "'vlm'", "did you mean vllm")),
         (("--engine", "vllm", "--tp", "0"), ("--tp 0",)),
         (("--engine", "vllm", "--engine-arg", "x"), ("--engine-arg x", "KEY=VALUE")),
@@ -116,11 +116,11 @@ def test_ctrl_c_ends_the_workers(started, wait_for_lines, with_fake, tmp_path):
         (("--engine", "vllm", "--engine-arg", "a=1", "--engine-arg", "a=2"), ("twice",)),
         (("--engine", "vllm", "--device", "cuda:1"), ("CUDA_VISIBLE_DEVICES",)),
         (("--engine", "vllm", "--attn", "eager"), ("attention_backend=NAME",)),
-        (("--engine", "vllm", "--model", "scripted:clean"), ("scripted:clean",)),
+        (("--engine", "vllm", "--model", "scripted:clean"), ("--engine: ", "not scripted:NAME")),
         (("--engine", "vllm", "--loads", "auto"), ("--loads auto", "give numbers")),
         (
             ("--engine", "vllm", "--batching", "continuous"),
-            ("--batching continuous", "--endpoint"),
+            ("--batching: with --engine vllm", "--endpoint"),
         ),
         (
             ("--engine", "vllm", "--endpoint", "http://127.0.0.1:1/v1", "--model", "m"),

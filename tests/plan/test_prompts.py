@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ndcheck.errors import UsageError
 from ndcheck.plan.conversations import as_messages, as_text, continued
 from ndcheck.plan.prompts import read_prompts
-from ndcheck.records import Message
+from ndcheck.probe import Message
 from ndcheck.request import make_probes
 
 SYSTEM, USER = Message("system", "Be terse."), Message("user", "What is 6 x 7?")

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ndcheck.errors import UsageError
-from ndcheck.plan.queue import check_arrivals, queue_requests
+from ndcheck.plan.arrivals import parse_arrivals
+from ndcheck.plan.queue import queue_requests
 from ndcheck.records import Load
 
-KINDS = ("closed", "together", "poisson:0.5")
+KINDS = ("closed", "together", "poisson:0.5/step", "bursts:3:4step")
 
 
 def queue(load, arrivals="closed", max_tokens=40, n=200):
-    return list(islice(queue_requests(load, arrivals, 7, max_tokens), n))
+    return list(islice(queue_requests(load, parse_arrivals(arrivals, "step"), 7, max_tokens), n))
 
 
 @given(
@@ -57,29 +57,19 @@ def test_who_comes_when():
     assert [r.slot for r in closed[:9]] == [None] * 4 + [0, 1, 2, 3] + [None]
     assert len({r.max_tokens for r in closed[:4]}) > 1
     assert {r.arrives_at for r in closed} == {0.0}
-    poisson = queue(load, "poisson:0.5", n=2000)
+    poisson = queue(load, "poisson:0.5/step", n=2000)
     assert [r.slot for r in poisson[:5]] == [0, 1, 2, 3, None]
     assert poisson[-1].arrives_at == pytest.approx(2000 / 0.5, rel=0.1)
-    assert queue(Load(4, (0, 1, 2, 3), filler_seed=2), "poisson:0.5") != poisson[:200]
+    assert queue(Load(4, (0, 1, 2, 3), filler_seed=2), "poisson:0.5/step") != poisson[:200]
+
+
+def test_bursts_come_by_the_step():
+    load = Load(4, (0, 1, 2, 3), filler_seed=1)
+    bursts = queue(load, "bursts:3:4step", n=8)
+    assert [r.arrives_at for r in bursts] == [0, 0, 0, 4, 4, 4, 8, 8]
 
 
 @pytest.mark.parametrize("arrivals", KINDS)
 def test_a_probe_alone_has_no_company(arrivals):
     (request,) = queue(Load(1), arrivals)
     assert (request.slot, request.filler_seed, request.max_tokens) == (0, None, 40)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "open", "poisson", "poisson:", "poisson:0", "poisson:-1", "poisson:inf",
-             "poisson:nan", "poisson:x", "closed:2", "together:"]
-)  # fmt: skip
-def test_bad_arrivals(text):
-    with pytest.raises(
-        UsageError, match=r"--arrivals .*choose from closed, together, poisson:RATE"
-    ):
-        check_arrivals(text)
-
-
-@pytest.mark.parametrize("text", [*KINDS, "poisson:3"])
-def test_good_arrivals(text):
-    check_arrivals(text)

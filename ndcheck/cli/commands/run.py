@@ -5,14 +5,9 @@ from __future__ import annotations
 import typer
 
 from ndcheck.cli import options as o
-from ndcheck.engine_request import ENGINE_DEFAULTS, TRANSFORMERS
-from ndcheck.request import (
-    DEFAULTS,
-    ENDPOINT_DEFAULTS,
-    add_headers,
-    make_spec,
-    parse_headers,
-)
+from ndcheck.request import DEFAULTS, add_headers, make_spec, parse_headers
+from ndcheck.samplers.backends import OPTIONS
+from ndcheck.samplers.options import TRANSFORMERS
 
 
 def run(
@@ -28,7 +23,7 @@ def run(
     axes: o.Axes = "all",
     mode: o.LoadMode = DEFAULTS.mode,
     batching: o.Batching = DEFAULTS.batching,
-    arrivals: o.Arrivals = DEFAULTS.arrivals,
+    arrivals: o.Arrivals = None,
     kernels: o.Kernels = None,
     samples: o.Samples = DEFAULTS.n_samples,
     target_rate: o.TargetRate = None,
@@ -47,12 +42,12 @@ def run(
     engine: o.EngineChoice = TRANSFORMERS,
     tp: o.TensorParallel = DEFAULTS.tensor_parallel,
     tp_groups: o.TensorParallelGroups = None,
-    pp: o.PipelineParallel = ENGINE_DEFAULTS.pipeline_parallel,
+    pp: o.PipelineParallel = OPTIONS["pp"].default,
     engine_arg: o.EngineArgument = None,
-    arrival: o.ArrivalMode = ENDPOINT_DEFAULTS.arrival,
-    fillers: o.FillerKind = ENDPOINT_DEFAULTS.fillers,
-    timeout: o.Timeout = ENDPOINT_DEFAULTS.timeout_s,
-    retries: o.Retries = ENDPOINT_DEFAULTS.n_retries,
+    arrival: o.OldArrivals = None,
+    fillers: o.FillerKind = OPTIONS["fillers"].default,
+    timeout: o.Timeout = OPTIONS["timeout"].default,
+    retries: o.Retries = OPTIONS["retries"].default,
     api_key_file: o.ApiKeyFile = None,
     header: o.Header = None,
     out: o.Out = None,
@@ -69,16 +64,19 @@ def run(
     invariance property, a minute or two.
     """
     from ndcheck.cli import run_session, trust
+    from ndcheck.cli.console import note
 
     headers = parse_headers(header or ())
     if resume is not None:
-        also_accepted = {*trust.PARAMETERS, "header", "html", "plots", "json", "quiet"}
+        also_accepted = {*trust.PARAMETERS, "html", "plots", "json", "quiet"}
         run_session.refuse_other_options(context, allowed={"resume", *also_accepted})
         given = trust.given_options(context)
         code = run_session.resume(
             resume, headers, given, as_json=json, quiet=quiet, html=html, plots=plots
         )
         raise typer.Exit(code)
+    if arrival is not None:
+        note("--arrival is now called --arrivals", quiet=quiet)
     spec = make_spec(
         model=model,
         adapter=adapter,

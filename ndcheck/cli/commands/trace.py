@@ -58,12 +58,10 @@ def trace(
 
     Exits with 1 where one does and the logits follow it, with 3 where it could not look.
     """
-    from dataclasses import replace
-
-    from ndcheck import request
     from ndcheck.cli import explain_session, run_session, trust
     from ndcheck.errors import UsageError
-    from ndcheck.records import Decoding
+    from ndcheck.request import make_spec
+    from ndcheck.samplers.options import parse_batch_sizes
 
     steps = explain_session.numbers("--step", step, least=0)
     if run is not None:
@@ -83,23 +81,21 @@ def trace(
         raise typer.Exit(code)
     if sample is not None:
         raise UsageError("--sample names a sample of a run: give --run DIR too")
-    spec = replace(
-        DEFAULTS,
+    spec = make_spec(
         model=model,
-        probes=request.make_probes([prompt] if prompt is not None else (), None),
-        decoding=Decoding(steps[-1] + 1),
-        batch_sizes=request.parse_batch_sizes(loads),
-        mode=request.parse_mode(mode),
-        arms=(explain_session.one_arm(kernels),),
+        prompt=() if prompt is None else prompt,
+        chat=chat,
+        loads=parse_batch_sizes(loads),
+        mode=mode,
+        kernels=explain_session.one_arm(kernels),
+        max_tokens=steps[-1] + 1,
         seed=seed,
         dtype=dtype,
         device=device,
-        attention=attn,
-        chat=chat,
+        attn=attn,
         random_weights=random_weights,
         trust_remote_code=trust_remote_code,
     )
-    request.check(spec)
     raise typer.Exit(
         explain_session.trace_loads(spec, steps, with_swaps=swaps, as_json=json, quiet=quiet)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-from ndcheck.records import Message, Prompt, Speaker
+from ndcheck.probe import Message, Prompt, Speaker
 from ndcheck.storage.reading import is_unicode
 
 Entry = tuple[str | None, Prompt]

@@ -8,6 +8,7 @@ from ndcheck.analysis.summary import ProbeSummary
 from ndcheck.findings import Findings
 from ndcheck.records import Run
 from ndcheck.reports.wording import phrases
+from ndcheck.samplers.backends import backend_of
 
 
 def claims(findings: Findings, escape: Callable[[str], str]) -> list[str]:
@@ -68,7 +69,7 @@ def exclusions(run: Run) -> list[str]:
     ]
     return [
         *(overlap if witness == "client-side overlap" else []),
-        *(replicas if run.spec.endpoint is not None else []),
+        *(replicas if backend_of(run.spec).is_remote else []),
         "Anything on other hardware, other versions of the software or other numeric flags.",
         "Other models, prompts, decoding settings or longer completions.",
         f"Other loads: batch sizes {sizes} were enumerated over {axes}; the contents and lengths "

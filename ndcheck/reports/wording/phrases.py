@@ -9,6 +9,7 @@ from ndcheck.analysis.summary import AxisFinding, LoadFinding, ProbeSummary, Sum
 from ndcheck.judging.verdict import count as count
 from ndcheck.records import CacheState, Purpose, Run
 from ndcheck.reports.untrusted import visible
+from ndcheck.samplers.backends import backend_of
 
 
 def percent(share: float, rounding: str = ROUND_HALF_EVEN) -> str:
@@ -137,7 +138,7 @@ def speed(tokens_per_s: float | None) -> str:
 def environment(run: Run) -> str:
     """The model and what it ran on, in one line."""
     where = run.environment
-    if run.spec.endpoint is not None:
+    if backend_of(run.spec).is_remote:
         return _server(run)
     device = str(where.model.get("device") or run.spec.device)
     torch = where.software.get("torch")
@@ -168,7 +169,8 @@ def workload(run: Run) -> str:
     """What was decoded and how it was batched, in one line."""
     spec = run.spec
     loads = ", ".join(map(str, spec.batch_sizes))
-    how = "" if spec.batching == "exact" else f", continuous batching, arrivals {spec.arrivals}"
+    arrivals = backend_of(spec).arrivals(spec)
+    how = "" if spec.batching == "exact" else f", continuous batching, arrivals {arrivals}"
     return (
         f"{spec.decoding.max_tokens} tokens at temperature {spec.decoding.temperature:g}, "
         f"{_rows(run)} {loads} ({spec.mode}{how}){_ending(run)}"
@@ -176,10 +178,11 @@ def workload(run: Run) -> str:
 
 
 def _rows(run: Run) -> str:
-    endpoint = run.spec.endpoint
-    if endpoint is None or endpoint.arrival == "together":
+    backend = backend_of(run.spec)
+    arrivals = backend.arrivals(run.spec)
+    if not backend.is_remote or arrivals == "together":
         return "batch sizes"
-    return "in flight" if endpoint.sets_batch_size else f"requests by {endpoint.arrival}"
+    return "in flight" if run.spec.sets_batch_size else f"requests by {arrivals}"
 
 
 def _ending(run: Run) -> str:

@@ -9,6 +9,7 @@ from ndcheck.findings import Findings
 from ndcheck.records import AXES, RunSpec
 from ndcheck.reports.wording.phrases import percent
 from ndcheck.reports.wording.reproduction import argument, resume_command, wrapped_command
+from ndcheck.samplers.backends import backend_of
 
 SERVER_REMEDY = "Ask the server for batch-invariant kernels, or send one request at a time"
 SERVER_REMEDIES = {
@@ -37,6 +38,7 @@ class Remedy:
 def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) -> list[Remedy]:
     """The next commands, most urgent first; ``directory`` is the run's, or empty: not named."""
     run, summary, spec = findings.run, findings.summary, findings.run.spec
+    backend = backend_of(spec)
     found: list[Remedy] = []
 
     def suggest(reason: str, wanted: RunSpec) -> None:
@@ -68,20 +70,19 @@ def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) 
                 f"Narrow it down to {axis} at the smallest batch that diverged, {size}", narrower
             )
         is_here = bool(run.environment.model.get("class"))
-        # What `ndcheck trace` accepts: a step can be repeated, in one process.
-        if directory and is_here and spec.batching == "exact" and spec.tensor_parallel == 1:
+        if directory and is_here and backend.unseen(spec) is None:
             command = f"ndcheck trace --run {argument(directory)}"
             found.append(Remedy("Name the ops that do it", (command,)))
         by_chance = narrower.axes == ("run-to-run",)
-        if spec.endpoint is not None and spec.decoding.temperature > 0:
+        if backend.is_remote and spec.decoding.temperature > 0:
             decoding = replace(spec.decoding, temperature=0.0)
             suggest(
                 "A server draws tokens at random above temperature 0",
                 replace(spec, decoding=decoding),
             )
-        elif spec.endpoint is not None and by_chance and narrower.batch_sizes == (1,):
+        elif backend.is_remote and by_chance and narrower.batch_sizes == (1,):
             found.append(Remedy(ALONE_BY_CHANCE, ()))
-        elif spec.endpoint is not None:
+        elif backend.is_remote:
             server = str(run.environment.model.get("server"))
             found.append(Remedy(SERVER_REMEDIES.get(server, SERVER_REMEDY), ()))
         elif "invariant" not in spec.arms:

@@ -10,7 +10,8 @@ from pathlib import PurePath
 from ndcheck.plan.conversations import as_messages
 from ndcheck.plan.prompts import STANDARD_INPUT
 from ndcheck.ranks import program
-from ndcheck.records import Endpoint, Engine, Probe, RunSpec
+from ndcheck.records import Probe, RunSpec
+from ndcheck.samplers.backends import OPTIONS, backend_of
 
 PROMPTS_FILE = "prompts.jsonl"
 _MAX_PROMPTS = 4
@@ -36,91 +37,27 @@ def wrapped_command(spec: RunSpec, defaults: RunSpec, width: int, directory: str
 
 
 def _options(spec: RunSpec, defaults: RunSpec, directory: str) -> list[str]:
-    pairs: list[tuple[str, object, object]] = [
-        ("--model", spec.model, defaults.model),
-        ("--adapter", spec.adapter, defaults.adapter),
-        *_engine_options(spec.engine),
-        ("--tp", spec.tensor_parallel, defaults.tensor_parallel),
-        ("--tp-groups", spec.tp_groups, defaults.tp_groups),
-        *_endpoint_options(spec.endpoint),
-        ("--loads", _commas(spec.batch_sizes) or "auto", _commas(defaults.batch_sizes)),
-        ("--axes", _commas(spec.axes), _commas(defaults.axes)),
-        ("--mode", spec.mode, defaults.mode),
-        ("--batching", spec.batching, defaults.batching),
-        ("--arrivals", spec.arrivals, defaults.arrivals),
+    backend = backend_of(spec)
+    blank = backend.blank(defaults)
+    found = _prompts(spec.probes, directory) if spec.probes != defaults.probes else []
+    for option in backend.options:
+        value = option.get(spec)
         # A target rate chooses the number of samples.
-        ("-n", None if spec.target_rate else spec.n_samples, defaults.n_samples),
-        ("--max-tokens", spec.decoding.max_tokens, defaults.decoding.max_tokens),
-        ("--temperature", spec.decoding.temperature, defaults.decoding.temperature),
-        ("--seed", spec.seed, defaults.seed),
-        ("--dtype", spec.dtype, defaults.dtype),
-        ("--device", spec.device, defaults.device),
-        ("--attn", spec.attention, defaults.attention),
-        ("--kernels", None if spec.endpoint else _commas(spec.arms), _commas(defaults.arms)),
-        ("--confidence", spec.confidence, defaults.confidence),
-        ("--target-rate", spec.target_rate, defaults.target_rate),
-        ("--random-weights", spec.random_weights, defaults.random_weights),
-        ("--answer-pattern", spec.answer_pattern, defaults.answer_pattern),
-    ]
-    switches = [
-        ("--chat", spec.chat),
-        ("--trust-remote-code", spec.trust_remote_code),
-        ("--stop-on-divergence", spec.stop_on_divergence),
-        ("--allow-latent", spec.allow_latent),
-    ]
-    return [
-        *(_prompts(spec.probes, directory) if spec.probes != defaults.probes else []),
-        *(
-            f"{name} {argument(str(value))}"
-            for name, value, default in pairs
-            if value is not None and value != default
-        ),
-        *(name for name, wanted in switches if wanted),
-    ]
-
-
-def _engine_options(engine: Engine | None) -> list[tuple[str, object, object]]:
-    if engine is None:
-        return []
-    return [
-        ("--engine", engine.name, None),
-        ("--tp", engine.tensor_parallel, 1),
-        ("--pp", engine.pipeline_parallel, 1),
-        *(("--engine-arg", argument, None) for argument in engine.arguments),
-    ]
-
-
-def _endpoint_options(endpoint: Endpoint | None) -> list[tuple[str, object, object]]:
-    """Header values are not known: their names show what to fill in."""
-    if endpoint is None:
-        return []
-    defaults = Endpoint("")
-    return [
-        ("--endpoint", endpoint.url, defaults.url),
-        ("--api-key-file", endpoint.api_key_file, defaults.api_key_file),
-        *(("--header", f"{name}: VALUE", None) for name in endpoint.header_names),
-        ("--arrival", endpoint.arrival, defaults.arrival),
-        ("--fillers", endpoint.fillers, defaults.fillers),
-        ("--timeout", f"{endpoint.timeout_s:g}", f"{defaults.timeout_s:g}"),
-        ("--retries", endpoint.n_retries, defaults.n_retries),
-    ]
+        is_chosen = option.name == "samples" and spec.target_rate
+        if value != option.get(blank) and not is_chosen:
+            flag = option.short or option.flag
+            found += [shell_options([(flag, text)]) for text in option.texts(value)]
+    return found
 
 
 def trusted_options(spec: RunSpec) -> list[tuple[str, str]]:
     """Options of a run that may run code, or say where and what is sent; a flag has no value."""
-    found = []
-    if spec.endpoint is not None:
-        found.append(("--endpoint", spec.endpoint.url))
-        if spec.endpoint.api_key_file is not None:
-            found.append(("--api-key-file", spec.endpoint.api_key_file))
-        found += [("--header", f"{name}: VALUE") for name in spec.endpoint.header_names]
-    if spec.engine is not None:
-        found += [("--engine-arg", argument) for argument in spec.engine.arguments]
-    if "/" in spec.attention:  # A kernel of the hub's.
-        found.append(("--attn", spec.attention))
-    if spec.trust_remote_code:
-        found.append(("--trust-remote-code", ""))
-    return found
+    return [
+        (option.flag, text)
+        for option in OPTIONS.values()
+        if option.needs_trust and (value := option.get(spec)) and option.needs_trust(value)
+        for text in option.texts(value)
+    ]
 
 
 def shell_options(options: Iterable[tuple[str, str]]) -> str:
@@ -161,10 +98,6 @@ def _fit_options(probes: tuple[Probe, ...]) -> bool:
         and not any(probe.prompt == STANDARD_INPUT for probe in probes)
         and all(probe.probe_id == f"p{i}" for i, probe in enumerate(probes, 1))
     )
-
-
-def _commas(values: Iterable[object]) -> str:
-    return ",".join(map(str, values))
 
 
 def argument(text: str) -> str:

@@ -7,7 +7,7 @@ import itertools
 import random
 from collections.abc import Awaitable, Callable, Sequence
 
-from ndcheck.plan.arrivals import Arrival
+from ndcheck.plan.arrivals import Arrivals
 from ndcheck.records import Load
 
 Send = Callable[[int, int], Awaitable[bool]]
@@ -17,7 +17,7 @@ MAX_LEAD_FILLERS = 2
 
 async def run_trial(
     load: Load,
-    arrival: Arrival,
+    arrivals: Arrivals,
     probes: Sequence[Callable[[], Awaitable[None]]],
     send_filler: Send,
 ) -> None:
@@ -28,8 +28,8 @@ async def run_trial(
     fillers before the probe, and every row goes on with fillers after it.
     """
     by_row = dict(zip(load.slots, probes, strict=True))
-    is_closed = arrival.kind == "closed" and load.batch_size > 1
-    offsets = arrival.offsets_s(load)
+    is_closed = arrivals.kind == "closed" and load.batch_size > 1
+    offsets = arrivals.offsets(load)
     rng = random.Random(f"{load.filler_seed}/{load.batch_size}/lead")
     leads = [rng.randint(0, MAX_LEAD_FILLERS) for _ in range(load.batch_size)]
     n_unanswered = len(by_row)
@@ -39,7 +39,7 @@ async def run_trial(
         if offsets[row]:
             await asyncio.sleep(offsets[row])
         numbers = itertools.count()
-        is_refilled = is_closed or arrival.kind == "together"
+        is_refilled = is_closed or arrivals.kind == "together"
         if row in by_row:
             for number in itertools.islice(numbers, leads[row] if is_closed else 0):
                 await send_filler(row, number)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from ndcheck.plan.conversations import as_messages
-from ndcheck.records import Decoding, Prompt
+from ndcheck.probe import Prompt
+from ndcheck.records import Decoding
 from ndcheck.samplers.endpoint.event_stream import Event
 from ndcheck.samplers.endpoint.events import Frame, read_generate, read_openai
 

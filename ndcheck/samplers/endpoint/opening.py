@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.plan.fillers import filler_text
-from ndcheck.records import Endpoint, Prompt, RunSpec
+from ndcheck.probe import Prompt
+from ndcheck.records import Endpoint, RunSpec
 from ndcheck.samplers.endpoint import prefix_cache
 from ndcheck.samplers.endpoint.answer import EMPTY, Answer
 from ndcheck.samplers.endpoint.capabilities import BUSY, Capabilities, probe

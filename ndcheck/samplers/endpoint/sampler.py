@@ -9,9 +9,10 @@ from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from ndcheck.errors import BackendError, TrialError, UsageError
-from ndcheck.plan.arrivals import Arrival, parse_arrival
+from ndcheck.plan.arrivals import parse_arrivals
 from ndcheck.plan.conversations import as_text, continued
 from ndcheck.plan.fillers import filler_text
+from ndcheck.probe import Prompt
 from ndcheck.records import (
     CacheState,
     Decoding,
@@ -19,7 +20,6 @@ from ndcheck.records import (
     Fault,
     Load,
     Probe,
-    Prompt,
     RunSpec,
     Sample,
     Trial,
@@ -72,7 +72,7 @@ class EndpointSampler:
         """``say`` is told what takes long: a server that asks to wait."""
         self._spec = spec
         self._endpoint = endpoint
-        self._arrival = parse_arrival(endpoint.arrival) or Arrival("together")
+        self._arrivals = parse_arrivals(endpoint.arrival, "s")
         self._runner = asyncio.Runner()
         self._transport = Transport(
             endpoint.url,
@@ -234,7 +234,7 @@ class EndpointSampler:
             is_shared = self._endpoint.fillers == "shared-prefix"
             prompt = continued(probe.content, words) if is_shared else words
             n_tokens = outlasting(decoding.max_tokens)
-            if number or self._arrival.kind == "closed":
+            if number or self._arrivals.kind == "closed":
                 n_tokens = rng.randint(max(1, decoding.max_tokens // 4), decoding.max_tokens)
             elif 2 * length + n_tokens > self.context:
                 n_tokens = decoding.max_tokens
@@ -261,7 +261,7 @@ class EndpointSampler:
             if self._server.metrics
             else nullcontext()
         ):
-            await run_trial(load, self._arrival, senders, send_filler)
+            await run_trial(load, self._arrivals, senders, send_filler)
         await self._judge(trial, outcomes, fillers)
         answers = [o.answer for o in (*outcomes, *fillers) if o.answer is not None]
         return outcomes, [self._find_sizes(load, outcome, answers) for outcome in outcomes]

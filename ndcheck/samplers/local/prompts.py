@@ -9,7 +9,8 @@ from typing import Any
 from ndcheck.errors import UsageError
 from ndcheck.plan.conversations import as_messages
 from ndcheck.plan.fillers import filler_text, fit_to_length
-from ndcheck.records import Load, Probe, Prompt, RunSpec
+from ndcheck.probe import Prompt
+from ndcheck.records import Load, Probe, RunSpec
 from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.checkpoint.bounds import bounded
 from ndcheck.samplers.local.loading import first_line, load_tokenizer
@@ -112,8 +113,8 @@ class Prompts:
         return tuple(texts)
 
 
-def load_prompts(source: str, spec: RunSpec, n_ids: int | None = None) -> Prompts:
-    """The prompts of a model's tokenizer, whose ids are below ``n_ids``.
+def load_prompts(source: str, spec: RunSpec, text_config: Any = None) -> Prompts:
+    """The prompts of a tokenizer whose ids are in the vocabulary of a model's ``text_config``.
 
     Raises UsageError if it has none that serves.
     """
@@ -122,4 +123,5 @@ def load_prompts(source: str, spec: RunSpec, n_ids: int | None = None) -> Prompt
         raise UsageError(
             f"--chat, and conversations, need a chat template, and {source} has no chat template"
         )
+    n_ids = getattr(text_config, "vocab_size", None)
     return Prompts(tokenizer, chat=spec.chat, source=source, n_ids=n_ids)

@@ -17,19 +17,11 @@ from typing import Any
 import torch
 
 from ndcheck.errors import BackendError, TrialError, UsageError
+from ndcheck.plan.arrivals import parse_arrivals
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.plan.queue import Request, queue_requests
-from ndcheck.records import (
-    Arm,
-    Decoding,
-    Load,
-    Probe,
-    Prompt,
-    RunSpec,
-    Sample,
-    Trial,
-    Witness,
-)
+from ndcheck.probe import Prompt
+from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.checkpoint.sources import find_source
@@ -80,8 +72,7 @@ class TransformersSampler:
             raise UsageError(f"--dtype {spec.dtype}: choose from auto, {', '.join(DTYPES)}")
         config = load_config(source.model, spec)
         self._text_config = config.get_text_config(decoder=True)
-        n_ids = getattr(self._text_config, "vocab_size", None)
-        self._prompts = load_prompts(source.tokenizer, spec, n_ids)
+        self._prompts = load_prompts(source.tokenizer, spec, self._text_config)
         self._model: Any = None
         self._findings: Examination | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
@@ -91,8 +82,7 @@ class TransformersSampler:
             self._stop_ids = stop_ids(self._model)
             self._digest = digest_weights(self._model)
             self._findings = examine(self._model, self._device, _paths(spec))
-            is_alone = self._ranks is None
-            if "invariant" in spec.arms and self._device.type == "cuda" and is_alone:
+            if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
                 from ndcheck_kernels.models.decoder import join_weights
 
                 join_weights(self._model)
@@ -279,7 +269,8 @@ class TransformersSampler:
         from ndcheck.samplers.local.continuous import serve_load
 
         load, prompt = trial.load, self._prompts.encode(probe.content)
-        queue = queue_requests(load, self._arrivals or "", len(prompt), decoding.max_tokens)
+        arrivals = parse_arrivals(self._arrivals or "", "step")
+        queue = queue_requests(load, arrivals, len(prompt), decoding.max_tokens)
         served, n_fires = serve_load(
             self._model,
             ((request, self._prompt_of(request, prompt)) for request in queue),

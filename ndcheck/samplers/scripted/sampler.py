@@ -13,7 +13,8 @@ from ndcheck.errors import BackendError, TrialError
 from ndcheck.plan.conversations import as_text
 from ndcheck.plan.fillers import FILLER_WORDS
 from ndcheck.plan.grid import CACHE_STATES
-from ndcheck.records import Decoding, Load, Probe, Prompt, Sample, Trial, Witness
+from ndcheck.probe import Prompt
+from ndcheck.records import Decoding, Load, Probe, Sample, Trial, Witness
 
 VOCABULARY = tuple(dict.fromkeys(FILLER_WORDS))
 FORK_AT = 3

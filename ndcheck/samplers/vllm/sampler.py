@@ -12,9 +12,9 @@ from typing import Any
 
 import transformers
 
-from ndcheck.engine_request import NO_AUTO_LOADS
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.plan.grid import CACHE_STATES, N_PREFILL_CHUNKS
+from ndcheck.probe import Prompt
 from ndcheck.records import (
     Arm,
     CacheState,
@@ -22,7 +22,6 @@ from ndcheck.records import (
     Engine,
     Fault,
     Probe,
-    Prompt,
     RunSpec,
     Sample,
     Trial,
@@ -32,6 +31,7 @@ from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.loading import load_config
 from ndcheck.samplers.local.prompts import load_prompts
+from ndcheck.samplers.vllm.backend import NO_AUTO_LOADS
 from ndcheck.samplers.vllm.checkpoint import (
     digest_checkpoint,
     find_checkpoint,
@@ -65,7 +65,7 @@ class EngineSampler:
         config = load_config(self._source, spec)
         text_config = config.get_text_config(decoder=True)
         self._context = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
-        self._prompts = load_prompts(self._source, spec, getattr(text_config, "vocab_size", None))
+        self._prompts = load_prompts(self._source, spec, text_config)
         self._workers: dict[Arm, Worker] = {}
         self._arms_apart = len(spec.arms) > 1
         self.close = weakref.finalize(self, _close, self._workers)

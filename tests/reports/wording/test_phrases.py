@@ -114,7 +114,11 @@ def test_positions_of_text_count_characters(passing, failing) -> None:
 
 @pytest.mark.parametrize(
     ("arrival", "shown"),
-    [("together", "batch sizes"), ("closed", "in flight"), ("poisson:2", "requests by poisson:2")],
+    [
+        ("together", "batch sizes"),
+        ("closed", "in flight"),
+        ("poisson:2", "requests by poisson:2/s"),
+    ],
 )
 def test_the_workload_says_how_requests_arrive(passing, arrival, shown) -> None:
     assert shown in phrases.workload(served(passing, "text", arrival))

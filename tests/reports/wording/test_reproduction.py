@@ -7,7 +7,8 @@ from dataclasses import fields, replace
 
 import pytest
 
-from ndcheck.records import Decoding, Endpoint, Engine, Message, Probe, RunSpec
+from ndcheck.probe import Message
+from ndcheck.records import Decoding, Endpoint, Engine, Probe, RunSpec
 from ndcheck.reports.wording.reproduction import (
     argument,
     prompts_file,
@@ -57,6 +58,7 @@ def test_a_target_rate_chooses_the_number_of_samples() -> None:
 @pytest.mark.parametrize("field", [field.name for field in fields(RunSpec)])
 def test_no_field_of_the_spec_is_forgotten(field) -> None:
     other = {
+        "model": "org/model",
         "probes": (Probe("p1", "x"),),
         "decoding": replace(DEFAULTS.decoding, temperature=1.0),
         "batch_sizes": (3,),
@@ -64,6 +66,7 @@ def test_no_field_of_the_spec_is_forgotten(field) -> None:
         "mode": "mixed",
         "arms": ("invariant",),
         "target_rate": 0.5,
+        "arrivals": "poisson:2",
         "engine": Engine(),
         "endpoint": Endpoint("http://127.0.0.1:8000/v1"),
     }
@@ -74,7 +77,7 @@ def test_no_field_of_the_spec_is_forgotten(field) -> None:
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Endpoint)])
 def test_no_field_of_the_endpoint_is_forgotten(field) -> None:
-    other = {"api_key_file": "key.txt", "header_names": ("X-Team",)}
+    other = {"api_key_file": "key.txt", "header_names": ("X-Team",), "arrival": "poisson:2"}
     plain = replace(DEFAULTS, endpoint=Endpoint("http://127.0.0.1:8000/v1"))
     changed = replace(plain.endpoint, **{field: other.get(field, 77)})
     command = reproduce_command(replace(plain, endpoint=changed), DEFAULTS)

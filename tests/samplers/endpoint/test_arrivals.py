@@ -4,41 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
-
-from ndcheck.plan.arrivals import Arrival, parse_arrival
+from ndcheck.plan.arrivals import Arrivals
 from ndcheck.records import Load
 from ndcheck.samplers.endpoint.arrivals import run_trial
 
 
-@pytest.mark.parametrize(
-    ("text", "arrival"),
-    [
-        ("together", Arrival("together")),
-        ("closed", Arrival("closed")),
-        ("poisson:2.5", Arrival("poisson", rate_per_s=2.5)),
-        ("bursts:4:0.5", Arrival("bursts", burst_size=4, gap_s=0.5)),
-    ],
-)
-def test_an_arrival_is_read(text, arrival):
-    assert parse_arrival(text) == arrival
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "open", "closed:3", "poisson", "poisson:0", "poisson:inf", "bursts:2", "bursts:0:1",
-     "bursts:2:nan", "bursts:2:1:1", "poisson:x"],
-)  # fmt: skip
-def test_anything_else_is_not(text):
-    assert parse_arrival(text) is None
-
-
 def test_offsets_of_open_loops():
     load = Load(5, (0,), (3,) * 4, filler_seed=1)
-    assert Arrival("bursts", burst_size=2, gap_s=0.5).offsets_s(load) == [0, 0, 0.5, 0.5, 1.0]
-    poisson = Arrival("poisson", rate_per_s=100.0)
-    offsets = poisson.offsets_s(load)
-    assert offsets == sorted(offsets) == poisson.offsets_s(load)
+    assert Arrivals("bursts", "s", burst_size=2, gap=0.5).offsets(load) == [0, 0, 0.5, 0.5, 1.0]
+    poisson = Arrivals("poisson", "s", rate=100.0)
+    offsets = poisson.offsets(load)
+    assert offsets == sorted(offsets) == poisson.offsets(load)
     assert offsets[0] == 0
     assert offsets[-1] > 0
 
@@ -66,13 +42,13 @@ def run(load, arrival, n_turns=lambda row, number: 3 + row, works=lambda row, nu
 
 
 def test_together_sends_each_row_once_in_row_order():
-    most, sent = run(Load(4, (2,), (1, 1, 1)), Arrival("together"), lambda row, number: 30)
+    most, sent = run(Load(4, (2,), (1, 1, 1)), Arrivals("together", "s"), lambda row, number: 30)
     assert most == 4
     assert sent == [(0, 0), (1, 0), "probe 0", (3, 0)]
 
 
 def test_a_filler_that_ends_before_the_probe_is_replaced():
-    most, sent = run(Load(3, (0,), (1, 1)), Arrival("together"))
+    most, sent = run(Load(3, (0,), (1, 1)), Arrivals("together", "s"))
     assert most == 3
     assert [name for name in sent if name == "probe 0"] == ["probe 0"]
     assert len(sent) > 6
@@ -80,18 +56,18 @@ def test_a_filler_that_ends_before_the_probe_is_replaced():
 
 
 def test_a_filler_that_fails_is_not_sent_for_ever():
-    _, sent = run(Load(3, (0,), (1, 1)), Arrival("together"), works=lambda row, number: False)
+    _, sent = run(Load(3, (0,), (1, 1)), Arrivals("together", "s"), works=lambda row, number: False)
     assert sorted(map(str, sent)) == ["(1, 0)", "(2, 0)", "probe 0"]
 
 
 def test_an_open_loop_is_not_refilled():
     load = Load(3, (0,), (1, 1), filler_seed=1)
-    _, sent = run(load, Arrival("poisson", rate_per_s=1e6))
+    _, sent = run(load, Arrivals("poisson", "s", rate=1e6))
     assert len(sent) == 3
 
 
 def test_a_closed_loop_keeps_its_number_in_flight_until_the_last_probe():
-    most, sent = run(Load(6, (0, 3), (1,) * 4, filler_seed=5), Arrival("closed"))
+    most, sent = run(Load(6, (0, 3), (1,) * 4, filler_seed=5), Arrivals("closed", "s"))
     assert most == 6
     assert sent.count("probe 0") == sent.count("probe 1") == 1
     assert len(sent) > 6

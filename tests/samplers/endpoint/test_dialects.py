@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from ndcheck.records import Decoding, Message
+from ndcheck.probe import Message
+from ndcheck.records import Decoding
 from ndcheck.samplers.endpoint.dialects import Chat
 
 

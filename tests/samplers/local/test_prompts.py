@@ -10,7 +10,8 @@ import tokenizers
 import transformers
 
 from ndcheck.errors import UsageError
-from ndcheck.records import Message, Probe
+from ndcheck.probe import Message
+from ndcheck.records import Probe
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.prompts import load_prompts
 

@@ -261,7 +261,7 @@ def _child(pid: int, variable: str) -> int:
         ({"tp": 0}, "--tp 0: give 1 or more"),
         ({"tp": 2, "loads": "auto"}, "--loads auto: with --tp each rank has memory of its own"),
         ({"tp": 2, "batching": "continuous"}, "with --tp a trial is one exact batch"),
-        ({"tp": 2, "model": "scripted:clean"}, "--tp needs a model that computes"),
+        ({"tp": 2, "model": "scripted:clean"}, "--tp: this needs a model that computes"),
         (
             {"tp": 2, "model": "served", "endpoint": "http://127.0.0.1:1/v1"},
             "--tp: with --endpoint this is the server's own",
@@ -270,7 +270,10 @@ def _child(pid: int, variable: str) -> int:
         ({"tp_groups": 6}, "--tp-groups 6: give a power of two"),
         ({"tp": 4, "tp_groups": 2}, "--tp-groups 2: give a power of two that --tp 4 divides"),
         ({"tp_groups": 8, "kernels": "stock"}, "--tp-groups is for ndcheck's own kernels"),
-        ({"tp_groups": 8, "engine": "vllm"}, "--tp-groups is for ndcheck's own kernels"),
+        (
+            {"tp_groups": 8, "engine": "vllm"},
+            "--tp-groups: this is for transformers in this process",
+        ),
     ],
 )
 def test_what_ranks_cannot_do(options, message):

@@ -1,0 +1,203 @@
+"""The options of a run, one row each: its name, its place in a RunSpec, and how it is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, get_args
+
+from ndcheck.errors import UsageError, did_you_mean
+from ndcheck.plan.arrivals import parse_arrivals, with_clock
+from ndcheck.plan.size import MAX_BATCH_SIZE
+from ndcheck.records import ARMS, AXES, Arm, Axis, Batching, Decoding, Mode, Probe, RunSpec
+
+DEFAULTS = RunSpec(
+    model="builtin",
+    probes=(Probe("p1", "class Queue:"),),
+    decoding=Decoding(max_tokens=100),
+    batch_sizes=(1, 2, 4, 8, 16),
+    axes=AXES,
+    mode="copies",
+    n_samples=150,
+    arms=("stock", "invariant"),
+)
+TRANSFORMERS = "transformers"
+
+Name = TypeVar("Name", bound=str)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option of `ndcheck run`, which is a keyword of `ndcheck.measure` by the same name.
+
+    ``default`` is what is typed where nothing is, ``fields`` are its places in a RunSpec, dotted.
+    ``parse`` makes a field's value of what was typed, ``show`` a text of it again, or of each of
+    its items where the option ``repeats``. ``has_variable``: NDCHECK_NAME stands for it too.
+    ``needs_trust`` says of a value whether it runs code or says what is sent where; None: never.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    default: Any
+    parse: Callable[[Any], Any] = lambda value: value
+    show: Callable[[Any], str] = str
+    repeats: bool = False
+    short: str = ""
+    has_variable: bool = False
+    needs_trust: Callable[[Any], bool] | None = None
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def variable(self) -> str | None:
+        return f"NDCHECK_{self.name.upper()}" if self.has_variable else None
+
+    def is_given(self, value: Any) -> bool:
+        """Is what was typed more than nothing?"""
+        return value is not None and value != self.default and value != []
+
+    def get(self, spec: RunSpec) -> Any:
+        """The field of ``spec``; None where it has no such place."""
+        found: Any = spec if self.fields else None
+        for part in ".".join(self.fields[:1]).split("."):
+            found = None if found is None else getattr(found, part)
+        return found
+
+    def put(self, spec: RunSpec, value: Any) -> RunSpec:
+        """``spec`` with the value in all its places."""
+        for field in self.fields:
+            spec = _replaced(spec, field, value)
+        return spec
+
+    def texts(self, value: Any) -> list[str]:
+        """What has to be typed after the flag, once for each time; empty after a switch."""
+        if value is None or value is False:
+            return []
+        if value is True:
+            return [""]
+        return [self.show(each) for each in value] if self.repeats else [self.show(value)]
+
+
+def _replaced(record: Any, field: str, value: Any) -> Any:
+    head, _, rest = field.partition(".")
+    return replace(
+        record, **{head: _replaced(getattr(record, head), rest, value) if rest else value}
+    )
+
+
+def join(values: str | Sequence[object]) -> str:
+    """``"1,2"`` of either form that an API takes."""
+    return values if isinstance(values, str) else ",".join(map(str, values))
+
+
+def parse_loads(values: str | Sequence[object]) -> tuple[int, ...]:
+    """Batch sizes as `parse_batch_sizes` reads them; none yet for ``auto``."""
+    text = join(values)
+    return () if text == "auto" else parse_batch_sizes(text)
+
+
+def parse_batch_sizes(text: str) -> tuple[int, ...]:
+    """``"1,2,4"`` as batch sizes. Raises UsageError on anything but distinct numbers >= 1."""
+    sizes: list[int] = []
+    for part in text.split(","):
+        part = part.strip()
+        if not part.isdecimal() or not part.strip("0"):
+            raise UsageError(f"--loads: {part!r} is not a batch size; give numbers of 1 or more")
+        if len(part.lstrip("0")) > len(str(MAX_BATCH_SIZE)):
+            raise UsageError(f"--loads {part:.20}: a batch has at most {MAX_BATCH_SIZE} rows")
+        if int(part) in sizes:
+            raise UsageError(f"--loads: {int(part)} is given twice")
+        sizes.append(int(part))
+    return tuple(sizes)
+
+
+def parse_axes(values: str | Sequence[str]) -> tuple[Axis, ...]:
+    """``"slot,cache"`` as invariance properties, in their usual order; ``all`` for every one."""
+    text = join(values)
+    return AXES if text == "all" else parse_names("--axes", text, AXES)
+
+
+def parse_arms(values: str | Sequence[str] | None) -> tuple[Arm, ...]:
+    """``"stock,invariant"`` as kernel sets; None is both."""
+    return DEFAULTS.arms if values is None else parse_names("--kernels", join(values), ARMS)
+
+
+def choice(option: str, accepted: Any) -> Callable[[str], Any]:
+    """A parser for one of the values of a Literal, which raises UsageError for any other."""
+
+    def parse(text: str) -> Any:
+        if text not in get_args(accepted):
+            raise UsageError(f"{option} {text}: choose from {', '.join(get_args(accepted))}")
+        return text
+
+    return parse
+
+
+def parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Name, ...]:
+    """``"a,b"`` as names of ``accepted``, in its order. Raises UsageError for any other."""
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in accepted:
+            raise UsageError(
+                f"{option}: {name!r} is unknown; choose from {', '.join(accepted)}"
+                f"{did_you_mean(name, accepted)}"
+            )
+    return tuple(name for name in accepted if name in names)
+
+
+def show_loads(sizes: Sequence[int]) -> str:
+    return join(sizes) or "auto"
+
+
+PROMPT = Option("prompt", (), ())
+PROMPTS_FILE = Option("prompts_file", (), None)
+PROMPT_COLUMN = Option("prompt_column", (), None)
+MODEL = Option("model", ("model",), DEFAULTS.model, has_variable=True)
+ENGINE = Option("engine", (), TRANSFORMERS, has_variable=True)
+TP = Option("tp", ("tensor_parallel",), DEFAULTS.tensor_parallel)
+KERNELS = Option("kernels", ("arms",), None, parse_arms, join, has_variable=True)
+ARRIVALS = Option(
+    "arrivals",
+    ("arrivals",),
+    None,
+    lambda text: DEFAULTS.arrivals if text is None else parse_arrivals(text, "step").recorded,
+    lambda text: with_clock(text, "step"),
+    has_variable=True,
+)
+SHARED = (
+    Option("loads", ("batch_sizes",), DEFAULTS.batch_sizes, parse_loads, show_loads,
+           has_variable=True),
+    Option("axes", ("axes",), DEFAULTS.axes, parse_axes, join, has_variable=True),
+    Option("mode", ("mode",), DEFAULTS.mode, choice("--mode", Mode), has_variable=True),
+    Option("batching", ("batching",), DEFAULTS.batching, choice("--batching", Batching),
+           has_variable=True),
+    ARRIVALS,
+    Option("samples", ("n_samples",), DEFAULTS.n_samples, short="-n", has_variable=True),
+    Option("max_tokens", ("decoding.max_tokens",), DEFAULTS.decoding.max_tokens,
+           has_variable=True),
+    Option("temperature", ("decoding.temperature",), DEFAULTS.decoding.temperature),
+    Option("seed", ("seed", "decoding.seed"), DEFAULTS.seed, has_variable=True),
+    Option("dtype", ("dtype",), DEFAULTS.dtype, has_variable=True),
+    Option("device", ("device",), DEFAULTS.device, has_variable=True),
+    # With a slash it is a kernel of the hub's.
+    Option("attn", ("attention",), DEFAULTS.attention, has_variable=True,
+           needs_trust=lambda name: "/" in name),
+    KERNELS,
+    Option("confidence", ("confidence",), DEFAULTS.confidence),
+    Option("target_rate", ("target_rate",), DEFAULTS.target_rate),
+    Option("random_weights", ("random_weights",), DEFAULTS.random_weights),
+    Option("answer_pattern", ("answer_pattern",), DEFAULTS.answer_pattern),
+    Option("chat", ("chat",), DEFAULTS.chat),
+    Option("trust_remote_code", ("trust_remote_code",), DEFAULTS.trust_remote_code,
+           needs_trust=bool),
+    Option("stop_on_divergence", ("stop_on_divergence",), DEFAULTS.stop_on_divergence),
+    Option("allow_latent", ("allow_latent",), DEFAULTS.allow_latent),
+)  # fmt: skip
+"""Those of several backends, in the order in which a command gives them."""
+OF_SOME = frozenset({
+    "batching", "arrivals", "dtype", "device", "attn", "kernels", "random_weights",
+    "trust_remote_code",
+})  # fmt: skip
+"""Of SHARED those that a backend has to name to take them."""
