@@ -120,9 +120,8 @@ class Fault:
 class Trial:
     """One execution of one load: one batch.
 
-    ``baseline`` is the id of the trial that differs from this one along ``axis`` only; None for
-    the first trial of the probe alone (batch size 1). The trial's samples, one for each slot, have
-    consecutive ids from ``first_sample_id`` on.
+    ``baseline`` is the id of the trial that differs from this one along its axis only; None for the
+    first trial of the probe alone. Its samples, one a slot, are numbered from ``first_sample_id``.
     """
 
     trial_id: int
@@ -139,10 +138,6 @@ class Trial:
         return role_of(self.purpose)
 
     @property
-    def axis(self) -> Axis | None:
-        return axis_of(self.purpose)
-
-    @property
     def n_samples(self) -> int:
         return len(self.load.slots)
 
@@ -150,11 +145,6 @@ class Trial:
 def role_of(purpose: Purpose) -> Role:
     """What a trial of this purpose is."""
     return purpose if purpose == "reference" or purpose == "control" else "trial"
-
-
-def axis_of(purpose: Purpose) -> Axis | None:
-    """Along what a trial of this purpose is compared, if it is."""
-    return None if purpose == "reference" or purpose == "control" else purpose
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,10 +222,6 @@ class Sample:
     @property
     def role(self) -> Role:
         return role_of(self.purpose)
-
-    @property
-    def axis(self) -> Axis | None:
-        return axis_of(self.purpose)
 
     @property
     def is_reference(self) -> bool:

@@ -56,7 +56,7 @@ def test_what_diverged_once_runs_once_more(tmp_path):
     added = [s for s in samples if s.trial_id not in planned]
     loads = [planned[s.baseline].load for s in added]
     assert loads == [s.load for s in added]
-    assert {s.axis for s in added} == {"run-to-run"}
+    assert {s.purpose for s in added} == {"run-to-run"}
     assert {load.cache_state for load in loads} == {"chunked", "prefix"}
     assert read_run(tmp_path).n_trials_planned == len({s.trial_id for s in samples})
     assert [s.sample_id for s in samples] == list(range(len(samples)))

@@ -51,7 +51,7 @@ def test_clean_evidence_passes():
     ],
 )
 def test_clean_results_with_doubts_are_inconclusive(spoil, reason):
-    judgement = judged([spoil(s) if s.axis == "batch-size" else s for s in samples_of()])
+    judgement = judged([spoil(s) if s.purpose == "batch-size" else s for s in samples_of()])
     assert judgement.verdict.outcome == "INCONCLUSIVE"
     assert reason in " ".join(judgement.verdict.reasons)
 
@@ -81,7 +81,7 @@ def test_a_control_that_goes_unseen_is_inconclusive():
 
 
 def test_an_axis_that_was_not_tried_is_inconclusive():
-    judgement = judged([s for s in samples_of() if s.axis != "neighbours"])
+    judgement = judged([s for s in samples_of() if s.purpose != "neighbours"])
     assert judgement.verdict.outcome == "INCONCLUSIVE"
     assert "neighbours: no trial compared it" in judgement.verdict.reasons
 
@@ -184,7 +184,7 @@ def test_rows_of_one_load_that_ran_again_are_no_new_draws():
         replace(s, trial_id=s.trial_id + 1000 * n, sample_id=s.sample_id + 1000 * n)
         for n in range(50)
         for s in first
-        if n == 0 or s.axis == "cache"
+        if n == 0 or s.purpose == "cache"
     ]
     samples = [
         replace(s, token_ids=(9,) * 8) if s.load.cache_state == "prefix" else s for s in samples

@@ -71,7 +71,7 @@ def test_plan_invariants(n_samples, batch_sizes, axes, mode, arms):
             assert (trial.purpose, trial.load) == ("reference", ALONE)
         if trial.role == "trial":
             # Baselines, and repeats of them, are evidence whatever was asked for.
-            assert trial.axis in {*axes, "batch-size", "run-to-run"}
+            assert trial.purpose in {*axes, "batch-size", "run-to-run"}
     assert len({t.load for t in trials if t.purpose not in REPEATS}) == len(
         [t for t in trials if t.arm == arms[0] and t.purpose not in REPEATS]
     )
@@ -81,7 +81,7 @@ def test_plan_invariants(n_samples, batch_sizes, axes, mode, arms):
         is_endless = "run-to-run" in axes or max(batch_sizes) > 1
         assert counted == n_samples or (counted < n_samples and not is_endless)
         assert sum(t.role == "control" for t in mine) == 1
-        assert n_samples == 1 or (mine[-1].axis, mine[-1].load) == ("run-to-run", ALONE)
+        assert n_samples == 1 or (mine[-1].purpose, mine[-1].load) == ("run-to-run", ALONE)
 
 
 def test_baselines_differ_along_their_axis_only():
@@ -89,29 +89,29 @@ def test_baselines_differ_along_their_axis_only():
     assert {t.purpose for t in trials} == {"reference", "control", *AXES}
     for trial in evidence(trials):
         load, base = trial.load, trials[trial.baseline].load
-        if trial.axis == "run-to-run":
+        if trial.purpose == "run-to-run":
             assert load == base
-        elif trial.axis == "batch-size":
+        elif trial.purpose == "batch-size":
             assert base.batch_size == 1
             assert set(load.filler_lengths) <= {LENGTHS["p1"]}
             assert load.cache_state == "whole"
-        elif trial.axis == "slot":
+        elif trial.purpose == "slot":
             assert replace(load, slots=base.slots) == base
             assert load.slots != base.slots
-        elif trial.axis == "neighbours":
+        elif trial.purpose == "neighbours":
             assert (load.batch_size, load.slots) == (base.batch_size, base.slots)
             assert (load.filler_lengths, load.filler_seed) != (
                 base.filler_lengths,
                 base.filler_seed,
             )
         else:
-            assert trial.axis == "cache"
+            assert trial.purpose == "cache"
             assert load.cache_state != base.cache_state == "whole"
             assert replace(load, cache_state="whole", cut=None) == base
 
 
 def test_every_batch_size_meets_every_axis_within_the_default_run():
-    seen = {(t.axis, t.load.batch_size) for t in evidence(plan())}
+    seen = {(t.purpose, t.load.batch_size) for t in evidence(plan())}
     for batch_size in DEFAULTS.batch_sizes[1:]:
         for axis in AXES:
             assert (axis, batch_size) in seen
@@ -119,7 +119,7 @@ def test_every_batch_size_meets_every_axis_within_the_default_run():
 
 def test_neighbours_are_shorter_longer_and_ragged():
     trials = plan(replace(DEFAULTS, n_samples=300))
-    lengths = [t.load.filler_lengths for t in trials if t.axis == "neighbours"]
+    lengths = [t.load.filler_lengths for t in trials if t.purpose == "neighbours"]
     assert any(max(x) < 9 for x in lengths)
     assert any(min(x) > 9 for x in lengths)
     assert any(min(x) < 9 < max(x) for x in lengths)
@@ -143,14 +143,14 @@ def test_in_process_a_load_that_is_no_repeat_runs_once():
     assert len(loads) == len(set(loads)) > 300
     # What repeats is a load that ran before, in the same arm.
     ran = {t.load for t in trials if t.purpose not in REPEATS} | {ALONE}
-    assert {t.load for t in trials if t.axis == "run-to-run"} <= ran
+    assert {t.load for t in trials if t.purpose == "run-to-run"} <= ran
 
 
 def test_baselines_are_repeated_whatever_is_asked_for():
     for axes in (("slot",), ("neighbours",), ("cache",), ("batch-size",)):
         trials = plan(replace(DEFAULTS, axes=axes, n_samples=100))
-        baselines = {trials[t.baseline].load for t in evidence(trials) if t.axis in axes}
-        repeated = {t.load for t in trials if t.axis == "run-to-run"}
+        baselines = {trials[t.baseline].load for t in evidence(trials) if t.purpose in axes}
+        repeated = {t.load for t in trials if t.purpose == "run-to-run"}
         assert ALONE in repeated
         assert sum(load in repeated for load in baselines) > 0.7 * len(baselines)
 
@@ -177,14 +177,14 @@ def test_the_probe_alone_comes_first_in_the_round_and_last():
     trials = plan(spec)
     first, last = trials[0], trials[-1]
     assert (first.purpose, first.load) == ("reference", Load(1))
-    assert (last.axis, last.load, last.baseline) == ("run-to-run", Load(1), first.trial_id)
+    assert (last.purpose, last.load, last.baseline) == ("run-to-run", Load(1), first.trial_id)
     assert sum(t.n_samples for t in trials if t.role != "control") == 50
 
 
 def test_only_cache_states_that_the_backend_has_are_planned():
     for states in ((), ("prefix",)):
         trials = plan_trials(DEFAULTS, {"p1": 4}, CONTEXT, cache_states=states)
-        assert {t.load.cache_state for t in trials if t.axis == "cache"} == set(states)
+        assert {t.load.cache_state for t in trials if t.purpose == "cache"} == set(states)
 
 
 def test_plan_is_reproducible_and_follows_the_seed():
@@ -207,7 +207,7 @@ def test_arms_are_interleaved_on_the_same_loads():
     trials = plan(replace(DEFAULTS, arms=("stock", "invariant")))
     for stock, invariant in zip(trials[::2], trials[1::2], strict=True):
         assert (stock.arm, invariant.arm) == ("stock", "invariant")
-        assert (stock.axis, stock.load) == (invariant.axis, invariant.load)
+        assert (stock.purpose, stock.load) == (invariant.purpose, invariant.load)
 
 
 def test_mixed_mode_has_one_probe_row_a_batch():
@@ -259,8 +259,8 @@ def test_under_continuous_batching_copies_meet_other_company_in_each_round():
     spec = replace(DEFAULTS, batch_sizes=(4,), axes=("batch-size",), n_samples=23)
     exact, continuous = plan(spec), plan(replace(spec, batching="continuous"))
     # In an exact batch four copies are one load: then fillers take the place of some.
-    assert sum(t.load.slots == (0, 1, 2, 3) for t in exact if t.axis == "batch-size") == 1
-    seeds = [t.load.filler_seed for t in continuous if t.axis == "batch-size"]
+    assert sum(t.load.slots == (0, 1, 2, 3) for t in exact if t.purpose == "batch-size") == 1
+    seeds = [t.load.filler_seed for t in continuous if t.purpose == "batch-size"]
     assert len(set(seeds)) == len(seeds) >= 3
 
 
@@ -272,12 +272,12 @@ def test_what_diverged_once_is_confirmed():
         changed = {t.trial_id: dict.fromkeys(t.load.slots, row) for t in odd}
         return plan_confirmations(trials, {**same, **changed})
 
-    of = {axis: [t for t in trials if t.axis == axis] for axis in AXES}
+    of = {axis: [t for t in trials if t.purpose == axis] for axis in AXES}
     assert confirmed() == []
     # Each once more, two of an axis at the most, with ids and samples that follow the run's.
     again = confirmed(*of["neighbours"], of["slot"][0])
     once_more = sorted(t.trial_id for t in (of["slot"][0], *of["neighbours"][:2]))
-    assert [(t.axis, t.baseline) for t in again] == [("run-to-run", i) for i in once_more]
+    assert [(t.purpose, t.baseline) for t in again] == [("run-to-run", i) for i in once_more]
     assert [t.trial_id for t in again] == list(range(len(trials), len(trials) + 3))
     assert again[0].first_sample_id == trials[-1].first_sample_id + 1
     # Baselines are repeated by plan. Bits count where no token parted.

@@ -49,7 +49,7 @@ def test_a_clean_server_passes(mock, measure, flavour):
     has_logprobs = flavour != "text"
     assert all(bool(s.logprobs) == has_logprobs for s in samples)
     assert samples[0].role == "reference"
-    assert (samples[-1].axis, samples[-1].load.batch_size) == ("run-to-run", 1)
+    assert (samples[-1].purpose, samples[-1].load.batch_size) == ("run-to-run", 1)
 
 
 @pytest.mark.parametrize("flavour", ["vllm", "text"])

@@ -139,7 +139,7 @@ def test_stock_bits_follow_the_company_and_invariant_bits_do_not(sampler):
         assert bool(result.witness.override_fires) == (result.arm == "invariant")
         if result.role != "control":
             digests[result.arm].add(result.row_digests)
-    assert {result.axis for result in samples} > set(AXES)
+    assert {result.purpose for result in samples} > set(AXES)
     assert len(digests["stock"]) > 1
     assert len(digests["invariant"]) == 1
     outcomes = {probe.arm: probe.verdict.outcome for probe in judgement.probes}

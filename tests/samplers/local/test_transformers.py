@@ -200,7 +200,7 @@ def test_the_default_plan_runs_on_every_family(samplers):
             DEFAULTS, probes=(PROBE,), decoding=Decoding(3), batch_sizes=(1, 3), n_samples=22
         )
         trials = plan_trials(spec, lengths, sampler.context)
-        assert {t.axis for t in trials} > set(AXES)
+        assert {t.purpose for t in trials} > set(AXES)
         for trial in trials:
             results = sampler.sample(trial, PROBE, spec.decoding)
             assert [r.slot for r in results] == list(trial.load.slots)
