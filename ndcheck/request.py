@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ndcheck.errors import UsageError
-from ndcheck.plan.prompts import STANDARD_INPUT, read_prompts, read_standard_input
+from ndcheck.plan.prompts import read_prompts
 from ndcheck.plan.prompts.entries import Entry
 from ndcheck.plan.size import check_size
 from ndcheck.probe import Prompt
@@ -98,18 +98,12 @@ def make_probes(
 ) -> tuple[Probe, ...]:
     """Probes p1, p2, ... from prompts given one by one and from a file.
 
-    ``-`` stands for all of standard input as one prompt, or as the file; the file is read by
-    `ndcheck.plan.prompts.read_prompts`. Raises UsageError for an empty prompt, a repeated id, or
-    a file that cannot be read.
+    The file is read by `ndcheck.plan.prompts.read_prompts`. Raises UsageError for an empty prompt,
+    a repeated id, or a file that cannot be read.
     """
-    if [*prompts, str(file)].count(STANDARD_INPUT) > 1:
-        raise UsageError(f"--prompt, --prompts-file: {STANDARD_INPUT} can be read once only")
     if column is not None and file is None:
         raise UsageError("--prompt-column: this is for a file: give --prompts-file")
-    entries: list[Entry] = [
-        (None, _read_prompt_from_input() if prompt == STANDARD_INPUT else prompt)
-        for prompt in prompts
-    ]
+    entries: list[Entry] = [(None, prompt) for prompt in prompts]
     if file is not None:
         entries += read_prompts(file, column)
     if file is None and not prompts:
@@ -131,14 +125,6 @@ def _make_probe(probe_id: str, prompt: Prompt) -> Probe:
     if isinstance(prompt, str):
         return Probe(probe_id, prompt)
     return Probe(probe_id, prompt[-1].content, prompt)
-
-
-def _read_prompt_from_input() -> str:
-    try:
-        text = read_standard_input().decode("utf-8")
-    except ValueError as error:
-        raise UsageError(f"--prompt {STANDARD_INPUT}: {error}") from error
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def parse_headers(headers: Sequence[str]) -> dict[str, str]:

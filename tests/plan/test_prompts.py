@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.conversations import as_messages, as_text, continued
-from ndcheck.plan.prompts import read_prompts
+from ndcheck.plan.prompts import read_prompts, typed_prompts
 from ndcheck.probe import Message
 from ndcheck.request import make_probes
 
@@ -250,14 +250,13 @@ def test_standard_input(monkeypatch):
     feed(b"one\ntwo\n")
     assert [probe.prompt for probe in make_probes([], Path("-"))] == ["one", "two"]
     feed(b"one\ntwo\r\n")
-    assert [probe.prompt for probe in make_probes(["x", "-"], None)] == ["x", "one\ntwo"]
+    assert typed_prompts(["x", "-"], None) == ["x", "one\ntwo"]
     for both in (["-", "-"], None), (["-"], Path("-")):
         with pytest.raises(UsageError, match="once only"):
-            make_probes(*both)
-    for content, reason in ((b"", "empty"), (b"\xff", "utf-8")):
-        feed(content)
-        with pytest.raises(UsageError, match=reason):
-            make_probes(["-"], None)
+            typed_prompts(*both)
+    feed(b"\xff")
+    with pytest.raises(UsageError, match="utf-8"):
+        typed_prompts(["-"], None)
     with pytest.raises(UsageError, match="give --prompts-file"):
         make_probes(["x"], None, "text")
 

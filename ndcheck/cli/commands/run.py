@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from ndcheck.cli import options as o
+from ndcheck.plan.prompts import typed_prompts
 from ndcheck.request import DEFAULTS, add_headers, make_spec, parse_headers
 from ndcheck.samplers.backends import OPTIONS
 from ndcheck.samplers.options import TRANSFORMERS
@@ -80,7 +81,7 @@ def run(
     spec = make_spec(
         model=model,
         adapter=adapter,
-        prompt=prompt or (),
+        prompt=typed_prompts(prompt or (), prompts_file),
         prompts_file=prompts_file,
         prompt_column=prompt_column,
         chat=chat,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,31 @@ def read_prompts(file: Path, column: str | None = None) -> list[Entry]:
         raise UsageError(f"{name}: {error}") from error
 
 
-def read_standard_input() -> bytes:
-    """All of it. Raises ValueError where it is too large."""
+def typed_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
+    """Prompts as a command line gives them, where ``-`` is all of standard input.
+
+    Raises UsageError where it is to be read twice, here or as ``file``, or is no text.
+    """
+    if [*prompts, str(file)].count(STANDARD_INPUT) > 1:
+        raise UsageError(f"--prompt, --prompts-file: {STANDARD_INPUT} can be read once only")
+    return [_read_prompt() if prompt == STANDARD_INPUT else prompt for prompt in prompts]
+
+
+def _read_prompt() -> str:
+    try:
+        text = _read_standard_input().decode("utf-8")
+    except ValueError as error:
+        raise UsageError(f"--prompt {STANDARD_INPUT}: {error}") from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _read_standard_input() -> bytes:
     return _bounded(sys.stdin.buffer.read(MAX_DOCUMENT_BYTES + 1))
 
 
 def _read(file: Path, column: str | None) -> list[Entry]:
     if str(file) == STANDARD_INPUT:
-        content = read_standard_input()
+        content = _read_standard_input()
     else:
         with open_file(file) as opened:
             content = _bounded(opened.read(MAX_DOCUMENT_BYTES + 1))
