@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from ndcheck.probe import Message
 from ndcheck.records import Decoding
-from ndcheck.samplers.endpoint.dialects import Chat
+from ndcheck.samplers.endpoint.answers.dialects import Chat
 
 
 def test_a_conversation_is_sent_as_it_is():
