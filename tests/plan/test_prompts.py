@@ -261,6 +261,11 @@ def test_standard_input(monkeypatch):
         make_probes(["x"], None, "text")
 
 
+def test_a_data_set_of_the_hub_is_fetched_first():
+    with pytest.raises(UsageError, match="hf download --repo-type dataset"):
+        read_prompts(Path("hf://datasets/a/b.parquet"))
+
+
 def test_a_prompt_in_other_forms():
     assert as_messages("hi") == [{"role": "user", "content": "hi"}]
     assert as_messages((SYSTEM, USER)) == TURNS
