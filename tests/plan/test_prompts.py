@@ -147,7 +147,6 @@ REFUSED = {
     "a column of strings": ("a.jsonl", '"a"', "line 1: it has no field 'q'", "q"),
     "suffix": ("a.yaml", "a: b", r"\.parquet"),
     "no Parquet": ("a.parquet", "x", "no Parquet file"),
-    "half of a Parquet": ("a.parquet", "PAR1 and so on", "cannot be read as Parquet"),
     "gzip": ("a.jsonl", b"\x1f\x8b\x08", "packed"),
     "a sheet": ("a.csv", b"PK\x03\x04...", "packed"),
     "UTF-16": ("a.csv", "prompt\na".encode("utf-16"), "utf-8"),
@@ -220,6 +219,8 @@ def test_parquet_that_is_none_of_prompts(tmp_path, monkeypatch):
                            ("n", "row 1: 1 is no prompt"), ("text", "row 2: None")):  # fmt: skip
         with pytest.raises(UsageError, match=reason):
             read_prompts(file, column)
+    with pytest.raises(UsageError, match="cannot be read as Parquet"):
+        read(tmp_path, "half.parquet", "PAR1 and so on")
     # A few bytes of a dictionary stand for very many of text.
     parquet.write_table(pyarrow.table({"prompt": ["x" * 2**20] * 100}), file)
     assert file.stat().st_size < 2**21
@@ -259,6 +260,11 @@ def test_standard_input(monkeypatch):
         typed_prompts(["-"], None)
     with pytest.raises(UsageError, match="give --prompts-file"):
         make_probes(["x"], None, "text")
+
+
+def test_a_data_set_of_the_hub_is_fetched_first():
+    with pytest.raises(UsageError, match="hf download --repo-type dataset"):
+        read_prompts(Path("hf://datasets/a/b.parquet"))
 
 
 def test_a_prompt_in_other_forms():

@@ -29,6 +29,8 @@ def read_prompts(file: Path, column: str | None = None) -> list[Entry]:
     first line that is not understood, and what is accepted.
     """
     name = f"--prompts-file {file}"
+    if str(file).startswith("hf:/"):
+        raise UsageError(f"{name}: get it first: hf download --repo-type dataset OWNER/NAME FILE")
     if file.suffix.lower() not in SUFFIXES:
         raise UsageError(
             f"{name}: give one prompt a line in a .txt file, or a file with the suffix "
