@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from ndcheck.errors import UsageError
-from ndcheck.records import AXES, Probe
+from ndcheck.records import AXES
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import fit_spec, plan
+from ndcheck.runner import fit_spec
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.sampler import TransformersSampler
 
@@ -294,68 +294,6 @@ def test_flex_attention_reads_the_length_before_the_step():
     assert int(length) == len(PROMPT)
 
 
-def phi3(directory, limit, **changed):
-    config = transformers.Phi3Config(
-        **{**COMMON, "vocab_size": 8000},
-        original_max_position_embeddings=limit,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "short_factor": [1.0] * 8,
-            "long_factor": [4.0] * 8,
-            "original_max_position_embeddings": limit,
-            **changed,
-        },
-        architectures=["Phi3ForCausalLM"],
-    )
-    config.save_pretrained(directory)
-    return replace(
-        DEFAULTS,
-        model=str(directory),
-        random_weights=0,
-        dtype="fp32",
-        decoding=replace(DEFAULTS.decoding, max_tokens=4),
-        probes=(Probe("p1", "one two three four"),),
-        batch_sizes=(1, 2),
-        arms=("stock",),
-    )
-
-
-def test_a_rope_that_follows_the_longest_row_is_explained_not_accused(tmp_path):
-    """The fact itself, by transformers alone: a longer neighbour turns the row's logits over."""
-    sampler = TransformersSampler(phi3(tmp_path / "short", 18))
-    short = sampler.model
-    ids = [sampler._prompts.encode("one two three four")]
-    assert len(ids[0]) + 4 <= 18
-    long_row = [ids[0] * 5]
-    n = len(long_row[0])
-    padded = torch.tensor([[0] * (n - len(ids[0])) + ids[0], long_row[0]])
-    mask = torch.tensor([[0] * (n - len(ids[0])) + [1] * len(ids[0]), [1] * n])
-    at = (mask.cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad():
-        alone = short(torch.tensor(ids)).logits[0, -1]
-        beside = short(padded, attention_mask=mask, position_ids=at).logits[0, -1]
-    assert (alone - beside).abs().max() > 0.01 * alone.std()
-
-    spec = replace(phi3(tmp_path / "again", 18), axes=AXES)
-    sampler = TransformersSampler(spec)
-    fitted = fit_spec(spec, sampler)
-    assert fitted.axes == tuple(axis for axis in AXES if axis != "neighbours")
-    assert all(set(t.load.filler_lengths) <= {len(ids[0])} for t in plan(fitted, sampler))
-    with pytest.raises(UsageError, match="longrope positions change for the whole batch once"):
-        fit_spec(replace(spec, axes=("neighbours",)), sampler)
-    batch = sampler.open_batch([ids[0], long_row[0]], 4)
-    with pytest.raises(UsageError, match="the longest row passes 18 tokens"):
-        batch.prefill("whole")
-
-
-def test_a_completion_that_passes_the_switch_is_refused_and_one_that_does_not_is_not(tmp_path):
-    with pytest.raises(UsageError, match="the longest row passes 8 tokens"):
-        TransformersSampler(phi3(tmp_path / "8", 8))
-    spec = phi3(tmp_path / "100", 100)
-    assert fit_spec(spec, TransformersSampler(spec)).axes == spec.axes
-
-
 def test_an_axis_that_the_model_cannot_take_is_left_out_or_refused_when_named(tmp_path):
     config = transformers.BartConfig(
         **{**BART, "vocab_size": 8000}, architectures=["BartForCausalLM"]
@@ -389,31 +327,6 @@ def test_the_check_reads_no_more_than_it_says():
     first = n_calls
     faithful.examine(model, CPU)
     assert first == n_calls <= 60
-
-
-@pytest.mark.parametrize(
-    ("parameters", "expected"),
-    [
-        ({"rope_type": "default", "rope_theta": 1e4}, None),
-        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, None),
-        ({"rope_type": "dynamic", "factor": 2.0}, ("dynamic", 128)),
-        ({"type": "su", "original_max_position_embeddings": 32}, ("su", 32)),
-        (
-            {
-                "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 64},
-                "sliding_attention": {"rope_type": "default"},
-            },
-            ("longrope", 64),
-        ),
-    ],
-)
-def test_ropes_that_follow_the_longest_row(parameters, expected):
-    from types import SimpleNamespace
-
-    from ndcheck.samplers.local.faithful import rope_switch
-
-    config = SimpleNamespace(rope_parameters=parameters, max_position_embeddings=128)
-    assert rope_switch(config) == expected
 
 
 def test_what_changes_ops_is_not_taken_for_the_model():
