@@ -56,18 +56,16 @@ def sums(tmp_path):
     (tmp_path / "sums.py").write_text(SUMS)
 
 
-def test_order_finds_where_a_function_switches(ndcheck, sums, tmp_path):
+def test_order_finds_where_a_function_switches(here, sums, tmp_path):
     options = ("--terms", "8", "--rows", "1-4", "-q")
-    done = ndcheck(
-        "order", "--fn", "sums.py:switching", *options, "--svg", "o.svg", "--dot", "o.dot"
-    )
+    done = here("order", "--fn", "sums.py:switching", *options, "--svg", "o.svg", "--dot", "o.dot")
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("VARIES  the order of addition changes at rows = 3\n")
     assert "8 terms in order backwards" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert xml.etree.ElementTree.parse(tmp_path / "o.svg").getroot().tag.endswith("svg")
     assert "cluster_1" in (tmp_path / "o.dot").read_text()
-    done = ndcheck("order", "--fn", "sums.py:steady", *options, "--json")
+    done = here("order", "--fn", "sums.py:steady", *options, "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["switch_points"] == []
