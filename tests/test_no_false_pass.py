@@ -111,11 +111,19 @@ def screens(findings, verdict):
         "name": "r",
         "verdict": findings.judgement.verdict.outcome,
         "status": "finished",
-        "n_unique": max(p.n_unique for p in summary.probes),
-        "diverged_trials": sum(p.diverged_trials for p in summary.probes),
-        "n_trials": sum(p.n_trials for p in summary.probes),
         "model": "m",
         "arms": run.spec.arms,
+        "gate": None,
+        "by_arm": [
+            {
+                "arm": "stock",
+                "verdict": findings.judgement.verdict.outcome,
+                "n_unique": max(p.n_unique for p in summary.probes),
+                "diverged_trials": sum(p.diverged_trials for p in summary.probes),
+                "latent_trials": 0,
+                "n_trials": sum(p.n_trials for p in summary.probes),
+            }
+        ],
     }
     page = html_report(findings, gather(findings), DEFAULTS)
     visible = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.S)
