@@ -25,7 +25,7 @@ DEFAULTS = options.DEFAULTS
 parse_names = options.parse_names
 
 
-def make_spec(
+def make_spec(  # noqa: PLR0913 - the options of `ndcheck run`, typed
     *,
     model: str = DEFAULTS.model,
     prompt: str | Sequence[str] = (),
