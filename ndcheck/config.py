@@ -38,7 +38,7 @@ FILES = (Path("ndcheck.toml"), Path("pyproject.toml"))
 Table = Mapping[str, Any]
 OPTIONS = {name: hint for name, hint in get_type_hints(make_spec).items() if name != "return"}
 """Whatever `ndcheck run` accepts, by the same names."""
-FILE_OPTIONS = {"prompts_file", "api_key_file"}
+FILE_OPTIONS = {"prompts_file", "api_key_file", "adapter"}
 """Relative to the configuration's folder."""
 RULES = get_type_hints(Rules)
 RUN_RULES = {"arms": Sequence[str], "baseline": str, "fail_on": Sequence[str]}

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from ndcheck.probe import Probe as Probe
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -60,14 +62,6 @@ AXES: tuple[Axis, ...] = ("run-to-run", "batch-size", "slot", "neighbours", "cac
 """The five invariance properties, each with its own verdict."""
 CLOSED_ARRIVALS = ("together", "closed")
 """Those of `ndcheck.plan.arrivals` under which the number in flight is as asked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """A prompt being measured."""
-
-    probe_id: str
-    prompt: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +326,8 @@ class RunSpec:
     batching: Batching = "exact"
     arrivals: str = "closed"
     """Who comes when under continuous batching, by the decode step; see `ndcheck.plan.queue`."""
+    adapter: str | None = None
+    """A directory of peft's; None too where ``model`` is one, which names its base."""
     chat: bool = False
     trust_remote_code: bool = False
     random_weights: Seed | None = None

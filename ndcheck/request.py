@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.prompts import read_prompts
+from ndcheck.plan.prompts.entries import Entry
 from ndcheck.plan.size import check_size
+from ndcheck.probe import Prompt
 from ndcheck.records import Probe, RunSpec
 from ndcheck.samplers import options
 from ndcheck.samplers.backends import (
@@ -28,8 +30,10 @@ parse_names = options.parse_names
 def make_spec(  # noqa: PLR0913 - the options of `ndcheck run`, typed
     *,
     model: str = DEFAULTS.model,
+    adapter: Path | None = None,
     prompt: str | Sequence[str] = (),
     prompts_file: Path | None = None,
+    prompt_column: str | None = None,
     chat: bool = DEFAULTS.chat,
     loads: str | Sequence[int] = DEFAULTS.batch_sizes,
     axes: str | Sequence[str] = DEFAULTS.axes,
@@ -81,25 +85,30 @@ def make_spec(  # noqa: PLR0913 - the options of `ndcheck run`, typed
     for option in backend.options:
         if option.name in typed:
             spec = option.put(spec, option.parse(typed[option.name]))
-    probes = make_probes([prompt] if isinstance(prompt, str) else prompt, prompts_file)
-    spec = replace(spec, probes=probes)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    probes = make_probes(prompts, prompts_file, prompt_column)
+    is_chat = chat or all(probe.messages for probe in probes)
+    spec = replace(spec, probes=probes, chat=is_chat)
     check(spec)
     return spec
 
 
-def make_probes(prompts: Sequence[str], file: Path | None) -> tuple[Probe, ...]:
+def make_probes(
+    prompts: Sequence[str], file: Path | None, column: str | None = None
+) -> tuple[Probe, ...]:
     """Probes p1, p2, ... from prompts given one by one and from a file.
 
-    The file is UTF-8, one prompt a line; with the suffix .jsonl each line is a JSON string or an
-    object with ``prompt`` and optionally ``id``. Raises UsageError for an empty prompt, a
-    repeated id, or a file that cannot be read.
+    The file is read by `ndcheck.plan.prompts.read_prompts`. Raises UsageError for an empty prompt,
+    a repeated id, or a file that cannot be read.
     """
-    entries: list[tuple[str | None, str]] = [(None, prompt) for prompt in prompts]
+    if column is not None and file is None:
+        raise UsageError("--prompt-column: this is for a file: give --prompts-file")
+    entries: list[Entry] = [(None, prompt) for prompt in prompts]
     if file is not None:
-        entries += read_prompts(file)
+        entries += read_prompts(file, column)
     if file is None and not prompts:
         return DEFAULTS.probes
-    probes = [Probe(name or f"p{i}", prompt) for i, (name, prompt) in enumerate(entries, 1)]
+    probes = [_make_probe(name or f"p{i}", prompt) for i, (name, prompt) in enumerate(entries, 1)]
     if not probes:
         raise UsageError(f"--prompts-file {file}: it holds no prompt")
     for probe in probes:
@@ -110,6 +119,12 @@ def make_probes(prompts: Sequence[str], file: Path | None) -> tuple[Probe, ...]:
     if len({probe.probe_id for probe in probes}) < len(probes):
         raise UsageError(f"--prompts-file {file}: two prompts have the same id")
     return tuple(probes)
+
+
+def _make_probe(probe_id: str, prompt: Prompt) -> Probe:
+    if isinstance(prompt, str):
+        return Probe(probe_id, prompt)
+    return Probe(probe_id, prompt[-1].content, prompt)
 
 
 def parse_headers(headers: Sequence[str]) -> dict[str, str]:
@@ -136,7 +151,7 @@ def add_headers(spec: RunSpec, headers: Mapping[str, str]) -> RunSpec:
 def check(spec: RunSpec) -> None:
     """Raise UsageError naming the option that is out of range."""
     decoding = spec.decoding
-    texts = (spec.model, spec.device, spec.attention, spec.answer_pattern or "")
+    texts = (spec.model, spec.adapter or "", spec.device, spec.attention, spec.answer_pattern or "")
     checks = (
         *((is_unicode(text), f"{text!r} is not valid UTF-8") for text in texts),
         (spec.n_samples >= 1, f"--samples {spec.n_samples}: give 1 or more"),
@@ -162,6 +177,8 @@ def check(spec: RunSpec) -> None:
     for is_fine, message in checks:
         if not is_fine:
             raise UsageError(message)
+    if not spec.chat and any(probe.messages for probe in spec.probes):
+        raise UsageError("--prompts-file: some prompts are conversations: add --chat")
     check_size(spec)
     backend = backend_of(spec)
     refuse_other_fields(backend, spec)

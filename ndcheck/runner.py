@@ -96,7 +96,7 @@ def _fit_loads(spec: RunSpec, sampler: Sampler) -> RunSpec:
     """The spec with batch sizes: its own, or for `--loads auto` all that fit in memory."""
     if spec.batch_sizes:
         return spec
-    longest = max(sampler.count_tokens(probe.prompt) for probe in spec.probes)
+    longest = max(sampler.count_tokens(probe.content) for probe in spec.probes)
     largest = sampler.largest_batch_size(longest, spec.decoding)
     return replace(spec, batch_sizes=batch_sizes_up_to(largest))
 
@@ -110,7 +110,7 @@ def capture(spec: RunSpec, sampler: Sampler) -> Environment:
 
 def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
     """The run's trials. Raises UsageError where a prompt is empty or too long for the model."""
-    lengths = {probe.probe_id: sampler.count_tokens(probe.prompt) for probe in spec.probes}
+    lengths = {probe.probe_id: sampler.count_tokens(probe.content) for probe in spec.probes}
     for probe_id, length in lengths.items():
         if length == 0:
             raise UsageError(f"prompt {probe_id} has no tokens")

@@ -113,7 +113,7 @@ def measure(sampler: Sampler) -> Findings:
         batch_sizes=(1, 3),
         n_samples=40,
     )
-    lengths = {probe.probe_id: sampler.count_tokens(probe.prompt) for probe in spec.probes}
+    lengths = {probe.probe_id: sampler.count_tokens(probe.content) for probe in spec.probes}
     trials = plan_trials(spec, lengths, sampler.context)
     run = Run(
         "selftest", __version__, spec, Environment(), started_at="", n_trials_planned=len(trials)

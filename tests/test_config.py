@@ -116,11 +116,11 @@ MISTAKES = {
     ),
     "a misspelt option": (
         "[checks.a]\nprompts = ['x']",
-        "checks.a.prompts: unknown key, did you mean prompt? accepted: allow_latent, ",
+        "checks.a.prompts: unknown key, did you mean prompt? accepted: adapter, allow_latent, ",
     ),
     "a misspelt table": (
         "[check.a]\nmodel = 'x'",
-        "check: unknown key, did you mean checks? accepted: allow_latent, ",
+        "check: unknown key, did you mean checks? accepted: adapter, allow_latent, ",
     ),
     "a rule of a run on a property": (
         "[checks.a.rules.slot]\nmax_unique = 1",

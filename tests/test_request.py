@@ -144,6 +144,16 @@ def test_bad_prompt_files(tmp_path, content, message):
         request.make_probes([], file)
 
 
+def test_conversations_are_chats(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    assert request.make_spec(model="m", prompts_file=file).chat
+    # Beside a conversation a text may be meant as it is, or as a message.
+    with pytest.raises(UsageError, match="add --chat"):
+        request.make_spec(model="m", prompt="hi", prompts_file=file)
+    assert len(request.make_spec(model="m", prompt="hi", prompts_file=file, chat=True).probes) == 2
+
+
 def test_missing_prompts_file(tmp_path):
     with pytest.raises(UsageError, match="--prompts-file"):
         request.make_probes([], tmp_path / "none.txt")

@@ -112,7 +112,7 @@ def trace_loads(
 ) -> int:
     """Trace a probe under a load of each batch size. Returns the exit code."""
     sampler = _open(spec, quiet=quiet)
-    length = sampler.count_tokens(spec.probes[0].prompt)
+    length = sampler.count_tokens(spec.probes[0].content)
     if length == 0:
         raise UsageError("the prompt has no tokens")
     loads = []
@@ -235,11 +235,12 @@ def shrink(
     quiet: bool,
 ) -> int:
     """Shrink a failing load and check the script that shows it. Returns the exit code."""
-    from ndcheck.builtin import MODEL_DIRECTORY
     from ndcheck.explain import reproduction_script as script
     from ndcheck.explain.failing import find_failure
     from ndcheck.explain.shrinking import Batch, Shrinker
     from ndcheck.reports.explain.shrink import shrink_document, shrink_lines
+    from ndcheck.samplers.local.checkpoint.gguf_file import SUFFIX
+    from ndcheck.samplers.local.checkpoint.sources import find_source
 
     failure = find_failure(directory, sample_id)
     if failure.sample.arm != "stock":
@@ -247,6 +248,9 @@ def shrink(
     spec = failure.run.spec
     _check_visible(spec)
     confirm(spec, given, f"--run {directory}")
+    source = find_source(spec)
+    if source.adapter is not None or source.model.endswith(SUFFIX):
+        raise UsageError("shrink makes scripts of models in safetensors: save this as one, merged")
     sampler = _open(spec, quiet=quiet)
 
     def show(n_tests: int, best: Batch) -> None:
@@ -257,11 +261,10 @@ def shrink(
         raise UsageError("--tp-groups draws random weights that no short script can make: leave it")
     shrunk = Shrinker(sampler, failure, on_test=show).shrink()
     path = out or directory / "repro.py"
-    source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
     text = script.write_script(
         shrunk,
         sampler.describe(),
-        source,
+        source.model,
         remote=spec.trust_remote_code,
         random_weights=spec.random_weights,
     )

@@ -24,9 +24,14 @@ Model = Annotated[
     str,
     _option(
         "model",
-        "builtin, a directory, a hub id, or scripted:NAME; with --endpoint a served name.",
+        "builtin, smollm2, a directory, a GGUF file, a hub id, or scripted:NAME; with --endpoint a "
+        "served name.",
         "MODEL",
     ),
+]
+Adapter = Annotated[
+    Path | None,
+    _option("adapter", "A LoRA or another adapter of peft's, merged into the model.", "DIR"),
 ]
 EndpointUrl = Annotated[
     str | None,
@@ -60,15 +65,19 @@ Retries = Annotated[
 ]
 Prompt = Annotated[
     list[str] | None,
-    _option("prompt", "A probe; may be given several times.", "TEXT"),
+    _option("prompt", "A probe; may be given several times. - is stdin.", "TEXT"),
 ]
 PromptsFile = Annotated[
     Path | None,
     _option(
         "prompts_file",
-        "Probes, one a line (.txt) or as JSON lines (.jsonl).",
+        "Probes: text, JSON, JSON lines, CSV or Parquet; conversations too. - is stdin.",
         "FILE",
     ),
+]
+PromptColumn = Annotated[
+    str | None,
+    _option("prompt_column", "The column or field of --prompts-file with the prompt.", "NAME"),
 ]
 Chat = Annotated[bool, _option("chat", "Apply the model's chat template.")]
 MaxTokens = Annotated[

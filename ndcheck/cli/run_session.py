@@ -18,11 +18,13 @@ from ndcheck.cli.progress import ProgressLine
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import NdcheckError, UsageError, doing
 from ndcheck.findings import read_findings
+from ndcheck.plan.conversations import as_messages
 from ndcheck.ranks import check_ranks, rank
-from ndcheck.records import RunSpec, Sample, Trial
+from ndcheck.records import Probe, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
 from ndcheck.reports.plots import MAX_PROBES
 from ndcheck.reports.terminal import print_report
+from ndcheck.reports.untrusted import quoted
 from ndcheck.reports.wording.reproduction import resume_command
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
@@ -37,9 +39,12 @@ from ndcheck.runner import (
     slug,
 )
 from ndcheck.samplers.backends import backend_of
-from ndcheck.samplers.base import Sampler, open_sampler
+from ndcheck.samplers.base import Rendered, Sampler, open_sampler
 from ndcheck.storage.evidence import is_continued_by
 from ndcheck.storage.run_directory import RunDirectory, read_run
+
+MAX_LINES_SHOWN, MAX_TEXT_SHOWN = 32, 1000
+"""Of a prompt, in lines and in characters of each."""
 
 
 def start(
@@ -211,8 +216,11 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
     # What fits beside the weights is only known with them.
     load_weights = not spec.batch_sizes
     with closing(open_sampler(spec, load_weights=load_weights, headers=headers)) as sampler:
+        for line in sampler.notes:
+            note(line, quiet=False)
         spec = fit(spec, sampler, quiet=False)
         trials = plan(spec, sampler)
+        prompt = prompt_rows(spec.probes[0], sampler.render(spec.probes[0].content))
     header = ("trial", "arm", "probe", "axis", "batch", "slots", "fillers", "cache", "baseline")
     rows = [header, *(plan_row(trial) for trial in trials)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -231,7 +239,23 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
         f"\n{len(trials)} trials ({', '.join(f'{n} {purpose}' for purpose, n in counts.items())}), "
         f"{sum(t.n_samples for t in trials if t.role != 'control')} samples; {cost}"
     )
+    typer.echo("\n".join(("", *prompt)))
     return 0
+
+
+def prompt_rows(probe: Probe, rendered: Rendered | None) -> list[str]:
+    """A probe as the model sees it, or as it is sent to a server, whose template is its own."""
+    if rendered is None:
+        heading = f"prompt {probe.probe_id}, as it is sent"
+        parts = [(m["role"], m["content"]) for m in as_messages(probe.content)]
+    else:
+        heading = f"prompt {probe.probe_id}, as the model sees it: {len(rendered.tokens)} tokens"
+        parts = [("text", rendered.text), *((str(i), text) for i, text in rendered.tokens)]
+    lines = [f"{name:>9}  {quoted(text, MAX_TEXT_SHOWN)}" for name, text in parts]
+    if len(lines) > MAX_LINES_SHOWN:
+        half = MAX_LINES_SHOWN // 2
+        lines[half:-half] = [f"{'':>9}  ... {len(lines) - 2 * half} more"]
+    return [heading, *lines]
 
 
 def plan_row(trial: Trial) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ class Tracer:
         # The static cache is as long as the run's: attention runs over all of it.
         self._max_tokens = max(self._decoding.max_tokens, step + 1)
         self._kernels = kernels or (lambda: sampler.arm(arm, fuse=False))
-        self._n_prompt = sampler.count_tokens(probe.prompt)
+        self._n_prompt = sampler.count_tokens(probe.content)
         if self._n_prompt + self._max_tokens > sampler.context:
             raise UsageError(
                 f"--step {step}: with a prompt of {self._n_prompt} tokens it exceeds the model's "

@@ -14,6 +14,7 @@ from ndcheck.analysis.divergence import first_divergence, latent_divergence, rea
 from ndcheck.analysis.statistics import fisher_exact, k1_kl, k3_kl
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.judging.verdict import Verdict, count
+from ndcheck.plan.conversations import as_text
 from ndcheck.records import Arm, Run, Sample
 
 Group = Literal["environment", "model", "kernels", "load"]
@@ -22,7 +23,16 @@ FailOn = Literal["environment", "model", "kernels", "load", "tokens", "bits", "u
 References = Mapping[tuple[Arm, str], Sample]
 
 FAIL_ON: tuple[FailOn, ...] = get_args(FailOn)
-MODEL_FIELDS = ("model", "dtype", "device", "attention", "chat", "trust_remote_code", "decoding")
+MODEL_FIELDS = (
+    "model",
+    "adapter",
+    "dtype",
+    "device",
+    "attention",
+    "chat",
+    "trust_remote_code",
+    "decoding",
+)
 KERNEL_FIELDS = ("arms",)
 
 
@@ -130,7 +140,7 @@ def judge_comparison(
 
 
 def _by_prompt(measured: Measured) -> dict[tuple[Arm, str], tuple[ProbeSummary, Sample]]:
-    prompts = {probe.probe_id: probe.prompt for probe in measured.run.spec.probes}
+    prompts = {probe.probe_id: as_text(probe.content) for probe in measured.run.spec.probes}
     return {
         (probe.arm, prompts[probe.probe_id]): (probe, reference)
         for probe in measured.summary.probes

@@ -9,7 +9,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ndcheck.records import RunSpec
-from ndcheck.samplers.options import MODEL, OF_SOME, PROMPT, PROMPTS_FILE, SHARED, Option
+from ndcheck.samplers.options import (
+    MODEL,
+    OF_SOME,
+    PROMPT,
+    PROMPT_COLUMN,
+    PROMPTS_FILE,
+    SHARED,
+    Option,
+)
 
 if TYPE_CHECKING:
     from ndcheck.samplers.base import Sampler
@@ -42,7 +50,7 @@ class Backend:
         own = {option.name: option for option in self.own}
         shared = {option.name: option for option in SHARED}
         return (
-            *(PROMPT, PROMPTS_FILE, MODEL),
+            *(PROMPT, PROMPTS_FILE, PROMPT_COLUMN, MODEL),
             *(option for name, option in own.items() if name not in shared),
             *(
                 own.get(name, option)

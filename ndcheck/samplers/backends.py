@@ -14,6 +14,7 @@ from ndcheck.samplers.options import (
     DEFAULTS,
     MODEL,
     PROMPT,
+    PROMPT_COLUMN,
     PROMPTS_FILE,
     SHARED,
     TRANSFORMERS,
@@ -33,7 +34,7 @@ _SHARED_NAMES = {option.name for option in SHARED}
 OPTIONS: dict[str, Option] = {
     option.name: option
     for option in (
-        *(PROMPT, PROMPTS_FILE, MODEL),
+        *(PROMPT, PROMPTS_FILE, PROMPT_COLUMN, MODEL),
         *(
             option
             for backend in reversed(BACKENDS)

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ndcheck.probe import Prompt
 from ndcheck.records import Axis, CacheState, Decoding, Probe, RunSpec, Sample, Trial
 from ndcheck.samplers.backends import backend_of
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt as the model sees it: its text, and the id and the text of each token."""
+
+    text: str
+    tokens: tuple[tuple[int, str], ...]
 
 
 class Sampler(Protocol):
@@ -32,8 +42,11 @@ class Sampler(Protocol):
     def interleaves_arms(self) -> bool:
         """False where only one arm at a time fits the machine: its trials then run together."""
 
-    def count_tokens(self, prompt: str) -> int:
+    def count_tokens(self, prompt: Prompt) -> int:
         """Length of the prompt as the model sees it, in tokens; 0 if nothing is left of it."""
+
+    def render(self, prompt: Prompt) -> Rendered | None:
+        """The prompt as the model sees it; None where only a server knows."""
 
     def describe(self) -> dict[str, Any]:
         """The model's identity as JSON scalars, with a ``digest`` of its weights."""

@@ -153,6 +153,7 @@ def show_loads(sizes: Sequence[int]) -> str:
 
 PROMPT = Option("prompt", (), ())
 PROMPTS_FILE = Option("prompts_file", (), None)
+PROMPT_COLUMN = Option("prompt_column", (), None)
 MODEL = Option("model", ("model",), DEFAULTS.model, has_variable=True)
 ENGINE = Option("engine", (), TRANSFORMERS, has_variable=True)
 TP = Option("tp", ("tensor_parallel",), DEFAULTS.tensor_parallel)

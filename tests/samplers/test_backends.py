@@ -42,7 +42,8 @@ CHOSEN = {
 }
 """What chooses each backend on the command line."""
 TYPED = {
-    "prompt": "hello", "prompts_file": "prompts.txt", "model": "m", "engine": "vllm", "tp": "2",
+    "prompt": "hello", "prompts_file": "prompts.txt", "prompt_column": "b", "model": "m",
+    "adapter": "lora", "engine": "vllm", "tp": "2",
     "tp_groups": "8", "pp": "3", "engine_arg": "max_model_len=4096", "endpoint": URL,
     "api_key_file": "key.txt", "header": "X-Team: a", "fillers": "shared-prefix", "timeout": "7.5",
     "retries": "9", "loads": "1,3", "axes": "slot,cache", "mode": "mixed", "batching": "continuous",
@@ -54,6 +55,8 @@ TYPED = {
 """A value other than the default for each option; None: it is a switch."""
 ALSO = {"arrivals": ("--batching", "continuous"), "tp_groups": ("--kernels", "invariant")}
 """What an option needs beside it, where the backend is this process."""
+ALWAYS = {"prompt_column": ("--prompts-file", "prompts.jsonl")}
+"""What it needs everywhere."""
 
 
 def arguments(name):
@@ -89,7 +92,9 @@ def test_an_option_is_taken_by_its_owners_and_refused_by_the_others(
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("one\ntwo\n")
     chosen = CHOSEN[type(backend).__name__]
+    Path("prompts.jsonl").write_text('{"prompt": "one", "b": "two"}\n')
     also = ALSO.get(name, ()) if type(backend).__name__ == "LocalBackend" else ()
+    also += ALWAYS.get(name, ())
     plain_code, plain = parse(*chosen, *also)
     assert (plain_code, type(backend_of(plain))) == (0, type(backend))
     code, spec = parse(*chosen, *also, *arguments(name))

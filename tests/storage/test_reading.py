@@ -273,30 +273,9 @@ def test_anything_else_is_a_value_error(record, document):
         decode(record, document)
 
 
-PROMPTS = {
-    "bom_crlf.txt": (
-        "\ufeffdef queue():\r\n\r\nclass Queue:\r\n",
-        ["def queue():", "class Queue:"],
-    ),
-    "u2028.jsonl": ('{"id":"a","prompt":"one\u2028two\x85"}\n"b"', ["one\u2028two\x85", "b"]),
-    "plain": ("a\n\n b \n", ["a", " b "]),
-}
-
-
-@pytest.mark.parametrize("name", PROMPTS)
-def test_prompts(tmp_path, name):
-    text, prompts = PROMPTS[name]
-    (tmp_path / name).write_bytes(text.encode())
-    assert [prompt for _, prompt in read_prompts(tmp_path / name)] == prompts
-
-
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
     [
-        ("prompts.csv", "id,prompt\na,b\n", r"\.jsonl"),
-        ("sharegpt.json", "[]", r"\.txt"),
-        ("m.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "line 1: give a string"),
-        ("m.jsonl", '"a"\n[1]', "line 2"),
         ("m.jsonl", '{"prompt": "a", "id": {"b": 1}}', "id: give"),
         ("m.jsonl", '{"prompt": "a", "id": NaN}', "NaN is no JSON"),
         ("m.jsonl", "[" * 10**5, "nested too deeply"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from ndcheck.cli import options as o
+from ndcheck.plan.prompts import typed_prompts
 from ndcheck.request import DEFAULTS, add_headers, make_spec, parse_headers
 from ndcheck.samplers.backends import OPTIONS
 from ndcheck.samplers.options import TRANSFORMERS
@@ -13,9 +14,11 @@ from ndcheck.samplers.options import TRANSFORMERS
 def run(
     context: typer.Context,
     model: o.Model = DEFAULTS.model,
+    adapter: o.Adapter = None,
     endpoint: o.EndpointUrl = None,
     prompt: o.Prompt = None,
     prompts_file: o.PromptsFile = None,
+    prompt_column: o.PromptColumn = None,
     chat: o.Chat = False,
     loads: o.Loads = o.LOADS_DEFAULT,
     axes: o.Axes = "all",
@@ -77,8 +80,10 @@ def run(
         note("--arrival is now called --arrivals", quiet=quiet)
     spec = make_spec(
         model=model,
-        prompt=prompt or (),
+        adapter=adapter,
+        prompt=typed_prompts(prompt or (), prompts_file),
         prompts_file=prompts_file,
+        prompt_column=prompt_column,
         chat=chat,
         loads=loads,
         axes=axes,

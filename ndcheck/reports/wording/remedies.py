@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ndcheck.analysis.summary import Summary
 from ndcheck.findings import Findings
-from ndcheck.records import AXES, Probe, RunSpec
+from ndcheck.records import AXES, RunSpec
 from ndcheck.reports.wording.phrases import percent
 from ndcheck.reports.wording.reproduction import argument, resume_command, wrapped_command
 from ndcheck.samplers.backends import backend_of
@@ -116,7 +116,7 @@ def _narrower(spec: RunSpec, summary: Summary) -> RunSpec | None:
                 batch_sizes=(batch_size,),
                 arms=(worst.arm,),
                 probes=tuple(
-                    Probe("p1", probe.prompt)
+                    replace(probe, probe_id="p1")
                     for probe in spec.probes
                     if probe.probe_id == worst.probe_id
                 ),

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Iterable
 from pathlib import PurePath
 
+from ndcheck.plan.conversations import as_messages
+from ndcheck.plan.prompts import STANDARD_INPUT
 from ndcheck.ranks import program
 from ndcheck.records import Probe, RunSpec
 from ndcheck.samplers.backends import OPTIONS, backend_of
@@ -73,7 +75,12 @@ def prompts_file(spec: RunSpec, defaults: RunSpec) -> str | None:
     """What the file holds that the command names; None if the command names none."""
     if spec.probes == defaults.probes or _fit_options(spec.probes):
         return None
-    lines = ({"id": probe.probe_id, "prompt": probe.prompt} for probe in spec.probes)
+    lines = (
+        {"id": probe.probe_id, "messages": as_messages(probe.messages)}
+        if probe.messages
+        else {"id": probe.probe_id, "prompt": probe.prompt}
+        for probe in spec.probes
+    )
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
@@ -87,7 +94,8 @@ def _fit_options(probes: tuple[Probe, ...]) -> bool:
     """Ids have to be p1, p2, ..., which options get: the fillers' contents depend on them."""
     return (
         len(probes) <= _MAX_PROMPTS
-        and not any("\0" in probe.prompt for probe in probes)
+        and not any("\0" in probe.prompt or probe.messages for probe in probes)
+        and not any(probe.prompt == STANDARD_INPUT for probe in probes)
         and all(probe.probe_id == f"p{i}" for i, probe in enumerate(probes, 1))
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.plan.fillers import filler_text
+from ndcheck.probe import Prompt
 from ndcheck.records import Endpoint, RunSpec
 from ndcheck.samplers.endpoint import prefix_cache
 from ndcheck.samplers.endpoint.answers.answer import EMPTY, Answer
@@ -135,13 +136,13 @@ class Server:
     def witness_name(self) -> str:
         return self.metrics.name if self.metrics else CLIENT_OVERLAP
 
-    async def ask_briefly(self, prompt: str, max_tokens: int, fields: Body) -> Answer:
+    async def ask_briefly(self, prompt: Prompt, max_tokens: int, fields: Body) -> Answer:
         """A short request outside any trial, with the usual retries."""
         return await _ask_briefly(self.spec, self.dialect, self.client, prompt, max_tokens, fields)
 
 
 async def _ask_briefly(
-    spec: RunSpec, dialect: Dialect, client: Client, prompt: str, max_tokens: int, fields: Body
+    spec: RunSpec, dialect: Dialect, client: Client, prompt: Prompt, max_tokens: int, fields: Body
 ) -> Answer:
     body = dialect.body(spec.model, prompt, max_tokens, spec.decoding)
     answer = await client.ask({**body, **fields}, max_tokens)
@@ -169,7 +170,7 @@ async def open_server(
                 f"--temperature {spec.decoding.temperature:g}: this server takes no "
                 "seed, so its draws differ by design: give 0"
             )
-        prompt = spec.probes[0].prompt
+        prompt = spec.probes[0].content
         n_tokens = min(N_PROBING_TOKENS, spec.decoding.max_tokens)
         cache = await prefix_cache.find(
             identity.server,
@@ -198,7 +199,7 @@ async def _find_capabilities(
 
     Raises RequestFailure where the server fails, UsageError where it refuses what was asked.
     """
-    prompt, n_tokens = spec.probes[0].prompt, min(N_PROBING_TOKENS, spec.decoding.max_tokens)
+    prompt, n_tokens = spec.probes[0].content, min(N_PROBING_TOKENS, spec.decoding.max_tokens)
     while True:
         try:
             first = await _ask_briefly(spec, dialect, client, prompt, n_tokens, {})
@@ -241,7 +242,7 @@ async def _vary_limit(
     streams = []
     for n in range(n_tokens, max(0, n_tokens - N_LIMITS), -1):
         answer = await _ask_briefly(
-            spec, dialect, client, spec.probes[0].prompt, n, capabilities.probe_fields
+            spec, dialect, client, spec.probes[0].content, n, capabilities.probe_fields
         )
         streams.append(answer.stream(capabilities.compared)[0])
     # The end of a text may be part of a character.

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.plan.arrivals import parse_arrivals
+from ndcheck.plan.conversations import as_text, continued
 from ndcheck.plan.fillers import filler_text
+from ndcheck.probe import Prompt
 from ndcheck.records import (
     CacheState,
     Decoding,
@@ -119,11 +121,14 @@ class EndpointSampler:
             f"batch size from: {self._server.witness_name}; prefix cache: {cache}",
         )
 
-    def count_tokens(self, prompt: str) -> int:
+    def count_tokens(self, prompt: Prompt) -> int:
         """By the server's own count; in words where it does not say."""
         answer = self._run(self._server.ask_briefly(prompt, 1, {}))
         counted = answer.n_prompt_tokens
-        return len(prompt.split()) if counted is None else counted
+        return len(as_text(prompt).split()) if counted is None else counted
+
+    def render(self, prompt: Prompt) -> None:
+        return None
 
     def describe(self) -> dict[str, Any]:
         identity, seen = self._server.identity, self._server.capabilities
@@ -210,7 +215,7 @@ class EndpointSampler:
         async def send_probe(index: int) -> None:
             body = self._server.dialect.body(
                 self._spec.model,
-                probe.prompt,
+                probe.content,
                 decoding.max_tokens,
                 decoding,
                 streamed=self._server.metrics is None or index < N_STREAMED,
@@ -225,10 +230,10 @@ class EndpointSampler:
             await self._server.client.record(body, decoding.max_tokens, check, outcomes[index])
 
         async def send_filler(row: int, number: int) -> bool:
-            length = lengths.get(row, probe.prompt.count(" ") + 1)
-            prompt = filler_text(load.filler_seed + row + number * load.batch_size, length)
-            if self._endpoint.fillers == "shared-prefix":
-                prompt = f"{probe.prompt} {prompt}"
+            length = lengths.get(row, as_text(probe.content).count(" ") + 1)
+            words = filler_text(load.filler_seed + row + number * load.batch_size, length)
+            is_shared = self._endpoint.fillers == "shared-prefix"
+            prompt = continued(probe.content, words) if is_shared else words
             n_tokens = outlasting(decoding.max_tokens)
             if number or self._arrivals.kind == "closed":
                 n_tokens = rng.randint(max(1, decoding.max_tokens // 4), decoding.max_tokens)
@@ -245,7 +250,7 @@ class EndpointSampler:
         if self._server.cache and load.cache_state == "prefix":
             await self._server.cache.warm(
                 lambda fields: self._server.ask_briefly(
-                    probe.prompt, 1, {**seen.probe_fields, **fields}
+                    probe.content, 1, {**seen.probe_fields, **fields}
                 ),
                 trial.trial_id,
             )
@@ -316,7 +321,7 @@ class EndpointSampler:
         """Raise BackendError unless the server still answers a short request."""
         for attempts_left in range(self._endpoint.n_retries, -1, -1):
             try:
-                await self._server.ask_briefly(self._spec.probes[0].prompt, 1, {})
+                await self._server.ask_briefly(self._spec.probes[0].content, 1, {})
             except RequestFailure as failure:
                 if not attempts_left:
                     raise BackendError(f"the server no longer answers: {failure}") from failure

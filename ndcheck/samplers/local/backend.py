@@ -10,7 +10,6 @@ from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.ranks import check_request
 from ndcheck.records import RunSpec
 from ndcheck.samplers.backend import Backend
-from ndcheck.samplers.local.checkpoint.files import check_config
 from ndcheck.samplers.options import DEFAULTS, ENGINE, OF_SOME, TP, TRANSFORMERS, Option
 
 if TYPE_CHECKING:
@@ -23,7 +22,10 @@ class LocalBackend(Backend):
     title = "transformers in this process"
     chosen_by = f"--engine {TRANSFORMERS}"
     engine = TRANSFORMERS
-    own = (ENGINE, TP, Option("tp_groups", ("tp_groups",), DEFAULTS.tp_groups))
+    own = (
+        Option("adapter", ("adapter",), None, lambda path: None if path is None else str(path)),
+        *(ENGINE, TP, Option("tp_groups", ("tp_groups",), DEFAULTS.tp_groups)),
+    )
     takes = OF_SOME
 
     def check_given(self, typed: Mapping[str, Any]) -> None:
@@ -44,8 +46,9 @@ class LocalBackend(Backend):
         headers: Mapping[str, str] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> TransformersSampler:
-        if spec.model != DEFAULTS.model:
-            check_config(spec.model)  # Before torch is imported, which takes seconds.
+        from ndcheck.samplers.local.checkpoint.sources import find_source
+
+        find_source(spec)  # Before torch is imported, which takes seconds.
         from ndcheck.samplers.local.sampler import TransformersSampler
 
         return TransformersSampler(spec, load_weights=load_weights)

@@ -21,8 +21,10 @@ import transformers
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, NdcheckError, UsageError
 from ndcheck.records import RunSpec
+from ndcheck.samplers.local.checkpoint.adapters import merge_adapter
 from ndcheck.samplers.local.checkpoint.bounds import bounded
-from ndcheck.samplers.local.checkpoint.files import ACCEPTED, CONFIG, check_config, count_weights
+from ndcheck.samplers.local.checkpoint.files import ACCEPTED, CONFIG, check_config, count_elements
+from ndcheck.samplers.local.checkpoint.gguf_file import SUFFIX, read_gguf_head
 from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
 from ndcheck.samplers.local.sharding import (
     check_heads,
@@ -32,8 +34,9 @@ from ndcheck.samplers.local.sharding import (
     shard,
 )
 
-CONFIG_S, BUILD_S = 20, 60
-"""Most of CPU time to read a config, and to build the empty model that it describes."""
+CONFIG_S, GGUF_S, BUILD_S, ADAPTER_S = 20, 300, 60, 3600
+"""Most of CPU time to read a config, one inside a GGUF file with all of its vocabulary, to build
+the empty model that it describes, and to merge an adapter."""
 FOREIGN = re.compile(
     r"(^|\.)((layers|h|blocks)\.\d+\..*(weight|_proj\.bias)|(score|classifier|qa_outputs|v_head)\..*)$"
 )
@@ -52,13 +55,33 @@ DTYPES = {
 def load_config(source: str, spec: RunSpec) -> Any:
     """The model's config. Raises UsageError where there is none, or none of a decoder."""
     transformers.utils.logging.disable_progress_bar()
-    check_config(source)
-    with _one_line_errors(source, CONFIG), bounded(f"--model {source}: {CONFIG}", CONFIG_S):
+    is_gguf = source.endswith(SUFFIX)
+    if not is_gguf:
+        check_config(source)
+    part, most_s = ("its metadata", GGUF_S) if is_gguf else (CONFIG, CONFIG_S)
+    with _one_line_errors(source, part), bounded(f"--model {source}: {part}", most_s):
         config = transformers.AutoConfig.from_pretrained(
-            source, trust_remote_code=spec.trust_remote_code
+            **_place(source), trust_remote_code=spec.trust_remote_code
         )
-        _check_architecture(source, config)
+        if is_gguf:
+            config.dtype = DTYPES[read_gguf_head(Path(source)).dtype]
+        else:
+            _check_architecture(source, config)
     return config
+
+
+def _place(source: str) -> dict[str, str]:
+    """Where transformers' ``from_pretrained`` finds a directory, a hub id, or a GGUF file."""
+    if not source.endswith(SUFFIX):
+        return {"pretrained_model_name_or_path": source}
+    file = Path(source)
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+
+
+def dequantised() -> dict[str, Any]:
+    """What makes plain tensors of a GGUF file's; earlier versions of transformers always do."""
+    kind = getattr(transformers, "GgufConfig", None)
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
 
 
 def _check_architecture(source: str, config: Any) -> None:
@@ -89,7 +112,7 @@ def load_tokenizer(source: str, spec: RunSpec) -> Any:
     origin = _tokenizer_source(source, spec)
     with _one_line_errors(origin, "tokenizer.json, tokenizer_config.json"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            origin, trust_remote_code=spec.trust_remote_code
+            **_place(origin), trust_remote_code=spec.trust_remote_code
         )
         serves = bool(tokenizer("a")["input_ids"])
     if not serves:
@@ -104,11 +127,13 @@ def load_tokenizer(source: str, spec: RunSpec) -> Any:
     return tokenizer
 
 
-def load_model(source: str, config: Any, spec: RunSpec, device: torch.device) -> Any:
+def load_model(
+    source: str, config: Any, spec: RunSpec, device: torch.device, adapter: Path | None = None
+) -> Any:
     """The model on ``device``, as `eval`: its weights, or random ones where the spec wants them.
 
-    Where ranks share it, each has its shard. Raises UsageError and BackendError as
-    `TransformersSampler` does.
+    An ``adapter`` is merged into stored weights of one process. Where ranks share the model, each
+    has its shard. Raises UsageError and BackendError as `TransformersSampler` does.
     """
     if spec.tensor_parallel > 1:
         check_heads(config, spec.tensor_parallel)
@@ -117,23 +142,38 @@ def load_model(source: str, config: Any, spec: RunSpec, device: torch.device) ->
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if spec.attention != "auto":
         options["attn_implementation"] = spec.attention
-    stored = count_weights(source) if spec.random_weights is None else None
+    stored = None
+    if spec.random_weights is None:
+        stored = _count_elements(source)
     _check_size(source, config, spec, options, device, stored)
     if spec.random_weights is not None:
         return _make(source, config, spec, options, device)
     if spec.tensor_parallel > 1:
         options["distributed_config"] = distributed_config(spec.tensor_parallel)
+    dtype = DTYPES.get(spec.dtype, "auto")
+    if source.endswith(SUFFIX):
+        options |= dequantised()
+        dtype = DTYPES.get(spec.dtype, config.dtype)
     with _one_line_errors(source, "its weights and generation_config.json"):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=DTYPES.get(spec.dtype, "auto"),
+            **_place(source),
+            dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # Those are found and refused below, by name.
             **options,
         )
     _check_loaded(source, model, found)
+    if adapter is not None:
+        model = _add_adapter(model, adapter)
     return (model if spec.tensor_parallel > 1 else model.to(device)).eval()
+
+
+def _count_elements(source: str) -> int | None:
+    """The elements of all stored tensors; None for a hub id."""
+    if source.endswith(SUFFIX):
+        return read_gguf_head(Path(source)).n_elements
+    return count_elements(source)
 
 
 def _make(
@@ -161,7 +201,7 @@ def _check_size(
     spec: RunSpec,
     options: dict[str, Any],
     device: torch.device,
-    stored: tuple[int, int] | None,
+    stored: int | None,
 ) -> None:
     """Raise UsageError where the config describes more than the files, or the memory, can hold.
 
@@ -179,10 +219,10 @@ def _check_size(
     n_weights = sum(p.numel() for p in empty.parameters())
     n_bytes = sum(t.nbytes for t in (*empty.parameters(), *empty.buffers()))
     is_quantised = getattr(config, "quantization_config", None) is not None
-    if stored is not None and not is_quantised and n_weights > 2 * stored[1]:
+    if stored is not None and not is_quantised and n_weights > 2 * stored:
         raise UsageError(
-            f"--model {source}: {CONFIG} describes {n_weights:,} weights, and the safetensors "
-            f"files hold {stored[1]:,}"
+            f"--model {source}: {CONFIG} describes {n_weights:,} weights, and the "
+            f"{'file holds' if source.endswith(SUFFIX) else 'safetensors files hold'} {stored:,}"
         )
     free = free_bytes(device) * max(1, spec.tensor_parallel)
     if not is_quantised and n_bytes > free:
@@ -190,6 +230,13 @@ def _check_size(
             f"--model {source}: {CONFIG} describes a model of {n_bytes / 2**30:,.1f} GiB, and "
             f"{free / 2**30:,.1f} GiB are free on {device}"
         )
+
+
+def _add_adapter(model: Any, directory: Path) -> Any:
+    option = f"--adapter {directory}"
+    part = "its adapter_config.json and weights"
+    with _one_line_errors(str(directory), part, "--adapter"), bounded(option, ADAPTER_S):
+        return merge_adapter(model, directory)
 
 
 def _check_loaded(source: str, model: Any, found: dict[str, Any]) -> None:
@@ -266,7 +313,7 @@ def _tokenizer_source(source: str, spec: RunSpec) -> str:
 
 
 @contextmanager
-def _one_line_errors(source: str, part: str) -> Iterator[None]:
+def _one_line_errors(source: str, part: str, option: str = "--model") -> Iterator[None]:
     """Loading fails in many ways; each becomes one line that names the model and what of it."""
     try:
         yield
@@ -280,7 +327,7 @@ def _one_line_errors(source: str, part: str) -> Iterator[None]:
             raise BackendError(f"cannot load {source}: {first_line(error)}") from error
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise UsageError(
-            f"--model {source}: {part}: {kind}{first_line(error)}"
+            f"{option} {source}: {part}: {kind}{first_line(error)}"
             f"{f' {ACCEPTED}' if isinstance(error, OSError) else ''}"
         ) from error
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from ndcheck.errors import UsageError
+from ndcheck.plan.conversations import as_messages
 from ndcheck.plan.fillers import filler_text, fit_to_length
+from ndcheck.probe import Prompt
 from ndcheck.records import Load, Probe, RunSpec
+from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.checkpoint.bounds import bounded
 from ndcheck.samplers.local.loading import first_line, load_tokenizer
 
@@ -25,7 +29,7 @@ class Prompts:
 
     def rows(self, load: Load, probe: Probe) -> list[list[int]]:
         """Token ids of every row of the batch: probes at their slots, fillers elsewhere."""
-        probe_ids = self.encode(probe.prompt)
+        probe_ids = self.encode(probe.content)
         fillers = iter(enumerate(load.filler_lengths))
         rows = []
         for row in range(load.batch_size):
@@ -40,18 +44,17 @@ class Prompts:
         """A filler of exactly ``length`` tokens, a function of ``seed`` and the tokenizer."""
         return fit_to_length(self._ids(self._tokenizer(filler_text(seed, length))), length)
 
-    def encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
         """The prompt as the model sees it.
 
         Raises UsageError where the chat template or the tokenizer does not give ids of the model.
         """
-        if not self._chat:
+        if isinstance(prompt, str) and not self._chat:
             return self._ids(self._tokenizer(prompt))
-        message = [{"role": "user", "content": prompt}]
         with bounded(f"--chat: the chat template of {self._source}", TEMPLATE_S):
             try:
                 encoded = self._tokenizer.apply_chat_template(
-                    message, add_generation_prompt=True, return_dict=True
+                    as_messages(prompt), add_generation_prompt=True, return_dict=True
                 )
             except MemoryError:
                 raise
@@ -70,6 +73,24 @@ class Prompts:
                 f"vocabulary has {self._n_ids}: they are not of one model"
             )
         return ids
+
+    def render(self, prompt: Prompt) -> Rendered:
+        """The prompt as the model sees it."""
+        ids = self.encode(prompt)
+        tokens = tuple((token_id, self.decode(token_id)) for token_id in ids)
+        return Rendered(str(self._tokenizer.decode(ids)), tokens)
+
+    def warnings(self, probes: Sequence[Probe]) -> tuple[str, ...]:
+        """What is likely to be wrong with prompts, a sentence for each kind."""
+        first = self._tokenizer.bos_token_id
+        twice = [p.probe_id for p in probes if self.encode(p.content)[:2] == [first, first]]
+        if not twice:
+            return ()
+        others = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+        return (
+            f"warning: prompt {twice[0]}{others} begins with {self._tokenizer.bos_token!r} twice: "
+            "leave it out where the tokenizer or the chat template adds it",
+        )
 
     def decode(self, token_id: int) -> str:
         """The text of one token."""
@@ -92,12 +113,15 @@ class Prompts:
         return tuple(texts)
 
 
-def load_prompts(source: str, spec: RunSpec, n_ids: int | None = None) -> Prompts:
-    """The prompts of a model's tokenizer, whose ids are below ``n_ids``.
+def load_prompts(source: str, spec: RunSpec, text_config: Any = None) -> Prompts:
+    """The prompts of a tokenizer whose ids are in the vocabulary of a model's ``text_config``.
 
     Raises UsageError if it has none that serves.
     """
     tokenizer = load_tokenizer(source, spec)
     if spec.chat and not tokenizer.chat_template:
-        raise UsageError(f"--chat: {source} has no chat template")
+        raise UsageError(
+            f"--chat, and conversations, need a chat template, and {source} has no chat template"
+        )
+    n_ids = getattr(text_config, "vocab_size", None)
     return Prompts(tokenizer, chat=spec.chat, source=source, n_ids=n_ids)

@@ -16,22 +16,15 @@ from typing import Any
 
 import torch
 
-from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.plan.arrivals import parse_arrivals
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.plan.queue import Request, queue_requests
-from ndcheck.records import (
-    Arm,
-    Decoding,
-    Load,
-    Probe,
-    RunSpec,
-    Sample,
-    Trial,
-    Witness,
-)
+from ndcheck.probe import Prompt
+from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
+from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.device import choose_device, own_device
 from ndcheck.samplers.local.faithful import PATHS, Examination, Path, examine, find_refusals
 from ndcheck.samplers.local.following import Ranks
@@ -64,10 +57,9 @@ class TransformersSampler:
     interleaves_arms = True
 
     def __init__(self, spec: RunSpec, *, load_weights: bool = True) -> None:
-        self._name = spec.model
         self._arms = spec.arms
         self._arrivals = spec.arrivals if spec.batching == "continuous" else None
-        source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
+        self._source = source = find_source(spec)
         self._tp_groups = spec.tp_groups
         self._probes = {probe.probe_id: probe for probe in spec.probes}
         self._decoding = spec.decoding
@@ -78,30 +70,30 @@ class TransformersSampler:
             self._ranks = Ranks(self._device)
         if spec.dtype != "auto" and spec.dtype not in DTYPES:
             raise UsageError(f"--dtype {spec.dtype}: choose from auto, {', '.join(DTYPES)}")
-        config = load_config(source, spec)
+        config = load_config(source.model, spec)
         self._text_config = config.get_text_config(decoder=True)
-        self._prompts = load_prompts(source, spec, getattr(self._text_config, "vocab_size", None))
+        self._prompts = load_prompts(source.tokenizer, spec, self._text_config)
         self._model: Any = None
         self._findings: Examination | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
         self._uncaptured: set[Arm] = set()
         if load_weights:
-            self._model = load_model(source, config, spec, self._device)
+            self._model = load_model(source.model, config, spec, self._device, source.adapter)
             self._stop_ids = stop_ids(self._model)
             self._digest = digest_weights(self._model)
             self._findings = examine(self._model, self._device, _paths(spec))
-            is_alone = self._ranks is None
-            if "invariant" in spec.arms and self._device.type == "cuda" and is_alone:
+            if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
                 from ndcheck_kernels.models.decoder import join_weights
 
                 join_weights(self._model)
-        lengths = [self.count_tokens(probe.prompt) for probe in spec.probes]
+        lengths = [self.count_tokens(probe.content) for probe in spec.probes]
         beside = [(n, self._longest_neighbour(n, spec.decoding)) for n in lengths]
         refusals = find_refusals(spec, self._text_config, self._findings, beside)
         self.refused_axes = tuple(refusals.axes.items())
         self.cache_states = tuple(state for state in CACHE_STATES if state not in refusals.states)
         # Where both are left out the axis is, which says so itself.
-        self.notes = tuple(refusals.states.values()) if self.cache_states else ()
+        self.notes = self._prompts.warnings(spec.probes)
+        self.notes += tuple(refusals.states.values()) if self.cache_states else ()
 
     @property
     def context(self) -> int:
@@ -123,8 +115,11 @@ class TransformersSampler:
         """The text of one token."""
         return self._prompts.decode(token_id)
 
-    def count_tokens(self, prompt: str) -> int:
+    def count_tokens(self, prompt: Prompt) -> int:
         return len(self._prompts.encode(prompt))
+
+    def render(self, prompt: Prompt) -> Rendered | None:
+        return self._prompts.render(prompt)
 
     def rows(self, load: Load, probe: Probe) -> list[list[int]]:
         """Token ids of every row of the batch: probes at their slots, fillers elsewhere."""
@@ -133,7 +128,7 @@ class TransformersSampler:
     def describe(self) -> dict[str, Any]:
         parameter = next(self._model.parameters())
         return {
-            "name": self._name,
+            **self._source.describe(),
             "class": type(self._model).__name__,
             "parameters": sum(p.numel() for p in self._model.parameters()),
             "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -269,7 +264,7 @@ class TransformersSampler:
         """Decode under continuous batching, with ``size`` requests in flight."""
         from ndcheck.samplers.local.continuous import serve_load
 
-        load, prompt = trial.load, self._prompts.encode(probe.prompt)
+        load, prompt = trial.load, self._prompts.encode(probe.content)
         arrivals = parse_arrivals(self._arrivals or "", "step")
         queue = queue_requests(load, arrivals, len(prompt), decoding.max_tokens)
         served, n_fires = serve_load(

@@ -11,8 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from ndcheck.errors import BackendError, TrialError
+from ndcheck.plan.conversations import as_text
 from ndcheck.plan.fillers import FILLER_WORDS
 from ndcheck.plan.grid import CACHE_STATES
+from ndcheck.probe import Prompt
 from ndcheck.records import Decoding, Load, Probe, Sample, Trial, Witness
 
 VOCABULARY = tuple(dict.fromkeys(FILLER_WORDS))
@@ -80,8 +82,11 @@ class ScriptedSampler:
         self._n_run = 0
         self._largest = 0
 
-    def count_tokens(self, prompt: str) -> int:
-        return len(prompt.split())
+    def count_tokens(self, prompt: Prompt) -> int:
+        return len(as_text(prompt).split())
+
+    def render(self, prompt: Prompt) -> None:
+        return None
 
     def describe(self) -> dict[str, Any]:
         return {"name": f"scripted:{self._behaviour}", "digest": self._behaviour}

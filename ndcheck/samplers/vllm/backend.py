@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ndcheck.errors import UsageError
 from ndcheck.records import Engine, RunSpec
 from ndcheck.samplers.backend import Backend
-from ndcheck.samplers.local.checkpoint.files import check_config
-from ndcheck.samplers.options import DEFAULTS, ENGINE, TP, Option
+from ndcheck.samplers.options import ENGINE, TP, Option
 
 if TYPE_CHECKING:
     from ndcheck.samplers.base import Sampler
@@ -95,8 +94,9 @@ class EngineBackend(Backend):
         headers: Mapping[str, str],
         say: Callable[[str], None],
     ) -> Sampler:
-        if spec.model != DEFAULTS.model:
-            check_config(spec.model)  # Before torch is imported, which takes seconds.
+        from ndcheck.samplers.local.checkpoint.sources import find_source
+
+        find_source(spec)  # Before torch is imported, which takes seconds.
         from ndcheck.samplers.vllm.sampler import EngineSampler
 
         return EngineSampler(spec, spec.engine or Engine(), load_weights=load_weights)

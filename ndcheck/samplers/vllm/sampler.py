@@ -13,9 +13,9 @@ from typing import Any
 
 import transformers
 
-from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.plan.grid import CACHE_STATES, N_PREFILL_CHUNKS
+from ndcheck.probe import Prompt
 from ndcheck.records import (
     Arm,
     CacheState,
@@ -28,6 +28,8 @@ from ndcheck.records import (
     Trial,
     Witness,
 )
+from ndcheck.samplers.base import Rendered
+from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.loading import load_config
 from ndcheck.samplers.local.prompts import load_prompts
 from ndcheck.samplers.vllm.backend import NO_AUTO_LOADS
@@ -56,7 +58,7 @@ class EngineSampler:
     def __init__(self, spec: RunSpec, engine: Engine, *, load_weights: bool = True) -> None:
         self._spec = spec
         self._engine = engine
-        self._source = str(MODEL_DIRECTORY) if spec.model == "builtin" else spec.model
+        self._source = find_source(spec).model
         if spec.dtype not in DTYPES:
             raise UsageError(f"--dtype {spec.dtype}: choose from {', '.join(DTYPES)}")
         if load_weights and importlib.util.find_spec("vllm") is None:
@@ -64,7 +66,7 @@ class EngineSampler:
         config = load_config(self._source, spec)
         text_config = config.get_text_config(decoder=True)
         self._context = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
-        self._prompts = load_prompts(self._source, spec, getattr(text_config, "vocab_size", None))
+        self._prompts = load_prompts(self._source, spec, text_config)
         self._workers: dict[Arm, Worker] = {}
         self._arms_apart = len(spec.arms) > 1
         self.close = weakref.finalize(self, _close, self._workers)
@@ -94,7 +96,7 @@ class EngineSampler:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        notes = []
+        notes = [*self._prompts.warnings(self._spec.probes)]
         if len(self._spec.arms) > 1:
             notes.append(f"the arms run {self._how_arms_run}")
         if "cache" in self._spec.axes and not self._can_share_prefixes():
@@ -112,8 +114,11 @@ class EngineSampler:
             else "interleaved, each in an engine of its own"
         )
 
-    def count_tokens(self, prompt: str) -> int:
+    def count_tokens(self, prompt: Prompt) -> int:
         return len(self._prompts.encode(prompt))
+
+    def render(self, prompt: Prompt) -> Rendered | None:
+        return self._prompts.render(prompt)
 
     def describe(self) -> dict[str, Any]:
         ready = self._ready
@@ -141,7 +146,7 @@ class EngineSampler:
         started = time.perf_counter()
         worker = self._worker(trial.arm)
         load = trial.load
-        probe_ids = self._prompts.encode(probe.prompt)
+        probe_ids = self._prompts.encode(probe.content)
         answer = worker.ask(
             {
                 "rows": self._prompts.rows(load, probe),
@@ -223,13 +228,13 @@ class EngineSampler:
         """Whether every prompt is longer than a block; not known before an engine has started."""
         if not self._workers:
             return True
-        lengths = (self.count_tokens(probe.prompt) for probe in self._spec.probes)
+        lengths = (self.count_tokens(probe.content) for probe in self._spec.probes)
         block_size: int = self._ready["block_size"]
         return min(lengths) > block_size
 
     def _longest_row(self) -> int:
         """Tokens of the longest prompt in any batch: fillers may be twice the probe's length."""
-        return max(2 * self.count_tokens(probe.prompt) + 16 for probe in self._spec.probes)
+        return max(2 * self.count_tokens(probe.content) + 16 for probe in self._spec.probes)
 
     def _most_tokens(self) -> int:
         """Tokens that the KV cache holds at the end of the largest batch, at most."""

@@ -69,7 +69,8 @@ def test_dry_run_prints_the_plan_and_runs_nothing(ndcheck, tmp_path):
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0].split()[:4] == ["trial", "arm", "probe", "axis"]
-    assert "60 samples" in lines[-1]
+    assert any("60 samples" in line for line in lines)
+    assert lines[-2:] == ["prompt p1, as it is sent", "     user  'class Queue:'"]
     assert list(tmp_path.iterdir()) == []
 
 

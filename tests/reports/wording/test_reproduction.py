@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 
+from ndcheck.probe import Message
 from ndcheck.records import Decoding, Endpoint, Engine, Probe, RunSpec
 from ndcheck.reports.wording.reproduction import (
     argument,
@@ -14,7 +15,7 @@ from ndcheck.reports.wording.reproduction import (
     reproduce_command,
     wrapped_command,
 )
-from ndcheck.request import DEFAULTS
+from ndcheck.request import DEFAULTS, make_probes
 
 HOSTILE = "it's \\n \n\t\x1b[31m \u202e\xa0 `|` $HOME 🧪 日本語\x7f1"
 
@@ -100,6 +101,17 @@ def test_prompts_that_options_cannot_hold_go_to_a_file(probes) -> None:
     )
     assert prompts_file(spec, DEFAULTS).count("\n") == len(probes)
     assert prompts_file(DEFAULTS, DEFAULTS) is None
+
+
+def test_conversations_come_back_from_their_file(tmp_path) -> None:
+    messages = (Message("system", "Be terse."), Message("user", "a\nb"))
+    probes = (Probe("p1", "a\nb", messages), Probe("x", "-"))
+    spec = replace(DEFAULTS, probes=probes, chat=True)
+    assert "--prompts-file" in reproduce_command(spec, DEFAULTS)
+    (tmp_path / "prompts.jsonl").write_text(prompts_file(spec, DEFAULTS))
+    assert make_probes([], tmp_path / "prompts.jsonl") == probes
+    # As an option it would be read from standard input.
+    assert prompts_file(replace(spec, probes=(Probe("p1", "-"),)), DEFAULTS) is not None
 
 
 def test_a_wrapped_command_is_the_same_command() -> None:

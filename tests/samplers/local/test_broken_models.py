@@ -258,7 +258,7 @@ def test_what_is_no_file(model, name, kind):
 
 def test_an_adapter_is_another_model(model):
     (model / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
-    assert "adapter_config.json makes it an adapter of another model" in refusal(model)
+    assert "holds no adapter_model.safetensors" in refusal(model)
 
 
 @pytest.mark.parametrize(

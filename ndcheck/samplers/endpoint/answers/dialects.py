@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
+from ndcheck.plan.conversations import as_messages
+from ndcheck.probe import Prompt
 from ndcheck.records import Decoding
 from ndcheck.samplers.endpoint.answers.event_stream import Event
 from ndcheck.samplers.endpoint.answers.events import Frame, read_generate, read_openai
@@ -24,7 +26,13 @@ class Dialect(Protocol):
         """Fields that not every server takes, by what they are for; they are probed one by one."""
 
     def body(
-        self, model: str, prompt: str, max_tokens: int, decoding: Decoding, *, streamed: bool = True
+        self,
+        model: str,
+        prompt: Prompt,
+        max_tokens: int,
+        decoding: Decoding,
+        *,
+        streamed: bool = True,
     ) -> Body:
         """The request, without optional fields.
 
@@ -64,7 +72,13 @@ class Completions:
         }
 
     def body(
-        self, model: str, prompt: str, max_tokens: int, decoding: Decoding, *, streamed: bool = True
+        self,
+        model: str,
+        prompt: Prompt,
+        max_tokens: int,
+        decoding: Decoding,
+        *,
+        streamed: bool = True,
     ) -> Body:
         return {
             "model": model,
@@ -84,7 +98,7 @@ class Completions:
             return True
         return False
 
-    def _content(self, prompt: str) -> Body:
+    def _content(self, prompt: Prompt) -> Body:
         return {"prompt": prompt}
 
     def read(self, event: Event) -> Frame:
@@ -92,13 +106,13 @@ class Completions:
 
 
 class Chat(Completions):
-    """``/chat/completions``: the prompt as the user's message, in the server's chat template."""
+    """``/chat/completions``: messages, in the server's chat template; a text is the user's."""
 
     path = "/chat/completions"
     _logprobs: ClassVar[Body] = {"logprobs": True, "top_logprobs": 2}
 
-    def _content(self, prompt: str) -> Body:
-        return {"messages": [{"role": "user", "content": prompt}]}
+    def _content(self, prompt: Prompt) -> Body:
+        return {"messages": as_messages(prompt)}
 
 
 class Generate:
@@ -110,7 +124,13 @@ class Generate:
     }
 
     def body(
-        self, model: str, prompt: str, max_tokens: int, decoding: Decoding, *, streamed: bool = True
+        self,
+        model: str,
+        prompt: Prompt,
+        max_tokens: int,
+        decoding: Decoding,
+        *,
+        streamed: bool = True,
     ) -> Body:
         parameters = {"max_new_tokens": max_tokens, "temperature": decoding.temperature}
         return {"text": prompt, "sampling_params": parameters, "stream": streamed}

@@ -16,7 +16,10 @@ from typing import Any
 from ndcheck.errors import UsageError
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
-ACCEPTED = "(accepted: builtin, a directory with config.json and safetensors, or a hub id)"
+ACCEPTED = (
+    "(accepted: builtin, smollm2, a GGUF file, a directory with config.json and safetensors, or a "
+    "hub id)"
+)
 JSON_FILES = (
     *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     "special_tokens_map.json",
@@ -37,79 +40,80 @@ COUNTS = (
 
 def check_config(source: str) -> None:
     """Raise UsageError where a directory's JSON files cannot be what a model is made from."""
-    if (directory := _find(source)) is None:
+    option = f"--model {source}"
+    if (directory := find_directory(source, option)) is None:
         return
     if not (directory / CONFIG).exists():
         raise UsageError(f"--model {source}: it holds no {CONFIG} {ACCEPTED}")
-    if (directory / "adapter_config.json").exists():
-        raise UsageError(
-            f"--model {source}: adapter_config.json makes it an adapter of another model: merge "
-            "the two, and give the result"
-        )
+    documents = check_files(directory, option)
+    for reason in _odd_numbers(documents[CONFIG]):
+        raise UsageError(f"{option}: {CONFIG}: {reason}")
+
+
+def check_files(directory: Path, option: str) -> dict[str, dict[str, Any]]:
+    """A directory's JSON files by name, all of them whole. Raises UsageError for ``option``."""
     for file in directory.glob("tokenizer*"):
-        _check_regular(source, file)
-    for name in JSON_FILES:
-        if (directory / name).exists():
-            document = _read_json(source, directory / name)
-            if name == CONFIG:
-                for reason in _odd_numbers(document):
-                    raise UsageError(f"--model {source}: {name}: {reason}")
+        _check_regular(option, file)
+    present = [name for name in JSON_FILES if (directory / name).exists()]
+    return {name: read_json(option, directory / name) for name in present}
 
 
-def count_weights(source: str) -> tuple[int, int] | None:
-    """Tensors and elements in a directory's safetensors files; None for a hub id.
+def count_elements(source: str) -> int | None:
+    """The elements of all tensors in a directory's safetensors files; None for a hub id.
 
     Raises UsageError where a file is missing, broken, or outside the directory.
     """
-    if (directory := _find(source)) is None:
+    option = f"--model {source}"
+    if (directory := find_directory(source, option)) is None:
         return None
-    n_tensors = n_elements = 0
-    for name, tensors in _shards(source, directory).items():
-        shapes = _read_shapes(source, directory / name)
+    n_elements = 0
+    for name, tensors in _shards(option, directory).items():
+        shapes = read_shapes(option, directory / name)
         if lacking := tensors - shapes.keys():
             raise UsageError(
-                f"--model {source}: {INDEX} puts {min(lacking)} into {name}, which does not hold it"
+                f"{option}: {INDEX} puts {min(lacking)} into {name}, which does not hold it"
             )
-        n_tensors += len(shapes)
         n_elements += sum(shapes.values())
-    return n_tensors, n_elements
+    return n_elements
 
 
-def _find(source: str) -> Path | None:
+def find_directory(source: str, option: str) -> Path | None:
+    """None where it is no directory. Raises UsageError for ``option`` where it cannot be read."""
     directory = Path(source)
     try:
         if not directory.is_dir():
             return None
         next(directory.iterdir(), None)
     except OSError as error:
-        raise UsageError(f"--model {source}: {error.strerror}") from error
+        raise UsageError(f"{option}: {error.strerror}") from error
     return directory
 
 
-def _broken(source: str, file: Path, reason: str) -> UsageError:
-    return UsageError(f"--model {source}: {file.name}: {reason}")
+def _broken(option: str, file: Path, reason: str) -> UsageError:
+    return UsageError(f"{option}: {file.name}: {reason}")
 
 
-def _check_regular(source: str, file: Path) -> None:
+def _check_regular(option: str, file: Path) -> None:
     """Raise UsageError for what is no file that can be read: a pipe would be waited for."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):
-            raise _broken(source, file, "it is no regular file")
+            raise _broken(option, file, "it is no regular file")
         file.open("rb").close()
     except OSError as error:
-        raise _broken(source, file, error.strerror or str(error)) from error
+        raise _broken(option, file, error.strerror or str(error)) from error
 
 
-def _read_json(source: str, file: Path) -> dict[str, Any]:
-    _check_regular(source, file)
+def read_json(option: str, file: Path) -> dict[str, Any]:
+    """An object. Raises UsageError for ``option``, naming the file."""
+    _check_regular(option, file)
     if file.stat().st_size > MOST_JSON_BYTES:
-        raise _broken(source, file, f"it has more than {MOST_JSON_BYTES >> 20} MiB")
+        raise _broken(option, file, f"it has more than {MOST_JSON_BYTES >> 20} MiB")
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _broken(source, file, f"it holds no JSON: {error}") from error
+        raise _broken(option, file, f"it holds no JSON: {error}") from error
     if not isinstance(document, dict):
-        raise _broken(source, file, f"it holds a {type(document).__name__}, not an object")
+        raise _broken(option, file, f"it holds a {type(document).__name__}, not an object")
     return document
 
 
@@ -130,35 +134,35 @@ def _odd_numbers(config: dict[str, Any]) -> Iterator[str]:
             yield f"{name} is {value}: at most {MOST_OF_A_SIZE} is accepted"
 
 
-def _shards(source: str, directory: Path) -> dict[str, set[str]]:
+def _shards(option: str, directory: Path) -> dict[str, set[str]]:
     """The files that hold the weights, each with the tensors that the index says it has."""
     if (directory / WEIGHTS).exists():
         return {WEIGHTS: set()}
     index = directory / INDEX
     if not index.exists():
         raise UsageError(
-            f"--model {source}: it has neither {WEIGHTS} nor {INDEX}: weights are read from "
+            f"{option}: it has neither {WEIGHTS} nor {INDEX}: weights are read from "
             "safetensors only; --random-weights SEED measures a shape without any"
         )
-    entries = _read_json(source, index).get("weight_map")
+    entries = read_json(option, index).get("weight_map")
     if not isinstance(entries, dict) or not entries:
-        raise _broken(source, index, "it has no weight_map")
+        raise _broken(option, index, "it has no weight_map")
     shards: dict[str, set[str]] = {}
     for name, file in entries.items():
         if not str(file).endswith(".safetensors") or PurePath(str(file)).name != file:
             reason = f"{name} is in {file!r}, which is no file of this directory"
-            raise _broken(source, index, reason)
+            raise _broken(option, index, reason)
         shards.setdefault(file, set()).add(name)
     return shards
 
 
-def _read_shapes(source: str, file: Path) -> dict[str, int]:
+def read_shapes(option: str, file: Path) -> dict[str, int]:
     """Elements of every tensor in a safetensors file, whose head and length are consistent."""
     from safetensors import SafetensorError, safe_open
 
-    _check_regular(source, file)
+    _check_regular(option, file)
     try:
         with safe_open(file, framework="numpy") as weights:
             return {n: math.prod(weights.get_slice(n).get_shape()) for n in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise _broken(source, file, str(error).splitlines()[0]) from error
+        raise _broken(option, file, str(error).splitlines()[0]) from error
