@@ -239,16 +239,8 @@ class Sample:
         witness: Witness,
         finish_reason: FinishReason,
         elapsed_s: float,
-        *,
-        token_ids: tuple[int, ...] = (),
-        token_texts: tuple[str, ...] = (),
-        logprobs: tuple[float, ...] = (),
-        margins: tuple[float, ...] = (),
-        row_digests: tuple[str, ...] = (),
-        error: str | None = None,
-        n_retries: int = 0,
     ) -> Sample:
-        """What came of the ``nth`` of the trial's probe rows, counted in the order of its slots."""
+        """A sample without tokens: the ``nth`` of the trial's, in the order of its slots."""
         return cls(
             sample_id=trial.first_sample_id + nth,
             trial_id=trial.trial_id,
@@ -259,16 +251,11 @@ class Sample:
             load=trial.load,
             slot=trial.load.slots[nth],
             witness=witness,
-            token_ids=token_ids,
-            token_texts=token_texts,
+            token_ids=(),
+            token_texts=(),
             finish_reason=finish_reason,
             elapsed_s=elapsed_s,
-            logprobs=logprobs,
-            margins=margins,
-            row_digests=row_digests,
             fault=trial.fault,
-            error=error,
-            n_retries=n_retries,
         )
 
 

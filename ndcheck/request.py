@@ -27,7 +27,7 @@ DEFAULTS = options.DEFAULTS
 parse_names = options.parse_names
 
 
-def make_spec(
+def make_spec(  # noqa: PLR0913 - the options of `ndcheck run`, typed
     *,
     model: str = DEFAULTS.model,
     adapter: Path | None = None,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,42 +16,45 @@ from ndcheck import request
 from ndcheck.cli.console import note
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import UsageError, did_you_mean
-from ndcheck.records import ARMS, Arm, Load, Probe, RunSpec
+from ndcheck.records import ARMS, Arm, Load, RunSpec
 from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.options import short_dtype
 from ndcheck.storage.explanation import save_explanation
 from ndcheck.storage.run_directory import replacing, write_failure
 
 if TYPE_CHECKING:
+    from ndcheck.reports.explain import trace as trace_report
     from ndcheck.samplers.local.sampler import TransformersSampler
 
 MAX_DRAWN_TERMS = 1024
 MAX_DIGITS = 6
 
 
-def order(
-    op: str | None,
-    fn: str | None,
-    *,
-    rows: str,
-    terms: str,
-    columns: int,
-    dtype: str,
-    device: str,
-    kernels: str,
-    drawings: dict[str, Path | None],
-    as_json: bool,
-    quiet: bool,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Which op or function sums what, as typed."""
+
+    op: str | None
+    fn: str | None
+    rows: str
+    terms: str
+    columns: int
+    dtype: str
+    device: str
+    kernels: str
+
+
+def order(sums: Sums, drawings: dict[str, Path | None], *, as_json: bool, quiet: bool) -> int:
     """Read the orders and show them. Returns the exit code."""
+    op, fn, columns, dtype = sums.op, sums.fn, sums.columns, sums.dtype
     if columns < 1:
         raise UsageError(f"--columns {columns}: give 1 or more")
-    row_counts, lengths = numbers("--rows", rows), numbers("--terms", terms)
+    row_counts, lengths = numbers("--rows", sums.rows), numbers("--terms", sums.terms)
     if lengths[0] < 2:
         raise UsageError("--terms: a sum has 2 terms or more")
     if any(drawings.values()) and lengths[-1] > MAX_DRAWN_TERMS:
         raise UsageError(f"--dot and --svg draw up to {MAX_DRAWN_TERMS} terms: lower --terms")
-    arm = one_arm(kernels)
+    arm = one_arm(sums.kernels)
 
     from ndcheck.explain.order import orders
     from ndcheck.explain.order.reductions import REDUCTIONS, Shape, load_function
@@ -71,7 +73,7 @@ def order(
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
     reduction = load_function(fn) if fn else REDUCTIONS[str(op)]
-    shape = Shape(lengths[0], columns, DTYPES[dtype], choose_device(device))
+    shape = Shape(lengths[0], columns, DTYPES[dtype], choose_device(sums.device))
     points = orders.sweep(
         reduction,
         shape,
@@ -123,7 +125,8 @@ def trace_loads(
         slots = tuple(range(size)) if spec.mode == "copies" else (size // 2,)
         fillers = (length,) * (size - len(slots))
         loads.append((Load(size, slots, fillers, spec.seed), slots[-1]))
-    return _trace(spec, sampler, spec.probes[0], steps, loads, with_swaps, as_json, quiet)
+    explanations = _explain(spec, sampler, steps, loads, with_swaps=with_swaps, quiet=quiet)
+    return _show(spec, sampler, explanations, as_json=as_json)
 
 
 def trace_run(
@@ -143,7 +146,7 @@ def trace_run(
     sample, what = failure.sample, "bits" if failure.is_latent else "tokens"
     _check_visible(failure.run.spec)
     confirm(failure.run.spec, given, f"--run {directory}")
-    spec = replace(failure.run.spec, arms=(sample.arm,))
+    spec = replace(failure.run.spec, arms=(sample.arm,), probes=(failure.probe,))
     note(
         f"sample {sample.sample_id}: {what} differ from the reference at token "
         f"{failure.position + 1}, bits from token {failure.bits_position + 1} on",
@@ -159,38 +162,34 @@ def trace_run(
     if sample.arm == "invariant" and sampler.model.device.type == "cuda":
         note("fused layers are traced op by op, whose bits are not the recorded ones", quiet=quiet)
         recorded = ()
-    return _trace(
-        spec,
-        sampler,
-        failure.probe,
-        steps,
-        [(sample.load, sample.slot)],
-        with_swaps,
-        as_json,
-        quiet,
-        recorded,
-        partial(save_explanation, directory, sample.sample_id),
+    loads = [(sample.load, sample.slot)]
+    explanations = _explain(
+        spec, sampler, steps, loads, recorded, with_swaps=with_swaps, quiet=quiet
     )
+    code = _show(spec, sampler, explanations, as_json=as_json)
+    if not any(explanation.doubt for explanation in explanations):
+        advice = {explanation.step: explanation.advice for explanation in explanations}
+        save_explanation(directory, sample.sample_id, advice)
+    return code
 
 
-def _trace(
+def _explain(
     spec: RunSpec,
     sampler: TransformersSampler,
-    probe: Probe,
     steps: list[int],
     loads: list[tuple[Load, int]],
-    with_swaps: bool,
-    as_json: bool,
-    quiet: bool,
     recorded: tuple[str, ...] = (),
-    save: Callable[[dict[int, list[str]]], None] = lambda advice: None,
-) -> int:
+    *,
+    with_swaps: bool,
+    quiet: bool,
+) -> list[trace_report.Explanation]:
+    """What each step of the spec's only probe shows; the loads come with the probe's slot."""
     from ndcheck.explain.swapping import find_swaps
     from ndcheck.explain.traced import group_findings
     from ndcheck.explain.tracing import Tracer
     from ndcheck.reports.explain import trace as trace_report
 
-    (arm,) = spec.arms
+    (arm,), (probe,) = spec.arms, spec.probes
     explanations = []
     for step in steps:
         tracer = Tracer(sampler, probe, step, arm, spec.decoding)
@@ -205,6 +204,19 @@ def _trace(
             swaps = find_swaps(sampler, probe, step, group_findings(traces), loads, spec.decoding)
         digest = recorded[step] if step < len(recorded) else None
         explanations.append(trace_report.Explanation(step, traces, swaps, digest))
+    return explanations
+
+
+def _show(
+    spec: RunSpec,
+    sampler: TransformersSampler,
+    explanations: list[trace_report.Explanation],
+    *,
+    as_json: bool,
+) -> int:
+    from ndcheck.reports.explain import trace as trace_report
+
+    (arm,), (probe,) = spec.arms, spec.probes
     described = sampler.describe()
     setting = {"model": described, "kernels": arm, "prompt": probe.prompt}
     if as_json:
@@ -214,8 +226,6 @@ def _trace(
         title = f"{name}, {dtype}, {device}, {arm} kernels"
         for line in trace_report.trace_lines(title, explanations, _width()):
             typer.echo(line)
-    if not any(explanation.doubt for explanation in explanations):
-        save({explanation.step: explanation.advice for explanation in explanations})
     codes = {explanation.exit_code for explanation in explanations}
     return next((code for code in (1, 3) if code in codes), 0)
 

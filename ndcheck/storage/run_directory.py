@@ -19,6 +19,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -306,7 +307,7 @@ class SampleReader:
 def failed_samples(trial: Trial, message: str, elapsed_s: float) -> list[Sample]:
     """What a failed trial leaves behind: one sample with the error for each slot."""
     return [
-        Sample.of(trial, nth, Witness(None), "error", elapsed_s, error=message)
+        replace(Sample.of(trial, nth, Witness(None), "error", elapsed_s), error=message)
         for nth in range(trial.n_samples)
     ]
 

@@ -66,10 +66,10 @@ def test_where_bits_first_differ_from_the_baseline_is_told_as_far_as_it_is_known
         build.sample(1, "abcd", moved=(2,)),
         build.sample(2, "abcd", purpose="neighbours", baseline=1, load=load, moved=(1, 2)),
     ]
-    finding = finding_of(build.probe(samples), "neighbours")
+    finding = build.finding(build.probe(samples), "neighbours")
     assert (finding.latent_trials, finding.first_latent_min) == (1, 1)
     samples[2] = build.sample(2, "abcd", purpose="neighbours", baseline=1, load=load, moved=(2, 3))
-    finding = finding_of(build.probe(samples), "neighbours")
+    finding = build.finding(build.probe(samples), "neighbours")
     assert (finding.latent_trials, finding.first_latent_min) == (1, None)
 
 
@@ -79,7 +79,7 @@ def test_a_load_names_its_trials_and_those_that_failed(build):
         build.sample(1, "ab"),
         build.error(2),
     ]
-    load = load_of(build.probe(samples), "batch-size", 2)
+    load = build.load(build.probe(samples), "batch-size", 2)
     assert (load.trial_ids, load.n_trials, load.n_errors) == ((1, 2), 1, 1)
 
 

@@ -83,18 +83,6 @@ def order(
     """
     from ndcheck.cli import explain_session
 
-    raise typer.Exit(
-        explain_session.order(
-            op,
-            fn,
-            rows=rows,
-            terms=terms,
-            columns=columns,
-            dtype=dtype,
-            device=device,
-            kernels=kernels,
-            drawings={"dot": dot, "svg": svg},
-            as_json=json,
-            quiet=quiet,
-        )
-    )
+    sums = explain_session.Sums(op, fn, rows, terms, columns, dtype, device, kernels)
+    drawings = {"dot": dot, "svg": svg}
+    raise typer.Exit(explain_session.order(sums, drawings, as_json=json, quiet=quiet))

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ndcheck.errors import BackendError, TrialError, UsageError
@@ -358,12 +359,9 @@ class EndpointSampler:
             )
             if trial.fault is not None:
                 token_ids, logprobs = plant(token_ids, logprobs, trial.fault)
-        return Sample.of(
-            trial,
-            nth,
-            witness,
-            (answer and answer.finish_reason) or "error",
-            outcome.elapsed_s,
+        finish_reason = (answer and answer.finish_reason) or "error"
+        return replace(
+            Sample.of(trial, nth, witness, finish_reason, outcome.elapsed_s),
             token_ids=token_ids,
             token_texts=token_texts,
             logprobs=logprobs,

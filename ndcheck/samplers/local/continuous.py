@@ -26,7 +26,7 @@ from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 from ndcheck.errors import TrialError, UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS, SMALLEST_PAGE_TOKENS
 from ndcheck.plan.queue import Request
-from ndcheck.records import CacheState, Decoding, Fault
+from ndcheck.records import Decoding, Fault, Trial
 from ndcheck.samplers.local.selection import Reading, gumbel_noise, plant, read_step
 from ndcheck.samplers.local.steps import Stream
 
@@ -288,23 +288,22 @@ def serve_load(
     model: Any,
     requests: Iterable[tuple[Request, list[int]]],
     kernels: Kernels,
-    *,
+    trial: Trial,
     decoding: Decoding,
+    *,
     stop_ids: set[int],
-    batch_size: int,
-    probe: list[int],
-    longest: int,
-    n_rows: int,
-    cache_state: CacheState,
-    fault: Fault | None,
+    size: int,
+    prompt: list[int],
 ) -> tuple[list[Served], int | None]:
-    """Serve a load's requests; its rows by slot, and how many ops the kernels computed.
+    """Serve a trial's requests; its rows by slot, and how many ops the kernels computed.
 
-    ``probe`` and ``longest`` are the probe's prompt and the longest prompt's length, in tokens.
-    Raises UsageError for an attention implementation that has no paged form.
+    ``size`` requests are in flight; ``prompt`` is the probe's, in tokens. Raises UsageError for an
+    attention implementation that has no paged form.
     """
-    chunk = -(-len(probe) // N_PREFILL_CHUNKS) if cache_state == "chunked" else None
-    page = _shared_page(len(probe)) if cache_state == "prefix" else None
+    load = trial.load
+    longest = max(len(prompt), *load.filler_lengths, 1)
+    chunk = -(-len(prompt) // N_PREFILL_CHUNKS) if load.cache_state == "chunked" else None
+    page = _shared_page(len(prompt)) if load.cache_state == "prefix" else None
     if not model._can_set_attn_implementation():
         # The manager would not notice that such a model never reads its cache.
         raise UsageError(
@@ -313,7 +312,7 @@ def serve_load(
     with _managed(model):
         try:
             _keep_attention(model)
-            batch = ContinuousBatch(model, decoding, stop_ids, batch_size, longest, chunk, page)
+            batch = ContinuousBatch(model, decoding, stop_ids, size, longest, chunk, page)
         except ValueError as error:
             raise UsageError(f"--batching continuous: {str(error).splitlines()[0]}") from error
         with kernels() as fires:
@@ -321,11 +320,11 @@ def serve_load(
                 # Alone and beforehand, so that its pages are there to be shared; a request of one
                 # token is gone before they are.
                 first = Request(0, None, None, 2)
-                batch.serve([(first, probe)], 1, None)
-            rows = batch.serve(requests, n_rows, fault)
+                batch.serve([(first, prompt)], 1, None)
+            rows = batch.serve(requests, len(load.slots), trial.fault)
             n_fires = fires()
         del batch
-    if page is not None and any(row.n_prefilled == len(probe) for row in rows):
+    if page is not None and any(row.n_prefilled == len(prompt) for row in rows):
         raise TrialError(
             "cache state prefix: transformers shared no page of the prompt (it never does with "
             "sliding windows): leave cache out of --axes"

@@ -191,12 +191,8 @@ class TransformersSampler:
             raise TrialError(f"{type(error).__name__}: {first_line(error)}") from error
         elapsed_s = time.perf_counter() - started
         return [
-            Sample.of(
-                trial,
-                nth,
-                witnesses[nth],
-                stream.finish_reason,
-                elapsed_s,
+            replace(
+                Sample.of(trial, nth, witnesses[nth], stream.finish_reason, elapsed_s),
                 token_ids=stream.token_ids,
                 token_texts=self._prompts.token_texts(stream.token_ids),
                 logprobs=stream.logprobs,
@@ -275,14 +271,11 @@ class TransformersSampler:
             self._model,
             ((request, self._prompt_of(request, prompt)) for request in queue),
             lambda: self.arm(trial.arm, fuse=False),
-            decoding=decoding,
+            trial,
+            decoding,
             stop_ids=self._stop_ids,
-            batch_size=size,
-            probe=prompt,
-            longest=max(len(prompt), *load.filler_lengths, 1),
-            n_rows=len(load.slots),
-            cache_state=load.cache_state,
-            fault=trial.fault,
+            size=size,
+            prompt=prompt,
         )
         achieved = min(max(row.batch_sizes) for row in served)
         witnesses = [

@@ -7,6 +7,7 @@ import math
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ndcheck.errors import BackendError, TrialError
@@ -116,12 +117,8 @@ class ScriptedSampler:
         elapsed_s = time.perf_counter() - started
         witness = Witness(achieved, 1, decoding.max_tokens - 1)
         return [
-            Sample.of(
-                trial,
-                nth,
-                witness,
-                "length",
-                elapsed_s,
+            replace(
+                Sample.of(trial, nth, witness, "length", elapsed_s),
                 token_ids=token_ids,
                 token_texts=tuple(self._pieces[t] + " " for t in token_ids),
                 logprobs=logprobs,

@@ -8,6 +8,7 @@ import struct
 import time
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import transformers
@@ -179,12 +180,8 @@ class EngineSampler:
         token_ids = token_ids[:end]
         logprobs = struct.unpack(f">{len(row['token_ids'])}f", bytes.fromhex(row["logprob_bits"]))
         token_ids, logprobs = plant(token_ids, logprobs[:end], trial.fault)
-        return Sample.of(
-            trial,
-            nth,
-            witness,
-            "stop" if stops else "length",
-            elapsed_s,
+        return replace(
+            Sample.of(trial, nth, witness, "stop" if stops else "length", elapsed_s),
             token_ids=token_ids,
             token_texts=self._prompts.token_texts(token_ids),
             logprobs=logprobs,
