@@ -22,6 +22,9 @@ DEFAULTS = RunSpec(
     arms=("stock", "invariant"),
 )
 TRANSFORMERS = "transformers"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Torch's name for each that ``--dtype`` takes."""
+SHORT_DTYPES = {name: short for short, name in DTYPES.items()}
 
 Name = TypeVar("Name", bound=str)
 
