@@ -10,7 +10,7 @@ from ndcheck.cli.commands.run import run
 from ndcheck.config import OPTIONS, read_checks
 from ndcheck.errors import UsageError
 from ndcheck.judging.rules import Rules
-from ndcheck.records import Endpoint, Probe
+from ndcheck.records import AXES, Endpoint, Probe
 
 NOT_OF_A_CHECK = {"context", "out", "resume", "dry_run", "html", "plots", "json", "quiet"}
 NOT_OF_A_CHECK |= {"header"}
@@ -145,8 +145,7 @@ MISTAKES = {
     ),
     "a misspelt property": (
         "[checks.a]\naxes = ['slots']",
-        "checks.a.axes: 'slots' is unknown; choose from run-to-run, batch-size, slot, "
-        "neighbours, cache, did you mean slot?",
+        f"checks.a.axes: 'slots' is unknown; choose from {', '.join(AXES)}, did you mean slot?",
     ),
     "a misspelt arm": (
         "[checks.a.rules]\narms = ['invariants']",

@@ -18,14 +18,13 @@ from ndcheck.errors import BackendError, UsageError
 from ndcheck.reports import kernels as report
 from ndcheck.reports.write import TableFile
 from ndcheck.samplers.local.device import choose_device
-from ndcheck.samplers.options import short_dtype
+from ndcheck.samplers.options import DTYPES, short_dtype
 
 if TYPE_CHECKING:
     import torch
 
     from ndcheck_kernels.measure.cases import Case
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MOST_ROWS = 1 << 16
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from ndcheck.explain.order.reductions import REDUCTIONS
 from ndcheck.explain.swapping import Swaps
 from ndcheck.explain.traced import LoadTrace, OpGroup
+from ndcheck.samplers.options import SHORT_DTYPES
 
 ATTENTION = "scaled_dot_product_attention"
-DTYPE_OPTIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def advise(
@@ -95,7 +95,7 @@ def _switches(introducers: Sequence[OpGroup], is_padded: bool) -> Iterator[str]:
 def _orders(introducers: Sequence[OpGroup], is_padded: bool) -> Iterator[str]:
     """The command that shows the order on either side, for the first op that has one."""
     for group in introducers:
-        dtype = DTYPE_OPTIONS.get(group.dtype)
+        dtype = SHORT_DTYPES.get(group.dtype)
         op = "attention" if group.op == ATTENTION else group.op
         sizes = [part.split("x") for part in group.shapes[1].split()]
         if group.cause != "shape" or op not in REDUCTIONS or dtype is None or not sizes:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ndcheck.judging.verdict import Outcome
 from ndcheck.reports.terminal import STYLES
+from ndcheck.samplers.options import SHORT_DTYPES
 
 if TYPE_CHECKING:
     from ndcheck_kernels.measure.bench import Ceilings, Cell
@@ -24,7 +25,6 @@ Row = Mapping[str, object]
 Item = TypeVar("Item", "Finding", "Cell")
 
 MAX_REASONS = 8
-SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def judge_findings(findings: Sequence[Finding]) -> Outcome:

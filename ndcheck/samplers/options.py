@@ -24,9 +24,9 @@ DEFAULTS = RunSpec(
 )
 TRANSFORMERS = "transformers"
 MAX_LOADS = 1000
-DTYPES = ("bf16", "fp16", "fp32")
-LONG_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-"""As torch calls them."""
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Torch's name for each that ``--dtype`` takes."""
+SHORT_DTYPES = {name: short for short, name in DTYPES.items()}
 
 Name = TypeVar("Name", bound=str)
 
@@ -149,7 +149,7 @@ def parse_arms(values: str | Sequence[str] | None) -> tuple[Arm, ...]:
 
 def short_dtype(text: str) -> str:
     """A dtype by the name that it has here."""
-    return LONG_DTYPES.get(text, text)
+    return SHORT_DTYPES.get(text, text)
 
 
 def choice(option: str, accepted: Any) -> Callable[[str], Any]:

@@ -86,17 +86,6 @@ class SumTree:
         """16 hexadecimal digits, equal where two trees add the same leaves in the same order."""
         return self.shapes[self.root] or "0" * 16
 
-    def common_size(self, i: int, j: int) -> int:
-        """Number of leaves below the lowest common ancestor of leaves i and j."""
-        below = [{i}, {j}]
-        for k, children in enumerate(self.nodes):
-            for ids in below:
-                if not ids.isdisjoint(children):
-                    ids.add(self.n_leaves + k)
-            if self.n_leaves + k in below[0] & below[1]:
-                return self.sizes[self.n_leaves + k]
-        raise ValueError(f"leaves {i} and {j} do not meet")
-
     def evaluate(self, leaves: Leaves) -> Leaves:
         """The sums of ``leaves`` [n_leaves, ...] in this order, each rounded to their dtype.
 

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.plan.arrivals import parse_arrivals
 from ndcheck.plan.conversations import as_text, continued
+from ndcheck.plan.faults import plant_in_stream
 from ndcheck.plan.fillers import filler_text
 from ndcheck.probe import Prompt
 from ndcheck.records import (
     CacheState,
     Decoding,
     Endpoint,
-    Fault,
     Load,
     Probe,
     RunSpec,
@@ -357,8 +357,7 @@ class EndpointSampler:
             self._n_without_bits += (
                 "logprobs" in self._server.capabilities.accepted and not logprobs
             )
-            if trial.fault is not None:
-                token_ids, logprobs = plant(token_ids, logprobs, trial.fault)
+            token_ids, logprobs = plant_in_stream(token_ids, logprobs, trial.fault)
         finish_reason = (answer and answer.finish_reason) or "error"
         return replace(
             Sample.of(trial, nth, witness, finish_reason, outcome.elapsed_s),
@@ -369,20 +368,6 @@ class EndpointSampler:
             error=outcome.error,
             n_retries=outcome.n_retries,
         )
-
-
-def plant(
-    token_ids: tuple[int, ...], logprobs: tuple[float, ...], fault: Fault
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The control: a server's logits are out of reach, so the received stream gets the fault."""
-    ids = list(token_ids)
-    if fault.fork_at < len(ids):
-        ids[fault.fork_at] ^= 1
-    bits = list(logprobs)
-    if fault.latent_at < len(bits):
-        # A few units in the last place of fp32, whichever way a double is rounded to it.
-        bits[fault.latent_at] = bits[fault.latent_at] * (1 + 2**-21) - 2**-40
-    return tuple(ids), tuple(bits)
 
 
 def _listed(facts: tuple[str | None, ...]) -> str:

@@ -27,7 +27,7 @@ from ndcheck.errors import TrialError, UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS, SMALLEST_PAGE_TOKENS
 from ndcheck.plan.queue import Request
 from ndcheck.records import Decoding, Fault, Trial
-from ndcheck.samplers.local.selection import Reading, gumbel_noise, plant, read_step
+from ndcheck.samplers.local.selection import Reading, gumbel_noise, plant_in_logits, read_step
 from ndcheck.samplers.local.steps import Stream
 
 PAGE_TOKENS = 32
@@ -208,7 +208,7 @@ class ContinuousBatch:
         for i, (_, served) in enumerate(chosen):
             if self._fault is not None and served.request.is_probe:
                 row = slice(i, i + 1)
-                logits[row] = plant(
+                logits[row] = plant_in_logits(
                     logits[row],
                     len(served.readings),
                     self._fault,

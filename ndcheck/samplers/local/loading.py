@@ -21,6 +21,7 @@ import transformers
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, NdcheckError, UsageError
 from ndcheck.records import RunSpec
+from ndcheck.samplers import options
 from ndcheck.samplers.local.checkpoint.adapters import merge_adapter
 from ndcheck.samplers.local.checkpoint.bounds import bounded
 from ndcheck.samplers.local.checkpoint.files import ACCEPTED, CONFIG, check_config, count_elements
@@ -45,11 +46,7 @@ FOREIGN = re.compile(
 Where the model has no place for one, the config describes another model. Anything else without a
 place, such as a buffer that older versions of transformers stored, does no harm.
 """
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
+DTYPES = {short: getattr(torch, name) for short, name in options.DTYPES.items()}
 
 
 def load_config(source: str, spec: RunSpec) -> Any:

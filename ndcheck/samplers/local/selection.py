@@ -95,7 +95,7 @@ def _mixed_sum(h: np.ndarray) -> np.uint32:
     return np.sum(h ^ (h >> np.uint32(16)), dtype=np.uint32)
 
 
-def plant(
+def plant_in_logits(
     logits_B_V: Tensor,
     position: int,
     fault: Fault | None,

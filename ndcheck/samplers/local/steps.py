@@ -25,7 +25,7 @@ from ndcheck.records import Decoding, Fault, FinishReason
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.memory import is_out_of_memory
-from ndcheck.samplers.local.selection import gumbel_noise, plant, read_step
+from ndcheck.samplers.local.selection import gumbel_noise, plant_in_logits, read_step
 
 STEPS_BETWEEN_CHECKS = 32
 """On CUDA, decode steps between two looks at whether every probe row has finished."""
@@ -92,7 +92,7 @@ class DecodeSteps:
         self._record(self._plant(self.batch.step(self._next_ids), position, fault))
 
     def _plant(self, logits: Tensor, position: int, fault: Fault | None) -> Tensor:
-        return plant(logits, position, fault, self._decoding, self._noise)
+        return plant_in_logits(logits, position, fault, self._decoding, self._noise)
 
     def _record(self, logits: Tensor) -> None:
         reading = read_step(logits, self._decoding, self._noise)

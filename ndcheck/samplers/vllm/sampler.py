@@ -14,6 +14,7 @@ from typing import Any
 import transformers
 
 from ndcheck.errors import BackendError, UsageError
+from ndcheck.plan.faults import plant_in_stream
 from ndcheck.plan.grid import CACHE_STATES, N_PREFILL_CHUNKS
 from ndcheck.probe import Prompt
 from ndcheck.records import (
@@ -21,7 +22,6 @@ from ndcheck.records import (
     CacheState,
     Decoding,
     Engine,
-    Fault,
     Probe,
     RunSpec,
     Sample,
@@ -32,6 +32,7 @@ from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.loading import load_config
 from ndcheck.samplers.local.prompts import load_prompts
+from ndcheck.samplers.options import DTYPES
 from ndcheck.samplers.vllm.backend import NO_AUTO_LOADS
 from ndcheck.samplers.vllm.checkpoint import (
     digest_checkpoint,
@@ -41,7 +42,6 @@ from ndcheck.samplers.vllm.checkpoint import (
 from ndcheck.samplers.vllm.passes import smallest_batch
 from ndcheck.samplers.vllm.process import Worker
 
-DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SHARED_MEMORY = 0.9
 """Share of the GPU's memory that the engines of all arms may take together."""
 
@@ -59,8 +59,8 @@ class EngineSampler:
         self._spec = spec
         self._engine = engine
         self._source = find_source(spec).model
-        if spec.dtype not in DTYPES:
-            raise UsageError(f"--dtype {spec.dtype}: choose from {', '.join(DTYPES)}")
+        if spec.dtype not in ("auto", *DTYPES):
+            raise UsageError(f"--dtype {spec.dtype}: choose from auto, {', '.join(DTYPES)}")
         if load_weights and importlib.util.find_spec("vllm") is None:
             raise UsageError("--engine vllm needs vLLM: pip install 'ndcheck[vllm]'")
         config = load_config(self._source, spec)
@@ -179,7 +179,7 @@ class EngineSampler:
         end = stops[0] + 1 if stops else len(token_ids)
         token_ids = token_ids[:end]
         logprobs = struct.unpack(f">{len(row['token_ids'])}f", bytes.fromhex(row["logprob_bits"]))
-        token_ids, logprobs = plant(token_ids, logprobs[:end], trial.fault)
+        token_ids, logprobs = plant_in_stream(token_ids, logprobs[:end], trial.fault)
         return replace(
             Sample.of(trial, nth, witness, "stop" if stops else "length", elapsed_s),
             token_ids=token_ids,
@@ -252,25 +252,11 @@ class EngineSampler:
             **parse_arguments(self._engine.arguments),
             "model": self._checkpoint,
             "skip_tokenizer_init": True,
-            "dtype": DTYPES[self._spec.dtype],
+            "dtype": DTYPES.get(self._spec.dtype, "auto"),
             "trust_remote_code": self._spec.trust_remote_code,
             "tensor_parallel_size": self._engine.tensor_parallel,
             "pipeline_parallel_size": self._engine.pipeline_parallel,
         }
-
-
-def plant(
-    token_ids: tuple[int, ...], logprobs: tuple[float, ...], fault: Fault | None
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The control: the engine's logits are out of reach, so what it sent gets the fault."""
-    if fault is None:
-        return token_ids, logprobs
-    ids, bits = list(token_ids), list(struct.unpack(f">{len(logprobs)}I", _pack(logprobs)))
-    if fault.fork_at < len(ids):
-        ids[fault.fork_at] ^= 1
-    if fault.latent_at < len(bits):
-        bits[fault.latent_at] ^= 1
-    return tuple(ids), struct.unpack(f">{len(bits)}f", struct.pack(f">{len(bits)}I", *bits))
 
 
 def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
@@ -283,10 +269,6 @@ def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
         except ValueError:
             parsed[name] = value
     return parsed
-
-
-def _pack(logprobs: tuple[float, ...]) -> bytes:
-    return struct.pack(f">{len(logprobs)}f", *logprobs)
 
 
 def _chunk(probe_ids: list[int]) -> int:

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ndcheck.plan.faults import plant_in_stream
 from ndcheck.records import Fault
 from ndcheck.samplers.endpoint.answers.answer import Answer, align
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.answers.events import Token
 from ndcheck.samplers.endpoint.redaction import Redactor
-from ndcheck.samplers.endpoint.sampler import plant
 
 
 def named(*names):
@@ -132,7 +132,9 @@ def test_what_cannot_be_written_is_shown_as_a_replacement():
 
 
 def test_the_planted_fault_changes_what_it_should_and_nothing_before():
-    ids, logprobs = plant((5, 6, 7, 8), (-0.5, 0.0, -0.25, -1.0), Fault(latent_at=1, fork_at=3))
+    ids, logprobs = plant_in_stream(
+        (5, 6, 7, 8), (-0.5, 0.0, -0.25, -1.0), Fault(latent_at=1, fork_at=3)
+    )
     assert ids[:3] == (5, 6, 7)
     assert ids[3] != 8
     assert (logprobs[0], logprobs[2]) == (-0.5, -0.25)

@@ -10,7 +10,7 @@ from ndcheck.samplers.local.selection import (
     choose_tokens,
     digest_row,
     gumbel_noise,
-    plant,
+    plant_in_logits,
     read_step,
 )
 from ndcheck_kernels.measure.reference import digest_reference
@@ -87,13 +87,13 @@ def test_planted_fault_moves_one_ulp_then_another_token_is_drawn(dtype, temperat
     def drawn(faulty):
         return read_step(faulty, decoding, noise).token_ids.numpy()
 
-    assert plant(logits, 0, fault, decoding, noise) is logits
-    latent = plant(logits, 1, fault, decoding, noise)
+    assert plant_in_logits(logits, 0, fault, decoding, noise) is logits
+    latent = plant_in_logits(logits, 1, fault, decoding, noise)
     assert (drawn(latent) == before).all()
     assert (latent != logits).sum(dim=-1).tolist() == [1] * logits.shape[0]
     integers = {2: torch.int16, 4: torch.int32}[logits.element_size()]
     assert (latent.view(integers) - logits.view(integers)).abs().max() == 1
-    assert (drawn(plant(logits, 4, fault, decoding, noise)) != before).all()
+    assert (drawn(plant_in_logits(logits, 4, fault, decoding, noise)) != before).all()
 
 
 def test_a_reading_holds_the_logprob_and_the_digest_of_the_row():
