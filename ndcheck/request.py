@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ndcheck.errors import UsageError
+from ndcheck.plan.coverage import OF_BATCHES, lacks_batches
 from ndcheck.plan.prompts import read_prompts
 from ndcheck.plan.prompts.entries import Entry
 from ndcheck.plan.size import check_size
@@ -179,6 +180,11 @@ def check(spec: RunSpec) -> None:
             raise UsageError(message)
     if not spec.chat and any(probe.messages for probe in spec.probes):
         raise UsageError("--prompts-file: some prompts are conversations: add --chat")
+    if set(spec.axes) <= OF_BATCHES and lacks_batches(spec, spec.axes):
+        raise UsageError(
+            f"--axes {','.join(spec.axes)}: it compares batches of 2 rows or more: add one to "
+            f"--loads {options.show_loads(spec.batch_sizes)}"
+        )
     check_size(spec)
     backend = backend_of(spec)
     refuse_other_fields(backend, spec)

@@ -69,7 +69,7 @@ for command in COMMANDS.values():
         context_settings={"allow_extra_args": True} if is_run else None,
     )(command)
 app.add_typer(kernels)
-app.command(epilog=FAULTS_LISTED)(mock_server)
+app.command("mock-server", epilog=FAULTS_LISTED)(mock_server)
 app.command("help")(show_help)
 
 

@@ -140,9 +140,9 @@ def trace_run(
     quiet: bool,
 ) -> int:
     """Trace the pass in which a recorded sample left its reference. Returns the exit code."""
-    from ndcheck.explain.failing import by_ops, find_failure
+    from ndcheck.explain.failing import find_failure
 
-    failure = find_failure(directory, sample_id, by_ops)
+    failure = find_failure(directory, sample_id)
     sample, what = failure.sample, "bits" if failure.is_latent else "tokens"
     _check_visible(failure.run.spec)
     confirm(failure.run.spec, given, f"--run {directory}")

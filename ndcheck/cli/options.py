@@ -229,6 +229,7 @@ Resume = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", help="With --dry-run: print every trial.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a screen.")]
 ExitCode = Annotated[
     bool, typer.Option("--exit-code", help="Exit with what was found, not with 0.")

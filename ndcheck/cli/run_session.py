@@ -19,6 +19,7 @@ from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import NdcheckError, UsageError, doing
 from ndcheck.findings import read_findings
 from ndcheck.plan.conversations import as_messages
+from ndcheck.plan.coverage import samples_to_try_all, untried_axes
 from ndcheck.ranks import check_ranks, rank
 from ndcheck.records import Probe, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
@@ -76,10 +77,20 @@ def start(
                 f"{spec.target_rate:g} is excluded at {spec.confidence:.0%}",
                 quiet=quiet,
             )
+        note_untried(spec, trials, quiet=quiet)
         with closing(begin(new, spec, sampler, trials)) as directory:
             return measure(
                 directory, trials, sampler, [], as_json=as_json, quiet=quiet, html=html, plots=plots
             )
+
+
+def note_untried(spec: RunSpec, trials: list[Trial], *, quiet: bool) -> None:
+    """Say before hours of measuring that it can show nothing of some properties."""
+    untried = untried_axes(spec, trials)
+    if untried and spec.target_rate is None:
+        needed = samples_to_try_all(spec)
+        remedy = "" if needed is None or needed <= spec.n_samples else f": -n {needed} tries all"
+        note(f"-n {spec.n_samples} leaves {', '.join(untried)} untried{remedy}", quiet=quiet)
 
 
 def resume(
@@ -205,12 +216,16 @@ def report(path: Path, *, as_json: bool, html: bool = False, plots: bool = False
     if as_json:
         typer.echo(json.dumps(make_document(findings), indent=2, allow_nan=False))
     else:
-        print_report(Console(highlight=False), findings, DEFAULTS)
+        outputs = [flag for flag, wanted in (("--html", html), ("--plots", plots)) if wanted]
+        print_report(Console(highlight=False), findings, DEFAULTS, outputs)
     return EXIT_CODES[findings.judgement.verdict.outcome]
 
 
-def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
-    """Print the trials that a run would execute, and what they cost. Returns the exit code."""
+def print_plan(spec: RunSpec, headers: Mapping[str, str], *, verbose: bool) -> int:
+    """Print what a run would execute, each trial if ``verbose``, and its cost.
+
+    Returns the exit code.
+    """
     if rank() > 0:
         return 0
     # What fits beside the weights is only known with them.
@@ -221,11 +236,9 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
         spec = fit(spec, sampler, quiet=False)
         trials = plan(spec, sampler)
         prompt = prompt_rows(spec.probes[0], sampler.render(spec.probes[0].content))
-    header = ("trial", "arm", "probe", "axis", "batch", "slots", "fillers", "cache", "baseline")
-    rows = [header, *(plan_row(trial) for trial in trials)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
+    note_untried(spec, trials, quiet=False)
+    if verbose:
+        print_trials(trials)
     n_rows = sum(trial.load.batch_size for trial in trials)
     counts = Counter(trial.purpose for trial in trials)
     cost = (
@@ -236,11 +249,22 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str]) -> int:
         arrivals = backend_of(spec).arrivals(spec)
         cost = f"continuous batching, arrivals {arrivals}: batch is the most in flight"
     typer.echo(
-        f"\n{len(trials)} trials ({', '.join(f'{n} {purpose}' for purpose, n in counts.items())}), "
+        f"{len(trials)} trials ({', '.join(f'{n} {purpose}' for purpose, n in counts.items())}), "
         f"{sum(t.n_samples for t in trials if t.role != 'control')} samples; {cost}"
     )
+    typer.echo("time: unknown before it runs; its progress line says how much is left")
     typer.echo("\n".join(("", *prompt)))
     return 0
+
+
+def print_trials(trials: list[Trial]) -> None:
+    """A line for each."""
+    header = ("trial", "arm", "probe", "axis", "batch", "slots", "fillers", "cache", "baseline")
+    rows = [header, *(plan_row(trial) for trial in trials)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
+    typer.echo()
 
 
 def prompt_rows(probe: Probe, rendered: Rendered | None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,26 +29,21 @@ class Failure:
     is_latent: bool
 
 
-Rank = Callable[["Failure"], tuple[bool, bool, int, int]]
-
-
-def by_tokens(failure: Failure) -> tuple[bool, bool, int, int]:
-    """Those whose tokens diverged first, then whole prefills, the smallest batch, the earliest."""
-    load = failure.sample.load
-    return failure.is_latent, load.cache_state != "whole", load.batch_size, failure.position
-
-
-def by_ops(failure: Failure) -> tuple[bool, bool, int, int]:
-    """Whole prefills first, be it that bits alone differ: there an op of the pass is to blame.
+def _rank(failure: Failure) -> tuple[bool, bool, bool, int, int]:
+    """Stock first, then whole prefills, be it that bits alone differ: an op of the pass does that.
 
     What another prefill leaves in the cache comes from passes that the run alone does not make.
     """
-    is_latent, is_in_parts, batch_size, position = by_tokens(failure)
-    return is_in_parts, is_latent, batch_size, position
+    sample, load = failure.sample, failure.sample.load
+    is_in_parts = load.cache_state != "whole"
+    return (
+        *(sample.arm != "stock", is_in_parts, failure.is_latent),
+        *(load.batch_size, failure.position),
+    )
 
 
-def find_failure(directory: Path, sample_id: int | None, rank: Rank = by_tokens) -> Failure:
-    """The sample asked for, or the first that differs from its reference in the order of ``rank``.
+def find_failure(directory: Path, sample_id: int | None) -> Failure:
+    """The sample asked for, or that of those which differ whose difference an op introduces.
 
     Raises UsageError where the run has no such sample, or it does not differ from its reference.
     """
@@ -73,7 +67,7 @@ def find_failure(directory: Path, sample_id: int | None, rank: Rank = by_tokens)
             if failure is None:
                 raise UsageError(f"--sample {sample_id} has the bits of its reference")
             return failure
-        if failure and (best is None or rank(failure) < rank(best)):
+        if failure and (best is None or _rank(failure) < _rank(best)):
             best = failure
     if sample_id is not None:
         raise UsageError(f"--sample {sample_id}: {directory} has no such sample")

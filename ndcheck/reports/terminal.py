@@ -34,8 +34,10 @@ STYLES: dict[Outcome, str] = {
 }
 
 
-def print_report(console: Console, findings: Findings, defaults: RunSpec) -> None:
-    """Print the screen."""
+def print_report(
+    console: Console, findings: Findings, defaults: RunSpec, outputs: Sequence[str] = ()
+) -> None:
+    """Print the screen; ``outputs`` are options that the command to repeat it has besides."""
     width, verdicts = console.width, findings.verdicts
     ranked = sorted(
         findings.summary.probes,
@@ -48,7 +50,7 @@ def print_report(console: Console, findings: Findings, defaults: RunSpec) -> Non
     unit = phrases.unit(findings.run)
     sections: list[Sequence[RenderableType]] = [
         [_verdicts(ranked, findings)],
-        [_setting(findings, detailed, defaults, width)],
+        [_setting(findings, detailed, defaults, width, outputs)],
         *([*_heading(group, detailed), *_axes(group, findings, unit, width)] for group in groups),
         *([*_heading(group, detailed), *_loads(group, unit)] for group in groups),
         [*_comparison(findings.summary)],
@@ -90,10 +92,13 @@ def _verdicts(ranked: Sequence[ProbeSummary], findings: Findings) -> Table:
         verdict = verdicts[probe.arm, probe.probe_id].verdict
         sentences = [phrases.outcome(probe)]
         if verdict.outcome == "INCONCLUSIVE":
+            # The table of properties has no row for one that was not tried.
+            tried = {finding.axis for finding in probe.axes if finding.n_trials}
             of_axes = {
                 r
-                for axis in verdicts[probe.arm, probe.probe_id].axes.values()
-                for r in axis.reasons
+                for axis, judged in verdicts[probe.arm, probe.probe_id].axes.items()
+                for r in judged.reasons
+                if axis in tried
             }
             sentences += [reason for reason in verdict.reasons if reason not in of_axes]
         elif verdict.outcome == "FAIL" and not probe.diverged_draws:
@@ -111,7 +116,11 @@ def _verdicts(ranked: Sequence[ProbeSummary], findings: Findings) -> Table:
 
 
 def _setting(
-    findings: Findings, detailed: Sequence[ProbeSummary], defaults: RunSpec, width: int
+    findings: Findings,
+    detailed: Sequence[ProbeSummary],
+    defaults: RunSpec,
+    width: int,
+    outputs: Sequence[str],
 ) -> Table:
     """Where and what was measured, and the command that does it again."""
     run = findings.run
@@ -134,7 +143,7 @@ def _setting(
                 grid.add_row("answers", Text(serving.origin(served, run)))
             if served.reached:
                 grid.add_row("batches", Text("\n".join(serving.batches(served))))
-    command = wrapped_command(run.spec, defaults, width, _directory(findings))
+    command = wrapped_command(run.spec, defaults, width, _directory(findings), outputs)
     grid.add_row("repeat", _command(command, width))
     return grid
 

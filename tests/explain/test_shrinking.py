@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.explain.failing import Failure, by_ops, find_failure
+from ndcheck.explain.failing import Failure, find_failure
 from ndcheck.explain.reproduction_script import run_script, write_script
 from ndcheck.explain.shrinking import Batch, Shrinker, Shrunk
 from ndcheck.records import Decoding, Environment, Load, Probe, Run, Trial
@@ -124,15 +124,14 @@ def test_a_script_makes_random_weights_itself(tmp_path: Path, tiny_models):
     assert f"alone   {[token for token, _ in alone]}" in run_script(path, shrunk).output
 
 
-def test_what_an_op_can_be_blamed_for_is_chosen_to_be_traced(tmp_path: Path):
-    """A prefix whose tokens part beside a batch where bits alone do: trace takes the batch."""
+def test_what_an_op_can_be_blamed_for_is_explained(tmp_path: Path):
+    """A prefix whose tokens part beside a batch where bits alone do: the batch is taken."""
     loads = [Load(1), Load(1, cache_state="prefix"), Load(2, (0, 1))]
     run = store(tmp_path / "both", "cache-dependent", loads, {2: "latent"})
-    assert find_failure(run, None, by_ops).sample.load.batch_size == 2
-    assert find_failure(run, None, by_ops).is_latent
-    assert find_failure(run, None).sample.load.cache_state == "prefix"
+    assert find_failure(run, None).sample.load.batch_size == 2
+    assert find_failure(run, None).is_latent
     alone = store(tmp_path / "alone", "cache-dependent", loads[:2])
-    assert find_failure(alone, None, by_ops).sample.load.cache_state == "prefix"
+    assert find_failure(alone, None).sample.load.cache_state == "prefix"
 
 
 def store(path, behaviour, loads, others=None):

@@ -72,6 +72,8 @@ COMMANDS = {
     "shrink-of-nothing.txt": "shrink --run clean",
     "shrink-of-no-model.txt": "shrink --run fork",
     "plan.txt": "run --model scripted:clean --loads 1,3 -n 24 --max-tokens 4 --dry-run",
+    "plan-in-full.txt": "run --model scripted:clean --loads 1,3 -n 24 --max-tokens 4 --dry-run "
+    "--verbose",
     "live-batch-dependent.txt": "run --model scripted:batch-dependent --loads 1,2 -n 4 "
     "--max-tokens 5 --kernels stock,invariant --out live-batch-dependent",
     "live-latent.txt": "run --model scripted:latent --mode mixed --loads 1,2 -n 4 "

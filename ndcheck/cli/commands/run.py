@@ -59,6 +59,7 @@ def run(
     out: o.Out = None,
     resume: o.Resume = None,
     dry_run: o.DryRun = False,
+    verbose: o.Verbose = False,
     html: o.Html = False,
     plots: o.Plots = False,
     json: o.Json = False,
@@ -125,8 +126,10 @@ def run(
         api_key_file=api_key_file,
     )
     spec = add_headers(spec, headers)
+    if verbose and not dry_run:
+        raise UsageError("--verbose: it prints the trials of a plan: give --dry-run too")
     if dry_run:
-        raise typer.Exit(run_session.print_plan(spec, headers))
+        raise typer.Exit(run_session.print_plan(spec, headers, verbose=verbose))
     code = run_session.start(spec, headers, out, as_json=json, quiet=quiet, html=html, plots=plots)
     raise typer.Exit(code)
 

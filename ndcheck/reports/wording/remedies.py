@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ndcheck.analysis.summary import Summary
+from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.findings import Findings
-from ndcheck.records import AXES, RunSpec
+from ndcheck.judging.verdict import STOCK_DID_NOT_FAIL
+from ndcheck.plan.coverage import lacks_batches, samples_to_try_all
+from ndcheck.records import AXES, Axis, RunSpec
 from ndcheck.reports.wording.phrases import percent
 from ndcheck.reports.wording.reproduction import argument, resume_command, wrapped_command
 from ndcheck.samplers.backends import backend_of
@@ -21,6 +23,8 @@ ALONE_BY_CHANCE = (
     "One request alone gets other answers when it is repeated, which no batch explains: look for "
     "random sampling (temperature, seed), several replicas, or requests of others"
 )
+MORE_SAMPLES = 2
+"""The probe alone, before and after everything else."""
 REPEATS_DIFFER = (
     "The same batch differs when it is repeated: kernels cure that only where an op, and no random "
     "draw, does it. Try batch-invariant ones"
@@ -62,15 +66,24 @@ def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) 
         suggest("Leave out the batch sizes that failed", replace(spec, batch_sizes=rest))
     if any(probe.control.n_caught < probe.control.n_trials for probe in summary.probes):
         found.append(Remedy("A planted fault went unseen; test this set-up", ("ndcheck doctor",)))
-    narrower = _narrower(spec, summary)
+    wider = _wider(spec, summary) if run.status == "finished" else None
+    if wider is not None:
+        suggest(*wider)
+    narrower = _narrower(spec, findings)
     if narrower is not None:
-        if narrower != spec:
+        if replace(narrower, n_samples=spec.n_samples, target_rate=spec.target_rate) != spec:
             axis, size = narrower.axes[0], narrower.batch_sizes[0]
             suggest(
                 f"Narrow it down to {axis} at the smallest batch that diverged, {size}", narrower
             )
         is_here = bool(run.environment.model.get("class"))
-        if directory and is_here and backend.unseen(spec) is None:
+        # What a prefill in parts left in the cache is no op's of the pass that is traced.
+        has_pass = any(
+            load.cache_state == "whole" and (load.n_diverged_trials or load.latent)
+            for probe in summary.probes
+            for load in probe.loads
+        )
+        if directory and is_here and has_pass and backend.unseen(spec) is None:
             command = f"ndcheck trace --run {argument(directory)}"
             found.append(Remedy("Name the ops that do it", (command,)))
         by_chance = narrower.axes == ("run-to-run",)
@@ -92,6 +105,13 @@ def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) 
         suggest(
             "Bits differ but no token did; judge tokens alone", replace(spec, allow_latent=True)
         )
+    elif STOCK_DID_NOT_FAIL in findings.judgement.verdict.reasons:
+        decoding = replace(spec.decoding, max_tokens=2 * spec.decoding.max_tokens)
+        sizes = (*spec.batch_sizes, 2 * max(spec.batch_sizes))
+        suggest(
+            "Longer completions and larger batches may make stock, the control, fail",
+            replace(spec, decoding=decoding, batch_sizes=sizes),
+        )
     elif findings.judgement.verdict.outcome == "PASS" and (rate := _next_rate(summary)) is not None:
         confidence = f"{percent(spec.confidence)} %"
         reason = f"Exclude a rate of {percent(rate)} % at {confidence}"
@@ -99,8 +119,29 @@ def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) 
     return found
 
 
-def _narrower(spec: RunSpec, summary: Summary) -> RunSpec | None:
-    """The most basic property that failed, alone, at the smallest batch size where it did."""
+def _wider(spec: RunSpec, summary: Summary) -> tuple[str, RunSpec] | None:
+    """What tries the properties that no trial compared, and why."""
+    tried = [{f.axis for f in probe.axes if f.n_trials} for probe in summary.probes]
+    untried = [axis for axis in spec.axes if any(axis not in found for found in tried)]
+    has_errors = any(probe.n_errors for probe in summary.probes)
+    if not untried or has_errors or spec.target_rate is not None or spec.stop_on_divergence:
+        return None
+    wanted, names = spec, ", ".join(untried)
+    reason = f"-n {spec.n_samples} left {names} untried; try all"
+    if lacks_batches(spec, untried):
+        wanted = replace(spec, batch_sizes=(*spec.batch_sizes, 2))
+        reason = f"{names}: untried, as no batch had 2 rows; try all"
+    needed = samples_to_try_all(wanted)
+    wanted = replace(wanted, n_samples=max(spec.n_samples, needed or 0))
+    return None if needed is None or wanted == spec else (reason, wanted)
+
+
+def _narrower(spec: RunSpec, findings: Findings) -> RunSpec | None:
+    """The most basic property that failed, alone, at the smallest batch size where it did.
+
+    With as many samples as it takes to come to the load that diverged.
+    """
+    summary = findings.summary
     for axis in AXES:
         failed = [
             (min(finding.batch_sizes_diverged), probe)
@@ -110,8 +151,11 @@ def _narrower(spec: RunSpec, summary: Summary) -> RunSpec | None:
         ]
         if failed:
             batch_size, worst = min(failed, key=lambda pair: pair[0])
+            n_samples = _samples_until(findings, axis, batch_size, worst)
             return replace(
                 spec,
+                n_samples=n_samples or spec.n_samples,
+                target_rate=None if n_samples else spec.target_rate,
                 axes=(axis,),
                 batch_sizes=(batch_size,),
                 arms=(worst.arm,),
@@ -121,6 +165,30 @@ def _narrower(spec: RunSpec, summary: Summary) -> RunSpec | None:
                     if probe.probe_id == worst.probe_id
                 ),
             )
+    return None
+
+
+def _samples_until(
+    findings: Findings, axis: Axis, batch_size: int, probe: ProbeSummary
+) -> int | None:
+    """The samples that a plan of one axis and size takes up to the load that diverged here.
+
+    None where it would have other loads: they follow from the probe's id, which is p1 there, and
+    chance may come at any repeat.
+    """
+    if probe.probe_id != "p1" or axis == "run-to-run" or findings.run.spec.repeats_are_draws:
+        return None
+    n_samples, last = 0, None
+    divergences = findings.summary.samples.first_divergence
+    for sample, divergence in zip(findings.samples, divergences, strict=False):
+        is_of_plan = sample.load.batch_size in (1, batch_size) and sample.role != "control"
+        if (sample.arm, sample.probe_id) != (probe.arm, probe.probe_id) or not is_of_plan:
+            continue
+        if last is not None and sample.trial_id != last:
+            return n_samples + MORE_SAMPLES
+        n_samples += 1
+        if (sample.purpose, sample.load.batch_size) == (axis, batch_size) and divergence >= 0:
+            last = sample.trial_id
     return None
 
 

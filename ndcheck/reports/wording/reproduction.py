@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
 from ndcheck.plan.conversations import as_messages
@@ -25,10 +25,19 @@ def reproduce_command(spec: RunSpec, defaults: RunSpec, directory: str = "") -> 
     return " ".join((program(spec), *_options(spec, defaults, directory)))
 
 
-def wrapped_command(spec: RunSpec, defaults: RunSpec, width: int, directory: str = "") -> list[str]:
-    """The same over several lines that a shell still reads as one, where options fit the width."""
+def wrapped_command(
+    spec: RunSpec,
+    defaults: RunSpec,
+    width: int,
+    directory: str = "",
+    outputs: Sequence[str] = (),
+) -> list[str]:
+    """The same over several lines that a shell still reads as one, where options fit the width.
+
+    ``outputs`` are options that no spec has, such as --html.
+    """
     lines = [program(spec)]
-    for option in _options(spec, defaults, directory):
+    for option in (*_options(spec, defaults, directory), *outputs):
         if len(lines[-1]) + len(option) + 3 > width:
             lines[-1] += " \\"
             lines.append(" ")

@@ -68,13 +68,18 @@ def test_stdout_holds_the_result_and_stderr_the_progress(ndcheck_here):
 
 
 def test_dry_run_prints_the_plan_and_runs_nothing(ndcheck_here, tmp_path):
-    done = ndcheck_here("run", "--model", "scripted:clean", *FAST, "--dry-run")
+    done = ndcheck_here("run", "--model", "scripted:clean", *FAST, "--dry-run", "--verbose")
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0].split()[:4] == ["trial", "arm", "probe", "axis"]
     assert any("60 samples" in line for line in lines)
     assert lines[-2:] == ["prompt p1, as it is sent", "     user  'class Queue:'"]
     assert list(tmp_path.iterdir()) == []
+    brief = ndcheck("run", "--model", "scripted:clean", *FAST, "--dry-run").stdout.splitlines()
+    assert brief == lines[-len(brief) :]
+    assert "60 samples" in brief[0]
+    refused = ndcheck("run", "--model", "scripted:clean", "--verbose")
+    assert refused.returncode == 2
 
 
 def test_environment_variables_are_defaults(ndcheck_here):

@@ -103,7 +103,7 @@ def test_damaged_samples_are_named_and_the_rest_reported(ndcheck, tmp_path):
     content = file.read_bytes()
     lines = content.splitlines(keepends=True)
     file.write_bytes(b"".join([*lines[:5], b"oops\n", *lines[6:-1], lines[-1][:50]]))
-    done = ndcheck("report", "run")
+    done = ndcheck("report", "run", "--exit-code")
     assert done.returncode == 3
     assert "line 6 is ignored" in done.stderr
     assert f"line {len(lines)} is ignored" in done.stderr
