@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, RenderableType
@@ -13,7 +14,7 @@ from rich.text import Text
 from ndcheck.analysis.summary import LoadFinding, ProbeSummary, Summary
 from ndcheck.findings import Findings
 from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome
-from ndcheck.records import ARMS, AXES, RunSpec
+from ndcheck.records import ARMS, AXES, Probe, RunSpec
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import quoted, visible
 from ndcheck.reports.wording import phrases, serving
@@ -299,9 +300,23 @@ def _next_steps(findings: Findings, defaults: RunSpec, width: int) -> Iterator[R
         yield Text(f"{remedy.reason}:" if remedy.command else remedy.reason)
         if remedy.command:
             yield Padding(_command(remedy.command, width), (0, 0, 0, 2))
+    failed = list(_failed_probes(findings))
+    for probe_id in failed[:MAX_VERDICTS] if len(failed) > 1 else ():
+        probes = (p for p in findings.run.spec.probes if p.probe_id == probe_id)
+        alone = replace(findings.run.spec, probes=tuple(Probe("p1", p.prompt) for p in probes))
+        yield Text(f"{visible(probe_id)} fails; measure it alone:")
+        yield Padding(
+            _command(wrapped_command(alone, defaults, width, directory), width), (0, 0, 0, 2)
+        )
     if directory:
         yield Text("Show this again, or open report.md and the CSV files there:")
         yield Padding(_command([f"ndcheck report {argument(directory)}"], width), (0, 0, 0, 2))
+
+
+def _failed_probes(findings: Findings) -> dict[str, None]:
+    """Ids of the probes that failed in any arm, each once, in the order of the run."""
+    verdicts = findings.judgement.probes
+    return dict.fromkeys(v.probe_id for v in verdicts if v.verdict.outcome == "FAIL")
 
 
 def progress_line(

@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from ndcheck.analysis.summary import ControlFinding
+from ndcheck.judging.verdict import judge
 from ndcheck.records import Probe
 from ndcheck.reports.terminal import print_report, progress_line
 from ndcheck.request import DEFAULTS
@@ -48,6 +49,47 @@ def test_the_tree_counts_tokens_from_one(failing) -> None:
     assert "  at token 103 (top-2 margin 0.0078):\n" in shown
     assert "    992  ' Queens, New York, on May 11, 1918.\\n' (reference)\n" in shown
     assert "      8  ' New York City, on May 11, 1918.\\n'\n" in shown
+
+
+def test_every_prompt_that_fails_has_a_command_of_its_own(failing, passing) -> None:
+    def screen_of(*examples) -> str:
+        prompts = [(f"p{i}", f"prompt{i}") for i in range(1, len(examples) + 1)]
+        spec = replace(failing.run.spec, probes=tuple(Probe(*prompt) for prompt in prompts))
+        run = replace(failing.run, spec=spec)
+        probes = [
+            replace(each.summary.probes[0], probe_id=name, arm="stock")
+            for each, (name, _) in zip(examples, prompts, strict=True)
+        ]
+        summary = replace(failing.summary, probes=tuple(probes))
+        return screen(replace(failing, run=run, summary=summary, judgement=judge(run, summary)))
+
+    shown = screen_of(failing, passing, failing)
+    for i in (1, 3):
+        after = shown.partition(f"p{i} fails; measure it alone:\n")[2]
+        assert after.startswith(f"  ndcheck run --prompt prompt{i} ")
+    assert "p2 fails" not in shown
+    assert "alone:" not in screen_of(failing)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("name", ["failing", "two_arms", "passing", "inconclusive"])
+def test_no_word_is_broken(name, width, request) -> None:
+    assert "…\n" not in screen(request.getfixturevalue(name), width).replace("'…\n", "\n")
+    words = screen(request.getfixturevalue(name), width).split()
+    for whole in ("run-to-run", "neighbours", "diverged"):
+        assert whole in words
+
+
+def test_a_load_whose_bits_alone_differ_is_a_row_of_its_own(two_arms) -> None:
+    probe = two_arms.summary.probes[0]
+    loads = list(probe.loads)
+    index = next(i for i, x in enumerate(loads) if (x.axis, x.batch_size) == ("cache", 16))
+    for latent in (0, 1):
+        loads[index] = replace(loads[index], latent=latent)
+        summary = replace(two_arms.summary, probes=(replace(probe, loads=tuple(loads)),))
+        shown = screen(replace(two_arms, summary=summary))
+        rows = [line.split() for line in shown.splitlines() if line.startswith("chunked ")]
+        assert (["chunked", "16", "0", "1", "1"] in [row[:5] for row in rows]) == bool(latent)
 
 
 def test_many_completions_are_cut_to_the_top_ones(many) -> None:

@@ -249,3 +249,30 @@ def test_a_thousand_by_a_thousand_tokens_can_be_compared(opened, big) -> None:
         for side, number in (("left", 7), ("right", 1000)):
             completion = big.summary.probes[0].completions[number - 1]
             assert page.locator(f".diff pre.{side}").text_content() == completion.text
+
+
+def test_on_a_phone_no_column_of_the_properties_is_out_of_reach(opened, two_arms) -> None:
+    edges = """() => [...document.querySelectorAll(".properties td:not(:empty)")].map(
+        (cell) => cell.getBoundingClientRect().right)"""
+    with opened(two_arms) as page:
+        n_cells = len(page.evaluate(edges))
+        page.set_viewport_size({"width": 390, "height": 800})
+        assert len(page.evaluate(edges)) == n_cells > 40
+        assert max(page.evaluate(edges)) <= 390
+        label = "getComputedStyle(document.querySelector('.properties td'), '::before').content"
+        assert page.evaluate(label) == '"Kernels"'
+
+
+def test_equal_tokens_with_other_bits_are_hatched_and_told(opened, failing) -> None:
+    columns = failing.summary.samples
+    latent = columns.latent_divergence.copy()
+    latent[3] = 6
+    summary = replace(failing.summary, samples=replace(columns, latent_divergence=latent))
+    for example, is_told in ((failing, False), (replace(failing, summary=summary), True)):
+        with opened(example) as page:
+            assert page.get_by_text("hatched are equal tokens with other bits").count() == is_told
+            page.locator(".strip select").select_option("tree")
+            page.locator(".strip canvas").focus()
+            # The row with other bits comes before the rows of its continuation that have none.
+            status = page.locator(".strip .status").inner_text()
+            assert ("other bits from token 7 on" in status) == is_told

@@ -99,7 +99,7 @@ const report = (() => {
       xNames: charts.sizes,
       xLabel: "batch size",
       rows: charts.series.map((one) => one[field]),
-      series: charts.series.map((one) => line(one, { label: one.label, hollow: one.hollow, points: { show: true, size: 8, fill: colour(one.hollow ? "card" : one.arm), stroke: colour(one.arm) }, value: (_, value) => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(3)))) })),
+      series: charts.series.map((one) => line(one, { label: one.label, hollow: one.hollow, points: { show: true, size: one.hollow ? 13 : 8, fill: one.hollow ? "transparent" : colour(one.arm), stroke: colour(one.arm) }, value: (_, value) => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(3)))) })),
     };
   }
 
