@@ -182,6 +182,11 @@ class Run:
         return tables.loads_table(self.findings)
 
     @property
+    def properties(self) -> pd.DataFrame:
+        """One row for each property of a probe in an arm, as the main table has it."""
+        return tables.properties_table(self.findings)
+
+    @property
     def probes(self) -> pd.DataFrame:
         """One row for each probe and arm: summary.csv."""
         return tables.summary_table(self.findings)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
+import typer
+
+# Two workers of two threads each wait for one another on two cores, and tests take 3 to 50 times as
+# long. What is about threads sets their number itself. OpenMP reads these with the import of torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():
@@ -19,6 +27,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAMILIES = ("qwen3", "llama", "gemma3")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_built_once():
+    """Typer reads every signature for each command line: most of what a small one costs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 def _tiny_config(family: str, vocabulary: int):

@@ -69,6 +69,7 @@ def columns() -> str:
         ("samples", tables.SAMPLE_COLUMNS),
         ("completions", tables.COMPLETION_COLUMNS),
         ("loads", tables.LOAD_COLUMNS),
+        ("properties", tables.PROPERTY_COLUMNS),
         ("summary", tables.SUMMARY_COLUMNS),
     ):
         section = shown.partition(f"### {name}.csv\n")[2].partition("\n### ")[0]

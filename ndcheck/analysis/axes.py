@@ -160,6 +160,11 @@ def _judge(
         first_divergence(completions.token_ids(i), completions.token_ids(j))
         for i, j in zip(parted // n_unique, parted % n_unique, strict=True)
     )
+    # Both against the reference: where they leave it at two positions, the earlier one parts them.
+    here, there = (trials.rows["latent"][side[differs & ~diverges]] for side in (rows, partners))
+    ends = np.iinfo(here.dtype).max
+    here, there = (np.where(at < 0, ends, at) for at in (here, there))
+    is_known = (here != there) & np.isin(of_pair[differs & ~diverges], latent)
     found = diverged if len(diverged) else latent
     return AxisFinding(
         axis=axis,
@@ -177,4 +182,6 @@ def _judge(
         latent_draws=n_latent,
         n_confirmed=len(np.unique(trials.column("load")[found[trials.is_repeated[found]]])),
         told_apart=None,
+        first_latent_min=min(np.minimum(here, there)[is_known].tolist(), default=None),
+        batch_sizes_latent=tuple(np.unique(trials.column("batch_size")[latent]).tolist()),
     )

@@ -49,17 +49,22 @@ def _judge(
     achieved = rows["achieved"][rows["achieved"] >= 0]
     elapsed_s = float(trials.elapsed_s[chosen].sum())
     n_tokens = int(completions.lengths[rows["completion"]].sum())
+    failed = errors[errors["kind"] == number]
+    latent = chosen & trials.latent
+    latent_at = rows["latent"][np.isin(rows["trial"], trials.ids[latent]) & (rows["latent"] >= 0)]
     return LoadFinding(
         *kind,
         n_trials=int(chosen.sum()),
         n_samples=len(rows),
-        n_errors=int((errors["kind"] == number).sum()),
+        n_errors=len(failed),
         n_unique=len(np.unique(rows["completion"])),
         n_diverged_trials=len(divergences),
         first_divergence_min=int(divergences.min()) if len(divergences) else None,
         first_divergence_median=float(np.median(divergences)) if len(divergences) else None,
-        latent=int((chosen & trials.latent).sum()),
+        latent=int(latent.sum()),
         achieved_batch_size_min=int(achieved.min()) if len(achieved) else None,
         elapsed_s=elapsed_s,
         tokens_per_s=n_tokens / elapsed_s if elapsed_s else None,
+        first_latent_min=int(latent_at.min()) if len(latent_at) else None,
+        trial_ids=tuple(np.union1d(trials.ids[chosen], failed["trial"]).tolist()),
     )

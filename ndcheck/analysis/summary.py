@@ -57,7 +57,11 @@ class AxisFinding:
     the commonest completion of its load; loads that were only repeated because they had diverged
     are no draws. ``rate`` and ``rate_ci_*`` are over the draws, which
     ``draw`` names: two-sided Clopper-Pearson at ``confidence``, for each axis by itself.
-    ``first_divergence_min`` and ``batch_sizes_diverged`` are over the trials whose tokens diverged.
+    ``first_divergence_min`` and ``batch_sizes_diverged`` are over the trials whose tokens diverged,
+    ``first_latent_min`` and ``batch_sizes_latent`` over those in which bits alone differed. Of
+    positions only those of the bits against the reference are kept: where a trial and its baseline
+    both leave it at one position, or the backend gave no bits by position, ``first_latent_min``
+    leaves the trial out.
     ``n_confirmed`` counts the distinct loads that diverged and ran more than once. ``told_apart``
     is False where what diverged may be run-to-run, which leaves no rate of the axis, and None where
     nothing diverged.
@@ -78,6 +82,8 @@ class AxisFinding:
     latent_draws: int
     n_confirmed: int
     told_apart: bool | None
+    first_latent_min: int | None
+    batch_sizes_latent: tuple[int, ...]
 
     @property
     def shown(self) -> tuple[int, int, int]:
@@ -93,8 +99,10 @@ class LoadFinding:
 
     ``axis`` is what its trials were for: "reference" for the probe alone, which has no axis.
     ``slot`` is None where the load has several. The first divergences are over trials, each at
-    its earliest row; ``latent`` counts trials. ``elapsed_s`` is the sum over trials;
-    ``tokens_per_s`` counts the probe's tokens, not the fillers'.
+    its earliest row; ``latent`` counts trials in which bits alone differ, ``first_latent_min`` is
+    the earliest position at which they do. ``elapsed_s`` is the sum over trials; ``tokens_per_s``
+    counts the probe's tokens, not the fillers'. ``trial_ids`` are in ascending order, those that
+    failed among them.
     """
 
     axis: Purpose
@@ -112,6 +120,13 @@ class LoadFinding:
     achieved_batch_size_min: int | None
     elapsed_s: float
     tokens_per_s: float | None
+    first_latent_min: int | None
+    trial_ids: tuple[int, ...]
+
+    @property
+    def holds_copies(self) -> bool:
+        """Is the probe in several rows?"""
+        return self.slot is None
 
 
 @dataclass(frozen=True, slots=True)

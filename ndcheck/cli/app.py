@@ -13,8 +13,9 @@ from ndcheck.cli.commands.compare import compare
 from ndcheck.cli.commands.demo import demo
 from ndcheck.cli.commands.doctor import doctor
 from ndcheck.cli.commands.gate import gate
+from ndcheck.cli.commands.help import show_help
 from ndcheck.cli.commands.kernels import kernels
-from ndcheck.cli.commands.mock_server import mock_server
+from ndcheck.cli.commands.mock_server import FAULTS_LISTED, mock_server
 from ndcheck.cli.commands.order import order
 from ndcheck.cli.commands.report import report
 from ndcheck.cli.commands.run import run
@@ -31,7 +32,6 @@ app = typer.Typer(
     help="Measures, explains, fixes and gates nondeterminism in LLM inference.",
     epilog="Exit codes: 0 pass, 1 nondeterminism found, 2 usage error, 3 inconclusive, "
     "4 environment or backend failure, 130 interrupted.",
-    no_args_is_help=True,
     # Plain help: rich's boxes cost start-up time and do not paste well into an issue.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -45,13 +45,16 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
     ] = False,
 ) -> None:
     """Measures, explains, fixes and gates nondeterminism in LLM inference."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 COMMANDS = {
@@ -59,9 +62,15 @@ COMMANDS = {
     for command in (run, report, trace, shrink, order, demo, gate, compare, runs, doctor)
 }
 for command in COMMANDS.values():
-    app.command(cls=GroupedCommand if command is run else None)(command)
-app.command(hidden=True)(mock_server)
+    # What is left over is met with a hint.
+    is_run = command is run
+    app.command(
+        cls=GroupedCommand if is_run else None,
+        context_settings={"allow_extra_args": True} if is_run else None,
+    )(command)
 app.add_typer(kernels)
+app.command(epilog=FAULTS_LISTED)(mock_server)
+app.command("help")(show_help)
 
 
 def run_command_line(arguments: list[str]) -> int:

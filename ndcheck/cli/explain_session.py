@@ -15,9 +15,10 @@ import typer
 from ndcheck import request
 from ndcheck.cli.console import note
 from ndcheck.cli.trust import Given, confirm
-from ndcheck.errors import UsageError
+from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.records import ARMS, Arm, Load, RunSpec
 from ndcheck.samplers.backends import backend_of
+from ndcheck.samplers.options import short_dtype
 from ndcheck.storage.explanation import save_explanation
 from ndcheck.storage.run_directory import replacing, write_failure
 
@@ -64,7 +65,11 @@ def order(sums: Sums, drawings: dict[str, Path | None], *, as_json: bool, quiet:
     if (op is None) == (fn is None):
         raise UsageError(f"give one OP ({', '.join(REDUCTIONS)}) or --fn module:function")
     if op is not None and op not in REDUCTIONS:
-        raise UsageError(f"OP {op!r} is unknown; choose from {', '.join(REDUCTIONS)}, or use --fn")
+        raise UsageError(
+            f"OP {op!r} is unknown; choose from {', '.join(REDUCTIONS)}, or use --fn"
+            f"{did_you_mean(op, REDUCTIONS)}"
+        )
+    dtype = short_dtype(dtype)
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
     reduction = load_function(fn) if fn else REDUCTIONS[str(op)]

@@ -17,7 +17,7 @@ from ndcheck.api import Run, find_run, measure_spec, save_baseline
 from ndcheck.cli.console import DEBUG, EXIT_CODES, FAILED, describe, note, note_bad_lines
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.config import Check, find_file, read_checks
-from ndcheck.errors import UsageError, did_you_mean, doing
+from ndcheck.errors import BackendError, UsageError, did_you_mean, doing
 from ndcheck.findings import read_findings
 from ndcheck.judging.comparison import FAIL_ON, compare
 from ndcheck.judging.rules import Rules, RuleSet, judge_gate
@@ -35,6 +35,7 @@ from ndcheck.reports.wording.reproduction import argument, reproduce_command, re
 from ndcheck.request import DEFAULTS, parse_names
 from ndcheck.runner import fit_spec, new_directory, plan
 from ndcheck.samplers.base import open_sampler
+from ndcheck.storage.gate_verdict import save_gate_verdict
 from ndcheck.storage.reading import exists
 from ndcheck.storage.run_directory import RUN_FILE, replacing, write_failure
 
@@ -245,11 +246,16 @@ def _judge(name: str, run: Run, rules: RuleSet, folder: Path) -> CheckResult:
         comparison = compare(
             read_findings(find_run(rules.baseline, folder)).measured, run.findings.measured
         )
+    verdict = judge_gate(run.record, run.summary, rules, comparison)
+    try:
+        save_gate_verdict(run.path, verdict.label, verdict.reasons)
+    except BackendError as error:
+        note(f"the verdict is not kept for ndcheck runs: {error}")  # a gate only has to read
     return CheckResult(
         name,
         run.command,
         directory=str(run.path),
         started_at=run.record.started_at,
         elapsed_s=run.record.elapsed_s,
-        verdict=judge_gate(run.record, run.summary, rules, comparison),
+        verdict=verdict,
     )

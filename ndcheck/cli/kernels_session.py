@@ -18,7 +18,7 @@ from ndcheck.errors import BackendError, UsageError
 from ndcheck.reports import kernels as report
 from ndcheck.reports.write import TableFile
 from ndcheck.samplers.local.device import choose_device
-from ndcheck.samplers.options import DTYPES
+from ndcheck.samplers.options import DTYPES, short_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def read_selection(device: str, dtype: str, op: str, rows: str | None) -> Select
     """Raises UsageError."""
     import torch
 
-    names = _split(dtype)
+    names = tuple(map(short_dtype, _split(dtype)))
     unknown = [name for name in names if name not in DTYPES]
     if unknown or not names:
         raise UsageError(f"--dtype {dtype!r}: give some of {', '.join(DTYPES)}")

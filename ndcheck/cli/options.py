@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
+from ndcheck import records
+from ndcheck.cli.completion import Complete, one_of, runs, some_of
 from ndcheck.plan.arrivals import NOTATION
 from ndcheck.records import ARMS, AXES
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.backends import ENGINES, OPTIONS
+from ndcheck.samplers.options import DTYPES
 
 
-def _option(name: str, help: str, metavar: str | None = None) -> Any:
+def _option(
+    name: str, help: str, metavar: str | None = None, values: Complete | None = None
+) -> Any:
     """typer's view of a row: its flags and its NDCHECK_* variable."""
     row = OPTIONS[name]
     flags = (row.flag, row.short) if row.short else (row.flag,)
-    return typer.Option(*flags, help=help, envvar=row.variable, metavar=metavar)
+    return typer.Option(
+        *flags, help=help, envvar=row.variable, metavar=metavar, autocompletion=values
+    )
 
 
 Model = Annotated[
@@ -98,19 +105,21 @@ Kernels = Annotated[
         "kernels",
         f"Arms to run, interleaved: {', '.join(ARMS)} [default: both].",
         "ARMS",
+        some_of(*ARMS),
     ),
 ]
 Dtype = Annotated[
     str,
     _option(
         "dtype",
-        "auto (as stored), bf16, fp16, fp32.",
+        f"auto (as stored), {', '.join(DTYPES)}.",
         "DTYPE",
+        one_of("auto", *DTYPES),
     ),
 ]
 Device = Annotated[
     str,
-    _option("device", "auto, cpu, cuda, cuda:1, ...", "DEVICE"),
+    _option("device", "auto, cpu, cuda, cuda:1, ...", "DEVICE", one_of("auto", "cpu", "cuda")),
 ]
 Attention = Annotated[
     str,
@@ -124,13 +133,14 @@ Loads = Annotated[
     str,
     _option(
         "loads",
-        "Batch sizes; auto: up to the largest that fits in memory.",
+        "Batch sizes, or ranges such as 1-8 and 1-64:x2; auto: up to the largest that fits in "
+        "memory.",
         "1,2,...",
     ),
 ]
 BatchSizes = Annotated[
     str,
-    _option("loads", "Batch sizes.", "1,2,..."),
+    _option("loads", "Batch sizes, or ranges such as 1-8 and 1-64:x2.", "1,2,..."),
 ]
 Axes = Annotated[
     str,
@@ -138,6 +148,7 @@ Axes = Annotated[
         "axes",
         f"What varies: all, or some of {', '.join(AXES)}.",
         "AXES",
+        some_of("all", *AXES),
     ),
 ]
 LoadMode = Annotated[
@@ -146,6 +157,7 @@ LoadMode = Annotated[
         "mode",
         "copies: rows are copies of the probe, each a sample. mixed: one probe row among fillers.",
         "MODE",
+        one_of(*get_args(records.Mode)),
     ),
 ]
 Batching = Annotated[
@@ -155,6 +167,7 @@ Batching = Annotated[
         "exact: the batch that a load asks for, to the end. continuous: requests come and go "
         "between steps, as in a server.",
         "BATCHING",
+        one_of(*get_args(records.Batching)),
     ),
 ]
 Arrivals = Annotated[
@@ -206,12 +219,20 @@ Out = Annotated[
 ]
 Resume = Annotated[
     Path | None,
-    typer.Option("--resume", help="Go on with an interrupted run, as it was.", metavar="DIR"),
+    typer.Option(
+        "--resume",
+        help="Go on with an interrupted run, as it was.",
+        metavar="DIR",
+        autocompletion=runs,
+    ),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a screen.")]
+ExitCode = Annotated[
+    bool, typer.Option("--exit-code", help="Exit with what was found, not with 0.")
+]
 Html = Annotated[
     bool, typer.Option("--html", help="Also write report.html, one page with everything in it.")
 ]
@@ -237,6 +258,7 @@ EngineChoice = Annotated[
         "engine",
         f"What computes the model: {', '.join(ENGINES)}.",
         "NAME",
+        one_of(*ENGINES),
     ),
 ]
 TensorParallel = Annotated[
@@ -265,5 +287,7 @@ EngineArgument = Annotated[
         "KEY=VALUE",
     ),
 ]
+
+RUN_HELP = "A run's directory, or latest."
 
 LOADS_DEFAULT = ",".join(map(str, DEFAULTS.batch_sizes))

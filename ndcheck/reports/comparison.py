@@ -21,6 +21,7 @@ from ndcheck.reports.wording import phrases
 
 SCHEMA_VERSION = 1
 VALUE_WIDTH = 28
+JUDGED_BY = ("confidence", "allow_latent", "answer_pattern")
 PROMPT_WIDTH = 50
 
 
@@ -54,7 +55,7 @@ def print_comparison(
         )
         console.print(Text(f"  {drift_sentence(drift)}"))
         print_without_padding(console, _figures(drift))
-        for line in _tests(drift):
+        for line in _tests(drift, _changes_of_load(comparison.changes)):
             console.print(f"  {line}")
     if not comparison.drifts:
         console.print("\nThe runs share no prompt and arm: outputs cannot be compared")
@@ -161,8 +162,17 @@ def _figures(drift: Drift) -> Table:
     return table
 
 
-def _tests(drift: Drift) -> Iterator[str]:
+def _changes_of_load(changes: Sequence[Change]) -> list[str]:
+    """What was run otherwise; other rules to judge the same batches by are no other load."""
+    names = [change.name.removeprefix("spec.") for change in changes if change.group == "load"]
+    return [name for name in names if name not in JUDGED_BY]
+
+
+def _tests(drift: Drift, of_load: Sequence[str]) -> Iterator[str]:
+    """``of_load`` are the fields of the load that changed."""
     yield f"{phrases.count(drift.n_shared_completions, 'completion')} in common"
+    if of_load:
+        yield f"the loads differ: {', '.join(map(visible, of_load))}"
     yield f"one rate of divergence: p = {drift.fisher_p:.2g} (Fisher's exact test)"
     if drift.max_abs_dlogprob is not None:
         kl = f"KL k1 {_number(drift.k1_kl)}, k3 {_number(drift.k3_kl)} nats/token"

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 from ndcheck.analysis.summary import ProbeSummary
 from ndcheck.findings import Findings
@@ -21,9 +22,21 @@ MIN_ROWS = 100
 MAX_BINS = 40
 
 
+class LoadGroup(NamedTuple):
+    """Loads that a figure takes together: copies of the probe are no loads with one probe row."""
+
+    name: str
+    holds_copies: bool
+    batch_size: int
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sample in the heat strip."""
+    """One sample in the heat strip.
+
+    ``latent``: from which token on its bits differ and its tokens do not, and the end of that, from
+    0; None where no bits were seen to differ.
+    """
 
     sample_id: int
     trial_id: int
@@ -31,13 +44,14 @@ class Row:
     batch_size: int
     slot: int
     completion_id: int
+    latent: tuple[int, int] | None
 
 
 @dataclass(slots=True)
 class ArmFigures:
     """One probe in one arm.
 
-    ``unique_by_load`` goes by load and batch size, ``divergences`` counts samples by the position
+    ``unique_by_load`` goes by kind of load, ``divergences`` counts samples by the position
     (from 0) of their first divergence, ``reference_margins`` are the reference's top-1 minus top-2
     logits per token (NaN where there is no runner-up).
     """
@@ -45,22 +59,29 @@ class ArmFigures:
     probe: ProbeSummary
     trunk: Trunk | None
     rows: list[Row] = field(default_factory=list)
-    unique_by_load: dict[tuple[str, int], set[int]] = field(default_factory=dict)
+    unique_by_load: dict[LoadGroup, set[int]] = field(default_factory=dict)
     divergences: Counter[int] = field(default_factory=Counter)
     reference_margins: tuple[float, ...] = ()
 
     @property
-    def unique_by_batch_size(self) -> dict[int, int]:
+    def fillings(self) -> tuple[bool, ...]:
+        """Whether loads of several rows hold copies: both kinds where both ran, never pooled."""
+        found = {load.holds_copies for load in self.probe.loads if load.batch_size > 1}
+        return tuple(sorted(found)) or (False,)
+
+    def unique_by_batch_size(self, *, copies: bool) -> dict[int, int]:
+        """Of loads full of copies, or of those with one probe row; a batch of one is both."""
         found: dict[int, set[int]] = {}
-        for (_, batch_size), completions in self.unique_by_load.items():
-            found.setdefault(batch_size, set()).update(completions)
+        for load, completions in self.unique_by_load.items():
+            if load.batch_size == 1 or load.holds_copies == copies:
+                found.setdefault(load.batch_size, set()).update(completions)
         return {batch_size: len(found[batch_size]) for batch_size in sorted(found)}
 
-    @property
-    def tokens_per_s(self) -> dict[int, float]:
-        """The probe's tokens over the time of all trials, by batch size."""
-        by_size = sorted(self.probe.loads, key=lambda load: load.batch_size)
+    def tokens_per_s(self, *, copies: bool) -> dict[int, float]:
+        """The probe's tokens over the time of these trials, by batch size."""
+        chosen = [x for x in self.probe.loads if x.batch_size == 1 or x.holds_copies == copies]
         found = {}
+        by_size = sorted(chosen, key=lambda load: load.batch_size)
         for batch_size, group in groupby(by_size, key=lambda load: load.batch_size):
             timed = [(g.tokens_per_s, g.elapsed_s) for g in group if g.tokens_per_s is not None]
             if elapsed_s := sum(seconds for _, seconds in timed):
@@ -80,6 +101,12 @@ class ArmFigures:
         )
 
 
+def series_name(arm: ArmFigures, *, copies: bool) -> str:
+    """The arm, and how its batches are filled where they are in two ways."""
+    name: str = arm.probe.arm
+    return f"{name}, {phrases.filling(copies=copies)}" if len(arm.fillings) > 1 else name
+
+
 def gather(findings: Findings) -> dict[tuple[Arm, str], ArmFigures]:
     """By arm and probe; the samples are read once more."""
     summary = findings.summary
@@ -96,16 +123,20 @@ def gather(findings: Findings) -> dict[tuple[Arm, str], ArmFigures]:
     outcomes = zip(
         summary.samples.completion_id.tolist(),
         summary.samples.first_divergence.tolist(),
+        summary.samples.latent_divergence.tolist(),
         strict=True,
     )
-    for sample, (completion_id, first_divergence) in zip(findings.samples, outcomes, strict=True):
+    for sample, (completion_id, first_divergence, first_latent) in zip(
+        findings.samples, outcomes, strict=True
+    ):
         if sample.role == "control" or completion_id < 0:
             continue
         key = (sample.arm, sample.probe_id)
         arm = figures[key]
         load = phrases.load_name(sample.purpose, sample.load.cache_state)
         batch_size = sample.load.batch_size
-        arm.unique_by_load.setdefault((load, batch_size), set()).add(completion_id)
+        group = LoadGroup(load, len(sample.load.slots) > 1, batch_size)
+        arm.unique_by_load.setdefault(group, set()).add(completion_id)
         if first_divergence >= 0:
             arm.divergences[first_divergence] += 1
         if sample.is_reference and first_divergence < 0 and not arm.reference_margins:
@@ -115,8 +146,15 @@ def gather(findings: Findings) -> dict[tuple[Arm, str], ArmFigures]:
         # Of more samples than rows, every so many: their shares stay what they are.
         stride = -(-arm.probe.n_samples // n_rows)
         if n_seen[key] % stride == 0 and completion_id in shown[key]:
+            end = first_divergence if first_divergence >= 0 else len(sample.token_ids)
             row = Row(
-                sample.sample_id, sample.trial_id, load, batch_size, sample.slot, completion_id
+                sample_id=sample.sample_id,
+                trial_id=sample.trial_id,
+                load=load,
+                batch_size=batch_size,
+                slot=sample.slot,
+                completion_id=completion_id,
+                latent=(first_latent, end) if first_latent >= 0 else None,
             )
             arm.rows.append(row)
         n_seen[key] += 1

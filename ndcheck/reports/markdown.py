@@ -127,14 +127,14 @@ def _properties(probe: ProbeSummary, verdict: ProbeVerdict, unit: str) -> str:
             phrases.shown(finding)[0],
             phrases.rate(finding),
             phrases.shown(finding)[1],
-            phrases.token(finding.first_divergence_min),
-            ", ".join(map(str, finding.batch_sizes_diverged)),
+            phrases.first_at(finding),
+            phrases.at_batch_sizes(finding),
         )
         for finding in probe.axes
     ]
     table = _table(
         "Property | Verdict | Diverged | "
-        f"Rate ({confidence} %) | Latent | First at {unit} | At batch sizes",
+        f"Rate ({confidence} %) | Latent | First at {unit} (from 1) | At batch sizes",
         rows,
     )
     return f"{table}\n\n{phrases.scope([probe])}."
@@ -155,15 +155,15 @@ def _loads(probe: ProbeSummary, unit: str) -> str:
             "all" if load.slot is None else str(load.slot),
             f"{load.n_diverged_trials} of {load.n_trials}",
             f"{load.n_unique} of {load.n_samples}",
-            phrases.token(load.first_divergence_min),
+            phrases.first_at(load),
             f"{load.latent} of {load.n_trials}",
             phrases.speed(load.tokens_per_s),
         )
         for load in probe.loads
     ]
     header = (
-        f"Load | Batch | Slot | Trials diverged | Unique | First at {unit} | Latent | "
-        f"{unit.capitalize()}s/s"
+        "Load | Batch | Slot (from 0) | Trials diverged | Unique | "
+        f"First at {unit} (from 1) | Latent | {unit.capitalize()}s/s"
     )
     return _table(header, rows)
 
@@ -182,7 +182,8 @@ def _completions(probe: ProbeSummary, unit: str) -> str:
         for completion in islice(probe.completions, MAX_COMPLETIONS)
     ]
     header = (
-        f"Completion | Samples | First divergence at {unit} | Its {unit} | Reference's {unit} | "
+        f"Completion | Samples | First divergence at {unit} (from 1) | Its {unit} | "
+        f"Reference's {unit} | "
         f"Top-2 margin | {unit.capitalize()}s"
     )
     table = _table(header, rows)

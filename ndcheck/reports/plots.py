@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ndcheck.records import Arm
-from ndcheck.reports.figures import ArmFigures, bins, histogram
+from ndcheck.reports.figures import ArmFigures, bins, histogram, series_name
 from ndcheck.reports.trees.trunks import walk
 
 if TYPE_CHECKING:
@@ -86,19 +86,24 @@ def _figure(n_axes: int = 1, height: float = 3.4) -> tuple[Figure, Sequence[Axes
 
 
 def _by_batch_size(
-    arms: Sequence[ArmFigures], values: Callable[[ArmFigures], Mapping[int, float]], title: str
+    arms: Sequence[ArmFigures],
+    values: Callable[[ArmFigures, bool], Mapping[int, float]],
+    title: str,
 ) -> Figure:
     figure, (axes,) = _figure()
-    sizes = sorted({size for arm in arms for size in values(arm)})
-    for arm in arms:
-        known = [(sizes.index(size), value) for size, value in values(arm).items()]
+    series = [(arm, copies) for arm in arms for copies in arm.fillings]
+    sizes = sorted({size for arm, copies in series for size in values(arm, copies)})
+    for arm, copies in series:
+        is_hollow = len(arm.fillings) > 1 and not copies
+        known = [(sizes.index(size), value) for size, value in values(arm, copies).items()]
         axes.plot(
             [place for place, _ in known],
             [value for _, value in known],
             color=COLOURS[arm.probe.arm],
             linestyle=STYLES[arm.probe.arm],
             marker=MARKERS[arm.probe.arm],
-            label=arm.probe.arm,
+            markerfacecolor="white" if is_hollow else COLOURS[arm.probe.arm],
+            label=series_name(arm, copies=copies),
         )
     # Batch sizes are told apart, not measured: they stand at equal distances.
     axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
@@ -113,14 +118,20 @@ def _unique(arms: Sequence[ArmFigures], unit: str) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     figure = _by_batch_size(
-        arms, lambda arm: arm.unique_by_batch_size, "Unique completions by batch size"
+        arms,
+        lambda arm, copies: arm.unique_by_batch_size(copies=copies),
+        "Unique completions by batch size",
     )
     figure.axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
 def _cost(arms: Sequence[ArmFigures], unit: str) -> Figure:
-    return _by_batch_size(arms, lambda arm: arm.tokens_per_s, f"Cost: probe {unit}s per second")
+    return _by_batch_size(
+        arms,
+        lambda arm, copies: arm.tokens_per_s(copies=copies),
+        f"Cost: probe {unit}s per second",
+    )
 
 
 def _first_divergence(arms: Sequence[ArmFigures], unit: str) -> Figure:

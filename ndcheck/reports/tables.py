@@ -1,17 +1,25 @@
 """The CSV exports as data frames: one contract with users, so columns are only ever appended.
 
 Unknown is empty, never 0; integers stay integers beside it. Text that a spreadsheet would run as
-a formula gets an apostrophe in front.
+a formula gets an apostrophe in front. New columns hold lists as JSON, and name positions as people
+read them, from 1; the older ones count from 0.
+
+Version history:
+
+1. samples.csv, completions.csv, loads.csv, summary.csv.
+2. properties.csv; ``run_id`` in every file, so that they join on it, ``arm`` and ``probe_id``;
+   positions from 1 (``..._from_1``), lists as JSON (``..._json``, ``trial_ids``).
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ndcheck.analysis.summary import Completion, LoadFinding, ProbeSummary
+from ndcheck.analysis.summary import AxisFinding, ProbeSummary
 from ndcheck.findings import Findings
 from ndcheck.reports.untrusted import csv_text
 
@@ -48,6 +56,11 @@ SAMPLE_COLUMNS: _Columns = {
     "error": _TEXT,
     "text": _TEXT,
     "n_retries": _INT,
+    "axis": _TEXT,
+    "baseline_trial_id": _INT,
+    "first_divergence_from_1": _INT,
+    "first_latent_from_1": _INT,
+    "filler_lengths_json": _TEXT,
 }
 COMPLETION_COLUMNS: _Columns = {
     "arm": _TEXT,
@@ -61,6 +74,8 @@ COMPLETION_COLUMNS: _Columns = {
     "n_tokens": _INT,
     "sha256": _TEXT,
     "text": _TEXT,
+    "run_id": _TEXT,
+    "first_divergence_from_1": _INT,
 }
 LOAD_COLUMNS: _Columns = {
     "arm": _TEXT,
@@ -78,6 +93,34 @@ LOAD_COLUMNS: _Columns = {
     "elapsed_s": _FLOAT,
     "tokens_per_s": _FLOAT,
     "cache_state": _TEXT,
+    "run_id": _TEXT,
+    "trial_ids": _TEXT,
+    "n_errors": _INT,
+    "first_divergence_from_1": _INT,
+    "first_latent_from_1": _INT,
+}
+PROPERTY_COLUMNS: _Columns = {
+    "run_id": _TEXT,
+    "arm": _TEXT,
+    "probe_id": _TEXT,
+    "property": _TEXT,
+    "verdict": _TEXT,
+    "draw": _TEXT,
+    "n_draws": _INT,
+    "diverged_draws": _INT,
+    "latent_draws": _INT,
+    "rate": _FLOAT,
+    "rate_ci_low": _FLOAT,
+    "rate_ci_high": _FLOAT,
+    "confidence": _FLOAT,
+    "n_trials": _INT,
+    "diverged_trials": _INT,
+    "latent_trials": _INT,
+    "first_divergence_from_1": _INT,
+    "first_latent_from_1": _INT,
+    "batch_sizes_diverged_json": _TEXT,
+    "batch_sizes_latent_json": _TEXT,
+    "reasons_json": _TEXT,
 }
 SUMMARY_COLUMNS: _Columns = {
     "arm": _TEXT,
@@ -101,6 +144,10 @@ SUMMARY_COLUMNS: _Columns = {
     "draw": _TEXT,
     "n_draws": _INT,
     "diverged_draws": _INT,
+    "run_id": _TEXT,
+    "latent_draws": _INT,
+    "latent_trials": _INT,
+    "reasons_json": _TEXT,
 }
 
 
@@ -146,6 +193,11 @@ def _sample_rows(findings: Findings) -> Iterator[_Row]:
             "error": sample.error,
             "text": None if failed else sample.text,
             "n_retries": sample.n_retries,
+            "axis": sample.purpose,
+            "baseline_trial_id": sample.baseline,
+            "first_divergence_from_1": _from_1(_known(first_divergence)),
+            "first_latent_from_1": _from_1(_known(latent_divergence)),
+            "filler_lengths_json": json.dumps(sample.load.filler_lengths),
         }
 
 
@@ -153,10 +205,19 @@ def _known(number: int) -> int | None:
     return None if number < 0 else number
 
 
+def _from_1(position: int | None) -> int | None:
+    return None if position is None else position + 1
+
+
 def completion_tables(findings: Findings, rows: int = ROWS_PER_TABLE) -> Iterator[pd.DataFrame]:
     """completions.csv in tables of at most ``rows`` rows."""
     found = (
-        _row(COMPLETION_COLUMNS, probe, item)
+        _row(
+            COMPLETION_COLUMNS,
+            item,
+            _whose(findings, probe),
+            first_divergence_from_1=_from_1(item.first_divergence),
+        )
         for probe in findings.summary.probes
         for item in probe.completions
     )
@@ -165,15 +226,47 @@ def completion_tables(findings: Findings, rows: int = ROWS_PER_TABLE) -> Iterato
 
 def loads_table(findings: Findings) -> pd.DataFrame:
     """loads.csv."""
-    probes = findings.summary.probes
-    rows = [_row(LOAD_COLUMNS, probe, load) for probe in probes for load in probe.loads]
+    rows = [
+        _row(
+            LOAD_COLUMNS,
+            load,
+            _whose(findings, probe),
+            trial_ids=json.dumps(load.trial_ids),
+            first_divergence_from_1=_from_1(load.first_divergence_min),
+            first_latent_from_1=_from_1(load.first_latent_min),
+        )
+        for probe in findings.summary.probes
+        for load in probe.loads
+    ]
     return _frame(LOAD_COLUMNS, rows)
 
 
-def _row(columns: _Columns, probe: ProbeSummary, item: Completion | LoadFinding) -> _Row:
-    """Whose it is, and the fields of ``item`` that have the other columns' names."""
-    own = {"arm": probe.arm, "probe_id": probe.probe_id}
-    return own | {name: getattr(item, name) for name in columns if name not in own}
+def properties_table(findings: Findings) -> pd.DataFrame:
+    """properties.csv."""
+    rows = [
+        _property_row(findings, probe, finding)
+        for probe in findings.summary.probes
+        for finding in probe.axes
+    ]
+    return _frame(PROPERTY_COLUMNS, rows)
+
+
+def _property_row(findings: Findings, probe: ProbeSummary, finding: AxisFinding) -> _Row:
+    """Without a verdict where the property was not asked for and did not diverge."""
+    verdict = findings.verdicts[probe.arm, probe.probe_id].axes.get(finding.axis)
+    return _row(
+        PROPERTY_COLUMNS,
+        finding,
+        _whose(findings, probe),
+        property=finding.axis,
+        verdict=verdict and verdict.outcome,
+        confidence=probe.confidence,
+        first_divergence_from_1=_from_1(finding.first_divergence_min),
+        first_latent_from_1=_from_1(finding.first_latent_min),
+        batch_sizes_diverged_json=json.dumps(finding.batch_sizes_diverged),
+        batch_sizes_latent_json=json.dumps(finding.batch_sizes_latent),
+        reasons_json=json.dumps(verdict.reasons if verdict else ()),
+    )
 
 
 def summary_table(findings: Findings) -> pd.DataFrame:
@@ -181,10 +274,23 @@ def summary_table(findings: Findings) -> pd.DataFrame:
     rows = []
     for probe in findings.summary.probes:
         verdict = findings.verdicts[probe.arm, probe.probe_id].verdict
-        judged = {"verdict": verdict.outcome, "reasons": "; ".join(verdict.reasons)}
-        measured = {name: getattr(probe, name) for name in SUMMARY_COLUMNS if name not in judged}
-        rows.append(measured | judged)
+        judged = {
+            "verdict": verdict.outcome,
+            "reasons": "; ".join(verdict.reasons),
+            "reasons_json": json.dumps(verdict.reasons),
+        }
+        rows.append(_row(SUMMARY_COLUMNS, probe, _whose(findings, probe), **judged))
     return _frame(SUMMARY_COLUMNS, rows)
+
+
+def _whose(findings: Findings, probe: ProbeSummary) -> _Row:
+    return {"run_id": findings.run.run_id, "arm": probe.arm, "probe_id": probe.probe_id}
+
+
+def _row(columns: _Columns, item: object, whose: _Row, **derived: Any) -> _Row:
+    """Whose it is, what is ``derived``, and the fields of ``item`` for the other columns."""
+    given = whose | derived
+    return given | {name: getattr(item, name) for name in columns if name not in given}
 
 
 def _frames(columns: _Columns, found: Iterator[_Row], rows: int) -> Iterator[pd.DataFrame]:

@@ -49,7 +49,7 @@ def print_report(console: Console, findings: Findings, defaults: RunSpec) -> Non
     sections: list[Sequence[RenderableType]] = [
         [_verdicts(ranked, findings)],
         [_setting(findings, detailed, defaults, width)],
-        *([*_heading(group, detailed), *_axes(group, findings, unit)] for group in groups),
+        *([*_heading(group, detailed), *_axes(group, findings, unit, width)] for group in groups),
         *([*_heading(group, detailed), *_loads(group, unit)] for group in groups),
         [*_comparison(findings.summary)],
         [*_trees(detailed, width, unit)],
@@ -150,12 +150,19 @@ def _command(lines: Sequence[str], width: int) -> Text:
     return Text("\n".join(lines), style="cyan")
 
 
-def _axes(detailed: Sequence[ProbeSummary], findings: Findings, unit: str) -> list[RenderableType]:
+def _axes(
+    detailed: Sequence[ProbeSummary], findings: Findings, unit: str, width: int
+) -> list[RenderableType]:
     """Each property with its own verdict, arms below one another."""
     with_arm = len(detailed) > 1
-    table = _table("property", *(["arm"] if with_arm else []), "verdict")
+    is_narrow = width < MIN_WIDTH_SIDE_BY_SIDE
+    names = ["property", *(["arm"] if with_arm else []), "verdict"]
+    table = _table(*names, gap=1 if is_narrow else 2)
     confidence = phrases.percent(detailed[0].confidence) if detailed else ""
-    for name in ("diverged", f"rate ({confidence} %)", "latent", f"at {unit}"):
+    numbers = ("diverged", f"rate ({confidence} %)", "latent", f"at {unit}\n(from 1)")
+    if is_narrow:
+        numbers = ("diverged", f"rate\n({confidence} %)", "bits\nonly", f"{unit}\nfrom 1")
+    for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     for axis in AXES:
         label: str = axis
@@ -172,7 +179,7 @@ def _axes(detailed: Sequence[ProbeSummary], findings: Findings, unit: str) -> li
                 f"{diverged}/{n}",
                 phrases.rate(finding),
                 str(latent),
-                phrases.token(finding.first_divergence_min),
+                phrases.first_at(finding),
             )
             label = ""
     if not table.row_count:
@@ -194,15 +201,15 @@ def _comparison(summary: Summary) -> Iterator[Text]:
 
 
 def _loads(detailed: Sequence[ProbeSummary], unit: str) -> list[RenderableType]:
-    """The loads, arms side by side: those that diverged go before those that did not."""
+    """The loads, arms side by side: those that diverged, or whose bits did, before the others."""
     by_load: dict[tuple[object, ...], dict[str, LoadFinding]] = {}
     for probe in detailed:
         for load in probe.loads:
             key = (load.axis, load.batch_size, load.slot, load.cache_state)
             by_load.setdefault(key, {})[probe.arm] = load
     rows = list(by_load.values())
-    shown = sorted((row for row in rows if min(_load_rank(row)) == 0), key=_load_rank)
-    shown = (shown or rows)[:MAX_LOADS]
+    told = [row for row in rows if not all(_load_rank(row))]
+    shown = (sorted(told, key=_load_rank) or rows)[:MAX_LOADS]
     names = ("token", "tok/s") if unit == "token" else ("char", "char/s")
     # Two arms just fit 80 columns.
     table = _table("load", gap=1 if len(detailed) > 1 else 2)
@@ -221,19 +228,22 @@ def _loads(detailed: Sequence[ProbeSummary], unit: str) -> list[RenderableType]:
             table.add_row(phrases.load(load), str(load.batch_size), slot, *cells)
     if not rows:
         return []
+    counted = Text(f"{unit.capitalize()}s are counted from 1, slots from 0")
     hidden = [load for row in rows if row not in shown for load in row.values()]
     if not hidden:
-        return [table]
+        return [table, counted]
     diverged = sum(load.n_diverged_trials for load in hidden)
+    latent = sum(load.latent for load in hidden)
     trials = phrases.count(sum(load.n_trials for load in hidden), "trial")
     rest = f"{len(rows) - len(shown)} more in loads.csv: {diverged} of {trials} diverged"
-    return [table, Text(rest)]
+    return [table, Text(rest + (f", {latent} latent" if latent else "")), counted]
 
 
-def _load_rank(row: Mapping[str, LoadFinding]) -> tuple[bool, bool]:
+def _load_rank(row: Mapping[str, LoadFinding]) -> tuple[bool, bool, bool]:
     diverged = any(load.n_diverged_trials for load in row.values())
+    latent = any(load.latent for load in row.values())
     plain = any(load.axis in ("reference", "batch-size") for load in row.values())
-    return not diverged, not plain
+    return not diverged, not latent, not plain
 
 
 def _load_cells(load: LoadFinding | None) -> list[str]:

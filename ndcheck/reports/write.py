@@ -13,7 +13,13 @@ from ndcheck.records import RunSpec
 from ndcheck.reports.figures import gather
 from ndcheck.reports.html.page import html_report
 from ndcheck.reports.markdown import markdown_report
-from ndcheck.reports.tables import completion_tables, loads_table, sample_tables, summary_table
+from ndcheck.reports.tables import (
+    completion_tables,
+    loads_table,
+    properties_table,
+    sample_tables,
+    summary_table,
+)
 from ndcheck.reports.untrusted import csv_text
 from ndcheck.reports.wording import phrases
 from ndcheck.reports.wording.reproduction import PROMPTS_FILE, prompts_file
@@ -55,6 +61,7 @@ def _write(
         "samples.csv": sample_tables(findings),
         "completions.csv": completion_tables(findings),
         "loads.csv": [loads_table(findings)],
+        "properties.csv": [properties_table(findings)],
         "summary.csv": [summary_table(findings)],
     }
     remove_leftovers(directory)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args
 
@@ -22,6 +23,7 @@ DEFAULTS = RunSpec(
     arms=("stock", "invariant"),
 )
 TRANSFORMERS = "transformers"
+MAX_LOADS = 1000
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Torch's name for each that ``--dtype`` takes."""
 SHORT_DTYPES = {name: short for short, name in DTYPES.items()}
@@ -102,18 +104,36 @@ def parse_loads(values: str | Sequence[object]) -> tuple[int, ...]:
 
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:
-    """``"1,2,4"`` as batch sizes. Raises UsageError on anything but distinct numbers >= 1."""
+    """``"1,4-6,8-64:x2"`` as batch sizes. Raises UsageError on anything but distinct ones >= 1."""
     sizes: list[int] = []
-    for part in text.split(","):
-        part = part.strip()
-        if not part.isdecimal() or not part.strip("0"):
-            raise UsageError(f"--loads: {part!r} is not a batch size; give numbers of 1 or more")
-        if len(part.lstrip("0")) > len(str(MAX_BATCH_SIZE)):
-            raise UsageError(f"--loads {part:.20}: a batch has at most {MAX_BATCH_SIZE} rows")
-        if int(part) in sizes:
-            raise UsageError(f"--loads: {int(part)} is given twice")
-        sizes.append(int(part))
+    for part in map(str.strip, text.split(",")):
+        for size in _batch_sizes(part):
+            if size in sizes:
+                raise UsageError(f"--loads: {size} is given twice")
+            sizes.append(size)
+            if len(sizes) > MAX_LOADS:
+                raise UsageError(f"--loads {part:.20}: more than {MAX_LOADS} batch sizes")
     return tuple(sizes)
+
+
+def _batch_sizes(part: str) -> Iterator[int]:
+    """A number, or a range whose sizes grow by 1, or by the factor after ``:x``."""
+    found = re.fullmatch(r"0*(\d+)(?:-0*(\d+)(?::x0*(\d+))?)?", part, re.ASCII)
+    first, last, factor = found.groups() if found else ("0", None, None)
+    if first == "0" or factor in ("0", "1"):
+        raise UsageError(
+            f"--loads: {part!r} is not a batch size; give numbers of 1 or more, or ranges such as "
+            "1-8 and 1-64:x2"
+        )
+    last = last or first
+    if max(len(first), len(last), len(factor or "")) > len(str(MAX_BATCH_SIZE)):
+        raise UsageError(f"--loads {part:.20}: a batch has at most {MAX_BATCH_SIZE} rows")
+    size, largest = int(first), int(last)
+    if size > largest:
+        raise UsageError(f"--loads: {part!r} is an empty range")
+    while size <= largest:
+        yield size
+        size = size * int(factor) if factor else size + 1
 
 
 def parse_axes(values: str | Sequence[str]) -> tuple[Axis, ...]:
@@ -125,6 +145,11 @@ def parse_axes(values: str | Sequence[str]) -> tuple[Axis, ...]:
 def parse_arms(values: str | Sequence[str] | None) -> tuple[Arm, ...]:
     """``"stock,invariant"`` as kernel sets; None is both."""
     return DEFAULTS.arms if values is None else parse_names("--kernels", join(values), ARMS)
+
+
+def short_dtype(text: str) -> str:
+    """A dtype by the name that it has here."""
+    return SHORT_DTYPES.get(text, text)
 
 
 def choice(option: str, accepted: Any) -> Callable[[str], Any]:
@@ -182,7 +207,7 @@ SHARED = (
            has_variable=True),
     Option("temperature", ("decoding.temperature",), DEFAULTS.decoding.temperature),
     Option("seed", ("seed", "decoding.seed"), DEFAULTS.seed, has_variable=True),
-    Option("dtype", ("dtype",), DEFAULTS.dtype, has_variable=True),
+    Option("dtype", ("dtype",), DEFAULTS.dtype, short_dtype, has_variable=True),
     Option("device", ("device",), DEFAULTS.device, has_variable=True),
     # With a slash it is a kernel of the hub's.
     Option("attn", ("attention",), DEFAULTS.attention, has_variable=True,

@@ -58,6 +58,31 @@ def test_latent_difference_between_rows(build):
     assert (finding.n_trials, finding.diverged_trials, finding.latent_trials) == (1, 0, 1)
 
 
+def test_where_bits_first_differ_from_the_baseline_is_told_as_far_as_it_is_known(build):
+    # The batch has other bits than the reference too: the earlier position parts the two.
+    load = Load(2, (0,), (3,))
+    samples = [
+        build.reference("abcd"),
+        build.sample(1, "abcd", moved=(2,)),
+        build.sample(2, "abcd", purpose="neighbours", baseline=1, load=load, moved=(1, 2)),
+    ]
+    finding = build.finding(build.probe(samples), "neighbours")
+    assert (finding.latent_trials, finding.first_latent_min) == (1, 1)
+    samples[2] = build.sample(2, "abcd", purpose="neighbours", baseline=1, load=load, moved=(2, 3))
+    finding = build.finding(build.probe(samples), "neighbours")
+    assert (finding.latent_trials, finding.first_latent_min) == (1, None)
+
+
+def test_a_load_names_its_trials_and_those_that_failed(build):
+    samples = [
+        build.reference("ab"),
+        build.sample(1, "ab"),
+        build.error(2),
+    ]
+    load = build.load(build.probe(samples), "batch-size", 2)
+    assert (load.trial_ids, load.n_trials, load.n_errors) == ((1, 2), 1, 1)
+
+
 def test_a_fork_in_one_row_and_moved_bits_in_another_are_one_diverged_trial(build):
     load = Load(3, (0, 1, 2))
     samples = [

@@ -26,7 +26,9 @@ def test_latent_only(build):
     assert (probe.n_trials, probe.diverged_trials, probe.latent_trials) == (3, 1, 1)
     finding = build.finding(probe, "batch-size")
     assert (finding.n_trials, finding.diverged_trials, finding.latent_trials) == (3, 1, 1)
-    assert build.load(probe, "batch-size", 2).latent == 1
+    assert (finding.first_latent_min, finding.batch_sizes_latent) == (2, (2,))
+    load = build.load(probe, "batch-size", 2)
+    assert (load.latent, load.first_latent_min, load.trial_ids) == (1, 2, (1, 2, 3))
     assert summary.samples.latent_divergence.tolist() == [-1, 2, -1, 1]
     assert summary.samples.first_divergence.tolist() == [-1, -1, -1, 2]
     assert summary.samples.max_abs_dlogprob[1:].tolist() == [ULP, 0.0, ULP]

@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 import ndcheck
+from ndcheck.reports.listing import run_lines
 
 SMALL = {"loads": [1, 4], "samples": 40, "max_tokens": 8}
 
@@ -95,15 +96,48 @@ def test_runs(ndcheck_here, folder):
     (folder / "other").mkdir()
     done = ndcheck_here("runs", ".")
     assert done.returncode == 0
-    lines = [line.split() for line in done.stdout.splitlines()[1:]]
-    assert {line[0] for line in lines} == {"clean", "forks", "longer"}
-    rows = {line[0]: line[1:] for line in lines}
-    assert rows["clean"] == ["PASS", "1", "0/23", "scripted:clean", "(stock)"]
-    assert rows["forks"][0] == "finished"
+    lines = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert {line[0] for line in lines[::2]} == {"clean", "forks", "longer"}
+    rows = {run[0]: (run[1:], arm) for run, arm in zip(lines[::2], lines[1::2], strict=True)}
+    assert rows["clean"] == (["scripted:clean"], ["stock", "PASS", "1", "0/23", "0/23"])
+    assert rows["forks"][1] == ["stock", "finished"]
     assert "hostile/run.json cannot be read" in done.stderr
     newest_first = json.loads(ndcheck_here("runs", ".", "--json").stdout)
     started = [run["started_at"] for run in newest_first]
     assert started == sorted(started, reverse=True)
+
+
+def test_runs_show_what_the_gate_said_of_these_samples(ndcheck_here, folder):
+    code = ndcheck_here("gate", "forks", "--max-unique", "5").returncode
+    assert code == 0
+    samples = folder / "forks" / "samples.jsonl"
+    assert "scripted:batch-dependent  gate ACCEPTED" in ndcheck_here("runs", ".").stdout
+    whole = samples.read_text()
+    samples.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    assert "gate" not in ndcheck_here("runs", ".").stdout.partition("said")[2]
+    samples.write_text(whole)
+    (folder / "forks" / "gate.json").write_text('{"verdict": "FINE"}')
+    done = ndcheck_here("runs", ".")
+    assert "gate.json cannot be read" in done.stderr
+    assert "scripted:batch-dependent\n" in done.stdout
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_no_name_in_a_listing_is_cut(width):
+    arm = {"verdict": "INCONCLUSIVE", "n_unique": 12, "diverged_trials": 100, "n_trials": 1000}
+    arms = [{**arm, "arm": name, "latent_trials": 7} for name in ("stock", "invariant")]
+    run = {
+        "name": "20261129-140001-Qwen3-235B-A22B-Instruct",
+        "model": "Qwen/Qwen3-235B-A22B-Instruct-2507",
+        "gate": "INCONCLUSIVE",
+        "arms": ["stock", "invariant"],
+        "status": "finished",
+        "by_arm": arms,
+    }
+    lines = [line.plain for line in run_lines([run], width)]
+    assert max(map(len, lines)) <= width
+    for name in (run["name"], run["model"], "gate INCONCLUSIVE", "100/1000", "7/1000"):
+        assert any(name in line for line in lines), name
 
 
 def test_no_runs(ndcheck_here, tmp_path):

@@ -123,7 +123,7 @@ def ends(environment, folder, command, redirections):
     return done.returncode, done.stderr
 
 
-COMMANDS = ("gate RUN --json", "report RUN", "runs .", "--help")
+COMMANDS = ("gate RUN --json", "report RUN --exit-code", "runs .", "--help")
 READER_LEAVES = "| (exec <&-; sleep 0.1); exit ${PIPESTATUS[0]}"
 
 

@@ -56,18 +56,16 @@ def sums(tmp_path):
     (tmp_path / "sums.py").write_text(SUMS)
 
 
-def test_order_finds_where_a_function_switches(ndcheck, sums, tmp_path):
+def test_order_finds_where_a_function_switches(here, sums, tmp_path):
     options = ("--terms", "8", "--rows", "1-4", "-q")
-    done = ndcheck(
-        "order", "--fn", "sums.py:switching", *options, "--svg", "o.svg", "--dot", "o.dot"
-    )
+    done = here("order", "--fn", "sums.py:switching", *options, "--svg", "o.svg", "--dot", "o.dot")
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("VARIES  the order of addition changes at rows = 3\n")
     assert "8 terms in order backwards" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert xml.etree.ElementTree.parse(tmp_path / "o.svg").getroot().tag.endswith("svg")
     assert "cluster_1" in (tmp_path / "o.dot").read_text()
-    done = ndcheck("order", "--fn", "sums.py:steady", *options, "--json")
+    done = here("order", "--fn", "sums.py:steady", *options, "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["switch_points"] == []
@@ -128,7 +126,8 @@ def test_a_function_that_raises_is_one_line(here, sums):
 def test_trace_of_the_embedded_model_agrees_with_order(here):
     """On this machine: where linear's order changes with the rows, the trace blames it there."""
     loads = "2,4"
-    traced = here("trace", "--dtype", "fp32", "--step", "1", "--loads", loads, "--json", "-q")
+    options = ("--dtype", "fp32", "--step", "1", "--loads", loads)
+    traced = here("trace", *options, "--json", "-q", "--exit-code")
     options = ("--terms", "256", "--columns", "256", "--rows", f"1,{loads}", "--json", "-q")
     read = here("order", "linear", *options)
     (step,) = json.loads(traced.stdout)["steps"]
@@ -151,7 +150,7 @@ def test_trace_of_the_embedded_model_agrees_with_order(here):
 
 def test_trace_of_the_invariant_arm_is_clean(here):
     options = ("--dtype", "fp32", "--kernels", "invariant", "--loads", "2,4", "-q")
-    done = here("trace", *options)
+    done = here("trace", *options, "--exit-code")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("CLEAN") == 2
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -166,7 +165,7 @@ def test_a_recorded_divergence_is_traced_shrunk_and_shown(here, tmp_path):
     document = json.loads(run.stdout)
     if not document["probes"][0]["diverged_trials"]:
         pytest.skip("no trial diverged on this machine")
-    traced = here("trace", "--run", "run", "--no-swaps", "-q")
+    traced = here("trace", "--run", "run", "--no-swaps", "-q", "--exit-code")
     assert traced.returncode == 1, traced.stderr
     assert "DOUBT" not in traced.stdout
     steps = json.loads((tmp_path / "run" / "explanation.json").read_text())["steps"]

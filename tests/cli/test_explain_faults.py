@@ -140,7 +140,9 @@ def test_trace_names_the_planted_module(here, tmp_path, fault, follows, mode):
     (tmp_path / "m" / "modeling_planted.py").write_text(MODEL)
     (tmp_path / "m" / "config.json").write_text(json.dumps({**CONFIG, "fault": fault}))
     options = ("--trust-remote-code", "--random-weights", "0", "--dtype", "fp32", "--no-swaps")
-    code, out, err = here("trace", "--model", "m", *options, "--loads", "3", "--mode", mode, "-q")
+    code, out, err = here(
+        "trace", "--model", "m", *options, "--loads", "3", "--mode", mode, "-q", "--exit-code"
+    )
     assert code == 1, out + err
     assert out.count(f"FOUND {fault}") == 2  # in the prefill and in a step
     rows = [line.split() for line in out.splitlines() if line.startswith(fault)]
@@ -156,7 +158,7 @@ def test_trace_does_not_accuse_a_model_that_iterates_over_its_rows(here, tmp_pat
     (tmp_path / "m" / "modeling_planted.py").write_text(MODEL)
     (tmp_path / "m" / "config.json").write_text(json.dumps(CONFIG))
     options = ("--trust-remote-code", "--random-weights", "0", "--dtype", "fp32")
-    code, out, err = here("trace", "--model", "m", *options, "--loads", "2,3", "-q")
+    code, out, err = here("trace", "--model", "m", *options, "--loads", "2,3", "-q", "--exit-code")
     assert code == 0, out + err
     assert out.count("CLEAN") == 2
 
@@ -197,6 +199,6 @@ def test_a_failing_prefix_is_shrunk_and_shown(here, tmp_path):
     assert code == 1, out + err
     assert out.startswith("SHOWN")
     assert "prefix" in out
-    code, out, err = here("trace", "--run", "run", "--no-swaps", "-q")
+    code, out, err = here("trace", "--run", "run", "--no-swaps", "-q", "--exit-code")
     assert code == 1, out + err
     assert "FOUND" in out

@@ -54,8 +54,8 @@ def forked(tmp_path, measured_run):
     return shutil.copytree(measured_run, tmp_path / "run")
 
 
-def test_all_checks_of_a_configuration(ndcheck, tmp_path, config):
-    done = ndcheck("gate", "--quiet", "--junit", "out/junit.xml", "--out", "runs")
+def test_all_checks_of_a_configuration(ndcheck_here, tmp_path, config):
+    done = ndcheck_here("gate", "--quiet", "--junit", "out/junit.xml", "--out", "runs")
     assert done.returncode == 1
     assert done.stderr == ""
     lines = done.stdout.splitlines()

@@ -1,29 +1,16 @@
-"""`ndcheck kernels` through a subprocess: exit codes, screens, CSV, bad input."""
+"""`ndcheck kernels` as a user has it: exit codes, screens, CSV, bad input."""
 
 from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
+from dataclasses import replace
 
 import pytest
 
-SMALL = ("--device", "cpu", "--rows", "1,2,17")
-
-PLANTED = """
-import sys
-from dataclasses import replace
 from ndcheck_kernels.measure import cases
-from ndcheck.cli.app import run_command_line
-linear = next(case for case in cases.checked_cases("cpu") if case.op == "linear")
-faults = {
-    "fails": {"call": lambda x, *o: linear.grouped(1 + 2 * (len(x) // 17), x, *o)},
-    "control": {"grouped": lambda groups, *o: linear.call(*o)},
-}
-cases.checked_cases = lambda device: (replace(linear, **faults[sys.argv[1]]),)
-sys.exit(run_command_line(sys.argv[2:]))
-"""
+
+SMALL = ("--device", "cpu", "--rows", "1,2,17")
 
 
 def read(path):
@@ -31,8 +18,8 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_check_shows_and_writes_what_it_found(ndcheck, tmp_path):
-    done = ndcheck("kernels", "check", *SMALL, "--op", "linear,softmax", "--csv", "bits.csv")
+def test_check_shows_and_writes_what_it_found(ndcheck_here, tmp_path):
+    done = ndcheck_here("kernels", "check", *SMALL, "--op", "linear,softmax", "--csv", "bits.csv")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert all(len(line) <= 80 for line in lines)
@@ -47,9 +34,9 @@ def test_check_shows_and_writes_what_it_found(ndcheck, tmp_path):
     assert {row["stock_same_bits"] for row in rows} <= {"True", "False"}
 
 
-def test_check_as_json_has_the_same_numbers_as_csv(ndcheck, tmp_path):
+def test_check_as_json_has_the_same_numbers_as_csv(ndcheck_here, tmp_path):
     options = ("--op", "sum", "--dtype", "bf16", "--csv", "bits.csv", "--json")
-    done = ndcheck("kernels", "check", *SMALL, *options)
+    done = ndcheck_here("kernels", "check", *SMALL, *options)
     (finding,) = json.loads(done.stdout)["findings"]
     rows = read(tmp_path / "bits.csv")
     assert [float(row["error"]) for row in rows] == [c["error"] for c in finding["row_counts"]]
@@ -63,16 +50,17 @@ def test_check_as_json_has_the_same_numbers_as_csv(ndcheck, tmp_path):
         ("control", 3, "INCONCLUSIVE", "the planted fault was not caught"),
     ],
 )
-def test_a_planted_fault_decides_the_exit_code(tmp_path, environment, fault, code, verdict, reason):
-    command = ("kernels", "check", *SMALL, "--dtype", "fp32", "--csv", "bits.csv")
-    done = subprocess.run(
-        [sys.executable, "-c", PLANTED, fault, *command],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_a_planted_fault_decides_the_exit_code(
+    ndcheck_here, tmp_path, monkeypatch, fault, code, verdict, reason
+):
+    linear = next(case for case in cases.checked_cases("cpu") if case.op == "linear")
+    faults = {
+        "fails": {"call": lambda x, *o: linear.grouped(1 + 2 * (len(x) // 17), x, *o)},
+        "control": {"grouped": lambda groups, *o: linear.call(*o)},
+    }
+    planted = (replace(linear, **faults[fault]),)
+    monkeypatch.setattr(cases, "checked_cases", lambda device: planted)
+    done = ndcheck_here("kernels", "check", *SMALL, "--dtype", "fp32", "--csv", "bits.csv")
     assert done.returncode == code, done.stderr
     assert f"\n{verdict}  0 of 1" in done.stdout
     assert reason in " ".join(done.stdout.split())
@@ -80,9 +68,9 @@ def test_a_planted_fault_decides_the_exit_code(tmp_path, environment, fault, cod
     assert {row["outcome"] for row in read(tmp_path / "bits.csv")} == {verdict}
 
 
-def test_bench_shows_and_writes_what_it_timed(ndcheck, tmp_path):
+def test_bench_shows_and_writes_what_it_timed(ndcheck_here, tmp_path):
     options = ("--op", "linear,rms_norm", "--csv", "time.csv")
-    done = ndcheck("kernels", "bench", "--device", "cpu", "--rows", "1,2", *options)
+    done = ndcheck_here("kernels", "bench", "--device", "cpu", "--rows", "1,2", *options)
     assert done.returncode == 0, done.stderr
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
     assert "geometric mean of 4 cells" in done.stdout
@@ -108,8 +96,8 @@ def test_bench_shows_and_writes_what_it_timed(ndcheck, tmp_path):
         (("--csv", "missing/file.csv"), ("missing/file.csv",)),
     ],
 )
-def test_bad_input_is_one_line(ndcheck, tmp_path, options, parts):
-    done = ndcheck("kernels", "check", "--op", "sum", *options)
+def test_bad_input_is_one_line(ndcheck_here, tmp_path, options, parts):
+    done = ndcheck_here("kernels", "check", "--op", "sum", *options)
     assert done.returncode == (4 if "--csv" in options else 2), done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("ndcheck: ")

@@ -143,13 +143,15 @@ def probe_summary(
                 latent_draws=latent,
                 n_confirmed=0,
                 told_apart=True if k or (latent and axis != "run-to-run") else None,
+                first_latent_min=2 if latent else None,
+                batch_sizes_latent=(2, 8) if latent else (),
             )
         )
         loads += [
             LoadFinding(
                 axis=axis,
                 batch_size=batch_size,
-                slot=batch_size - 1 if axis == "slot" else None,
+                slot=batch_size - 1 if axis == "slot" else 0,
                 cache_state="chunked" if axis == "cache" else "whole",
                 n_trials=2,
                 n_samples=2 * batch_size,
@@ -162,6 +164,8 @@ def probe_summary(
                 achieved_batch_size_min=batch_size,
                 elapsed_s=0.31,
                 tokens_per_s=413.2 * batch_size / (slowdown or 1),
+                first_latent_min=2 if latent else None,
+                trial_ids=(batch_size, 100 + batch_size),
             )
             for batch_size in (1, 2, 4, 8, 16)
         ]

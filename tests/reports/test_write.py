@@ -43,6 +43,7 @@ def test_a_second_rendering_is_byte_identical(name, tmp_path, request) -> None:
         "samples.csv",
         "completions.csv",
         "loads.csv",
+        "properties.csv",
         "summary.csv",
     }
     assert all(str(tmp_path).encode() not in content for content in first.values())

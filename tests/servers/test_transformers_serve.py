@@ -37,5 +37,6 @@ def test_a_run_against_it(serve, run_against, tmp_path):
     assert all(s["finish_reason"] == "length" for s in samples)
     assert all(len(s["token_ids"]) == len("".join(s["token_texts"])) > 24 for s in samples)
     names = {file.name for file in (tmp_path / "run").glob("*.csv")}
-    assert names == {"samples.csv", "completions.csv", "loads.csv", "summary.csv"}
+    tables = ("samples", "completions", "loads", "properties", "summary")
+    assert names == {f"{name}.csv" for name in tables}
     assert "answers were seen to arrive interleaved" in (tmp_path / "run" / "report.md").read_text()

@@ -1,10 +1,11 @@
 """Compiles every kernel in every configuration that the tables can select, without a GPU.
 
-    PYTHONPATH=kernels python -m bench.ops.every_launch CAPABILITY [all]
+    PYTHONPATH=kernels python -m bench.ops.every_launch CAPABILITY [kinds|all]
 
 Prints JSON: what each compiled kernel uses, and one line for each launch that does not compile.
-Without `all`, the shapes of the README's figures in bfloat16; with it, every dtype, head dimension
-and width that the launchers accept, which takes many minutes.
+Alone, the shapes of the README's figures in bfloat16, in minutes; with `kinds` every kernel once, a
+product in the largest configuration of each kind; with `all` every dtype, head dimension and width
+that the launchers accept, which takes many minutes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 import torch
 
@@ -25,42 +27,60 @@ from ndcheck_kernels.cuda.rows import layer_norm, logits, reductions, rms_norm, 
 from ndcheck_kernels.measure import resources
 
 Launch = tuple[str, Callable[[], object]]
+Extent = Literal["kinds", "figures", "all"]
+Schedule = tuple[configs.MatmulConfig, int]  # and into how many groups it cuts K
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 WIDTHS = (100, 128, 4096, 16384, 65536, 151936)
 
 
-def launches(capability: int, *, everything: bool) -> Iterator[Launch]:
+def launches(capability: int, extent: Extent) -> Iterator[Launch]:
     """A name and a call for each; tensors are allocated and never read."""
-    for dtype in device.FLOATS if everything else device.FLOATS[:1]:
+    for dtype in device.FLOATS if extent == "all" else device.FLOATS[:1]:
         for source in (products, experts, attentions, rows, decoder):
-            yield from source(capability, dtype, everything)
+            yield from source(capability, dtype, extent)
 
 
-def products(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Launch]:
-    tried = set()
+def largest_of_each_kind(choices: Iterable[Schedule]) -> list[Schedule]:
+    """Of those that run the same code the one that needs the most registers and shared memory."""
+    found = {}
+    for config, groups in sorted(choices, key=lambda choice: _size(choice[0])):
+        kind = (config.kind, config.swap, config.extra_n > 0, config.parallel, groups)
+        found[kind] = (config, groups)
+    return list(found.values())
+
+
+def _size(config: configs.MatmulConfig) -> tuple[int, int]:
+    return config.block_m * (config.block_n + config.extra_n), config.block_k * config.stages
+
+
+def products(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
+    shapes: dict[Schedule, tuple[int, int]] = {}
     for n, k in (*SHAPES.values(), (1000, 1000)):
-        size = dtype.itemsize
-        groups = configs.k_groups(n, k, size, capability)
-        for config in configs.selectable_configs(n, k, size, capability):
-            if (config, groups) in tried:
-                continue
-            tried.add((config, groups))
-            x, w = torch.empty(600, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
-            addends = (None, torch.empty(n, dtype=dtype), torch.empty(600, n, dtype=dtype))
-            for c in addends if everything else addends[:2]:
-                yield (
-                    f"matmul {config} in {groups}",
-                    lambda c=c, x=x, w=w, config=config, groups=groups: matmul._launch(
-                        x, w.t(), c, 1.0, 1.0, None, config, groups
-                    ),
-                )
+        groups = configs.k_groups(n, k, dtype.itemsize, capability)
+        for config in configs.selectable_configs(n, k, dtype.itemsize, capability):
+            shapes.setdefault((config, groups), (n, k))
+    for config, groups in largest_of_each_kind(shapes) if extent == "kinds" else shapes:
+        n, k = shapes[config, groups]
+        x, w = torch.empty(600, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
+        bias, rows = torch.empty(n, dtype=dtype), torch.empty(600, n, dtype=dtype)
+        for c in {"kinds": (bias,), "figures": (None, bias), "all": (None, bias, rows)}[extent]:
+            yield (
+                f"matmul {config} in {groups}",
+                lambda c=c, x=x, w=w, config=config, groups=groups: matmul._launch(
+                    x, w.t(), c, 1.0, 1.0, None, config, groups
+                ),
+            )
 
 
-def experts(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Launch]:
+def experts(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
     x, b = torch.empty(600, 2048, dtype=dtype), torch.empty(128, 2048, 1536, dtype=dtype)
     ends = torch.empty(128, dtype=torch.int32)
     groups = configs.k_groups(1536, 2048, dtype.itemsize, capability)
-    for config in configs.selectable_grouped_configs(dtype.itemsize, capability):
+    choices = [
+        (config, groups)
+        for config in configs.selectable_grouped_configs(dtype.itemsize, capability)
+    ]
+    for config, _ in largest_of_each_kind(choices) if extent == "kinds" else choices:
         for weights in (b, b.view(128, 1536, 2048).mT):
             yield (
                 f"grouped_matmul {config}",
@@ -75,7 +95,8 @@ def experts(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[L
     yield "choose", lambda: routing.choose(torch.empty(75, 128, dtype=dtype), 8, True)
 
 
-def attentions(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Launch]:
+def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
+    everything = extent == "all"
     sinks = torch.empty(8, dtype=dtype)
     for dim in HEAD_DIMS if everything else (64, 128):
         q, k = (torch.empty(1, h, 512, dim, dtype=dtype) for h in (8, 2))
@@ -104,8 +125,11 @@ def attentions(capability: int, dtype: torch.dtype, everything: bool) -> Iterato
             )  # fmt: skip
 
 
-def rows(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Launch]:
-    for n in WIDTHS if everything else (128, 4096, 16384, 151936):
+def rows(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
+    everything = extent == "all"
+    for n in {"kinds": (16384, 151936), "figures": (128, 4096, 16384, 151936), "all": WIDTHS}[
+        extent
+    ]:
         x, w = torch.empty(5, n, dtype=dtype), torch.empty(n, dtype=dtype)
         if n <= (65536 if everything else 16384):
             yield f"rms_norm {n}", lambda x=x, w=w: rms_norm.rms_norm(x, w)
@@ -120,9 +144,10 @@ def rows(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Laun
         yield f"read_logits {n}", lambda x=x: logits.read_logits(x)
 
 
-def decoder(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[Launch]:
-    for dim in qkv.HEAD_DIMS if everything else (32, 64, 128):
-        for heads, kv_heads in ((4, 2), (3, 1), (32, 8)):
+def decoder(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
+    heads_of_models = ((32, 8),) if extent == "kinds" else ((4, 2), (3, 1), (32, 8))
+    for dim in {"kinds": (128,), "figures": (32, 64, 128), "all": qkv.HEAD_DIMS}[extent]:
+        for heads, kv_heads in heads_of_models:
             x = torch.empty(2, 3, (heads + 2 * kv_heads) * dim, dtype=dtype)
             angles = torch.empty(2, 3, dim, dtype=dtype)
             keys = torch.empty(2, kv_heads, 8, dim, dtype=dtype)
@@ -135,11 +160,11 @@ def decoder(capability: int, dtype: torch.dtype, everything: bool) -> Iterator[L
                 )
 
 
-def compile_all(capability: int, *, everything: bool = False) -> dict[str, object]:
+def compile_all(capability: int, extent: Extent = "figures") -> dict[str, object]:
     """What every kernel uses, and what does not compile and why."""
     failures, used = [], []
     with resources.compiling(capability) as kernels:
-        for name, launch in launches(capability, everything=everything):
+        for name, launch in launches(capability, extent):
             try:
                 launch()
             except Exception as error:
@@ -155,4 +180,4 @@ def compile_all(capability: int, *, everything: bool = False) -> dict[str, objec
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(int(sys.argv[1]), everything="all" in sys.argv[2:])))
+    print(json.dumps(compile_all(int(sys.argv[1]), *sys.argv[2:])))

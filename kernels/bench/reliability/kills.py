@@ -28,7 +28,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 KINDS = (*OPTIONS, "report")
 VARYING = ("elapsed_s", "achieved_batch_size", "step_batch_sizes", "n_retries")
 """What a second run of the same trials need not repeat."""
-REPORTS = ("report.md", "report.html", "samples.csv", "completions.csv", "loads.csv", "summary.csv")
+TABLES = ("samples.csv", "completions.csv", "loads.csv", "properties.csv", "summary.csv")
+REPORTS = ("report.md", "report.html", *TABLES)
 TIMEOUT_S = 300
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json as json_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ndcheck.cli import completion
 from ndcheck.cli import options as o
 
 FAIL_ON_HELP = (
@@ -16,8 +18,20 @@ FAIL_ON_HELP = (
 
 
 def compare(
-    a: Annotated[str, typer.Argument(help="A run, or a saved baseline's name.", metavar="A")],
-    b: Annotated[str, typer.Argument(help="The run to compare with it.", metavar="B")],
+    a: Annotated[
+        str,
+        typer.Argument(
+            help="A run, latest, or a saved baseline's name.",
+            metavar="A",
+            autocompletion=completion.runs,
+        ),
+    ],
+    b: Annotated[
+        str,
+        typer.Argument(
+            help="The run to compare with it.", metavar="B", autocompletion=completion.runs
+        ),
+    ],
     fail_on: Annotated[
         str | None, typer.Option("--fail-on", help=FAIL_ON_HELP, metavar="KINDS")
     ] = None,
@@ -29,6 +43,7 @@ def compare(
 
     from ndcheck.api import find_run
     from ndcheck.cli.console import EXIT_CODES
+    from ndcheck.cli.latest import latest
     from ndcheck.errors import UsageError
     from ndcheck.findings import read_findings
     from ndcheck.judging.comparison import FAIL_ON, judge_comparison
@@ -40,7 +55,9 @@ def compare(
     if not 0 < confidence < 1:
         raise UsageError(f"--confidence {confidence}: give a level between 0 and 1, such as 0.95")
     kinds = parse_names("--fail-on", fail_on, FAIL_ON) if fail_on is not None else ()
-    comparison = compare_runs(*(read_findings(find_run(name)).measured for name in (a, b)))
+    comparison = compare_runs(
+        *(read_findings(find_run(str(latest(Path(name))))).measured for name in (a, b))
+    )
     verdicts = judge_comparison(comparison, kinds, confidence)
     code = EXIT_CODES[worst([v.outcome for v in verdicts.values()])] if verdicts else 0
     if json:

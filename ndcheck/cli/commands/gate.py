@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ndcheck.cli import completion
 from ndcheck.cli import options as o
 
 
@@ -14,7 +15,9 @@ def gate(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Directories of runs [default: run the checks of --config].", metavar="RUN"
+            help="Directories of runs, or latest [default: run the checks of --config].",
+            metavar="RUN",
+            autocompletion=completion.runs,
         ),
     ] = None,
     config: Annotated[
@@ -114,6 +117,7 @@ def gate(
     Without rules no trial may diverge, in tokens or in bits. Without evidence nothing passes.
     """
     from ndcheck.cli import gate_session
+    from ndcheck.cli.latest import latest
     from ndcheck.errors import UsageError
     from ndcheck.judging.rules import Rules
 
@@ -123,7 +127,9 @@ def gate(
     wish = gate_session.parse_inconclusive(inconclusive)
     demands = gate_session.Demands(limits, arms, baseline, fail_on)
     if runs:
-        results = gate_session.judge_runs(runs, config, check, demands, save_baseline)
+        results = gate_session.judge_runs(
+            [latest(run) for run in runs], config, check, demands, save_baseline
+        )
     elif save_baseline is not None:
         raise UsageError("--save-baseline: give the RUN to save")
     else:

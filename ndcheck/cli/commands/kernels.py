@@ -12,8 +12,15 @@ from ndcheck.cli import options as o
 kernels = typer.Typer(
     name="kernels",
     help="Check and time the batch-invariant kernels beside stock.",
-    no_args_is_help=True,
 )
+
+
+@kernels.callback(invoke_without_command=True)
+def root(context: typer.Context) -> None:
+    """Check and time the batch-invariant kernels beside stock."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
 
 Op = Annotated[
     str, typer.Option("--op", help="all, or ops: linear,rms_norm,decode,...", metavar="OP,...")

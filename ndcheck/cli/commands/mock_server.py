@@ -6,10 +6,26 @@ from typing import Annotated
 
 import typer
 
+from ndcheck.cli import completion
+from ndcheck.mock_server.faults import FAULTS, FLAVOURS
+
+FAULTS_LISTED = "\b\nFaults:\n" + "\n".join(f"  {name:13}  {what}" for name, what in FAULTS.items())
+
 
 def mock_server(
-    fault: Annotated[str, typer.Option("--fault", help="What is wrong with it.")] = "none",
-    flavour: Annotated[str, typer.Option("--flavour", help="What it imitates.")] = "vllm",
+    fault: Annotated[
+        str,
+        typer.Option(
+            "--fault",
+            help="What is wrong with it, of the list below.",
+            metavar="NAME",
+            autocompletion=completion.one_of(*FAULTS),
+        ),
+    ] = "none",
+    flavour: Annotated[
+        str,
+        typer.Option("--flavour", help=f"What it imitates: {', '.join(FLAVOURS)}.", metavar="NAME"),
+    ] = "vllm",
     port: Annotated[int, typer.Option("--port", help="0: any free one.")] = 0,
     after: Annotated[
         int, typer.Option("--after", help="The fault spares so many requests first.")
@@ -22,7 +38,6 @@ def mock_server(
     import asyncio
 
     from ndcheck.errors import UsageError
-    from ndcheck.mock_server.faults import FAULTS, FLAVOURS
     from ndcheck.mock_server.server import MockServer, Plan
 
     for option, value, accepted in (("--fault", fault, FAULTS), ("--flavour", flavour, FLAVOURS)):

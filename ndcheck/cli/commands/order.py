@@ -7,16 +7,23 @@ from typing import Annotated
 
 import typer
 
+from ndcheck.cli import completion
 from ndcheck.cli import options as o
+from ndcheck.records import ARMS
+from ndcheck.samplers.options import DTYPES
+
+OPS = ("mm", "linear", "bmm", "sum", "mean", "rms_norm", "attention")
+"""Those of `ndcheck.explain.order.reductions`, which imports torch."""
 
 
 def order(
     op: Annotated[
         str | None,
         typer.Argument(
-            help="mm, linear, bmm, sum, mean, rms_norm, attention.",
+            help=f"{', '.join(OPS)}.",
             metavar="OP",
             show_default=False,
+            autocompletion=completion.one_of(*OPS),
         ),
     ] = None,
     fn: Annotated[
@@ -42,11 +49,23 @@ def order(
         typer.Option("--columns", help="Outputs a row has: N, or 64 for each head.", metavar="N"),
     ] = 256,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="bf16, fp16, fp32.", metavar="DTYPE")
+        str,
+        typer.Option(
+            "--dtype",
+            help="bf16, fp16, fp32.",
+            metavar="DTYPE",
+            autocompletion=completion.one_of(*DTYPES),
+        ),
     ] = "fp32",
     device: o.Device = "auto",
     kernels: Annotated[
-        str, typer.Option("--kernels", help="stock or invariant.", metavar="ARM")
+        str,
+        typer.Option(
+            "--kernels",
+            help="stock or invariant.",
+            metavar="ARM",
+            autocompletion=completion.one_of(*ARMS),
+        ),
     ] = "stock",
     dot: Annotated[
         Path | None,

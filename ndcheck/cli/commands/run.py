@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
 
 from ndcheck.cli import options as o
+from ndcheck.errors import UsageError
 from ndcheck.plan.prompts import typed_prompts
 from ndcheck.request import DEFAULTS, add_headers, make_spec, parse_headers
 from ndcheck.samplers.backends import OPTIONS
 from ndcheck.samplers.options import TRANSFORMERS
+from ndcheck.storage.reading import exists
+from ndcheck.storage.run_directory import RUN_FILE
 
 
 def run(
@@ -67,6 +72,8 @@ def run(
     from ndcheck.cli import run_session, trust
     from ndcheck.cli.console import note
 
+    if context.args:
+        raise UsageError(_stray(context.args[0]))
     headers = parse_headers(header or ())
     if resume is not None:
         also_accepted = {*trust.PARAMETERS, "html", "plots", "json", "quiet"}
@@ -122,3 +129,12 @@ def run(
         raise typer.Exit(run_session.print_plan(spec, headers))
     code = run_session.start(spec, headers, out, as_json=json, quiet=quiet, html=html, plots=plots)
     raise typer.Exit(code)
+
+
+def _stray(argument: str) -> str:
+    """What to do instead of naming something without an option."""
+    if exists(Path(argument) / RUN_FILE):
+        return f"{argument} holds a run: ndcheck report {argument} shows it, run --resume goes on"
+    if argument.startswith(("http://", "https://")):
+        return f"{argument}: give a server as --endpoint {argument}"
+    return f"{argument}: give a model as --model {argument}, a prompt as --prompt"

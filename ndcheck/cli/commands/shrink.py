@@ -7,13 +7,22 @@ from typing import Annotated
 
 import typer
 
+from ndcheck.cli import completion
 from ndcheck.cli import options as o
 from ndcheck.request import DEFAULTS
 
 
 def shrink(
     context: typer.Context,
-    run: Annotated[Path, typer.Option("--run", help="The run that failed.", metavar="DIR")],
+    run: Annotated[
+        Path,
+        typer.Option(
+            "--run",
+            help="The run that failed, or latest.",
+            metavar="DIR",
+            autocompletion=completion.runs,
+        ),
+    ],
     sample: Annotated[
         int | None,
         typer.Option(
@@ -38,6 +47,9 @@ def shrink(
     Exits with 1 where the script shows it, as it has then been run.
     """
     from ndcheck.cli import explain_session, trust
+    from ndcheck.cli.latest import latest
 
     given = trust.given_options(context)
-    raise typer.Exit(explain_session.shrink(run, sample, out, given, as_json=json, quiet=quiet))
+    raise typer.Exit(
+        explain_session.shrink(latest(run), sample, out, given, as_json=json, quiet=quiet)
+    )

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ndcheck.cli import completion
 from ndcheck.cli import options as o
+from ndcheck.records import ARMS
 from ndcheck.request import DEFAULTS
 
 
@@ -28,7 +30,12 @@ def trace(
     ] = "0,1",
     kernels: Annotated[
         str,
-        typer.Option("--kernels", help="The arm to trace: stock or invariant.", metavar="ARM"),
+        typer.Option(
+            "--kernels",
+            help="The arm to trace: stock or invariant.",
+            metavar="ARM",
+            autocompletion=completion.one_of(*ARMS),
+        ),
     ] = "stock",
     dtype: o.Dtype = DEFAULTS.dtype,
     device: o.Device = DEFAULTS.device,
@@ -36,7 +43,12 @@ def trace(
     seed: o.Seed = DEFAULTS.seed,
     run: Annotated[
         Path | None,
-        typer.Option("--run", help="Explain a recorded sample of this run.", metavar="DIR"),
+        typer.Option(
+            "--run",
+            help="Explain a recorded sample of this run, or of the latest.",
+            metavar="DIR",
+            autocompletion=completion.runs,
+        ),
     ] = None,
     sample: Annotated[
         int | None,
@@ -52,25 +64,37 @@ def trace(
     random_weights: o.RandomWeights = None,
     trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
+    exit_code: o.ExitCode = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Name every op that gives the probe's row other bits in a batch than alone.
 
-    Exits with 1 where one does and the logits follow it, with 3 where it could not look.
+    With --exit-code it exits with 1 where one does and the logits follow it, with 3 where it could
+    not look.
     """
     from ndcheck.cli import explain_session, run_session, trust
+    from ndcheck.cli.latest import latest
     from ndcheck.errors import UsageError
     from ndcheck.request import make_spec
     from ndcheck.samplers.options import parse_batch_sizes
 
     steps = explain_session.numbers("--step", step, least=0)
     if run is not None:
-        allowed = {*trust.PARAMETERS, "run", "sample", "step", "swaps", "json", "quiet"}
+        allowed = {
+            *trust.PARAMETERS,
+            "run",
+            "sample",
+            "step",
+            "swaps",
+            "json",
+            "exit_code",
+            "quiet",
+        }
         run_session.refuse_other_options(context, allowed, "--run")
         given = context.get_parameter_source("step")
         chosen = steps if given is not None and given.name == "COMMANDLINE" else None
         code = explain_session.trace_run(
-            run,
+            latest(run),
             sample,
             chosen,
             trust.given_options(context),
@@ -78,7 +102,7 @@ def trace(
             as_json=json,
             quiet=quiet,
         )
-        raise typer.Exit(code)
+        raise typer.Exit(code if exit_code else 0)
     if sample is not None:
         raise UsageError("--sample names a sample of a run: give --run DIR too")
     spec = make_spec(
@@ -96,6 +120,5 @@ def trace(
         random_weights=random_weights,
         trust_remote_code=trust_remote_code,
     )
-    raise typer.Exit(
-        explain_session.trace_loads(spec, steps, with_swaps=swaps, as_json=json, quiet=quiet)
-    )
+    code = explain_session.trace_loads(spec, steps, with_swaps=swaps, as_json=json, quiet=quiet)
+    raise typer.Exit(code if exit_code else 0)

@@ -242,7 +242,7 @@ def _table(introducers: Sequence[OpGroup], width: int) -> Iterator[str]:
         )
         for group in introducers
     ]
-    limits = (16, 26, 10, 10, 10, width)
+    limits = _limits([header, *rows], width)
     cells = [tuple(_cut(c, n) for c, n in zip(row, limits, strict=True)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
     indent = sum(widths) + 2 * len(widths)
@@ -254,6 +254,16 @@ def _table(introducers: Sequence[OpGroup], width: int) -> Iterator[str]:
             subsequent_indent=" " * indent,
             break_on_hyphens=False,
         )
+
+
+def _limits(rows: Sequence[tuple[str, ...]], width: int) -> tuple[int, ...]:
+    """How wide each column may be: names are cut only where the screen has no room for them."""
+    op, module, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    room = width - sum(others) - 2 * (len(others) + 1)
+    if op + module > room:
+        op = min(op, max(16, room - module))
+        module = min(module, max(26, room - op))
+    return op, module, *others
 
 
 def _cut(text: str, width: int) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ndcheck.reports.figures import bins, histogram
+from ndcheck.reports.figures import bins, histogram, series_name
 from ndcheck.reports.html.views import ArmView, ProbeView
 from ndcheck.reports.trees.trunks import Trunk, walk
 from ndcheck.reports.untrusted import without_controls
@@ -115,6 +115,7 @@ def _arm_data(
                 "load": loads.index(row.load),
                 "size": row.batch_size,
                 "slot": row.slot,
+                "latent": row.latent,
                 "trunk": places[row.completion_id],
             }
             for row in arm.figures.rows
@@ -125,18 +126,29 @@ def _arm_data(
 def _charts(probe: ProbeView) -> dict[str, Any]:
     figures = [arm.figures for arm in probe.arms]
     edges = bins(figures)
-    sizes = sorted({s for arm in figures for s in (*arm.unique_by_batch_size, *arm.tokens_per_s)})
+    series = [(arm, copies) for arm in figures for copies in arm.fillings]
+    unique = [arm.unique_by_batch_size(copies=copies) for arm, copies in series]
+    speeds = [arm.tokens_per_s(copies=copies) for arm, copies in series]
+    sizes = sorted(set().union(*unique, *speeds))
     # The first arm that forks: its reference's margins are what its forks are seen against.
     main = next((arm for arm in figures if arm.forks), figures[0])
     return {
         "sizes": sizes,
         "edges": edges,
         "margins": [_rounded(margin) for margin in main.reference_margins],
+        "series": [
+            {
+                "arm": arm.probe.arm,
+                "label": series_name(arm, copies=copies),
+                "hollow": len(arm.fillings) > 1 and not copies,
+                "unique": _at(sizes, counts),
+                "speed": _at(sizes, speed),
+            }
+            for (arm, copies), counts, speed in zip(series, unique, speeds, strict=True)
+        ],
         "arms": [
             {
                 "arm": arm.probe.arm,
-                "unique": [arm.unique_by_batch_size.get(size) for size in sizes],
-                "speed": [_rounded(arm.tokens_per_s.get(size, math.nan)) for size in sizes],
                 "histogram": histogram(arm, edges),
                 "forks": [
                     {"position": position, "margin": _rounded(margin)}
@@ -146,6 +158,10 @@ def _charts(probe: ProbeView) -> dict[str, Any]:
             for arm in figures
         ],
     }
+
+
+def _at(sizes: list[int], values: Mapping[int, float]) -> list[float | None]:
+    return [_rounded(values.get(size, math.nan)) for size in sizes]
 
 
 def _rounded(number: float) -> float | None:

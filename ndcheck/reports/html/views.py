@@ -9,7 +9,7 @@ from ndcheck.analysis.summary import LoadFinding, ProbeSummary
 from ndcheck.findings import Findings
 from ndcheck.judging.verdict import Outcome, ProbeVerdict, Verdict, worst
 from ndcheck.records import Arm
-from ndcheck.reports.figures import ArmFigures
+from ndcheck.reports.figures import ArmFigures, LoadGroup
 from ndcheck.reports.trees.trunks import Trunk, find_trunk, walk
 from ndcheck.reports.wording import phrases
 
@@ -49,6 +49,10 @@ class ProbeView:
         return any(arm.figures.reference_margins or arm.figures.forks for arm in self.arms)
 
     @property
+    def has_latent(self) -> bool:
+        return any(row.latent is not None for arm in self.arms for row in arm.figures.rows)
+
+    @property
     def outcome(self) -> Outcome:
         return worst([arm.verdict.outcome for arm in self.arms])
 
@@ -85,7 +89,7 @@ def _arm(index0: int, figures: ArmFigures, verdict: ProbeVerdict) -> ArmView:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """All loads of one kind and batch size."""
+    """All loads of one kind and batch size, with copies or without."""
 
     n_unique: int
     n_samples: int
@@ -98,14 +102,17 @@ def load_matrix(arm: ArmView) -> tuple[list[int], dict[str, list[Cell | None]]]:
     """Batch sizes, and for each kind of load one cell for each of them."""
     loads = arm.figures.probe.loads
     sizes = sorted({load.batch_size for load in loads})
-    grouped: dict[str, dict[int, list[LoadFinding]]] = {}
+    grouped: dict[tuple[str, bool], dict[int, list[LoadFinding]]] = {}
     for load in loads:
-        row = grouped.setdefault(phrases.load(load), {})
+        row = grouped.setdefault((phrases.load(load), load.holds_copies), {})
         row.setdefault(load.batch_size, []).append(load)
     unique = arm.figures.unique_by_load
     return sizes, {
-        name: [_cell(row.get(size, ()), len(unique.get((name, size), ()))) for size in sizes]
-        for name, row in grouped.items()
+        f"{name}, {phrases.filling(copies=True)}" if copies else name: [
+            _cell(row.get(size, ()), len(unique.get(LoadGroup(name, copies, size), ())))
+            for size in sizes
+        ]
+        for (name, copies), row in grouped.items()
     }
 
 

@@ -112,6 +112,23 @@ def token(position: int | None) -> str:
     return "" if position is None else str(position + 1)
 
 
+def first_at(finding: AxisFinding | LoadFinding) -> str:
+    """Where tokens first differ, from 1; where no token does, "bits 3": where bits first do."""
+    if finding.first_divergence_min is None and finding.first_latent_min is not None:
+        return f"bits {token(finding.first_latent_min)}"
+    return token(finding.first_divergence_min)
+
+
+def at_batch_sizes(finding: AxisFinding) -> str:
+    """The batch sizes at which tokens differ; where none do, those at which bits do."""
+    return ", ".join(map(str, finding.batch_sizes_diverged or finding.batch_sizes_latent))
+
+
+def filling(*, copies: bool) -> str:
+    """How many rows of a batch hold the probe."""
+    return "all rows" if copies else "one row"
+
+
 def unit(run: Run) -> str:
     """What positions count: characters where a server gave nothing but text."""
     return "character" if run.environment.model.get("compared") == "text" else "token"

@@ -8,8 +8,8 @@ OPTIONS = ("--batching", "continuous", "--loads", "4", "--axes", "batch-size,slo
            "-n", "8", "--max-tokens", "8")  # fmt: skip
 
 
-def test_a_run_says_how_it_batched_and_how_to_repeat_it(ndcheck, tmp_path):
-    done = ndcheck("run", *OPTIONS, "--kernels", "invariant", "--out", "run")
+def test_a_run_says_how_it_batched_and_how_to_repeat_it(ndcheck_here, tmp_path):
+    done = ndcheck_here("run", *OPTIONS, "--kernels", "invariant", "--out", "run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("PASS")
     assert "continuous batching, arrivals closed" in " ".join(done.stdout.split())
@@ -20,12 +20,12 @@ def test_a_run_says_how_it_batched_and_how_to_repeat_it(ndcheck, tmp_path):
     steps = [s["step_batch_sizes"] for s in map(json.loads, lines) if s["batch_size"] == 4]
     assert len(steps) >= 5
     assert {tuple(sizes) for sizes in steps} == {(4,) * 8}
-    again = ndcheck("report", "run")
+    again = ndcheck_here("report", "run")
     assert again.stdout.partition("repeat")[0] == done.stdout.partition("repeat")[0]
 
 
-def test_arrivals_that_never_overlap_are_inconclusive(ndcheck):
-    done = ndcheck("run", *OPTIONS, "--kernels", "invariant", "--arrivals", "poisson:0.001")
+def test_arrivals_that_never_overlap_are_inconclusive(ndcheck_here):
+    done = ndcheck_here("run", *OPTIONS, "--kernels", "invariant", "--arrivals", "poisson:0.001")
     assert done.returncode == 3, done.stderr
     assert "not witnessed at the size asked for" in " ".join(done.stdout.split())
 
@@ -36,8 +36,8 @@ def test_dry_run_shows_the_arrivals(ndcheck_here):
     assert "continuous batching, arrivals together" in done.stdout
 
 
-def test_auto_loads_are_named_and_repeatable(ndcheck):
-    done = ndcheck("run", "--model", "scripted:out-of-memory", "--loads", "auto", "-n", "20",
+def test_auto_loads_are_named_and_repeatable(ndcheck_here):
+    done = ndcheck_here("run", "--model", "scripted:out-of-memory", "--loads", "auto", "-n", "20",
                    "--max-tokens", "4", "--axes", "batch-size")  # fmt: skip
     assert "--loads auto is 1,2,3" in done.stderr
     assert "--loads 1,2,3" in done.stdout

@@ -13,14 +13,14 @@ def samples_without_times(run):
     return [{**json.loads(line), "elapsed_s": None} for line in lines]
 
 
-def test_killed_and_resumed_equals_uninterrupted(ndcheck, started, wait_for_lines, tmp_path):
-    assert ndcheck("run", *OPTIONS, "--out", "whole").returncode == 0
+def test_killed_and_resumed_equals_uninterrupted(ndcheck_here, started, wait_for_lines, tmp_path):
+    assert ndcheck_here("run", *OPTIONS, "--out", "whole").returncode == 0
     process = started("run", *OPTIONS, "--out", "parts")
     wait_for_lines(process, tmp_path / "parts" / "samples.jsonl", 10)
     process.send_signal(signal.SIGKILL)
     process.wait()
     n_before = len(samples_without_times(tmp_path / "parts"))
-    resumed = ndcheck("run", "--resume", "parts")
+    resumed = ndcheck_here("run", "--resume", "parts")
     assert resumed.returncode == 0, resumed.stderr
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert 10 <= n_before < len(samples_without_times(parts))
@@ -28,7 +28,7 @@ def test_killed_and_resumed_equals_uninterrupted(ndcheck, started, wait_for_line
     assert (parts / "completions.csv").read_bytes() == (whole / "completions.csv").read_bytes()
 
 
-def test_interrupt_reports_what_there_is(ndcheck, started, wait_for_lines, tmp_path):
+def test_interrupt_reports_what_there_is(ndcheck_here, started, wait_for_lines, tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):
         out = f"run-{number}"
         process = started("run", *OPTIONS, "--out", out)
@@ -41,30 +41,30 @@ def test_interrupt_reports_what_there_is(ndcheck, started, wait_for_lines, tmp_p
         assert "Traceback" not in stderr
         assert (tmp_path / out / "report.md").exists()
         assert json.loads((tmp_path / out / "run.json").read_text())["status"] == "interrupted"
-        assert ndcheck("run", "--resume", out).returncode == 0
+        assert ndcheck_here("run", "--resume", out).returncode == 0
 
 
-def test_second_process_is_refused(ndcheck, started, wait_for_lines, tmp_path):
+def test_second_process_is_refused(ndcheck_here, started, wait_for_lines, tmp_path):
     process = started("run", *OPTIONS, "--out", "run")
     wait_for_lines(process, tmp_path / "run" / "samples.jsonl", 1)
-    done = ndcheck("run", "--resume", "run", "--quiet")
+    done = ndcheck_here("run", "--resume", "run", "--quiet")
     assert done.returncode == 2
     assert "another ndcheck is writing run" in done.stderr
 
 
-def test_a_finished_run_resumes_to_itself(ndcheck, tmp_path):
-    ndcheck("run", "--model", "scripted:clean", "--max-tokens", "8", "--out", "run")
+def test_a_finished_run_resumes_to_itself(ndcheck_here, tmp_path):
+    ndcheck_here("run", "--model", "scripted:clean", "--max-tokens", "8", "--out", "run")
     before = (tmp_path / "run" / "samples.jsonl").read_bytes()
-    assert ndcheck("run", "--resume", "run").returncode == 0
+    assert ndcheck_here("run", "--resume", "run").returncode == 0
     assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before
 
 
-def test_resume_in_another_environment_is_refused(ndcheck, tmp_path):
-    ndcheck("run", "--model", "scripted:clean", "--max-tokens", "8", "--out", "run")
+def test_resume_in_another_environment_is_refused(ndcheck_here, tmp_path):
+    ndcheck_here("run", "--model", "scripted:clean", "--max-tokens", "8", "--out", "run")
     file = tmp_path / "run" / "run.json"
     document = json.loads(file.read_text())
     document["environment"]["software"]["torch"] = "1.0"
     file.write_text(json.dumps(document))
-    done = ndcheck("run", "--resume", "run", "--quiet")
+    done = ndcheck_here("run", "--resume", "run", "--quiet")
     assert done.returncode == 2
     assert "software.torch: 1.0, now" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 
 import pytest
@@ -26,21 +27,23 @@ def read_csv(path):
         ("dies", 4, "INCONCLUSIVE"),
     ],
 )
-def test_exit_codes_follow_the_verdict(ndcheck, behaviour, code, verdict):
-    done = ndcheck("run", "--model", f"scripted:{behaviour}", *FAST, "--out", "run")
+def test_exit_codes_follow_the_verdict(ndcheck_here, behaviour, code, verdict):
+    done = ndcheck_here("run", "--model", f"scripted:{behaviour}", *FAST, "--out", "run")
     assert done.returncode == code, done.stderr
     assert done.stdout.startswith(verdict)
     assert "Traceback" not in done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_latent_divergence_may_be_allowed(ndcheck):
-    done = ndcheck("run", "--model", "scripted:latent", *FAST, "--allow-latent")
+def test_latent_divergence_may_be_allowed(ndcheck_here):
+    done = ndcheck_here("run", "--model", "scripted:latent", *FAST, "--allow-latent")
     assert done.returncode == 0
 
 
-def test_files_agree_with_each_other(ndcheck, tmp_path):
-    done = ndcheck("run", "--model", "scripted:slot-dependent", *FAST, "--out", "run", "--json")
+def test_files_agree_with_each_other(ndcheck_here, tmp_path):
+    done = ndcheck_here(
+        "run", "--model", "scripted:slot-dependent", *FAST, "--out", "run", "--json"
+    )
     document = json.loads(done.stdout)
     samples = read_csv(tmp_path / "run" / "samples.csv")
     completions = read_csv(tmp_path / "run" / "completions.csv")
@@ -56,16 +59,16 @@ def test_files_agree_with_each_other(ndcheck, tmp_path):
     assert document["verdict"] == "FAIL" == summary["verdict"]
 
 
-def test_stdout_holds_the_result_and_stderr_the_progress(ndcheck):
-    done = ndcheck("run", "--model", "scripted:clean", *FAST[:-1])
+def test_stdout_holds_the_result_and_stderr_the_progress(ndcheck_here):
+    done = ndcheck_here("run", "--model", "scripted:clean", *FAST[:-1])
     assert "trials  unique" in done.stderr
     assert "trials  unique" not in done.stdout
-    quiet = ndcheck("run", "--model", "scripted:clean", *FAST)
+    quiet = ndcheck_here("run", "--model", "scripted:clean", *FAST)
     assert quiet.stderr == ""
 
 
-def test_dry_run_prints_the_plan_and_runs_nothing(ndcheck, tmp_path):
-    done = ndcheck("run", "--model", "scripted:clean", *FAST, "--dry-run")
+def test_dry_run_prints_the_plan_and_runs_nothing(ndcheck_here, tmp_path):
+    done = ndcheck_here("run", "--model", "scripted:clean", *FAST, "--dry-run")
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0].split()[:4] == ["trial", "arm", "probe", "axis"]
@@ -74,30 +77,30 @@ def test_dry_run_prints_the_plan_and_runs_nothing(ndcheck, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_environment_variables_are_defaults(ndcheck):
+def test_environment_variables_are_defaults(ndcheck_here):
     options = ("run", "--dry-run", "--max-tokens", "8")
     variables = {"NDCHECK_MODEL": "scripted:clean", "NDCHECK_SAMPLES": "20"}
-    assert "20 samples" in ndcheck(*options, env=variables).stdout
-    assert "30 samples" in ndcheck(*options, "-n", "30", env=variables).stdout
+    assert "20 samples" in ndcheck_here(*options, env=variables).stdout
+    assert "30 samples" in ndcheck_here(*options, "-n", "30", env=variables).stdout
 
 
-def test_target_rate_says_how_many_trials_up_front(ndcheck):
+def test_target_rate_says_how_many_trials_up_front(ndcheck_here):
     options = ("--model", "scripted:clean", "--loads", "1,2", "--max-tokens", "4")
-    done = ndcheck("run", *options, "--target-rate", "0.05", "--out", "run")
+    done = ndcheck_here("run", *options, "--target-rate", "0.05", "--out", "run")
     assert "72 distinct loads of each probe and arm" in done.stderr
     assert "0 of 72 loads diverged; rate < 5 %" in done.stdout
 
 
-def test_a_target_that_too_few_loads_exist_for_is_not_reached(ndcheck):
+def test_a_target_that_too_few_loads_exist_for_is_not_reached(ndcheck_here):
     options = ("--loads", "1", "--axes", "cache", "--max-tokens", "4", "--target-rate", "0.01")
-    done = ndcheck("run", "--model", "scripted:clean", *options)
+    done = ndcheck_here("run", "--model", "scripted:clean", *options)
     assert done.returncode == 3
     assert "to exclude a rate of 1 % takes 368 clean loads; there are" in done.stdout
 
 
-def test_a_grid_without_more_loads_says_so(ndcheck):
+def test_a_grid_without_more_loads_says_so(ndcheck_here):
     options = ("--loads", "1", "--axes", "cache", "--max-tokens", "4", "-n", "150")
-    done = ndcheck("run", "--model", "scripted:cache-dependent", *options)
+    done = ndcheck_here("run", "--model", "scripted:cache-dependent", *options)
     # Two words: a chunk, or a rest, of one token, by itself. Both loads ran once more.
     assert "FAIL  2 of 2 loads diverged (100 %, 95 % CI 15.8-100 %)" in done.stdout
     assert "no more than 2 distinct loads exist, and a repeat is no new draw" in " ".join(
@@ -105,9 +108,9 @@ def test_a_grid_without_more_loads_says_so(ndcheck):
     )
 
 
-def test_a_page_and_plots_where_asked_for(ndcheck, tmp_path):
+def test_a_page_and_plots_where_asked_for(ndcheck_here, tmp_path):
     options = ("--model", "scripted:slot-dependent", *FAST, "--out", "run", "--html", "--plots")
-    done = ndcheck("run", *options)
+    done = ndcheck_here("run", *options)
     assert done.returncode == 1, done.stderr
     assert "wrote run/report.html" in done.stderr
     files = [tmp_path / "run" / "report.html", *(tmp_path / "run" / "plots").iterdir()]
@@ -115,42 +118,45 @@ def test_a_page_and_plots_where_asked_for(ndcheck, tmp_path):
     before = {file: file.read_bytes() for file in files}
     for file in files:
         file.unlink()
-    again = ndcheck("report", "run", "--html", "--plots")
+    again = ndcheck_here("report", "run", "--html", "--plots")
     assert again.stdout == done.stdout
     assert {file: file.read_bytes() for file in files} == before
 
 
-def test_plots_without_matplotlib_are_refused_before_anything_is_measured(ndcheck, tmp_path):
-    (tmp_path / "missing").mkdir()
-    hide = "import importlib.util as u; f = u.find_spec; "
-    hide += "u.find_spec = lambda name, *a: None if name == 'matplotlib' else f(name, *a)"
-    (tmp_path / "missing" / "sitecustomize.py").write_text(hide)
+def test_plots_without_matplotlib_are_refused_before_anything_is_measured(
+    ndcheck_here, tmp_path, monkeypatch
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *args: None if name == "matplotlib" else find(name, *args),
+    )
     options = ("--model", "scripted:clean", *FAST, "--out", "run", "--plots")
-    done = ndcheck("run", *options, env={"PYTHONPATH": str(tmp_path / "missing")})
+    done = ndcheck_here("run", *options)
     assert done.returncode == 2
     assert done.stderr == "ndcheck: --plots needs matplotlib: pip install 'ndcheck[plots]'\n"
     assert not (tmp_path / "run").exists()
 
 
-def test_stop_on_divergence(ndcheck, tmp_path):
+def test_stop_on_divergence(ndcheck_here, tmp_path):
     options = ("--model", "scripted:batch-dependent", "--stop-on-divergence")
-    done = ndcheck("run", *FAST, *options, "--out", "run")
+    done = ndcheck_here("run", *FAST, *options, "--out", "run")
     assert done.returncode == 1
     assert len(read_csv(tmp_path / "run" / "samples.csv")) < 60
 
 
-def test_several_probes(ndcheck, tmp_path):
+def test_several_probes(ndcheck_here, tmp_path):
     options = ("--model", "scripted:clean", "--prompt", "one two", "--prompt", "three")
-    done = ndcheck("run", *FAST, *options, "--out", "run")
+    done = ndcheck_here("run", *FAST, *options, "--out", "run")
     assert done.returncode == 0
     rows = read_csv(tmp_path / "run" / "summary.csv")
     assert [(row["probe_id"], row["n_samples"]) for row in rows] == [("p1", "60"), ("p2", "60")]
 
 
-def test_hostile_completions_and_prompts_stay_text(ndcheck, tmp_path):
+def test_hostile_completions_and_prompts_stay_text(ndcheck_here, tmp_path):
     prompt = "[red]x[/red] \x1b[31m \u202e =1+1 🧪\n| a |"
     options = ("--model", "scripted:hostile", "--prompt", prompt, "--out", "run")
-    done = ndcheck("run", *FAST, "--max-tokens", "40", *options)
+    done = ndcheck_here("run", *FAST, "--max-tokens", "40", *options)
     assert done.returncode == 0
     for text in (done.stdout, (tmp_path / "run" / "report.md").read_text(encoding="utf-8")):
         assert not {"\x1b", "\x00", "\x07", "\u202e"} & set(text)
@@ -162,8 +168,8 @@ def test_hostile_completions_and_prompts_stay_text(ndcheck, tmp_path):
                 assert not cell.startswith(("=", "+", "@", "\t", "\r")), (file.name, cell)
 
 
-def test_default_directory_is_named_by_time_and_model(ndcheck, tmp_path):
-    ndcheck("run", "--model", "scripted:clean", *FAST)
+def test_default_directory_is_named_by_time_and_model(ndcheck_here, tmp_path):
+    ndcheck_here("run", "--model", "scripted:clean", *FAST)
     (run,) = (tmp_path / "ndcheck-runs").iterdir()
     assert run.name.endswith("-scripted-clean")
 

@@ -103,7 +103,7 @@ DAMAGES = {
 def test_damaged_evidence_never_passes(ndcheck_here, damaged, name):
     change, reason = DAMAGES[name]
     run = damaged("clean", change)
-    screen = ndcheck_here("report", run, "--html")
+    screen = ndcheck_here("report", run, "--html", "--exit-code")
     assert screen.returncode == 3, screen.stdout
     assert screen.stdout.startswith("INCONCLUSIVE")
     assert "Traceback" not in screen.stderr
@@ -134,7 +134,7 @@ def test_a_failure_hidden_by_a_renamed_key_does_not_pass(ndcheck_here, damaged):
         "batch-dependent", lambda samples: rename_key(samples, lambda s: s["batch_size"] > 1)
     )
     assert ndcheck_here("gate", run).returncode == 3
-    assert ndcheck_here("report", run).returncode == 3
+    assert ndcheck_here("report", run, "--exit-code").returncode == 3
 
 
 def test_a_failure_that_is_left_stays_one_and_says_what_is_missing(ndcheck_here, damaged):
@@ -201,7 +201,10 @@ def test_half_a_character_is_text_like_any_other(ndcheck_here, damaged):
     """A server that streams bytes may end a piece in the middle of a character."""
     change = one(token_texts=["\ud800<b>"] * 8)
     run = damaged("batch-dependent", change)
-    for command in (("report", run, "--html"), ("gate", run, "--junit", run / "j.xml")):
+    for command in (
+        ("report", run, "--html", "--exit-code"),
+        ("gate", run, "--junit", run / "j.xml"),
+    ):
         done = ndcheck_here(*command)
         assert done.returncode == 1
         assert "ignored" not in done.stderr

@@ -32,7 +32,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_generate_tests(metafunc):
-    if "dtype" in metafunc.fixturenames:
+    named = {name for mark in metafunc.definition.iter_markers("parametrize")
+             for name in mark.args[0]}  # fmt: skip
+    if "dtype" in metafunc.fixturenames and "dtype" not in named:
         metafunc.parametrize("dtype", DTYPES, ids=[str(d).removeprefix("torch.") for d in DTYPES])
 
 

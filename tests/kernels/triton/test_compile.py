@@ -1,4 +1,4 @@
-"""Every kernel in every configuration that can be selected, compiled for five architectures.
+"""Every kernel compiled for five architectures, in every configuration that can be selected.
 
 Each runs in its own process: this one may have set up the interpreter, which compiles nothing. No
 GPU is needed.
@@ -27,10 +27,10 @@ SPILLED = {("_prefill_kernel", c): n for c, n in ((90, 64), (89, 16), (120, 16))
 DOTS = ("_matmul", "_grouped", "_prefill", "_decode")
 
 
-def compile_in_a_process(capability):
+def compile_in_a_process(*arguments):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "bench.ops.every_launch", str(capability)],
+        [sys.executable, "-m", "bench.ops.every_launch", *map(str, arguments)],
         cwd=KERNELS,
         env=environment, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
@@ -38,18 +38,20 @@ def compile_in_a_process(capability):
     return json.loads(run.stdout)
 
 
-# Minutes each: the chips that differ in their matrix instructions always, the others on demand.
-OFTEN = (80, 90, 100)
+# Every configuration takes minutes a chip, so by default one of each kind is compiled, for two
+# chips whose matrix instructions differ.
+ALWAYS = [(90, "kinds"), (100, "kinds")]
+ON_DEMAND = [(capability, "figures") for capability in TENSOR_CORES]
 
 
 @pytest.mark.parametrize(
-    "capability",
-    [c if c in OFTEN else pytest.param(c, marks=pytest.mark.slow) for c in TENSOR_CORES],
+    ("capability", "extent"),
+    [*ALWAYS, *(pytest.param(*each, marks=pytest.mark.slow) for each in ON_DEMAND)],
 )
-def test_shipped_configurations_fit_the_chip(capability):
+def test_shipped_configurations_fit_the_chip(capability, extent):
     from ndcheck_kernels.measure.resources import SHARED_LIMIT
 
-    document = compile_in_a_process(capability)
+    document = compile_in_a_process(capability, extent)
     assert document["failures"] == []
     kernels = document["kernels"]
     assert len(kernels) > 20

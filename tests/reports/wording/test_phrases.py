@@ -94,7 +94,7 @@ def test_the_page_and_the_plots_count_them_too(failing, compared, unit) -> None:
     run = served(failing, compared)
     figures = gather(failing)
     page = html_report(replace(failing, run=run), figures, DEFAULTS)
-    assert f'<th class="number">First at {unit}</th>' in page
+    assert f'<th class="number">First at {unit} (from 1)</th>' in page
     assert f'"unit":"{unit}"' in page
     assert ("character by character" in page) == (unit == "character")
     strip = plot_files(figures, phrases.unit(run))["heat-strip.svg"].decode()
@@ -105,7 +105,7 @@ def test_positions_of_text_count_characters(passing, failing) -> None:
     for compared, unit in (("token ids", "token"), ("text", "character")):
         run = served(failing, compared)
         report = markdown_report(replace(failing, run=run), DEFAULTS)
-        assert f"First at {unit} |" in report
+        assert f"First at {unit} (from 1) |" in report
         assert f"at {unit} " in report
         assert ("character" in report) == (unit == "character")
     claims_of = markdown_report(replace(passing, run=served(passing, "text")), DEFAULTS)

@@ -98,8 +98,8 @@ const report = (() => {
       x: charts.sizes.map((_, i) => i),
       xNames: charts.sizes,
       xLabel: "batch size",
-      rows: charts.arms.map((arm) => arm[field]),
-      series: charts.arms.map((arm) => line(arm, { value: (_, value) => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(3)))) })),
+      rows: charts.series.map((one) => one[field]),
+      series: charts.series.map((one) => line(one, { label: one.label, hollow: one.hollow, points: { show: true, size: 8, fill: colour(one.hollow ? "card" : one.arm), stroke: colour(one.arm) }, value: (_, value) => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(3)))) })),
     };
   }
 
@@ -155,7 +155,7 @@ const report = (() => {
       width,
       height: HEIGHT,
       cursor: { y: false, points: { size: 8 } },
-      legend: { markers: { width: 0, fill: (_, i) => view.series[i - 1]?.colour } },
+      legend: { markers: { width: 2, stroke: (_, i) => view.series[i - 1]?.colour, fill: (_, i) => (view.series[i - 1]?.hollow ? colour("card") : view.series[i - 1]?.colour) } },
       scales: {
         x: { time: false, range: view.range ?? (named ? [-0.4, view.x.length - 0.6] : undefined) },
         y: {

@@ -4,9 +4,11 @@
   const { data, tokens, text, colour, element, whenShown } = report;
   const AXIS = 22;
   const CONTEXT = 4;
+  const nowhere = Number.MAX_SAFE_INTEGER;
 
   const orders = {
-    tree: (arm) => (a, b) => arm.trunks[a.trunk].place - arm.trunks[b.trunk].place || a.sample - b.sample,
+    tree: (arm) => (a, b) =>
+      arm.trunks[a.trunk].place - arm.trunks[b.trunk].place || (a.latent?.[0] ?? nowhere) - (b.latent?.[0] ?? nowhere) || a.sample - b.sample,
     batch: (arm) => (a, b) => a.size - b.size || orders.tree(arm)(a, b),
     run: () => (a, b) => a.sample - b.sample,
   };
@@ -25,6 +27,20 @@
   function niceStep(rough) {
     const power = 10 ** Math.floor(Math.log10(rough));
     return Math.max(1, [1, 2, 5, 10].find((factor) => factor * power >= rough) * power);
+  }
+
+  // Equal tokens with other bits keep their colour below the lines.
+  function hatch(context, ratio) {
+    const size = 6 * ratio, tile = Object.assign(document.createElement("canvas"), { width: size, height: size });
+    const own = tile.getContext("2d");
+    own.strokeStyle = colour("latent");
+    own.lineWidth = 1.5 * ratio;
+    for (const shift of [-size, 0, size]) {
+      own.moveTo(shift, size);
+      own.lineTo(shift + size, 0);
+    }
+    own.stroke();
+    return context.createPattern(tile, "repeat");
   }
 
   document.querySelectorAll(".strip").forEach((figure) => {
@@ -59,6 +75,14 @@
           }
         });
       }
+      const hatching = hatch(context, ratio);
+      rows.forEach(({ latent }, i) => {
+        if (latent === null) return;
+        const [left, right] = latent.map((token) => Math.floor(token * x * ratio));
+        const top = Math.floor(i * y * ratio);
+        context.fillStyle = hatching;
+        context.fillRect(left, top, right - left, Math.ceil((i + 1) * y * ratio) - top);
+      });
       context.scale(ratio, ratio);
       context.fillStyle = colour("soft");
       context.font = "12px system-ui, sans-serif";
@@ -87,10 +111,10 @@
         row: Math.min(rows.length - 1, Math.max(0, row)),
         token: Math.min(nTokens - 1, Math.max(0, token)),
       };
-      const { sample, trial, load, size, slot, trunk: index } = rows[at.row];
+      const { sample, trial, load, size, slot, latent, trunk: index } = rows[at.row];
       const { completion, count } = arm.trunks[index];
       status.replaceChildren(
-        `Sample ${sample}, trial ${trial}: ${arm.loads[load]}, batch ${size}, slot ${slot} · completion ${completion} (${count} of ${arm.n_samples}) · ${data.unit} ${at.token + 1}: `,
+        `Sample ${sample}, trial ${trial}: ${arm.loads[load]}, batch ${size}, slot ${slot} · completion ${completion} (${count} of ${arm.n_samples})${latent ? ` · other bits from ${data.unit} ${latent[0] + 1} on` : ""} · ${data.unit} ${at.token + 1}: `,
       );
       const own = tokens(arm, index);
       if (own === null) status.append("text in completions.csv");

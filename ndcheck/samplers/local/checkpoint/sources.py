@@ -14,6 +14,7 @@ from ndcheck.samplers.local.checkpoint.adapters import CONFIG as ADAPTER_CONFIG
 from ndcheck.samplers.local.checkpoint.adapters import read_adapter
 from ndcheck.samplers.local.checkpoint.files import CONFIG, check_config, find_directory
 from ndcheck.samplers.local.checkpoint.gguf_file import SUFFIX, find_gguf, read_gguf_head
+from ndcheck.samplers.local.checkpoint.hub import check_hub
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -97,5 +98,7 @@ def _find_base(model: str) -> str:
     if file is not None:
         read_gguf_head(file)
         return str(file)
+    if directory is None:
+        check_hub(model)
     check_config(model)
     return model

@@ -1,0 +1,129 @@
+"""What a newcomer tries without the manual: each works, or says in one line what does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ndcheck.cli import completion
+from ndcheck.cli.commands.order import OPS
+from ndcheck.explain.order.reductions import REDUCTIONS
+from ndcheck.mock_server.faults import FAULTS
+from ndcheck.records import AXES
+from ndcheck.samplers.options import parse_batch_sizes
+
+RUNS = Path(__file__).parents[1] / "runs"
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """`clean` began last, and has the name that comes first."""
+    for name, started_at in (("b-fork", "2026-01-01T00:00:00"), ("a-clean", "2026-01-02T00:00:00")):
+        run = tmp_path / "ndcheck-runs" / name
+        shutil.copytree(RUNS / name[2:], run)
+        record = run / "run.json"
+        text = re.sub(r'"started_at": "[^"]*"', f'"started_at": "{started_at}"', record.read_text())
+        record.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ((), "Usage: ndcheck [OPTIONS] COMMAND"),
+        (("help",), "Usage: ndcheck [OPTIONS] COMMAND"),
+        (("kernels",), "Usage: ndcheck kernels [OPTIONS] COMMAND"),
+        (("help", "kernels", "check"), "Usage: ndcheck kernels check [OPTIONS]"),
+        (("help", "run"), "Usage: ndcheck run [OPTIONS]"),
+    ],
+)
+def test_help_is_on_stdout_in_lines(ndcheck_here, arguments, shown):
+    done = ndcheck_here(*arguments)
+    assert done.returncode == 0
+    assert done.stdout.startswith(shown)
+    assert r"\n" not in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_mock_server_is_listed_with_its_faults(ndcheck_here):
+    assert "mock-server" in ndcheck_here("help").stdout
+    lines = ndcheck_here("help", "mock-server").stdout.splitlines()
+    assert all(any(line.split()[:1] == [fault] for line in lines) for fault in FAULTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("help", "rnu"), "did you mean run?"),
+        (("run", "ndcheck-runs/a-clean"), "ndcheck report ndcheck-runs/a-clean"),
+        (("run", "models/llama"), "--model models/llama"),
+        (("run", "http://127.0.0.1:1/v1"), "--endpoint http://127.0.0.1:1/v1"),
+        (("order", "liner"), "did you mean linear?"),
+        (("run", "--model", "./no-model"), "there is no such file or directory"),
+        (("run", "--loads", "8-1"), "'8-1' is an empty range"),
+        (("run", "--loads", "1-8:x1"), "ranges such as 1-8 and 1-64:x2"),
+        (("run", "--loads", "1-60000"), "more than 1000 batch sizes"),
+    ],
+)
+def test_what_is_wrong_is_met_with_a_hint(ndcheck_here, two_runs, arguments, hint):
+    done = ndcheck_here(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert hint in done.stderr.splitlines()[-1]
+
+
+def test_a_hub_that_does_not_answer_is_one_line(ndcheck_here, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # Both are as they were afterwards.
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    done = ndcheck_here("run", "--model", "nobody/no-model", "-q")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "no such directory" in line
+    assert "http://127.0.0.1:1 cannot be reached" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("1-8", (1, 2, 3, 4, 5, 6, 7, 8)),
+        ("1-64:x2", (1, 2, 4, 8, 16, 32, 64)),
+        ("3-30:x3, 1,40-41", (3, 9, 27, 1, 40, 41)),
+    ],
+)
+def test_ranges_of_batch_sizes(text, sizes):
+    assert parse_batch_sizes(text) == sizes
+
+
+def test_dtypes_have_the_names_that_torch_gives_them(ndcheck_here):
+    command = ("order", "sum", "--terms", "4", "--rows", "1", "-q", "--dtype")
+    assert ndcheck_here(*command, "bfloat16").stdout == ndcheck_here(*command, "bf16").stdout
+    plan = ("run", "--loads", "1,2", "-n", "12", "--max-tokens", "1", "--dry-run", "--dtype")
+    assert ndcheck_here(*plan, "float16").returncode == 0
+
+
+@pytest.mark.parametrize("command", ["report", "gate"])
+def test_the_latest_run_is_the_one_that_began_last(ndcheck_here, two_runs, command):
+    done = ndcheck_here(command, "latest")
+    assert done.returncode == 0, done.stderr
+    assert "ndcheck-runs/a-clean" in done.stdout
+    other = ndcheck_here(command, "ndcheck-runs/b-fork")
+    assert other.returncode == {"report": 0, "gate": 1}[command]
+    assert ndcheck_here("report", "ndcheck-runs/b-fork", "--exit-code").returncode == 1
+
+
+def test_without_runs_there_is_no_latest(ndcheck_here):
+    done = ndcheck_here("report", "latest")
+    assert done.returncode == 2
+    assert "ndcheck-runs holds no run" in done.stderr
+
+
+def test_a_shell_is_offered_values(ndcheck_here, two_runs):
+    assert completion.some_of("all", *AXES)("slot,ca") == ["slot,cache"]
+    assert completion.one_of("bf16", "fp16", "fp32")("fp") == ["fp16", "fp32"]
+    assert completion.runs("ndcheck-runs/a") == ["ndcheck-runs/a-clean"]
+    words = {"COMP_WORDS": "ndcheck run --axes sl", "COMP_CWORD": "3"}
+    done = ndcheck_here(env={"_NDCHECK_COMPLETE": "complete_bash", **words})
+    assert done.stdout.split() == ["slot"]
+    assert list(REDUCTIONS) == list(OPS)
