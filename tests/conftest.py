@@ -28,6 +28,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 FAMILIES = ("qwen3", "llama", "gemma3")
 
+LONGEST = (
+    *("triton/test_compile.py", "triton/test_decoder.py", "cli/test_explain.py"),
+    *("local/test_faithful.py", "local/test_transformers.py", "local/test_tensor_parallel.py"),
+    *("tests/test_action.py", "models/test_families.py", "builtin/test_model.py"),
+    *("triton/test_attention.py", "tests/test_reference.py", "cli/test_engine.py"),
+)
+"""Files that take half a minute or more of one core."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # xdist would begin with the files of most tests, and end alone in a long file of few.
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def commands_built_once():

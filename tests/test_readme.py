@@ -44,7 +44,11 @@ def help_text(command: str) -> str:
 def commands() -> list[str]:
     from ndcheck.cli.app import app
 
-    found = [c.callback.__name__ for c in app.registered_commands if not c.hidden]
+    found = [
+        c.name or c.callback.__name__.replace("_", "-")
+        for c in app.registered_commands
+        if not c.hidden
+    ]
     for group in app.registered_groups:
         name = group.typer_instance.info.name
         found += [f"{name} {c.callback.__name__}" for c in group.typer_instance.registered_commands]

@@ -176,7 +176,7 @@ def test_default_directory_is_named_by_time_and_model(ndcheck_here, tmp_path):
 
 def test_the_embedded_model_shows_nondeterminism_and_the_invariant_arm_none(ndcheck, tmp_path):
     """Real kernels on real model output: padding alone changes tokens or bits."""
-    options = ("--loads", "1,2", "-n", "20", "--max-tokens", "64", "--kernels", "stock,invariant")
+    options = ("--loads", "1,2", "-n", "20", "--max-tokens", "16", "--kernels", "stock,invariant")
     done = ndcheck("run", *options, "--out", "run", "--quiet")
     assert done.returncode == 1, done.stderr
     rows = {row["arm"]: row for row in read_csv(tmp_path / "run" / "summary.csv")}

@@ -43,20 +43,20 @@ def assert_one_line(done, code, *parts):
         (("--resume", "missing"), ("--model",)),
     ],
 )
-def test_options(ndcheck, tmp_path, options, parts):
-    assert_one_line(ndcheck("run", "--quiet", *SCRIPTED, *options), 2, *parts)
+def test_options(ndcheck_here, tmp_path, options, parts):
+    assert_one_line(ndcheck_here("run", "--quiet", *SCRIPTED, *options), 2, *parts)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_command_and_missing_argument(ndcheck):
-    assert_one_line(ndcheck("meassure"), 2, "meassure")
-    assert_one_line(ndcheck("report"), 2, "DIR")
+def test_unknown_command_and_missing_argument(ndcheck_here):
+    assert_one_line(ndcheck_here("meassure"), 2, "meassure")
+    assert_one_line(ndcheck_here("report"), 2, "DIR")
 
 
 @pytest.mark.parametrize("model", ["missing/model", "./empty"])
-def test_models_that_are_not_there(ndcheck, tmp_path, model):
+def test_models_that_are_not_there(ndcheck_here, tmp_path, model):
     (tmp_path / "empty").mkdir()
-    done = ndcheck("run", "--quiet", "--model", model)
+    done = ndcheck_here("run", "--quiet", "--model", model)
     assert_one_line(done, 2, "--model", model, "accepted: builtin")
 
 

@@ -1,11 +1,14 @@
 """These tests run on the GPU where there is one, and under Triton's interpreter elsewhere."""
 
+import inspect
+
 import pytest
 import torch
 
 from ndcheck_kernels.scope import registry
 
 if not torch.cuda.is_available():
+    import triton.language as tl
     from triton.runtime import interpreter
 
     def dot_in_order(self, a, b, d, input_precision, max_num_imprecise_acc):
@@ -17,6 +20,21 @@ if not torch.cuda.is_available():
         return interpreter.TensorHandle(acc, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = dot_in_order
+
+    BUILTINS: dict[object, list[str]] = {}
+
+    def patch_builtins(package, *builder):
+        """As the interpreter's own, which looks through all of Triton at each call in a kernel."""
+        if package not in BUILTINS:
+            members = inspect.getmembers(package)
+            BUILTINS[package] = [n for n, member in members if tl.core.is_builtin(member)]
+        for name in BUILTINS[package]:
+            member = getattr(package, name)
+            if not tl.core.is_builtin(member):
+                return  # A kernel that called this one has patched them all.
+            interpreter._patch_attr(package, name, member, *builder)
+
+    interpreter._patch_builtin = patch_builtins
 
 # The interpreter computes bf16 dots and sums wrongly and silently, so bf16 needs the GPU.
 DTYPES = [torch.float16, torch.float32]

@@ -8,6 +8,7 @@ from ndcheck_kernels.cuda.configs import AttentionConfig, PrefillTile, attention
 
 TILE = PrefillTile(32, 4, 1)
 SMALL = AttentionConfig(32, 32, TILE, TILE, 4, 1, 16, short_splits=2)  # many in a short context
+ON_GPU = torch.cuda.is_available()
 PLAIN = causal.Kind()
 SINKS = torch.tensor([-1.0, 2.0, 0.5, 6.0])
 KINDS = {
@@ -132,8 +133,20 @@ def test_what_it_cannot_do_is_refused(device):
     assert causal.attention(q[:0], q[:0], q[:0]).shape == (0, 3, 4, 32)
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_kinds_are_accurate_and_the_same_in_any_slice(operands, kind, dtype):
+KINDS_OF_DTYPES = [
+    *((name, torch.float16) for name in KINDS),
+    ("all", torch.float32),
+    *(
+        pytest.param(name, torch.float32, marks=[] if ON_GPU else pytest.mark.slow)
+        for name in ("window", "sinks")
+    ),
+    *((name, torch.bfloat16) for name in KINDS if ON_GPU),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), KINDS_OF_DTYPES, ids=str)
+def test_kinds_are_accurate_and_the_same_in_any_slice(operands, name, dtype):
+    kind = KINDS[name]
     q, k, v, starts, lengths = operands
     want = exact(*operands, kind)
     whole = launch(*operands, kind=kind)

@@ -40,8 +40,11 @@ def measure(sampler, path, spec):
     return judge(run, summary), summary.probes[0]
 
 
-@pytest.mark.parametrize("batching", ["exact", "continuous"])
-@pytest.mark.parametrize("seed", range(10))
+# Continuous batching shares the planting, and opening it takes long: two draws of it.
+@pytest.mark.parametrize(
+    ("batching", "seed"),
+    [*(("exact", seed) for seed in range(10)), ("continuous", 0), ("continuous", 1)],
+)
 def test_the_planted_fault_is_caught_in_every_draw(sampler, tiny_models, tmp_path, seed, batching):
     spec = replace(
         SPEC,
@@ -53,8 +56,6 @@ def test_the_planted_fault_is_caught_in_every_draw(sampler, tiny_models, tmp_pat
         batching=batching,
     )
     if batching == "continuous":
-        if seed > 1:  # It shares the planting; opening it takes long.
-            return
         sampler = TransformersSampler(spec)
     judgement, probe = measure(sampler, tmp_path / "run", spec)
     assert (probe.control.n_caught, probe.control.n_trials) == (1, 1)
