@@ -75,10 +75,10 @@ def test_dry_run_prints_the_plan_and_runs_nothing(ndcheck_here, tmp_path):
     assert any("60 samples" in line for line in lines)
     assert lines[-2:] == ["prompt p1, as it is sent", "     user  'class Queue:'"]
     assert list(tmp_path.iterdir()) == []
-    brief = ndcheck("run", "--model", "scripted:clean", *FAST, "--dry-run").stdout.splitlines()
+    brief = ndcheck_here("run", "--model", "scripted:clean", *FAST, "--dry-run").stdout.splitlines()
     assert brief == lines[-len(brief) :]
     assert "60 samples" in brief[0]
-    refused = ndcheck("run", "--model", "scripted:clean", "--verbose")
+    refused = ndcheck_here("run", "--model", "scripted:clean", "--verbose")
     assert refused.returncode == 2
 
 
