@@ -246,7 +246,10 @@ def read_run(path: Path) -> Run:
         run = decode(Run, document)
         probe_ids = [probe.probe_id for probe in run.spec.probes]
         spec = run.spec
-        backend_of(spec)  # Raises UsageError for an engine that is unknown here.
+        try:
+            backend_of(spec)
+        except UsageError as error:  # Its engine is unknown here.
+            raise ValueError(str(error)) from error
         for name, values in (("probes", probe_ids), ("arms", spec.arms), ("axes", spec.axes)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"spec.{name}: give one or more, each once")
