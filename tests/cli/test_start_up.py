@@ -41,7 +41,7 @@ def test_report_is_byte_identical_and_needs_no_torch(ndcheck, tmp_path, environm
     for file in (tmp_path / "run").glob("*.csv"):
         file.unlink()
     again = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, "report", "run"],
+        [sys.executable, "-c", WITHOUT_TORCH, "report", "run", "--exit-code"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
