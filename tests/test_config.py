@@ -12,8 +12,9 @@ from ndcheck.errors import UsageError
 from ndcheck.judging.rules import Rules
 from ndcheck.records import AXES, Endpoint, Probe
 
-NOT_OF_A_CHECK = {"context", "out", "resume", "dry_run", "html", "plots", "json", "quiet"}
-NOT_OF_A_CHECK |= {"header"}
+NOT_OF_A_CHECK = {
+    *("context", "out", "resume", "dry_run", "verbose", "html", "plots", "json", "quiet", "header"),
+}
 """Options of `ndcheck run` that say what to do with a run, not what it measures, and secrets."""
 
 

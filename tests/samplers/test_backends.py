@@ -79,7 +79,8 @@ def test_every_option_and_backend_is_tried():
     assert set(TYPED) == set(OPTIONS)
     assert set(CHOSEN) == {type(backend).__name__ for backend in BACKENDS}
     not_of_a_spec = {
-        *("context", "arrival", "out", "resume", "dry_run", "html", "plots", "json", "quiet"),
+        *("context", "arrival", "out", "resume", "dry_run", "verbose", "html", "plots", "json"),
+        "quiet",
     }
     assert set(inspect.signature(run).parameters) - not_of_a_spec == set(OPTIONS)
 

@@ -137,9 +137,9 @@ class Corpus:
             elif path.name.startswith("p."):
                 make_probes([], path)
             elif path.name == "summary.csv":
-                from ndcheck.cli.commands.runs import _read
+                from ndcheck.cli.runs_session import read_runs
 
-                list(_read(self.folder))
+                list(read_runs(self.folder))
             else:
                 return read_run_and_judge(path.parent, fully=fully)
             return "read"

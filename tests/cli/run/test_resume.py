@@ -14,15 +14,15 @@ def samples_without_times(run):
 
 
 def test_killed_and_resumed_equals_uninterrupted(ndcheck_here, started, wait_for_lines, tmp_path):
-    assert ndcheck_here("run", *OPTIONS, "--out", "whole").returncode == 0
-    process = started("run", *OPTIONS, "--out", "parts")
-    wait_for_lines(process, tmp_path / "parts" / "samples.jsonl", 10)
+    assert ndcheck_here("run", *OPTIONS, "--out", "whole/run").returncode == 0
+    process = started("run", *OPTIONS, "--out", "parts/run")
+    wait_for_lines(process, tmp_path / "parts" / "run" / "samples.jsonl", 10)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    n_before = len(samples_without_times(tmp_path / "parts"))
-    resumed = ndcheck_here("run", "--resume", "parts")
+    n_before = len(samples_without_times(tmp_path / "parts" / "run"))
+    resumed = ndcheck_here("run", "--resume", "parts/run")
     assert resumed.returncode == 0, resumed.stderr
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
     assert 10 <= n_before < len(samples_without_times(parts))
     assert samples_without_times(parts) == samples_without_times(whole)
     assert (parts / "completions.csv").read_bytes() == (whole / "completions.csv").read_bytes()

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from ndcheck.errors import UsageError
-from ndcheck.samplers.local.checkpoint.files import CONFIG
+from ndcheck.samplers.local.checkpoint.files import ACCEPTED, CONFIG
 
 WAIT_S = 2.0
 
@@ -29,7 +29,7 @@ def check_hub(model: str) -> None:
         if not isinstance(try_to_load_from_cache(model, CONFIG), str):
             raise UsageError(
                 f"--model {model}: there is no such directory, the hub's cache has no such model, "
-                f"and {_url()} cannot be reached"
+                f"and {_url()} cannot be reached {ACCEPTED}"
             )
 
 
