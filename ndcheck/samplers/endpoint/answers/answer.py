@@ -7,9 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ndcheck.records import FinishReason
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure, paired, plain
-from ndcheck.samplers.endpoint.answers.events import Frame, Token
+from ndcheck.samplers.endpoint.answers.events import Frame, Said, Token
 from ndcheck.samplers.endpoint.redaction import Redactor
 
 Compared = Literal["token ids", "logprob tokens", "text"]
@@ -33,7 +32,7 @@ class Arrival:
 
 
 @dataclass(slots=True)
-class Answer:
+class Answer(Said):
     """A completion as it arrives.
 
     ``pieces`` are the texts that events brought. ``token_ids`` and ``tokens`` go by token and are
@@ -44,16 +43,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     arrivals: list[Arrival] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    is_end: bool = False
     is_whole: bool = False
-    n_prompt_tokens: int | None = None
-    n_tokens: int | None = None
-    n_cached_tokens: int | None = None
-    n_reasoning_tokens: int | None = None
-    has_prompt_logprobs: bool = False
-    fingerprint: str = ""
-    response_id: str = ""
     connection: str = ""
     n_characters: int = 0
 

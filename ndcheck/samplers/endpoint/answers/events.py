@@ -31,19 +31,15 @@ class Token:
 
 
 @dataclass(slots=True)
-class Frame:
-    """One event. ``token_ids`` and ``text`` are new unless ``is_cumulative``.
+class Said:
+    """What an event, and all events of an answer together, say of a completion beside its tokens.
 
     ``finish_reason`` is None where the completion goes on, or ended (``is_end``) without saying
     how. Counts are None where the server gives none that can be one.
     """
 
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     is_end: bool = False
-    is_cumulative: bool = False
     n_prompt_tokens: int | None = None
     n_tokens: int | None = None
     n_cached_tokens: int | None = None
@@ -51,6 +47,16 @@ class Frame:
     has_prompt_logprobs: bool = False
     fingerprint: str = ""
     response_id: str = ""
+
+
+@dataclass(slots=True)
+class Frame(Said):
+    """One event. ``token_ids`` and ``text`` are new unless ``is_cumulative``."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    is_cumulative: bool = False
 
 
 def read_openai(event: Event) -> Frame:
