@@ -58,10 +58,7 @@ def measure(
     the model, its device or its server fails.
     """
     headers = parse_headers([header] if isinstance(header, str) else header)
-    try:
-        spec = add_headers(make_spec(model=model, **options), headers)
-    except TypeError as error:
-        raise UsageError(str(error).replace("make_spec()", "measure()")) from error
+    spec = add_headers(make_spec(model=model, **options), headers)
     with closing(new_directory(slug(spec.model), None if out is None else Path(out))) as new:
         return measure_spec(spec, new, on_progress, headers)
 

@@ -30,13 +30,13 @@ from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.judging.comparison import FAIL_ON
 from ndcheck.judging.rules import BASELINE_DEFAULT, PROPERTY_RULES, Rules, RuleSet
 from ndcheck.records import ARMS, AXES, Arm, Axis, RunSpec
-from ndcheck.request import make_spec
+from ndcheck.request import Options, make_spec
 from ndcheck.storage.reading import read_text
 
 FILES = (Path("ndcheck.toml"), Path("pyproject.toml"))
 
 Table = Mapping[str, Any]
-OPTIONS = {name: hint for name, hint in get_type_hints(make_spec).items() if name != "return"}
+OPTIONS = get_type_hints(Options)
 """Whatever `ndcheck run` accepts, by the same names."""
 FILE_OPTIONS = {"prompts_file", "api_key_file", "adapter"}
 """Relative to the configuration's folder."""

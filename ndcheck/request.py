@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict, Unpack
 
-from ndcheck.errors import UsageError
+from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.plan.coverage import OF_BATCHES, lacks_batches
 from ndcheck.plan.prompts import read_prompts
 from ndcheck.plan.prompts.entries import Entry
@@ -28,67 +29,77 @@ DEFAULTS = options.DEFAULTS
 parse_names = options.parse_names
 
 
-def make_spec(  # noqa: PLR0913 - the options of `ndcheck run`, typed
-    *,
-    model: str = DEFAULTS.model,
-    adapter: Path | None = None,
-    prompt: str | Sequence[str] = (),
-    prompts_file: Path | None = None,
-    prompt_column: str | None = None,
-    chat: bool = DEFAULTS.chat,
-    loads: str | Sequence[int] = DEFAULTS.batch_sizes,
-    axes: str | Sequence[str] = DEFAULTS.axes,
-    mode: str = DEFAULTS.mode,
-    batching: str = DEFAULTS.batching,
-    arrivals: str | None = None,
-    kernels: str | Sequence[str] | None = None,
-    samples: int = DEFAULTS.n_samples,
-    target_rate: float | None = DEFAULTS.target_rate,
-    confidence: float = DEFAULTS.confidence,
-    stop_on_divergence: bool = DEFAULTS.stop_on_divergence,
-    allow_latent: bool = DEFAULTS.allow_latent,
-    max_tokens: int = DEFAULTS.decoding.max_tokens,
-    temperature: float = DEFAULTS.decoding.temperature,
-    seed: int = DEFAULTS.seed,
-    dtype: str = DEFAULTS.dtype,
-    device: str = DEFAULTS.device,
-    attn: str = DEFAULTS.attention,
-    answer_pattern: str | None = DEFAULTS.answer_pattern,
-    random_weights: int | None = DEFAULTS.random_weights,
-    trust_remote_code: bool = DEFAULTS.trust_remote_code,
-    engine: str = options.TRANSFORMERS,
-    tp: int = DEFAULTS.tensor_parallel,
-    tp_groups: int | None = DEFAULTS.tp_groups,
-    pp: int = OPTIONS["pp"].default,
-    engine_arg: str | Sequence[str] = (),
-    endpoint: str | None = None,
-    arrival: str | None = None,
-    fillers: str = OPTIONS["fillers"].default,
-    timeout: float = OPTIONS["timeout"].default,
-    retries: int = OPTIONS["retries"].default,
-    api_key_file: Path | None = None,
-) -> RunSpec:
-    """The spec that these options ask for: those of `ndcheck run`, by the names they have there.
+class Options(TypedDict, total=False):
+    """Those of `ndcheck run`, by the names they have there.
 
-    `ndcheck.measure` and the checks of a configuration file take the same ones; the annotations
-    say what a file may hold. ``arrival`` is the old name of ``arrivals`` for a server. Raises
-    UsageError naming the option that is wrong.
+    The annotations say what a configuration file may hold. ``arrival`` is the old name of
+    ``arrivals`` for a server.
     """
-    typed = {name: value for name, value in locals().items() if name != "arrival"}
+
+    model: str
+    adapter: Path | None
+    prompt: str | Sequence[str]
+    prompts_file: Path | None
+    prompt_column: str | None
+    chat: bool
+    loads: str | Sequence[int]
+    axes: str | Sequence[str]
+    mode: str
+    batching: str
+    arrivals: str | None
+    kernels: str | Sequence[str] | None
+    samples: int
+    target_rate: float | None
+    confidence: float
+    stop_on_divergence: bool
+    allow_latent: bool
+    max_tokens: int
+    temperature: float
+    seed: int
+    dtype: str
+    device: str
+    attn: str
+    answer_pattern: str | None
+    random_weights: int | None
+    trust_remote_code: bool
+    engine: str
+    tp: int
+    tp_groups: int | None
+    pp: int
+    engine_arg: str | Sequence[str]
+    endpoint: str | None
+    arrival: str | None
+    fillers: str
+    timeout: float
+    retries: int
+    api_key_file: Path | None
+
+
+def make_spec(**given: Unpack[Options]) -> RunSpec:
+    """The spec that these options ask for; the others have their defaults.
+
+    `ndcheck.measure` and the checks of a configuration file take the same ones. Raises UsageError
+    naming the option that is wrong.
+    """
+    known = Options.__annotations__
+    for name in [name for name in given if name not in known]:
+        raise UsageError(f"there is no option {name!r}{did_you_mean(name, list(known))}")
+    typed = {name: row.default for name, row in OPTIONS.items() if name in known} | dict(given)
+    arrival = typed.pop("arrival", None)
     if arrival is not None:
-        if arrivals not in (None, arrival):
+        if typed["arrivals"] not in (None, arrival):
             raise UsageError("--arrival is the old name of --arrivals: give the latter alone")
         typed["arrivals"] = arrival
-    backend = choose(model, engine, is_served=endpoint is not None)
+    backend = choose(typed["model"], typed["engine"], is_served=typed["endpoint"] is not None)
     refuse_others(backend, typed)
     backend.check_given(typed)
     spec = backend.blank(DEFAULTS)
     for option in backend.options:
         if option.name in typed:
             spec = option.put(spec, option.parse(typed[option.name]))
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    probes = make_probes(prompts, prompts_file, prompt_column)
-    is_chat = chat or all(probe.messages for probe in probes)
+    prompts = [typed["prompt"]] if isinstance(typed["prompt"], str) else typed["prompt"]
+    probes = make_probes(prompts, typed["prompts_file"], typed["prompt_column"])
+    is_chat = typed["chat"] or all(probe.messages for probe in probes)
     spec = replace(spec, probes=probes, chat=is_chat)
     check(spec)
     return spec

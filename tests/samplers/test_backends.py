@@ -141,11 +141,8 @@ def test_a_resumed_run_takes_no_other_option(name, capsys):
 
 
 def test_defaults_are_the_same_everywhere():
-    typer_s, api_s = (inspect.signature(each).parameters for each in (run, request.make_spec))
     for name, row in OPTIONS.items():
-        if name != "header":
-            assert api_s[name].default == row.default, name
-        typed = typer_s[name].default
+        typed = inspect.signature(run).parameters[name].default
         assert typed is None or row.parse(typed) == row.parse(row.default), name
 
 
