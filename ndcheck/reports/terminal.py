@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, RenderableType
@@ -14,12 +13,12 @@ from rich.text import Text
 from ndcheck.analysis.summary import LoadFinding, ProbeSummary, Summary
 from ndcheck.findings import Findings
 from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome
-from ndcheck.records import ARMS, AXES, Probe, RunSpec
+from ndcheck.records import ARMS, AXES, RunSpec
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import quoted, visible
 from ndcheck.reports.wording import phrases, serving
-from ndcheck.reports.wording.remedies import remedies
-from ndcheck.reports.wording.reproduction import argument, wrapped_command
+from ndcheck.reports.wording.remedies import alone, remedies
+from ndcheck.reports.wording.reproduction import argument, prompts_file, wrapped_command
 from ndcheck.samplers.backends import backend_of
 
 MAX_VERDICTS = 8
@@ -302,12 +301,13 @@ def _next_steps(findings: Findings, defaults: RunSpec, width: int) -> Iterator[R
             yield Padding(_command(remedy.command, width), (0, 0, 0, 2))
     failed = list(_failed_probes(findings))
     for probe_id in failed[:MAX_VERDICTS] if len(failed) > 1 else ():
-        probes = (p for p in findings.run.spec.probes if p.probe_id == probe_id)
-        alone = replace(findings.run.spec, probes=tuple(Probe("p1", p.prompt) for p in probes))
+        spec = alone(findings.run.spec, probe_id)
+        # A conversation is no option's: the run's file holds it among the others.
+        if prompts_file(spec, defaults) is not None:
+            yield Text(f"{visible(probe_id)} fails")
+            continue
         yield Text(f"{visible(probe_id)} fails; measure it alone:")
-        yield Padding(
-            _command(wrapped_command(alone, defaults, width, directory), width), (0, 0, 0, 2)
-        )
+        yield Padding(_command(wrapped_command(spec, defaults, width), width), (0, 0, 0, 2))
     if directory:
         yield Text("Show this again, or open report.md and the CSV files there:")
         yield Padding(_command([f"ndcheck report {argument(directory)}"], width), (0, 0, 0, 2))

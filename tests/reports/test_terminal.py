@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ndcheck.analysis.summary import ControlFinding
 from ndcheck.judging.verdict import judge
+from ndcheck.probe import Message
 from ndcheck.records import Probe
 from ndcheck.reports.terminal import print_report, progress_line
 from ndcheck.request import DEFAULTS
@@ -52,9 +53,9 @@ def test_the_tree_counts_tokens_from_one(failing) -> None:
 
 
 def test_every_prompt_that_fails_has_a_command_of_its_own(failing, passing) -> None:
-    def screen_of(*examples) -> str:
+    def screen_of(*examples, messages=()) -> str:
         prompts = [(f"p{i}", f"prompt{i}") for i in range(1, len(examples) + 1)]
-        spec = replace(failing.run.spec, probes=tuple(Probe(*prompt) for prompt in prompts))
+        spec = replace(failing.run.spec, probes=tuple(Probe(*p, messages) for p in prompts))
         run = replace(failing.run, spec=spec)
         probes = [
             replace(each.summary.probes[0], probe_id=name, arm="stock")
@@ -69,6 +70,12 @@ def test_every_prompt_that_fails_has_a_command_of_its_own(failing, passing) -> N
         assert after.startswith(f"  ndcheck run --prompt prompt{i} ")
     assert "p2 fails" not in shown
     assert "alone:" not in screen_of(failing)
+    # An option would hold the last message alone, which is another prompt.
+    turns = (Message("system", "be brief"), Message("user", "prompt"))
+    talk = screen_of(failing, passing, failing, messages=turns)
+    assert "p1 fails\n" in talk
+    assert "p3 fails\n" in talk
+    assert "alone:" not in talk
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -153,19 +153,20 @@ def _narrower(spec: RunSpec, findings: Findings) -> RunSpec | None:
             batch_size, worst = min(failed, key=lambda pair: pair[0])
             n_samples = _samples_until(findings, axis, batch_size, worst)
             return replace(
-                spec,
+                alone(spec, worst.probe_id),
                 n_samples=n_samples or spec.n_samples,
                 target_rate=None if n_samples else spec.target_rate,
                 axes=(axis,),
                 batch_sizes=(batch_size,),
                 arms=(worst.arm,),
-                probes=tuple(
-                    replace(probe, probe_id="p1")
-                    for probe in spec.probes
-                    if probe.probe_id == worst.probe_id
-                ),
             )
     return None
+
+
+def alone(spec: RunSpec, probe_id: str) -> RunSpec:
+    """``spec`` with one of its probes, by the id that it gets from an option."""
+    chosen = (probe for probe in spec.probes if probe.probe_id == probe_id)
+    return replace(spec, probes=tuple(replace(probe, probe_id="p1") for probe in chosen))
 
 
 def _samples_until(
