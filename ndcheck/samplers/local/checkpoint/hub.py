@@ -6,6 +6,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
+from functools import cache
 from pathlib import Path
 
 from ndcheck.errors import UsageError
@@ -22,7 +23,7 @@ def check_hub(model: str) -> None:
     """
     if Path(model).is_absolute() or model.startswith(("~", ".")) or model.count("/") > 1:
         raise UsageError(f"--model {model}: there is no such file or directory")
-    if "HF_HUB_OFFLINE" not in os.environ and not _answers():
+    if "HF_HUB_OFFLINE" not in os.environ and not _answers(_url()):
         os.environ["HF_HUB_OFFLINE"] = "1"
         from huggingface_hub import try_to_load_from_cache
 
@@ -37,13 +38,14 @@ def _url() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
-def _answers() -> bool:
+@cache
+def _answers(url: str) -> bool:
     """Names may take longer to look up than any timeout of a connection."""
     answered = threading.Event()
 
     def ask() -> None:
         try:
-            request = urllib.request.Request(_url(), method="HEAD")
+            request = urllib.request.Request(url, method="HEAD")
             urllib.request.urlopen(request, timeout=WAIT_S).close()
         except urllib.error.HTTPError:
             pass
