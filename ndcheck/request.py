@@ -82,8 +82,9 @@ def make_spec(**given: Unpack[Options]) -> RunSpec:
     naming the option that is wrong.
     """
     known = Options.__annotations__
-    for name in [name for name in given if name not in known]:
-        raise UsageError(f"there is no option {name!r}{did_you_mean(name, list(known))}")
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is not None:
+        raise UsageError(f"there is no option {unknown!r}{did_you_mean(unknown, known)}")
     typed = {name: row.default for name, row in OPTIONS.items() if name in known} | dict(given)
     arrival = typed.pop("arrival", None)
     if arrival is not None:
