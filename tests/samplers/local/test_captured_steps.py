@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 
 from ndcheck.analysis.summarising import summarise
 from ndcheck.errors import UsageError
@@ -29,24 +28,12 @@ PROBE = Probe("p1", "Tell me about Richard Feynman")
 
 
 def sampler_spec(directory):
-    transformers.Qwen3Config(
-        vocab_size=50000,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=2048,
-        architectures=["Qwen3ForCausalLM"],
-        dtype="bfloat16",
-    ).save_pretrained(directory)
     return replace(DEFAULTS, model=str(directory), device="cuda", random_weights=0)
 
 
 @pytest.fixture(scope="module")
-def sampler(tmp_path_factory):
-    return TransformersSampler(sampler_spec(tmp_path_factory.mktemp("qwen3")))
+def sampler(qwen3_shape):
+    return TransformersSampler(sampler_spec(qwen3_shape))
 
 
 def run(sampler, arm, load, decoding):
@@ -94,9 +81,9 @@ def generate(sampler, load, n_tokens):
 # Compiling flex attention, torch and transformers call what torch is about to drop.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-def test_every_attention_gives_the_tokens_of_generate(tmp_path, monkeypatch, attention):
+def test_every_attention_gives_the_tokens_of_generate(qwen3_shape, monkeypatch, attention):
     """In fp32: twice a shape, since the second trial finds what the first one left."""
-    spec = replace(sampler_spec(tmp_path), attention=attention, dtype="fp32", arms=("stock",))
+    spec = replace(sampler_spec(qwen3_shape), attention=attention, dtype="fp32", arms=("stock",))
     try:
         sampler = TransformersSampler(spec)
     except UsageError as error:
@@ -123,9 +110,9 @@ UNCAPTURED = {
 
 
 @pytest.mark.parametrize("what", UNCAPTURED)
-def test_an_op_that_cannot_be_captured_runs_uncaptured(tmp_path, monkeypatch, caplog, what):
+def test_an_op_that_cannot_be_captured_runs_uncaptured(qwen3_shape, monkeypatch, caplog, what):
     """And leaves torch able to capture: the other arm, and other samplers, still do."""
-    sampler = TransformersSampler(replace(sampler_spec(tmp_path), arms=("stock", "invariant")))
+    sampler = TransformersSampler(replace(sampler_spec(qwen3_shape), arms=("stock", "invariant")))
     decoding = Decoding(12)
     expected = [run(sampler, "stock", load, decoding) for load in LOADS]
     sampler._captured.clear()
@@ -175,9 +162,9 @@ def test_the_invariant_arm_is_and_stock_is_not_invariant(sampler):
     assert all(s.witness.override_fires for s in samples if s.arm == "invariant")
 
 
-def test_arms_take_turns_on_graphs_captured_before(tmp_path):
+def test_arms_take_turns_on_graphs_captured_before(qwen3_shape):
     """The invariant arm joins weights; a stock graph that holds their old place reads waste."""
-    spec = replace(sampler_spec(tmp_path), arms=("stock", "invariant"))
+    spec = replace(sampler_spec(qwen3_shape), arms=("stock", "invariant"))
     fresh = TransformersSampler(spec)
     decoding = Decoding(40)
     first = [run(fresh, arm, Load(2, (0, 1)), decoding) for arm in ("stock", "invariant")]

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 
 from ndcheck.analysis.summarising import summarise
 from ndcheck.judging.verdict import judge
@@ -26,24 +25,6 @@ N_TOKENS = 24
 PROBE = Probe("p1", "Tell me about Richard Feynman")
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("qwen3")
-    transformers.Qwen3Config(
-        vocab_size=50000,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=2048,
-        architectures=["Qwen3ForCausalLM"],
-        dtype="bfloat16",
-    ).save_pretrained(path)
-    return path
-
-
 def make_spec(directory, **changes):
     return replace(
         DEFAULTS,
@@ -61,8 +42,8 @@ def make_spec(directory, **changes):
 
 
 @pytest.mark.parametrize("arrivals", ["closed", "poisson:1.0"])
-def test_the_invariant_arm_is_and_stock_is_not_invariant(directory, arrivals):
-    spec = make_spec(directory, arrivals=arrivals)
+def test_the_invariant_arm_is_and_stock_is_not_invariant(qwen3_shape, arrivals):
+    spec = make_spec(qwen3_shape, arrivals=arrivals)
     sampler = TransformersSampler(spec)
     samples = []
     for trial in plan_trials(spec, {"p1": sampler.count_tokens(PROBE.prompt)}, sampler.context):
@@ -83,8 +64,8 @@ def test_the_invariant_arm_is_and_stock_is_not_invariant(directory, arrivals):
 
 
 @pytest.mark.parametrize("batching", ["exact", "continuous"])
-def test_auto_loads_fit(directory, batching):
-    spec = replace(make_spec(directory), batching=batching, batch_sizes=())
+def test_auto_loads_fit(qwen3_shape, batching):
+    spec = replace(make_spec(qwen3_shape), batching=batching, batch_sizes=())
     sampler = TransformersSampler(spec)
     largest = fit_spec(spec, sampler).batch_sizes[-1]
     assert largest >= 64
