@@ -146,13 +146,11 @@ def _on_grid(cache: torch.Tensor, used: Used, splits: int, dtype: torch.dtype) -
     0 * NaN is not 0.
     """
     batch, heads, _, width = cache.shape
-    grid = cache.new_empty(batch, heads, splits * SPLIT, width, dtype=dtype)
+    grid = cache.new_zeros(batch, heads, splits * SPLIT, width, dtype=dtype)
     alike = all(row == used[0] for row in used)
     for i, (shift, first, stop) in enumerate(used[:1] if alike else used):
         rows = slice(None) if alike else slice(i, i + 1)
-        grid[rows, :, :first] = 0
         grid[rows, :, first:stop] = cache[rows, :, first + shift : stop + shift]
-        grid[rows, :, stop:] = 0
     return grid.flatten(0, 1)
 
 

@@ -331,8 +331,12 @@ class TransformersSampler:
 
     def _fused_layers(self, fuse: bool) -> AbstractContextManager[object]:
         # A fused layer is one process's, and its products have no parts.
-        if not fuse or self._device.type != "cuda" or self._ranks or self._tp_groups:
+        if not fuse or self._ranks or self._tp_groups:
             return nullcontext()
+        if self._device.type != "cuda":
+            from ndcheck_kernels.models.direct_layers import direct_layers
+
+            return direct_layers(self._model)
         from ndcheck_kernels.models.decoder import fused_layers
 
         return fused_layers(self._model)
