@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from pathlib import Path
@@ -94,6 +95,13 @@ def test_a_hub_that_does_not_answer_is_one_line(ndcheck_here, monkeypatch):
 )
 def test_ranges_of_batch_sizes(text, sizes):
     assert parse_batch_sizes(text) == sizes
+
+
+@pytest.mark.parametrize("options", [("-p", "-"), ("--prompt", "-"), ("--prompts-file", "-")])
+def test_a_prompt_comes_from_standard_input(ndcheck_here, monkeypatch, options):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"SELECT 1;\n")))
+    plan = ("run", "--model", "scripted:clean", "--loads", "1,2", "-n", "12", "--dry-run")
+    assert "SELECT 1;" in ndcheck_here(*plan, *options).stdout
 
 
 def test_dtypes_have_the_names_that_torch_gives_them(ndcheck_here):
