@@ -336,7 +336,12 @@ def progress_line(
     if first_divergence is not None:
         parts.append(f"diverged at {unit} {first_divergence + 1}")
     if eta_s is not None:
-        minutes, seconds = divmod(round(eta_s), 60)
-        parts.append(f"{minutes}:{seconds:02d} left")
+        parts.append(f"{minutes(eta_s)} left")
     line = "  ".join(parts)
     return line if cell_len(line) <= width else set_cell_size(line, width)
+
+
+def minutes(elapsed_s: float) -> str:
+    """As a clock shows it: 1:05 is 65 s."""
+    whole, seconds = divmod(round(elapsed_s), 60)
+    return f"{whole}:{seconds:02d}"
