@@ -63,6 +63,8 @@ def test_the_mock_server_is_listed_with_its_faults(ndcheck_here):
         (("run", "http://127.0.0.1:1/v1"), "--endpoint http://127.0.0.1:1/v1"),
         (("order", "liner"), "did you mean linear?"),
         (("run", "--model", "./no-model"), "there is no such file or directory"),
+        (("run", "--dtype", "float8"), "--dtype float8: choose from auto, bf16, fp16, fp32"),
+        (("run", "--dtype", "fp61"), "did you mean fp16?"),
         (("run", "--loads", "8-1"), "'8-1' is an empty range"),
         (("run", "--loads", "1-8:x1"), "ranges such as 1-8 and 1-64:x2"),
         (("run", "--loads", "1-60000"), "more than 1000 batch sizes"),

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ndcheck.errors import UsageError
+from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.ranks import check_request
 from ndcheck.records import RunSpec
 from ndcheck.samplers.backend import Backend
-from ndcheck.samplers.options import DEFAULTS, ENGINE, OF_SOME, TP, TRANSFORMERS, Option
+from ndcheck.samplers.options import DEFAULTS, DTYPES, ENGINE, OF_SOME, TP, TRANSFORMERS, Option
 
 if TYPE_CHECKING:
     from ndcheck.samplers.local.sampler import TransformersSampler
@@ -39,6 +39,12 @@ class LocalBackend(Backend):
         parse_arrivals(spec.arrivals, "step")
         if spec.batching == "exact" and spec.arrivals != DEFAULTS.arrivals:
             raise UsageError(f"--arrivals {spec.arrivals} {NEEDS_CONTINUOUS}")
+        accepted = ("auto", *DTYPES)
+        if spec.dtype not in accepted:
+            raise UsageError(
+                f"--dtype {spec.dtype}: choose from {', '.join(accepted)}"
+                f"{did_you_mean(spec.dtype, accepted)}"
+            )
         check_request(spec)
 
     def open(

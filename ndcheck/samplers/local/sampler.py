@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ndcheck.errors import BackendError, TrialError, UsageError
+from ndcheck.errors import BackendError, TrialError
 from ndcheck.plan.arrivals import parse_arrivals
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.plan.queue import Request, queue_requests
@@ -29,7 +29,6 @@ from ndcheck.samplers.local.device import choose_device, own_device
 from ndcheck.samplers.local.faithful import PATHS, Examination, Path, examine, find_refusals
 from ndcheck.samplers.local.following import Ranks
 from ndcheck.samplers.local.loading import (
-    DTYPES,
     digest_weights,
     first_line,
     load_config,
@@ -68,8 +67,6 @@ class TransformersSampler:
         if load_weights and spec.tensor_parallel > 1:
             self._device = own_device(self._device)
             self._ranks = Ranks(self._device)
-        if spec.dtype != "auto" and spec.dtype not in DTYPES:
-            raise UsageError(f"--dtype {spec.dtype}: choose from auto, {', '.join(DTYPES)}")
         config = load_config(source.model, spec)
         self._text_config = config.get_text_config(decoder=True)
         self._prompts = load_prompts(source.tokenizer, spec, self._text_config)
