@@ -245,9 +245,11 @@ BASES: dict[str, tuple[str, ...]] = {
     "runs": (".",),
     "trace": ("--model", "scripted:clean"),
     "shrink": ("--run", "run"),
-    "order": ("mm", "--rows", "1,2", "--terms", "4", "--columns", "2"),
+    "order": ("mm", "--rows", "1,2", "--terms", "4", "--columns", "2", "--kernels", "invariant"),
 }
 """Commands that end at once, and without a finding: 1 would be a false accusation."""
+JUDGED_OTHERWISE = {"--inconclusive", "--fail-on", "stock"}
+"""With one of these a 1 may be right: torch's own order follows the rows at some sizes."""
 
 
 def fuzz_options(count: int, seed: int, findings: Findings) -> None:
@@ -299,7 +301,7 @@ def run_one_command_line(arguments: list[str], number: int, seed: int, findings:
         findings.fail(f"uncaught: {kind}", f"{case}\n{words}")
     elif code not in CODES:
         findings.fail(f"wrong exit code: {code}", case)
-    elif code == 1 and "--inconclusive" not in arguments and "--fail-on" not in arguments:
+    elif code == 1 and JUDGED_OTHERWISE.isdisjoint(arguments):
         findings.fail("wrong exit code: 1 without a finding", f"{case}\n{shown.getvalue()[:500]}")
     elif code in (2, 4) and not words:
         findings.fail("wrong exit code: without a line", case)
