@@ -28,15 +28,14 @@ def check_hub(model: str) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(model)
+        cached = try_to_load_from_cache(model, CONFIG)
     except HFValidationError as error:
         raise UsageError(
             f"--model {model}: there is no such file or directory, and it is no hub id {ACCEPTED}"
         ) from error
-    if is_silent and not isinstance(try_to_load_from_cache(model, CONFIG), str):
+    if is_silent and not isinstance(cached, str):
         raise UsageError(
             f"--model {model}: there is no such directory, the hub's cache has no such model, "
             f"and {_url()} cannot be reached {ACCEPTED}"
