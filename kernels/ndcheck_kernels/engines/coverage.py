@@ -27,8 +27,8 @@ MODELS = (
 """Model classes whose forward passes compute by the layers below only."""
 
 LINEAR = (
-    "ColumnParallelLinear",
     "GateLinear",
+    "ColumnParallelLinear",
     "MergedColumnParallelLinear",
     "QKVParallelLinear",
     "ReplicatedLinear",

@@ -199,10 +199,10 @@ class Vllm:
         return model
 
     def worker(self, model):
-        return self.Worker(model, config())
+        return self.Worker(model, make())
 
 
-def config(**compilation):
+def make(**compilation):
     found = {
         "mode": SimpleNamespace(name="VLLM_COMPILE"),
         "backend": "inductor",
@@ -216,6 +216,12 @@ def config(**compilation):
         kernel_config=SimpleNamespace(ir_op_priority=SimpleNamespace(rms_norm=["native"])),
         parallel_config=SimpleNamespace(rank=0),
     )
+
+
+@pytest.fixture
+def make_config():
+    """``make_config(**compilation)``: vLLM's configuration, as far as the plug-in reads it."""
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,7 @@ def functions(vllm):
     return found
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", [RELEASES[0], RELEASES[-1]])
 def test_a_model_is_computed_by_our_ops_alone(begin, release):
     vllm = begin(release=release)
     model = vllm.model()
