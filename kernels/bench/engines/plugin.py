@@ -104,6 +104,7 @@ class Engine:
                     "NDCHECK_VLLM": plugin,
                     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                     "VLLM_NO_USAGE_STATS": "1",
+                    "TORCHINDUCTOR_COMPILE_THREADS": "3",
                 },
             )
 

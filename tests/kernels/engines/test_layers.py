@@ -8,7 +8,6 @@ import torch
 from ndcheck_kernels.cuda.products import matmul
 from ndcheck_kernels.engines import layers, warm_up
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
