@@ -32,7 +32,7 @@ from bench.engines.in_process import environment
 ROOT = Path(__file__).parents[3]
 MODES = {"stock": ("0", "0"), "vllm": ("1", "0"), "ndcheck": ("1", "1")}
 """VLLM_BATCH_INVARIANT and NDCHECK_VLLM."""
-START_S, MEASURE_S = 200, 120
+START_S, MEASURE_S = 240, 120
 SMOLLM2 = "smollm2"
 
 
