@@ -277,8 +277,7 @@ def time_line(
             kind = "at least" if found.is_least else "about"
             return (
                 f"time: {kind} {minutes(load_s + found.elapsed_s)}, by {found.measured_s:.0f} s of "
-                "short trials; half as long again where loads diverge, which run once more, or "
-                "others use the machine"
+                "short trials\n      (half as long again if loads diverge or others use the machine)"
             )
     reason = f" ({untimed})" if untimed else ""
     return f"time: unknown before it runs{reason}; its progress line says how much is left"
