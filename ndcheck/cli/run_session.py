@@ -275,9 +275,10 @@ def time_line(
             untimed = str(error)
         else:
             kind = "at least" if found.is_least else "about"
+            length = minutes(load_s + found.elapsed_s)
             return (
-                f"time: {kind} {minutes(load_s + found.elapsed_s)}, by {found.measured_s:.0f} s of "
-                "short trials\n      (half as long again if loads diverge or others use the machine)"
+                f"time: {kind} {length}, by {found.measured_s:.0f} s of short trials\n"
+                "      (half as long again if loads diverge or others use the machine)"
             )
     reason = f" ({untimed})" if untimed else ""
     return f"time: unknown before it runs{reason}; its progress line says how much is left"
