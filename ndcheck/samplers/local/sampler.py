@@ -296,8 +296,8 @@ class TransformersSampler:
     def arm(self, arm: Arm, *, fuse: bool = True) -> Iterator[Callable[[], int | None]]:
         """Compute with the arm's kernels; yields how many ops its overrides have computed.
 
-        ``fuse`` False keeps the ops of fused decoder layers apart, to be seen one by one or to read
-        another cache than a static one.
+        ``fuse`` False keeps the ops of decoder layers apart, to be seen one by one or to read another
+        cache than a static one.
         Raises BackendError for an op the invariant arm does not cover, or if nothing fired.
         """
         if arm == "stock":
@@ -330,13 +330,15 @@ class TransformersSampler:
         # A fused layer is one process's, and its products have no parts.
         if not fuse or self._ranks or self._tp_groups:
             return nullcontext()
-        if self._device.type != "cuda":
+        if self._device.type == "cuda":
+            from ndcheck_kernels.models.decoder import fused_layers
+
+            return fused_layers(self._model)
+        if self._device.type == "cpu":
             from ndcheck_kernels.models.direct_layers import direct_layers
 
             return direct_layers(self._model)
-        from ndcheck_kernels.models.decoder import fused_layers
-
-        return fused_layers(self._model)
+        return nullcontext()
 
     def _decode(
         self, trial: Trial, rows: list[list[int]], slots: tuple[int, ...], decoding: Decoding
