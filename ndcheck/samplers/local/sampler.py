@@ -296,8 +296,8 @@ class TransformersSampler:
     def arm(self, arm: Arm, *, fuse: bool = True) -> Iterator[Callable[[], int | None]]:
         """Compute with the arm's kernels; yields how many ops its overrides have computed.
 
-        ``fuse`` False keeps the ops of decoder layers apart, to be seen one by one or to read another
-        cache than a static one.
+        ``fuse`` False keeps the ops of decoder layers apart, to be seen one by one or to read
+        another cache than a static one.
         Raises BackendError for an op the invariant arm does not cover, or if nothing fired.
         """
         if arm == "stock":
