@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -23,7 +24,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+
+import ndcheck
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
@@ -126,7 +130,7 @@ def run(typed: str, directory: Path, variables: Mapping[str, str]) -> tuple[int,
         text=True,
         check=False,
     )
-    progress = ("loading ", "timing ", "opening ")
+    progress = ("loading ", "timing ", "opening ", "probing ")
     said = [
         line
         for line in (done.stdout + done.stderr).splitlines()
@@ -172,6 +176,7 @@ def main() -> int:
         options.out.open("w", encoding="utf-8") as table,
     ):
         write_gate_config(readme, directory)
+        shutil.copy(ROOT / "README.md", directory)
         first = directory / "first"
         if options.first is None:
             run("ndcheck run --out first", directory, {})
@@ -197,6 +202,10 @@ def main() -> int:
             line, says = (text.replace("|", r"\|") for text in (command.line, row[1][:100]))
             table.write(f"| {command.source} | `{line}` | {code_shown} | {row[2]:.0f} | {says} |\n")
             table.flush()
+        table.write(
+            f"\nndcheck {ndcheck.__version__}, torch {version('torch')}, Python "
+            f"{platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores\n"
+        )
     print(f"{failures} of {len(commands)} commands did not serve: {options.out}")
     return 1 if failures else 0
 

@@ -46,8 +46,9 @@ def direct_layers(model: Any) -> Iterator[int]:
     bits than transformers' own.
     """
     layers = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
-    if not all(map(_fits, layers)):
-        layers = []
+    kinds = {tuple(map(type, layer.modules())) for layer in layers}
+    if len(kinds) > 1 or not all(map(_fits, layers)):
+        layers = []  # One layer stands for all when bits are compared.
     if layers and model not in _is_proven:
         _is_proven[model] = _has_own_bits(model, layers[0])
         if not _is_proven[model]:

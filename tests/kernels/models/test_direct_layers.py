@@ -96,16 +96,21 @@ def test_layers_that_compute_other_bits_are_left_alone(fault, make_model, monkey
         assert n_layers == 0
 
 
-def test_hooks_and_other_linear_layers_keep_a_layer_as_it_is(make_model):
+def test_hooks_and_other_modules_keep_the_layers_as_they_are(make_model):
     model = make_model("Qwen3")
     own = model.model.layers[1].self_attn
     hook = own.q_proj.register_forward_hook(lambda *_: None)
     with invariant_model(model), direct_layers(model) as n_layers:
         assert n_layers == 0
     hook.remove()
-    own.q_proj.__class__ = type("Adapted", (torch.nn.Linear,), {})
+    for part in (own.q_proj, own.q_norm):
+        usual = type(part)
+        part.__class__ = type("Other", (usual,), {})
+        with invariant_model(model), direct_layers(model) as n_layers:
+            assert n_layers == 0
+        part.__class__ = usual
     with invariant_model(model), direct_layers(model) as n_layers:
-        assert n_layers == 0
+        assert n_layers == 2
 
 
 def test_what_is_not_covered_is_refused_by_the_name_of_its_module(make_model):
