@@ -31,7 +31,7 @@ import ndcheck
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
-SMALL = {"NDCHECK_SAMPLES": "40", "NDCHECK_MAX_TOKENS": "32"}
+SMALL = {"NDCHECK_SAMPLES": "24", "NDCHECK_MAX_TOKENS": "16"}
 ELSEWHERE = ("Qwen/", "--engine vllm", "torchrun", "kernels bench")
 """What takes a download, another machine, or minutes of timing: refused, or not run."""
 SHOWS = frozenset({0, 1, 3})
