@@ -20,6 +20,7 @@ from ndcheck.cli.commands.order import order
 from ndcheck.cli.commands.report import report
 from ndcheck.cli.commands.run import run
 from ndcheck.cli.commands.runs import runs
+from ndcheck.cli.commands.score import score
 from ndcheck.cli.commands.shrink import shrink
 from ndcheck.cli.commands.trace import trace
 from ndcheck.cli.console import FAILED, run_guarded
@@ -59,7 +60,7 @@ def root(
 
 COMMANDS = {
     command.__name__: command
-    for command in (run, report, trace, shrink, order, demo, gate, compare, runs, doctor)
+    for command in (run, report, score, trace, shrink, order, demo, gate, compare, runs, doctor)
 }
 for command in COMMANDS.values():
     # What is left over is met with a hint.

@@ -174,6 +174,10 @@ class EngineSampler:
             for nth, row in enumerate(answer["answers"])
         ]
 
+    def score(self, arm: Arm, token_ids: list[int], n_prompt_tokens: int) -> dict[str, Any]:
+        """``logprobs`` and ``ranks`` of the tokens after the prompt, from one prompt of all."""
+        return self._worker(arm).ask({"ids": token_ids, "n_prompt": n_prompt_tokens})
+
     def _make_sample(
         self, trial: Trial, nth: int, row: dict[str, Any], witness: Witness, elapsed_s: float
     ) -> Sample:
