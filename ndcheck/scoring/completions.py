@@ -106,7 +106,8 @@ def _prompt_ids(path: Path, run: Run) -> dict[str, TokenIds]:
                 "backend that does not give them), and text is not turned into tokens again"
             )
         try:
-            found[probe.probe_id] = decode(_Ids, {"ids": [int(i) for i in text.split()]}).ids
+            ids = [int(each) if each.isdecimal() else each for each in text.split()]
+            found[probe.probe_id] = decode(_Ids, {"ids": ids}).ids
         except ValueError as error:
             raise UsageError(f"{path}: token ids of prompt {probe.probe_id}: {error}") from error
     return found
