@@ -117,7 +117,11 @@ def test_an_id_outside_the_vocabulary_is_one_line(ndcheck_here, tiny_models, tmp
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("1 x", "'x' is not accepted; give a whole number"), ("-4", "-4"), ("", "holds no token ids")],
+    [
+        ("1 x", "'x' is not accepted; give a whole number"),
+        ("-4", "-4"),
+        ("", "holds no token ids"),
+    ],
 )
 def test_prompt_ids_of_a_run_are_untrusted(ndcheck_here, run, tmp_path, text, words):
     (tmp_path / "r").mkdir()
