@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,7 +15,7 @@ from ndcheck.analysis.statistics import fisher_exact, k1_kl, k3_kl
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.judging.verdict import Verdict, count
 from ndcheck.plan.conversations import as_text
-from ndcheck.records import Arm, Run, Sample
+from ndcheck.records import Arm, Endpoint, Run, Sample
 
 Group = Literal["environment", "model", "kernels", "load"]
 DriftKind = Literal["none", "latent", "tokens"]
@@ -164,8 +164,11 @@ def _find_changes(a: Run, b: Run) -> Iterator[Change]:
             continue
         group = "kernels" if field.name in KERNEL_FIELDS else "load"
         group = "model" if field.name in MODEL_FIELDS else group
-        values = (getattr(run.spec, field.name) for run in (a, b))
-        found.append((group, f"spec.{field.name}", *values))
+        x, y = (getattr(run.spec, field.name) for run in (a, b))
+        if isinstance(x, Endpoint) and isinstance(y, Endpoint):
+            # Where it is, the model's facts say; the load is all else.
+            x, y = replace(x, url=""), replace(y, url="")
+        found.append((group, f"spec.{field.name}", x, y))
     groups = get_args(Group)
     for group, name, x, y in sorted(found, key=lambda change: groups.index(change[0])):
         if x != y:

@@ -15,7 +15,7 @@ from ndcheck.environment import MUST_MATCH
 from ndcheck.judging.comparison import Change, Comparison, Drift, FailOn
 from ndcheck.judging.verdict import Verdict
 from ndcheck.reports.document import published
-from ndcheck.reports.terminal import STYLES, print_without_padding
+from ndcheck.reports.terminal import print_verdict, print_without_padding
 from ndcheck.reports.untrusted import quoted, visible
 from ndcheck.reports.wording import phrases
 
@@ -33,9 +33,7 @@ def print_comparison(
 ) -> None:
     """``names`` are A's and B's, as the user gave them."""
     for verdict in verdicts.values():
-        for reason in verdict.reasons:
-            label = Text(verdict.label, style=STYLES[verdict.outcome])
-            console.print(Text.assemble(label, "  ", visible(reason)))
+        print_verdict(console, verdict)
     if verdicts:
         console.print()
     for letter, name in zip("AB", names, strict=True):

@@ -18,7 +18,7 @@ from rich.text import Text
 from ndcheck.errors import UsageError
 from ndcheck.judging.verdict import Verdict, worst
 from ndcheck.reports.plots import COLOURS, DPI, SETTINGS
-from ndcheck.reports.terminal import STYLES, print_without_padding
+from ndcheck.reports.terminal import print_verdict, print_without_padding
 from ndcheck.reports.untrusted import visible
 from ndcheck.scoring.comparing import CLIP, PERCENTILES, Comparison
 from ndcheck.scoring.completions import Recording
@@ -43,10 +43,7 @@ Judged = Sequence[tuple[Comparison, Verdict]]
 def print_score(console: Console, recording: Recording, scored: Scored, judged: Judged) -> None:
     """Verdicts first, then what was compared, the figures of each arm, and those by position."""
     for comparison, verdict in judged:
-        arm = f"{_name(comparison)}  " if comparison.arm else ""
-        for reason in verdict.reasons:
-            label = Text(verdict.label, style=STYLES[verdict.outcome])
-            console.print(Text.assemble(label, f"  {arm}{visible(reason)}"), soft_wrap=True)
+        print_verdict(console, verdict, comparison.arm or "")
     console.print()
     for name, words in (
         ("recorded", recording.source),
