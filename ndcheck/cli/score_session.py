@@ -91,14 +91,16 @@ def open_scorer(
 
             return EndpointScorer(spec, spec.endpoint, values)
         if spec.engine is not None:
+            from ndcheck.samplers.vllm.sampler import EngineSampler
             from ndcheck.scoring.engine import EngineScorer
 
-            return EngineScorer(spec)
+            return EngineScorer(EngineSampler(spec, spec.engine), spec.arms[0])
         if spec.model.startswith("scripted:"):
             raise UsageError(f"--model {spec.model}: scripted streams come of no model: give one")
+        from ndcheck.samplers.local.sampler import TransformersSampler
         from ndcheck.scoring.local import LocalScorer
 
-        return LocalScorer(spec)
+        return LocalScorer(TransformersSampler(spec), spec.arms[0])
 
 
 def _of_run(

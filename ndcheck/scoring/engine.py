@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from ndcheck.records import Engine, RunSpec
+from ndcheck.records import Arm
 from ndcheck.samplers.vllm.sampler import EngineSampler
 from ndcheck.scoring.completions import TokenIds
 from ndcheck.scoring.scorers import Score, checked
 
 
 class EngineScorer:
-    """The engine of ``spec``, in the mode of its first arm, in a process of its own."""
+    """The engine of a sampler, which is closed with it, in the mode of one of its arms."""
 
-    def __init__(self, spec: RunSpec) -> None:
-        self._arm = spec.arms[0]
-        self._sampler = EngineSampler(spec, spec.engine or Engine())
-        found = self._sampler.describe()
-        self.title = f"{spec.model} in {found['engine']}, {found['dtype']}, {self._arm} mode"
+    def __init__(self, sampler: EngineSampler, arm: Arm) -> None:
+        self._sampler = sampler
+        self._arm = arm
+        found = sampler.describe()
+        self.title = f"{found['name']} in {found['engine']}, {found['dtype']}, {arm} mode"
 
     def score(self, prompt_ids: TokenIds, token_ids: TokenIds) -> Score:
         answer = self._sampler.score(self._arm, [*prompt_ids, *token_ids], len(prompt_ids))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ndcheck.errors import BackendError
-from ndcheck.records import RunSpec
+from ndcheck.records import Arm
 from ndcheck.samplers.local.batch import ExactBatch, cache_argument
 from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.sampler import TransformersSampler
@@ -17,19 +17,21 @@ from ndcheck.scoring.scorers import Score, checked
 
 
 class LocalScorer:
-    """The model of ``spec``, with the kernels of its first arm."""
+    """The model of a sampler, which is closed with it, with the kernels of one of its arms."""
 
-    def __init__(self, spec: RunSpec) -> None:
-        self._arm = spec.arms[0]
-        self._sampler = TransformersSampler(spec)
-        self._device = next(self._sampler.model.parameters()).device
-        dtype = self._sampler.describe()["dtype"]
-        self.title = f"{spec.model} in process, {dtype}, {self._arm} kernels"
+    def __init__(self, sampler: TransformersSampler, arm: Arm) -> None:
+        self._sampler = sampler
+        self._arm = arm
+        self._device = next(sampler.model.parameters()).device
+        found = sampler.describe()
+        self._n_ids = int(found["vocabulary"])
+        self.title = f"{found['name']} in process, {found['dtype']}, {arm} kernels"
 
     def score(self, prompt_ids: TokenIds, token_ids: TokenIds) -> Score:
-        n_ids = self._sampler.describe()["vocabulary"]
-        if max(*prompt_ids, *token_ids) >= n_ids:
-            raise BackendError(f"{self.title}: a token id is outside its vocabulary of {n_ids}")
+        if max(*prompt_ids, *token_ids) >= self._n_ids:
+            raise BackendError(
+                f"{self.title}: a token id is outside its vocabulary of {self._n_ids}"
+            )
         try:
             with self._sampler.arm(self._arm), torch.inference_mode():
                 logits = teacher_forced(self._sampler.model, self._device, prompt_ids, token_ids)

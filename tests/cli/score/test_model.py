@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from ndcheck.request import DEFAULTS
+from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.scoring.local import LocalScorer, read_tokens
 
 PROMPT = (5, 9, 14, 20)
@@ -35,7 +36,7 @@ def test_scores_are_the_log_softmax_of_what_generate_computed(tiny_models, famil
     expected = torch.log_softmax(logits, -1)[range(24), token_ids]
     for arm in ("stock", "invariant"):
         spec = replace(DEFAULTS, model=str(tiny_models[family]), dtype="fp32", arms=(arm,))
-        score = LocalScorer(spec).score(PROMPT, token_ids)
+        score = LocalScorer(TransformersSampler(spec), arm).score(PROMPT, token_ids)
         np.testing.assert_allclose(score.logprobs, expected.numpy(), atol=2e-4)
         best = torch.argsort(logits, -1, descending=True)
         ranks = [best[i].tolist().index(token) + 1 for i, token in enumerate(token_ids)]

@@ -8,6 +8,7 @@ import pytest
 
 from ndcheck.errors import TrialError
 from ndcheck.records import Load, Trial
+from ndcheck.samplers.vllm.sampler import EngineSampler
 from ndcheck.scoring.engine import EngineScorer
 
 
@@ -29,7 +30,7 @@ def scorer(spec):
     opened = []
 
     def open_one(arm="stock"):
-        opened.append(EngineScorer(replace(spec, arms=(arm,))))
+        opened.append(EngineScorer(EngineSampler(replace(spec, arms=(arm,)), spec.engine), arm))
         return opened[-1]
 
     yield open_one
