@@ -150,7 +150,7 @@ def begin(
 def _prompt_token_ids(spec: RunSpec, sampler: Sampler) -> tuple[str, ...]:
     """As `Run` holds them, so that `ndcheck score` needs no tokenizer."""
     found = [sampler.encode(probe.content) or () for probe in spec.probes]
-    if sum(map(len, found)) > MOST_PROMPT_TOKENS:
+    if not 0 < sum(map(len, found)) <= MOST_PROMPT_TOKENS:
         return ()
     return tuple(" ".join(map(str, ids)) for ids in found)
 

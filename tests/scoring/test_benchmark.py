@@ -45,4 +45,4 @@ def no_figure(monkeypatch):
     def refuse(*arguments):
         raise ImportError
 
-    monkeypatch.setattr(scored, "figure", refuse)
+    monkeypatch.setattr(scored.figure, "draw", refuse)

@@ -32,7 +32,7 @@ from bench.models.decode import SHAPES
 from bench.table import Table
 from ndcheck import environment
 from ndcheck.records import ARMS, Decoding, Engine, Load, Probe, RunSpec, Trial
-from ndcheck.reports.score import figure
+from ndcheck.reports.scoring import figure
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.scoring.comparing import PERCENTILES, Comparison, compare
@@ -183,7 +183,7 @@ def measure(out: Path, *, is_tiny: bool, with_vllm: bool) -> int:
     about = {**here, "elapsed_s": round(time.perf_counter() - started, 1)}
     (out / "environment.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     try:
-        (out / "difference.png").write_bytes(figure(by_fp32, ".png"))
+        (out / "difference.png").write_bytes(figure.draw(by_fp32, ".png"))
     except ImportError:
         print("no figure: matplotlib is not installed")
     print(f"{about['elapsed_s']} s; {'; '.join(wrong) or 'all controls were caught'}")

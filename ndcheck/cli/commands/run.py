@@ -134,7 +134,7 @@ def run(
     if dry_run:
         raise typer.Exit(run_session.print_plan(spec, headers, verbose=verbose))
     if against is not None:
-        from ndcheck.cli import against_session
+        from ndcheck.cli.comparing import against_session
 
         code = against_session.start(spec, against, headers, out, as_json=json, quiet=quiet)
         raise typer.Exit(code)

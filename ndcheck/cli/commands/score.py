@@ -92,7 +92,7 @@ def score(
     Without --model, --endpoint or --file: the run's own model, in this process. Without a limit no
     bit may differ. Exits with 1 where one does, with 3 where the evidence is too thin.
     """
-    from ndcheck.cli import score_session
+    from ndcheck.cli.comparing import score_session
     from ndcheck.cli.latest import latest
     from ndcheck.scoring.judging import Limits
 

@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ndcheck.errors import UsageError
 from ndcheck.judging.verdict import Verdict, worst
-from ndcheck.reports.plots import COLOURS, DPI, SETTINGS
 from ndcheck.reports.terminal import print_verdict, print_without_padding
 from ndcheck.reports.untrusted import visible
 from ndcheck.scoring.comparing import CLIP, PERCENTILES, Comparison
@@ -35,7 +32,6 @@ COLUMNS = (
     *("arm", "completion", "index", "token_id", "recorded_logprob", "scored_logprob"),
     *("difference", "differs", "importance_ratio", "recorded_rank", "scored_rank"),
 )
-FIGURE_SUFFIXES = (".png", ".svg")
 
 Judged = Sequence[tuple[Comparison, Verdict]]
 
@@ -203,47 +199,3 @@ def _csv(cells: Sequence[object]) -> str:
     line = io.StringIO()
     csv.writer(line).writerow(cells)
     return line.getvalue()
-
-
-def check_figure(path: Path) -> None:
-    """Raise UsageError where no figure can be written there."""
-    from importlib.util import find_spec
-
-    if path.suffix not in FIGURE_SUFFIXES:
-        raise UsageError(
-            f"--plot {path}: give a name that ends with {' or '.join(FIGURE_SUFFIXES)}"
-        )
-    if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib: pip install 'ndcheck[plots]'")
-
-
-def figure(comparisons: Sequence[Comparison], suffix: str) -> bytes:
-    """Absolute difference by position, mean and largest over completions, as a PNG or SVG file."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    content = io.BytesIO()
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(SETTINGS)
-        drawn = Figure(figsize=(7, 3.4), layout="constrained")
-        axes = drawn.subplots()
-        for found in comparisons:
-            at, colour = found.by_position, COLOURS[found.arm or "invariant"]
-            tokens = np.arange(1, len(at.n) + 1)
-            for values, style, name in (
-                (at.max_difference, ":", "largest"),
-                (at.mean_difference, "-", "mean"),
-            ):
-                label = f"{found.arm}, {name}" if found.arm else name
-                axes.plot(tokens, values, style, color=colour, linewidth=1, label=label)
-        # Differences of rounding and planted faults are orders of magnitude apart; 0 has to show.
-        axes.set_yscale("symlog", linthresh=1e-7)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("token")
-        axes.set_ylabel("|scored - recorded|, nats")
-        axes.set_title("Log-probabilities: difference by position")
-        axes.legend()
-        metadata = {"Date": None} if suffix == ".svg" else {"Software": None}
-        drawn.savefig(content, format=suffix[1:], dpi=DPI, metadata=metadata)
-    return content.getvalue()

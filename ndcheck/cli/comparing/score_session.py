@@ -37,7 +37,7 @@ class Outputs:
 
     def __post_init__(self) -> None:
         if self.plot is not None:
-            from ndcheck.reports.score import check_figure
+            from ndcheck.reports.scoring.figure import check_figure
 
             check_figure(self.plot)
 
@@ -129,7 +129,8 @@ def score(recording: Recording, scorer: Scorer, limits: Limits, outputs: Outputs
 
     from rich.console import Console
 
-    from ndcheck.reports import score as report
+    from ndcheck.reports.scoring import figure
+    from ndcheck.reports.scoring import score as report
 
     if outputs.csv is not None:
         try:
@@ -138,7 +139,7 @@ def score(recording: Recording, scorer: Scorer, limits: Limits, outputs: Outputs
         except OSError as error:
             raise write_failure(outputs.csv, error) from error
     if outputs.plot is not None:
-        content = report.figure(comparisons, outputs.plot.suffix)
+        content = figure.draw(comparisons, outputs.plot.suffix)
         try:
             with replacing_bytes(outputs.plot) as file:
                 file.write(content)
