@@ -63,6 +63,18 @@ def test_vllm_completions_with_ids_and_logprobs():
     answer.check(2, "token ids", counts_tokens=True)
 
 
+def test_vllm_gives_the_prompt_s_ids_once_in_a_choice_or_beside_a_chat_s():
+    rest = choice(text="b", token_ids=[8], finish_reason="stop")
+    first = choice(text="a", token_ids=[7], prompt_token_ids=[1, 2])
+    beside = choice(text="a", token_ids=[7]) | {"prompt_token_ids": [1, 2]}
+    for event in (first, beside):
+        answer = read(Completions(), event, rest)
+        assert (answer.prompt_token_ids, answer.token_ids) == ([1, 2], [7, 8])
+    assert read(Completions(), rest).prompt_token_ids == []
+    with pytest.raises(RequestFailure, match="is no token id"):
+        read(Completions(), choice(text="a", prompt_token_ids=["1"]))
+
+
 def test_llama_cpp_gives_ids_with_its_logprobs():
     entry = {"id": 4, "token": "x", "logprob": -1.0, "top_logprobs": [{"logprob": -1.0}]}
     event = choice(text="x", logprobs={"content": [entry]}) | {"timings": {"cache_n": 3}}
