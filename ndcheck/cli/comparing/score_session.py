@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ndcheck.errors import UsageError, doing
 from ndcheck.judging.verdict import count, worst
 from ndcheck.records import ARMS
 from ndcheck.request import add_headers, make_spec, parse_headers
+from ndcheck.samplers.backends import OPTIONS
 from ndcheck.samplers.options import TRANSFORMERS, parse_names
 from ndcheck.scoring.comparing import compare
 from ndcheck.scoring.completions import Recording, read_recording
@@ -116,7 +118,16 @@ def _of_run(
         found["adapter"] = None if spec.adapter is None else Path(spec.adapter)
     if engine == TRANSFORMERS and not is_served:
         found["attn"] = spec.attention
-    return {name: value for name, value in found.items() if name not in given and value is not None}
+    found = {k: value for k, value in found.items() if k not in given and value is not None}
+    for name, value in found.items():
+        needs_trust = OPTIONS[name].needs_trust
+        if needs_trust is not None and needs_trust(value):
+            flag = OPTIONS[name].flag
+            raise UsageError(
+                f"{recording.source}: what runs code comes from the command line alone: if you "
+                f"trust this run, add {flag} {shlex.quote(str(value))}"
+            )
+    return found
 
 
 def score(recording: Recording, scorer: Scorer, limits: Limits, outputs: Outputs) -> int:

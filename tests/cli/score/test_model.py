@@ -133,3 +133,31 @@ def test_prompt_ids_of_a_run_are_untrusted(ndcheck_here, run, tmp_path, text, wo
     done = ndcheck_here("score", "r", "-q")
     assert done.returncode == 2
     assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("attention", "someone/kernel", "if you trust this run, add --attn someone/kernel"),
+        ("trust_remote_code", True, None),
+    ],
+)
+def test_code_is_never_taken_from_a_run(
+    ndcheck_here, run, tmp_path, monkeypatch, field, value, words
+):
+    seen = []
+    monkeypatch.setattr(
+        "ndcheck.samplers.local.sampler.TransformersSampler",
+        lambda spec: seen.append(spec) or TransformersSampler(spec),
+    )
+    (tmp_path / "r").mkdir()
+    document = json.loads((run / "run.json").read_text())
+    document["spec"][field] = value
+    (tmp_path / "r" / "run.json").write_text(json.dumps(document))
+    (tmp_path / "r" / "samples.jsonl").write_bytes((run / "samples.jsonl").read_bytes())
+    done = ndcheck_here("score", "r", "--arms", "invariant", "--kernels", "invariant", "-q")
+    if words is None:
+        assert [spec.trust_remote_code for spec in seen] == [False]
+    else:
+        assert (done.returncode, seen) == (2, [])
+        assert words in done.stderr
