@@ -15,7 +15,9 @@ class EngineScorer:
         self._sampler = sampler
         self._arm = arm
         found = sampler.describe()
-        self.title = f"{found['name']} in {found['engine']}, {found['dtype']}, {arm} mode"
+        by = found["invariant_by"] if arm == "invariant" else None
+        mode = f"{arm} mode{f' by {by}' if by else ''}"
+        self.title = f"{found['name']} in {found['engine']}, {found['dtype']}, {mode}"
 
     def score(self, prompt_ids: TokenIds, token_ids: TokenIds) -> Score:
         answer = self._sampler.score(self._arm, [*prompt_ids, *token_ids], len(prompt_ids))

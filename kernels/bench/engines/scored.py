@@ -51,12 +51,13 @@ PROMPTS = (
 )
 PROBES = tuple(Probe(f"p{i}", prompt) for i, prompt in enumerate(PROMPTS, 1))
 ENGINE = Engine(
+    invariant_by="vllm",
     arguments=(
         "gpu_memory_utilization=0.28",
         "max_num_batched_tokens=2048",
         "max_model_len=1024",
         "enforce_eager=true",
-    )
+    ),
 )
 
 
