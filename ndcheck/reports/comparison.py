@@ -64,10 +64,11 @@ def print_comparison(
 
 def drift_sentence(drift: Drift) -> str:
     """What became of the completion of the probe alone in its batch."""
-    tokens = phrases.count(drift.n_shared_tokens, "token")
+    tokens = phrases.count(drift.n_shared_tokens, drift.unit)
     if drift.first_divergence is not None and drift.tokens is not None:
         texts = [quoted(text, PROMPT_WIDTH) if text else "the end" for text in drift.tokens]
-        return f"TOKENS differ from token {drift.first_divergence + 1}: {texts[0]}, now {texts[1]}"
+        at = drift.first_divergence + 1
+        return f"{drift.unit.upper()}S differ from {drift.unit} {at}: {texts[0]}, now {texts[1]}"
     if drift.kind == "latent":
         return f"BITS differ, {tokens} are equal"
     if drift.bits_recorded:

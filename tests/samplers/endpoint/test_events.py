@@ -82,6 +82,16 @@ def test_llama_cpp_gives_ids_with_its_logprobs():
     assert (answer.token_ids, answer.names, answer.n_cached_tokens) == ([4], ["x"], 3)
 
 
+def test_a_drafted_token_of_llama_cpp_s_has_an_id_and_no_logprob():
+    known = {"id": 4, "token": "x", "logprob": -1.0, "top_logprobs": [{"logprob": -1.0}]}
+    drafted = {"id": 5, "token": "y", "logprob": 0.0, "top_logprobs": []}
+    certain = {"id": 6, "token": "z", "logprob": 0.0, "top_logprobs": [{"logprob": 0.0}]}
+    answer = read(Completions(), choice(text="xy", logprobs={"content": [known, drafted]}))
+    assert (answer.token_ids, answer.logprobs) == ([4, 5], ())
+    answer = read(Completions(), choice(text="xz", logprobs={"content": [known, certain]}))
+    assert (answer.token_ids, answer.logprobs) == ([4, 6], (-1.0, 0.0))
+
+
 def test_chat_counts_reasoning_as_part_of_the_completion():
     answer = read(
         Chat(),

@@ -123,7 +123,10 @@ def _read_chat_logprobs(entries: list[Any], frame: Frame) -> None:
     ids = []
     for entry in map(as_dict, entries):
         top = [as_dict(t).get("logprob") for t in as_list(entry.get("top_logprobs"))]
-        frame.tokens.append(make_token(entry.get("token"), entry.get("logprob"), top))
+        logprob = entry.get("logprob")
+        if logprob == 0 and entry.get("top_logprobs") == []:
+            logprob = None  # llama.cpp knows none of a token that a draft model proposed.
+        frame.tokens.append(make_token(entry.get("token"), logprob, top))
         if "id" in entry:  # llama.cpp
             ids.append(entry["id"])
     if not frame.token_ids and len(ids) == len(entries):
