@@ -57,6 +57,6 @@ def _borrowed_products() -> str:
     """Which products of the invariant arm cuBLASLt may compute here."""
     import torch
 
-    from ndcheck_kernels.cuda.products.borrowed import summary
+    from ndcheck_kernels.cuda.products.proofs import summary
 
     return summary(torch.device("cuda", torch.cuda.current_device()))
