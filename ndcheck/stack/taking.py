@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 READ_OPS = ("mm", "linear", "bmm", "sum", "mean", "attention")
 READ_TERMS, READ_COLUMNS, READ_ROWS = 64, 16, (1, 2, 16, 64)
-STEP_SECONDS = {"cuda": 20.0, "cpu": 5.0}
+STEP_SECONDS = {"cuda": 15.0, "cpu": 5.0}
 
 
 def take_manifest(

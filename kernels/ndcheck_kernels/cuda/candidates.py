@@ -10,7 +10,6 @@ from ndcheck_kernels.cuda import configs
 from ndcheck_kernels.cuda.configs import MatmulConfig
 
 MOST_ROWS = 8192
-_ALL_ROWS = (1, MOST_ROWS)
 
 
 def _tile(*sizes: int, **options: int) -> MatmulConfig:
@@ -76,13 +75,14 @@ def variants(config: MatmulConfig, groups: int) -> Iterator[MatmulConfig]:
 def of_shape(n: int, k: int, groups: int) -> dict[MatmulConfig, tuple[int, int]]:
     """Every configuration to try for a 16-bit shape, with its first and last number of rows.
 
-    Those that the frozen tables of a proven chip could select, and those of any alignment, are
-    tried at all numbers of rows.
+    Those of the frozen tables keep their rows there, and the one that serves every M has them all.
     """
     found = {variant: (low, high) for low, high, c in CANDIDATES for variant in variants(c, groups)}
-    selectable = configs.selectable_configs(n, k, 2, max(configs.PROVEN))
-    frozen = [c for c in selectable if c.refusal(groups) is None]
-    return found | dict.fromkeys([*frozen, configs.ONE_FOR_ALL], _ALL_ROWS)
+    for config, (low, high) in configs.frozen_ranges(n, k).items():
+        if config.refusal(groups) is None:
+            before = found.get(config, (low, high))
+            found[config] = (min(low, before[0]), min(MOST_ROWS, max(high, before[1])))
+    return found | {configs.ONE_FOR_ALL: (1, MOST_ROWS)}
 
 
 @cache

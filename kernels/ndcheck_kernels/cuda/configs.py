@@ -191,6 +191,17 @@ def borrows(m: int, n: int, k: int, itemsize: int, capability: int) -> bool:
     return not _fixed(itemsize, capability) and any(first <= m <= last for first, last in spans)
 
 
+def frozen_ranges(n: int, k: int) -> dict[MatmulConfig, tuple[int, int]]:
+    """What the frozen tables of a proven chip choose for a 16-bit shape, from which M to which."""
+    found: dict[MatmulConfig, tuple[int, int]] = {}
+    for table in (_table(n, k), _POINTER):
+        low = 1
+        for high, config in table:
+            found[config] = (min(low, found.get(config, (low, high))[0]), high)
+            low = high + 1
+    return found
+
+
 def every_config() -> set[MatmulConfig]:
     """Every configuration in any frozen table of products."""
     tables = (_DEFAULT, _NARROW, _N4096, *_MEASURED.values(), _POINTER)

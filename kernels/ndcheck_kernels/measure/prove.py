@@ -66,9 +66,7 @@ class ShapeProof:
     @property
     def selectable_shut_out(self) -> dict[str, str]:
         """Those of them that the frozen tables could have selected here."""
-        capability = max(configs.PROVEN)
-        frozen = configs.selectable_configs(self.shape.n, self.shape.k, 2, capability)
-        labels = {config.label for config in frozen}
+        labels = {config.label for config in configs.frozen_ranges(self.shape.n, self.shape.k)}
         return {label: why for label, why in self.shut_out.items() if label in labels}
 
 
@@ -190,14 +188,20 @@ def prove(
         return None
 
     classes: dict[str, str | None] = {}
-    skipped: dict[str, str] = {}
+    skipped: dict[str, Any] = {}
     for config, (low, high) in candidates.of_shape(shape.n, shape.k, shape.groups).items():
         if (reason := untried.get((config.label, shape.groups))) is not None:
             skipped[config.label] = reason
             continue
         inside = [m for m in counts if low <= m <= high]
-        if inside:
+        if not inside:
+            continue
+        try:
             classes[config.label] = deviation(runner(config, shape.groups), inside)
+        except Exception as error:
+            skipped[config.label] = reason = compile_failure(error)
+            if reason is None:
+                raise
     return ShapeProof(
         shape, counts, classes, skipped, _control(deviation, planted(shape.groups), counts),
         dict(_borrowed(shape, where, counts)),

@@ -53,16 +53,16 @@ def tune(
     """A cell for each bucket up to the most rows that the proof has."""
     shape = proof.shape
     dtype = getattr(torch, shape.dtype)
-    known = candidates.known()
-    ranges = candidates.of_shape(shape.n, shape.k, shape.groups)
-    in_class = [known[label] for label, why in proof.classes.items() if why is None]
+    in_class = {label for label, why in proof.classes.items() if why is None}
     most = min(max(buckets), max(proof.rows))
     count = copies(2 * shape.n * shape.k, where.type)
     weights = [torch.randn(shape.n, shape.k, device=where).to(dtype) for _ in range(count)]
     tokens = torch.randn(most, shape.k, device=where).to(dtype)
     for m in sorted({min(bucket, most) for bucket in buckets}):
         x = tokens[:m]
-        fitting = [c for c in in_class if ranges[c][0] <= m <= ranges[c][1]]
+        tried = [v for c in candidates.candidates(m) for v in candidates.variants(c, shape.groups)]
+        tried.append(configs.pointer_config(m, 2, max(configs.PROVEN)))
+        fitting = [config for config in tried if config.label in in_class]
         frozen_config, frozen = _frozen(proof, m, where)
         launches = {
             config.label: _launches(x, weights, config, shape.groups)

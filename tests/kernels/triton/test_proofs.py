@@ -25,7 +25,7 @@ def here(monkeypatch, tmp_path):
     """A machine with two candidates beside the configuration that serves every M."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(candidates, "CANDIDATES", ((1, 64, GOOD), (17, 64, LATE)))
-    monkeypatch.setattr(configs, "selectable_configs", lambda *_: {GOOD})
+    monkeypatch.setattr(configs, "frozen_ranges", lambda *_: {GOOD: (1, 64)})
     monkeypatch.setattr(prove, "PROBES", 8)
     candidates.known.cache_clear()
     monkeypatch.setattr(proofs, "is_on_gpu", lambda _: True)
