@@ -40,7 +40,7 @@ class Change:
     bad: str | None
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.good or 'absent'} -> {self.bad or 'absent'}"
+        return f"{self.good or 'absent'} -> {self.bad or 'absent'}"
 
 
 def read_lock(path: Path) -> Lock:

@@ -22,6 +22,8 @@ Kind = Literal["bits", "boundaries", "order", "rows", "run-to-run", "refused"]
 
 
 MOST_NAMED = 4
+CONTROL = "control"
+"""The form of the step that was planted to differ."""
 KERNELS = re.compile(r"torch$|triton|nvidia-cu(blas|dnn)|ndcheck|numpy|.*(gemm|flash|attn|kernel)")
 """Names of packages that bring kernels: the likeliest cause comes first."""
 
@@ -106,7 +108,10 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The bits of one stack. ``row_counts`` were asked for; an op may take fewer."""
+    """The bits of one stack. ``row_counts`` were asked for; an op may take fewer.
+
+    ``ops``: those asked for alone, without steps and orders; empty for everything.
+    """
 
     format: Literal["ndcheck-manifest-1"]
     made_at: str
@@ -114,6 +119,7 @@ class Manifest:
     device: str
     dtypes: tuple[str, ...]
     row_counts: tuple[int, ...]
+    ops: tuple[str, ...]
     environment: dict[str, Any]
     packages: dict[str, Any]
     entries: tuple[Entry, ...]
@@ -193,7 +199,7 @@ def compare_manifests(a: Manifest, b: Manifest) -> ManifestComparison:
         differences += _entry_differences(before, after)
     differences += _order_differences(a, b)
     differences += _step_differences(a, b)
-    controls = [step for step in b.steps if step.form == "control"]
+    controls = [step for step in b.steps if step.form == CONTROL]
     return ManifestComparison(
         tuple(differences),
         _changed(a.packages, b.packages),
@@ -243,7 +249,7 @@ def _step_differences(a: Manifest, b: Manifest) -> Iterator[Difference]:
     before, after = ({step.key: step for step in m.steps} for m in (a, b))
     for key, old in before.items():
         new = after.get(key)
-        if new is None or (not old.differing) == (not new.differing):
+        if new is None or old.form == CONTROL or (not old.differing) == (not new.differing):
             continue
         what = f"decode step, {old.form} cache, {old.heads}, {old.keys} keys"
         shown = (f"{s.differing} of {s.repeats} ({s.backend})" for s in (old, new))

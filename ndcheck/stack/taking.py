@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from ndcheck import environment
+from ndcheck.errors import UsageError
 from ndcheck.stack.manifests import FORMAT, Entry, Manifest, Order, Point, Step
 
 if TYPE_CHECKING:
@@ -24,9 +25,10 @@ def take_manifest(
     device: torch.device,
     dtypes: Sequence[torch.dtype],
     row_counts: Sequence[int] | None,
+    ops: Sequence[str],
     note: Callable[[str], None],
 ) -> Manifest:
-    """Everything in seconds: the kernels' own cases, no weights."""
+    """The kernels' own cases, no weights. Raises UsageError for an op that has none."""
     from ndcheck_kernels.measure import manifest as measured
     from ndcheck_kernels.measure.cases import manifest_cases
     from ndcheck_kernels.measure.decode_repeats import repeat_steps
@@ -34,20 +36,27 @@ def take_manifest(
     started_s = time.monotonic()
     counts = tuple(row_counts or measured.ROW_COUNTS[device.type])
     repeats = measured.REPEATS[device.type]
+    cases = manifest_cases(device.type)
+    names = tuple(dict.fromkeys(case.op for case in cases))
+    if unknown := [op for op in ops if op not in names]:
+        raise UsageError(f"--op {unknown[0]!r}: give all, or some of {', '.join(names)}")
     entries = []
-    for case in manifest_cases(device.type):
+    for case in cases:
+        if ops and case.op not in ops:
+            continue
         note(f"bits of {case.op} {case.shape}")
         for entry in measured.take_all([case], dtypes, device, counts, repeats):
             points = tuple(Point(**dataclasses.asdict(point)) for point in entry.points)
             fields = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
             entries.append(Entry(**{**fields, "points": points}))
-    note("decode steps, repeated")
-    steps = tuple(
-        Step(**dataclasses.asdict(step))
-        for step in repeat_steps(device, dtypes[0], STEP_SECONDS[device.type])
-    )
-    note("orders of addition")
-    orders = tuple(_orders(device))
+    steps: tuple[Step, ...] = ()
+    orders: tuple[Order, ...] = ()
+    if not ops:
+        note("decode steps, repeated")
+        found = repeat_steps(device, dtypes[0], STEP_SECONDS[device.type])
+        steps = tuple(Step(**dataclasses.asdict(step)) for step in found)
+        note("orders of addition")
+        orders = tuple(_orders(device))
     here = environment.capture(model={})
     return Manifest(
         format=FORMAT,
@@ -56,6 +65,7 @@ def take_manifest(
         device=device.type,
         dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in dtypes),
         row_counts=counts,
+        ops=tuple(ops),
         environment={
             "hardware": here.hardware,
             "software": here.software,
@@ -66,6 +76,20 @@ def take_manifest(
         steps=steps,
         orders=orders,
     )
+
+
+def take_like(other: Manifest, note: Callable[[str], None]) -> Manifest:
+    """What another manifest holds, measured here. Raises UsageError where it cannot be."""
+    import torch
+
+    from ndcheck.samplers.local.device import choose_device
+    from ndcheck.samplers.options import DTYPES
+
+    if unknown := [name for name in other.dtypes if name not in DTYPES.values()]:
+        raise UsageError(f"the manifest has the dtype {unknown[0]!r}, of which nothing is known")
+    device = choose_device(other.device)
+    dtypes = [getattr(torch, name) for name in other.dtypes]
+    return take_manifest(device, dtypes, other.row_counts, other.ops, note)
 
 
 def installed() -> dict[str, str]:

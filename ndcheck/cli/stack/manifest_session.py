@@ -18,14 +18,25 @@ from ndcheck.storage.run_directory import replacing, write_failure
 
 
 def take(
-    out: Path, device: str, dtype: str, rows: str | None, *, as_json: bool, quiet: bool
+    out: Path,
+    device: str,
+    dtype: str,
+    op: str,
+    rows: str | None,
+    *,
+    as_json: bool,
+    quiet: bool,
 ) -> int:
     """Measure this stack and write what was seen. Returns the exit code."""
-    wanted = read_selection(device, dtype, "all", rows)
+    wanted = read_selection(device, dtype, op, rows)
     if wanted.device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {device}: there are kernels for cpu and cuda")
     manifest = take_manifest(
-        wanted.device, wanted.dtypes, wanted.row_counts, lambda line: note(line, quiet=quiet)
+        wanted.device,
+        wanted.dtypes,
+        wanted.row_counts,
+        wanted.ops,
+        lambda line: note(line, quiet=quiet),
     )
     document = report.manifest_document(manifest)
     try:

@@ -13,7 +13,7 @@ from rich.text import Text
 from ndcheck.judging.verdict import Verdict, count
 from ndcheck.reports.terminal import STYLES
 from ndcheck.reports.untrusted import visible
-from ndcheck.stack.manifests import Difference, Manifest, ManifestComparison, Step
+from ndcheck.stack.manifests import CONTROL, Difference, Manifest, ManifestComparison, Step
 
 MAX_DIFFERENCES = 40
 MAX_PACKAGES = 20
@@ -45,7 +45,7 @@ def print_manifest(console: Console, manifest: Manifest, path: str) -> None:
         )
     console.print(table)
     console.print()
-    for line in step_lines(manifest.steps):
+    for line in step_lines(manifest.steps) if manifest.steps else ():
         console.print(Text(line))
     n = sum(len(entry.points) for entry in manifest.entries)
     console.print(
@@ -59,8 +59,8 @@ def print_manifest(console: Console, manifest: Manifest, path: str) -> None:
 
 def step_lines(steps: Sequence[Step]) -> list[str]:
     """Where a decode step's attention is not the same from run to run, and where it begins."""
-    measured = [step for step in steps if step.form != "control"]
-    control = [step for step in steps if step.form == "control"]
+    measured = [step for step in steps if step.form != CONTROL]
+    control = [step for step in steps if step.form == CONTROL]
     caught = all(step.differing for step in control)
     lines = [] if caught else ["decode steps: the planted step was not seen to differ"]
     unstable = [step for step in measured if step.differing]

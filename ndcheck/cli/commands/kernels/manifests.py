@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from ndcheck.cli import options as o
-from ndcheck.cli.commands.kernels.measuring import Dtypes, Rows
+from ndcheck.cli.commands.kernels.measuring import Dtypes, Op, Rows
 
 
 def manifest(
     out: Annotated[Path, typer.Argument(help="The file to write.", metavar="OUT")],
     device: o.Device = "auto",
     dtype: Dtypes = "bf16,fp32",
+    op: Op = "all",
     rows: Rows = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -22,12 +23,12 @@ def manifest(
     """Record the bits of every op on this stack, stock and invariant, without weights.
 
     Digests of results on fixed operands by op, shape, dtype and number of rows; where they change
-    with the number of rows; whether they are the same twice, attention as a decode step calls it;
-    and in which order ops add.
+    with the number of rows; and, but for --op, whether attention gives the same bits twice as a
+    decode step calls it, and in which order ops add.
     """
     from ndcheck.cli.stack import manifest_session
 
-    raise typer.Exit(manifest_session.take(out, device, dtype, rows, as_json=json, quiet=quiet))
+    raise typer.Exit(manifest_session.take(out, device, dtype, op, rows, as_json=json, quiet=quiet))
 
 
 def compare(
