@@ -165,7 +165,7 @@ def _setting(device: torch.device) -> str:
     if device.type == "cuda":
         from ndcheck_kernels.cuda.products.proofs import summary
 
-        setting += f"\nborrowed products: {summary(device)}"
+        setting += f"\nproducts: {summary(device)}"
     return setting
 
 

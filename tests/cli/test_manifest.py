@@ -130,15 +130,15 @@ def test_an_op_without_a_case_is_named(ndcheck_here, tmp_path):
 
 def test_a_gate_asks_for_the_bits_of_a_manifest(ndcheck_here, tmp_path, made):
     (tmp_path / "ndcheck.toml").write_text(
-        'model = "scripted:invariant"\nmanifest = "a.json"\n[checks.a]\n'
+        'model = "scripted:clean"\nmanifest = "a.json"\n[checks.a]\n'
     )
     misplaced = ndcheck_here("gate")
     assert (misplaced.returncode, "manifest: unknown key" in misplaced.stderr) == (2, True)
-    rules = '[checks.a]\nmodel = "scripted:invariant"\n[checks.a.rules]\nmanifest = "{}"\n'
+    rules = '[checks.a]\nmodel = "scripted:clean"\n[checks.a.rules]\nmanifest = "{}"\n'
     (tmp_path / "ndcheck.toml").write_text(rules.format("a.json"))
     passed = ndcheck_here("gate", "--json", "--quiet")
     (check,) = json.loads(passed.stdout)["checks"]
-    assert [r["outcome"] for r in check["rulings"] if r["rule"] == "manifest"] == ["PASS"]
+    assert [r["verdict"] for r in check["rules"] if r["rule"] == "manifest"] == ["PASS"]
     linear(made, "stock")["points"][0]["bits"] = "0"
     (tmp_path / "ndcheck.toml").write_text(rules.format(write(tmp_path, made)))
     failed = ndcheck_here("gate", "--quiet")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ndcheck_kernels.cuda import candidates, configs
+from ndcheck_kernels.cuda import device as device_module
 from ndcheck_kernels.cuda.configs import MatmulConfig
 from ndcheck_kernels.cuda.products import borrowed, cublaslt, matmul, proofs
 from ndcheck_kernels.measure import prove, tune
@@ -215,3 +216,13 @@ def test_without_a_library_the_frozen_tables_serve(where, monkeypatch):
     monkeypatch.setattr(proofs, "environment", unavailable)
     assert chosen(where, 3) == (LATE, True)
     assert proofs.summary(where) == "frozen tables; no products borrowed: none here"
+
+
+def test_an_amd_gpu_is_not_taken_for_nvidias_chip_of_that_number(monkeypatch):
+    """PyTorch numbers an MI210 9.0 too."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    number = device_module.capability.__wrapped__(torch.device("cuda"))
+    assert number not in configs.PROVEN
+    assert configs.selectable_configs(6144, 4096, 2, number) == {configs.ONE_FOR_ALL}
+    assert number < 80  # Nothing of an NVIDIA chip's is launched.
