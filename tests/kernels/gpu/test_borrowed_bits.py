@@ -99,7 +99,7 @@ def test_another_order_is_refused(operands, monkeypatch):
     def other(x, w, addend):
         return matmul._launch(x, w.t(), addend, 1.0, 1.0, None, config, groups + 1)
 
-    shape = borrowed.Shape(*w.shape, "bfloat16", groups, False)
+    shape = proofs.Shape(*w.shape, "bfloat16", groups, False)
     assert "other bits" in borrowed.prove(shape, 64, x.device, other)
 
 

@@ -31,6 +31,13 @@ ALIGNMENT = 256
 """Bytes: what cuBLASLt's choice of an algorithm takes for granted."""
 
 _verdicts: dict[tuple[object, ...], bool] = {}
+_settled = False
+
+
+def settle(settled: bool = True) -> None:
+    """Try no more in this process: a server's requests do not wait for proofs."""
+    global _settled
+    _settled = settled
 
 
 def fits(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, addend: torch.Tensor | None) -> bool:
@@ -51,12 +58,14 @@ def is_proven(
 ) -> bool:
     """Whether the borrowed product of these shapes has our bits; tried if that is not known.
 
-    Nothing is tried while a CUDA graph is captured: what is unknown then is not borrowed.
+    Nothing is tried while a CUDA graph is captured, or after `settle`: what is unknown then is not
+    borrowed.
     """
     key = (x.device, x.dtype, *x.shape, w.shape[0], groups, addend is None)
     verdict = _verdicts.get(key)
     if verdict is None:
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if _settled or capturing:
             return False
         with proofs.lock:
             verdict = _verdicts[key] = _try(x, w, addend, groups, ours)
