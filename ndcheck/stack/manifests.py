@@ -259,7 +259,7 @@ def _step_differences(a: Manifest, b: Manifest) -> Iterator[Difference]:
 def _changed(
     a: Mapping[str, Any], b: Mapping[str, Any]
 ) -> dict[str, tuple[str | None, str | None]]:
-    names = sorted({*a, *b}, key=lambda name: (not KERNELS.match(name), name))
+    names = sorted({*a, *b}, key=lambda name: (name != "torch", not KERNELS.match(name), name))
     return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
 
 
