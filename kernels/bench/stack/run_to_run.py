@@ -66,8 +66,7 @@ def first_step(a: torch.Tensor, b: torch.Tensor) -> int | None:
     return int(where[0]) if len(where) else None
 
 
-def decodes(out: Path, model: Any, rows: Sequence[int], steps: int, deadline: float) -> None:
-    table = Table(out / "decodes.csv")
+def decodes(table: Table, model: Any, rows: Sequence[int], steps: int, deadline: float) -> None:
     cells = [(b, r) for r in rows for b in BACKENDS if b == "default" or r == rows[0]]
     for backend, n in sorted(cells, key=lambda cell: list(BACKENDS).index(cell[0]) > 1):
         if time.monotonic() > deadline:
@@ -124,8 +123,7 @@ class Twice(TorchDispatchMode):
         return result
 
 
-def ops(out: Path, model: Any, rows: Sequence[int], steps: int, deadline: float) -> None:
-    table = Table(out / "ops.csv", echo=False)
+def ops(table: Table, model: Any, rows: Sequence[int], steps: int, deadline: float) -> None:
     for n in rows:
         if time.monotonic() > deadline:
             print("out of time")
@@ -161,8 +159,11 @@ def main(out: Path, seconds: float = 60, *, tiny: bool = False) -> None:
     model = model_of(device, 1 if tiny else 2)
     control(model)
     rows, steps = ((2,), 4) if tiny else ((32, 16, 8, 64, 4, 1), STEPS)
-    decodes(out, model, rows, steps, started + 0.6 * seconds)
-    ops(out, model, rows[:2], steps, started + 0.9 * seconds)
+    tables = Table(out / "decodes.csv"), Table(out / "ops.csv", echo=False)
+    decodes(tables[0], model, rows, steps, started + 0.6 * seconds)
+    ops(tables[1], model, rows[:2], steps, started + 0.9 * seconds)
+    for table in tables:
+        table.file.close()
     print(f"done after {time.monotonic() - started:.0f} s")
 
 
