@@ -14,10 +14,12 @@ def test_the_planted_op_is_caught_and_no_other(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "seen to differ: silu\n" in said
     assert "ops with other bits: 0" in said
-    rows = list(csv.DictReader((tmp_path / "ops.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "ops.csv").read_text().splitlines()))
     assert sum(int(row["calls"]) for row in rows) > 100
     assert {row["op"] for row in rows} >= {"linear", "silu", "scaled_dot_product_attention"}
-    decodes = {r["backend"]: r for r in csv.DictReader((tmp_path / "decodes.csv").open())}
+    decodes = {
+        r["backend"]: r for r in csv.DictReader((tmp_path / "decodes.csv").read_text().splitlines())
+    }
     assert decodes["default"]["keys_at_first"] == decodes["math"]["keys_at_first"] == "never"
 
 
