@@ -192,6 +192,21 @@ def _make(
     return made.eval()
 
 
+def build_empty(
+    source: str, config: Any, spec: RunSpec, options: dict[str, Any] | None = None
+) -> Any:
+    """The model that a config describes, without memory. Raises UsageError where it is none."""
+    dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
+    with (
+        _one_line_errors(source, CONFIG),
+        bounded(f"--model {source}: building what {CONFIG} describes", BUILD_S),
+        torch.device("meta"),
+    ):
+        return transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, **(options or {})
+        )
+
+
 def _check_size(
     source: str,
     config: Any,
@@ -204,15 +219,7 @@ def _check_size(
 
     ``stored`` is what the files hold, None where nothing is loaded.
     """
-    dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
-    with (
-        _one_line_errors(source, CONFIG),
-        bounded(f"--model {source}: building what {CONFIG} describes", BUILD_S),
-        torch.device("meta"),
-    ):
-        empty = transformers.AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, **options
-        )
+    empty = build_empty(source, config, spec, options)
     n_weights = sum(p.numel() for p in empty.parameters())
     n_bytes = sum(t.nbytes for t in (*empty.parameters(), *empty.buffers()))
     is_quantised = getattr(config, "quantization_config", None) is not None
