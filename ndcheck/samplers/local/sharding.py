@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from ndcheck.errors import UsageError
+from ndcheck.samplers.local.checkpoint.quantised import draw_fp8, is_fp8_layer
 
 
 def distributed_config(n_ranks: int) -> Any:
@@ -51,19 +52,26 @@ def shard(model: Any, n_ranks: int) -> Any:
 def draw_weights(model: Any, seed: int, device: torch.device) -> None:
     """Give a model on the meta device the weights that its class draws, from ``seed``.
 
-    A module's draws depend on the seed and its path alone, so they are the same however many ranks
+    FP8 layers, which a class does not draw, are normal with its usual deviation, and quantised. A
+    module's draws depend on the seed and its path alone, so they are the same however many ranks
     share the model, and no more than one module is ever there as a whole.
     """
-    _draw(model, "", model._init_weights, seed, device)
+    std = getattr(model.config.get_text_config(decoder=True), "initializer_range", 0.02)
+    _draw(model, "", model._init_weights, seed, device, std)
     model.tie_weights()
 
 
 def _draw(
-    module: Any, path: str, init: Callable[[Any], None], seed: int, device: torch.device
+    module: Any,
+    path: str,
+    init: Callable[[Any], None],
+    seed: int,
+    device: torch.device,
+    std: float,
 ) -> None:
     for name, child in module.named_children():
         own = child._init_weights if isinstance(child, transformers.PreTrainedModel) else init
-        _draw(child, f"{path}.{name}", own, seed, device)
+        _draw(child, f"{path}.{name}", own, seed, device, std)
     planned = {name: p for name, p in module._parameters.items() if p is not None}
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
@@ -73,7 +81,10 @@ def _draw(
                 tensors[name] = torch.nn.Parameter(zeros) if is_parameter else zeros
     digest = hashlib.blake2b(f"{seed}{path}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest) >> 1)
-    init(module)
+    if is_fp8_layer(module):
+        draw_fp8(module, std)
+    else:
+        init(module)
     for name, parameter in planned.items():
         if hasattr(parameter, "device_mesh"):
             module._parameters[name] = torch.nn.Parameter(

@@ -184,7 +184,7 @@ def _launch(
     addend: torch.Tensor | None, dtype: torch.dtype, config: BlockFp8Config,
 ) -> torch.Tensor:  # fmt: skip
     (m, k), n = codes.shape, weight.shape[0]
-    _require(codes, weight, scales)
+    _require(codes, row_scales, weight, scales)
     y = torch.empty((m, n), dtype=dtype, device=codes.device)
     if y.numel() == 0:
         return y
@@ -217,7 +217,7 @@ def _launch_grouped(
     ends: torch.Tensor, dtype: torch.dtype, config: BlockFp8Config,
 ) -> torch.Tensor:  # fmt: skip
     (m, k), (e, n, _) = codes.shape, weight.shape
-    _require(codes, weight, scales)
+    _require(codes, row_scales, weight, scales)
     y = torch.empty((m, n), dtype=dtype, device=codes.device)
     if y.numel() == 0:
         return y
@@ -234,11 +234,15 @@ def _launch_grouped(
     return y
 
 
-def _require(codes: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> None:
+def _require(
+    codes: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
+) -> None:
     """Raises ValueError for what TMA cannot read, or the device cannot multiply."""
     if device.capability(codes.device) < _FIRST_CAPABILITY:
         raise ValueError("products of FP8 need compute capability 9.0 or newer")
     if not (weight.is_contiguous() and codes.is_contiguous() and scales.stride(-1) == 1):
         raise ValueError("FP8 operands must be contiguous")
+    if row_scales.stride(0) != 1:
+        raise ValueError("the scales of a block of K must be contiguous")
     if codes.shape[1] % 16 or codes.data_ptr() % 16 or weight.data_ptr() % 16:
         raise ValueError(f"FP8 rows of {codes.shape[1]}: they must be multiples of 16 bytes")
