@@ -32,9 +32,8 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 def open_model(shape: str) -> TransformersSampler:
-    return TransformersSampler(
-        replace(DEFAULTS, model=str(SHAPES / shape), random_weights=0, arms=("invariant",))
-    )
+    spec = replace(DEFAULTS, model=str(SHAPES / shape), random_weights=0, arms=("invariant",))
+    return TransformersSampler(replace(spec, axes=("batch-size",)))
 
 
 def measure_steps(out: Path, shape: str, batches: tuple[int, ...]) -> None:

@@ -170,27 +170,51 @@ def prepare_stock(model: Any, device: torch.device, spec: RunSpec, source: str) 
 
     Raises UsageError where transformers' kernels are asked for and not there.
     """
-    layers = [module for module in model.modules() if is_fp8_layer(module)]
-    if not layers or "stock" not in spec.arms:
+    if not _fp8_layers(model):
         return
     if device.type == "cpu":
-        model.set_experts_implementation("eager")
-        for layer in layers:
-            if type(layer).__name__ == "FP8Linear":
-                layer.forward = partial(_dequantised_linear, layer)
-            else:
-                layer.linear = _dequantised_product
-        return
-    try:
-        from transformers.integrations.finegrained_fp8 import load_finegrained_fp8_kernel
+        _dequantise_in_use(model)
+    elif "stock" in spec.arms:
+        try:
+            from transformers.integrations.finegrained_fp8 import load_finegrained_fp8_kernel
 
-        load_finegrained_fp8_kernel()
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(
-            f"--model {source}: the stock arm needs transformers' FP8 kernels, which the `kernels` "
-            f"package downloads ({reason:.160}): --kernels invariant runs without them"
-        ) from error
+            load_finegrained_fp8_kernel()
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UsageError(
+                f"--model {source}: the stock arm needs transformers' FP8 kernels, which the "
+                f"`kernels` package downloads ({reason:.160}): --kernels invariant runs without"
+            ) from error
+
+
+@contextmanager
+def dequantised_layers(model: Any) -> Iterator[None]:
+    """Compute a model's FP8 layers with plain weights, made of the stored ones for each product."""
+    layers, experts = _fp8_layers(model), model.config._experts_implementation
+    own = [dict(layer.__dict__) for layer in layers]
+    try:
+        if layers:
+            _dequantise_in_use(model)
+        yield
+    finally:
+        for layer, attributes in zip(layers, own, strict=True):
+            layer.__dict__.clear()
+            layer.__dict__.update(attributes)
+        if layers:
+            model.set_experts_implementation(experts)
+
+
+def _fp8_layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if is_fp8_layer(module)]
+
+
+def _dequantise_in_use(model: Any) -> None:
+    model.set_experts_implementation("eager")  # The one that calls a module's `linear`.
+    for layer in _fp8_layers(model):
+        if type(layer).__name__ == "FP8Linear":
+            layer.forward = partial(_dequantised_linear, layer)
+        else:
+            layer.linear = _dequantised_product
 
 
 def _dequantised_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
