@@ -60,6 +60,8 @@ def measure_steps(out: Path, shape: str, batches: tuple[int, ...]) -> None:
 
 
 def experts_in(sampler: TransformersSampler, batch: int) -> float | None:
+    if not hasattr(sampler.model.config, "num_experts"):
+        return None
     with sampler.arm("invariant", fuse=False):
         return experts_chosen(sampler, batch)
 

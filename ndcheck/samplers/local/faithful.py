@@ -30,8 +30,7 @@ from ndcheck.samplers.local.checkpoint.quantised import dequantised_layers
 from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
 
-N_STEPS = 3
-N_PROMPT, N_FILLER = 7, 13
+N_STEPS, N_PROMPT, N_FILLER = 3, 7, 13
 TOLERANCE, TOLERANCE_16_BIT = 0.001, 0.5
 """Most that logits may differ by, in units of their spread over the vocabulary.
 

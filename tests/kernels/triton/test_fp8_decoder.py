@@ -41,7 +41,17 @@ def make_model(with_fp8_weights, device):
     return make
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family",
+    [
+        # Half a minute each under the interpreter.
+        *(
+            pytest.param(f, marks=[] if torch.cuda.is_available() else pytest.mark.slow)
+            for f in ("qwen2", "qwen3")
+        ),
+        "qwen3-moe",
+    ],
+)
 def test_fused_fp8_layers(family, make_model):
     model = make_model(family)
     with invariant_fp8_layers(model), invariant_kernels() as scope:
