@@ -90,7 +90,10 @@ def _join(layers: tuple[Any, ...], name: str) -> torch.Tensor:
     parts = [getattr(layer, name).data for layer in layers]
     if len(parts) == 1:
         return parts[0]
-    joined = torch.cat(parts)
+    # Not every torch concatenates FP8.
+    dtype = parts[0].dtype
+    plain = [p.view(torch.uint8) if dtype.itemsize == 1 else p for p in parts]
+    joined = torch.cat(plain).view(dtype)
     for layer, part in zip(layers, joined.split([len(p) for p in parts]), strict=True):
         getattr(layer, name).data = part
     return joined
