@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ndcheck_kernels.models.interface import here
 from ndcheck_kernels.ops.block_fp8 import BLOCK, linear_op
 from ndcheck_kernels.ops.library import NAME
 
@@ -80,5 +81,6 @@ def invariant_fp8_layers(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = linear_op(x, layer.weight, layer.weight_scale_inv, layer.bias)
+    bias = None if layer.bias is None else here(layer.bias)
+    out: torch.Tensor = linear_op(x, here(layer.weight), here(layer.weight_scale_inv), bias)
     return out

@@ -42,6 +42,7 @@ from ndcheck.samplers.local.sharding import (
     check_heads,
     distributed_config,
     draw_weights,
+    find_shards,
     gather,
     shard,
 )
@@ -207,12 +208,14 @@ def _make(
     with _one_line_errors(source, CONFIG):
         with torch.device("meta") if is_spread or is_fp8 else device:
             made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-        if is_fp8:
-            put_fp8_layers(made)
+        shards = {}
         if spec.tensor_parallel > 1:
             made = shard(made, spec.tensor_parallel)
+            shards = find_shards(made)
+        if is_fp8:
+            put_fp8_layers(made)
         if is_spread or is_fp8:
-            draw_weights(made, spec.random_weights, device)
+            draw_weights(made, spec.random_weights, device, shards)
     return made.eval()
 
 

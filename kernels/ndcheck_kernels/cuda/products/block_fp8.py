@@ -122,8 +122,8 @@ def _sum_blocks(
 
 @triton.jit(do_not_specialize=["M"])
 def _block_fp8_kernel(
-    x_desc, w_desc, w_ptr, s_ptr, t_ptr, c_ptr, y_ptr, M, N, K, stride_sb, stride_tn, stride_cm,
-    stride_cn, stride_ym, HAS_C: tl.constexpr, SWAP: tl.constexpr,
+    x_desc, w_desc, w_ptr, s_ptr, t_ptr, c_ptr, y_ptr, M, N, K, stride_wn, stride_sb, stride_tn,
+    stride_cm, stride_cn, stride_ym, HAS_C: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     num_m = tl.cdiv(M, BLOCK_M)
@@ -132,7 +132,7 @@ def _block_fp8_kernel(
     if PDL:
         gdc_launch_dependents()
         if PREFETCH:
-            _prefetch(w_ptr, first_n, 0, N, K, K, BLOCK_N, PREFETCH)
+            _prefetch(w_ptr, first_n, 0, N, K, stride_wn, BLOCK_N, PREFETCH)
         gdc_wait()
     offs_m, offs_n = offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
     acc = _sum_blocks(
@@ -193,7 +193,8 @@ def _launch(
     _block_fp8_kernel[(tiles,)](
         TensorDescriptor.from_tensor(codes, [config.block_m, BLOCK]),
         TensorDescriptor.from_tensor(weight, [config.block_n, BLOCK]),
-        weight, row_scales, scales, c, y, m, n, k, row_scales.stride(1), scales.stride(0),
+        weight, row_scales, scales, c, y, m, n, k, weight.stride(0), row_scales.stride(1),
+        scales.stride(0),
         *c.stride(), y.stride(0), HAS_C=addend is not None, SWAP=config.swap,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, PREFETCH=1024 if m <= 64 else 0,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **pdl(y.device),
@@ -225,7 +226,9 @@ def _launch_grouped(
     tiles = (min(e, m) + m // config.block_m) * triton.cdiv(n, config.block_n)
     _grouped_block_fp8_kernel[(tiles,)](
         TensorDescriptor.from_tensor(codes, [config.block_m, BLOCK]),
-        TensorDescriptor.from_tensor(weight.view(e * n, k), [config.block_n, BLOCK]),
+        TensorDescriptor.from_tensor(
+            weight.as_strided((e * n, k), (weight.stride(1), 1)), [config.block_n, BLOCK]
+        ),
         row_scales, scales, y, ends.to(torch.int32).contiguous(), e, n, k, row_scales.stride(1),
         scales.stride(0), scales.stride(1), y.stride(0), E_BLOCK=triton.next_power_of_2(e),
         SWAP=config.swap, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps,
@@ -240,9 +243,11 @@ def _require(
     """Raises ValueError for what TMA cannot read, or the device cannot multiply."""
     if device.capability(codes.device) < _FIRST_CAPABILITY:
         raise ValueError("products of FP8 need compute capability 9.0 or newer")
-    if not (weight.is_contiguous() and codes.is_contiguous() and scales.stride(-1) == 1):
-        raise ValueError("FP8 operands must be contiguous")
-    if row_scales.stride(0) != 1:
+    if not (weight.stride(-1) == scales.stride(-1) == 1 and codes.is_contiguous()):
+        raise ValueError("FP8 operands must lie row by row")
+    if weight.dim() == 3 and weight.stride(0) != weight.shape[1] * weight.stride(1):
+        raise ValueError("the weights of one expert must follow those of the one before it")
+    if len(row_scales) > 1 and row_scales.stride(0) != 1:
         raise ValueError("the scales of a block of K must be contiguous")
-    if codes.shape[1] % 16 or codes.data_ptr() % 16 or weight.data_ptr() % 16:
+    if codes.shape[1] % 16 or weight.stride(-2) % 16 or (codes.data_ptr() | weight.data_ptr()) % 16:
         raise ValueError(f"FP8 rows of {codes.shape[1]}: they must be multiples of 16 bytes")

@@ -84,6 +84,12 @@ def check_quantisation(source: str, found: Quantisation | None, spec: RunSpec) -
                 "blocks of 128 x 128"
             )
         return
+    is_drawn = spec.random_weights is not None and spec.arms == ("invariant",)
+    if found is not None and spec.tensor_parallel > 1 and not (found.is_covered and is_drawn):
+        raise UsageError(
+            f"--tp {spec.tensor_parallel}: ranks share FP8 in blocks of 128 x 128 only, from "
+            "--random-weights and with --kernels invariant; --dequantise shares it as bf16"
+        )
     if found is None or found.is_covered:
         return
     is_random = spec.random_weights is not None
@@ -170,7 +176,7 @@ def prepare_stock(model: Any, device: torch.device, spec: RunSpec, source: str) 
 
     Raises UsageError where transformers' kernels are asked for and not there.
     """
-    if not _fp8_layers(model):
+    if not has_fp8_layers(model) or spec.tensor_parallel > 1:
         return
     if device.type == "cpu":
         _dequantise_in_use(model)
@@ -202,6 +208,10 @@ def dequantised_layers(model: Any) -> Iterator[None]:
             layer.__dict__.update(attributes)
         if layers:
             model.set_experts_implementation(experts)
+
+
+def has_fp8_layers(model: Any) -> bool:
+    return bool(_fp8_layers(model))
 
 
 def _fp8_layers(model: Any) -> list[Any]:
