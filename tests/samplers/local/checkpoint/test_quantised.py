@@ -15,7 +15,7 @@ from ndcheck.errors import UsageError
 from ndcheck.records import Decoding, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.base import open_sampler
-from ndcheck.samplers.local.checkpoint.quantised import read_quantisation
+from ndcheck.samplers.local.checkpoint.quantised import check_quantisation, read_quantisation
 from ndcheck_kernels.ops.block_fp8 import quantise_weight
 
 PROBE = Probe("p1", "tell me about the order of a sum")
@@ -161,3 +161,62 @@ def test_what_a_config_says_may_be_anything():
         assert not read_quantisation(config).is_covered
     config.quantization_config = BLOCKS
     assert read_quantisation(config).is_covered
+
+
+def test_static_fp8_with_one_scale_is_dequantised(tiny_models, tmp_path):
+    said = {**LAYOUTS["static rows"], "weight_block_size": None}
+    directory = copy_of(tiny_models["qwen3"], tmp_path / "model", said)
+    plain, stored, expected = load_file(directory / "model.safetensors"), {}, {}
+    for name, tensor in plain.items():
+        stored[name] = tensor
+        if re.search(r"layers\.\d+\..*proj\.weight$", name):
+            stored[name] = (tensor.float() / 2.0**-9).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = torch.tensor(2.0**-9)
+            stored[name.replace("weight", "activation_scale")] = torch.tensor(1.0)
+            expected[name] = (stored[name].double() * 2.0**-9).bfloat16()
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    sampler = open_sampler(replace(SPEC, model=str(directory), dequantise=True))
+    for name, tensor in expected.items():
+        assert torch.equal(sampler.model.get_parameter(name), tensor)
+
+
+def test_mxfp4_is_dequantised(tiny_models, tmp_path):
+    """Two e2m1 numbers a byte, the lower half first, a power of two for each 32 (OCP MX 1.0)."""
+    config = transformers.GptOssConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=32, num_hidden_layers=1, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+        layer_types=["full_attention"], architectures=["GptOssForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    directory = tmp_path / "model"
+    transformers.GptOssForCausalLM(config).bfloat16().save_pretrained(directory)
+    for file in tiny_models["qwen3"].glob("tokenizer*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    stored = load_file(directory / "model.safetensors")
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values, expected = torch.cat([values, -values]), {}
+    for name in [n for n in stored if n.endswith(("gate_up_proj", "down_proj"))]:
+        n_experts, k, n = stored.pop(name).shape
+        codes = torch.randint(0, 16, (n_experts, n, k // 32, 32), dtype=torch.uint8)
+        scales = torch.randint(120, 126, (n_experts, n, k // 32), dtype=torch.uint8)
+        stored[f"{name}_blocks"] = codes[..., ::2] | codes[..., 1::2] << 4
+        stored[f"{name}_scales"] = scales
+        wide = values[codes.long()] * torch.exp2(scales[..., None].float() - 127)
+        expected[name] = wide.flatten(-2).transpose(1, 2).bfloat16()
+    assert len(expected) == 2
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    document = json.loads((directory / "config.json").read_text())
+    document["quantization_config"] = {"quant_method": "mxfp4"}
+    (directory / "config.json").write_text(json.dumps(document))
+    sampler = open_sampler(replace(SPEC, model=str(directory), dequantise=True))
+    for name, tensor in expected.items():
+        assert torch.equal(sampler.model.get_parameter(name), tensor)
+    assert set(sampled(sampler, "invariant", 3)) == set(sampled(sampler, "invariant", 1))
+
+
+def test_ranks_share_random_fp8_in_the_invariant_arm_only(fp8):
+    found = read_quantisation(transformers.AutoConfig.from_pretrained(fp8("qwen3")))
+    spec = replace(SPEC, tensor_parallel=2)
+    for changed in ({}, {"arms": ("invariant",)}, {"random_weights": 0}):
+        with pytest.raises(UsageError, match="--tp 2: ranks share FP8 in blocks of 128 x 128 only"):
+            check_quantisation("m", found, replace(spec, **changed))
+    check_quantisation("m", found, replace(spec, arms=("invariant",), random_weights=0))
