@@ -29,7 +29,7 @@ from ndcheck_kernels.cuda.products.matmul import _prefetch
 from ndcheck_kernels.cuda.products.tiles import accumulate, offsets, zeros
 from ndcheck_kernels.ops.block_fp8 import BLOCK
 
-_FIRST_CAPABILITY = 90
+FIRST_CAPABILITY = 90
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def _sum_blocks(
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "stride_sb"])
 def _block_fp8_kernel(
     x_desc, w_desc, w_ptr, s_ptr, t_ptr, c_ptr, y_ptr, M, N, K, stride_wn, stride_sb, stride_tn,
     stride_cm, stride_cn, stride_ym, HAS_C: tl.constexpr, SWAP: tl.constexpr,
@@ -146,7 +146,7 @@ def _block_fp8_kernel(
     tl.store(y_ptr + offs_m * stride_ym + offs_n, acc.to(y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_sb"])
 def _grouped_block_fp8_kernel(
     x_desc, w_desc, s_ptr, t_ptr, y_ptr, ends_ptr, E, N, K, stride_sb, stride_te, stride_tn,
     stride_ym, E_BLOCK: tl.constexpr, SWAP: tl.constexpr,
@@ -241,7 +241,7 @@ def _require(
     codes: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
 ) -> None:
     """Raises ValueError for what TMA cannot read, or the device cannot multiply."""
-    if device.capability(codes.device) < _FIRST_CAPABILITY:
+    if device.capability(codes.device) < FIRST_CAPABILITY:
         raise ValueError("products of FP8 need compute capability 9.0 or newer")
     if not (weight.stride(-1) == scales.stride(-1) == 1 and codes.is_contiguous()):
         raise ValueError("FP8 operands must lie row by row")

@@ -34,7 +34,7 @@ def _quantise(x):
     return tl.div_rn(x, tl.broadcast_to(scale, x.shape)), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_sb"])
 def _quantise_kernel(
     x_ptr, up_ptr, place_ptr, codes_ptr, scales_ptr, K, stride_xm, stride_um, stride_sb,
     HAS_UP: tl.constexpr, HAS_PLACE: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
@@ -58,7 +58,7 @@ def _quantise_kernel(
     tl.store(scales_ptr + block * stride_sb + row, scale, block * 128 < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "stride_sb"])
 def _rms_norm_quantise_kernel(
     x_ptr, weight_ptr, codes_ptr, scales_ptr, M, K, stride_xm, stride_sb, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
