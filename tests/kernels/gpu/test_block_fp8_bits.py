@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.ops import block_fp8 as bench
+from bench.fp8 import products as bench
 from ndcheck_kernels.cuda.products import block_fp8
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.ops.block_fp8 import dequantise, quantise_weight

@@ -1,6 +1,6 @@
 """Everything that FP8 models need a GPU for, in one command, the most important figures first.
 
-    PYTHONPATH=$PWD:$PWD/kernels python kernels/bench/models/fp8.py OUT_DIR [--seconds 180]
+    PYTHONPATH=$PWD:$PWD/kernels python -m bench.fp8.measure OUT_DIR [--seconds 180]
 
 Bits of every schedule; products beside torch._scaled_mm; the FP8 8B's captured decode step beside
 its floor, and its five properties; memory and step of a 30B-A3B; the GPU tests of the kernels; the
@@ -84,11 +84,11 @@ def measure_properties(out: Path, shape: str, loads: str, samples: int, tokens: 
 
 
 def compare_products(out: Path) -> None:
-    from bench.ops import block_fp8
+    from bench.fp8 import products
 
-    found = block_fp8.find_differences(out)
+    found = products.find_differences(out)
     print("\n".join(found) or "every shipped schedule: one bit class", flush=True)
-    block_fp8.bench(out)
+    products.bench(out)
     if found:
         raise RuntimeError(f"{len(found)} schedules or controls differ")
 
@@ -111,12 +111,12 @@ def run_tests(out: Path) -> None:
 
 
 def tune_products(out: Path, until: float) -> None:
-    from bench.ops import block_fp8
+    from bench.fp8 import products
 
-    for _ in block_fp8.tune(out):
+    for _ in products.tune(out):
         if time.monotonic() > until:
             break
-    found = block_fp8.find_differences(out, tuple(block_fp8.SCHEDULES))
+    found = products.find_differences(out, tuple(products.SCHEDULES))
     print("\n".join(found) or "every schedule that was tried: one bit class", flush=True)
 
 

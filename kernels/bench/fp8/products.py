@@ -1,6 +1,6 @@
 """FP8 products in blocks of 128 x 128: one bit class, and times beside torch._scaled_mm.
 
-    PYTHONPATH=kernels python -m bench.ops.block_fp8 OUT_DIR
+    PYTHONPATH=kernels python -m bench.fp8.products OUT_DIR
 
 `stock` is torch._scaled_mm with the same blocks where it has them for these operands, `by_row` with
 one scale a row of each operand, which is less work; both of rows that are quantised already.
