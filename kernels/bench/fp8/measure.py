@@ -57,6 +57,7 @@ def measure_steps(out: Path, shape: str, batches: tuple[int, ...]) -> None:
             invariant_ms=ours, over_floor=ours / floor, weights_gb=weights, peak_gb=peak,
             copy_gb_per_s=bandwidth, mm_tflop_per_s=rate,
         )  # fmt: skip
+    table.file.close()
 
 
 def experts_in(sampler: TransformersSampler, batch: int) -> float | None:
