@@ -136,7 +136,7 @@ def main() -> int:
     parts: list[tuple[str, Callable[[], None]]] = [
         ("products", lambda: compare_products(out)),
         ("8B step", lambda: measure_steps(out, "qwen3-8b-fp8", (1, 8, 32, 128))),
-        ("8B properties", lambda: measure_properties(out, "qwen3-8b-fp8", "1,2,8,32", 60, 24)),
+        ("8B properties", lambda: measure_properties(out, "qwen3-8b-fp8", "1,2,8,32", 150, 32)),
         ("30B-A3B", lambda: measure_steps(out, "qwen3-30b-a3b-fp8", (1, 64))),
         ("tests", lambda: run_tests(out)),
         ("30B-A3B properties", lambda: measure_properties(
