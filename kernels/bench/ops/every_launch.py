@@ -1,6 +1,8 @@
 """Compiles every kernel in every configuration that the tables can select, without a GPU.
 
-    PYTHONPATH=kernels python -m bench.ops.every_launch CAPABILITY [kinds|all]
+    PYTHONPATH=kernels python -m bench.ops.every_launch ARCHITECTURE [kinds|all]
+
+ARCHITECTURE is a compute capability, such as 90, or AMD's name, such as gfx942.
 
 Prints JSON: what each compiled kernel uses, and one line for each launch that does not compile.
 Alone, the shapes of the README's figures in bfloat16, in minutes; with `kinds` every kernel once, a
@@ -104,13 +106,13 @@ def experts(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
 
 
 def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
+    if capability < block_fp8.FIRST_CAPABILITY:
+        return
     x = torch.empty(600, 2048, dtype=dtype)
     yield "quantise_rows", lambda: quantise.quantise_rows(x)
     yield "quantise_rows at places", lambda: quantise.quantise_rows(x, torch.arange(5))
     yield "silu_mul_quantise", lambda: quantise.silu_mul_quantise(x, x)
     yield "rms_norm_quantise", lambda: quantise.rms_norm_quantise(x, x[0], 1e-6)
-    if capability < block_fp8.FIRST_CAPABILITY:
-        return
     codes, row_scales = torch.empty(600, 2048, dtype=torch.float8_e4m3fn), torch.empty(16, 600).t()
     weight = torch.empty(16, 1536, 2048, dtype=torch.float8_e4m3fn)
     scales, ends = torch.empty(16, 12, 16), torch.empty(16, dtype=torch.int32)
@@ -195,10 +197,11 @@ def decoder(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
                 )
 
 
-def compile_all(capability: int, extent: Extent = "figures") -> dict[str, object]:
+def compile_all(architecture: int | str, extent: Extent = "figures") -> dict[str, object]:
     """What every kernel uses, and what does not compile and why."""
     failures, used = [], []
-    with resources.compiling(capability) as kernels:
+    capability = architecture if isinstance(architecture, int) else 0
+    with resources.compiling(architecture) as kernels:
         for name, launch in launches(capability, extent):
             try:
                 launch()
@@ -215,4 +218,5 @@ def compile_all(capability: int, extent: Extent = "figures") -> dict[str, object
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(int(sys.argv[1]), *sys.argv[2:])))
+    chip = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
+    print(json.dumps(compile_all(chip, *sys.argv[2:])))

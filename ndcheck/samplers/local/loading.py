@@ -219,6 +219,25 @@ def _make(
     return made.eval()
 
 
+def build_empty(
+    source: str, config: Any, spec: RunSpec, options: dict[str, Any] | None = None
+) -> Any:
+    """The model that a config describes, without memory. Raises UsageError where it is none."""
+    dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
+    with (
+        _one_line_errors(source, CONFIG),
+        bounded(f"--model {source}: building what {CONFIG} describes", BUILD_S),
+        torch.device("meta"),
+    ):
+        empty = transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, **(options or {})
+        )
+        found = read_quantisation(config)
+        if found is not None and found.is_covered:
+            put_fp8_layers(empty)
+        return empty
+
+
 def _check_size(
     source: str,
     config: Any,
@@ -233,17 +252,7 @@ def _check_size(
     ``stored`` is what the files hold, None where nothing is loaded. Of ``found`` weights that stay
     packed no size is known.
     """
-    dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
-    with (
-        _one_line_errors(source, CONFIG),
-        bounded(f"--model {source}: building what {CONFIG} describes", BUILD_S),
-        torch.device("meta"),
-    ):
-        empty = transformers.AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, **options
-        )
-        if found is not None and found.is_covered and not spec.dequantise:
-            put_fp8_layers(empty)
+    empty = build_empty(source, config, spec, options)
     n_weights = sum(p.numel() for p in empty.parameters())
     n_bytes = sum(t.nbytes for t in (*empty.parameters(), *empty.buffers()))
     is_counted = found is None or found.method == FP8  # Others pack several weights into one.

@@ -26,7 +26,7 @@ from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers
 from ndcheck.samplers.local.checkpoint.sources import find_source
-from ndcheck.samplers.local.device import choose_device, own_device
+from ndcheck.samplers.local.device import choose_device, own_device, product_tables
 from ndcheck.samplers.local.faithful import PATHS, Examination, Path, examine, find_refusals
 from ndcheck.samplers.local.following import Ranks
 from ndcheck.samplers.local.loading import (
@@ -97,6 +97,8 @@ class TransformersSampler:
         # Where both are left out the axis is, which says so itself.
         self.notes = self._prompts.warnings(spec.probes)
         self.notes += tuple(refusals.states.values()) if self.cache_states else ()
+        if (tables := product_tables(self._arms, self._device)) is not None:
+            self.notes += (f"products of the invariant arm: {tables}",)
 
     @property
     def context(self) -> int:
@@ -130,6 +132,7 @@ class TransformersSampler:
 
     def describe(self) -> dict[str, Any]:
         parameter = next(self._model.parameters())
+        tables = product_tables(self._arms, self._device)
         return {
             **self._source.describe(),
             "class": type(self._model).__name__,
@@ -140,6 +143,7 @@ class TransformersSampler:
             "vocabulary": self._text_config.vocab_size,
             "digest": self._digest,
             "decode_check": self._findings and self._findings.describe(),
+            **({} if tables is None else {"product_tables": tables}),
             **({} if self._ranks is None else {"ranks": self._ranks.size}),
         }
 
