@@ -12,11 +12,13 @@ def product_shapes(model: torch.nn.Module) -> tuple[tuple[int, int], ...]:
 
     Where the invariant arm runs decoder layers fused, weights that meet the same rows count as the
     one that they are laid out as. Experts are not among them: grouped products keep the frozen
-    tables. The model may be on the meta device.
+    tables, as those of FP8 weights do. The model may be on the meta device.
     """
     layers = join_weights(model)
-    joined = [layer._joined_qkv[0] for layer in layers]
-    joined += [layer._joined_gate_up[0] for layer in layers if hasattr(layer, "_joined_gate_up")]
+    joined = [layer._joined_qkv.weight for layer in layers]
+    joined += [
+        layer._joined_gate_up.weight for layer in layers if hasattr(layer, "_joined_gate_up")
+    ]
     parts = {
         id(projection)
         for layer in layers
@@ -30,4 +32,5 @@ def product_shapes(model: torch.nn.Module) -> tuple[tuple[int, int], ...]:
         for module in model.modules()
         if isinstance(module, torch.nn.Linear) and id(module) not in parts
     ]
-    return tuple(dict.fromkeys((len(w), w.shape[1]) for w in (*joined, *linear)))
+    plain = [w for w in (*joined, *linear) if w.dtype.itemsize > 1]
+    return tuple(dict.fromkeys((len(w), w.shape[1]) for w in plain))

@@ -24,6 +24,7 @@ from ndcheck.probe import Prompt
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers
 from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.device import choose_device, own_device, product_tables
 from ndcheck.samplers.local.faithful import PATHS, Examination, Path, examine, find_refusals
@@ -81,7 +82,9 @@ class TransformersSampler:
             self._model = load_model(source.model, config, spec, self._device, source.adapter)
             self._stop_ids = stop_ids(self._model)
             self._digest = digest_weights(self._model)
-            self._findings = examine(self._model, self._device, _paths(spec))
+            # Of FP8 layers on ranks nothing but the invariant arm can compute a part.
+            if not (self._ranks and has_fp8_layers(self._model)):
+                self._findings = examine(self._model, self._device, _paths(spec))
             if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
                 from ndcheck_kernels.models.decoder import join_weights
 
