@@ -117,7 +117,7 @@ def _of_run(
         found |= {"random_weights": spec.random_weights, "dtype": spec.dtype}
         found["adapter"] = None if spec.adapter is None else Path(spec.adapter)
     if engine == TRANSFORMERS and not is_served:
-        found["attn"] = spec.attention
+        found |= {"attn": spec.attention, "dequantise": spec.dequantise}
     found = {k: value for k, value in found.items() if k not in given and value is not None}
     for name, value in found.items():
         needs_trust = OPTIONS[name].needs_trust
