@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ndcheck import __version__
+from ndcheck.cli.commands.bisect import bisect
 from ndcheck.cli.commands.compare import compare
 from ndcheck.cli.commands.demo import demo
 from ndcheck.cli.commands.doctor import doctor
@@ -20,6 +21,7 @@ from ndcheck.cli.commands.order import order
 from ndcheck.cli.commands.report import report
 from ndcheck.cli.commands.run import run
 from ndcheck.cli.commands.runs import runs
+from ndcheck.cli.commands.score import score
 from ndcheck.cli.commands.shrink import shrink
 from ndcheck.cli.commands.trace import trace
 from ndcheck.cli.console import FAILED, run_guarded
@@ -59,7 +61,10 @@ def root(
 
 COMMANDS = {
     command.__name__: command
-    for command in (run, report, trace, shrink, order, demo, gate, compare, runs, doctor)
+    for command in (
+        *(run, report, score, trace, shrink, order, demo),
+        *(gate, compare, bisect, runs, doctor),
+    )
 }
 for command in COMMANDS.values():
     # What is left over is met with a hint.

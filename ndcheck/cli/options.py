@@ -48,6 +48,15 @@ EndpointUrl = Annotated[
         "URL",
     ),
 ]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        help="Measure this server too, under the same loads, and compare the two; the key and "
+        "headers of --endpoint go to it.",
+        metavar="URL",
+    ),
+]
 ApiKeyFile = Annotated[
     Path | None,
     _option(
@@ -249,6 +258,9 @@ RandomWeights = Annotated[
         "Make weights from the model's config.json and this seed; load none.",
         "SEED",
     ),
+]
+Dequantise = Annotated[
+    bool, _option("dequantise", "Compute quantised weights (FP8, MXFP4) as bf16 ones.")
 ]
 TrustRemoteCode = Annotated[
     bool, _option("trust_remote_code", "Let the model's repository run its code.")

@@ -52,6 +52,7 @@ TYPED = {
     "dtype": "fp32", "device": "cpu", "attn": "eager", "kernels": "invariant",
     "confidence": "0.9", "target_rate": "0.1", "random_weights": "5", "answer_pattern": "a+",
     "chat": None, "trust_remote_code": None, "stop_on_divergence": None, "allow_latent": None,
+    "dequantise": None,
 }  # fmt: skip
 """A value other than the default for each option; None: it is a switch."""
 ALSO = {"arrivals": ("--batching", "continuous"), "tp_groups": ("--kernels", "invariant")}
@@ -81,7 +82,7 @@ def test_every_option_and_backend_is_tried():
     assert set(CHOSEN) == {type(backend).__name__ for backend in BACKENDS}
     not_of_a_spec = {
         *("context", "arrival", "out", "resume", "dry_run", "verbose", "html", "plots", "json"),
-        "quiet",
+        *("quiet", "against"),
     }
     assert set(inspect.signature(run).parameters) - not_of_a_spec == set(OPTIONS)
 
@@ -193,7 +194,14 @@ def arrivals(clock):
     )
 
 
-HERE = some(**COMMON, **COMPUTED, model=NAMES, device=st.just("cpu"), attn=st.just("org/kernel"))
+HERE = some(
+    **COMMON,
+    **COMPUTED,
+    model=NAMES,
+    device=st.just("cpu"),
+    attn=st.just("org/kernel"),
+    dequantise=st.booleans(),
+)
 SPECS = {
     "exact": HERE,
     "continuous": st.builds(
