@@ -22,6 +22,8 @@ from bench.table import Table
 SHAPES = Path(__file__).parents[1] / "shapes"
 GRAPHS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
 CACHE_BYTES = {"qwen3-8b": 20 * 10**9, "qwen3-30b-a3b": 3 * 10**9, "smollm2": 4 * 10**9}
+FEWER_ROWS = {"qwen3-30b-a3b": 256}
+"""Where two engines' weights leave no room for a step of 1024 rows."""
 STEPS, FEW_STEPS = (1, 8, 32, 64, 128, 256, 512), (1, 8, 64, 256)
 LARGE_STEPS = (576, 768, 1000)
 N_STEPS, N_REPEATS = 32, 3
@@ -45,19 +47,19 @@ class Measures:
         self.table = Table(out / f"{stage}-{model}-{mode}.csv", echo=False)
         self.audit = out / f"audit-{model}.txt"
         is_random = (SHAPES / model).is_dir()
+        rows = FEWER_ROWS.get(model, 1024)
+        graphs = [n for n in (*GRAPHS, *range(576, largest_graph + 1, 64)) if n <= rows]
         self.llm = vllm.LLM(
             str(SHAPES / model) if is_random else trained(model),
             load_format="dummy" if is_random else "auto",
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
-            max_num_seqs=1024,
+            max_num_seqs=rows,
             max_model_len=2048,
-            max_num_batched_tokens=8192,
+            max_num_batched_tokens=8 * rows,
             gpu_memory_utilization=0.1,
             kv_cache_memory_bytes=CACHE_BYTES[model],
-            compilation_config={
-                "cudagraph_capture_sizes": [*GRAPHS, *range(576, largest_graph + 1, 64)]
-            },
+            compilation_config={"cudagraph_capture_sizes": graphs},
         )
         if is_random:
             self.llm.apply_model(fill)
