@@ -64,6 +64,13 @@ class Measures:
         if is_random:
             self.llm.apply_model(fill)
         self.generate([PROMPT] * 8, [8] * 8)
+        self.leave_room()
+
+    def leave_room(self) -> None:
+        """Give back what torch keeps for later: the other engines of the card measure next."""
+        import torch
+
+        torch.cuda.empty_cache()
 
     def generate(
         self, prompts: Sequence[list[int]], n_tokens: Sequence[int]
@@ -312,8 +319,6 @@ def host_us(model: Any) -> dict[str, float]:
 def main() -> int:
     import os
 
-    import torch
-
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What vLLM prints goes to the log.
     model, mode, stage, out, largest_graph = sys.argv[1:]
@@ -328,7 +333,7 @@ def main() -> int:
 
             traceback.print_exc()
             answer = f"{type(error).__name__}: {error}".splitlines()[0]
-        torch.cuda.empty_cache()  # The others' measures need room.
+        measures.leave_room()
         print(answer, file=answers, flush=True)
     return 0
 
