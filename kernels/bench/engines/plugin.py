@@ -15,9 +15,9 @@ run8b    the same of the 8B shape, whose random weights are written first, 4 min
 long     1000 completions of 1000 tokens, 6 min
 
 Weights of shapes are random, of seed 0, filled in after the start. Writes STAGE-MODEL-MODE.csv row
-by row, its log, the audit tables, environment.json, the run's tables, and verdicts.txt. Exit code 1
-where a goal is missed, 3 where one was not put to the test: bits that do not differ in stock either
-show nothing of ours.
+by row, its log, the audit tables, environment.json, the runs' tables, and verdicts-STAGE.txt. Exit
+code 1 where a goal is missed, 3 where one was not put to the test: bits that do not differ in stock
+either show nothing of ours.
 """
 
 from __future__ import annotations
@@ -262,14 +262,14 @@ def main() -> int:
         site = entry_point(Path(folder))
         found: list[Verdict] = []
         for name in names:
-            if name in RUNS:
-                found += run_ndcheck(name, out, site)
+            mine = run_ndcheck(name, out, site) if name in RUNS else []
             for stage in STAGES.get(name, ()):
                 run_stage(name, stage, out, site, sys.stdout)
-            found += verdicts(read_rows(out, name))
-            text = "".join(f"{verdict.state:8}  {verdict.text}\n" for verdict in found)
-            (out / "verdicts.txt").write_text(text, encoding="utf-8")
-    print(text, flush=True)
+            mine += verdicts(read_rows(out, name))
+            text = "".join(f"{verdict.state:8}  {verdict.text}\n" for verdict in mine)
+            (out / f"verdicts-{name}.txt").write_text(text, encoding="utf-8")
+            print(text, flush=True)
+            found += mine
     return exit_code(found)
 
 
