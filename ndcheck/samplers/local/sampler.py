@@ -123,6 +123,9 @@ class TransformersSampler:
     def count_tokens(self, prompt: Prompt) -> int:
         return len(self._prompts.encode(prompt))
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        return self._prompts.encode(prompt)
+
     def render(self, prompt: Prompt) -> Rendered | None:
         return self._prompts.render(prompt)
 
