@@ -286,7 +286,10 @@ class Engine:
 class Endpoint:
     """A server that speaks the OpenAI API, and how it is loaded. No secret is ever part of it.
 
-    ``header_names`` are sent with values that the command line gives again. ``arrival`` says when
+    ``header_names`` are sent with values that the command line gives again. ``query`` goes into
+    every address: ``KEY=VALUE``, or the key alone where the value may be a secret. ``extra_body``
+    is JSON of fields that go with every request. ``omits_temperature``: how tokens are drawn is
+    the server's. ``stop`` are texts at which a probe's completion ends. ``arrival`` says when
     the requests of a trial are sent: ``together``, ``closed`` (each row's next request when its
     last is answered), or as an open loop, ``poisson:RATE`` or ``bursts:SIZE:GAP`` by the second.
     Fillers are ``words``, or the probe with words after it (``shared-prefix``).
@@ -295,6 +298,10 @@ class Endpoint:
     url: str
     api_key_file: str | None = None
     header_names: tuple[str, ...] = ()
+    query: tuple[str, ...] = ()
+    extra_body: str | None = None
+    omits_temperature: bool = False
+    stop: tuple[str, ...] = ()
     arrival: str = "together"
     fillers: Fillers = "words"
     timeout_s: NotNegative = 300.0
@@ -329,6 +336,8 @@ class RunSpec:
     adapter: str | None = None
     """A directory of peft's; None too where ``model`` is one, which names its base."""
     chat: bool = False
+    chat_template_kwargs: str | None = None
+    """An object of JSON: what the chat template is given besides."""
     trust_remote_code: bool = False
     random_weights: Seed | None = None
     """Seed of weights made from the model's config alone; None loads the stored ones."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.plan.coverage import OF_BATCHES, lacks_batches
 from ndcheck.plan.prompts import read_prompts
 from ndcheck.plan.prompts.entries import Entry
 from ndcheck.plan.size import check_size
-from ndcheck.probe import Prompt
+from ndcheck.probe import Message, Prompt
 from ndcheck.records import Probe, RunSpec
 from ndcheck.samplers import options
 from ndcheck.samplers.backends import (
@@ -22,6 +21,12 @@ from ndcheck.samplers.backends import (
     choose,
     refuse_other_fields,
     refuse_others,
+)
+from ndcheck.samplers.endpoint.private import (
+    Private,
+    parse_extra_body,
+    parse_headers,
+    parse_query,
 )
 from ndcheck.storage.reading import is_unicode
 
@@ -41,7 +46,9 @@ class Options(TypedDict, total=False):
     prompt: str | Sequence[str]
     prompts_file: Path | None
     prompt_column: str | None
+    system: str | None
     chat: bool
+    chat_template_kwargs: str | dict[str, Any] | None
     loads: str | Sequence[int]
     axes: str | Sequence[str]
     mode: str
@@ -72,6 +79,10 @@ class Options(TypedDict, total=False):
     fillers: str
     timeout: float
     retries: int
+    query: str | Sequence[str]
+    extra_body: str | dict[str, Any] | None
+    no_temperature: bool
+    stop: str | Sequence[str]
     api_key_file: Path | None
 
 
@@ -100,6 +111,8 @@ def make_spec(**given: Unpack[Options]) -> RunSpec:
             spec = option.put(spec, option.parse(typed[option.name]))
     prompts = [typed["prompt"]] if isinstance(typed["prompt"], str) else typed["prompt"]
     probes = make_probes(prompts, typed["prompts_file"], typed["prompt_column"])
+    if typed["system"] is not None:
+        probes = tuple(_with_system(probe, typed["system"]) for probe in probes)
     is_chat = typed["chat"] or all(probe.messages for probe in probes)
     spec = replace(spec, probes=probes, chat=is_chat)
     check(spec)
@@ -140,17 +153,26 @@ def _make_probe(probe_id: str, prompt: Prompt) -> Probe:
     return Probe(probe_id, prompt[-1].content, prompt)
 
 
-def parse_headers(headers: Sequence[str]) -> dict[str, str]:
-    """``"Name: value"`` lines by name. Raises UsageError without repeating a value."""
-    parsed = {}
-    for header in headers:
-        name, colon, value = header.partition(":")
-        if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name.strip()):
-            raise UsageError("--header: give it as 'Name: value'")
-        if not value.strip().isascii() or not value.strip().isprintable():
-            raise UsageError(f"--header {name.strip()}: the value holds characters HTTP refuses")
-        parsed[name.strip()] = value.strip()
-    return parsed
+def _with_system(probe: Probe, system: str) -> Probe:
+    """The probe as a conversation that begins with a system prompt; its own stays, if it has one.
+
+    Raises UsageError where that is no text.
+    """
+    if not system.strip() or not is_unicode(system):
+        raise UsageError("--system: give a text that is valid UTF-8 and not empty")
+    messages = probe.messages or (Message("user", probe.prompt),)
+    if messages[0].role in ("system", "developer"):
+        return probe
+    return replace(probe, messages=(Message("system", system), *messages))
+
+
+def make_private(
+    headers: Sequence[str],
+    query: str | Sequence[str] = (),
+    extra_body: str | Mapping[str, Any] | None = None,
+) -> Private:
+    """What goes with every request, as given. Raises UsageError without repeating a secret."""
+    return Private(parse_headers(headers), parse_query(query), parse_extra_body(extra_body))
 
 
 def add_headers(spec: RunSpec, headers: Mapping[str, str]) -> RunSpec:
@@ -197,6 +219,10 @@ def check(spec: RunSpec) -> None:
             f"--axes {','.join(spec.axes)}: it compares batches of 2 rows or more: add one to "
             f"--loads {options.show_loads(spec.batch_sizes)}"
         )
+    if spec.chat_template_kwargs is not None:
+        options.parse_template_kwargs(spec.chat_template_kwargs)
+        if not spec.chat:
+            raise UsageError("--chat-template-kwargs: there is no chat template without --chat")
     check_size(spec)
     backend = backend_of(spec)
     refuse_other_fields(backend, spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from ndcheck.runner import (
 )
 from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.base import Rendered, Sampler, open_sampler
+from ndcheck.samplers.endpoint.private import Private
 from ndcheck.storage.evidence import is_continued_by
 from ndcheck.storage.run_directory import RunDirectory, read_run
 
@@ -50,7 +51,7 @@ MAX_LINES_SHOWN, MAX_TEXT_SHOWN = 32, 1000
 
 def start(
     spec: RunSpec,
-    headers: Mapping[str, str],
+    private: Private,
     out: Path | None,
     *,
     as_json: bool,
@@ -65,7 +66,7 @@ def start(
     check_plots(wanted=plots)
     with (
         closing(new_directory(slug(spec.model), out)) as new,
-        closing(open_for_run(spec, headers, quiet=quiet)) as sampler,
+        closing(open_for_run(spec, private, quiet=quiet)) as sampler,
     ):
         spec = fit(spec, sampler, quiet=quiet)
         trials = plan(spec, sampler)
@@ -95,7 +96,7 @@ def note_untried(spec: RunSpec, trials: list[Trial], *, quiet: bool) -> None:
 
 def resume(
     path: Path,
-    headers: Mapping[str, str],
+    private: Private,
     given: Sequence[Given],
     *,
     as_json: bool,
@@ -114,7 +115,7 @@ def resume(
     if directory.run.spec != spec:
         directory.close()
         raise UsageError(f"--resume {path}: its run.json was changed meanwhile")
-    with closing(directory), closing(open_for_run(spec, headers, quiet=quiet)) as sampler:
+    with closing(directory), closing(open_for_run(spec, private, quiet=quiet)) as sampler:
         here = capture(spec, sampler)
         changed = environment.differences(directory.run.environment, here)
         if changed:
@@ -149,11 +150,11 @@ def follow(spec: RunSpec) -> int:
     return 0
 
 
-def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> Sampler:
+def open_for_run(spec: RunSpec, private: Private, *, quiet: bool) -> Sampler:
     """The run's sampler, and what to know of it on stderr."""
     note(f"{backend_of(spec).opening} {spec.model}", quiet=quiet)
     with doing(f"opening {spec.model}"):
-        sampler = open_sampler(spec, headers=headers, say=lambda line: note(line, quiet=quiet))
+        sampler = open_sampler(spec, private=private, say=lambda line: note(line, quiet=quiet))
     for line in sampler.notes:
         note(line, quiet=quiet)
     return sampler
@@ -221,7 +222,7 @@ def report(path: Path, *, as_json: bool, html: bool = False, plots: bool = False
     return EXIT_CODES[findings.judgement.verdict.outcome]
 
 
-def print_plan(spec: RunSpec, headers: Mapping[str, str], *, verbose: bool) -> int:
+def print_plan(spec: RunSpec, private: Private, *, verbose: bool) -> int:
     """Print what a run would execute, each trial if ``verbose``, and its cost.
 
     Returns the exit code.
@@ -230,7 +231,7 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str], *, verbose: bool) -> i
         return 0
     # What fits beside the weights is only known with them.
     load_weights = not spec.batch_sizes
-    with closing(open_sampler(spec, load_weights=load_weights, headers=headers)) as sampler:
+    with closing(open_sampler(spec, load_weights=load_weights, private=private)) as sampler:
         for line in sampler.notes:
             note(line, quiet=False)
         spec = fit(spec, sampler, quiet=False)

@@ -43,6 +43,8 @@ CHOSEN = {
 """What chooses each backend on the command line."""
 TYPED = {
     "prompt": "hello", "prompts_file": "prompts.txt", "prompt_column": "b", "model": "m",
+    "system": "Be brief.", "query": "api-version=2024-10-21", "extra_body": '{"top_k":1}',
+    "no_temperature": None, "stop": "END", "chat_template_kwargs": '{"enable_thinking":false}',
     "adapter": "lora", "engine": "vllm", "tp": "2",
     "tp_groups": "8", "pp": "3", "engine_arg": "max_model_len=4096", "endpoint": URL,
     "api_key_file": "key.txt", "header": "X-Team: a", "fillers": "shared-prefix", "timeout": "7.5",
@@ -55,7 +57,10 @@ TYPED = {
 """A value other than the default for each option; None: it is a switch."""
 ALSO = {"arrivals": ("--batching", "continuous"), "tp_groups": ("--kernels", "invariant")}
 """What an option needs beside it, where the backend is this process."""
-ALWAYS = {"prompt_column": ("--prompts-file", "prompts.jsonl")}
+ALWAYS = {
+    "prompt_column": ("--prompts-file", "prompts.jsonl"),
+    "chat_template_kwargs": ("--chat",),
+}
 """What it needs everywhere."""
 
 
@@ -136,6 +141,7 @@ def test_a_resumed_run_takes_no_other_option(name, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     is_trusted = name in {
         *("endpoint", "api_key_file", "header", "engine_arg", "attn", "trust_remote_code"),
+        *("query", "extra_body"),
     }
     assert (f"{OPTIONS[name].flag} cannot be changed" in line) != is_trusted
 
@@ -170,6 +176,7 @@ COMMON = {
     "stop_on_divergence": st.booleans(),
     "allow_latent": st.booleans(),
     "chat": st.booleans(),
+    "system": texts(min_size=1).filter(str.strip),
     "answer_pattern": st.sampled_from(["a+", r"\d", "it's (.*) $HOME"]),
 }
 COMPUTED = {
@@ -231,6 +238,10 @@ SPECS = {
             timeout=st.integers(1, 99999),
             retries=st.integers(0, 9),
             api_key_file=st.just(Path("my key.txt")),
+            query=st.sampled_from(["api-version=2024-10-21", ["code=sesame", "api-version=1"]]),
+            extra_body=st.sampled_from(['{"top_k": 1}', {"a": {"api_key": "sesame"}, "b": "it's"}]),
+            stop=st.lists(texts(min_size=1), max_size=2),
+            no_temperature=st.just(value=False),
         ),
     ),
 }

@@ -67,7 +67,10 @@ def exclusions(run: Run) -> list[str]:
         "Replicas that are chosen by address or by request: each trial opens connections of its "
         "own, and nothing else can be varied from here."
     ]
+    drawing = ["How the server draws its tokens: no temperature was sent."]
+    omits = run.spec.endpoint is not None and run.spec.endpoint.omits_temperature
     return [
+        *(drawing if omits else []),
         *(overlap if witness == "client-side overlap" else []),
         *(replicas if backend_of(run.spec).is_remote else []),
         "Anything on other hardware, other versions of the software or other numeric flags.",

@@ -93,6 +93,12 @@ def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) 
                 "A server draws tokens at random above temperature 0",
                 replace(spec, decoding=decoding),
             )
+        elif spec.endpoint is not None and spec.endpoint.omits_temperature:
+            suggest(
+                "No temperature was sent, so the server may have drawn these tokens: where it "
+                "takes temperature 0",
+                replace(spec, endpoint=replace(spec.endpoint, omits_temperature=False)),
+            )
         elif backend.is_remote and by_chance and narrower.batch_sizes == (1,):
             found.append(Remedy(ALONE_BY_CHANCE, ()))
         elif backend.is_remote:

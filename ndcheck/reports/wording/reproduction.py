@@ -96,17 +96,33 @@ def prompts_file(spec: RunSpec, defaults: RunSpec) -> str | None:
 def _prompts(probes: tuple[Probe, ...], directory: str) -> list[str]:
     if not _fit_options(probes):
         return [f"--prompts-file {argument(str(PurePath(directory, PROMPTS_FILE)))}"]
-    return [f"--prompt {argument(probe.prompt)}" for probe in probes]
+    system = _shared_system(probes)
+    return [
+        *([] if system is None else [f"--system {argument(system)}"]),
+        *(f"--prompt {argument(probe.prompt)}" for probe in probes),
+    ]
+
+
+def _shared_system(probes: tuple[Probe, ...]) -> str | None:
+    """The system prompt that all of them begin with, where nothing but the prompt follows."""
+    roles = {tuple(message.role for message in probe.messages) for probe in probes}
+    texts = {probe.messages[0].content for probe in probes if probe.messages}
+    return texts.pop() if roles == {("system", "user")} and len(texts) == 1 else None
 
 
 def _fit_options(probes: tuple[Probe, ...]) -> bool:
     """Ids have to be p1, p2, ..., which options get: the fillers' contents depend on them."""
     return (
         len(probes) <= _MAX_PROMPTS
-        and not any("\0" in probe.prompt or probe.messages for probe in probes)
+        and (_shared_system(probes) is not None or not any(probe.messages for probe in probes))
+        and not any("\0" in message for probe in probes for message in _texts(probe))
         and not any(probe.prompt == STANDARD_INPUT for probe in probes)
         and all(probe.probe_id == f"p{i}" for i, probe in enumerate(probes, 1))
     )
+
+
+def _texts(probe: Probe) -> tuple[str, ...]:
+    return (probe.prompt, *(message.content for message in probe.messages))
 
 
 def argument(text: str) -> str:

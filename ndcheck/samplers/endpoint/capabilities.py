@@ -100,7 +100,8 @@ def _find_compared(answer: Answer, n_tokens: int) -> Compared:
     if answer.token_ids:
         return "token ids"
     # Some give log-probabilities for the most interesting tokens only.
-    is_full = answer.finish_reason != "length" or len(answer.tokens) == n_tokens
+    n_made = len(answer.tokens) + (answer.n_reasoning_tokens or 0)
+    is_full = answer.finish_reason != "length" or n_tokens in (n_made, len(answer.tokens))
     return "logprob tokens" if answer.tokens and is_full else "text"
 
 
@@ -108,6 +109,8 @@ def _counts_tokens(answer: Answer, n_tokens: int) -> bool:
     """Does the usage agree with what arrived, or at the limit with what was asked for?"""
     n_sent = len(answer.token_ids) or len(answer.tokens)
     if answer.n_tokens is None:
+        return True
+    if n_sent and answer.n_tokens == n_sent + (answer.n_reasoning_tokens or 0):
         return True
     if n_sent and answer.finish_reason != "length":
         return answer.n_tokens - n_sent in (0, 1)

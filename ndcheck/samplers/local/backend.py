@@ -13,6 +13,7 @@ from ndcheck.samplers.backend import Backend
 from ndcheck.samplers.options import DEFAULTS, ENGINE, OF_SOME, TP, TRANSFORMERS, Option
 
 if TYPE_CHECKING:
+    from ndcheck.samplers.endpoint.private import Private
     from ndcheck.samplers.local.sampler import TransformersSampler
 
 NEEDS_CONTINUOUS = "needs --batching continuous, or a server: give --endpoint"
@@ -43,7 +44,7 @@ class LocalBackend(Backend):
         spec: RunSpec,
         *,
         load_weights: bool = True,
-        headers: Mapping[str, str] | None = None,
+        private: Private | None = None,
         say: Callable[[str], None] | None = None,
     ) -> TransformersSampler:
         from ndcheck.samplers.local.checkpoint.sources import find_source
