@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, RenderableType
@@ -14,6 +15,7 @@ from ndcheck.analysis.summary import LoadFinding, ProbeSummary, Summary
 from ndcheck.findings import Findings
 from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome
 from ndcheck.records import ARMS, AXES, RunSpec
+from ndcheck.reports.ranking import tally, worst_first
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import quoted, visible
 from ndcheck.reports.wording import phrases, serving
@@ -22,6 +24,8 @@ from ndcheck.reports.wording.reproduction import argument, prompts_file, wrapped
 from ndcheck.samplers.backends import backend_of
 
 MAX_VERDICTS = 8
+MAX_OF_MANY = 3
+"""Of more failed prompts than verdicts are shown: commands that measure one alone."""
 MAX_LOADS = 10
 MAX_COMPLETIONS = 5
 MAX_COMMAND_LINES = 4
@@ -38,11 +42,7 @@ def print_report(
     console: Console, findings: Findings, defaults: RunSpec, outputs: Sequence[str] = ()
 ) -> None:
     """Print the screen; ``outputs`` are options that the command to repeat it has besides."""
-    width, verdicts = console.width, findings.verdicts
-    ranked = sorted(
-        findings.summary.probes,
-        key=lambda probe: list(STYLES).index(verdicts[probe.arm, probe.probe_id].verdict.outcome),
-    )
+    width, ranked = console.width, worst_first(findings)
     # The details of one probe fill a screen: the worst one's; report.md has them all.
     detailed = [probe for probe in ranked if probe.probe_id == ranked[0].probe_id]
     detailed.sort(key=lambda probe: ARMS.index(probe.arm))
@@ -112,6 +112,7 @@ def _verdicts(ranked: Sequence[ProbeSummary], findings: Findings) -> Table:
         grid.add_row(label, *([Text(subject)] if with_subject else []), reasons)
     if len(ranked) > MAX_VERDICTS:
         grid.add_row("", "", f"and {len(ranked) - MAX_VERDICTS} more in summary.csv")
+        grid.add_row("", "", f"{tally(ranked, findings)}")
     return grid
 
 
@@ -201,10 +202,15 @@ def _axes(
 
 def _comparison(summary: Summary) -> Iterator[Text]:
     """What the invariant arm costs, and whether the arms differ at all."""
-    for probe in summary.probes:
-        if probe.slowdown_vs_stock is not None:
-            subject = phrases.subject(probe, summary)
-            yield Text(f"{subject} takes {probe.slowdown_vs_stock:.2f}x the time of stock")
+    timed = [(probe, x) for probe in summary.probes if (x := probe.slowdown_vs_stock) is not None]
+    for probe, slowdown in timed if len(timed) <= MAX_VERDICTS else ():
+        yield Text(f"{phrases.subject(probe, summary)} takes {slowdown:.2f}x the time of stock")
+    if len(timed) > MAX_VERDICTS:
+        slowdowns = [slowdown for _, slowdown in timed]
+        yield Text(
+            f"invariant takes {median(slowdowns):.2f}x the time of stock: the median of "
+            f"{len(timed)} prompts, from {min(slowdowns):.2f}x to {max(slowdowns):.2f}x"
+        )
     if summary.fisher_p is not None:
         yield Text(f"stock against invariant: p = {summary.fisher_p:.2g} (Fisher's exact test)")
 
@@ -300,7 +306,8 @@ def _next_steps(findings: Findings, defaults: RunSpec, width: int) -> Iterator[R
         if remedy.command:
             yield Padding(_command(remedy.command, width), (0, 0, 0, 2))
     failed = list(_failed_probes(findings))
-    for probe_id in failed[:MAX_VERDICTS] if len(failed) > 1 else ():
+    shown = failed[: MAX_VERDICTS if len(failed) <= MAX_VERDICTS else MAX_OF_MANY]
+    for probe_id in shown if len(failed) > 1 else ():
         spec = alone(findings.run.spec, probe_id)
         # A conversation is no option's: the run's file holds it among the others.
         if prompts_file(spec, defaults) is not None:
@@ -308,14 +315,20 @@ def _next_steps(findings: Findings, defaults: RunSpec, width: int) -> Iterator[R
             continue
         yield Text(f"{visible(probe_id)} fails; measure it alone:")
         yield Padding(_command(wrapped_command(spec, defaults, width), width), (0, 0, 0, 2))
+    if len(failed) > len(shown):
+        yield Text(f"{len(failed) - len(shown)} more fail: summary.csv has them")
     if directory:
         yield Text("Show this again, or open report.md and the CSV files there:")
         yield Padding(_command([f"ndcheck report {argument(directory)}"], width), (0, 0, 0, 2))
 
 
 def _failed_probes(findings: Findings) -> dict[str, None]:
-    """Ids of the probes that failed in any arm, each once, in the order of the run."""
-    verdicts = findings.judgement.probes
+    """Ids of the probes that failed in any arm, each once: in the order of the run, of many the
+    worst first."""
+    probes = findings.summary.probes
+    if len(probes) > MAX_VERDICTS:
+        probes = tuple(worst_first(findings))
+    verdicts = (findings.verdicts[probe.arm, probe.probe_id] for probe in probes)
     return dict.fromkeys(v.probe_id for v in verdicts if v.verdict.outcome == "FAIL")
 
 
