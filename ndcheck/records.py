@@ -55,6 +55,7 @@ CacheState = Literal["whole", "chunked", "prefix"]
 Fillers = Literal["words", "shared-prefix"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
+AnswerKind = Literal["json", "number", "choice", "code"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
 
 ARMS: tuple[Arm, ...] = ("stock", "invariant")
@@ -345,6 +346,7 @@ class RunSpec:
     confidence: Level = 0.95
     stop_on_divergence: bool = False
     allow_latent: bool = False
+    answer: AnswerKind | None = None
     answer_pattern: str | None = None
     tensor_parallel: Positive = 1
     """Processes that share the model in ndcheck's own arms; an `Engine` has a number of its own."""

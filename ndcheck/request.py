@@ -12,7 +12,7 @@ from ndcheck.plan.coverage import OF_BATCHES, lacks_batches
 from ndcheck.plan.prompts import read_prompts
 from ndcheck.plan.prompts.entries import Entry
 from ndcheck.plan.size import check_size
-from ndcheck.probe import Message, Prompt
+from ndcheck.probe import Message
 from ndcheck.records import Probe, RunSpec
 from ndcheck.samplers import options
 from ndcheck.samplers.backends import (
@@ -66,6 +66,7 @@ class Options(TypedDict, total=False):
     dtype: str
     device: str
     attn: str
+    answer: str | None
     answer_pattern: str | None
     random_weights: int | None
     trust_remote_code: bool
@@ -129,28 +130,29 @@ def make_probes(
     """
     if column is not None and file is None:
         raise UsageError("--prompt-column: this is for a file: give --prompts-file")
-    entries: list[Entry] = [(None, prompt) for prompt in prompts]
+    entries = [Entry(None, prompt) for prompt in prompts]
     if file is not None:
         entries += read_prompts(file, column)
     if file is None and not prompts:
         return DEFAULTS.probes
-    probes = [_make_probe(name or f"p{i}", prompt) for i, (name, prompt) in enumerate(entries, 1)]
+    probes = [_make_probe(entry, f"p{i}") for i, entry in enumerate(entries, 1)]
     if not probes:
         raise UsageError(f"--prompts-file {file}: it holds no prompt")
     for probe in probes:
         if not probe.prompt.strip():
             raise UsageError(f"prompt {probe.probe_id} is empty")
-        if not is_unicode(probe.prompt):
+        if not is_unicode(probe.prompt) or not is_unicode(probe.answer or ""):
             raise UsageError(f"prompt {probe.probe_id} is not valid UTF-8")
     if len({probe.probe_id for probe in probes}) < len(probes):
         raise UsageError(f"--prompts-file {file}: two prompts have the same id")
     return tuple(probes)
 
 
-def _make_probe(probe_id: str, prompt: Prompt) -> Probe:
+def _make_probe(entry: Entry, default_id: str) -> Probe:
+    probe_id, prompt = entry.name or default_id, entry.prompt
     if isinstance(prompt, str):
-        return Probe(probe_id, prompt)
-    return Probe(probe_id, prompt[-1].content, prompt)
+        return Probe(probe_id, prompt, answer=entry.answer)
+    return Probe(probe_id, prompt[-1].content, prompt, entry.answer)
 
 
 def _with_system(probe: Probe, system: str) -> Probe:
@@ -228,6 +230,8 @@ def check(spec: RunSpec) -> None:
     refuse_other_fields(backend, spec)
     backend.check(spec)
     if spec.answer_pattern is not None:
-        from ndcheck.analysis.metrics import compile_answer_pattern
+        from ndcheck.analysis.answers import compile_answer_pattern
 
+        if spec.answer is not None:
+            raise UsageError("--answer: --answer-pattern says where the answer is: choose one")
         compile_answer_pattern(spec.answer_pattern)

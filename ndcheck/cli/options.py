@@ -239,11 +239,21 @@ StopOnDivergence = Annotated[
 AllowLatent = Annotated[
     bool, _option("allow_latent", "Judge tokens alone: equal tokens, other bits pass.")
 ]
+Answer = Annotated[
+    str | None,
+    _option(
+        "answer",
+        "Find the answer in each completion and count its flips: "
+        f"{', '.join(get_args(records.AnswerKind))}.",
+        "KIND",
+        one_of(*get_args(records.AnswerKind)),
+    ),
+]
 AnswerPattern = Annotated[
     str | None,
     _option(
         "answer_pattern",
-        "Regular expression of the answer in a completion (TARa@N).",
+        "The same for a regular expression of the answer (TARa@N).",
         "RE",
     ),
 ]

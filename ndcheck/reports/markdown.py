@@ -13,7 +13,7 @@ from ndcheck.reports.document import published
 from ndcheck.reports.ranking import tally, worst_first
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import code_block, code_cell, code_span, markdown_text, quoted
-from ndcheck.reports.wording import phrases, serving
+from ndcheck.reports.wording import answers, phrases, serving
 from ndcheck.reports.wording.claims import claims, exclusions
 from ndcheck.reports.wording.remedies import remedies
 from ndcheck.reports.wording.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
@@ -44,6 +44,7 @@ def markdown_report(findings: Findings, defaults: RunSpec) -> str:
         *_verdict(findings),
         *_reproduction(findings, defaults),
         *(["## Explanation", _bullets(map(markdown_text, advice))] if advice else []),
+        *(f"{sentence}." for sentence in answers.accuracy(findings)),
         *_next_steps(findings, defaults),
         *(part for probe in _detailed(findings) for part in _probe(probe, findings)),
         "## Claims",
@@ -124,6 +125,8 @@ def _probe(probe: ProbeSummary, findings: Findings) -> Iterator[str]:
         yield _bullets(map(markdown_text, lines))
     if probe.axes:
         yield _properties(probe, findings.verdicts[probe.arm, probe.probe_id], unit)
+    if (sentence := answers.flips(probe)) is not None:
+        yield f"{sentence[0].upper()}{sentence[1:]}."
     if probe.loads:
         yield _loads(probe, unit)
     if probe.completions:
@@ -173,6 +176,7 @@ def _loads(probe: ProbeSummary, unit: str) -> str:
             phrases.first_at(load),
             f"{load.latent} of {load.n_trials}",
             phrases.speed(load.tokens_per_s),
+            *([f"{load.answer_flips} of {load.n_trials}"] if probe.answers else []),
         )
         for load in probe.loads
     ]
@@ -180,7 +184,7 @@ def _loads(probe: ProbeSummary, unit: str) -> str:
         "Load | Batch | Slot (from 0) | Trials diverged | Unique | "
         f"First at {unit} (from 1) | Latent | {unit.capitalize()}s/s"
     )
-    return _table(header, rows)
+    return _table(header + " | Answer flipped" * (probe.answers is not None), rows)
 
 
 def _completions(probe: ProbeSummary, unit: str) -> str:

@@ -18,7 +18,7 @@ from ndcheck.records import ARMS, AXES, RunSpec
 from ndcheck.reports.ranking import tally, worst_first
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import quoted, visible
-from ndcheck.reports.wording import phrases, serving
+from ndcheck.reports.wording import answers, phrases, serving
 from ndcheck.reports.wording.remedies import alone, remedies
 from ndcheck.reports.wording.reproduction import argument, prompts_file, wrapped_command
 from ndcheck.samplers.backends import backend_of
@@ -53,6 +53,7 @@ def print_report(
         [_setting(findings, detailed, defaults, width, outputs)],
         *([*_heading(group, detailed), *_axes(group, findings, unit, width)] for group in groups),
         *([*_heading(group, detailed), *_loads(group, unit)] for group in groups),
+        [*_answers(detailed, findings)],
         [*_comparison(findings.summary)],
         [*_trees(detailed, width, unit)],
         [Text(visible(f"trace: {sentence}")) for sentence in findings.advice],
@@ -198,6 +199,37 @@ def _axes(
     if any(finding.told_apart is False for probe in detailed for finding in probe.axes):
         notes.append(f"INCONCLUSIVE: something diverged, {NOT_TOLD_APART}")
     return [table, *map(Text, notes)]
+
+
+def _answers(detailed: Sequence[ProbeSummary], findings: Findings) -> Iterator[RenderableType]:
+    """Flips of the answer beside flips of tokens, by load; how right answers are, over prompts."""
+    for probe in detailed:
+        if (sentence := answers.flips(probe)) is not None:
+            yield Text(f"{probe.arm}: {sentence}" if len(detailed) > 1 else sentence)
+    rows = [
+        (probe, load)
+        for probe in detailed
+        for load in probe.loads
+        if load.n_diverged_trials or load.answer_flips
+    ]
+    if any(probe.answers for probe in detailed) and rows:
+        table = _table("load", *(["arm"] if len(detailed) > 1 else []))
+        for name in ("batch", "slot", "trials", "tokens\nflipped", "answer\nflipped"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for probe, load in rows[:MAX_LOADS]:
+            table.add_row(
+                phrases.load(load),
+                *([probe.arm] if len(detailed) > 1 else []),
+                str(load.batch_size),
+                "all" if load.slot is None else str(load.slot),
+                str(load.n_trials),
+                str(load.n_diverged_trials),
+                "" if load.answer_flips is None else str(load.answer_flips),
+            )
+        yield table
+        if len(rows) > MAX_LOADS:
+            yield Text(f"{len(rows) - MAX_LOADS} more in loads.csv")
+    yield from map(Text, answers.accuracy(findings))
 
 
 def _comparison(summary: Summary) -> Iterator[Text]:

@@ -12,7 +12,18 @@ from typing import Any, TypeVar, get_args
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.plan.size import MAX_BATCH_SIZE
-from ndcheck.records import ARMS, AXES, Arm, Axis, Batching, Decoding, Mode, Probe, RunSpec
+from ndcheck.records import (
+    ARMS,
+    AXES,
+    AnswerKind,
+    Arm,
+    Axis,
+    Batching,
+    Decoding,
+    Mode,
+    Probe,
+    RunSpec,
+)
 from ndcheck.storage.reading import parse_json, read_text
 
 DEFAULTS = RunSpec(
@@ -254,6 +265,8 @@ SHARED = (
     Option("confidence", ("confidence",), DEFAULTS.confidence),
     Option("target_rate", ("target_rate",), DEFAULTS.target_rate),
     Option("random_weights", ("random_weights",), DEFAULTS.random_weights),
+    Option("answer", ("answer",), DEFAULTS.answer,
+           lambda kind: None if kind is None else choice("--answer", AnswerKind)(kind)),
     Option("answer_pattern", ("answer_pattern",), DEFAULTS.answer_pattern),
     Option("chat", ("chat",), DEFAULTS.chat),
     Option("chat_template_kwargs", ("chat_template_kwargs",), None, parse_template_kwargs),

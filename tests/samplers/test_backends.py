@@ -52,6 +52,7 @@ TYPED = {
     "arrivals": "poisson:2", "samples": "12", "max_tokens": "7", "temperature": "0.5", "seed": "4",
     "dtype": "fp32", "device": "cpu", "attn": "eager", "kernels": "invariant",
     "confidence": "0.9", "target_rate": "0.1", "random_weights": "5", "answer_pattern": "a+",
+    "answer": "number",
     "chat": None, "trust_remote_code": None, "stop_on_divergence": None, "allow_latent": None,
 }  # fmt: skip
 """A value other than the default for each option; None: it is a switch."""

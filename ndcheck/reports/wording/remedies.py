@@ -172,7 +172,10 @@ def _narrower(spec: RunSpec, findings: Findings) -> RunSpec | None:
 def alone(spec: RunSpec, probe_id: str) -> RunSpec:
     """``spec`` with one of its probes, by the id that it gets from an option."""
     chosen = (probe for probe in spec.probes if probe.probe_id == probe_id)
-    return replace(spec, probes=tuple(replace(probe, probe_id="p1") for probe in chosen))
+    # Its right answer would need a file.
+    return replace(
+        spec, probes=tuple(replace(probe, probe_id="p1", answer=None) for probe in chosen)
+    )
 
 
 def _samples_until(

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
+from typing import Any
 
 from ndcheck.plan.conversations import as_messages
 from ndcheck.plan.prompts import STANDARD_INPUT
@@ -84,13 +85,13 @@ def prompts_file(spec: RunSpec, defaults: RunSpec) -> str | None:
     """What the file holds that the command names; None if the command names none."""
     if spec.probes == defaults.probes or _fit_options(spec.probes):
         return None
-    lines = (
-        {"id": probe.probe_id, "messages": as_messages(probe.messages)}
-        if probe.messages
-        else {"id": probe.probe_id, "prompt": probe.prompt}
-        for probe in spec.probes
-    )
-    return "".join(json.dumps(line) + "\n" for line in lines)
+    return "".join(json.dumps(_entry(probe)) + "\n" for probe in spec.probes)
+
+
+def _entry(probe: Probe) -> dict[str, Any]:
+    prompt = {"messages": as_messages(probe.messages)} if probe.messages else probe.prompt
+    held = prompt if isinstance(prompt, dict) else {"prompt": prompt}
+    return {"id": probe.probe_id, **held, **({"answer": probe.answer} if probe.answer else {})}
 
 
 def _prompts(probes: tuple[Probe, ...], directory: str) -> list[str]:
@@ -116,7 +117,7 @@ def _fit_options(probes: tuple[Probe, ...]) -> bool:
         len(probes) <= _MAX_PROMPTS
         and (_shared_system(probes) is not None or not any(probe.messages for probe in probes))
         and not any("\0" in message for probe in probes for message in _texts(probe))
-        and not any(probe.prompt == STANDARD_INPUT for probe in probes)
+        and not any(probe.prompt == STANDARD_INPUT or probe.answer for probe in probes)
         and all(probe.probe_id == f"p{i}" for i, probe in enumerate(probes, 1))
     )
 
