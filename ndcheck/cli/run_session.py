@@ -14,7 +14,7 @@ import typer
 from ndcheck import environment
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.cli.console import EXIT_CODES, INTERRUPTED, note, note_bad_lines
-from ndcheck.cli.progress import ProgressLine
+from ndcheck.cli.progress import ActivityLine, ProgressLine
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import NdcheckError, UsageError, doing
 from ndcheck.findings import read_findings
@@ -30,6 +30,7 @@ from ndcheck.reports.wording.reproduction import resume_command
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import (
+    Progress,
     begin,
     capture,
     fit_spec,
@@ -69,7 +70,8 @@ def start(
         closing(open_for_run(spec, private, quiet=quiet)) as sampler,
     ):
         spec = fit(spec, sampler, quiet=quiet)
-        trials = plan(spec, sampler)
+        with ActivityLine(quiet=quiet), doing("planning"):
+            trials = plan(spec, sampler)
         if spec.target_rate:
             n_draws = trials_needed(spec.target_rate, spec.confidence)
             draws = "trials" if spec.repeats_are_draws else "distinct loads"
@@ -153,7 +155,7 @@ def follow(spec: RunSpec) -> int:
 def open_for_run(spec: RunSpec, private: Private, *, quiet: bool) -> Sampler:
     """The run's sampler, and what to know of it on stderr."""
     note(f"{backend_of(spec).opening} {spec.model}", quiet=quiet)
-    with doing(f"opening {spec.model}"):
+    with ActivityLine(quiet=quiet), doing(f"opening {spec.model}"):
         sampler = open_sampler(spec, private=private, say=lambda line: note(line, quiet=quiet))
     for line in sampler.notes:
         note(line, quiet=quiet)
@@ -186,8 +188,13 @@ def measure(
     failure: NdcheckError | None = None
     go_on = resume_command(directory.run.spec, str(directory.path))
     try:
-        with ProgressLine(quiet=quiet) as progress:
-            run_trials(trials, sampler, directory, finished, progress.show)
+        with ActivityLine(quiet=quiet) as activity, ProgressLine(quiet=quiet) as line:
+
+            def show(progress: Progress) -> None:
+                activity.settle()
+                line.show(progress)
+
+            run_trials(trials, sampler, directory, finished, show)
     except KeyboardInterrupt:
         report(directory.path, as_json=as_json, html=html, plots=plots)
         note(f"interrupted; go on with: {go_on}")

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-from ndcheck.errors import BackendError, UsageError
+from ndcheck.errors import BackendError, UsageError, doing
 from ndcheck.plan.fillers import filler_text
 from ndcheck.probe import Prompt
 from ndcheck.records import Endpoint, RunSpec
@@ -192,7 +192,8 @@ async def open_server(
     Raises BackendError where the server fails, UsageError where it refuses what is asked.
     """
     try:
-        identity = await identify(transport, spec.model)
+        with doing("asking the server what it is"):
+            identity = await identify(transport, spec.model)
         gauge = await find_gauge(transport)
         kinds: list[Callable[..., Dialect]] = [Chat, Responses] if spec.chat else [Completions]
         # Its own API takes no field of OpenAI's.
@@ -206,7 +207,8 @@ async def open_server(
                 transport, dialect, endpoint.n_retries, endpoint.timeout_s, extra_body, say
             )
             try:
-                capabilities = await _find_capabilities(spec, transport, dialect, client)
+                with doing("trying what the server can do"):
+                    capabilities = await _find_capabilities(spec, transport, dialect, client)
                 break
             except RequestFailure as failure:
                 if failure.status not in NOT_THERE:
@@ -237,7 +239,8 @@ async def open_server(
                 spec, dialect, client, prompt, n_tokens, {**capabilities.probe_fields, **fields}
             ),
         )
-        n_others = await _vary_limit(spec, dialect, client, capabilities)
+        with doing("asking for completions of other lengths"):
+            n_others = await _vary_limit(spec, dialect, client, capabilities)
     except RequestFailure as failure:
         if (
             failure.status is not None

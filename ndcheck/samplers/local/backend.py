@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ndcheck.errors import UsageError
+from ndcheck.errors import UsageError, doing
 from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.ranks import check_request
 from ndcheck.records import RunSpec
@@ -50,7 +50,8 @@ class LocalBackend(Backend):
         from ndcheck.samplers.local.checkpoint.sources import find_source
 
         find_source(spec)  # Before torch is imported, which takes seconds.
-        from ndcheck.samplers.local.sampler import TransformersSampler
+        with doing("importing torch and transformers"):
+            from ndcheck.samplers.local.sampler import TransformersSampler
 
         return TransformersSampler(spec, load_weights=load_weights)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ndcheck.errors import BackendError, TrialError, UsageError
+from ndcheck.errors import BackendError, TrialError, UsageError, doing
 from ndcheck.plan.arrivals import parse_arrivals
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.plan.queue import Request, queue_requests
@@ -77,11 +77,15 @@ class TransformersSampler:
         self._findings: Examination | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
         self._uncaptured: set[Arm] = set()
+        self._begun: set[Arm] = set()
         if load_weights:
-            self._model = load_model(source.model, config, spec, self._device, source.adapter)
-            self._stop_ids = stop_ids(self._model)
-            self._digest = digest_weights(self._model)
-            self._findings = examine(self._model, self._device, _paths(spec))
+            with doing("loading the weights"):
+                self._model = load_model(source.model, config, spec, self._device, source.adapter)
+                self._stop_ids = stop_ids(self._model)
+            with doing("taking the digest of the weights"):
+                self._digest = digest_weights(self._model)
+            with doing("comparing its batches with generate()"):
+                self._findings = examine(self._model, self._device, _paths(spec))
             if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
                 from ndcheck_kernels.models.decoder import join_weights
 
@@ -180,11 +184,16 @@ class TransformersSampler:
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
+        is_first = trial.arm not in self._begun
+        self._begun.add(trial.arm)
+        compiles = ": its kernels are compiled" if self._device.type == "cuda" else ""
+        first = doing(f"the first batch of the {trial.arm} arm{compiles}")
         try:
-            if self._ranks is not None:
-                streams, witnesses = self._run_on_ranks(self._ranks, trial, probe, decoding)
-            else:
-                streams, witnesses = self._run_in_halves(trial, probe, decoding)
+            with first if is_first else nullcontext():
+                if self._ranks is not None:
+                    streams, witnesses = self._run_on_ranks(self._ranks, trial, probe, decoding)
+                else:
+                    streams, witnesses = self._run_in_halves(trial, probe, decoding)
         except torch.AcceleratorError as error:
             raise BackendError(f"{self._device} failed: {first_line(error)}") from error
         except RuntimeError as error:
