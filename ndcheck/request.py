@@ -223,7 +223,7 @@ def check(spec: RunSpec) -> None:
             f"--loads {options.show_loads(spec.batch_sizes)}"
         )
     if spec.chat_template_kwargs is not None:
-        options.parse_template_kwargs(spec.chat_template_kwargs)
+        options.recorded_object("--chat-template-kwargs", spec.chat_template_kwargs)
         if not spec.chat:
             raise UsageError("--chat-template-kwargs: there is no chat template without --chat")
     check_size(spec)

@@ -216,6 +216,13 @@ def parse_object(option: str, given: str | Mapping[str, Any]) -> dict[str, Any]:
     return value
 
 
+def recorded_object(option: str, text: str) -> dict[str, Any]:
+    """The same of a record, which may name no file. Raises UsageError."""
+    if text.startswith("@"):
+        raise UsageError(f"{option}: a record holds the object itself, not a file's name")
+    return parse_object(option, text)
+
+
 def compact(value: Any) -> str:
     """JSON in one line, the same for equal objects."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))

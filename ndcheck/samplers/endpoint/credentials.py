@@ -9,9 +9,10 @@ from typing import Any
 
 from ndcheck.errors import UsageError
 from ndcheck.records import Endpoint
-from ndcheck.samplers.endpoint.private import recorded_body
+from ndcheck.samplers.endpoint.private import parse_extra_body
 from ndcheck.samplers.endpoint.redaction import MASK
-from ndcheck.storage.reading import parse_json, read_text
+from ndcheck.samplers.options import recorded_object
+from ndcheck.storage.reading import read_text
 
 KEY_VARIABLES = ("NDCHECK_API_KEY", "OPENAI_API_KEY")
 
@@ -57,13 +58,12 @@ def request_body(endpoint: Endpoint, extra_body: Mapping[str, Any]) -> dict[str,
     """
     if extra_body or endpoint.extra_body is None:
         return dict(extra_body)
-    recorded_body(endpoint.extra_body)
+    fields = recorded_object("--extra-body", endpoint.extra_body)
     if MASK in endpoint.extra_body:
         raise UsageError(
             "this run sends a secret in --extra-body, which is not recorded: give it again"
         )
-    fields: dict[str, Any] = parse_json(endpoint.extra_body)
-    return fields
+    return parse_extra_body(fields)
 
 
 def _read_key(file: str | None) -> str | None:
