@@ -69,6 +69,7 @@ class Options(TypedDict, total=False):
     answer: str | None
     answer_pattern: str | None
     random_weights: int | None
+    dequantise: bool
     trust_remote_code: bool
     engine: str
     tp: int

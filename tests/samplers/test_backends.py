@@ -55,6 +55,7 @@ TYPED = {
     "confidence": "0.9", "target_rate": "0.1", "random_weights": "5", "answer_pattern": "a+",
     "answer": "number",
     "chat": None, "trust_remote_code": None, "stop_on_divergence": None, "allow_latent": None,
+    "dequantise": None,
 }  # fmt: skip
 """A value other than the default for each option; None: it is a switch."""
 ALSO = {"arrivals": ("--batching", "continuous"), "tp_groups": ("--kernels", "invariant")}
@@ -198,7 +199,14 @@ def arrivals(clock):
     )
 
 
-HERE = some(**COMMON, **COMPUTED, model=NAMES, device=st.just("cpu"), attn=st.just("org/kernel"))
+HERE = some(
+    **COMMON,
+    **COMPUTED,
+    model=NAMES,
+    device=st.just("cpu"),
+    attn=st.just("org/kernel"),
+    dequantise=st.booleans(),
+)
 SPECS = {
     "exact": HERE,
     "continuous": st.builds(

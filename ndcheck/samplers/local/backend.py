@@ -26,6 +26,7 @@ class LocalBackend(Backend):
     own = (
         Option("adapter", ("adapter",), None, lambda path: None if path is None else str(path)),
         *(ENGINE, TP, Option("tp_groups", ("tp_groups",), DEFAULTS.tp_groups)),
+        Option("dequantise", ("dequantise",), DEFAULTS.dequantise),
     )
     takes = OF_SOME
 
