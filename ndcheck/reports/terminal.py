@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ndcheck.analysis.summary import LoadFinding, ProbeSummary, Summary
 from ndcheck.findings import Findings
-from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome
+from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome, Verdict
 from ndcheck.records import ARMS, AXES, RunSpec
 from ndcheck.reports.ranking import tally, worst_first
 from ndcheck.reports.trees.branches import tree_lines
@@ -71,6 +71,14 @@ def _heading(
 ) -> Iterator[RenderableType]:
     if len(group) < len(detailed):
         yield Text(group[0].arm, style="bold")
+
+
+def print_verdict(console: Console, verdict: Verdict, subject: str = "") -> None:
+    """A line for each of its reasons; ``subject`` is what it is about, where there are several."""
+    about = f"{subject}  " if subject else ""
+    for reason in verdict.reasons:
+        label = Text(verdict.label, style=STYLES[verdict.outcome])
+        console.print(Text.assemble(label, f"  {about}{visible(reason)}"))
 
 
 def print_without_padding(console: Console, part: RenderableType) -> None:

@@ -88,7 +88,7 @@ def test_every_option_and_backend_is_tried():
     assert set(CHOSEN) == {type(backend).__name__ for backend in BACKENDS}
     not_of_a_spec = {
         *("context", "arrival", "out", "resume", "dry_run", "verbose", "html", "plots", "json"),
-        "quiet",
+        *("quiet", "against"),
     }
     assert set(inspect.signature(run).parameters) - not_of_a_spec == set(OPTIONS)
 

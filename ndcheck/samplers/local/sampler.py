@@ -126,6 +126,9 @@ class TransformersSampler:
     def count_tokens(self, prompt: Prompt) -> int:
         return len(self._prompts.encode(prompt))
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        return self._prompts.encode(prompt)
+
     def render(self, prompt: Prompt) -> Rendered | None:
         return self._prompts.render(prompt)
 
@@ -190,12 +193,9 @@ class TransformersSampler:
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
-        is_first = trial.arm not in self._begun
-        self._begun.add(trial.arm)
-        compiles = ": its kernels are compiled" if self._device.type == "cuda" else ""
-        first = doing(f"the first batch of the {trial.arm} arm{compiles}")
+        what = doing(f"the first batch of the {trial.arm} arm: kernels are made ready")
         try:
-            with first if is_first else nullcontext():
+            with nullcontext() if trial.arm in self._begun else what:
                 if self._ranks is not None:
                     streams, witnesses = self._run_on_ranks(self._ranks, trial, probe, decoding)
                 else:
@@ -204,6 +204,7 @@ class TransformersSampler:
             raise BackendError(f"{self._device} failed: {first_line(error)}") from error
         except RuntimeError as error:
             raise TrialError(f"{type(error).__name__}: {first_line(error)}") from error
+        self._begun.add(trial.arm)
         elapsed_s = time.perf_counter() - started
         return [
             replace(
