@@ -25,12 +25,13 @@ class Probe:
     """A prompt being measured.
 
     ``messages`` are those of a conversation, the user's last; ``prompt`` is then the text of that
-    one, to tell the probe by.
+    one, to tell the probe by. ``answer`` is the right one, where it is known.
     """
 
     probe_id: str
     prompt: str
     messages: tuple[Message, ...] = ()
+    answer: str | None = None
 
     @property
     def content(self) -> Prompt:

@@ -7,42 +7,10 @@ unit of evidence; a *sample* is one completion of a probe. CONTRIBUTING.md expla
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from ndcheck.probe import Probe as Probe
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """The numbers that a field may hold, both ends included unless ``is_open``.
-
-    `ndcheck.storage.reading.decode` holds files to it; options of the command line have lines of
-    their own.
-    """
-
-    low: float
-    high: float
-    is_open: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        if self.is_open:
-            return self.low < value < self.high
-        return self.low <= value <= self.high
-
-    def __str__(self) -> str:
-        if self.high == INFINITY:
-            return f"of {self.low:g} or more"
-        ends = f"{self.low} and {self.high}" if self.is_open else f"{self.low} to {self.high}"
-        return f"{'between' if self.is_open else 'from'} {ends}"
-
-
-INFINITY = float("inf")
-Count = Annotated[int, Range(0, 2**31 - 1)]
-Positive = Annotated[int, Range(1, 2**31 - 1)]
-Seed = Annotated[int, Range(0, 2**63 - 1)]
-NotNegative = Annotated[float, Range(0, INFINITY)]
-RawText = Annotated[str, "may hold half a character, as servers stream them"]
-Level = Annotated[float, Range(0, 1, is_open=True)]
+from ndcheck.storage.ranges import Count, Level, NotNegative, Positive, RawText, Seed
 
 Arm = Literal["stock", "invariant"]
 Batching = Literal["exact", "continuous"]
@@ -55,6 +23,7 @@ CacheState = Literal["whole", "chunked", "prefix"]
 Fillers = Literal["words", "shared-prefix"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
+AnswerKind = Literal["json", "number", "choice", "code"]
 InvariantBy = Literal["auto", "ndcheck", "vllm"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
 
@@ -292,7 +261,10 @@ class Engine:
 class Endpoint:
     """A server that speaks the OpenAI API, and how it is loaded. No secret is ever part of it.
 
-    ``header_names`` are sent with values that the command line gives again. ``arrival`` says when
+    ``header_names`` are sent with values that the command line gives again. ``query`` goes into
+    every address: ``KEY=VALUE``, or the key alone where the value may be a secret. ``extra_body``
+    is JSON of fields that go with every request. ``omits_temperature``: how tokens are drawn is
+    the server's. ``stop`` are texts at which a probe's completion ends. ``arrival`` says when
     the requests of a trial are sent: ``together``, ``closed`` (each row's next request when its
     last is answered), or as an open loop, ``poisson:RATE`` or ``bursts:SIZE:GAP`` by the second.
     Fillers are ``words``, or the probe with words after it (``shared-prefix``).
@@ -301,6 +273,10 @@ class Endpoint:
     url: str
     api_key_file: str | None = None
     header_names: tuple[str, ...] = ()
+    query: tuple[str, ...] = ()
+    extra_body: str | None = None
+    omits_temperature: bool = False
+    stop: tuple[str, ...] = ()
     arrival: str = "together"
     fillers: Fillers = "words"
     timeout_s: NotNegative = 300.0
@@ -335,6 +311,8 @@ class RunSpec:
     adapter: str | None = None
     """A directory of peft's; None too where ``model`` is one, which names its base."""
     chat: bool = False
+    chat_template_kwargs: str | None = None
+    """An object of JSON: what the chat template is given besides."""
     trust_remote_code: bool = False
     random_weights: Seed | None = None
     """Seed of weights made from the model's config alone; None loads the stored ones."""
@@ -344,6 +322,7 @@ class RunSpec:
     confidence: Level = 0.95
     stop_on_divergence: bool = False
     allow_latent: bool = False
+    answer: AnswerKind | None = None
     answer_pattern: str | None = None
     tensor_parallel: Positive = 1
     """Processes that share the model in ndcheck's own arms; an `Engine` has a number of its own."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ndcheck.errors import BackendError, TrialError
+from ndcheck.errors import BackendError, TrialError, doing
 from ndcheck.plan.arrivals import parse_arrivals
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.plan.queue import Request, queue_requests
@@ -75,13 +75,16 @@ class TransformersSampler:
         self._findings: Examination | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
         self._uncaptured: set[Arm] = set()
+        self._begun: set[Arm] = set()
         if load_weights:
-            self._model = load_model(source.model, config, spec, self._device, source.adapter)
-            self._stop_ids = stop_ids(self._model)
-            self._digest = digest_weights(self._model)
+            with doing("loading the weights"):
+                self._model = load_model(source.model, config, spec, self._device, source.adapter)
+                self._stop_ids = stop_ids(self._model)
+                self._digest = digest_weights(self._model)
             # Of FP8 layers on ranks nothing but the invariant arm can compute a part.
             if not (self._ranks and has_fp8_layers(self._model)):
-                self._findings = examine(self._model, self._device, _paths(spec))
+                with doing("comparing its batches with generate()"):
+                    self._findings = examine(self._model, self._device, _paths(spec))
             if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
                 from ndcheck_kernels.models.decoder import join_weights
 
@@ -187,15 +190,18 @@ class TransformersSampler:
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
+        what = doing(f"the first batch of the {trial.arm} arm: kernels are made ready")
         try:
-            if self._ranks is not None:
-                streams, witnesses = self._run_on_ranks(self._ranks, trial, probe, decoding)
-            else:
-                streams, witnesses = self._run_in_halves(trial, probe, decoding)
+            with nullcontext() if trial.arm in self._begun else what:
+                if self._ranks is not None:
+                    streams, witnesses = self._run_on_ranks(self._ranks, trial, probe, decoding)
+                else:
+                    streams, witnesses = self._run_in_halves(trial, probe, decoding)
         except torch.AcceleratorError as error:
             raise BackendError(f"{self._device} failed: {first_line(error)}") from error
         except RuntimeError as error:
             raise TrialError(f"{type(error).__name__}: {first_line(error)}") from error
+        self._begun.add(trial.arm)
         elapsed_s = time.perf_counter() - started
         return [
             replace(
