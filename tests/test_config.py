@@ -14,8 +14,10 @@ from ndcheck.records import AXES, Endpoint, Probe
 
 NOT_OF_A_CHECK = {
     *("context", "out", "resume", "dry_run", "verbose", "html", "plots", "json", "quiet", "header"),
+    "against",
 }
-"""Options of `ndcheck run` that say what to do with a run, not what it measures, and secrets."""
+"""Options of `ndcheck run` that say what to do with a run, not what it measures, secrets, and a
+second server, whose run is another."""
 
 
 def write(tmp_path, text, name="ndcheck.toml"):

@@ -186,9 +186,9 @@ def test_options_that_the_run_did_not_have_are_refused(ndcheck_here, tmp_path):
 
 @pytest.mark.parametrize("pattern", ["(a|aa)+$", "(?:a?){40}a{40}$", "^(a+)+$"])
 def test_an_answer_pattern_cannot_hang(ndcheck_here, tmp_path, monkeypatch, pattern):
-    from ndcheck.analysis import metrics
+    from ndcheck.analysis import answers
 
-    monkeypatch.setattr(metrics, "ANSWERS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(answers, "ANSWERS_TIMEOUT_S", 0.2)
     metrics._AnswerParser.of.cache_clear()
     run = shutil.copytree(FIXTURE, tmp_path / "run")
     document = json.loads((run / "run.json").read_text())
