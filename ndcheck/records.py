@@ -7,59 +7,43 @@ unit of evidence; a *sample* is one completion of a probe. CONTRIBUTING.md expla
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
+from ndcheck.probe import ALONE as ALONE
+from ndcheck.probe import INFINITY as INFINITY
+from ndcheck.probe import CacheState as CacheState
+from ndcheck.probe import Count as Count
+from ndcheck.probe import Level as Level
+from ndcheck.probe import Load as Load
+from ndcheck.probe import NotNegative as NotNegative
+from ndcheck.probe import Positive as Positive
 from ndcheck.probe import Probe as Probe
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """The numbers that a field may hold, both ends included unless ``is_open``.
-
-    `ndcheck.storage.reading.decode` holds files to it; options of the command line have lines of
-    their own.
-    """
-
-    low: float
-    high: float
-    is_open: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        if self.is_open:
-            return self.low < value < self.high
-        return self.low <= value <= self.high
-
-    def __str__(self) -> str:
-        if self.high == INFINITY:
-            return f"of {self.low:g} or more"
-        ends = f"{self.low} and {self.high}" if self.is_open else f"{self.low} to {self.high}"
-        return f"{'between' if self.is_open else 'from'} {ends}"
-
-
-INFINITY = float("inf")
-Count = Annotated[int, Range(0, 2**31 - 1)]
-Positive = Annotated[int, Range(1, 2**31 - 1)]
-Seed = Annotated[int, Range(0, 2**63 - 1)]
-NotNegative = Annotated[float, Range(0, INFINITY)]
-RawText = Annotated[str, "may hold half a character, as servers stream them"]
-Level = Annotated[float, Range(0, 1, is_open=True)]
+from ndcheck.probe import Range as Range
+from ndcheck.probe import RawText as RawText
+from ndcheck.probe import Seed as Seed
 
 Arm = Literal["stock", "invariant"]
 Batching = Literal["exact", "continuous"]
-Axis = Literal["run-to-run", "batch-size", "slot", "neighbours", "cache"]
+Axis = Literal["run-to-run", "batch-size", "slot", "neighbours", "cache", "width", "scoring"]
 Role = Literal["reference", "trial", "control"]
 """A trial is compared with a baseline along an axis; a reference and a control have none."""
-Purpose = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
+Purpose = Literal[
+    "reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "width", "scoring",
+    "control",
+]  # fmt: skip
 """What a trial is for: its axis, or its role where it has none. Files call it ``axis``."""
-CacheState = Literal["whole", "chunked", "prefix"]
 Fillers = Literal["words", "shared-prefix"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
 
 ARMS: tuple[Arm, ...] = ("stock", "invariant")
-AXES: tuple[Axis, ...] = ("run-to-run", "batch-size", "slot", "neighbours", "cache")
-"""The five invariance properties, each with its own verdict."""
+AXES: tuple[Axis, ...] = (
+    "run-to-run", "batch-size", "slot", "neighbours", "cache", "width", "scoring",
+)  # fmt: skip
+"""The seven invariance properties, each with its own verdict."""
+WIDTHS = (2, 3, 4, 5, 8, 16)
+"""Tokens that a pass verifies where a draft proposes one less."""
 CLOSED_ARRIVALS = ("together", "closed")
 """Those of `ndcheck.plan.arrivals` under which the number in flight is as asked."""
 
@@ -76,30 +60,6 @@ class Decoding:
     max_tokens: Positive
     temperature: NotNegative = 0.0
     seed: Seed = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How the probe's rows are batched.
-
-    ``slots`` are the rows that hold the probe (all of them in mode ``copies``). The other rows
-    hold fillers of ``filler_lengths`` tokens, in row order, whose contents are drawn from
-    ``filler_seed``. ``cache_state`` says how the prompt enters the KV cache: ``whole`` in one
-    forward pass, ``chunked`` in several passes, or after a ``prefix`` that was computed alone.
-    ``cut`` is a number of tokens: of each chunk, or of what follows the prefix. None leaves it to
-    the sampler.
-    """
-
-    batch_size: Positive
-    slots: tuple[Count, ...] = (0,)
-    filler_lengths: tuple[Count, ...] = ()
-    filler_seed: Seed = 0
-    cache_state: CacheState = "whole"
-    cut: Positive | None = None
-
-
-ALONE = Load(1)
-"""The probe alone, prefilled as a whole: the load of the reference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +121,7 @@ class Witness:
     prefill_calls: Count | None = None
     """Forward passes over the prompt."""
     decode_calls: Count | None = None
-    """Forward passes over one token."""
+    """Forward passes over one token, or over several that are fed."""
     override_fires: Seed | None = None
     """Ops that a batch-invariant implementation computed; None in the stock arm."""
     step_batch_sizes: tuple[Count, ...] = ()
@@ -184,6 +144,25 @@ class Witness:
 
 
 @dataclass(frozen=True, slots=True)
+class Fed:
+    """How the logits of a completion that was fed compare with those that had generated it.
+
+    Of ``n_tokens``, ``n_other_bits`` have other logits or another log-probability, and
+    ``n_other_tokens`` would have been chosen otherwise. ``max_abs_dlogprob`` is the largest
+    difference in nats over those chosen alike. ``digest`` and ``decoded_digest`` are 16 hexadecimal
+    digits over the logits of the two, as far as passes of every width were full: widths with one
+    digest are in one class.
+    """
+
+    n_tokens: Count
+    n_other_bits: Count
+    n_other_tokens: Count
+    max_abs_dlogprob: NotNegative
+    digest: str
+    decoded_digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One completion of a probe.
 
@@ -193,6 +172,10 @@ class Sample:
     the bits of all the step's logits. The last three are empty where the backend does not give
     them. Where it gives no token ids, the pieces of text that are compared get ids of their own,
     the same for equal pieces. A sample with ``error`` has no tokens and counts as no completion.
+
+    Under a load that is fed, token t is the one that the logits after the first t tokens fed
+    choose. The first that is not the next one fed is the last: another completion would go on from
+    there. What all positions gave is in ``fed``.
     """
 
     sample_id: Seed
@@ -212,6 +195,7 @@ class Sample:
     margins: tuple[float, ...] = ()
     row_digests: tuple[str, ...] = ()
     fault: Fault | None = None
+    fed: Fed | None = None
     error: RawText | None = None
     n_retries: Count = 0
 
@@ -337,6 +321,8 @@ class RunSpec:
     stop_on_divergence: bool = False
     allow_latent: bool = False
     answer_pattern: str | None = None
+    widths: tuple[Positive, ...] = WIDTHS
+    """Tokens of a pass along the axis ``width``; ascending, from 2."""
     tensor_parallel: Positive = 1
     """Processes that share the model in ndcheck's own arms; an `Engine` has a number of its own."""
     tp_groups: Positive | None = None

@@ -72,8 +72,9 @@ def measure(path, sampler):
 
 def test_a_control_is_planted_within_the_first_reference_that_did_not_fail(tmp_path):
     measure(tmp_path, FailsFirst("clean", 1))
-    (control,) = [s for s in SampleReader(tmp_path) if s.role == "control"]
-    assert (control.fault.latent_at, control.fault.fork_at) == (2, 4)
+    controls = [s for s in SampleReader(tmp_path) if s.role == "control"]
+    assert [(s.load.width, s.load.scores) for s in controls] == [(1, False), (2, False), (1, True)]
+    assert {(s.fault.latent_at, s.fault.fork_at) for s in controls} == {(2, 4)}
 
 
 def test_a_batch_never_stands_in_for_a_reference_that_failed(tmp_path):

@@ -79,8 +79,9 @@ def test_a_confirmation_is_resumed_like_any_trial(tmp_path, n_left_out):
 
 def test_control_is_planted_within_the_reference(tmp_path):
     run(tmp_path, "clean")
-    (control,) = [s for s in SampleReader(tmp_path) if s.role == "control"]
-    assert (control.fault.latent_at, control.fault.fork_at) == (2, 4)
+    controls = [s for s in SampleReader(tmp_path) if s.role == "control"]
+    assert [(s.load.width, s.load.scores) for s in controls] == [(1, False), (2, False), (1, True)]
+    assert {(s.fault.latent_at, s.fault.fork_at) for s in controls} == {(2, 4)}
 
 
 def test_failing_loads_are_recorded_not_dropped(tmp_path):

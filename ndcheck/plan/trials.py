@@ -82,7 +82,7 @@ class _ProbePlan:
         while 0 < self._n_missing() < n_missing:
             n_missing = self._n_missing()
             for cell in grid.round_of_cells(round_index):
-                if self._n_missing() > 0:
+                if self._n_missing() > 0 or cell.purpose == "control":
                     self._add_if_new(cell, grid)
             round_index += 1
         if closes_alone:
@@ -97,10 +97,14 @@ class _ProbePlan:
         return self._n_draws + 1 - len(self._n_run)
 
     def _add_if_new(self, cell: Cell, grid: Grid) -> None:
+        if cell.purpose == "control":
+            if cell.baseline in self._first_ids:
+                self._add(cell)
+            return
         n_copies = len(cell.load.slots)
         if self._n_draws is None and n_copies > self._n_missing():
             # With other rows than its baseline's, a load would differ from it along two axes.
-            if cell.purpose in ("run-to-run", "cache"):
+            if cell.purpose in ("run-to-run", "cache", "width", "scoring"):
                 return
             n_copies = self._n_missing()
             cell = replace(cell, load=grid.with_copies(cell.load, n_copies))

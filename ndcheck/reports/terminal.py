@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ndcheck.analysis.summary import LoadFinding, ProbeSummary, Summary
 from ndcheck.findings import Findings
-from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome
+from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome, fed_details
 from ndcheck.records import ARMS, AXES, RunSpec
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import quoted, visible
@@ -196,6 +196,9 @@ def _axes(
     notes = [phrases.scope(detailed)]
     if any(finding.told_apart is False for probe in detailed for finding in probe.axes):
         notes.append(f"INCONCLUSIVE: something diverged, {NOT_TOLD_APART}")
+    for probe in detailed:
+        arm = f"{probe.arm} " if with_arm else ""
+        notes += [arm + line for finding in probe.axes for line in fed_details(finding)]
     return [table, *map(Text, notes)]
 
 
@@ -214,7 +217,8 @@ def _loads(detailed: Sequence[ProbeSummary], unit: str) -> list[RenderableType]:
     by_load: dict[tuple[object, ...], dict[str, LoadFinding]] = {}
     for probe in detailed:
         for load in probe.loads:
-            key = (load.axis, load.batch_size, load.slot, load.cache_state)
+            kind = (load.cache_state, load.width, load.scores)
+            key = (load.axis, load.batch_size, load.slot, kind)
             by_load.setdefault(key, {})[probe.arm] = load
     rows = list(by_load.values())
     told = [row for row in rows if not all(_load_rank(row))]

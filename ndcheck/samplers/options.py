@@ -19,11 +19,12 @@ DEFAULTS = RunSpec(
     batch_sizes=(1, 2, 4, 8, 16),
     axes=AXES,
     mode="copies",
-    n_samples=150,
+    n_samples=220,
     arms=("stock", "invariant"),
 )
 TRANSFORMERS = "transformers"
 MAX_LOADS = 1000
+MAX_WIDTH = 1024
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Torch's name for each that ``--dtype`` takes."""
 SHORT_DTYPES = {name: short for short, name in DTYPES.items()}
@@ -142,6 +143,20 @@ def parse_axes(values: str | Sequence[str]) -> tuple[Axis, ...]:
     return AXES if text == "all" else parse_names("--axes", text, AXES)
 
 
+def parse_widths(values: str | Sequence[object] | None) -> tuple[int, ...]:
+    """``"2,4,8"`` as ascending numbers of tokens. Raises UsageError unless distinct, from 2 on."""
+    if values is None:
+        return DEFAULTS.widths
+    widths: list[int] = []
+    for part in map(str.strip, join(values).split(",")):
+        if not re.fullmatch(r"[0-9]{1,4}", part) or not 2 <= int(part) <= MAX_WIDTH:
+            raise UsageError(f"--widths: {part!r:.20} is not a number from 2 to {MAX_WIDTH}")
+        if int(part) in widths:
+            raise UsageError(f"--widths: {int(part)} is given twice")
+        widths.append(int(part))
+    return tuple(sorted(widths))
+
+
 def parse_arms(values: str | Sequence[str] | None) -> tuple[Arm, ...]:
     """``"stock,invariant"`` as kernel sets; None is both."""
     return DEFAULTS.arms if values is None else parse_names("--kernels", join(values), ARMS)
@@ -185,6 +200,7 @@ PROMPT_COLUMN = Option("prompt_column", (), None)
 MODEL = Option("model", ("model",), DEFAULTS.model, has_variable=True)
 ENGINE = Option("engine", (), TRANSFORMERS, has_variable=True)
 TP = Option("tp", ("tensor_parallel",), DEFAULTS.tensor_parallel)
+WIDTHS = Option("widths", ("widths",), None, parse_widths, join, has_variable=True)
 KERNELS = Option("kernels", ("arms",), None, parse_arms, join, has_variable=True)
 ARRIVALS = Option(
     "arrivals",

@@ -14,7 +14,7 @@ from ndcheck.plan.faults import plant_fault
 from ndcheck.plan.fillers import filler_text, fit_to_length
 from ndcheck.plan.grid import ALONE, batch_sizes_up_to
 from ndcheck.plan.trials import plan_trials
-from ndcheck.records import AXES, Decoding, Endpoint, Fault, Load, Probe
+from ndcheck.records import AXES, WIDTHS, Decoding, Endpoint, Fault, Load, Probe
 from ndcheck.request import DEFAULTS as RUN_DEFAULTS
 
 DEFAULTS = replace(RUN_DEFAULTS, arms=("stock",))
@@ -66,9 +66,13 @@ def test_plan_invariants(n_samples, batch_sizes, axes, mode, arms):
             baseline = trials[trial.baseline]
             assert baseline.trial_id < trial.trial_id
             assert (baseline.arm, baseline.probe_id) == (trial.arm, trial.probe_id)
-            assert baseline.purpose in ("reference", "batch-size")
+            of_control = {"width", "scoring"} if trial.role == "control" else set()
+            assert baseline.purpose in {"reference", "batch-size", *of_control}
         else:
             assert (trial.purpose, trial.load) == ("reference", ALONE)
+        if trial.role == "control":
+            # Of the reference, and of what is fed alone: the same load without the fault.
+            assert trial.load == trials[trial.baseline].load
         if trial.role == "trial":
             # Baselines, and repeats of them, are evidence whatever was asked for.
             assert trial.purpose in {*axes, "batch-size", "run-to-run"}
@@ -80,7 +84,10 @@ def test_plan_invariants(n_samples, batch_sizes, axes, mode, arms):
         counted = sum(t.n_samples for t in mine if t.role != "control")
         is_endless = "run-to-run" in axes or max(batch_sizes) > 1
         assert counted == n_samples or (counted < n_samples and not is_endless)
-        assert sum(t.role == "control" for t in mine) == 1
+        fed = {t.purpose for t in mine if t.load.is_fed and t.load.batch_size == 1} & set(AXES)
+        controls = [t.load for t in mine if t.role == "control"]
+        assert controls[0] == ALONE
+        assert [load.scores for load in controls[1:]] == sorted(axis == "scoring" for axis in fed)
         assert n_samples == 1 or (mine[-1].purpose, mine[-1].load) == ("run-to-run", ALONE)
 
 
@@ -104,6 +111,13 @@ def test_baselines_differ_along_their_axis_only():
                 base.filler_lengths,
                 base.filler_seed,
             )
+        elif trial.purpose == "width":
+            assert load.width > 1
+            assert load.decoded == replace(load, width=1) == base
+        elif trial.purpose == "scoring":
+            assert load.scores
+            assert load.decoded == base
+            assert load.cache_state in ("whole", "chunked")
         else:
             assert trial.purpose == "cache"
             assert load.cache_state != base.cache_state == "whole"
@@ -111,7 +125,9 @@ def test_baselines_differ_along_their_axis_only():
 
 
 def test_every_batch_size_meets_every_axis_within_the_default_run():
-    seen = {(t.purpose, t.load.batch_size) for t in evidence(plan())}
+    trials = evidence(plan())
+    assert {t.load.width for t in trials if t.load == Load(1, width=t.load.width)} == {1, *WIDTHS}
+    seen = {(t.purpose, t.load.batch_size) for t in trials}
     for batch_size in DEFAULTS.batch_sizes[1:]:
         for axis in AXES:
             assert (axis, batch_size) in seen

@@ -10,7 +10,7 @@ from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.ranks import check_request
 from ndcheck.records import RunSpec
 from ndcheck.samplers.backend import Backend
-from ndcheck.samplers.options import DEFAULTS, ENGINE, OF_SOME, TP, TRANSFORMERS, Option
+from ndcheck.samplers.options import DEFAULTS, ENGINE, OF_SOME, TP, TRANSFORMERS, WIDTHS, Option
 
 if TYPE_CHECKING:
     from ndcheck.samplers.local.sampler import TransformersSampler
@@ -24,6 +24,7 @@ class LocalBackend(Backend):
     engine = TRANSFORMERS
     own = (
         Option("adapter", ("adapter",), None, lambda path: None if path is None else str(path)),
+        WIDTHS,
         *(ENGINE, TP, Option("tp_groups", ("tp_groups",), DEFAULTS.tp_groups)),
     )
     takes = OF_SOME

@@ -22,11 +22,11 @@ from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.plan.queue import Request, queue_requests
 from ndcheck.probe import Prompt
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
-from ndcheck.samplers.base import Rendered
+from ndcheck.samplers.base import NOT_FED, Rendered
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.device import choose_device, own_device
-from ndcheck.samplers.local.faithful import PATHS, Examination, Path, examine, find_refusals
+from ndcheck.samplers.local.faithful import Examination, examine
 from ndcheck.samplers.local.following import Ranks
 from ndcheck.samplers.local.loading import (
     DTYPES,
@@ -38,8 +38,9 @@ from ndcheck.samplers.local.loading import (
 )
 from ndcheck.samplers.local.memory import is_out_of_memory, largest_batch_size
 from ndcheck.samplers.local.prompts import load_prompts
+from ndcheck.samplers.local.refusals import find_refusals, paths_of
 from ndcheck.samplers.local.selection import read_step
-from ndcheck.samplers.local.steps import DecodeSteps, Stream
+from ndcheck.samplers.local.steps import Completions, DecodeSteps, Stream
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +77,16 @@ class TransformersSampler:
         self._model: Any = None
         self._findings: Examination | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
+        self._feeds = not {"width", "scoring"}.isdisjoint(spec.axes)
+        self._scores = "scoring" in spec.axes
+        self._widths = spec.widths
+        self._completions = Completions()
         self._uncaptured: set[Arm] = set()
         if load_weights:
             self._model = load_model(source.model, config, spec, self._device, source.adapter)
             self._stop_ids = stop_ids(self._model)
             self._digest = digest_weights(self._model)
-            self._findings = examine(self._model, self._device, _paths(spec))
+            self._findings = examine(self._model, self._device, paths_of(spec))
             if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
                 from ndcheck_kernels.models.decoder import join_weights
 
@@ -89,6 +94,8 @@ class TransformersSampler:
         lengths = [self.count_tokens(probe.content) for probe in spec.probes]
         beside = [(n, self._longest_neighbour(n, spec.decoding)) for n in lengths]
         refusals = find_refusals(spec, self._text_config, self._findings, beside)
+        if spec.batching == "continuous":
+            refusals.axes.update(NOT_FED)
         self.refused_axes = tuple(refusals.axes.items())
         self.cache_states = tuple(state for state in CACHE_STATES if state not in refusals.states)
         # Where both are left out the axis is, which says so itself.
@@ -175,7 +182,8 @@ class TransformersSampler:
                     batch.reset([[0] * n_prompt] * n_rows)
                     read_step(batch.compute_prompt("whole"), decoding, None)
 
-        return largest_batch_size(self._model, self._device, n_prompt, width, try_rows)
+        n_scored = decoding.max_tokens if self._scores else 1
+        return largest_batch_size(self._model, self._device, n_prompt, width, try_rows, n_scored)
 
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
@@ -198,6 +206,7 @@ class TransformersSampler:
                 logprobs=stream.logprobs,
                 margins=stream.margins,
                 row_digests=stream.row_digests,
+                fed=stream.fed,
             )
             for nth, stream in enumerate(streams)
         ]
@@ -341,11 +350,23 @@ class TransformersSampler:
         self, trial: Trial, rows: list[list[int]], slots: tuple[int, ...], decoding: Decoding
     ) -> tuple[list[Stream], Witness]:
         steps = self._steps_for(trial.arm, rows, decoding)
-        batch = steps.batch
-        batch.reset(rows)
-        logits = batch.prefill(trial.load.cache_state, trial.load.cut)
-        prefill_calls = len(batch.row_counts)
-        streams = steps.run(logits, slots, self._stop_ids, trial.fault)
+        load, batch = trial.load, steps.batch
+        key = (trial.arm, decoding, tuple(map(tuple, rows)))
+        if not load.is_fed or key not in self._completions:
+            batch.reset(rows)
+            state, cut = load.decoded.cache_state, load.decoded.cut
+            logits = batch.prefill(state, cut)
+            prefill_calls = len(batch.row_counts)
+            fault = None if load.is_fed else trial.fault
+            streams = steps.run(logits, slots, self._stop_ids, fault)
+            if fault is None and state == "whole" and (self._feeds or load.is_fed):
+                self._completions.keep(key, steps.decoded(self._stop_ids))
+        if load.is_fed:
+            batch.reset(rows)
+            streams = steps.feed(
+                self._completions[key], load, slots, self._stop_ids, trial.fault, self._widths
+            )
+            prefill_calls = len(batch.row_counts) if load.scores else 1
         if steps.capture_failure is not None and trial.arm not in self._uncaptured:
             self._uncaptured.add(trial.arm)
             log.warning(
@@ -370,15 +391,3 @@ class TransformersSampler:
         if steps.batch.can_be_captured:
             self._captured[key] = steps  # Last in, as the most recently used.
         return steps
-
-
-def _paths(spec: RunSpec) -> list[Path]:
-    """What the run will send through the model; continuous batching takes other ways."""
-    if spec.batching == "continuous":
-        return []
-    has_cache, has_neighbours = "cache" in spec.axes, "neighbours" in spec.axes
-    return [
-        (is_padded, state)
-        for is_padded, state in PATHS
-        if (has_cache or state == "whole") and (has_neighbours or not is_padded)
-    ]
