@@ -36,6 +36,7 @@ MUST_MATCH = (
     "model.dtype",
     "model.device",
     "model.attention",
+    "model.invariant_by",
 )
 """Fields in which two runs must agree before their bits may be compared."""
 

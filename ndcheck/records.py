@@ -35,6 +35,7 @@ Purpose = Literal[
 Fillers = Literal["words", "shared-prefix"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
+InvariantBy = Literal["auto", "ndcheck", "vllm"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
 
 ARMS: tuple[Arm, ...] = ("stock", "invariant")
@@ -258,12 +259,17 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A serving engine that computes in processes of its own; ``arguments`` are ``KEY=VALUE``."""
+    """A serving engine that computes in processes of its own; ``arguments`` are ``KEY=VALUE``.
+
+    ``invariant_by`` is whose kernels compute the invariant arm: ``auto`` is ndcheck's where they
+    cover the model, else the engine's own mode.
+    """
 
     name: str = "vllm"
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
     arguments: tuple[str, ...] = ()
+    invariant_by: InvariantBy = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,7 @@ class Options(TypedDict, total=False):
     tp_groups: int | None
     pp: int
     engine_arg: str | Sequence[str]
+    invariant_by: str
     endpoint: str | None
     arrival: str | None
     fillers: str

@@ -16,6 +16,7 @@ MODEL = {
     "dtype": "bfloat16",
     "device": "cpu",
     "attention": "sdpa",
+    "invariant_by": None,
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -27,6 +28,8 @@ INTERRUPTED = 130
 MAX_BAD_LINES_SHOWN = 5
 DEBUG = "NDCHECK_DEBUG"
 MAX_WORDS = 400
+OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory")
+"""What torch says, on a CPU and on a GPU; its errors are of kinds that say other things too."""
 
 
 def run_guarded(action: Callable[[], int]) -> int:
@@ -50,12 +53,12 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         file = f"{error.filename}: " if isinstance(error.filename, str) else ""
         return f"{place}{file}{error.strerror}"
-    if isinstance(error, MemoryError):
-        return f"{place}out of memory"
-    kind = type(error).__name__
     words = " ".join(str(error).split())
     if len(words) > MAX_WORDS:
         words = f"{words[:MAX_WORDS]}..."
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(words):
+        return f"{place}out of memory{f': {words}' if words else ''}"
+    kind = type(error).__name__
     return (
         f"{place}unexpected {kind}{f': {words}' if words else ''}; please report it with what the "
         f"same command prints under {DEBUG}=1, and `ndcheck doctor`"

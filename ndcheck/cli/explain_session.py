@@ -47,8 +47,8 @@ class Sums:
 def order(sums: Sums, drawings: dict[str, Path | None], *, as_json: bool, quiet: bool) -> int:
     """Read the orders and show them. Returns the exit code."""
     op, fn, columns, dtype = sums.op, sums.fn, sums.columns, sums.dtype
-    if columns < 1:
-        raise UsageError(f"--columns {columns}: give 1 or more")
+    if not 1 <= columns < 10**MAX_DIGITS:
+        raise UsageError(f"--columns {columns}: give 1 to {10**MAX_DIGITS - 1}")
     row_counts, lengths = numbers("--rows", sums.rows), numbers("--terms", sums.terms)
     if lengths[0] < 2:
         raise UsageError("--terms: a sum has 2 terms or more")

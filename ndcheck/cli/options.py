@@ -297,6 +297,15 @@ EngineArgument = Annotated[
         "KEY=VALUE",
     ),
 ]
+InvariantBy = Annotated[
+    str,
+    _option(
+        "invariant_by",
+        "vLLM, invariant arm: ndcheck's kernels, or vllm's own; auto: ndcheck's where they cover "
+        "the model.",
+        "NAME",
+    ),
+]
 
 RUN_HELP = "A run's directory, or latest."
 

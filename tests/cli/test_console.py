@@ -15,6 +15,7 @@ SURPRISES = {
     "KeyError": KeyError("place"),
     "AssertionError": AssertionError(),
     "MemoryError": MemoryError(),
+    "out of memory": RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     "RecursionError": RecursionError("maximum recursion depth exceeded"),
     "EOFError": EOFError("Ran out of input"),
     "BrokenPipeError": BrokenPipeError(32, "Broken pipe"),
@@ -46,7 +47,10 @@ def test_a_surprise_is_one_line_and_exit_code_4(ndcheck_here, runs, monkeypatch,
     assert done.returncode == 4
     (line,) = done.stderr.splitlines()
     assert line.startswith("ndcheck: ")
-    if name not in ("MemoryError", "OSError", "BrokenPipeError"):
+    if name in ("MemoryError", "out of memory"):
+        assert "out of memory" in line
+        assert "report it" not in line
+    elif name not in ("OSError", "BrokenPipeError"):
         assert type(SURPRISES[name]).__name__ in line
         assert "NDCHECK_DEBUG=1" in line
     done = ndcheck_here("report", "clean", env={"NDCHECK_DEBUG": "1"})

@@ -53,6 +53,10 @@ def test_the_mock_server_is_listed_with_its_faults(ndcheck_here):
     assert all(any(line.split()[:1] == [fault] for line in lines) for fault in FAULTS)
 
 
+NO_HUB_IDS = ("1e+308", "a..b", "a--b", "é", " ", "a" * 97)
+"""By the hub's own rule: letters, digits, - _ . and 96 characters at most, no -- and no .. ."""
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
@@ -62,6 +66,9 @@ def test_the_mock_server_is_listed_with_its_faults(ndcheck_here):
         (("run", "http://127.0.0.1:1/v1"), "--endpoint http://127.0.0.1:1/v1"),
         (("order", "liner"), "did you mean linear?"),
         (("run", "--model", "./no-model"), "there is no such file or directory"),
+        *((("run", "--model", name), "it is no hub id") for name in NO_HUB_IDS),
+        (("trace", "--model", "1e+308"), "it is no hub id"),
+        (("order", "mm", "--columns", "9" * 31), "give 1 to 999999"),
         (("run", "--loads", "8-1"), "'8-1' is an empty range"),
         (("run", "--loads", "1-8:x1"), "ranges such as 1-8 and 1-64:x2"),
         (("run", "--loads", "1-60000"), "more than 1000 batch sizes"),

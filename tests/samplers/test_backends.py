@@ -44,7 +44,8 @@ CHOSEN = {
 TYPED = {
     "prompt": "hello", "prompts_file": "prompts.txt", "prompt_column": "b", "model": "m",
     "adapter": "lora", "engine": "vllm", "tp": "2",
-    "tp_groups": "8", "pp": "3", "engine_arg": "max_model_len=4096", "endpoint": URL,
+    "tp_groups": "8", "pp": "3", "engine_arg": "max_model_len=4096", "invariant_by": "vllm",
+    "endpoint": URL,
     "api_key_file": "key.txt", "header": "X-Team: a", "fillers": "shared-prefix", "timeout": "7.5",
     "retries": "9", "loads": "1,3", "axes": "slot,cache", "mode": "mixed", "batching": "continuous",
     "arrivals": "poisson:2", "samples": "12", "max_tokens": "7", "temperature": "0.5", "seed": "4",

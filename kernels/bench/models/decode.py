@@ -148,6 +148,9 @@ def main() -> None:
         choices=sorted(p.name for p in SHAPES.iterdir() if p.is_dir()),
     )
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
+    parser.add_argument(
+        "--arms", default="invariant,stock", choices=("invariant,stock", "invariant")
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--requests", type=int, default=0, help="time so many of 90-110 tokens")
@@ -161,26 +164,27 @@ def main() -> None:
     print(f"{name}: copy {bandwidth:.0f} GB/s, mm {rate:.0f} TFLOP/s")
     table = Table(options.out / "decode.csv", echo=True)
     for batch_size in map(int, options.batches.split(",")):
-        stock = step_ms(sampler, "stock", batch_size)
         ours = step_ms(sampler, "invariant", batch_size)
-        best = stock
+        stock = {}
+        if "stock" in options.arms:
+            stock["stock_ms"] = step_ms(sampler, "stock", batch_size)
         if options.compiled:
             undo = compiled(sampler)
-            best = step_ms(sampler, "stock", batch_size)
+            stock["compiled_ms"] = step_ms(sampler, "stock", batch_size)
             undo()
         n_experts = experts_chosen(sampler, batch_size)
         floor = floor_ms(sampler.model, batch_size, n_experts, bandwidth, rate)
         table.add(
             batch=batch_size, experts="" if n_experts is None else n_experts,
-            floor_ms=floor, invariant_ms=ours, stock_ms=stock,
-            compiled_ms=best if options.compiled else "", over_floor=ours / floor,
-            slowdown=ours / min(stock, best),
+            floor_ms=floor, invariant_ms=ours, stock_ms=stock.get("stock_ms", ""),
+            compiled_ms=stock.get("compiled_ms", ""), over_floor=ours / floor,
+            slowdown=ours / min(stock.values()) if stock else "",
         )  # fmt: skip
         torch.cuda.empty_cache()
     if options.requests:
         requests = Table(options.out / "requests.csv", echo=True)
         for most_rows in (256, 512):
-            for arm in ("invariant", "stock", "invariant"):
+            for arm in (*options.arms.split(","), "invariant"):
                 seconds = requests_s(sampler, arm, options.requests, most_rows)
                 requests.add(arm=arm, requests=options.requests, rows=most_rows, seconds=seconds)
                 torch.cuda.empty_cache()

@@ -26,11 +26,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "endpoint": ("--model", "mock", "--max-tokens", "8", "--loads", "1,4", "-n", "24"),
 }
 KINDS = (*OPTIONS, "report")
-VARYING = ("elapsed_s", "achieved_batch_size", "step_batch_sizes", "n_retries")
+VARYING = ("elapsed_s", "achieved_batch_size", "step_batch_sizes", "n_retries", "connection")
 """What a second run of the same trials need not repeat."""
 TABLES = ("samples.csv", "completions.csv", "loads.csv", "properties.csv", "summary.csv")
 REPORTS = ("report.md", "report.html", *TABLES)
 TIMEOUT_S = 300
+RUN = "run"
+"""Every directory has this name: a run is named after it, in every table."""
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -96,7 +98,7 @@ class Setup:
     def __init__(self, kind: str, folder: Path, url: str) -> None:
         self.kind, self.folder = kind, folder
         self.address = ("--endpoint", url) if kind == "endpoint" else ()
-        self.whole = folder / f"whole-{kind}"
+        self.whole = folder / f"whole-{kind}" / RUN
         started = time.monotonic()
         self.code, said = finish(*self.run(self.whole))
         self.duration_s = time.monotonic() - started
@@ -112,7 +114,7 @@ class Setup:
 
     def check(self, number: int, rng: random.Random) -> tuple[str, str | None]:
         """What was there when it was killed, and what went wrong, if anything."""
-        path = self.folder / f"{self.kind}-{number}"
+        path = self.folder / f"{self.kind}-{number}" / RUN
         kill_after(rng.uniform(0.0, 1.1) * self.duration_s, *self.run(path))
         before = finished_lines(path)
         is_begun = (path / "run.json").exists()
@@ -135,13 +137,13 @@ class Setup:
         left = [file.name for file in path.glob(".*")]
         if left:
             return state, f"temporary files were left: {left}"
-        shutil.rmtree(path)
+        shutil.rmtree(path.parent)
         return state, None
 
 
 def check_report(whole: Path, folder: Path, number: int, rng: random.Random) -> str | None:
     """Kill a report while it is written; the next one has to be as if nothing had been."""
-    path = folder / f"report-{number}" / "run"
+    path = folder / f"report-{number}" / RUN
     shutil.copytree(whole, path)
     command = ("report", str(path), "--html", "--json")
     finish(*command)

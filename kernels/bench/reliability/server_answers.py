@@ -1,6 +1,6 @@
 """Mutated answers through the real client.
 
-    PYTHONPATH=kernels python -m bench.reliability.server_answers [N] [SEED]
+    PYTHONPATH=kernels python -m bench.reliability.server_answers [--count N] [--jobs J]
 
 A server on loopback, in this process, answers `ndcheck run --endpoint` and spoils a part of its
 answers: what they say beside the completion (facts), how it is framed, its text, the pages that say
@@ -8,17 +8,21 @@ who the server is, any part of the JSON (fields: junk for a value, one taken out
 repeated), bytes, HTTP. Its model gives equal completions always: exit code 1 is wrong unless the
 text was spoilt, 0 is wrong where a fork was planted in a measured answer, and 2 and 4 are wrong
 where only facts or the framing were. Every exception that leaves the command line, every run of
-more than LIMIT_S and every wrong exit code is counted, until N answers (5000) were spoilt.
+more than LIMIT_S and every wrong exit code is counted, until N answers (5000) were spoilt by J
+processes together.
 
-Writes results/reliability/server_answers.csv.
+Writes results/reliability/server_answers.csv, and its environment beside it.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import csv
+import dataclasses
 import io
+import itertools
 import json
 import os
 import random
@@ -32,14 +36,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.reliability.processes import in_processes
+from ndcheck import environment
 from ndcheck.cli.app import run_command_line
 
-N_ANSWERS = 5000
 LIMIT_S = 60
 N_PROBING = 24
 """Requests that are over before the first trial at the latest."""
 STEP_S = 0.002
-RESULTS = Path(__file__).parents[3] / "results" / "reliability" / "server_answers.csv"
+RESULTS = Path(__file__).parents[3] / "results" / "reliability"
+SEEDS_A_PROCESS = 100_000
 PROMPT = "class Queue:"
 JUNK: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 10**40, 0.5, -0.0, 1e308, float("nan"), float("inf"),
@@ -326,20 +332,22 @@ KINDS = (
 )  # fmt: skip
 
 
-def main(n_answers: int, seed: int) -> int:
-    """Write the table; returns how many runs ended wrongly."""
+def answer_wrongly(n_answers: int, seed: int) -> tuple[dict[str, Counter[str]], list[str]]:
+    """Counts by what was spoilt, and what is needed to see each wrong end again."""
 
     def hang(signum: int, frame: Any) -> None:
         raise TimeoutError(f"no end within {LIMIT_S} s")
 
     signal.signal(signal.SIGALRM, hang)
     rows: dict[str, Counter[str]] = {}
-    n, n_wrong = 0, 0
-    while n < n_answers:
-        seed += 1
-        kinds = KINDS[seed % len(KINDS)]
+    wrong: list[str] = []
+    n = 0
+    for number in itertools.count(seed * SEEDS_A_PROCESS):
+        if n >= n_answers:
+            break
+        kinds = KINDS[number % len(KINDS)]
         signal.alarm(LIMIT_S)
-        code, tally, screen = run_once(seed, kinds)
+        code, tally, screen = run_once(number, kinds)
         signal.alarm(0)
         row = rows.setdefault("+".join(kinds), Counter())
         n += tally.n
@@ -350,28 +358,43 @@ def main(n_answers: int, seed: int) -> int:
             row[f"exit {code}"] += 1
             row["wrong"] += is_wrong(code, tally, kinds)
         if isinstance(code, str) or is_wrong(code, tally, kinds):
-            n_wrong += 1
-            print(f"seed {seed}, {kinds}: {code}\n{screen[-1500:]}", flush=True)
-    names = [
-        "runs",
-        "answers",
-        *(f"exit {code}" for code in range(5)),
-        "uncaught",
-        "hangs",
-        "wrong",
-    ]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
+            wrong.append(f"seed {number}, {kinds}: {code}\n{screen[-1500:]}")
+    return rows, wrong
+
+
+def main() -> int:
+    """Write the table; returns how many runs ended wrongly."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows: dict[str, Counter[str]] = {}
+    n_wrong = 0
+    for part, wrong in in_processes(answer_wrongly, options.count, options.seed, options.jobs):
+        n_wrong += len(wrong)
+        for line in wrong:
+            print(line, flush=True)
+        for kinds, counts in part.items():
+            rows.setdefault(kinds, Counter()).update(counts)
+    exits = [f"exit {code}" for code in range(5)]
+    names = ["runs", "answers", *exits, "uncaught", "hangs", "wrong"]
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "server_answers.csv"
+    with path.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["spoilt", *names])
-        for kinds_, row in rows.items():
-            table.writerow([kinds_, *(row[name] for name in names)])
+        for kinds, row in rows.items():
+            table.writerow([kinds, *(row[name] for name in names)])
         total = sum(rows.values(), Counter())
         table.writerow(["all", *(total[name] for name in names)])
-    print(RESULTS.read_text())
+    machine = dataclasses.asdict(environment.capture({}))
+    facts = {"seed": options.seed, "jobs": options.jobs, "environment": machine}
+    (options.out / "server_answers.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(path.read_text())
     return n_wrong
 
 
 if __name__ == "__main__":
-    arguments = [int(argument) for argument in sys.argv[1:]]
-    sys.exit(bool(main(*(arguments + [N_ANSWERS, 0][len(arguments) :]))))
+    sys.exit(bool(main()))

@@ -164,12 +164,13 @@ def environment(run: Run) -> str:
     if backend_of(run.spec).is_remote:
         return _server(run)
     device = str(where.model.get("device") or run.spec.device)
-    torch = where.software.get("torch")
+    torch, by = where.software.get("torch"), where.model.get("invariant_by")
     facts = (
         run.spec.model,
         where.model.get("dtype") or run.spec.dtype,
         device,
         where.model.get("engine"),
+        by and f"invariant by {by}",
         torch and f"torch {torch}",
         where.hardware.get("gpu" if device.startswith("cuda") else "cpu"),
     )

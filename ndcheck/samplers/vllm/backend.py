@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from ndcheck.errors import UsageError
-from ndcheck.records import Engine, RunSpec
+from ndcheck.records import Engine, InvariantBy, RunSpec
 from ndcheck.samplers.backend import Backend
-from ndcheck.samplers.options import ENGINE, TP, Option
+from ndcheck.samplers.options import ENGINE, TP, Option, choice
 
 if TYPE_CHECKING:
     from ndcheck.samplers.base import Sampler
@@ -60,6 +60,12 @@ class EngineBackend(Backend):
             parse_engine_arguments,
             repeats=True,
             needs_trust=bool,
+        ),
+        Option(
+            "invariant_by",
+            ("engine.invariant_by",),
+            "auto",
+            choice("--invariant-by", InvariantBy),
         ),
     )
     takes = frozenset({"dtype", "kernels", "random_weights", "trust_remote_code"})

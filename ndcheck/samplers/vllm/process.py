@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ndcheck.errors import BackendError, TrialError, UsageError
-from ndcheck.records import Arm
+from ndcheck.records import Arm, InvariantBy
 
 VARIABLES = {
     # In the engine's own process, so that every row is waiting before the first pass.
@@ -25,6 +25,8 @@ VARIABLES = {
 N_LOG_LINES = 4
 POLL_S = 0.5
 ENDING_S = 10.0
+PLUGIN: dict[InvariantBy, str] = {"auto": "auto", "ndcheck": "strict", "vllm": "0"}
+"""What NDCHECK_VLLM is in the invariant arm: the plug-in of ndcheck_kernels reads it."""
 
 
 class Worker:
@@ -34,8 +36,11 @@ class Worker:
     BackendError with the last lines of its log where the process failed or died.
     """
 
-    def __init__(self, arm: Arm, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, arm: Arm, arguments: dict[str, Any], invariant_by: InvariantBy = "auto"
+    ) -> None:
         self._arm = arm
+        is_invariant = arm == "invariant"
         with tempfile.NamedTemporaryFile(
             prefix=f"ndcheck-{arm}-", suffix=".log", delete=False
         ) as log:
@@ -49,7 +54,8 @@ class Worker:
                 env={
                     **os.environ,
                     **VARIABLES,
-                    "VLLM_BATCH_INVARIANT": str(int(arm == "invariant")),
+                    "VLLM_BATCH_INVARIANT": str(int(is_invariant)),
+                    "NDCHECK_VLLM": PLUGIN[invariant_by] if is_invariant else "0",
                 },
                 # Ctrl-C is for ndcheck, which ends its workers and their children itself.
                 start_new_session=True,
@@ -57,7 +63,7 @@ class Worker:
         self._received = b""
         self._has_failed = False
         try:
-            start = {"arguments": arguments, "invariant": arm == "invariant"}
+            start = {"arguments": arguments, "invariant": is_invariant, "by": invariant_by}
             self.ready: dict[str, Any] = self.ask(start)["ready"]
         except BaseException:
             self.close()

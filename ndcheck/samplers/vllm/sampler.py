@@ -68,6 +68,7 @@ class EngineSampler:
         self._context = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
         self._prompts = load_prompts(self._source, spec, text_config)
         self._workers: dict[Arm, Worker] = {}
+        self._invariant_by: str | None = None
         self._arms_apart = len(spec.arms) > 1
         self.close = weakref.finalize(self, _close, self._workers)
         if load_weights:
@@ -99,6 +100,8 @@ class EngineSampler:
         notes = [*self._prompts.warnings(self._spec.probes)]
         if len(self._spec.arms) > 1:
             notes.append(f"the arms run {self._how_arms_run}")
+        if self._invariant_by is not None:
+            notes.append(f"the invariant arm is computed by {self._invariant_by}")
         if "cache" in self._spec.axes and not self._can_share_prefixes():
             notes.append(
                 "no prompt is taken from the prefix cache, which holds blocks of "
@@ -132,6 +135,7 @@ class EngineSampler:
             "pipeline_parallel": self._engine.pipeline_parallel,
             "engine_arguments": " ".join(self._engine.arguments) or None,
             "arms": None if len(self._spec.arms) == 1 else self._how_arms_run,
+            "invariant_by": self._invariant_by,
             "digest": None if directory is None else digest_checkpoint(directory),
         }
 
@@ -203,10 +207,8 @@ class EngineSampler:
         share = self._arguments().get("gpu_memory_utilization")
         if len(arms) > 1 and (share is None or share * len(arms) <= SHARED_MEMORY):
             try:
-                for arm in arms:
-                    self._workers[arm] = Worker(
-                        arm, self._arguments(gpu_memory_utilization=SHARED_MEMORY / len(arms))
-                    )
+                for arm in reversed(arms):  # The invariant one says by whom it is computed.
+                    self._begin(arm, gpu_memory_utilization=SHARED_MEMORY / len(arms))
             except BackendError as error:
                 if "memory" not in str(error).lower():
                     raise
@@ -215,14 +217,21 @@ class EngineSampler:
             if self._arms_apart:
                 _close(self._workers)
         if not self._workers:
-            self._worker(arms[0])
+            is_open = "invariant" in arms and self._invariant_by is None
+            is_open = is_open and self._engine.invariant_by == "auto"
+            self._worker("invariant" if is_open else arms[0])
         self._context = min(self._context, self._ready["context"])
 
     def _worker(self, arm: Arm) -> Worker:
         if arm not in self._workers:
             _close(self._workers)
-            self._workers[arm] = Worker(arm, self._arguments())
+            self._begin(arm)
         return self._workers[arm]
+
+    def _begin(self, arm: Arm, **defaults: Any) -> None:
+        worker = Worker(arm, self._arguments(**defaults), self._engine.invariant_by)
+        self._workers[arm] = worker
+        self._invariant_by = worker.ready.get("invariant_by") or self._invariant_by
 
     def _can_share_prefixes(self) -> bool:
         """Whether every prompt is longer than a block; not known before an engine has started."""

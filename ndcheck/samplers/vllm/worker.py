@@ -22,6 +22,8 @@ from ndcheck.samplers.vllm.passes import Pass, count_prefills, describe_shape
 
 SWITCH = "VLLM_BATCH_INVARIANT"
 VERSIONS = "0.26 to 0.32"
+REFUSAL = "CoverageError"
+"""What the plug-in of ndcheck_kernels raises, by name: the engine's process may not have it."""
 
 Message = dict[str, Any]
 
@@ -47,7 +49,8 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
         try:
             if engine is None:
                 engine = SteppedEngine(message["arguments"], invariant=message["invariant"])
-                _send(replies, {"ready": engine.describe()})
+                by = engine.invariant_by(message["by"]) if message["invariant"] else None
+                _send(replies, {"ready": {**engine.describe(), "invariant_by": by}})
             else:
                 _send(replies, engine.generate(message))
         except (UsageError, TrialError) as error:
@@ -74,7 +77,12 @@ class SteppedEngine:
             engine_arguments.create_engine_config()
         except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
             raise UsageError(f"vLLM refuses these arguments: {_one_line(error)}") from error
-        self._engine = vllm.LLMEngine.from_engine_args(engine_arguments)
+        try:
+            self._engine = vllm.LLMEngine.from_engine_args(engine_arguments)
+        except RuntimeError as error:
+            if type(error).__name__ != REFUSAL:
+                raise
+            raise UsageError(f"--invariant-by ndcheck: {error}; or give vllm") from error
         self._config = self._engine.vllm_config
         try:
             self._scheduler = self._engine.engine_core.engine_core.scheduler
@@ -104,6 +112,25 @@ class SteppedEngine:
             "attention": _attention(config),
             "graphs": str(config.compilation_config.cudagraph_mode).rpartition(".")[2],
         }
+
+    def invariant_by(self, asked: str) -> str:
+        """Whose kernels compute, and of which version: all workers' answer.
+
+        Raises UsageError where ndcheck's were asked for and are not in place.
+        """
+        own = f"vllm {self._vllm.__version__}"
+        if asked == "vllm":
+            return own
+        try:
+            answers = self._engine.collective_rpc("ndcheck_coverage")
+        except (AttributeError, NotImplementedError, RuntimeError):
+            answers = [{"by": "vllm", "reason": "vLLM has not loaded its plug-in"}]
+        left = [each for each in answers if each["by"] != "ndcheck"]
+        if not left:
+            return f"ndcheck {answers[0]['version']}"
+        if asked == "ndcheck":
+            raise UsageError(f"--invariant-by ndcheck: {left[0]['reason']}; give vllm")
+        return own
 
     def generate(self, batch: Message) -> Message:
         """Generate one batch: all of its rows are waiting before the first forward pass.

@@ -87,6 +87,20 @@ def test_a_library_with_our_bits_is_borrowed_once_it_is_proven(operands, fake, m
     assert "1 shapes have our bits, seen at 2 numbers of rows" in borrowed.summary(x.device)
 
 
+def test_once_it_is_settled_what_is_unknown_is_computed_by_our_kernel(operands, monkeypatch):
+    x, w = operands(3)
+    matmul.linear(x, w)
+    calls = []
+    library = cublaslt.product
+    monkeypatch.setattr(cublaslt, "product", lambda *args: calls.append(1) or library(*args))
+    monkeypatch.setattr(borrowed, "_settled", False)
+    borrowed.settle()
+    want = matmul.linear(x, w)
+    assert calls == [1]
+    assert torch.equal(matmul.linear(x[:2], w), want[:2])
+    assert calls == [1]
+
+
 @pytest.mark.parametrize(
     ("library", "reason"),
     [

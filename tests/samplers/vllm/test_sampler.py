@@ -155,7 +155,7 @@ def test_a_clean_stock_arm_shows_nothing(open_fake, spec, tmp_path):
 def test_arms_that_do_not_fit_together_run_one_after_the_other(open_fake, spec, fault, tmp_path):
     spec = replace(spec, batch_sizes=(1, 24)) if fault == "small-cache" else spec
     sampler = open_fake(spec, fault)
-    assert sampler.notes == ("the arms run one after the other: memory does not hold two engines",)
+    assert sampler.notes[0] == "the arms run one after the other: memory does not hold two engines"
     arms = [each.arm for each in plan(spec, sampler)]
     assert arms == sorted(arms, key=spec.arms.index)
     assert {*arms} == {"stock", "invariant"}
@@ -254,3 +254,41 @@ def test_a_killed_worker_is_told_at_once(open_fake, spec):
     with pytest.raises(BackendError, match="was killed by SIGKILL"):
         sample(sampler, spec)
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("fault", "asked", "by"),
+    [
+        ("covered", "auto", "ndcheck 1.2"),
+        ("covered", "ndcheck", "ndcheck 1.2"),
+        ("covered", "vllm", "vllm 0.26.0+fake"),
+        ("uncovered", "auto", "vllm 0.26.0+fake"),
+        ("uncovered", "vllm", "vllm 0.26.0+fake"),
+        ("clean", "auto", "vllm 0.26.0+fake"),
+    ],
+)
+def test_a_run_says_whose_kernels_compute_its_invariant_arm(open_fake, spec, fault, asked, by):
+    sampler = open_fake(replace(spec, engine=Engine(invariant_by=asked)), fault)
+    assert sampler.describe()["invariant_by"] == by
+    assert f"the invariant arm is computed by {by}" in sampler.notes
+
+
+@pytest.mark.parametrize("fault", ["uncovered", "clean"])
+def test_what_ndcheck_does_not_cover_is_refused_where_it_was_asked_for(open_fake, spec, fault):
+    said = {"uncovered": "layers.0.mixer", "clean": "vLLM has not loaded its plug-in"}[fault]
+    with pytest.raises(UsageError, match=f"--invariant-by ndcheck: .*{said}"):
+        open_fake(replace(spec, engine=Engine(invariant_by="ndcheck")), fault)
+
+
+def test_stock_alone_is_computed_by_vllm_and_nothing_is_said_of_an_invariant_arm(open_fake, spec):
+    sampler = open_fake(replace(spec, arms=("stock",)), "covered")
+    assert sampler.describe()["invariant_by"] is None
+    assert not any("invariant" in note for note in sampler.notes)
+
+
+def test_one_arm_after_the_other_it_is_still_known(open_fake, spec):
+    sampler = open_fake(
+        replace(spec, engine=Engine(arguments=("gpu_memory_utilization=0.9",))), "covered"
+    )
+    assert not sampler.interleaves_arms
+    assert sampler.describe()["invariant_by"] == "ndcheck 1.2"

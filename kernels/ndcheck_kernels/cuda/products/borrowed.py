@@ -143,6 +143,7 @@ def _driver() -> str:
 _lock = threading.RLock()
 _proofs: dict[torch.device, Proofs] = {}
 _verdicts: dict[tuple[object, ...], bool] = {}
+_settled = False
 
 
 def proofs(device: torch.device) -> Proofs:
@@ -151,6 +152,12 @@ def proofs(device: torch.device) -> Proofs:
         if device not in _proofs:
             _proofs[device] = Proofs.read(environment(device))
         return _proofs[device]
+
+
+def settle(settled: bool = True) -> None:
+    """Try no more in this process: a server's requests do not wait for proofs."""
+    global _settled
+    _settled = settled
 
 
 def _is_on_gpu(x: torch.Tensor) -> bool:
@@ -175,12 +182,14 @@ def is_proven(
 ) -> bool:
     """Whether the borrowed product of these shapes has our bits; tried if that is not known.
 
-    Nothing is tried while a CUDA graph is captured: what is unknown then is not borrowed.
+    Nothing is tried while a CUDA graph is captured, or after `settle`: what is unknown then is not
+    borrowed.
     """
     key = (x.device, x.dtype, *x.shape, w.shape[0], groups, addend is None)
     verdict = _verdicts.get(key)
     if verdict is None:
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if _settled or capturing:
             return False
         with _lock:
             verdict = _verdicts[key] = _try(x, w, addend, groups, ours)

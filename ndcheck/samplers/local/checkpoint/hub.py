@@ -18,20 +18,28 @@ WAIT_S = 2.0
 def check_hub(model: str) -> None:
     """Before its client is imported: let it be offline where the hub does not answer.
 
-    A model in its cache still loads then. Raises UsageError for another one, and for a path where
-    nothing is.
+    A model in its cache still loads then. Raises UsageError for another one, for a path where
+    nothing is, and for what can be no hub id.
     """
     if Path(model).is_absolute() or model.startswith(("~", ".")) or model.count("/") > 1:
         raise UsageError(f"--model {model}: there is no such file or directory")
-    if "HF_HUB_OFFLINE" not in os.environ and not _answers(_url()):
+    is_silent = "HF_HUB_OFFLINE" not in os.environ and not _answers(_url())
+    if is_silent:
         os.environ["HF_HUB_OFFLINE"] = "1"
-        from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-        if not isinstance(try_to_load_from_cache(model, CONFIG), str):
-            raise UsageError(
-                f"--model {model}: there is no such directory, the hub's cache has no such model, "
-                f"and {_url()} cannot be reached {ACCEPTED}"
-            )
+    try:
+        cached = try_to_load_from_cache(model, CONFIG)
+    except HFValidationError as error:
+        raise UsageError(
+            f"--model {model}: there is no such file or directory, and it is no hub id {ACCEPTED}"
+        ) from error
+    if is_silent and not isinstance(cached, str):
+        raise UsageError(
+            f"--model {model}: there is no such directory, the hub's cache has no such model, "
+            f"and {_url()} cannot be reached {ACCEPTED}"
+        )
 
 
 def _url() -> str:

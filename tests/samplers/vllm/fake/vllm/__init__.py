@@ -86,9 +86,15 @@ class Scheduler:
         return SimpleNamespace(num_scheduled_tokens=scheduled, preempted_req_ids=preempted)
 
 
+class CoverageError(RuntimeError):
+    """By the name of what ndcheck's plug-in raises."""
+
+
 class LLMEngine:
     @classmethod
     def from_engine_args(cls, args):
+        if FAULT == "uncovered" and os.environ["NDCHECK_VLLM"] == "strict":
+            raise CoverageError("ndcheck: nothing covers layers.0.mixer (Mixer: nothing)")
         print("a line that the engine prints, which is no JSON")  # noqa: T201
         if FAULT == "no-memory" and args.gpu_memory_utilization < 0.6:
             raise ValueError("No available memory for the cache blocks")
@@ -116,6 +122,14 @@ class LLMEngine:
         self.caches = args.enable_prefix_caching
         self.cached = set()
         self.n_trials = 0
+
+    def collective_rpc(self, method):
+        """The plug-in's answer, where it is in place: with ``covered`` and ``uncovered``."""
+        if FAULT not in ("covered", "uncovered") or os.environ["NDCHECK_VLLM"] == "0":
+            raise NotImplementedError(f"Method {method!r} is not implemented.")
+        if FAULT == "uncovered":
+            return [{"by": "vllm", "reason": "nothing covers layers.0.mixer", "version": "1.2"}]
+        return [{"by": "ndcheck", "reason": None, "version": "1.2"}]
 
     def reset_prefix_cache(self):
         if FAULT != "stays-warm":

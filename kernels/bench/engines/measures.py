@@ -1,0 +1,246 @@
+"""The process of one engine that `bench.engines.plugin` starts: it measures what it is told to.
+
+Each line of standard input names a measure; one line answers it. Rows go to STAGE-MODEL-MODE.csv.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.engines.in_process import N_REQUESTS, PROMPT, REQUEST_TOKENS, bits
+from bench.table import Table
+
+SHAPES = Path(__file__).parents[1] / "shapes"
+GRAPHS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
+CACHE_BYTES = {"qwen3-8b": 18 * 10**9, "qwen3-30b-a3b": 3 * 10**9, "smollm2": 4 * 10**9}
+STEPS, FEW_STEPS = (1, 8, 32, 64, 128, 256, 512), (1, 8, 64, 256)
+N_STEPS, N_REPEATS = 32, 5
+COPIES, N_COPY_TOKENS = (1, 1, 2, 4, 8, 16, 32, 64, 128, 256), 150
+PREFILL_ROWS, PREFILL_TOKENS = 16, 1800
+IN_FLIGHT, CLOSED_TOKENS = (1, 16, 64, 256), 64
+N_NEEDLES, NEEDLE_BATCHES, N_NEEDLE_TOKENS = 1000, (8, 32, 64, 128), 64
+COLUMNS = ("batch", "nth", "value", "n", "unique", "modal", "diverges_from", "p50", "p99")
+
+
+class Measures:
+    """One engine and its measures, each a method of its name."""
+
+    def __init__(self, model: str, mode: str, stage: str, out: Path) -> None:
+        import vllm
+
+        self.vllm, self.model, self.mode = vllm, model, mode
+        self.table = Table(out / f"{stage}-{model}-{mode}.csv", echo=False)
+        self.audit = out / f"audit-{model}.txt"
+        is_random = (SHAPES / model).is_dir()
+        self.llm = vllm.LLM(
+            str(SHAPES / model) if is_random else trained(model),
+            load_format="dummy" if is_random else "auto",
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            max_num_seqs=1024,
+            max_model_len=2048,
+            max_num_batched_tokens=8192,
+            gpu_memory_utilization=0.1,
+            kv_cache_memory_bytes=CACHE_BYTES[model],
+            compilation_config={"cudagraph_capture_sizes": GRAPHS},
+        )
+        if is_random:
+            self.llm.apply_model(fill)
+        self.generate([PROMPT] * 8, [8] * 8)
+
+    def generate(
+        self, prompts: Sequence[list[int]], n_tokens: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [self.parameters(n) for n in n_tokens],
+            use_tqdm=False,
+        )
+        return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+    def parameters(self, n_tokens: int) -> Any:
+        return self.vllm.SamplingParams(
+            temperature=0, max_tokens=n_tokens, ignore_eos=True, detokenize=False
+        )
+
+    def add(self, measure: str, **found: object) -> None:
+        row = {**dict.fromkeys(COLUMNS, ""), **{k: v for k, v in found.items() if k in COLUMNS}}
+        self.table.add(model=self.model, mode=self.mode, measure=measure, **row)
+
+    def timed(self, prompts: Sequence[list[int]], n_tokens: Sequence[int]) -> float:
+        started = time.perf_counter()
+        self.generate(prompts, n_tokens)
+        return time.perf_counter() - started
+
+    def coverage(self) -> str:
+        """The plug-in's table of layers, and what it counted."""
+        (answer,) = self.llm.collective_rpc("ndcheck_coverage")
+        about = f"{answer['by']} {answer['version']}, calls {answer['fires']}"
+        text = f"{about}\nreason {answer['reason']}\n{answer['table']}\n"
+        self.audit.write_text(text, encoding="utf-8")
+        return about
+
+    def step(self, batches: Sequence[int] = STEPS) -> str:
+        """A decode step: what N_STEPS tokens more take, by their number."""
+        found = []
+        for batch in batches:
+            prompts = [PROMPT] * batch
+            self.timed(prompts, [1 + N_STEPS] * batch)
+            times = [
+                self.timed(prompts, [1 + N_STEPS] * batch) - self.timed(prompts, [1] * batch)
+                for _ in range(N_REPEATS)
+            ]
+            found.append(statistics.median(times) / N_STEPS * 1000)
+            self.add("step_ms", batch=batch, value=found[-1])
+        return " ".join(f"{b}: {ms:.2f}" for b, ms in zip(batches, found, strict=True))
+
+    def few_steps(self) -> str:
+        return self.step(FEW_STEPS)
+
+    def requests(self) -> str:
+        times = [self.timed([PROMPT] * N_REQUESTS, REQUEST_TOKENS) for _ in range(2)]
+        for nth, elapsed_s in enumerate(times):
+            self.add("requests_s", batch=N_REQUESTS, nth=nth, value=elapsed_s)
+        return " ".join(f"{t:.2f} s" for t in times)
+
+    def copies(self) -> str:
+        completions = []
+        for batch in COPIES:
+            completions += self.generate([PROMPT] * batch, [N_COPY_TOKENS] * batch)
+        found = bits(completions, completions[0])
+        self.add("copies", **found)
+        return f"{found['unique']} unique of {found['n']}"
+
+    def prefill(self) -> str:
+        draw = random.Random(0)
+        prompts = [
+            [draw.randrange(100, 10000) for _ in range(PREFILL_TOKENS)] for _ in range(PREFILL_ROWS)
+        ]
+        times = [self.timed(prompts, [1] * PREFILL_ROWS) for _ in range(5)][1:]
+        self.add("prefill_s", batch=PREFILL_ROWS, value=statistics.median(times))
+        return f"{statistics.median(times):.3f} s"
+
+    def closed(self) -> str:
+        """Requests of CLOSED_TOKENS, each sent when one has ended: tokens/s and latencies."""
+        found = []
+        for n in IN_FLIGHT:
+            latencies, elapsed_s = self.closed_loop(n, 4 * n + 4)
+            rate = len(latencies) * CLOSED_TOKENS / elapsed_s
+            p50, p99 = (statistics.quantiles(latencies, n=100)[i] for i in (49, 98))
+            self.add("closed_tokens_per_s", batch=n, value=rate, p50=p50, p99=p99)
+            found.append(f"{n}: {rate:.0f}/s {p50:.3f} {p99:.3f}")
+        return " ".join(found)
+
+    def closed_loop(self, in_flight: int, n_requests: int) -> tuple[list[float], float]:
+        engine = self.llm.llm_engine
+        sent: dict[str, float] = {}
+        latencies: list[float] = []
+        draw = random.Random(in_flight)
+
+        def send() -> None:
+            name = f"closed-{in_flight}-{len(sent)}"
+            prompt = [draw.randrange(100, 10000) for _ in range(draw.randrange(16, 256))]
+            sent[name] = time.perf_counter()
+            engine.add_request(name, {"prompt_token_ids": prompt}, self.parameters(CLOSED_TOKENS))
+
+        started = time.perf_counter()
+        for _ in range(in_flight):
+            send()
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    latencies.append(time.perf_counter() - sent[output.request_id])
+                    if len(sent) < n_requests:
+                        send()
+        return latencies, time.perf_counter() - started
+
+    def needle(self) -> str:
+        """One prompt at random places of batches of random others, as vLLM's own test does."""
+        prompt = self.needle_prompt()
+        draw = random.Random(0)
+        reference = self.generate([prompt], [N_NEEDLE_TOKENS])[0]
+        completions: list[tuple[int, ...]] = []
+        while len(completions) < N_NEEDLES:
+            batch = draw.choice(NEEDLE_BATCHES)
+            rows = [
+                [draw.randrange(100, 40000) for _ in range(draw.randrange(8, 400))]
+                for _ in range(batch)
+            ]
+            places = draw.sample(range(batch), min(batch // 8, N_NEEDLES - len(completions)))
+            for place in places:
+                rows[place] = prompt
+            outputs = self.generate(rows, [N_NEEDLE_TOKENS] * batch)
+            completions += [outputs[place] for place in places]
+        found = bits([reference, *completions], reference)
+        self.add("needle", **found)
+        differ = sum(n for each, n in Counter(completions).items() if each != reference)
+        return f"{differ} of {len(completions)} differ"
+
+    def needle_prompt(self) -> list[int]:
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(trained(self.model))
+        message = [{"role": "user", "content": "Tell me about Richard Feynman"}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    def long(self) -> str:
+        started = time.perf_counter()
+        completions = self.generate([PROMPT] * N_REQUESTS, [1000] * N_REQUESTS)
+        elapsed_s = time.perf_counter() - started
+        found = bits(completions)
+        self.add("long_s", batch=N_REQUESTS, value=elapsed_s, **found)
+        return f"{elapsed_s:.1f} s, {found['unique']} unique"
+
+
+def trained(model: str) -> str:
+    """The directory of the trained model, converted from its package once."""
+    from ndcheck.samplers.local.checkpoint.smollm2 import NAME, find_model
+
+    assert model == NAME
+    return str(find_model())
+
+
+def fill(model: Any) -> None:
+    """Random weights that follow each parameter's name alone, so that every mode has the same."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(1)
+            continue
+        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
+        parameter.data.normal_(0, 0.02, generator=generator)
+
+
+def main() -> int:
+    import os
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # What vLLM prints goes to the log.
+    model, mode, stage, out = sys.argv[1:]
+    started = time.perf_counter()
+    measures = Measures(model, mode, stage, Path(out))
+    print(f"started in {time.perf_counter() - started:.0f} s", file=answers, flush=True)
+    for line in sys.stdin:
+        try:
+            answer = getattr(measures, line.strip())()
+        except Exception as error:  # The other measures may still work.
+            import traceback
+
+            traceback.print_exc()
+            answer = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(answer, file=answers, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The kernels inside serving engines that other people run: vLLM's plug-in."""

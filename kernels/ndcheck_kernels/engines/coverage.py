@@ -1,0 +1,189 @@
+"""What computes each layer of a model that vLLM has loaded.
+
+A layer is covered if its kind is in the tables here, whose code was read in the sources of
+`seams.RELEASES`; whatever is not is named. Layers are told by the names of their classes, so that
+nothing here imports vLLM.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ndcheck_kernels.engines.layers import experts_refusal
+
+MODELS = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+"""Model classes whose forward passes compute by the layers below only."""
+
+LINEAR = (
+    "GateLinear",
+    "ColumnParallelLinear",
+    "MergedColumnParallelLinear",
+    "QKVParallelLinear",
+    "ReplicatedLinear",
+    "RowParallelLinear",
+)
+_POINTWISE = "pointwise"
+_OTHERS = {
+    "VocabParallelEmbedding": "a look-up",
+    "SiluAndMul": _POINTWISE,
+    "RotaryEmbedding": _POINTWISE,
+    "LinearScalingRotaryEmbedding": _POINTWISE,
+    "Llama3RotaryEmbedding": _POINTWISE,
+    "YaRNScalingRotaryEmbedding": _POINTWISE,
+    "ApplyRotaryEmb": _POINTWISE,
+    "LogitsProcessor": "by the output layer",
+    "PPMissingLayer": "on another rank",
+}
+ATTENTION = ("FLASH_ATTN",)
+"""Backends that were measured with one split, along all axes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer, what computes it, and the weight that its op must be seen with."""
+
+    name: str
+    kind: str
+    by: str
+    op: str | None = None
+    covered: bool = True
+    weight: torch.Tensor | None = None
+
+
+def list_layers(model: Any, config: Any) -> list[Layer]:
+    """Every module of a model that computes something, by vLLM's configuration."""
+    return list(_layers(model, config))
+
+
+def _layers(model: torch.nn.Module, config: Any) -> Iterator[Layer]:
+    head = getattr(model, "lm_head", None)
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind == "ParallelLMHead" or (module is head and kind == "VocabParallelEmbedding"):
+            yield _product(name, module, "output")
+        elif kind in LINEAR:
+            yield _product(name, module, "linear")
+        elif kind == "RoutedExperts":
+            yield _experts(name, module)
+        elif kind == "RMSNorm":
+            by, covered = _norm(module, config)
+            yield Layer(name, kind, by, covered=covered)
+        elif kind == "Attention":
+            yield _attention(name, module)
+        elif kind in _OTHERS:
+            yield Layer(name, kind, _OTHERS[kind])
+        elif any(True for _ in module.parameters(recurse=False)) or not _has_children(module):
+            yield Layer(name, kind, "nothing", covered=False)
+
+
+def _has_children(module: torch.nn.Module) -> bool:
+    # An empty list of modules computes as little as a full one.
+    return isinstance(module, torch.nn.ModuleList) or any(True for _ in module.children())
+
+
+def _product(name: str, module: Any, op: str) -> Layer:
+    kind, method = type(module).__name__, type(module.quant_method).__name__
+    if method not in ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"):
+        return Layer(name, kind, f"vLLM's {method}", covered=False)
+    if any(name.startswith("allow_") and value for name, value in vars(module).items()):
+        return Layer(name, kind, "vLLM's router kernels, chosen by the batch", covered=False)
+    weight = module.weight
+    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return Layer(name, kind, f"nothing: {weight.dtype}", covered=False)
+    return Layer(name, kind, f"ndcheck {op}", op, weight=weight)
+
+
+def _attention(name: str, module: Any) -> Layer:
+    kind, backend = type(module).__name__, module.attn_backend.get_name()
+    if backend not in ATTENTION:
+        return Layer(name, kind, f"vLLM's {backend}", covered=False)
+    if module.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
+        return Layer(name, kind, f"a cache in {module.kv_cache_dtype}", covered=False)
+    return Layer(name, kind, f"vLLM's {backend} in one split")
+
+
+def _experts(name: str, module: Any) -> Layer:
+    kind, method = type(module).__name__, type(module.quant_method).__name__
+    own = getattr(getattr(module.quant_method, "moe_kernel", None), "fused_experts", None)
+    if method != "UnquantizedFusedMoEMethod" or type(own).__name__ != "TritonExperts":
+        return Layer(name, kind, f"vLLM's {type(own).__name__} of {method}", covered=False)
+    refusal = experts_refusal(
+        own,
+        {
+            "w1": module.w13_weight,
+            "activation": module.activation,
+            "expert_map": module.expert_map,
+            "apply_router_weight_on_input": module.apply_router_weight_on_input,
+        },
+    )
+    if refusal is not None:
+        return Layer(name, kind, f"vLLM's TritonExperts: {refusal}", covered=False)
+    return Layer(name, kind, "ndcheck experts", "experts", weight=module.w13_weight)
+
+
+def _norm(module: Any, config: Any) -> tuple[str, bool]:
+    """vLLM's own kernel takes a row each; Inductor's order may follow what it compiled for."""
+    forward = module._forward_method.__name__
+    if forward == "forward_cuda":
+        return "vLLM's rms_norm_batch_invariant", True
+    compilation = config.compilation_config
+    one_for_all = (
+        getattr(compilation.mode, "name", "") == "VLLM_COMPILE"
+        and compilation.backend == "inductor"
+        and not compilation.compile_sizes
+        and len(compilation.get_compile_ranges()) == 1
+        and list(config.kernel_config.ir_op_priority.rms_norm)[:1] == ["native"]
+    )
+    if forward == "forward_native" and one_for_all:
+        return "Inductor, one kernel for every number of tokens", True
+    return f"{forward}, which may follow the number of tokens", False
+
+
+def uncovered(layers: Iterable[Layer]) -> list[Layer]:
+    return [layer for layer in layers if not layer.covered]
+
+
+def never_ran(layers: Iterable[Layer], weights_seen: set[int]) -> list[Layer]:
+    """Layers whose op was never called with their weights: something else computed them."""
+    return [
+        layer
+        for layer in layers
+        if layer.weight is not None and layer.weight.data_ptr() not in weights_seen
+    ]
+
+
+def name_some(layers: Iterable[Layer]) -> str:
+    """The first three by name and class, and how many more."""
+    listed = [f"{layer.name} ({layer.kind}: {layer.by})" for layer in layers]
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(listed[:3]) + more
+
+
+def table(layers: Iterable[Layer]) -> str:
+    """Every layer by its name without numbers, how often it is there, and what computes it."""
+    counts = Counter(
+        (re.sub(r"\.\d+(?=\.|$)", ".*", layer.name), layer.kind, layer.by, layer.covered)
+        for layer in layers
+    )
+    rows = [
+        (name or "(model)", str(n), kind, by if covered else f"NOT COVERED: {by}")
+        for (name, kind, by, covered), n in counts.items()
+    ]
+    rows.insert(0, ("layer", "n", "kind", "computed by"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    )

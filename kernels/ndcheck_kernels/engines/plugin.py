@@ -1,0 +1,189 @@
+"""vLLM's plug-in: `NDCHECK_VLLM=1 VLLM_BATCH_INVARIANT=1 vllm serve ...`.
+
+vLLM calls `register` in each of its processes (entry point group ``vllm.general_plugins``). Unless
+both variables ask for it, nothing of vLLM is touched. Else the functions of `seams` are replaced
+when a worker starts its invariant mode, every layer of the loaded model is listed with what
+computes it, and after vLLM's warm-up every covered layer must have run by our ops.
+
+NDCHECK_VLLM is ``1`` or ``strict`` (a layer that nothing covers ends the start), ``partial`` (it is
+left to vLLM and named), ``auto`` (then all is left to vLLM), or ``audit`` (print the table, stop).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from importlib import metadata
+from typing import Any
+
+from ndcheck_kernels.engines.seams import RELEASES, Replacements, SeamError, release_of, seams
+
+SWITCH = "NDCHECK_VLLM"
+MODES = {"1": "strict", "strict": "strict", "partial": "partial", "auto": "auto", "audit": "audit"}
+
+log = logging.getLogger("vllm.ndcheck")  # vLLM's handler writes what is below its own name.
+
+
+class CoverageError(RuntimeError):
+    """The model is not computed as asked."""
+
+
+def register() -> None:
+    """Put the plug-in in place if it is asked for. Raises ValueError for another mode."""
+    asked = os.environ.get(SWITCH, "")
+    if asked in ("", "0"):
+        return
+    if asked not in MODES:
+        raise ValueError(f"{SWITCH}={asked}: choose from {', '.join(MODES)}, or 0")
+    import vllm
+    from vllm import envs
+
+    if not envs.VLLM_BATCH_INVARIANT:
+        log.warning("ndcheck: %s=%s does nothing without VLLM_BATCH_INVARIANT=1", SWITCH, asked)
+        return
+    release = release_of(vllm.__version__)
+    if release not in RELEASES:
+        _leave(f"vLLM {vllm.__version__} is not among the releases {', '.join(RELEASES)}")
+        return
+    try:
+        Plugin(MODES[asked], release).wait_for_start()
+    except SeamError as error:
+        _leave(str(error))
+
+
+def _leave(reason: str) -> None:
+    log.warning("ndcheck: %s; vLLM's own invariant mode goes on", reason)
+
+
+class Plugin:
+    """One process's: what it replaced, and what it saw."""
+
+    def __init__(self, mode: str, release: str) -> None:
+        self._mode = mode
+        self._places = seams(release)
+        self._own = Replacements()
+        self._layers: list[Any] = []
+        self._left: str | None = None
+
+    def wait_for_start(self) -> None:
+        """Every process loads plug-ins, but only a worker starts the invariant mode."""
+        self._own.put(self._places, {"start": self._start})
+
+    def _start(self) -> None:
+        import torch
+        from vllm.v1.worker.gpu_worker import Worker
+
+        from ndcheck_kernels.cuda.configs import PROVEN
+
+        Worker.ndcheck_coverage = lambda worker: self.describe()
+        major, minor = torch.cuda.get_device_capability()
+        if 10 * major + minor in PROVEN:
+            try:
+                self._replace()
+            except SeamError as error:
+                self._give_up(str(error))
+        else:
+            self._give_up(f"compute capability {major}.{minor} is not among those proven")
+        self._own["start"]()
+
+    def _replace(self) -> None:
+        from ndcheck_kernels.engines import layers
+
+        def experts(own: Any, *given: Any, **named: Any) -> Any:
+            if given or self._left or layers.experts_refusal(own, named):
+                return self._own["experts"](own, *given, **named)
+            return layers.experts(named)
+
+        def log_softmax(input: Any, dim: int, _half_to_float: bool) -> Any:
+            # torch keeps the function that it was given, so this one outlives `restore`.
+            chosen = self._own["log_softmax"] if self._left else layers.log_softmax
+            return chosen(input, dim, _half_to_float)
+
+        def load(worker: Any, *, load_dummy_weights: bool = False) -> None:
+            self._own["load"](worker, load_dummy_weights=load_dummy_weights)
+            self._check(worker.model_runner.get_model(), worker.vllm_config)
+
+        def warm_up(worker: Any) -> Any:
+            times = self._own["warm_up"](worker)
+            self._confirm()
+            return times
+
+        self._own.put(
+            self._places,
+            {
+                "linear": layers.linear,
+                "output": layers.output,
+                "log_softmax": log_softmax,
+                "experts": experts,
+                "load": load,
+                "warm_up": warm_up,
+            },
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What `LLMEngine.collective_rpc("ndcheck_coverage")` answers, for each worker."""
+        from ndcheck_kernels.engines import coverage, layers
+
+        return {
+            "by": "vllm" if self._left else "ndcheck",
+            "reason": self._left,
+            "version": _version(),
+            "table": coverage.table(self._layers),
+            "uncovered": [layer.name for layer in coverage.uncovered(self._layers)],
+            "fires": dict(layers.fires),
+        }
+
+    def _check(self, model: Any, config: Any) -> None:
+        """List the layers and make their ops ready. Raises CoverageError, or SystemExit to stop."""
+        from ndcheck_kernels.engines import coverage
+        from ndcheck_kernels.engines.warm_up import warm_up
+
+        self._layers = coverage.list_layers(model, config)
+        kind = type(model).__name__
+        if self._mode == "audit":
+            if config.parallel_config.rank == 0:
+                sys.stdout.write(f"{kind}\n{coverage.table(self._layers)}\n")
+                sys.stdout.flush()  # Before a process that vLLM may kill.
+            raise SystemExit(0)
+        if kind not in coverage.MODELS:
+            self._give_up(f"the forward pass of {kind} is not known")
+            return
+        uncovered = coverage.uncovered(self._layers)
+        named = f"nothing covers {coverage.name_some(uncovered)}"
+        if uncovered and self._mode == "strict":
+            raise CoverageError(f"ndcheck: {named}; {SWITCH}=partial leaves them to vLLM")
+        if uncovered and self._mode == "auto":
+            self._give_up(named)
+            return
+        if uncovered:
+            log.warning("ndcheck: %s: left to vLLM", named)
+        warm_up(self._layers, config)
+
+    def _confirm(self) -> None:
+        """Raises CoverageError where a covered layer was computed by something else."""
+        from ndcheck_kernels.engines import coverage, layers
+
+        if self._left:
+            return
+        missed = coverage.never_ran(self._layers, layers.weights_seen)
+        if missed:
+            raise CoverageError(
+                f"ndcheck: {len(missed)} layers never came to its ops: {coverage.name_some(missed)}"
+            )
+        if not layers.fires:
+            raise CoverageError("ndcheck: none of its ops ever ran")
+        counts = ", ".join(f"{op} {n}" for op, n in sorted(layers.fires.items()))
+        log.info("ndcheck %s: %d layers covered; calls: %s", _version(), len(self._layers), counts)
+
+    def _give_up(self, reason: str) -> None:
+        self._left = reason
+        self._own.restore()
+        _leave(reason)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("ndcheck")
+    except metadata.PackageNotFoundError:
+        return "of a checkout"

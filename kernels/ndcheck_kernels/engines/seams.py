@@ -1,0 +1,106 @@
+"""Where vLLM can be entered: the names of its releases, and what each must look like.
+
+Nothing here imports vLLM. tests/kernels/engines reads the same names out of vLLM's sources.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+RELEASES = ("0.26", "0.27", "0.28", "0.29", "0.30", "0.31", "0.32", "0.33")
+"""Whose sources have been read."""
+_MOVED = 29
+"""The minor release from which the invariant mode's module has its new name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """A function, or a class's method, that the plug-in puts its own in place of."""
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+
+    def find(self) -> tuple[Any, str, Any]:
+        """The object that holds it, its name there, and itself.
+
+        Raises SeamError where it is missing or takes other parameters.
+        """
+        try:
+            holder: Any = import_module(self.module)
+            *path, name = self.name.split(".")
+            for part in path:
+                holder = getattr(holder, part)
+            found = getattr(holder, name)
+        except (ImportError, AttributeError) as error:
+            raise SeamError(f"{self} is not there: {error}") from error
+        if tuple(inspect.signature(found).parameters) != self.parameters:
+            raise SeamError(f"{self} takes other parameters: {inspect.signature(found)}")
+        return holder, name, found
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.name}"
+
+
+class SeamError(RuntimeError):
+    """vLLM is not as this release's sources said."""
+
+
+_EXPERTS = (
+    "self", "output", "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation",
+    "global_num_experts", "expert_map", "a1q_scale", "a2_scale", "workspace13", "workspace2",
+    "expert_tokens_meta", "apply_router_weight_on_input",
+)  # fmt: skip
+
+
+def release_of(version: str) -> str:
+    """0.26 of 0.26.0+cu130."""
+    return ".".join(version.split(".")[:2])
+
+
+def seams(release: str) -> dict[str, Seam]:
+    """What is replaced in a release of `RELEASES`, by what it is for.
+
+    ``start`` runs first in every worker and puts the others in place.
+    """
+    folder = "layers" if int(release.split(".")[1]) < _MOVED else "determinism"
+    mode = f"vllm.model_executor.{folder}.batch_invariant"
+    layers = "vllm.model_executor.layers"
+    worker = "vllm.v1.worker.gpu_worker"
+    linear = ("input", "weight", "bias")
+    return {
+        "start": Seam(mode, "init_batch_invariance", ()),
+        "linear": Seam(f"{layers}.linear", "linear_batch_invariant", linear),
+        "output": Seam(f"{layers}.vocab_parallel_embedding", "linear_batch_invariant", linear),
+        "log_softmax": Seam(
+            mode, "_log_softmax_batch_invariant", ("input", "dim", "_half_to_float")
+        ),
+        "experts": Seam(f"{layers}.fused_moe.experts.triton_moe", "TritonExperts.apply", _EXPERTS),
+        "load": Seam(worker, "Worker.load_model", ("self", "load_dummy_weights")),
+        "warm_up": Seam(worker, "Worker.compile_or_warm_up_model", ("self",)),
+    }
+
+
+class Replacements:
+    """Functions of vLLM's in whose place others stand, until `restore`."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[Any, str, Any]] = {}
+
+    def __getitem__(self, use: str) -> Any:
+        """vLLM's own."""
+        return self._found[use][2]
+
+    def put(self, places: dict[str, Seam], functions: dict[str, Any]) -> None:
+        """All of them, or none. Raises SeamError."""
+        found = {use: places[use].find() for use in functions}
+        for use, (holder, name, _) in found.items():
+            setattr(holder, name, functions[use])
+        self._found |= found
+
+    def restore(self) -> None:
+        for holder, name, own in self._found.values():
+            setattr(holder, name, own)

@@ -1,0 +1,265 @@
+"""The plug-in in a stand-in for vLLM: when it acts, what it replaces, what it refuses."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ndcheck_kernels.engines import layers
+from ndcheck_kernels.engines.plugin import CoverageError, register
+from ndcheck_kernels.engines.seams import RELEASES
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture
+def begin(install, monkeypatch):
+    """``begin(mode, release)``: vLLM with the plug-in registered and its worker started."""
+
+    def make(mode="1", release="0.26", alter=lambda vllm: None):
+        vllm = install(release)
+        monkeypatch.setenv("NDCHECK_VLLM", mode)
+        alter(vllm)
+        register()
+        vllm.start()
+        return vllm
+
+    return make
+
+
+def functions(vllm):
+    """What stands at every seam now."""
+    found = {}
+    for use, seam in vllm.places.items():
+        holder = vllm.modules[seam.module]
+        *path, name = seam.name.split(".")
+        for part in path:
+            holder = getattr(holder, part)
+        found[use] = vars(holder)[name]
+    return found
+
+
+@pytest.mark.parametrize("release", [RELEASES[0], RELEASES[-1]])
+def test_a_model_is_computed_by_our_ops_alone(begin, release):
+    vllm = begin(release=release)
+    model = vllm.model()
+    worker = vllm.worker(model)
+    worker.load_model()
+    assert worker.compile_or_warm_up_model() == "times"
+    assert vllm.calls == ["start", "load"]
+    answer = worker.ndcheck_coverage()
+    assert answer["by"] == "ndcheck"
+    assert answer["fires"] == {"linear": 2, "experts": 1, "output": 1}
+    assert answer["uncovered"] == []
+
+
+def test_the_result_is_that_of_vllm(begin):
+    vllm = begin("0")
+    x = torch.randn(5, 32).to(torch.float16)
+    model = vllm.model()
+    del model.layers[0].experts  # The stand-in's computes nothing.
+    expected = model(x)
+    vllm = begin("1")
+    moved = vllm.model()
+    del moved.layers[0].experts
+    moved.load_state_dict(model.state_dict())
+    vllm.worker(moved).load_model()
+    assert_close(moved(x), expected, rtol=1e-2, atol=5e-2)
+    assert layers.fires["linear"] == 2
+
+
+def test_experts_compute_what_each_says(begin):
+    """Against plain torch in float64, token by token."""
+    vllm = begin()
+    own = vllm.model().layers[0].experts
+    x = torch.randn(5, 32).to(torch.float16)
+    got = own(x)
+    for t, row in enumerate(x.double()):
+        expected = torch.zeros(32, dtype=torch.float64)
+        for i in range(2):
+            e = (2 * t + i) % 4
+            gate, up = (own.w13_weight[e].double() @ row).chunk(2)
+            hidden = torch.nn.functional.silu(gate) * up
+            expected += 0.5 * (own.w2_weight[e].double() @ hidden)
+        assert_close(got[t].double(), expected, rtol=2e-2, atol=1.0)
+    assert layers.fires["experts"] == 1
+    assert "experts" not in vllm.calls
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("w1_bias", torch.ones(1)), ("quant_dtype", torch.int8), ("gemm1_clamp_limit", 7.0)],
+)
+def test_experts_that_we_do_not_cover_stay_vllms(begin, name, value):
+    vllm = begin()
+    setattr(vllm.TritonExperts, name, value)
+    vllm.model().layers[0].experts(torch.randn(2, 32).to(torch.float16))
+    assert vllm.calls[-1] == "experts"
+    assert not layers.fires["experts"]
+
+
+@pytest.mark.parametrize("mode", ["", "0"])
+def test_unless_it_is_asked_for_nothing_changes(install, monkeypatch, mode):
+    vllm = install()
+    before = functions(vllm)
+    monkeypatch.setenv("NDCHECK_VLLM", mode)
+    register()
+    assert functions(vllm) == before
+
+
+def test_without_vllms_own_switch_nothing_changes(install, monkeypatch, caplog):
+    vllm = install()
+    vllm.modules["vllm.envs"].VLLM_BATCH_INVARIANT = False
+    before = functions(vllm)
+    monkeypatch.setenv("NDCHECK_VLLM", "1")
+    register()
+    assert functions(vllm) == before
+    assert "does nothing without VLLM_BATCH_INVARIANT=1" in caplog.text
+
+
+def test_another_mode_is_named(install, monkeypatch):
+    install()
+    monkeypatch.setenv("NDCHECK_VLLM", "yes")
+    with pytest.raises(ValueError, match="choose from 1, strict, partial, auto, audit, or 0"):
+        register()
+
+
+def unknown_version(vllm):
+    vllm.modules["vllm"].__version__ = "0.99.1"
+
+
+def renamed(vllm):
+    del vllm.modules["vllm.v1.worker.gpu_worker"].Worker.load_model
+
+
+def other_parameters(vllm):
+    vllm.modules[vllm.places["linear"].module].linear_batch_invariant = lambda x, w: x @ w.t()
+
+
+@pytest.mark.parametrize(
+    ("alter", "said"),
+    [
+        (unknown_version, "vLLM 0.99.1 is not among the releases 0.26"),
+        (renamed, "Worker.load_model is not there"),
+        (other_parameters, "linear_batch_invariant takes other parameters: (x, w)"),
+    ],
+)
+def test_another_vllm_keeps_its_own_mode(begin, caplog, alter, said):
+    before = {}
+
+    def alter_and_look(vllm):
+        alter(vllm)
+        if alter is not renamed:
+            before.update(functions(vllm))
+
+    vllm = begin(alter=alter_and_look)
+    assert said in caplog.text
+    assert "vLLM's own invariant mode goes on" in caplog.text
+    assert vllm.calls == ["start"]
+    if before:
+        assert functions(vllm) == before
+
+
+def test_another_gpu_keeps_vllms_own_mode(install, monkeypatch, caplog):
+    vllm = install()
+    before = functions(vllm)
+    monkeypatch.setenv("NDCHECK_VLLM", "1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    register()
+    vllm.start()
+    assert "compute capability 8.0" in caplog.text
+    assert functions(vllm) == before
+    assert vllm.calls == ["start"]
+
+
+def test_an_unknown_model_keeps_vllms_own_mode(begin, caplog):
+    vllm = begin()
+    model = vllm.model("MambaForCausalLM")
+    worker = vllm.worker(model)
+    worker.load_model()
+    worker.compile_or_warm_up_model()
+    assert "the forward pass of MambaForCausalLM is not known" in caplog.text
+    assert vllm.calls == ["start", "load", "linear", "linear", "experts", "linear"]
+    assert worker.ndcheck_coverage()["by"] == "vllm"
+
+
+class Mixer(torch.nn.Linear):
+    """A planted layer that nothing covers."""
+
+
+def plant_mixer(vllm):
+    return vllm.model(mixer=Mixer(32, 32, dtype=torch.float16))
+
+
+def test_a_planted_uncovered_layer_is_refused_by_name(begin):
+    vllm = begin()
+    with pytest.raises(CoverageError, match=r"nothing covers layers\.0\.mixer \(Mixer: nothing\)"):
+        vllm.worker(plant_mixer(vllm)).load_model()
+
+
+def test_partial_leaves_it_to_vllm_and_says_so(begin, caplog):
+    vllm = begin("partial")
+    worker = vllm.worker(plant_mixer(vllm))
+    worker.load_model()
+    worker.compile_or_warm_up_model()
+    assert "layers.0.mixer (Mixer: nothing): left to vLLM" in caplog.text
+    assert worker.ndcheck_coverage()["uncovered"] == ["layers.0.mixer"]
+
+
+def test_auto_leaves_all_to_vllm(begin, caplog):
+    vllm = begin("auto")
+    worker = vllm.worker(plant_mixer(vllm))
+    worker.load_model()
+    worker.compile_or_warm_up_model()
+    answer = worker.ndcheck_coverage()
+    assert (answer["by"], answer["fires"]) == ("vllm", {})
+    assert "layers.0.mixer" in answer["reason"]
+    assert vllm.calls.count("linear") == 3
+
+
+def test_a_planted_dead_override_is_refused(begin):
+    """A layer that calls vLLM's own by another name, as a release that moved it would."""
+    vllm = begin()
+    model = vllm.model()
+    model.layers[0].gate.quant_method.apply = lambda layer, x: x @ layer.weight.t()
+    worker = vllm.worker(model)
+    worker.load_model()
+    with pytest.raises(CoverageError, match=r"1 layers never came .* layers\.0\.gate"):
+        worker.compile_or_warm_up_model()
+
+
+def test_audit_prints_every_layer_and_stops(begin, capsys):
+    vllm = begin("audit")
+    with pytest.raises(SystemExit) as stop:
+        vllm.worker(plant_mixer(vllm)).load_model()
+    assert not stop.value.code
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == ["Qwen3MoeForCausalLM", "layer n kind computed by"]
+    assert "layers.*.qkv_proj 1 QKVParallelLinear ndcheck linear" in lines
+    assert "layers.*.attn 1 Attention vLLM's FLASH_ATTN in one split" in lines
+    assert "layers.*.mixer 1 Mixer NOT COVERED: nothing" in lines
+    assert "lm_head 1 ParallelLMHead ndcheck output" in lines
+
+
+def test_log_softmax_is_ours_until_all_is_left_to_vllm(begin):
+    vllm = begin("auto")
+    place = vllm.places["log_softmax"]
+    kept = getattr(vllm.modules[place.module], place.name)  # What torch keeps.
+    x = torch.randn(3, 40)
+    assert_close(kept(x, -1, False), x.log_softmax(-1))
+    assert layers.fires["log_softmax"] == 1
+    vllm.worker(plant_mixer(vllm)).load_model()
+    kept(x, -1, False)
+    assert vllm.calls[-1] == "log_softmax"
+
+
+def test_what_was_covered_is_logged(begin, caplog):
+    caplog.set_level(logging.INFO, "vllm.ndcheck")
+    vllm = begin()
+    worker = vllm.worker(vllm.model())
+    worker.load_model()
+    worker.compile_or_warm_up_model()
+    assert "6 layers covered; calls: experts 1, linear 2, output 1" in caplog.text
