@@ -291,7 +291,7 @@ def _property_row(findings: Findings, probe: ProbeSummary, finding: AxisFinding)
         fed_tokens=fed and fed.n_tokens,
         fed_other_tokens=fed and fed.n_other_tokens,
         fed_other_bits=fed and fed.n_other_bits,
-        width_classes_json=json.dumps(dict(fed.width_classes)) if fed else None,
+        width_classes_json=json.dumps(fed.width_classes if fed else ()),
     )
 
 

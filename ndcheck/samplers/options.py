@@ -143,6 +143,12 @@ def parse_axes(values: str | Sequence[str]) -> tuple[Axis, ...]:
     return AXES if text == "all" else parse_names("--axes", text, AXES)
 
 
+def parse_scheduled_axes(values: str | Sequence[str]) -> tuple[Axis, ...]:
+    """The same where a scheduler decides what a pass holds: ``all`` are those it leaves to ask."""
+    axes = parse_axes(values)
+    return SCHEDULED_AXES if axes == AXES else axes
+
+
 def parse_widths(values: str | Sequence[object] | None) -> tuple[int, ...]:
     """``"2,4,8"`` as ascending numbers of tokens. Raises UsageError unless distinct, from 2 on."""
     if values is None:
@@ -210,10 +216,14 @@ ARRIVALS = Option(
     lambda text: with_clock(text, "step"),
     has_variable=True,
 )
+_AXES = Option("axes", ("axes",), DEFAULTS.axes, parse_axes, join, has_variable=True)
+SCHEDULED_AXES: tuple[Axis, ...] = AXES[: AXES.index("width")]
+SCHEDULED = replace(_AXES, parse=parse_scheduled_axes)
+"""``--axes`` of a backend that cannot choose what a pass holds."""
 SHARED = (
     Option("loads", ("batch_sizes",), DEFAULTS.batch_sizes, parse_loads, show_loads,
            has_variable=True),
-    Option("axes", ("axes",), DEFAULTS.axes, parse_axes, join, has_variable=True),
+    _AXES,
     Option("mode", ("mode",), DEFAULTS.mode, choice("--mode", Mode), has_variable=True),
     Option("batching", ("batching",), DEFAULTS.batching, choice("--batching", Batching),
            has_variable=True),

@@ -11,7 +11,17 @@ from ndcheck.errors import UsageError
 from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.records import Arm, Endpoint, Fillers, RunSpec
 from ndcheck.samplers.backend import Backend
-from ndcheck.samplers.options import ARRIVALS, DEFAULTS, KERNELS, Option, choice, join, parse_arms
+from ndcheck.samplers.options import (
+    ARRIVALS,
+    DEFAULTS,
+    KERNELS,
+    SCHEDULED,
+    SCHEDULED_AXES,
+    Option,
+    choice,
+    join,
+    parse_arms,
+)
 
 if TYPE_CHECKING:
     from ndcheck.samplers.base import Sampler
@@ -60,6 +70,7 @@ class EndpointBackend(Backend):
             show=lambda text: with_clock(text, "s"),
         ),
         replace(KERNELS, parse=parse_served_arms),
+        SCHEDULED,
     )
     refusal = SERVERS_OWN
     refusals: ClassVar = {
@@ -72,7 +83,7 @@ class EndpointBackend(Backend):
         return is_served
 
     def blank(self, defaults: RunSpec) -> RunSpec:
-        return replace(defaults, endpoint=BLANK, arms=("stock",))
+        return replace(defaults, endpoint=BLANK, arms=("stock",), axes=SCHEDULED_AXES)
 
     def check(self, spec: RunSpec) -> None:
         endpoint = spec.endpoint or BLANK
