@@ -22,7 +22,7 @@ import re
 import tomllib
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
@@ -41,7 +41,7 @@ OPTIONS = get_type_hints(Options)
 FILE_OPTIONS = {"prompts_file", "api_key_file", "adapter"}
 """Relative to the configuration's folder."""
 RULES = get_type_hints(Rules)
-RUN_RULES = {"arms": Sequence[str], "baseline": str, "fail_on": Sequence[str]}
+RUN_RULES = {"arms": Sequence[str], "baseline": str, "fail_on": Sequence[str], "manifest": str}
 CHECK_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 DESCRIPTIONS = {
     str: "text",
@@ -125,8 +125,11 @@ def _read_checks(table: Table, file: Path) -> list[Check]:
         options = {key: value for key, value in check.items() if key != "rules"}
         _check_types(options, OPTIONS, place)
         spec = _make_spec({**shared, **options}, file.parent, place)
-        rules = _merge(shared_rules, _rules_table(check, f"{place}rules."))
-        found.append(Check(name, spec, _make_rules(rules, spec, f"{place}rules."), file))
+        table_of_rules = _merge(shared_rules, _rules_table(check, f"{place}rules."))
+        rules = _make_rules(table_of_rules, spec, f"{place}rules.")
+        if rules.manifest is not None:
+            rules = replace(rules, manifest=str(file.parent / rules.manifest))
+        found.append(Check(name, spec, rules, file))
     return found
 
 
@@ -185,6 +188,7 @@ def _make_rules(table: Table, spec: RunSpec, place: str) -> RuleSet:
         arms=cast("tuple[Arm, ...] | None", arms),
         baseline=table.get("baseline"),
         fail_on=cast("Any", _names(fail_on, FAIL_ON, f"{place}fail_on")),
+        manifest=table.get("manifest"),
     )
     if "fail_on" in table and rules.baseline is None:
         raise UsageError(f"{place}fail_on: it needs a baseline to compare with; give one")

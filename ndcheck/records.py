@@ -322,6 +322,8 @@ class RunSpec:
     trust_remote_code: bool = False
     random_weights: Seed | None = None
     """Seed of weights made from the model's config alone; None loads the stored ones."""
+    dequantise: bool = False
+    """Compute with plain weights made of quantised ones."""
     target_rate: Level | None = None
     confidence: Level = 0.95
     stop_on_divergence: bool = False

@@ -62,6 +62,7 @@ class Options(TypedDict, total=False):
     attn: str
     answer_pattern: str | None
     random_weights: int | None
+    dequantise: bool
     trust_remote_code: bool
     engine: str
     tp: int

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ndcheck import __version__
+from ndcheck.cli.commands.bisect import bisect
 from ndcheck.cli.commands.compare import compare
 from ndcheck.cli.commands.demo import demo
 from ndcheck.cli.commands.doctor import doctor
@@ -59,7 +60,7 @@ def root(
 
 COMMANDS = {
     command.__name__: command
-    for command in (run, report, trace, shrink, order, demo, gate, compare, runs, doctor)
+    for command in (run, report, trace, shrink, order, demo, gate, compare, bisect, runs, doctor)
 }
 for command in COMMANDS.values():
     # What is left over is met with a hint.

@@ -42,7 +42,7 @@ def check_up(*, as_json: bool) -> int:
             if value is not None:
                 typer.echo(f"  {name:<42}{visible(str(value))}")
     if borrowed is not None:
-        typer.echo(f"Borrowed products\n  {visible(borrowed)}")
+        typer.echo(f"Products of the invariant arm\n  {visible(borrowed)}")
     for line in advice:
         typer.echo(f"\nNote: {line}")
     typer.echo("\nSelf-test: planted faults through plan, sampler, store, analysis and verdict")
@@ -54,9 +54,9 @@ def check_up(*, as_json: bool) -> int:
 
 
 def _borrowed_products() -> str:
-    """Which products of the invariant arm cuBLASLt may compute here."""
+    """Which tables the invariant arm's products follow here, and which cuBLASLt may compute."""
     import torch
 
-    from ndcheck_kernels.cuda.products.borrowed import summary
+    from ndcheck_kernels.cuda.products.proofs import summary
 
     return summary(torch.device("cuda", torch.cuda.current_device()))

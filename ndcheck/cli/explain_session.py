@@ -274,6 +274,9 @@ def shrink(
 
     if spec.random_weights is not None and spec.tp_groups is not None:
         raise UsageError("--tp-groups draws random weights that no short script can make: leave it")
+    is_fp8 = getattr(sampler.model.config, "quantization_config", None) is not None
+    if spec.dequantise or (spec.random_weights is not None and is_fp8):
+        raise UsageError("no short script can make these weights: shrink a run of stored ones")
     shrunk = Shrinker(sampler, failure, on_test=show).shrink()
     path = out or directory / "repro.py"
     text = script.write_script(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import traceback
@@ -21,6 +22,7 @@ from ndcheck.errors import BackendError, UsageError, did_you_mean, doing
 from ndcheck.findings import read_findings
 from ndcheck.judging.comparison import FAIL_ON, compare
 from ndcheck.judging.rules import Rules, RuleSet, judge_gate
+from ndcheck.judging.verdict import Verdict
 from ndcheck.records import ARMS, RunSpec
 from ndcheck.reports.gate import (
     CheckResult,
@@ -35,6 +37,8 @@ from ndcheck.reports.wording.reproduction import argument, reproduce_command, re
 from ndcheck.request import DEFAULTS, parse_names
 from ndcheck.runner import fit_spec, new_directory, plan
 from ndcheck.samplers.base import open_sampler
+from ndcheck.stack.manifests import compare_manifests, judge_manifests, read_manifest
+from ndcheck.stack.taking import take_like
 from ndcheck.storage.gate_verdict import save_gate_verdict
 from ndcheck.storage.reading import exists
 from ndcheck.storage.run_directory import RUN_FILE, replacing, write_failure
@@ -51,6 +55,7 @@ class Demands:
     arms: str | None
     baseline: str | None
     fail_on: str | None
+    manifest: Path | None
 
     def over(self, rules: RuleSet, spec: RunSpec) -> RuleSet:
         """Raises UsageError for a rule that the run cannot be judged by."""
@@ -59,6 +64,8 @@ class Demands:
             rules = dataclasses.replace(rules, arms=parse_names("--arms", self.arms, ARMS))
         if self.baseline is not None:
             rules = dataclasses.replace(rules, baseline=self.baseline)
+        if self.manifest is not None:
+            rules = dataclasses.replace(rules, manifest=str(self.manifest))
         if self.fail_on is not None:
             if rules.baseline is None:
                 raise UsageError("--fail-on: it needs a --baseline to compare with")
@@ -228,6 +235,8 @@ def _rehearse(check: Check, rules: RuleSet) -> None:
     try:
         if rules.baseline is not None:
             find_run(rules.baseline, check.file.parent)
+        if rules.manifest is not None:
+            read_manifest(Path(rules.manifest))
         # What fits beside the weights is only known with them.
         load_weights = not check.spec.batch_sizes
         with closing(open_sampler(check.spec, load_weights=load_weights)) as sampler:
@@ -240,13 +249,21 @@ def _rehearse(check: Check, rules: RuleSet) -> None:
         pass  # the run itself will say so, as a result
 
 
+@functools.cache
+def _judge_stack(file: Path) -> Verdict:
+    """Whether this machine has the bits of a manifest; measured once for all checks."""
+    kept = read_manifest(file)
+    return judge_manifests(compare_manifests(kept, take_like(kept, lambda _: None)))
+
+
 def _judge(name: str, run: Run, rules: RuleSet, folder: Path) -> CheckResult:
     comparison = None
     if rules.baseline is not None:
         comparison = compare(
             read_findings(find_run(rules.baseline, folder)).measured, run.findings.measured
         )
-    verdict = judge_gate(run.record, run.summary, rules, comparison)
+    stack = None if rules.manifest is None else _judge_stack(Path(rules.manifest))
+    verdict = judge_gate(run.record, run.summary, rules, comparison, stack)
     try:
         save_gate_verdict(run.path, verdict.label, verdict.reasons)
     except BackendError as error:

@@ -163,9 +163,9 @@ def _setting(device: torch.device) -> str:
     name = here.hardware["gpu"] if device.type == "cuda" else here.hardware["cpu"]
     setting = f"{device}, {name}, torch {here.software['torch']}"
     if device.type == "cuda":
-        from ndcheck_kernels.cuda.products.borrowed import summary
+        from ndcheck_kernels.cuda.products.proofs import summary
 
-        setting += f"\nborrowed products: {summary(device)}"
+        setting += f"\nproducts: {summary(device)}"
     return setting
 
 

@@ -259,6 +259,9 @@ RandomWeights = Annotated[
         "SEED",
     ),
 ]
+Dequantise = Annotated[
+    bool, _option("dequantise", "Compute quantised weights (FP8, MXFP4) as bf16 ones.")
+]
 TrustRemoteCode = Annotated[
     bool, _option("trust_remote_code", "Let the model's repository run its code.")
 ]

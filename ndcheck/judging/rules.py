@@ -71,7 +71,8 @@ class RuleSet:
     """All rules of a check: the narrower scope wins over the wider, rule by rule.
 
     ``arms`` are those that must pass, None for all; an arm that only serves as the other's control
-    may fail. ``baseline`` names a run that ``fail_on`` compares this one with.
+    may fail. ``baseline`` names a run that ``fail_on`` compares this one with. ``manifest`` is the
+    file of one, whose bits this stack must have.
     """
 
     general: Rules = Rules()
@@ -80,6 +81,7 @@ class RuleSet:
     arms: tuple[Arm, ...] | None = None
     baseline: str | None = None
     fail_on: tuple[FailOn, ...] = BASELINE_DEFAULT
+    manifest: str | None = None
 
     def of_arm(self, arm: Arm) -> Rules:
         return self.by_arm.get(arm, Rules()).over(self.general)
@@ -162,15 +164,24 @@ class GateVerdict:
 
 
 def judge_gate(
-    run: Run, summary: Summary, rules: RuleSet, comparison: Comparison | None = None
+    run: Run,
+    summary: Summary,
+    rules: RuleSet,
+    comparison: Comparison | None = None,
+    manifest: Verdict | None = None,
 ) -> GateVerdict:
     """Every rule on every probe and judged arm. A PASS needs the evidence that `judge` asks for.
 
     What diverged in an arm that is not judged fails too, but for stock as the other's control.
 
-    ``comparison`` is of the baseline (A) with this run (B), where the rules name a baseline.
+    ``comparison`` is of the baseline (A) with this run (B), where the rules name a baseline;
+    ``manifest`` the verdict on this stack, where they name a manifest.
     """
     rulings = list(_judge_run(run, summary, rules, comparison))
+    if rules.manifest is not None:
+        if manifest is None:
+            raise ValueError("the rules name a manifest, so a verdict on this stack is needed")
+        rulings.append(Ruling("manifest", None, None, None, manifest))
     judged = rules.arms or run.spec.arms
     probes = [probe for probe in summary.probes if probe.arm in judged]
     for probe in probes:

@@ -99,3 +99,28 @@ def one_thread(request: pytest.FixtureRequest):
 def threads(request: pytest.FixtureRequest, one_thread: None) -> int:
     torch.set_num_threads(request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def with_fp8_weights():
+    """`with_fp8_weights(model)`: transformers' model with all layers but the head in FP8."""
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+    from transformers.utils.quantization_config import FineGrainedFP8Config
+
+    from ndcheck_kernels.ops.block_fp8 import quantise_weight
+
+    def quantise(model, **options):
+        plain = {name: p.detach() for name, p in model.named_parameters()}
+        options = FineGrainedFP8Config(**options)
+        replace_with_fp8_linear(model, ["lm_head"], options, pre_quantized=True)
+        for path, module in model.named_modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.device.type != "meta":
+                    continue
+                stored = plain[f"{path}.{name.removesuffix('_scale_inv')}"]
+                codes, scales = (stored, None) if name == "bias" else quantise_weight(stored)
+                value = scales if name.endswith("_scale_inv") else codes
+                setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+        return model
+
+    return quantise

@@ -53,6 +53,7 @@ TYPED = {
     "widths": "2,6", "confidence": "0.9", "target_rate": "0.1", "random_weights": "5",
     "answer_pattern": "a+",
     "chat": None, "trust_remote_code": None, "stop_on_divergence": None, "allow_latent": None,
+    "dequantise": None,
 }  # fmt: skip
 """A value other than the default for each option; None: it is a switch."""
 ALSO = {"arrivals": ("--batching", "continuous"), "tp_groups": ("--kernels", "invariant")}
@@ -199,6 +200,7 @@ HERE = some(
     model=NAMES,
     device=st.just("cpu"),
     attn=st.just("org/kernel"),
+    dequantise=st.booleans(),
 )
 SPECS = {
     "exact": HERE,

@@ -88,15 +88,8 @@ def complete(trial: Trial, odd: int) -> Iterator[Sample]:
         fault = plant_fault(N_TOKENS)
         trial, token_ids = replace(trial, fault=fault), (0, 1)
     for nth in range(trial.n_samples):
-        yield Sample.of(
-            trial,
-            nth,
-            Witness(trial.load.batch_size),
-            "length",
-            1.0,
-            token_ids=token_ids,
-            token_texts=tuple(map(str, token_ids)),
-        )
+        sample = Sample.of(trial, nth, Witness(trial.load.batch_size), "length", 1.0)
+        yield replace(sample, token_ids=token_ids, token_texts=tuple(map(str, token_ids)))
 
 
 def simulate(spec: RunSpec, trials: list[Trial], is_odd: IsOdd) -> list[Sample]:

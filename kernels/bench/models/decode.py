@@ -89,13 +89,14 @@ def floor_ms(
 ) -> float:
     """Below which no step is; ``n_experts`` of each layer are read."""
     config = model.config
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    sizes = {name: p.nbytes for name, p in model.named_parameters()}
     experts = sum(n for name, n in sizes.items() if ".experts." in name)
-    read = used = sum(sizes.values()) - experts - config.vocab_size * config.hidden_size
+    read = used = sum(sizes.values()) - experts - model.get_input_embeddings().weight.nbytes
     if n_experts is not None:
         read += experts * n_experts / config.num_experts
         used += experts * config.num_experts_per_tok / config.num_experts
-    return max(2 * read / gb_per_s / 1e6, 2 * used * batch_size / tflop_per_s / 1e9)
+    # A byte is half a bf16 weight, of two operations at the rate; or an FP8 one, at twice the rate.
+    return max(read / gb_per_s / 1e6, used * batch_size / tflop_per_s / 1e9)
 
 
 def requests_s(sampler: TransformersSampler, arm: Any, n_requests: int, most_rows: int) -> float:

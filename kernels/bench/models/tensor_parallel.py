@@ -5,7 +5,9 @@ module at a time and keeps its shard, and prints a line for every run and arm.
 
     PYTHONPATH=kernels python -m bench.models.tensor_parallel --out DIR
 
-It takes 4 GPUs of 141 GB; with ``--only 8b`` of 80 GB; with ``--tiny`` a CPU, gloo, two minutes.
+It takes 4 GPUs of 141 GB, with ``--only 235b-fp8`` two (118 GB of weights on each, so at most 128
+rows of 1000 tokens: ``--loads 1,8,64,128``); with ``--only 8b`` GPUs of 80 GB; with ``--tiny`` a
+CPU, gloo, two minutes.
 
 Qwen3-235B-A22B has 4 key-value heads, which transformers does not repeat on ranks: 4 ranks at
 most, 118 GB of weights on each. The 8B runs at 1, 2 and 4 ranks, as it comes and with
@@ -76,9 +78,17 @@ TINY = {
     "initializer_range": 0.2,
     "dtype": "float32",  # Few roundings of so small a model show in bf16.
 }
+FP8 = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
+TINY_FP8 = {"hidden_size": 128, "head_dim": 64, "moe_intermediate_size": 256, "dtype": "bfloat16"}
 TINY_MIXTURE = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2}
+SHAPES["235b-fp8"] = {**SHAPES["235b"], "quantization_config": FP8}
 RUNS = [
     ("235b", 4, None),
+    ("235b-fp8", 2, None),
     *(("8b", n, groups) for groups in (None, 8) for n in (1, 2, 4)),
 ]
 
@@ -134,6 +144,8 @@ def run(shape: str, n_ranks: int, groups: int | None, options: argparse.Namespac
             *("--out", str(path)),
             *(("--tp", str(n_ranks)) if n_ranks > 1 else ()),
             *(("--tp-groups", str(groups)) if groups else ()),
+            # transformers shares no FP8 that is drawn.
+            *(("--kernels", "invariant") if shape.endswith("fp8") else ()),
         ]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(n_ranks)]
     launched = launcher if n_ranks > 1 else []
@@ -157,6 +169,7 @@ def write_config(shape: str, options: argparse.Namespace) -> Path:
     is_mixture = "num_experts" in sizes
     if options.tiny:
         sizes |= {**TINY, **(TINY_MIXTURE if is_mixture else {})}
+        sizes |= TINY_FP8 if shape.endswith("fp8") else {}
     config, name = (
         (transformers.Qwen3MoeConfig, "Qwen3MoeForCausalLM")
         if is_mixture

@@ -24,7 +24,7 @@ from bench.ops.matmul_cells import BATCHES, SHAPES
 from bench.table import Table
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.configs import k_groups, matmul_config
-from ndcheck_kernels.cuda.products import borrowed, cublaslt, matmul
+from ndcheck_kernels.cuda.products import borrowed, cublaslt, matmul, proofs
 from ndcheck_kernels.measure.resources import compiling
 from ndcheck_kernels.measure.timing import Launches, copies, medians_us
 
@@ -95,7 +95,7 @@ def prove(out: Path, deadline: float) -> None:
             if dtype == "float16" and m not in FP16_ROWS:
                 continue
             for has_addend in (False, True) if groups == 1 else (False,):
-                shape = borrowed.Shape(n, k, dtype, groups, has_addend)
+                shape = proofs.Shape(n, k, dtype, groups, has_addend)
                 reason = borrowed.prove(shape, m, where, ours(n, k, m))
                 form = "addend" if has_addend else "plain"
                 table.add(name=name, n=n, k=k, m=m, dtype=dtype, form=form, reason=reason or "")
@@ -163,7 +163,7 @@ def main(out: Path, seconds: float = 440) -> None:
     compile_ahead()
     print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
     where = torch.device("cuda", torch.cuda.current_device())
-    here = borrowed.environment(where) | {"capability": str(device.capability(where))}
+    here = proofs.environment(where) | {"capability": str(device.capability(where))}
     (out / "environment.json").write_text(json.dumps(here, indent=1))
     print(here, flush=True)
     prove(out, started + 0.6 * seconds)

@@ -1,6 +1,8 @@
 """Compiles every kernel in every configuration that the tables can select, without a GPU.
 
-    PYTHONPATH=kernels python -m bench.ops.every_launch CAPABILITY [kinds|all]
+    PYTHONPATH=kernels python -m bench.ops.every_launch ARCHITECTURE [kinds|all]
+
+ARCHITECTURE is a compute capability, such as 90, or AMD's name, such as gfx942.
 
 Prints JSON: what each compiled kernel uses, and one line for each launch that does not compile.
 Alone, the shapes of the README's figures in bfloat16, in minutes; with `kinds` every kernel once, a
@@ -22,8 +24,16 @@ from bench.ops.matmul_cells import SHAPES
 from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
-from ndcheck_kernels.cuda.products import grouped_matmul, matmul
-from ndcheck_kernels.cuda.rows import layer_norm, logits, reductions, rms_norm, silu_mul, softmax
+from ndcheck_kernels.cuda.products import block_fp8, grouped_matmul, matmul
+from ndcheck_kernels.cuda.rows import (
+    layer_norm,
+    logits,
+    quantise,
+    reductions,
+    rms_norm,
+    silu_mul,
+    softmax,
+)
 from ndcheck_kernels.measure import resources
 
 Launch = tuple[str, Callable[[], object]]
@@ -36,7 +46,7 @@ WIDTHS = (100, 128, 4096, 16384, 65536, 151936)
 def launches(capability: int, extent: Extent) -> Iterator[Launch]:
     """A name and a call for each; tensors are allocated and never read."""
     for dtype in device.FLOATS if extent == "all" else device.FLOATS[:1]:
-        for source in (products, experts, attentions, rows, decoder):
+        for source in (products, experts, fp8, attentions, rows, decoder):
             yield from source(capability, dtype, extent)
 
 
@@ -93,6 +103,33 @@ def experts(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
     yield "combine", lambda: grouped_matmul.combine(x, index, weights)
     yield "combine with a residual", lambda: grouped_matmul.combine(x, index, weights, x[:75])
     yield "choose", lambda: routing.choose(torch.empty(75, 128, dtype=dtype), 8, True)
+
+
+def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
+    if capability < block_fp8.FIRST_CAPABILITY:
+        return
+    x = torch.empty(600, 2048, dtype=dtype)
+    yield "quantise_rows", lambda: quantise.quantise_rows(x)
+    yield "quantise_rows at places", lambda: quantise.quantise_rows(x, torch.arange(5))
+    yield "silu_mul_quantise", lambda: quantise.silu_mul_quantise(x, x)
+    yield "rms_norm_quantise", lambda: quantise.rms_norm_quantise(x, x[0], 1e-6)
+    codes, row_scales = torch.empty(600, 2048, dtype=torch.float8_e4m3fn), torch.empty(16, 600).t()
+    weight = torch.empty(16, 1536, 2048, dtype=torch.float8_e4m3fn)
+    scales, ends = torch.empty(16, 12, 16), torch.empty(16, dtype=torch.int32)
+    for config in block_fp8.selectable_configs(capability):
+        for c in (None, torch.empty(600, 1536, dtype=dtype)):
+            yield (
+                f"block_fp8 {config}",
+                lambda c=c, config=config: block_fp8._launch(
+                    codes, row_scales, weight[0], scales[0], c, dtype, config
+                ),
+            )
+        yield (
+            f"grouped block_fp8 {config}",
+            lambda config=config: block_fp8._launch_grouped(
+                codes, row_scales, weight, scales, ends, dtype, config
+            ),
+        )
 
 
 def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
@@ -160,10 +197,11 @@ def decoder(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
                 )
 
 
-def compile_all(capability: int, extent: Extent = "figures") -> dict[str, object]:
+def compile_all(architecture: int | str, extent: Extent = "figures") -> dict[str, object]:
     """What every kernel uses, and what does not compile and why."""
     failures, used = [], []
-    with resources.compiling(capability) as kernels:
+    capability = architecture if isinstance(architecture, int) else 0
+    with resources.compiling(architecture) as kernels:
         for name, launch in launches(capability, extent):
             try:
                 launch()
@@ -180,4 +218,5 @@ def compile_all(capability: int, extent: Extent = "figures") -> dict[str, object
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(int(sys.argv[1]), *sys.argv[2:])))
+    chip = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
+    print(json.dumps(compile_all(chip, *sys.argv[2:])))

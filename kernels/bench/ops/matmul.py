@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench.ops.matmul_cells import BATCHES, SHAPES, label
+from bench.ops.matmul_cells import BATCHES, SHAPES
 from bench.table import Table
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.configs import k_groups, matmul_config
@@ -48,7 +48,7 @@ def bench(out: Path) -> None:
             moved = 2 * (n * k + m * k + m * n)
             table.add(
                 shape=shape, n=n, k=k, m=m, groups=k_groups(n, k, 2, capability),
-                config=label(matmul_config(m, n, k, 2, capability)),
+                config=matmul_config(m, n, k, 2, capability).label,
                 us=times["ours"], stock_us=times["stock"], ratio=times["stock"] / times["ours"],
                 tflop_per_s=2 * m * n * k / times["ours"] / 1e6,
                 gb_per_s=moved / times["ours"] / 1e3, error=error, stock_error=stock_error,

@@ -10,30 +10,22 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.ops.matmul_cells import BATCHES, CANDIDATES, SHAPES, candidates, label
+from bench.ops.matmul_cells import BATCHES, SHAPES
 from bench.table import Table
 from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.candidates import CANDIDATES, candidates, variants
 from ndcheck_kernels.cuda.configs import MatmulConfig
 from ndcheck_kernels.cuda.products import matmul
 from ndcheck_kernels.measure.resources import SHARED_LIMIT, compiling, resources
 from ndcheck_kernels.measure.timing import Launches, copies, medians_us
 
 GROUPS = {"qkv 70B TP8": (1, 2, 4)}
-
-
-def variants(config: MatmulConfig, groups: int) -> Iterator[MatmulConfig]:
-    for parallel in (False, True):
-        variant = replace(config, parallel=parallel)
-        if variant.refusal(groups) is None:
-            yield variant
 
 
 def fits(config: MatmulConfig, groups: int) -> bool:
@@ -86,8 +78,8 @@ def tune(out: Path, seconds: float) -> None:
                     seen = first.setdefault(groups, y[:1].clone())
                     error = ((y[:4].double() - exact[:m]).norm() / exact[:m].norm()).item()
                     if not torch.equal(seen, y[:1]) or not error < 1e-2:
-                        print("WRONG", shape, m, groups, label(config), error, flush=True)
-                    name = f"S={groups} {label(config)}"
+                        print("WRONG", shape, m, groups, config.label, error, flush=True)
+                    name = f"S={groups} {config.label}"
                     launches[name] = [partial(run, x, w) for w in weights]
             times = medians_us(launches)
             for name, us in times.items():

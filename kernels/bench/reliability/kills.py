@@ -55,8 +55,16 @@ def finish(*arguments: str) -> tuple[int, str]:
     return process.returncode, said
 
 
-def kill_after(seconds: float, *arguments: str) -> None:
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    while not file.exists() and process.poll() is None:
+        time.sleep(0.002)
+
+
+def kill_after(seconds: float, *arguments: str, begun: Path | None = None) -> None:
+    """So long after the start, or after the file ``begun`` is there."""
     process = start(*arguments)
+    if begun is not None:
+        wait_for(begun, process)
     time.sleep(seconds)
     process.kill()
     process.communicate()
@@ -83,7 +91,7 @@ def finished_lines(path: Path) -> list[bytes]:
 
 @contextmanager
 def mock_server() -> Iterator[str]:
-    server = start("mock-server", "--step-ms", "4")
+    server = start("mock-server", "--step-ms", "20")
     assert server.stdout is not None
     try:
         yield server.stdout.readline().strip()
@@ -100,8 +108,13 @@ class Setup:
         self.address = ("--endpoint", url) if kind == "endpoint" else ()
         self.whole = folder / f"whole-{kind}" / RUN
         started = time.monotonic()
-        self.code, said = finish(*self.run(self.whole))
-        self.duration_s = time.monotonic() - started
+        process = start(*self.run(self.whole))
+        wait_for(self.whole / "run.json", process)
+        begun = time.monotonic()
+        _, said = process.communicate(timeout=TIMEOUT_S)
+        ended = time.monotonic()
+        self.duration_s, self.measuring_s = ended - started, ended - begun
+        self.code = process.returncode
         if self.code not in (0, 1, 3):
             raise RuntimeError(f"{kind} cannot run: {said}")
         self.samples = samples(self.whole)
@@ -115,7 +128,11 @@ class Setup:
     def check(self, number: int, rng: random.Random) -> tuple[str, str | None]:
         """What was there when it was killed, and what went wrong, if anything."""
         path = self.folder / f"{self.kind}-{number}" / RUN
-        kill_after(rng.uniform(0.0, 1.1) * self.duration_s, *self.run(path))
+        if rng.random() < 0.25:
+            kill_after(rng.uniform(0.0, 1.1) * self.duration_s, *self.run(path))
+        else:  # Most of a short run is loading, where nothing can be lost.
+            seconds = rng.uniform(0.0, 1.1) * self.measuring_s
+            kill_after(seconds, *self.run(path), begun=path / "run.json")
         before = finished_lines(path)
         is_begun = (path / "run.json").exists()
         state = f"killed after {len(before)} lines" if is_begun else "killed before run.json"

@@ -1,4 +1,5 @@
 """The CUDA implementations: importing this registers them."""
 
+from ndcheck_kernels.cuda import block_fp8 as block_fp8
 from ndcheck_kernels.cuda import experts as experts
 from ndcheck_kernels.cuda import overrides as overrides

@@ -51,8 +51,16 @@ class MatmulConfig:
             return "one K-group has nothing to run in parallel"
         return None
 
+    @property
+    def label(self) -> str:
+        """Its name in files and tables; no two configurations share one."""
+        flags = [f for f in ("swap", "parallel", "specialize") if getattr(self, f)]
+        sizes = (self.block_m, self.block_n, self.block_k, self.warps, self.stages)
+        extra = (f"x{self.extra_n}", f"p{self.prefetch}")
+        return "/".join(map(str, (self.kind, *flags, *sizes, *extra)))
 
-_ONE_FOR_ALL = MatmulConfig("pointer", 64, 64, 32, warps=4, stages=3)
+
+ONE_FOR_ALL = MatmulConfig("pointer", 64, 64, 32, warps=4, stages=3)
 _POINTER = (
     (16, MatmulConfig("pointer", 16, 64, 128, warps=4, stages=3)),
     (64, MatmulConfig("pointer", 64, 64, 64, warps=4, stages=4)),
@@ -167,13 +175,13 @@ def chunk_length(k: int, groups: int) -> int:
 def pointer_config(m: int, itemsize: int, capability: int) -> MatmulConfig:
     """For operands that TMA cannot read."""
     if _fixed(itemsize, capability):
-        return _ONE_FOR_ALL
+        return ONE_FOR_ALL
     return next(config for max_m, config in _POINTER if m <= max_m)
 
 
 def matmul_config(m: int, n: int, k: int, itemsize: int, capability: int) -> MatmulConfig:
     if _fixed(itemsize, capability):
-        return _ONE_FOR_ALL
+        return ONE_FOR_ALL
     return next(config for max_m, config in _table(n, k) if m <= max_m)
 
 
@@ -181,6 +189,23 @@ def borrows(m: int, n: int, k: int, itemsize: int, capability: int) -> bool:
     """Whether cuBLASLt is faster than `matmul_config`'s choice; the same bits, once proven."""
     spans = RANGES.get((n, k), () if _narrow(n, k) else OTHERS)
     return not _fixed(itemsize, capability) and any(first <= m <= last for first, last in spans)
+
+
+def frozen_ranges(n: int, k: int) -> dict[MatmulConfig, tuple[int, int]]:
+    """What the frozen tables of a proven chip choose for a 16-bit shape, from which M to which."""
+    found: dict[MatmulConfig, tuple[int, int]] = {}
+    for table in (_table(n, k), _POINTER):
+        low = 1
+        for high, config in table:
+            found[config] = (min(low, found.get(config, (low, high))[0]), high)
+            low = high + 1
+    return found
+
+
+def every_config() -> set[MatmulConfig]:
+    """Every configuration in any frozen table of products."""
+    tables = (_DEFAULT, _NARROW, _N4096, *_MEASURED.values(), _POINTER)
+    return {ONE_FOR_ALL} | {config for table in tables for _, config in table}
 
 
 def has_own_table(n: int, k: int) -> bool:
@@ -191,7 +216,7 @@ def has_own_table(n: int, k: int) -> bool:
 def selectable_configs(n: int, k: int, itemsize: int, capability: int) -> set[MatmulConfig]:
     """Every configuration that some M or some alignment can select: what a proof must cover."""
     if _fixed(itemsize, capability):
-        return {_ONE_FOR_ALL}
+        return {ONE_FOR_ALL}
     return {config for _, config in (*_table(n, k), *_POINTER)}
 
 
@@ -207,7 +232,7 @@ _GROUPED: _Table = (
 def grouped_config(rows: int, groups: int, itemsize: int, capability: int) -> MatmulConfig:
     """Schedule of a product of rows in groups with weights of their own, each [N, K]."""
     if _fixed(itemsize, capability):
-        return _ONE_FOR_ALL
+        return ONE_FOR_ALL
     return next(config for mean, config in _GROUPED if rows <= mean * groups)
 
 
@@ -219,7 +244,7 @@ def grouped_pointer_config(rows: int, groups: int, itemsize: int, capability: in
 def selectable_grouped_configs(itemsize: int, capability: int) -> set[MatmulConfig]:
     """Every configuration that some number of rows or some alignment can select."""
     if _fixed(itemsize, capability):
-        return {_ONE_FOR_ALL}
+        return {ONE_FOR_ALL}
     return {config for _, config in (*_GROUPED, *_POINTER)}
 
 

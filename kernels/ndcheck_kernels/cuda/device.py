@@ -22,7 +22,9 @@ def on_gpu(device: torch.device) -> bool:
 
 @cache
 def capability(device: torch.device) -> int:
-    """Compute capability as one number, 90 for 9.0."""
+    """Compute capability as one number, 90 for 9.0; 0 for an AMD GPU, whose numbers mean others."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        return 0
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return 10 * major + minor

@@ -36,7 +36,7 @@ accept(
 )
 
 
-def _covered(call: Callable[..., Any]) -> Callable[..., Any]:
+def covered(call: Callable[..., Any]) -> Callable[..., Any]:
     """What a launcher does not take becomes a refusal that names the op and its module."""
 
     @wraps(call)
@@ -52,12 +52,12 @@ def _covered(call: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-@_covered
+@covered
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return matmul.matmul(a, b)
 
 
-@_covered
+@covered
 def _addmm(
     bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
@@ -69,7 +69,7 @@ register_complex("cuda", torch.cos, torch.sin)
 
 
 @implements(attention_op, device="cuda")
-@_covered
+@covered
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -111,7 +111,7 @@ def _reduce(
 
 
 @implements(aten.sum.dim_IntList, device="cuda")
-@_covered
+@covered
 def sum_dims(
     x: torch.Tensor,
     dim: int | Sequence[int] | None,
@@ -124,7 +124,7 @@ def sum_dims(
 
 
 @implements(aten.mean.dim, device="cuda")
-@_covered
+@covered
 def mean_dims(
     x: torch.Tensor,
     dim: int | Sequence[int] | None,
@@ -137,14 +137,14 @@ def mean_dims(
 
 
 @implements(aten.sum.default, device="cuda")
-@_covered
+@covered
 def sum_all(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Sum of all elements."""
     return _reduce(reductions.sum, x, None, False, dtype)
 
 
 @implements(aten.mean.default, device="cuda")
-@_covered
+@covered
 def mean_all(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Mean of all elements."""
     return _reduce(reductions.mean, x, None, False, dtype)
@@ -171,35 +171,35 @@ def sort(
 
 
 @implements(aten.softmax.int, device="cuda")
-@_covered
+@covered
 def softmax_over(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Exponentials over their sum."""
     return softmax.softmax(x, dim, dtype)
 
 
 @implements(aten.log_softmax.int, device="cuda")
-@_covered
+@covered
 def log_softmax_over(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """log of softmax."""
     return softmax.log_softmax(x, dim, dtype)
 
 
 @implements(aten._softmax.default, device="cuda")
-@_covered
+@covered
 def softmax_kernel(x: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
     """What softmax decomposes into."""
     return softmax.softmax(x, dim, torch.float32 if half_to_float else None)
 
 
 @implements(aten._log_softmax.default, device="cuda")
-@_covered
+@covered
 def log_softmax_kernel(x: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
     """What log_softmax decomposes into."""
     return softmax.log_softmax(x, dim, torch.float32 if half_to_float else None)
 
 
 @implements(aten.logsumexp.default, device="cuda")
-@_covered
+@covered
 def logsumexp(x: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -> torch.Tensor:
     """log of the sum of exponentials over one dim."""
     if len(dim) != 1:
@@ -208,7 +208,7 @@ def logsumexp(x: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -> tor
 
 
 @implements(aten.layer_norm.default, device="cuda")
-@_covered
+@covered
 def layer_norm(
     x: torch.Tensor,
     normalized_shape: Sequence[int],
@@ -224,7 +224,7 @@ def layer_norm(
 
 
 @implements(aten.rms_norm.default, device="cuda")
-@_covered
+@covered
 def rms_norm_over(
     x: torch.Tensor,
     normalized_shape: Sequence[int],

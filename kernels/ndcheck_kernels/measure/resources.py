@@ -1,7 +1,8 @@
 """What a launch compiles to, without a GPU: registers, spills, shared memory, instructions.
 
-Inside `compiling(90)` the launchers take CPU tensors (allocated, never read) and compile for that
-architecture instead of running; the yielded list receives each compiled kernel once.
+Inside `compiling(90)`, or `compiling("gfx942")` for an AMD GPU, the launchers take CPU tensors
+(allocated, never read) and compile for that architecture instead of running; the yielded list
+receives each compiled kernel once.
 """
 
 from __future__ import annotations
@@ -22,8 +23,16 @@ from triton.runtime.jit import JITFunction
 
 from ndcheck_kernels.cuda import device
 
-SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-"""Dynamic shared memory a block may use, by compute capability."""
+SHARED_LIMIT: dict[int | str, int] = {
+    80: 166912,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    120: 101376,
+    "gfx942": 65536,
+    "gfx950": 163840,
+}
+"""Dynamic shared memory a block may use, by compute capability, or by AMD's architecture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +48,22 @@ class Resources:
 class _NoDriver:
     """As much of a driver as compiling asks for."""
 
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
+    def __init__(self, architecture: int | str) -> None:
+        is_amd = isinstance(architecture, str)
+        self.target = GPUTarget("hip" if is_amd else "cuda", architecture, 64 if is_amd else 32)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return -self.target.arch  # a key of the jit cache that no real device has
+        return -int(str(self.target.arch).removeprefix("gfx"))  # a key that no real device has
 
     def get_current_stream(self, _device: int) -> int:
         return 0
 
 
 @contextmanager
-def compiling(capability: int) -> Iterator[list[Any]]:
+def compiling(architecture: int | str) -> Iterator[list[Any]]:
     compiled: dict[str, Any] = {}
 
     def compile_only(self: JITFunction, *args: Any, warmup: bool, **options: Any) -> None:
@@ -64,7 +74,7 @@ def compiling(capability: int) -> Iterator[list[Any]]:
     run = JITFunction.run
     kernels: list[Any] = []
     here: Any = {
-        "capability": lambda _: capability,
+        "capability": lambda _: architecture if isinstance(architecture, int) else 0,
         "sm_count": lambda _: 132,
         "on_gpu": lambda _: True,
     }
@@ -72,13 +82,18 @@ def compiling(capability: int) -> Iterator[list[Any]]:
     with (
         patch.multiple(device, **here),
         patch.object(JITFunction, "run", compile_only),
-        patch.object(triton.runtime.driver, "_active", _NoDriver(capability)),
+        patch.object(triton.runtime.driver, "_active", _NoDriver(architecture)),
     ):
         yield kernels
 
 
 def resources(kernel: Any) -> Resources:
-    """Read a compiled kernel's machine code with the disassembler that Triton ships."""
+    """Read a compiled kernel's machine code with the disassembler that Triton ships.
+
+    Of an AMD GPU's, what the assembler says of itself.
+    """
+    if kernel.metadata.target.backend == "hip":
+        return _amd_resources(kernel)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
@@ -94,6 +109,18 @@ def resources(kernel: Any) -> Resources:
         spilled_bytes=stack + local,
         shared_bytes=kernel.metadata.shared,
         instructions=frozenset(opcodes),
+    )
+
+
+def _amd_resources(kernel: Any) -> Resources:
+    text = kernel.asm["amdgcn"]
+    vectors, spilled = (
+        int(_one(rf"\.{key}:\s+(\d+)", text))
+        for key in ("vgpr_count", "private_segment_fixed_size")
+    )
+    opcodes = re.findall(r"^\s+([vs]_\w+)", text, re.MULTILINE)
+    return Resources(
+        kernel.metadata.name, vectors, spilled, kernel.metadata.shared, frozenset(opcodes)
     )
 
 

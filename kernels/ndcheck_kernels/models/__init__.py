@@ -10,9 +10,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ndcheck_kernels.models import alibi, attention, experts, gated_delta, tensor_parallel
+from ndcheck_kernels.models import (
+    alibi,
+    attention,
+    experts,
+    gated_delta,
+    quantised,
+    tensor_parallel,
+)
 from ndcheck_kernels.ops.library import NAME
 from ndcheck_kernels.scope.refusal import UncoveredOpError
 
@@ -27,8 +33,9 @@ def invariant_model(model: Any, groups: int | None = None) -> Iterator[None]:
 
     A model that is spread over ranks also adds their partial sums in one order; with ``groups`` its
     bits are those of any number of ranks that divides it: see `tensor_parallel`. On leaving, it has
-    its own again. Raises UncoveredOpError for quantised weights, for attention that cannot be
-    replaced, for layers with another kind of state, and for those that cannot be spread so.
+    its own again. Raises UncoveredOpError for quantised weights but FP8 in blocks (`quantised`),
+    for attention that cannot be replaced, for layers with another kind of state, and for those that
+    cannot be spread so.
     """
     _refuse_quantised(model)
     _refuse_states(model)
@@ -40,7 +47,10 @@ def invariant_model(model: Any, groups: int | None = None) -> Iterator[None]:
     own = model.config._attn_implementation, model.config._experts_implementation
     try:
         _set(model, NAME, NAME)
-        with tensor_parallel.ordered_layers(model, groups):
+        with (
+            quantised.invariant_fp8_layers(model),
+            tensor_parallel.ordered_layers(model, groups),
+        ):
             yield
     finally:
         _set(model, *own)
@@ -54,13 +64,10 @@ def _set(model: Any, attention: str, expert: str) -> None:
 
 def _refuse_quantised(model: Any) -> None:
     for path, module in model.named_modules():
-        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in tensors:
-            packed = tensor.dtype == torch.int32 and "weight" in name
-            narrow = tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool
-            wrapped = is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh")
-            if packed or narrow or wrapped:
-                raise _refusal(model, "product with quantised weights", path, tensor.dtype, name)
+        if (refused := quantised.refused_weight(module)) is not None:
+            name, dtype, reason = refused
+            op = "product with quantised weights"
+            raise _refusal(model, op, path, dtype, f"{name}: {reason}")
 
 
 def _refuse_states(model: Any) -> None:

@@ -1,6 +1,7 @@
 """Decoder layers of the Llama shape as ten launches each, for the invariant arm on CUDA.
 
-With a mixture of experts in the MLP's place, fourteen (`mixture`).
+With a mixture of experts in the MLP's place, fourteen (`mixture`); with FP8 weights in blocks one
+more, which quantises what attention gives (`projections`).
 
 A transformers decoder layer is some sixty small kernels, most of them elementwise. Here q, k and v
 are one product, as are gate and up; norms, QK norm with rotary and cache write, and silu * up are
@@ -24,11 +25,16 @@ from ndcheck_kernels.cuda.attention.causal import attention
 from ndcheck_kernels.cuda.attention.qkv import HEAD_DIMS, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure, quiet_compiler
 from ndcheck_kernels.cuda.device import FLOATS
-from ndcheck_kernels.cuda.products.matmul import matmul
+from ndcheck_kernels.cuda.rows.quantise import (
+    quantise_rows,
+    rms_norm_quantise,
+    silu_mul_quantise,
+)
 from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
-from ndcheck_kernels.models.mixture import FIRES as MIXTURE_FIRES
-from ndcheck_kernels.models.mixture import is_mixture, mixture
+from ndcheck_kernels.models.mixture import is_mixture, mixture, mixture_fires
+from ndcheck_kernels.models.projections import Projection, can_join
+from ndcheck_kernels.models.quantised import is_block_fp8
 from ndcheck_kernels.scope.refusal import refusal
 from ndcheck_kernels.scope.state import Scope, active_scope
 
@@ -37,9 +43,8 @@ LAYERS = (
     "Qwen3MoeDecoderLayer",
 )
 
-# What one layer computes but for its MLP, and what that does, as `Scope.fires` counts it.
-_FIRES = {"linear": 2, "attention": 1, "rms_norm": 2, "qkv": 1}
-_MLP_FIRES = {"linear": 2, "silu_mul": 1}
+# What one layer computes but for its products and its MLP, as `Scope.fires` counts it.
+_FIRES = {"attention": 1, "rms_norm": 2, "qkv": 1}
 
 
 @contextmanager
@@ -70,7 +75,11 @@ def _compile_failure(layer: Any) -> str | None:
     own, norm = layer.self_attn, layer.input_layernorm.weight
     heads, kv_heads = (p.out_features // own.head_dim for p in (own.q_proj, own.k_proj))
     q_norm = getattr(own, "q_norm", None)
-    shape = (norm.device, norm.dtype, norm.numel(), heads, kv_heads, own.head_dim, q_norm is None)
+    is_fp8 = layer._output.scales is not None
+    shape = (
+        *(norm.device, norm.dtype, norm.numel(), heads, kv_heads, own.head_dim),
+        *(q_norm is None, is_fp8),
+    )
     if shape not in _compile_failures:
         _compile_failures[shape] = None
         cache = norm.new_zeros(1, kv_heads, 1, own.head_dim)
@@ -80,6 +89,10 @@ def _compile_failure(layer: Any) -> str | None:
             with quiet_compiler(), _disable_current_modes():
                 rms_norm(norm[None], norm)
                 silu_mul(norm[None], norm[None])
+                if is_fp8:
+                    quantise_rows(norm[None])
+                    silu_mul_quantise(norm[None], norm[None])
+                    rms_norm_quantise(norm[None], norm, 0.0)
                 qkv(
                     norm.new_zeros(1, 1, (heads + 2 * kv_heads) * own.head_dim), angles, angles,
                     cache, cache.clone(), torch.zeros((), dtype=torch.int64, device=norm.device),
@@ -104,9 +117,11 @@ def join_weights(model: torch.nn.Module) -> list[Any]:
     for layer in layers:
         if not hasattr(layer, "_joined_qkv"):
             own, mlp = layer.self_attn, layer.mlp
-            layer._joined_qkv = _join([own.q_proj, own.k_proj, own.v_proj])
+            layer._joined_qkv = Projection.of(own.q_proj, own.k_proj, own.v_proj)
+            layer._output = Projection.of(own.o_proj)
             if not is_mixture(mlp):
-                layer._joined_gate_up = _join([mlp.gate_proj, mlp.up_proj])
+                layer._joined_gate_up = Projection.of(mlp.gate_proj, mlp.up_proj)
+                layer._down = Projection.of(mlp.down_proj)
     return layers
 
 
@@ -118,28 +133,25 @@ def _fits(layer: Any) -> bool:
         not hasattr(own.o_proj.weight, "device_mesh")  # Spread over ranks, each with a partial sum.
         and getattr(own, "sliding_window", None) is None
         and own.o_proj.bias is None
+        and can_join(own.q_proj, own.k_proj, own.v_proj)
         and (is_mixture(mlp) or _is_gated(mlp))
         and own.head_dim in HEAD_DIMS
-        and own.o_proj.weight.dtype in FLOATS
+        and layer.input_layernorm.weight.dtype in FLOATS
+        and all(_is_covered(p) for p in (own.q_proj, own.o_proj))
     )
+
+
+def _is_covered(projection: Any) -> bool:
+    return is_block_fp8(projection) or projection.weight.dtype in FLOATS
 
 
 def _is_gated(mlp: Any) -> bool:
     return hasattr(mlp, "gate_proj") and (
         type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         and all(p.bias is None for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        and can_join(mlp.gate_proj, mlp.up_proj)
+        and all(_is_covered(p) for p in (mlp.gate_proj, mlp.down_proj))
     )
-
-
-def _join(projections: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    joined = torch.cat([p.weight.data for p in projections])
-    for p, part in zip(
-        projections, joined.split([p.out_features for p in projections]), strict=True
-    ):
-        p.weight.data = part
-    if projections[0].bias is None:
-        return joined, None
-    return joined, torch.cat([p.bias.data for p in projections])
 
 
 def _forward(
@@ -187,9 +199,7 @@ def _fused(
     own, mlp = layer.self_attn, layer.mlp
     batch, length, width = hidden.shape
     residual = hidden.reshape(-1, width)
-    rows = _norm(residual, layer.input_layernorm)
-    weight, bias = layer._joined_qkv
-    x = matmul(rows, weight.t(), bias).view(batch, length, -1)
+    x = layer._joined_qkv.after_norm(residual, layer.input_layernorm).view(batch, length, -1)
     keys, values, offset = _columns(cache, own, x)
     q_norm, k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
     query = qkv(
@@ -202,24 +212,22 @@ def _fused(
         query, keys, values, starts=spans[:, 0, 0, 0], lengths=spans[:, 0, 0, 1], scale=own.scaling
     )
     out = out.transpose(1, 2).reshape(batch * length, -1)
-    residual = matmul(out, own.o_proj.weight.t(), residual)
-    rows = _norm(residual, layer.post_attention_layernorm)
+    residual = layer._output(out, residual)
+    norm = layer.post_attention_layernorm
     if is_mixture(mlp):
+        rows = rms_norm(residual, norm.weight, norm.variance_epsilon)
         residual = mixture(rows, mlp, residual)
-        scope.fires.update(MIXTURE_FIRES)
+        scope.fires.update(mixture_fires(mlp))
     else:
-        gate, up = matmul(rows, layer._joined_gate_up[0].t()).chunk(2, -1)
-        residual = matmul(silu_mul(gate, up), mlp.down_proj.weight.t(), residual)
-        scope.fires.update(_MLP_FIRES)
+        gate_up = layer._joined_gate_up.after_norm(residual, norm)
+        residual = layer._down.after_gate(gate_up, residual)
+        scope.fires.update({layer._down.op: 2, "silu_mul": 1})
     if is_last:
         # Together: one launch, where the cache would make one a layer.
         torch._foreach_add_([c.cumulative_length for c in cache.layers], length)
     scope.fires.update(_FIRES)
+    scope.fires[layer._output.op] += 2
     return residual.view(batch, length, width)
-
-
-def _norm(rows: torch.Tensor, module: Any) -> torch.Tensor:
-    return rms_norm(rows, module.weight, module.variance_epsilon)
 
 
 def _columns(

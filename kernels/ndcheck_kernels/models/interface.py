@@ -1,4 +1,6 @@
-"""Refuse the attention and experts that transformers calls `NAME` outside of a scope."""
+"""What the models' parts share: the refusal outside of a scope, a rank's part of a parameter."""
+
+import torch
 
 from ndcheck_kernels.ops.library import NAME
 from ndcheck_kernels.scope.state import active_scope
@@ -11,3 +13,9 @@ def require_scope(kind: str, stock: str) -> None:
             f"{kind}_implementation='{NAME}' only runs inside ndcheck_kernels.invariant_kernels(); "
             f"for stock kernels call model.set_{kind}_implementation('{stock}')"
         )
+
+
+def here(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's shard."""
+    to_local = getattr(parameter, "to_local", None)
+    return parameter if to_local is None else to_local()

@@ -15,6 +15,8 @@ With `groups`, a power of two, the bits are the same on 1, 2, 4, ... `groups` ra
 - Output features are computed in `groups` blocks of one width, because the order in which a
   product adds may depend on how wide it is.
 - Attention stays as it is: each head is computed whole on one rank.
+
+FP8 weights in blocks are cut between blocks only, so that a row's scales are those of one rank.
 """
 
 import re
@@ -27,6 +29,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ndcheck_kernels.models.interface import here
+from ndcheck_kernels.models.quantised import is_block_fp8
+from ndcheck_kernels.ops import block_fp8
 from ndcheck_kernels.ops.collectives import (
     add_pairwise,
     known_ranks,
@@ -136,8 +141,9 @@ def _ordered(
         _check_experts(layer, path)
         _check_divides(layer, path, layer.intermediate_dim, spread)
         return partial(_run_experts, layer, spread)
-    if style in _GATHERED or (style == "colwise" and spread.is_nested):
-        if spread.is_nested:
+    is_cut_fp8 = style == "colwise" and is_block_fp8(layer)
+    if style in _GATHERED or (style == "colwise" and spread.is_nested) or is_cut_fp8:
+        if spread.is_nested or is_cut_fp8:
             _check_divides(layer, path, layer.out_features, spread)
         return partial(_run_blocks, layer, spread, style in _GATHERED)
     if spread.is_nested and style not in _LOCAL:
@@ -150,7 +156,7 @@ def _look_up(layer: Any, spread: Spread, ids: torch.Tensor) -> torch.Tensor:
 
     Exact: one rank has the row, and all others add 0.
     """
-    weight = _here(layer.weight)
+    weight = here(layer.weight)
     own = ids - spread.rank * -(-layer.num_embeddings // spread.n_ranks)
     is_elsewhere = (own < 0) | (own >= weight.shape[0])
     rows = F.embedding(own.masked_fill(is_elsewhere, 0), weight)
@@ -162,21 +168,32 @@ def _look_up(layer: Any, spread: Spread, ids: torch.Tensor) -> torch.Tensor:
 def _sum_inputs(layer: Any, spread: Spread, x: torch.Tensor) -> torch.Tensor:
     """A linear layer of which this rank holds some input features: x [..., K here] -> [..., N]."""
     length = layer.in_features // spread.groups
-    rows = x.reshape(-1, x.shape[-1])
-    pieces = zip(rows.split(length, -1), _here(layer.weight).split(length, 1), strict=True)
-    total = spread.sum([partial_linear_op(part, weight) for part, weight in pieces])
+    parts = x.reshape(-1, x.shape[-1]).split(length, -1)
+    weights = here(layer.weight).split(length, 1)
+    if is_block_fp8(layer):
+        scales = here(layer.weight_scale_inv).split(length // block_fp8.BLOCK, 1)
+        pieces = zip(parts, weights, scales, strict=True)
+        total = spread.sum([block_fp8.partial_linear_op(*piece) for piece in pieces])
+    else:
+        pairs = zip(parts, weights, strict=True)
+        total = spread.sum([partial_linear_op(part, weight) for part, weight in pairs])
     if layer.bias is not None:
-        total = total + _here(layer.bias)
+        total = total + here(layer.bias)
     return total.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def _run_blocks(layer: Any, spread: Spread, gathers: bool, x: torch.Tensor) -> torch.Tensor:
     """A linear layer of which this rank holds some output features, in blocks of one width."""
-    weight = _here(layer.weight)
+    weight = here(layer.weight)
     width = layer.out_features // spread.groups if spread.is_nested else weight.shape[0]
     weights = weight.split(width)
-    biases = [None] * len(weights) if layer.bias is None else _here(layer.bias).split(width)
-    out = torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
+    biases = [None] * len(weights) if layer.bias is None else here(layer.bias).split(width)
+    if is_block_fp8(layer):
+        scales = here(layer.weight_scale_inv).split(-(-width // block_fp8.BLOCK))
+        blocks = zip(weights, scales, biases, strict=True)
+        out = torch.cat([block_fp8.linear_op(x, *block) for block in blocks], -1)
+    else:
+        out = torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
     if gathers and spread.n_ranks > 1:
         out = rank_gather_op(out, layer.out_features, spread.group)
     return out
@@ -186,28 +203,40 @@ def _run_experts(
     layer: Any, spread: Spread, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Experts of which this rank holds some hidden features: x [T, H], both others [T, k]."""
-    gate_up, down = _here(layer.gate_up_proj), _here(layer.down_proj)  # [E, 2I, H], [E, H, I]
+    gate_up, down = here(layer.gate_up_proj), here(layer.down_proj)  # [E, 2I, H], [E, H, I]
     token, _, place, ordered, ends = route_op(index, weights, layer.num_experts)
     length = layer.intermediate_dim // spread.groups
-    blocks = gate_up.split(length, 1) if spread.is_nested else (gate_up,)
-    rows = x[token]
-    hidden = [aten._grouped_mm.default(rows, block.transpose(1, 2), ends) for block in blocks]
-    gated = layer._apply_gate(torch.cat(hidden, -1))
-    pieces = zip(gated.split(length, -1), down.split(length, 2), strict=True)
-    outputs = [partial_grouped_op(part, weight.transpose(1, 2), ends) for part, weight in pieces]
+    width = length if spread.is_nested else gate_up.shape[1]
+    blocks, pieces, rows = gate_up.split(width, 1), down.split(length, 2), x[token]
+    if is_block_fp8(layer):
+        gate_up_scales = here(layer.gate_up_proj_scale_inv).split(width // block_fp8.BLOCK, 1)
+        down_scales = here(layer.down_proj_scale_inv).split(length // block_fp8.BLOCK, 2)
+        hidden = [
+            block_fp8.grouped_op(rows, block, scales, ends)
+            for block, scales in zip(blocks, gate_up_scales, strict=True)
+        ]
+        parts = layer._apply_gate(torch.cat(hidden, -1)).split(length, -1)
+        outputs = [
+            block_fp8.partial_grouped_op(part, weight, scales, ends)
+            for part, weight, scales in zip(parts, pieces, down_scales, strict=True)
+        ]
+    else:
+        hidden = [aten._grouped_mm.default(rows, block.transpose(1, 2), ends) for block in blocks]
+        parts = layer._apply_gate(torch.cat(hidden, -1)).split(length, -1)
+        outputs = [
+            partial_grouped_op(part, weight.transpose(1, 2), ends)
+            for part, weight in zip(parts, pieces, strict=True)
+        ]
     total = spread.sum([combine_op(output, place, ordered) for output in outputs])
     return total.to(x.dtype)
-
-
-def _here(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's shard."""
-    to_local = getattr(parameter, "to_local", None)
-    return parameter if to_local is None else to_local()
 
 
 def _check_divides(layer: Any, path: str, size: int, spread: Spread) -> None:
     if size % spread.groups:
         raise _refusal(layer, path, f"{size} features do not divide into {spread.groups} parts")
+    if is_block_fp8(layer) and size // spread.groups % block_fp8.BLOCK:
+        reason = f"{size} features in {spread.groups} parts cut blocks of {block_fp8.BLOCK} in two"
+        raise _refusal(layer, path, reason)
 
 
 def _check_experts(layer: Any, path: str) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 # What `Scope.missing` understands beside op names: one of the ops must have fired.
 OP_GROUPS: dict[str, frozenset[str]] = {
-    "gemm": frozenset({"linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "mv", "dot"}),
+    "gemm": frozenset(
+        {"linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "mv", "dot", "block_fp8_linear"}
+    ),
     "attention": frozenset({"attention", "scaled_dot_product_attention"}),
 }
 

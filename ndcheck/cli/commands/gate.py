@@ -86,6 +86,14 @@ def gate(
             "--fail-on", help="What counts as drift; see ndcheck compare.", metavar="KINDS"
         ),
     ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            "--manifest",
+            help="This stack must have its bits; see ndcheck kernels manifest.",
+            metavar="FILE",
+        ),
+    ] = None,
     save_baseline: Annotated[
         str | None,
         typer.Option(
@@ -125,7 +133,7 @@ def gate(
         max_unique, max_divergence_rate, min_common_prefix, allow_latent, confidence, max_slowdown
     )
     wish = gate_session.parse_inconclusive(inconclusive)
-    demands = gate_session.Demands(limits, arms, baseline, fail_on)
+    demands = gate_session.Demands(limits, arms, baseline, fail_on, manifest)
     if runs:
         results = gate_session.judge_runs(
             [latest(run) for run in runs], config, check, demands, save_baseline

@@ -26,6 +26,7 @@ class LocalBackend(Backend):
         Option("adapter", ("adapter",), None, lambda path: None if path is None else str(path)),
         WIDTHS,
         *(ENGINE, TP, Option("tp_groups", ("tp_groups",), DEFAULTS.tp_groups)),
+        Option("dequantise", ("dequantise",), DEFAULTS.dequantise),
     )
     takes = OF_SOME
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ndcheck.errors import UsageError
@@ -38,3 +39,12 @@ def own_device(device: torch.device) -> torch.device:
             "--device cpu: with --tp transformers takes the GPUs; hide them: CUDA_VISIBLE_DEVICES="
         )
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+
+
+def product_tables(arms: Sequence[str], device: torch.device) -> str | None:
+    """Which tables the invariant arm's products follow on a GPU, and since when."""
+    if "invariant" not in arms or device.type != "cuda":
+        return None
+    from ndcheck_kernels.cuda.products.proofs import summary
+
+    return summary(device)

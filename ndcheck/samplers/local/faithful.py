@@ -25,11 +25,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from ndcheck.errors import UsageError
 from ndcheck.records import CacheState
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.checkpoint.quantised import dequantised_layers
 from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
 
-N_STEPS = 3
-N_PROMPT, N_FILLER = 7, 13
+N_STEPS, N_PROMPT, N_FILLER = 3, 7, 13
 TOLERANCE, TOLERANCE_16_BIT = 0.001, 0.5
 """Most that logits may differ by, in units of their spread over the vocabulary.
 
@@ -159,7 +159,7 @@ def examine(model: Any, device: torch.device, paths: Sequence[Path] = PATHS) -> 
     if findings is None or wanted:
         findings = _SEEN.setdefault(model, Examination(model.dtype))
         examination = _Examination(model, device, findings)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), dequantised_layers(model):
             warnings.simplefilter("ignore")  # The run gives them again.
             with _in_float32(model, device) as findings.dtype:
                 was_computed = examination.look(wanted)

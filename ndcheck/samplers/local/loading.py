@@ -26,11 +26,23 @@ from ndcheck.samplers.local.checkpoint.adapters import merge_adapter
 from ndcheck.samplers.local.checkpoint.bounds import bounded
 from ndcheck.samplers.local.checkpoint.files import ACCEPTED, CONFIG, check_config, count_elements
 from ndcheck.samplers.local.checkpoint.gguf_file import SUFFIX, read_gguf_head
+from ndcheck.samplers.local.checkpoint.quantised import (
+    FP8,
+    Quantisation,
+    check_quantisation,
+    forget_quantisation,
+    kept_fp8,
+    loading_options,
+    prepare_stock,
+    put_fp8_layers,
+    read_quantisation,
+)
 from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
 from ndcheck.samplers.local.sharding import (
     check_heads,
     distributed_config,
     draw_weights,
+    find_shards,
     gather,
     shard,
 )
@@ -142,16 +154,24 @@ def load_model(
     stored = None
     if spec.random_weights is None:
         stored = _count_elements(source)
-    _check_size(source, config, spec, options, device, stored)
+    found = None if source.endswith(SUFFIX) else read_quantisation(config)
+    check_quantisation(source, found, spec)
+    if spec.dequantise:
+        config = copy.deepcopy(config)
+        forget_quantisation(config)
+    _check_size(source, config, spec, options, device, stored, found)
     if spec.random_weights is not None:
-        return _make(source, config, spec, options, device)
+        made = _make(source, config, spec, options, device)
+        prepare_stock(made, device, spec, source)
+        return made
     if spec.tensor_parallel > 1:
         options["distributed_config"] = distributed_config(spec.tensor_parallel)
     dtype = DTYPES.get(spec.dtype, "auto")
     if source.endswith(SUFFIX):
         options |= dequantised()
         dtype = DTYPES.get(spec.dtype, config.dtype)
-    with _one_line_errors(source, "its weights and generation_config.json"):
+    options |= loading_options(found, spec)
+    with _one_line_errors(source, "its weights and generation_config.json"), kept_fp8():
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             **_place(source),
             dtype=dtype,
@@ -163,7 +183,9 @@ def load_model(
     _check_loaded(source, model, found)
     if adapter is not None:
         model = _add_adapter(model, adapter)
-    return (model if spec.tensor_parallel > 1 else model.to(device)).eval()
+    model = model if spec.tensor_parallel > 1 else model.to(device)
+    prepare_stock(model, device, spec, source)
+    return model.eval()
 
 
 def _count_elements(source: str) -> int | None:
@@ -179,17 +201,41 @@ def _make(
     assert spec.random_weights is not None
     dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
     # One process draws as `from_config` does, so that a short script has the same weights. Several
-    # draw their shards, so that none ever holds the whole model.
+    # draw their shards, so that none ever holds the whole model; FP8 is drawn a matrix at a time.
     is_spread = spec.tensor_parallel > 1 or spec.tp_groups is not None
+    is_fp8 = read_quantisation(config) is not None
     torch.manual_seed(spec.random_weights)
     with _one_line_errors(source, CONFIG):
-        with torch.device("meta") if is_spread else device:
+        with torch.device("meta") if is_spread or is_fp8 else device:
             made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        shards = {}
         if spec.tensor_parallel > 1:
             made = shard(made, spec.tensor_parallel)
-        if is_spread:
-            draw_weights(made, spec.random_weights, device)
+            shards = find_shards(made)
+        if is_fp8:
+            put_fp8_layers(made)
+        if is_spread or is_fp8:
+            draw_weights(made, spec.random_weights, device, shards)
     return made.eval()
+
+
+def build_empty(
+    source: str, config: Any, spec: RunSpec, options: dict[str, Any] | None = None
+) -> Any:
+    """The model that a config describes, without memory. Raises UsageError where it is none."""
+    dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
+    with (
+        _one_line_errors(source, CONFIG),
+        bounded(f"--model {source}: building what {CONFIG} describes", BUILD_S),
+        torch.device("meta"),
+    ):
+        empty = transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, **(options or {})
+        )
+        found = read_quantisation(config)
+        if found is not None and found.is_covered:
+            put_fp8_layers(empty)
+        return empty
 
 
 def _check_size(
@@ -199,30 +245,24 @@ def _check_size(
     options: dict[str, Any],
     device: torch.device,
     stored: int | None,
+    found: Quantisation | None,
 ) -> None:
     """Raise UsageError where the config describes more than the files, or the memory, can hold.
 
-    ``stored`` is what the files hold, None where nothing is loaded.
+    ``stored`` is what the files hold, None where nothing is loaded. Of ``found`` weights that stay
+    packed no size is known.
     """
-    dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
-    with (
-        _one_line_errors(source, CONFIG),
-        bounded(f"--model {source}: building what {CONFIG} describes", BUILD_S),
-        torch.device("meta"),
-    ):
-        empty = transformers.AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, **options
-        )
+    empty = build_empty(source, config, spec, options)
     n_weights = sum(p.numel() for p in empty.parameters())
     n_bytes = sum(t.nbytes for t in (*empty.parameters(), *empty.buffers()))
-    is_quantised = getattr(config, "quantization_config", None) is not None
-    if stored is not None and not is_quantised and n_weights > 2 * stored:
+    is_counted = found is None or found.method == FP8  # Others pack several weights into one.
+    if stored is not None and is_counted and n_weights > 2 * stored:
         raise UsageError(
             f"--model {source}: {CONFIG} describes {n_weights:,} weights, and the "
             f"{'file holds' if source.endswith(SUFFIX) else 'safetensors files hold'} {stored:,}"
         )
     free = free_bytes(device) * max(1, spec.tensor_parallel)
-    if not is_quantised and n_bytes > free:
+    if (found is None or found.is_covered or spec.dequantise) and n_bytes > free:
         raise UsageError(
             f"--model {source}: {CONFIG} describes a model of {n_bytes / 2**30:,.1f} GiB, and "
             f"{free / 2**30:,.1f} GiB are free on {device}"

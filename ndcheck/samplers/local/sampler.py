@@ -24,8 +24,9 @@ from ndcheck.probe import Prompt
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.base import NOT_FED, Rendered
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers
 from ndcheck.samplers.local.checkpoint.sources import find_source
-from ndcheck.samplers.local.device import choose_device, own_device
+from ndcheck.samplers.local.device import choose_device, own_device, product_tables
 from ndcheck.samplers.local.faithful import Examination, examine
 from ndcheck.samplers.local.following import Ranks
 from ndcheck.samplers.local.loading import (
@@ -86,7 +87,9 @@ class TransformersSampler:
             self._model = load_model(source.model, config, spec, self._device, source.adapter)
             self._stop_ids = stop_ids(self._model)
             self._digest = digest_weights(self._model)
-            self._findings = examine(self._model, self._device, paths_of(spec))
+            # Of FP8 layers on ranks nothing but the invariant arm can compute a part.
+            if not (self._ranks and has_fp8_layers(self._model)):
+                self._findings = examine(self._model, self._device, paths_of(spec))
             if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
                 from ndcheck_kernels.models.decoder import join_weights
 
@@ -101,6 +104,8 @@ class TransformersSampler:
         # Where both are left out the axis is, which says so itself.
         self.notes = self._prompts.warnings(spec.probes)
         self.notes += tuple(refusals.states.values()) if self.cache_states else ()
+        if (tables := product_tables(self._arms, self._device)) is not None:
+            self.notes += (f"products of the invariant arm: {tables}",)
 
     @property
     def context(self) -> int:
@@ -134,6 +139,7 @@ class TransformersSampler:
 
     def describe(self) -> dict[str, Any]:
         parameter = next(self._model.parameters())
+        tables = product_tables(self._arms, self._device)
         return {
             **self._source.describe(),
             "class": type(self._model).__name__,
@@ -144,6 +150,7 @@ class TransformersSampler:
             "vocabulary": self._text_config.vocab_size,
             "digest": self._digest,
             "decode_check": self._findings and self._findings.describe(),
+            **({} if tables is None else {"product_tables": tables}),
             **({} if self._ranks is None else {"ranks": self._ranks.size}),
         }
 

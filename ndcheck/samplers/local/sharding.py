@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import transformers
 
 from ndcheck.errors import UsageError
+from ndcheck.samplers.local.checkpoint.quantised import draw_fp8, is_fp8_layer
 
 
 def distributed_config(n_ranks: int) -> Any:
@@ -47,23 +48,39 @@ def shard(model: Any, n_ranks: int) -> Any:
     return model.maybe_distribute_model(model, config, mesh)
 
 
+def find_shards(model: Any) -> dict[str, Any]:
+    """The parameters by name that a plan has cut."""
+    return {name: p for name, p in model.named_parameters() if hasattr(p, "device_mesh")}
+
+
 @torch.no_grad()
-def draw_weights(model: Any, seed: int, device: torch.device) -> None:
+def draw_weights(
+    model: Any, seed: int, device: torch.device, shards: Mapping[str, Any] | None = None
+) -> None:
     """Give a model on the meta device the weights that its class draws, from ``seed``.
 
-    A module's draws depend on the seed and its path alone, so they are the same however many ranks
-    share the model, and no more than one module is ever there as a whole.
+    FP8 layers, which a class does not draw, are normal with its usual deviation, and quantised. A
+    module's draws depend on the seed and its path alone, so they are the same however many ranks
+    share the model, and no more than one module is ever there as a whole. ``shards``: how
+    parameters are cut whose layer was replaced after the plan was applied; their scales are cut so.
     """
-    _draw(model, "", model._init_weights, seed, device)
+    std = getattr(model.config.get_text_config(decoder=True), "initializer_range", 0.02)
+    _draw(model, "", model._init_weights, seed, device, std, shards or {})
     model.tie_weights()
 
 
 def _draw(
-    module: Any, path: str, init: Callable[[Any], None], seed: int, device: torch.device
+    module: Any,
+    path: str,
+    init: Callable[[Any], None],
+    seed: int,
+    device: torch.device,
+    std: float,
+    shards: Mapping[str, Any],
 ) -> None:
     for name, child in module.named_children():
         own = child._init_weights if isinstance(child, transformers.PreTrainedModel) else init
-        _draw(child, f"{path}.{name}", own, seed, device)
+        _draw(child, f"{path}.{name}", own, seed, device, std, shards)
     planned = {name: p for name, p in module._parameters.items() if p is not None}
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
@@ -73,25 +90,41 @@ def _draw(
                 tensors[name] = torch.nn.Parameter(zeros) if is_parameter else zeros
     digest = hashlib.blake2b(f"{seed}{path}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest) >> 1)
-    init(module)
+    if is_fp8_layer(module):
+        draw_fp8(module, std)
+    else:
+        init(module)
     for name, parameter in planned.items():
-        if hasattr(parameter, "device_mesh"):
-            module._parameters[name] = torch.nn.Parameter(
-                _cut(module._parameters[name].detach(), parameter)
-            )
+        cut = shards.get(f"{path}.{name.removesuffix('_scale_inv')}"[1:], parameter)
+        if hasattr(cut, "device_mesh"):
+            whole = module._parameters[name].detach()
+            module._parameters[name] = torch.nn.Parameter(_cut(whole, cut))
 
 
 def _cut(whole: torch.Tensor, planned: Any) -> torch.Tensor:
     """This rank's shard of a tensor, in memory of its own."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = planned.device_mesh, planned.placements
     here = distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local().clone()
+    return _as_shard(here, planned, whole)
+
+
+def _as_shard(here: torch.Tensor, planned: Any, whole: torch.Tensor) -> torch.Tensor:
+    """``here`` as this rank's shard of what has the shape of ``whole``."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = planned.device_mesh, planned.placements
     shape, stride = whole.shape, whole.stride()
     return DTensor.from_local(here, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def gather(parameter: torch.Tensor) -> torch.Tensor:
+def gather(parameter: Any) -> torch.Tensor:
     """A parameter as a whole; where it is shared, every rank must ask for it."""
-    full_tensor = getattr(parameter, "full_tensor", None)
-    return parameter if full_tensor is None else full_tensor()
+    if not hasattr(parameter, "full_tensor"):
+        return parameter  # type: ignore[no-any-return]
+    if parameter.dtype.itemsize > 1:
+        return parameter.full_tensor()  # type: ignore[no-any-return]
+    here = parameter.to_local().view(torch.uint8)  # Not every collective takes FP8.
+    whole: Any = _as_shard(here, parameter, parameter)
+    return whole.full_tensor().view(parameter.dtype)  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,13 @@ if not torch.cuda.is_available():
     from triton.runtime import interpreter
 
     def dot_in_order(self, a, b, d, input_precision, max_num_imprecise_acc):
-        """As the hardware does: k ascending, whatever the tile. NumPy's order follows the shape."""
+        """As the hardware does: k ascending, whatever the tile. NumPy's order follows the shape.
+
+        Sums of e4m3 products are exact in float64, and rounded once, as on the CPU.
+        """
+        if a.dtype.scalar == tl.float8e4nv:
+            exact = from_e4m3(a.data).double() @ from_e4m3(b.data).double()
+            return interpreter.TensorHandle((exact.float().numpy() + d.data), d.dtype.scalar)
         acc = d.data.astype(d.data.dtype)
         left, right = (t.data.astype(acc.dtype) for t in (a, b))
         for k in range(left.shape[-1]):
@@ -20,6 +27,21 @@ if not torch.cuda.is_available():
         return interpreter.TensorHandle(acc, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = dot_in_order
+
+    def from_e4m3(codes):
+        return torch.from_numpy(np.ascontiguousarray(codes)).view(torch.float8_e4m3fn)
+
+    def fp_to_fp(
+        self, source, target, rounding, own=interpreter.InterpreterBuilder.create_fp_to_fp
+    ):
+        """To e4m3 by torch: the interpreter rounds some of the subnormals and ties otherwise."""
+        if target.scalar != tl.float8e4nv:
+            return own(self, source, target, rounding)
+        wide = torch.from_numpy(np.ascontiguousarray(source.data, dtype=np.float32))
+        codes = wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return interpreter.TensorHandle(codes, target.scalar)
+
+    interpreter.InterpreterBuilder.create_fp_to_fp = fp_to_fp
 
     BUILTINS: dict[object, list[str]] = {}
 

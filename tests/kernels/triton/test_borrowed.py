@@ -13,7 +13,8 @@ import torch
 
 from ndcheck_kernels.cuda import borrowed_ranges, configs
 from ndcheck_kernels.cuda.configs import MatmulConfig
-from ndcheck_kernels.cuda.products import borrowed, cublaslt, matmul
+from ndcheck_kernels.cuda.products import borrowed, cublaslt, matmul, proofs
+from ndcheck_kernels.cuda.products.proofs import Proofs
 
 N, K = 48, 512
 CONFIG = MatmulConfig("pointer", 16, 16, 64)
@@ -32,12 +33,13 @@ def product_in(groups):
 def fake(monkeypatch, tmp_path, device):
     """Borrow everywhere, from a library with the bits of one group."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in ("_proofs", "_verdicts"):
-        monkeypatch.setattr(borrowed, name, {})
+    monkeypatch.setattr(borrowed, "_verdicts", {})
     monkeypatch.setattr(borrowed, "_warned", set())
-    monkeypatch.setattr(borrowed, "_is_on_gpu", lambda _: True)
     monkeypatch.setattr(borrowed, "ALIGNMENT", 64)  # The CPU's allocator's.
-    monkeypatch.setattr(borrowed, "environment", lambda _: {"gpu": "fake", "cublaslt": "1"})
+    for name in ("_proofs", "_in_force"):
+        monkeypatch.setattr(proofs, name, {})
+    monkeypatch.setattr(proofs, "is_on_gpu", lambda _: True)
+    monkeypatch.setattr(proofs, "environment", lambda _: {"gpu": "fake", "cublaslt": "1"})
     monkeypatch.setattr(cublaslt, "product", product_in(1))
     monkeypatch.setitem(borrowed_ranges.RANGES, (N, K), ((1, 8), (17, 1 << 62)))
     return tmp_path / "ndcheck"
@@ -63,9 +65,9 @@ def test_ranges_choose_by_shape_and_rows(monkeypatch):
 
 def test_a_library_with_our_bits_is_borrowed_once_it_is_proven(operands, fake, monkeypatch):
     x, w = operands(3)
-    proofs = []
+    tried = []
     own = borrowed.prove
-    monkeypatch.setattr(borrowed, "prove", lambda *args: proofs.append(args[1]) or own(*args))
+    monkeypatch.setattr(borrowed, "prove", lambda *args: tried.append(args[1]) or own(*args))
     calls = []
     library = cublaslt.product
     monkeypatch.setattr(cublaslt, "product", lambda *args: calls.append(1) or library(*args))
@@ -74,17 +76,17 @@ def test_a_library_with_our_bits_is_borrowed_once_it_is_proven(operands, fake, m
         calls.clear()
         assert torch.equal(matmul.linear(x, w), want)
         assert calls
-    assert proofs == [3]
+    assert tried == [3]
     (kept,) = fake.iterdir()
     document = json.loads(kept.read_text())
     assert document["proven"] == {f"float16 {N}x{K} in 1": [3]}
     # Another process, or this one an hour later.
-    monkeypatch.setattr(borrowed, "_proofs", {})
+    proofs.forget()
     monkeypatch.setattr(borrowed, "_verdicts", {})
     matmul.linear(x, w)
     matmul.linear(x[:2], w)
-    assert proofs == [3, 2]
-    assert "1 shapes have our bits, seen at 2 numbers of rows" in borrowed.summary(x.device)
+    assert tried == [3, 2]
+    assert "1 shapes have our bits, seen at 2 numbers of rows" in proofs.summary(x.device)
 
 
 def test_once_it_is_settled_what_is_unknown_is_computed_by_our_kernel(operands, monkeypatch):
@@ -116,7 +118,7 @@ def test_a_library_with_other_bits_is_not(library, reason, operands, monkeypatch
     with pytest.warns(UserWarning, match=f"not borrowed from cuBLASLt.*{reason}"):
         assert torch.equal(matmul.linear(x, w), want)
     assert torch.equal(matmul.linear(x[:2], w), want[:2])  # The shape as a whole is out.
-    assert reason in borrowed.summary(x.device)
+    assert reason in proofs.summary(x.device)
 
 
 def test_operands_that_tell_nothing_prove_nothing(operands, monkeypatch):
@@ -126,7 +128,7 @@ def test_operands_that_tell_nothing_prove_nothing(operands, monkeypatch):
     def blind(x, w, y, addend=None):
         return y.zero_()
 
-    shape = borrowed.Shape(N, K, "float16", 1, False)
+    shape = proofs.Shape(N, K, "float16", 1, False)
     monkeypatch.setattr(cublaslt, "product", blind)
     ours = lambda x, w, addend: x.new_zeros(len(x), len(w))  # noqa: E731
     assert "another order of K" in borrowed.prove(shape, 3, x.device, ours)
@@ -137,11 +139,11 @@ def test_no_library_means_our_kernel(operands, monkeypatch):
         raise cublaslt.UnavailableError("libcublasLt.so.13: cannot open")
 
     x, w = operands(3)
-    monkeypatch.setattr(borrowed, "environment", unavailable)
+    monkeypatch.setattr(proofs, "environment", unavailable)
     with pytest.warns(UserWarning, match=r"no products are borrowed.*cannot open"):
         y = matmul.linear(x, w)
     assert torch.equal(y, matmul._launch(x, w.t(), None, 1.0, 1.0, None, CONFIG, 1))
-    assert "cannot open" in borrowed.summary(x.device)
+    assert "cannot open" in proofs.summary(x.device)
 
 
 def test_nothing_is_tried_during_a_capture(operands, monkeypatch):
@@ -178,10 +180,10 @@ def test_a_damaged_file_is_proven_again(text, operands, fake):
     matmul.linear(x, w)
     (kept,) = fake.iterdir()
     kept.write_text(text)
-    proofs = borrowed.Proofs.read(borrowed.environment(x.device))
-    assert (proofs.proven, proofs.failed) == ({}, {})
-    proofs.proven["a"] = {1}
-    proofs.write()
+    read = Proofs.read(proofs.environment(x.device))
+    assert (read.proven, read.failed) == ({}, {})
+    read.proven["a"] = {1}
+    read.write()
     assert json.loads(kept.read_text())["proven"] == {"a": [1]}
 
 
@@ -202,13 +204,13 @@ def test_on_a_cpu_nothing_is_borrowed(operands, monkeypatch):
 
 
 def test_two_processes_keep_each_others_proofs(fake):
-    first, second = (borrowed.Proofs.read({"gpu": "fake"}) for _ in range(2))
+    first, second = (Proofs.read({"gpu": "fake"}) for _ in range(2))
     first.proven["a"] = {1}
     first.write()
     second.proven["a"] = {2}
     second.failed["b"] = "no"
     second.write()
-    both = borrowed.Proofs.read({"gpu": "fake"})
+    both = Proofs.read({"gpu": "fake"})
     assert (both.proven, both.failed) == ({"a": {1, 2}}, {"b": "no"})
     assert [p.suffix for p in fake.iterdir()] == [".json"]
 
@@ -217,9 +219,9 @@ def test_two_processes_keep_each_others_proofs(fake):
 def test_a_folder_that_cannot_be_written_to_costs_nothing_but_time(fake):
     fake.mkdir()
     fake.chmod(0o500)
-    proofs = borrowed.Proofs.read({"gpu": "fake"})
-    proofs.proven["a"] = {1}
-    proofs.write()
+    read = Proofs.read({"gpu": "fake"})
+    read.proven["a"] = {1}
+    read.write()
     assert list(fake.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""Every kernel compiled for five architectures, in every configuration that can be selected.
+"""Every kernel compiled for seven architectures, in every configuration that can be selected.
 
 Each runs in its own process: this one may have set up the interpreter, which compiles nothing. No
 GPU is needed.
@@ -18,13 +18,15 @@ KERNELS = Path(__file__).parents[3] / "kernels"
 TENSOR_CORES = {
     80: {"HMMA"},
     89: {"HMMA"},
-    90: {"HMMA", "HGMMA"},
-    100: {"HMMA", "UTCHMMA"},
-    120: {"HMMA"},
+    90: {"HMMA", "HGMMA", "QGMMA"},
+    100: {"HMMA", "UTCHMMA", "UTCQMMA"},
+    120: {"HMMA", "QMMA"},
+    "gfx942": {"v_mfma_f32_32x32x8_bf16", "v_mfma_f32_16x16x16_bf16"},
+    "gfx950": {"v_mfma_f32_32x32x16_bf16", "v_mfma_f32_16x16x32_bf16"},
 }
 # Triton 3.9 spills a little where 3.6, which made the GPU figures, does not.
 SPILLED = {("_prefill_kernel", c): n for c, n in ((90, 64), (89, 16), (120, 16))}
-DOTS = ("_matmul", "_grouped", "_prefill", "_decode")
+DOTS = ("_matmul", "_grouped", "_block_fp8", "_prefill", "_decode")
 
 
 def compile_in_a_process(*arguments):
@@ -38,9 +40,9 @@ def compile_in_a_process(*arguments):
     return json.loads(run.stdout)
 
 
-# Every configuration takes minutes a chip, so by default one of each kind is compiled, for two
+# Every configuration takes minutes a chip, so by default one of each kind is compiled, for three
 # chips whose matrix instructions differ.
-ALWAYS = [(90, "kinds"), (100, "kinds")]
+ALWAYS = [(90, "kinds"), (100, "kinds"), ("gfx942", "kinds")]
 ON_DEMAND = [(capability, "figures") for capability in TENSOR_CORES]
 
 

@@ -45,6 +45,7 @@ CONFIGS = {
         architectures=["Qwen3MoeForCausalLM"],
     ),
 }
+SHAPES = Path(__file__).parents[3] / "kernels" / "bench" / "shapes"
 LOADS = ("--random-weights", "0", "--loads", "1,3,8", "-n", "16", "--max-tokens", "6")
 
 
@@ -200,6 +201,22 @@ def test_bits_of_a_mixture_are_those_of_one_process(models, tmp_path):
     assert bits(out[1], "invariant") == bits(out[2], "invariant")
     assert bits(out[1], "invariant") != bits(plain, "invariant")  # And so would these sums.
     assert "torchrun --nproc-per-node 2 -m ndcheck run" in shown
+
+
+def test_bits_of_fp8_are_those_of_one_process(tmp_path):
+    """A mixture of experts whose ranks hold whole blocks of 128."""
+    model = tmp_path / "model"
+    model.mkdir()
+    config = json.loads((SHAPES / "tiny-moe-fp8" / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({**config, "head_dim": 32, "moe_intermediate_size": 256})
+    )
+    for n, groups in ((1, 2), (2, 2), (2, None)):
+        tp_groups = ("--tp-groups", groups) if groups else ()
+        measure(n, model, tmp_path / f"{n}-{groups}", "--kernels", "invariant", *tp_groups)
+    one, two, plain = (bits(tmp_path / name, "invariant") for name in ("1-2", "2-2", "2-None"))
+    assert one == two
+    assert len(set(one.values())) == len(set(plain.values())) == 1
 
 
 def test_four_ranks_have_the_bits_of_one(models, tmp_path):

@@ -6,8 +6,8 @@ Reduction order: cuBLASLt's own; that it is ours is a property of its version an
     shape is borrowed for a number of rows only after a *proof* on this machine: on operands whose
     exact result is 0, so that the result is all rounding, every element must come out as our kernel
     has it; and the same product with K in another order must not, or the operands tell nothing.
-    Proofs are kept on disk by everything that could change bits. Where one fails, the shape is
-    computed by our kernel from then on, and a warning says so.
+    Proofs are kept on disk by everything that could change bits (`proofs`). Where one fails, the
+    shape is computed by our kernel from then on, and a warning says so.
 Depends on: as `matmul`.
 Dtypes: bfloat16, float16.
 Not claimed: that it is faster. `configs.borrows` says where it was, on an H200.
@@ -15,143 +15,23 @@ Not claimed: that it is faster. `configs.borrows` says where it was, on an H200.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
-from importlib import metadata
-from pathlib import Path
 
 import torch
-import triton
 
 from ndcheck_kernels.cuda.configs import chunk_length
-from ndcheck_kernels.cuda.products import cublaslt
+from ndcheck_kernels.cuda.products import cublaslt, proofs
+from ndcheck_kernels.cuda.products.proofs import Shape
 
 Ours = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """x [M, K], w [N, K], addend [M, N] or None -> [M, N], by our kernel."""
 
 ALIGNMENT = 256
 """Bytes: what cuBLASLt's choice of an algorithm takes for granted."""
-_SOURCES = ("matmul.py", "tiles.py", "borrowed.py", "cublaslt.py", "../configs.py")
 
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a proof is of, beside the number of rows."""
-
-    n: int
-    k: int
-    dtype: str
-    groups: int
-    has_addend: bool
-
-    def __str__(self) -> str:
-        addend = " + addend" if self.has_addend else ""
-        return f"{self.dtype} {self.n}x{self.k} in {self.groups}{addend}"
-
-
-@dataclass(slots=True)
-class Proofs:
-    """What was seen on one device: by shape, the numbers of rows with our bits, and why not."""
-
-    path: Path
-    environment: dict[str, str]
-    proven: dict[str, set[int]] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, environment: dict[str, str]) -> Proofs:
-        """Those kept for this environment; none if the file is missing or damaged."""
-        digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()
-        proofs = cls(cache_folder() / f"borrowed-{digest[:16]}.json", environment)
-        proofs.merge()
-        return proofs
-
-    def merge(self) -> None:
-        """Add what other processes have kept meanwhile."""
-        try:
-            kept = json.loads(self.path.read_text())
-            if kept["environment"] != self.environment:
-                return
-            proven = {str(s): {int(m) for m in rows} for s, rows in kept["proven"].items()}
-            failed = {str(s): str(reason) for s, reason in kept["failed"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return
-        for shape, rows in proven.items():
-            self.proven.setdefault(shape, set()).update(rows)
-        self.failed = failed | self.failed
-
-    def write(self) -> None:
-        """Whole or not at all; a folder that cannot be written to costs a proof a process."""
-        self.merge()
-        document = {
-            "environment": self.environment,
-            "proven": {shape: sorted(rows) for shape, rows in sorted(self.proven.items())},
-            "failed": dict(sorted(self.failed.items())),
-        }
-        part = self.path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(document, indent=1))
-            part.replace(self.path)
-        except OSError:
-            part.unlink(missing_ok=True)
-
-
-def cache_folder() -> Path:
-    """Where proofs are kept: XDG's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "ndcheck"
-
-
-@cache
-def environment(device: torch.device) -> dict[str, str]:
-    """Everything that a product's bits may follow."""
-    sources = b"".join((Path(__file__).parent / name).read_bytes() for name in _SOURCES)
-    return {
-        "gpu": torch.cuda.get_device_name(device),
-        "driver": _driver(),
-        "cublaslt": str(cublaslt.version()),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "ndcheck": _version(),
-        "kernels": hashlib.sha256(sources).hexdigest()[:16],
-    }
-
-
-def _version() -> str:
-    """Of the package that these kernels came in; the digest of their sources says more."""
-    try:
-        return metadata.version("ndcheck")
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _driver() -> str:
-    """The kernel module's version where Linux says it, else the CUDA version that it supports."""
-    try:
-        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    except (OSError, IndexError):
-        return str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
-
-
-_lock = threading.RLock()
-_proofs: dict[torch.device, Proofs] = {}
 _verdicts: dict[tuple[object, ...], bool] = {}
 _settled = False
-
-
-def proofs(device: torch.device) -> Proofs:
-    """What is known of a device. Raises cublaslt.UnavailableError."""
-    with _lock:
-        if device not in _proofs:
-            _proofs[device] = Proofs.read(environment(device))
-        return _proofs[device]
 
 
 def settle(settled: bool = True) -> None:
@@ -160,13 +40,9 @@ def settle(settled: bool = True) -> None:
     _settled = settled
 
 
-def _is_on_gpu(x: torch.Tensor) -> bool:
-    return x.is_cuda
-
-
 def fits(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, addend: torch.Tensor | None) -> bool:
     """Whether cuBLASLt can take these as they lie."""
-    if not _is_on_gpu(x):
+    if not proofs.is_on_gpu(x.device):
         return False
     tensors = [t for t in (x, w, y, addend) if t is not None]
     return (
@@ -191,7 +67,7 @@ def is_proven(
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if _settled or capturing:
             return False
-        with _lock:
+        with proofs.lock:
             verdict = _verdicts[key] = _try(x, w, addend, groups, ours)
     return verdict
 
@@ -202,7 +78,7 @@ def _try(
     (m, k), n = x.shape, w.shape[0]
     shape = Shape(n, k, str(x.dtype).removeprefix("torch."), groups, addend is not None)
     try:
-        known = proofs(x.device)
+        known = proofs.proofs(x.device)
     except cublaslt.UnavailableError as error:
         _warn_once(f"no products are borrowed from cuBLASLt: {error}")
         return False
@@ -224,20 +100,11 @@ def _try(
 
 def prove(shape: Shape, m: int, device: torch.device, ours: Ours) -> str | None:
     """Why `m` rows of a shape cannot be borrowed, or None: they have the bits of ours."""
-    generator = torch.Generator(device).manual_seed(m)
-
-    def draw(*size: int) -> torch.Tensor:
-        dtype = getattr(torch, shape.dtype)
-        return torch.randn(size, generator=generator, device=device, dtype=dtype)
-
-    half = shape.k // 2
-    order = torch.randperm(shape.k, generator=generator, device=device)
-    a, b = draw(m, shape.k - half), draw(shape.n, shape.k - half)
-    a *= torch.randint(-5, 6, a.shape, generator=generator, device=device).exp2()
-    # The exact product is 0 (of an odd K, its last term): what is left tells the order.
-    x = torch.cat([a, a[:, :half]], 1)[:, order].contiguous()
-    w = torch.cat([b, -b[:, :half]], 1)[:, order].contiguous()
-    addend = draw(m, shape.n) * 2.0**-8 if shape.has_addend else None
+    x, w = cancelling(m, shape.n, shape.k, getattr(torch, shape.dtype), device)
+    addend = None
+    if shape.has_addend:
+        generator = torch.Generator(device).manual_seed(m)
+        addend = torch.randn((m, shape.n), generator=generator, device=device).to(x.dtype) * 2.0**-8
     try:
         got = product(x, w, x.new_empty(m, shape.n), addend, shape.groups)
         if not torch.equal(got, ours(x, w, addend)):
@@ -264,18 +131,24 @@ def product(
     return torch.add(*parts, out=y)
 
 
-def summary(device: torch.device) -> str:
-    """What is known of a device, in one line."""
-    try:
-        known = proofs(torch.empty(0, device=device).device)  # With its number.
-    except cublaslt.UnavailableError as error:
-        return f"no products borrowed: {error}"
-    counts = sum(map(len, known.proven.values()))
-    refused = "".join(f"; not {shape}: {why}" for shape, why in sorted(known.failed.items()))
-    return (
-        f"cuBLASLt {known.environment['cublaslt']}: {len(known.proven)} shapes have our bits, "
-        f"seen at {counts} numbers of rows{refused}"
-    )
+def cancelling(
+    m: int, n: int, k: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] and w [N, K] whose exact product is 0 (of an odd K, its last term).
+
+    What is left of it is rounding, and tells the order in which it was summed.
+    """
+    generator = torch.Generator(device).manual_seed(m)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=device, dtype=dtype)
+
+    half = k // 2
+    order = torch.randperm(k, generator=generator, device=device)
+    a, b = draw(m, k - half), draw(n, k - half)
+    a *= torch.randint(-5, 6, a.shape, generator=generator, device=device).exp2()
+    x = torch.cat([a, a[:, :half]], 1)[:, order].contiguous()
+    return x, torch.cat([b, -b[:, :half]], 1)[:, order].contiguous()
 
 
 _warned: set[str] = set()

@@ -4,7 +4,8 @@ Computes: y = alpha * a @ b + beta * c, fp32 accumulation, one rounding at the e
 Reduction order: K is cut into S chunks of `chunk_length(K, S)`; a chunk is accumulated by the
     tensor cores in ascending k from zero (fp32 input: one fused multiply-add per k), chunks are
     added in ascending order. S = configs.k_groups(N, K, dtype, capability).
-    A schedule may be borrowed: cuBLASLt's, where it was proven to have these bits (`borrowed`).
+    A schedule may be borrowed: cuBLASLt's, where it was proven to have these bits (`borrowed`);
+    or come from a table that was tuned on this machine, of configurations proven here (`proofs`).
 Depends on: N, K, dtype, architecture. Not on M, the batch size, the row's position, its
     neighbours, strides or alignment: these only choose tiles and schedule, and the GPU tests hold
     every selectable configuration to one bit class.
@@ -30,7 +31,7 @@ from ndcheck_kernels.cuda.configs import (
     pointer_config,
 )
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
-from ndcheck_kernels.cuda.products import borrowed
+from ndcheck_kernels.cuda.products import borrowed, proofs
 from ndcheck_kernels.cuda.products.tiles import accumulate, offsets, zeros
 
 
@@ -240,9 +241,12 @@ def matmul(
     (m, k), n = a.shape[-2:], b.shape[-1]
     size, capability = a.element_size(), device.capability(a.device)
     groups = k_groups(n, k, size, capability)
-    config = matmul_config(m, n, k, size, capability)
+    config, is_faster_borrowed = proofs.choose(
+        a.device, a.dtype, m, (n, k, groups), matmul_config(m, n, k, size, capability),
+        borrows(m, n, k, size, capability),
+    )  # fmt: skip
     c = c if beta else None
-    if borrows(m, n, k, size, capability) and alpha == 1 and (c is None or beta == 1):
+    if is_faster_borrowed and alpha == 1 and (c is None or beta == 1):
         y = _borrow(a, b, c, out, config, groups)
         if y is not None:
             return y
@@ -294,6 +298,7 @@ def _launch(
     is_wide = config.kind == "persistent" and y.element_size() > a.element_size()
     if config.kind != "pointer" and (is_wide or not all(_fits_tma(t) for t in (a, b.mT, y))):
         config = pointer_config(a.shape[-2], a.element_size(), device.capability(a.device))
+        config = proofs.unless_shut_out(a.device, a.dtype, (shape[-1], a.shape[-1], groups), config)
     launch = {"pointer": _launch_pointer, "tile": _launch_tile, "persistent": _launch_persistent}
     launch[config.kind](a, b, c, y, alpha, beta, config, groups)
     return y

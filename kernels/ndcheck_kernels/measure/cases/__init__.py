@@ -11,12 +11,23 @@ that are left out, and in steps that are rounded on the way.
 from itertools import starmap
 
 from ndcheck_kernels.measure.cases.attention import attention
-from ndcheck_kernels.measure.cases.case import Call, Case, Form, Operands, Source
+from ndcheck_kernels.measure.cases.case import Call, Case, FixedSource, Form, Operands, Source
 from ndcheck_kernels.measure.cases.elements import elements
 from ndcheck_kernels.measure.cases.products import products
 from ndcheck_kernels.measure.cases.rows import row_ops
 
-__all__ = ["TIMED", "Call", "Case", "Form", "Operands", "Source", "checked_cases", "timed_cases"]
+__all__ = [
+    "TIMED",
+    "Call",
+    "Case",
+    "FixedSource",
+    "Form",
+    "Operands",
+    "Source",
+    "checked_cases",
+    "manifest_cases",
+    "timed_cases",
+]
 
 TIMED = (
     *("linear", "addmm", "bmm", "sum", "mean", "softmax", "log_softmax", "logsumexp"),
@@ -67,3 +78,23 @@ def timed_cases(device_type: str) -> tuple[Case, ...]:
             *attention(4, 2, 64, context=512, prefill=128, max_rows=(64, 4)),
         )
     return tuple(case for case in found if case.op in TIMED)
+
+
+def manifest_cases(device_type: str) -> tuple[Case, ...]:
+    """The ops of a decoder, small enough that all of them take seconds; with each K-grouping."""
+    if device_type == "cuda":
+        found = (
+            *products(6144, 4096),
+            *starmap(_linear, ((1280, 8192), (8192, 1024))),
+            *row_ops(4096),
+            *(c for c in row_ops(151936, max_rows=129) if c.op in ("log_softmax", "argmax")),
+            *attention(32, 8, 128, context=1024, prefill=256, max_rows=(129, 17)),
+        )
+    else:
+        found = (
+            *products(256, 512),
+            *starmap(_linear, ((64, 2048), (4096, 256))),
+            *row_ops(4096),
+            *attention(2, 1, 64, context=260, prefill=140, max_rows=(17, 5)),
+        )
+    return tuple(c for c in found if c.op in (*TIMED, "sdpa_decode", "sdpa_prefill"))

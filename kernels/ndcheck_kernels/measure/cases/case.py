@@ -1,5 +1,6 @@
 """A case and the operands it draws."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class Source:
 
     def absorbing(self, m: int, k: int, top: float, low: float, high: float) -> torch.Tensor:
         """Rows of one `top`, then values that it absorbs one by one but not their sum."""
-        rows = torch.rand(m, k, generator=self.generator, device=self.device) * (high - low) + low
+        rows = self._rand((m, k)) * (high - low) + low
         rows[:, 0] = top
         return rows.to(self.dtype)
 
@@ -61,9 +62,53 @@ class Source:
     def _randn(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device)
 
+    def _rand(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.rand(shape, generator=self.generator, device=self.device)
+
     def _integers(self, low: int, high: int, shape: tuple[int, ...]) -> torch.Tensor:
         drawn = torch.randint(low, high, shape, generator=self.generator, device=self.device)
         return drawn.float()
+
+
+class FixedSource(Source):
+    """Draws the same tensors on every device and under every version of torch.
+
+    A generator's numbers may change with a release. These come from integer arithmetic alone, the
+    same everywhere, in the order in which they are asked for.
+    """
+
+    __slots__ = ("_taken",)
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+        super().__init__(dtype, device, torch.Generator(device))
+        object.__setattr__(self, "_taken", [seed << 40])
+
+    def order(self, k: int) -> torch.Tensor:
+        return self._bits((k,)).sort(stable=True).indices
+
+    def _randn(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """The sum of four bytes about 0: nearly normal, and exact in float32."""
+        bits = self._bits(shape)
+        total = sum((bits >> shift) & 0xFF for shift in (0, 8, 16, 24))
+        return (total - 510).float() / 128  # type: ignore[union-attr]
+
+    def _rand(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return (self._bits(shape) >> 8).float() / 2**24
+
+    def _integers(self, low: int, high: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return (self._bits(shape) % (high - low) + low).float()
+
+    def _bits(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """32 mixed bits each, in int64, of running numbers (the finaliser of MurmurHash3)."""
+        taken: list[int] = self._taken  # type: ignore[attr-defined]
+        n = math.prod(shape)
+        bits = torch.arange(taken[0], taken[0] + n, device=self.device)
+        taken[0] += n
+        bits = (bits ^ (bits >> 32)) & 0xFFFFFFFF
+        # Products may overflow; their low 32 bits are right even so.
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+        return (bits ^ (bits >> 16)).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)

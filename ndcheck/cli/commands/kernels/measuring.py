@@ -1,4 +1,4 @@
-"""`ndcheck kernels`: the batch-invariant kernels beside stock."""
+"""`ndcheck kernels check` and `bench`: bits, accuracy and time beside stock."""
 
 from __future__ import annotations
 
@@ -8,19 +8,6 @@ from typing import Annotated
 import typer
 
 from ndcheck.cli import options as o
-
-kernels = typer.Typer(
-    name="kernels",
-    help="Check and time the batch-invariant kernels beside stock.",
-)
-
-
-@kernels.callback(invoke_without_command=True)
-def root(context: typer.Context) -> None:
-    """Check and time the batch-invariant kernels beside stock."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
 
 Op = Annotated[
     str, typer.Option("--op", help="all, or ops: linear,rms_norm,decode,...", metavar="OP,...")
@@ -37,7 +24,6 @@ Csv = Annotated[
 ]
 
 
-@kernels.command()
 def check(
     device: o.Device = "auto",
     dtype: Dtypes = "bf16,fp16,fp32",
@@ -59,7 +45,6 @@ def check(
     raise typer.Exit(kernels_session.run_check(selection, csv, as_json=json, quiet=quiet))
 
 
-@kernels.command()
 def bench(
     device: o.Device = "auto",
     dtype: Dtypes = "bf16",

@@ -1,0 +1,174 @@
+"""Everything that FP8 models need a GPU for, in one command, the most important figures first.
+
+    PYTHONPATH=$PWD:$PWD/kernels python -m bench.fp8.measure OUT_DIR [--seconds 180]
+
+Bits of every schedule; products beside torch._scaled_mm; the FP8 8B's captured decode step beside
+its floor, and its five properties; memory and step of a 30B-A3B; the GPU tests of the kernels; the
+fastest schedules, as long as time is left. Each part writes what it has, and a part that fails is
+named at the end. With --tiny: the model parts on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bench.models.decode import SHAPES, experts_chosen, floor_ms, step_ms
+from bench.table import Table
+from ndcheck.request import DEFAULTS
+from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck_kernels.measure.timing import copy_gb_per_s, mm_tflop_per_s
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def open_model(shape: str) -> TransformersSampler:
+    spec = replace(DEFAULTS, model=str(SHAPES / shape), random_weights=0, arms=("invariant",))
+    return TransformersSampler(replace(spec, axes=("batch-size",)))
+
+
+def measure_steps(out: Path, shape: str, batches: tuple[int, ...]) -> None:
+    """Captured steps of the invariant arm, its floor, and the memory that the weights take."""
+    started, device = time.monotonic(), "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    sampler = open_model(shape)
+    weights = sum(p.nbytes for p in sampler.model.parameters()) / 1e9
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else float("nan")
+    print(f"{shape}: {weights:.2f} GB of weights, {peak:.2f} GB at most while they were made, "
+          f"{time.monotonic() - started:.1f} s", flush=True)  # fmt: skip
+    bandwidth, rate = copy_gb_per_s(device), mm_tflop_per_s(device)
+    table = Table(out / f"decode-{shape}.csv")
+    for batch in batches:
+        ours = step_ms(sampler, "invariant", batch)
+        chosen = experts_in(sampler, batch)
+        floor = floor_ms(sampler.model, batch, chosen, bandwidth, rate)
+        table.add(
+            batch=batch, experts="" if chosen is None else chosen, floor_ms=floor,
+            invariant_ms=ours, over_floor=ours / floor, weights_gb=weights, peak_gb=peak,
+            copy_gb_per_s=bandwidth, mm_tflop_per_s=rate,
+        )  # fmt: skip
+    table.file.close()
+
+
+def experts_in(sampler: TransformersSampler, batch: int) -> float | None:
+    if not hasattr(sampler.model.config, "num_experts"):
+        return None
+    with sampler.arm("invariant", fuse=False):
+        return experts_chosen(sampler, batch)
+
+
+def measure_properties(out: Path, shape: str, loads: str, samples: int, tokens: int) -> None:
+    """All five properties of the invariant arm, by `ndcheck run`."""
+    directory = out / f"run-{shape}"
+    command = [
+        *(sys.executable, "-m", "ndcheck", "run", "--model", str(SHAPES / shape)),
+        *("--random-weights", "0", "--kernels", "invariant", "--loads", loads, "--quiet"),
+        *("-n", str(samples), "--max-tokens", str(tokens), "--out", str(directory)),
+    ]
+    path = f"{REPOSITORY}:{REPOSITORY / 'kernels'}"
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    print(done.stdout[-3000:], done.stderr[-1500:], f"exit code {done.returncode}", flush=True)
+    if done.returncode:
+        raise RuntimeError(f"ndcheck run ended with {done.returncode}")
+
+
+def compare_products(out: Path) -> None:
+    from bench.fp8 import products
+
+    found = products.find_differences(out)
+    print("\n".join(found) or "every shipped schedule: one bit class", flush=True)
+    products.bench(out)
+    if found:
+        raise RuntimeError(f"{len(found)} schedules or controls differ")
+
+
+def run_tests(out: Path) -> None:
+    tests = [
+        "tests/kernels/triton/test_block_fp8.py",
+        "tests/kernels/triton/test_fp8_decoder.py",
+        "tests/kernels/gpu/test_block_fp8_bits.py",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider",
+         "--confcutdir=tests/kernels", *tests],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    (out / "tests.txt").write_text(done.stdout, encoding="utf-8")
+    print(done.stdout[-2500:], flush=True)
+    if done.returncode:
+        raise RuntimeError("tests failed")
+
+
+def tune_products(out: Path, until: float) -> None:
+    from bench.fp8 import products
+
+    for _ in products.tune(out):
+        if time.monotonic() > until:
+            break
+    found = products.find_differences(out, tuple(products.SCHEDULES))
+    print("\n".join(found) or "every schedule that was tried: one bit class", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=180, help="when to stop")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, on CPU")
+    options = parser.parse_args()
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    until = started + options.seconds
+    parts: list[tuple[str, Callable[[], None]]] = [
+        ("products", lambda: compare_products(out)),
+        ("8B step", lambda: measure_steps(out, "qwen3-8b-fp8", (1, 8, 32, 128))),
+        ("8B properties", lambda: measure_properties(out, "qwen3-8b-fp8", "1,2,8,32", 150, 32)),
+        ("30B-A3B", lambda: measure_steps(out, "qwen3-30b-a3b-fp8", (1, 64))),
+        ("tests", lambda: run_tests(out)),
+        ("30B-A3B properties", lambda: measure_properties(
+            out, "qwen3-30b-a3b-fp8", "1,2,8", 40, 16)),
+        ("8B step in bf16", lambda: measure_steps(out, "qwen3-8b", (1, 8, 32, 128))),
+        ("schedules", lambda: tune_products(out, until)),
+    ]  # fmt: skip
+    if options.tiny:
+        parts = [
+            (f"{shape} {name}", call)
+            for shape in ("tiny-fp8", "tiny-moe-fp8")
+            for name, call in (
+                ("step", lambda shape=shape: measure_steps(out, shape, (1, 2))),
+                ("properties", lambda shape=shape: measure_properties(out, shape, "1,2", 24, 4)),
+            )
+        ]
+    failed = []
+    for name, call in parts:
+        if time.monotonic() > until:
+            print(f"-- {name}: no time left", flush=True)
+            continue
+        print(f"-- {name} ({time.monotonic() - started:.0f} s)", flush=True)
+        try:
+            call()
+        except Exception:
+            failed.append(name)
+            traceback.print_exc(limit=6)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    print(f"{time.monotonic() - started:.0f} s; failed: {', '.join(failed) or 'nothing'}")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""FP8 products in blocks of 128 x 128: one bit class, and times beside torch._scaled_mm.
+
+    PYTHONPATH=kernels python -m bench.fp8.products OUT_DIR
+
+`stock` is torch._scaled_mm with the same blocks where it has them for these operands, `by_row` with
+one scale a row of each operand, which is less work; both of rows that are quantised already.
+`quantised` is ours with the quantisation of its rows, as an unfused layer runs it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from bench.table import Table
+from ndcheck_kernels.cuda.products import block_fp8
+from ndcheck_kernels.cuda.products.block_fp8 import BlockFp8Config, block_fp8_matmul
+from ndcheck_kernels.cuda.rows.quantise import quantise_rows
+from ndcheck_kernels.measure.timing import copies, medians_us
+from ndcheck_kernels.ops.block_fp8 import quantise_weight
+
+SHAPES = {
+    "qkv 8B": (6144, 4096),
+    "o 8B": (4096, 4096),
+    "gate_up 8B": (24576, 4096),
+    "down 8B": (4096, 12288),
+}
+BATCHES = (1, 8, 16, 64, 256, 1024, 4096)
+SCHEDULES = [
+    BlockFp8Config(m, n, warps, stages, swap)
+    for (m, n, warps, swap), stages in product(
+        [
+            *((16, 64, 4, True), (32, 64, 4, True), (64, 64, 4, True), (64, 32, 4, False)),
+            *((128, 64, 4, True), (64, 128, 4, False), (128, 128, 8, False)),
+        ],
+        (3, 4, 6, 10),
+    )
+    if stages * (m + n) * 128 < 225_000
+]
+
+
+def weights(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantise_weight(torch.randn(n, k, device="cuda") * 0.02)
+
+
+def find_differences(out: Path, configs: tuple[BlockFp8Config, ...] = ()) -> list[str]:
+    """Configurations that give other bits, of operands that cancel; and a control.
+
+    Writes a row for each: a configuration passes if every row of 600 has the bits of the first.
+    Without ``configs`` all that can be selected are tried.
+    """
+    configs = configs or block_fp8.selectable_configs(90)
+    table, differing = Table(out / "block_fp8_bits.csv"), []
+    for n, k in ((1024, 512), (1008, 4096), (384, 12288)):
+        half = torch.randn(600, k // 2, device="cuda")
+        half *= torch.randint(-5, 6, half.shape, device="cuda").exp2()
+        order = torch.randperm(k, device="cuda")
+        w = torch.randn(n, k // 2, device="cuda")
+        operands = (
+            *quantise_rows(torch.cat([half, half], 1)[:, order].bfloat16()),
+            *quantise_weight(torch.cat([w, -w], 1)[:, order]),
+        )
+        expected = some_rows(operands, block_fp8.selectable_configs(90)[0], 0, 600)
+        for config in configs:
+            same = all(
+                torch.equal(some_rows(operands, config, first, count), expected[first:][:count])
+                for first, count in ((0, 600), (7, 1), (100, 17), (5, 129), (299, 300))
+            )
+            table.add(n=n, k=k, config=str(config), equal=same)
+            if not same:
+                differing.append(f"{n}x{k} {config}")
+        backwards = tuple(each.flip(1) for each in operands)
+        if torch.equal(some_rows(backwards, configs[0], 0, 600), expected):
+            differing.append(f"{n}x{k}: the control, K backwards, has the same bits")
+    return differing
+
+
+def some_rows(
+    operands: tuple[torch.Tensor, ...], config: BlockFp8Config, first: int, count: int
+) -> torch.Tensor:
+    """The product of ``count`` rows, in float32."""
+    codes, row_scales, weight, scales = operands
+    return block_fp8._launch(
+        codes[first:][:count].contiguous(), row_scales[first:][:count].t().contiguous().t(),
+        weight.contiguous(), scales.contiguous(), None, torch.float32, config,
+    )  # fmt: skip
+
+
+def stock(
+    codes: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    return torch._scaled_mm(
+        codes, weight.t(), scale_a=row_scales, scale_b=scales.t(), out_dtype=torch.bfloat16
+    )
+
+
+def by_row(m: int, n: int) -> Callable[..., torch.Tensor]:
+    """The product of m rows with n, all of one scale."""
+    left, right = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
+
+    def call(codes: torch.Tensor, _: object, weight: torch.Tensor, __: object) -> torch.Tensor:
+        return torch._scaled_mm(codes, weight.t(), left, right, out_dtype=torch.bfloat16)
+
+    return call
+
+
+def runs(call: Callable[[], object]) -> str:
+    """Empty, or why torch does not take these operands."""
+    try:
+        call()
+    except Exception as error:
+        return str(error).strip().splitlines()[0][:150]
+    return ""
+
+
+def bench(out: Path, batches: tuple[int, ...] = BATCHES) -> None:
+    table, refused = Table(out / "block_fp8.csv", echo=False), ""
+    for shape, (n, k) in SHAPES.items():
+        held = [weights(n, k) for _ in range(copies(n * k))]
+        for m in batches:
+            x = torch.randn(m, k, device="cuda").bfloat16()
+            codes = quantise_rows(x)
+            variants = {
+                "ours": [partial(block_fp8_matmul, *codes, *each) for each in held],
+                "quantised": [partial(_quantised, x, *each) for each in held],
+            }
+            for name, call in (("stock", stock), ("by_row", by_row(m, n))):
+                if reason := runs(partial(call, *codes, *held[0])):
+                    refused = f"{name}: {reason}"
+                else:
+                    variants[name] = [partial(call, *codes, *each) for each in held]
+            us = medians_us(variants)
+            error = (
+                (_quantised(x, *held[0]) - stock(*codes, *held[0])).abs().max().item()
+                if ("stock" in variants)
+                else ""
+            )
+            table.add(
+                shape=shape, n=n, k=k, m=m, us=us["ours"], quantised_us=us["quantised"],
+                stock_us=us.get("stock", ""), by_row_us=us.get("by_row", ""),
+                ratio=us["stock"] / us["ours"] if "stock" in us else "",
+                by_row_ratio=us["by_row"] / us["ours"] if "by_row" in us else "",
+                tflop_per_s=2 * m * n * k / us["ours"] / 1e6,
+                gb_per_s=(n * k + m * k + 2 * m * n) / us["ours"] / 1e3, largest_difference=error,
+            )  # fmt: skip
+            print(*(f"{v:.3f}" if isinstance(v, float) else v for v in table.rows[-1].values()),
+                  flush=True)  # fmt: skip
+    for column in ("ratio", "by_row_ratio"):
+        for name, most in (("all", max(batches)), ("M <= 16", 16)):
+            ratios = [float(r[column]) for r in table.rows if r[column] and int(r["m"]) <= most]
+            if ratios:
+                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                print(f"{column}, {name}: geometric mean {mean:.3f}, least {min(ratios):.3f}")
+    print(refused, flush=True)
+
+
+def _quantised(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return block_fp8_matmul(*quantise_rows(x), weight, scales)
+
+
+def tune(out: Path) -> Iterator[None]:
+    """The fastest schedule of each cell, a cell at a time: the caller stops where time is up."""
+    table = Table(out / "block_fp8_schedules.csv", echo=False)
+    for m, (shape, (n, k)) in product(BATCHES, SHAPES.items()):
+        held = [weights(n, k) for _ in range(copies(n * k))]
+        codes = quantise_rows(torch.randn(m, k, device="cuda").bfloat16())
+        tried = [c for c in SCHEDULES if (m > c.block_m // 4 or c.block_m <= 64) and (
+            m <= 8 * c.block_m)]  # fmt: skip
+        us = medians_us({
+            str(config): [
+                partial(block_fp8._launch, *codes, *each, None, torch.bfloat16, config)
+                for each in held
+            ]
+            for config in tried
+        })  # fmt: skip
+        chosen = us.get(str(block_fp8.product_config(m, n, 90)))
+        for config, each in sorted(us.items(), key=lambda item: item[1]):
+            table.add(shape=shape, m=m, us=each, chosen_us=chosen or "", config=config)
+        best = min(us, key=us.__getitem__)
+        print(f"{shape} {m}: {us[best]:.2f} us {best}; shipped {chosen}", flush=True)
+        yield
+
+
+if __name__ == "__main__":
+    OUT = Path(sys.argv[1])
+    OUT.mkdir(parents=True, exist_ok=True)
+    found = find_differences(OUT)
+    print("\n".join(found) or "one bit class", flush=True)
+    bench(OUT)
+    sys.exit(bool(found))

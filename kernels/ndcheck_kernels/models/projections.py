@@ -1,0 +1,107 @@
+"""Linear layers of fused decoder layers: a weight, plain or FP8 in blocks, and what goes before it.
+
+A plain product reads rows of the model's dtype. A block-FP8 one reads codes and scales, which the
+launch before it writes in the rows' place: it costs no launch after RMSNorm or a gate, and one
+after attention. Both have the bits of the unfused layer's product of the same rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
+from ndcheck_kernels.cuda.products.matmul import matmul
+from ndcheck_kernels.cuda.rows.quantise import (
+    Quantised,
+    quantise_rows,
+    rms_norm_quantise,
+    silu_mul_quantise,
+)
+from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
+from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
+from ndcheck_kernels.models.quantised import is_block_fp8
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """x @ weight.T + bias or another addend."""
+
+    weight: torch.Tensor
+    """[N, K]."""
+    bias: torch.Tensor | None
+    scales: torch.Tensor | None
+    """[N / 128, K / 128] of FP8 codes; None of a plain weight."""
+
+    @classmethod
+    def of(cls, *layers: Any) -> Projection:
+        """Of a linear layer; or of several that meet the same rows, one under the other in memory.
+
+        Their parameters become views of the whole.
+        """
+        first = layers[0]
+        fields = ["weight", *(["bias"] if first.bias is not None else [])]
+        if is_block_fp8(first):
+            fields.append("weight_scale_inv")
+        joined = {name: _join(layers, name) for name in fields}
+        return cls(joined["weight"], joined.get("bias"), joined.get("weight_scale_inv"))
+
+    @property
+    def op(self) -> str:
+        """As `Scope.fires` counts it."""
+        return "linear" if self.scales is None else "block_fp8_linear"
+
+    def __call__(self, rows: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
+        """rows [M, K], addend [M, N] in the bias's place -> [M, N]."""
+        if self.scales is None:
+            return self._plain(rows, addend)
+        return self._of_codes(quantise_rows(rows), rows.dtype, addend)
+
+    def after_norm(self, rows: torch.Tensor, norm: Any) -> torch.Tensor:
+        """Of the rows [M, K] as transformers' RMSNorm module leaves them."""
+        if self.scales is None:
+            return self._plain(rms_norm(rows, norm.weight, norm.variance_epsilon), None)
+        codes = rms_norm_quantise(rows, norm.weight, norm.variance_epsilon)
+        return self._of_codes(codes, rows.dtype, None)
+
+    def after_gate(self, gate_up: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
+        """Of silu(gate) * up, from gate_up [M, 2 K]."""
+        gate, up = gate_up.chunk(2, -1)
+        if self.scales is None:
+            return self._plain(silu_mul(gate, up), addend)
+        return self._of_codes(silu_mul_quantise(gate, up), gate.dtype, addend)
+
+    def _plain(self, rows: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+        return matmul(rows, self.weight.t(), self.bias if addend is None else addend)
+
+    def _of_codes(
+        self, quantised: Quantised, dtype: torch.dtype, addend: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert self.scales is not None
+        return block_fp8_matmul(
+            *quantised, self.weight, self.scales, self.bias if addend is None else addend,
+            dtype=dtype,
+        )  # fmt: skip
+
+
+def _join(layers: tuple[Any, ...], name: str) -> torch.Tensor:
+    parts = [getattr(layer, name).data for layer in layers]
+    if len(parts) == 1:
+        return parts[0]
+    # Not every torch concatenates FP8.
+    dtype = parts[0].dtype
+    plain = [p.view(torch.uint8) if dtype.itemsize == 1 else p for p in parts]
+    joined = torch.cat(plain).view(dtype)
+    for layer, part in zip(layers, joined.split([len(p) for p in parts]), strict=True):
+        getattr(layer, name).data = part
+    return joined
+
+
+def can_join(*layers: Any) -> bool:
+    """Do they meet in one product: all plain, or all FP8, whose blocks do not span two of them?"""
+    kinds = {is_block_fp8(layer) for layer in layers}
+    return kinds == {False} or (
+        kinds == {True} and all(layer.out_features % 128 == 0 for layer in layers[:-1])
+    )

@@ -1,0 +1,1 @@
+"""Screens and JSON of the commands about the machine and its versions."""

@@ -1,0 +1,1 @@
+"""What lies beneath a model and decides its bits: versions, libraries, kernels."""
