@@ -307,7 +307,8 @@ class RunSpec:
     mode: Mode
     n_samples: Positive
     """Samples of each probe in each arm, the reference included, controls not. A run holds fewer
-    where no other load exists, and more where it confirms a divergence."""
+    where no other load exists, and more where it confirms a divergence. Fed completions come on
+    top, unless `axes` are theirs alone."""
     arms: tuple[Arm, ...] = ("stock",)
     seed: Seed = 0
     dtype: str = "auto"

@@ -193,7 +193,7 @@ Samples = Annotated[
     int,
     _option(
         "samples",
-        "Samples of each probe in each arm.",
+        "Samples of each probe in each arm; fed completions (axes width, scoring) come on top.",
         "N",
     ),
 ]

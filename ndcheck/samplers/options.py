@@ -19,7 +19,7 @@ DEFAULTS = RunSpec(
     batch_sizes=(1, 2, 4, 8, 16),
     axes=AXES,
     mode="copies",
-    n_samples=218,
+    n_samples=150,
     arms=("stock", "invariant"),
 )
 TRANSFORMERS = "transformers"

@@ -15,7 +15,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ class Grid:
     n_samples: int
 
 
-# Long enough for more than one split of the keys; 52 is one round.
-FULL = Grid((1, 2, 3, 5, 8), CODE * 6, max_tokens=8, n_samples=52)
-QUICK = Grid((1, 3), CODE, max_tokens=4, n_samples=20)
+# Long enough for more than one split of the keys; 44 is one round.
+FULL = Grid((1, 2, 3, 5, 8), CODE * 6, max_tokens=8, n_samples=44)
+QUICK = Grid((1, 3), CODE, max_tokens=4, n_samples=14)
 
 
 def measure(
@@ -82,7 +82,9 @@ def measure(
         )
         sampler = TransformersSampler(spec)
         lengths = {"p1": sampler.count_tokens(grid.prompt)}
-        trials = plan_trials(spec, lengths, sampler.context)
+        refused = dict(sampler.refused_axes)
+        spec = replace(spec, axes=tuple(axis for axis in axes if axis not in refused))
+        trials = plan_trials(spec, lengths, sampler.context, cache_states=sampler.cache_states)
         here = environment.capture(sampler.describe())
         run = Run(family, __version__, spec, here, started_at="", n_trials_planned=len(trials))
         with closing(RunDirectory.create(path, run)) as directory:
@@ -102,7 +104,7 @@ def measure(
                     "latent": finding.latent_trials,
                 }
                 for finding in summary.axes
-                if finding.axis in axes
+                if finding.axis in spec.axes
             },
         }
 
