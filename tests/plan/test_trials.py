@@ -94,7 +94,8 @@ def test_plan_invariants(n_samples, batch_sizes, axes, mode, arms):
         fed = {t.purpose for t in mine if t.load.is_fed and t.load.batch_size == 1} & set(AXES)
         controls = [t.load for t in mine if t.role == "control"]
         assert controls[0] == ALONE
-        assert [load.scores for load in controls[1:]] == sorted(axis == "scoring" for axis in fed)
+        of_fed = sorted(load.scores for load in controls[1:])
+        assert of_fed == sorted(axis == "scoring" for axis in fed)
         assert n_samples == 1 or (mine[-1].purpose, mine[-1].load) == ("run-to-run", ALONE)
 
 
