@@ -24,6 +24,8 @@ from ndcheck.storage.evidence import trial_digests
 from ndcheck.storage.run_directory import NewDirectory, RunDirectory, failed_samples
 
 RUNS_DIRECTORY = Path("ndcheck-runs")
+MOST_PROMPT_TOKENS = 2_000_000
+"""Of all probes: run.json holds their ids up to here, some 14 MB."""
 NO_CACHE_CONTROL = "what the prefix cache holds cannot be set here and seen to work"
 
 
@@ -145,8 +147,17 @@ def begin(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         n_trials_planned=len(trials),
         trial_digests=trial_digests(trials),
+        prompt_token_ids=_prompt_token_ids(spec, sampler),
     )
     return new.begin(run)
+
+
+def _prompt_token_ids(spec: RunSpec, sampler: Sampler) -> tuple[str, ...]:
+    """As `Run` holds them, so that `ndcheck score` needs no tokenizer."""
+    found = [sampler.encode(probe.content) or () for probe in spec.probes]
+    if not 0 < sum(map(len, found)) <= MOST_PROMPT_TOKENS:
+        return ()
+    return tuple(" ".join(map(str, ids)) for ids in found)
 
 
 def slug(model: str) -> str:

@@ -39,3 +39,13 @@ def test_one_line_and_one_module_too_many_are_seen(tmp_path):
     (full / "m0.py").write_text("x = 1\n" * (MAX_LINES + 1))
     (full / "__init__.py").touch()
     assert crowded(tmp_path) == ([full / "m0.py"], [full])
+
+
+def test_the_longest_files_of_tests_are_there(request):
+    (conftest,) = (
+        plugin
+        for plugin in request.config.pluginmanager.get_plugins()
+        if getattr(plugin, "__file__", "") == str(ROOT / "tests" / "conftest.py")
+    )
+    for name in conftest.LONGEST:
+        assert len(list((ROOT / "tests").rglob(name.removeprefix("tests/")))) == 1, name

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from bench.reliability import fuzz
+from bench.reliability import fuzz, newcomer
 
 N_READERS = 600
 N_OPTIONS = 40
@@ -41,3 +41,19 @@ def test_what_goes_wrong_is_counted(monkeypatch):
         monkeypatch.setattr(fuzz, "HANG_S", 1)
         fuzz.fuzz_readers(12 if fault != hang else 2, 7, findings)
         assert any(found.startswith(kind) for found in findings.failures), findings.failures
+
+
+def test_a_newcomers_script_holds_what_the_readme_and_a_screen_show(tmp_path):
+    readme = (newcomer.ROOT / "README.md").read_text(encoding="utf-8")
+    lines = {command.line: command for command in newcomer.shown(readme, "http://host/v1")}
+    for shown in ("ndcheck run --axes slot", "ndcheck order linear --rows 1-4,8,64"):
+        assert lines[shown].typed == shown
+    assert lines["ndcheck shrink --run DIR"].typed == "ndcheck shrink --run first"
+    served = "ndcheck run --endpoint http://127.0.0.1:8000/v1 --model NAME --loads 1,2,4,8,16,32"
+    assert "--endpoint http://host/v1 --model mock --loads" in lines[served].typed
+    steps = "Narrow it down:\n  ndcheck run --loads 2 \\\n    -n 20\nnot ndcheck run\n"
+    assert [c.typed.split() for c in newcomer.advised(steps)] == [
+        ["ndcheck", "run", "--loads", "2", "-n", "20"]
+    ]
+    code, said, _ = newcomer.run("echo x | ndcheck rnu", tmp_path, {})
+    assert (code, said) == (2, "ndcheck: No such command 'rnu'. Did you mean 'run'?")

@@ -11,6 +11,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+Logprobs = NDArray[np.float32] | NDArray[np.float64]
+
 
 def clopper_pearson(n_events: int, n_draws: int, confidence: float) -> tuple[float, float]:
     """Exact two-sided interval for a rate of which ``n_events`` were seen in ``n_draws``.
@@ -83,7 +85,7 @@ def chao1(n_seen: int, n_once: int, n_twice: int, n_draws: int) -> float:
     return n_seen + (n_draws - 1) / n_draws * n_once * (n_once - 1) / (2 * (n_twice + 1))
 
 
-def k1_kl(reference: NDArray[np.float32], sample: NDArray[np.float32]) -> float:
+def k1_kl(reference: Logprobs, sample: Logprobs) -> float:
     """KL(reference || sample) by the k1 estimator: the mean of -ln rho, in nats per token.
 
     Both hold the log-probabilities of the same tokens, shape [T] with T >= 1;
@@ -93,7 +95,7 @@ def k1_kl(reference: NDArray[np.float32], sample: NDArray[np.float32]) -> float:
     return float((reference.astype(np.float64) - sample).mean())
 
 
-def k3_kl(reference: NDArray[np.float32], sample: NDArray[np.float32]) -> float:
+def k3_kl(reference: Logprobs, sample: Logprobs) -> float:
     """The same by the k3 estimator, rho - 1 - ln rho: never negative, of lower variance."""
     log_rho = sample.astype(np.float64) - reference
     return float((np.expm1(log_rho) - log_rho).mean())

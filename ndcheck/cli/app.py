@@ -21,6 +21,7 @@ from ndcheck.cli.commands.order import order
 from ndcheck.cli.commands.report import report
 from ndcheck.cli.commands.run import run
 from ndcheck.cli.commands.runs import runs
+from ndcheck.cli.commands.score import score
 from ndcheck.cli.commands.shrink import shrink
 from ndcheck.cli.commands.trace import trace
 from ndcheck.cli.console import FAILED, run_guarded
@@ -60,7 +61,10 @@ def root(
 
 COMMANDS = {
     command.__name__: command
-    for command in (run, report, trace, shrink, order, demo, gate, compare, bisect, runs, doctor)
+    for command in (
+        *(run, report, score, trace, shrink, order, demo),
+        *(gate, compare, bisect, runs, doctor),
+    )
 }
 for command in COMMANDS.values():
     # What is left over is met with a hint.

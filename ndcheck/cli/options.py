@@ -48,6 +48,15 @@ EndpointUrl = Annotated[
         "URL",
     ),
 ]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        help="Measure this server too, under the same loads, and compare the two; the key and "
+        "headers of --endpoint go to it.",
+        metavar="URL",
+    ),
+]
 ApiKeyFile = Annotated[
     Path | None,
     _option(

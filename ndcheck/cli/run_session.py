@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -16,7 +17,7 @@ from ndcheck.analysis.statistics import trials_needed
 from ndcheck.cli.console import EXIT_CODES, INTERRUPTED, note, note_bad_lines
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.cli.trust import Given, confirm
-from ndcheck.errors import NdcheckError, UsageError, doing
+from ndcheck.errors import NdcheckError, TrialError, UsageError, doing
 from ndcheck.findings import read_findings
 from ndcheck.plan.conversations import as_messages
 from ndcheck.plan.coverage import samples_to_try_all, untried_axes
@@ -24,7 +25,7 @@ from ndcheck.ranks import check_ranks, rank
 from ndcheck.records import Probe, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
 from ndcheck.reports.plots import MAX_PROBES
-from ndcheck.reports.terminal import print_report
+from ndcheck.reports.terminal import minutes, print_report
 from ndcheck.reports.untrusted import quoted
 from ndcheck.reports.wording.reproduction import resume_command
 from ndcheck.reports.write import write_reports
@@ -41,6 +42,7 @@ from ndcheck.runner import (
 )
 from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.base import Rendered, Sampler, open_sampler
+from ndcheck.samplers.calibration import estimate
 from ndcheck.storage.evidence import is_continued_by
 from ndcheck.storage.run_directory import RunDirectory, read_run
 
@@ -228,15 +230,19 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str], *, verbose: bool) -> i
     """
     if rank() > 0:
         return 0
+    untimed = backend_of(spec).untimed(spec)
     # What fits beside the weights is only known with them.
-    load_weights = not spec.batch_sizes
+    load_weights = untimed is None or not spec.batch_sizes
+    started = time.perf_counter()
     with closing(open_sampler(spec, load_weights=load_weights, headers=headers)) as sampler:
+        load_s = time.perf_counter() - started
         for line in sampler.notes:
             note(line, quiet=False)
         spec = fit(spec, sampler, quiet=False)
         trials = plan(spec, sampler)
         prompt = prompt_rows(spec.probes[0], sampler.render(spec.probes[0].content))
-    note_untried(spec, trials, quiet=False)
+        note_untried(spec, trials, quiet=False)
+        duration = time_line(spec, trials, sampler, load_s, untimed)
     if verbose:
         print_trials(trials)
     n_rows = sum(trial.load.batch_size for trial in trials)
@@ -252,9 +258,30 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str], *, verbose: bool) -> i
         f"{len(trials)} trials ({', '.join(f'{n} {purpose}' for purpose, n in counts.items())}), "
         f"{sum(t.n_samples for t in trials if t.role != 'control')} samples; {cost}"
     )
-    typer.echo("time: unknown before it runs; its progress line says how much is left")
+    typer.echo(duration)
     typer.echo("\n".join(("", *prompt)))
     return 0
+
+
+def time_line(
+    spec: RunSpec, trials: list[Trial], sampler: Sampler, load_s: float, untimed: str | None
+) -> str:
+    """How long the run may take, by trials cut short, or that nobody knows."""
+    if untimed is None:
+        note("timing a few short trials", quiet=False)
+        try:
+            found = estimate(spec, trials, sampler)
+        except TrialError as error:
+            untimed = str(error)
+        else:
+            kind = "at least" if found.is_least else "about"
+            length = minutes(load_s + found.elapsed_s)
+            return (
+                f"time: {kind} {length}, by {found.measured_s:.0f} s of short trials\n"
+                "      (half as long again if loads diverge or others use the machine)"
+            )
+    reason = f" ({untimed})" if untimed else ""
+    return f"time: unknown before it runs{reason}; its progress line says how much is left"
 
 
 def print_trials(trials: list[Trial]) -> None:

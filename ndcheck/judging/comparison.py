@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,9 +15,10 @@ from ndcheck.analysis.statistics import fisher_exact, k1_kl, k3_kl
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.judging.verdict import Verdict, count
 from ndcheck.plan.conversations import as_text
-from ndcheck.records import Arm, Run, Sample
+from ndcheck.records import Arm, Endpoint, Run, Sample
 
 Group = Literal["environment", "model", "kernels", "load"]
+Unit = Literal["token", "character"]
 DriftKind = Literal["none", "latent", "tokens"]
 FailOn = Literal["environment", "model", "kernels", "load", "tokens", "bits", "unique", "rate"]
 References = Mapping[tuple[Arm, str], Sample]
@@ -78,6 +79,8 @@ class Drift:
     k3_kl: float | None
     n_shared_completions: int
     fisher_p: float
+    unit: Unit = "token"
+    """What positions count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +108,20 @@ def find_references(samples: Iterable[Sample], summary: Summary) -> dict[tuple[A
 def compare(a: Measured, b: Measured) -> Comparison:
     """Probes are partners if their prompts and arms are equal; two runs of one arm each are too.
 
-    None are where one run holds token ids and the other what stands for them, like a server's text.
+    Where one run holds token ids and the other what stands for them, their texts are compared.
     """
     partners_a, partners_b = _by_prompt(a), _by_prompt(b)
     arms_a, arms_b = set(a.run.spec.arms), set(b.run.spec.arms)
     if len(arms_a) == len(arms_b) == 1 and arms_a != arms_b:
         (arm_a,), (arm_b,) = arms_a, arms_b
         partners_b = {(arm_a, prompt): v for (arm, prompt), v in partners_b.items() if arm == arm_b}
-    is_alike = _compared(a.run) == _compared(b.run)
-    shared = [key for key in partners_a if key in partners_b and is_alike]
+    by_text = _compared(a.run) != _compared(b.run)
+    shared = [key for key in partners_a if key in partners_b]
     return Comparison(
         changes=tuple(_find_changes(a.run, b.run)),
-        drifts=tuple(_drift(key[1], *partners_a[key], *partners_b[key]) for key in shared),
+        drifts=tuple(
+            _drift(key[1], partners_a[key], partners_b[key], by_text=by_text) for key in shared
+        ),
         only_in_a=tuple(" ".join(key) for key in partners_a if key not in shared),
         only_in_b=tuple(" ".join(key) for key in partners_b if key not in shared),
         flaws=(*a.run.flaws, *b.run.flaws),
@@ -164,8 +169,11 @@ def _find_changes(a: Run, b: Run) -> Iterator[Change]:
             continue
         group = "kernels" if field.name in KERNEL_FIELDS else "load"
         group = "model" if field.name in MODEL_FIELDS else group
-        values = (getattr(run.spec, field.name) for run in (a, b))
-        found.append((group, f"spec.{field.name}", *values))
+        x, y = (getattr(run.spec, field.name) for run in (a, b))
+        if isinstance(x, Endpoint) and isinstance(y, Endpoint):
+            # Where it is, the model's facts say; the load is all else.
+            x, y = replace(x, url=""), replace(y, url="")
+        found.append((group, f"spec.{field.name}", x, y))
     groups = get_args(Group)
     for group, name, x, y in sorted(found, key=lambda change: groups.index(change[0])):
         if x != y:
@@ -179,9 +187,13 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _drift(
-    prompt: str, a: ProbeSummary, sample_a: Sample, b: ProbeSummary, sample_b: Sample
-) -> Drift:
+Partner = tuple[ProbeSummary, Sample]
+
+
+def _drift(prompt: str, partner_a: Partner, partner_b: Partner, *, by_text: bool) -> Drift:
+    (a, sample_a), (b, sample_b) = partner_a, partner_b
+    if by_text:
+        sample_a, sample_b = _by_character(sample_a), _by_character(sample_b)
     stream_a, stream_b = read_stream(sample_a), read_stream(sample_b)
     at = first_divergence(stream_a.token_ids, stream_b.token_ids)
     n_shared = min(len(sample_a.token_ids), len(sample_b.token_ids)) if at is None else at
@@ -203,10 +215,19 @@ def _drift(
         k1_kl=k1_kl(here, there) if n else None,
         k3_kl=k3_kl(here, there) if n else None,
         n_shared_completions=len(
-            {c.sha256 for c in a.completions} & {c.sha256 for c in b.completions}
+            {c.text if by_text else c.sha256 for c in a.completions}
+            & {c.text if by_text else c.sha256 for c in b.completions}
         ),
         fisher_p=fisher_exact(a.diverged_draws, a.n_draws, b.diverged_draws, b.n_draws),
+        unit="character" if by_text else "token",
     )
+
+
+def _by_character(sample: Sample) -> Sample:
+    """What is left of a sample that is compared with one of other tokens."""
+    text = tuple(sample.text)
+    ids = tuple(map(ord, text))
+    return replace(sample, token_ids=ids, token_texts=text, logprobs=(), margins=(), row_digests=())
 
 
 def _token(sample: Sample, at: int) -> str:
@@ -246,9 +267,11 @@ def _judge_drift(name: FailOn, drift: Drift, confidence: float) -> Verdict:
     if name in ("tokens", "bits"):
         if drift.first_divergence is not None:
             at = drift.first_divergence + 1
-            return Verdict("FAIL", (f"{subject}: another token at {at}",))
+            return Verdict("FAIL", (f"{subject}: another {drift.unit} at {at}",))
         if name == "tokens":
-            return Verdict("PASS", (f"{subject}: {count(drift.n_shared_tokens, 'token')} equal",))
+            return Verdict(
+                "PASS", (f"{subject}: {count(drift.n_shared_tokens, drift.unit)} equal",)
+            )
         if not drift.bits_recorded:
             return Verdict("INCONCLUSIVE", (f"{subject}: bits were not recorded in both runs",))
         if drift.kind == "latent":

@@ -153,6 +153,8 @@ class MockServer:
             n_cached = len(prompt.split()) if request.is_cached else 0
             tokens.append(token)
             choice = shapes.chunk(flavour, chat, [token], fields)
+            if len(tokens) == 1 and not chat:
+                choice |= shapes.prompt_ids(flavour, prompt, fields)
             event = _event(shapes.frame([choice], fingerprint))
             if len(tokens) > n // 2 and fault in BREAKS:
                 return await _break(writer, fault, event if streamed else b"{")
@@ -161,6 +163,8 @@ class MockServer:
                 await writer.drain()
         counts = shapes.usage(len(prompt.split()), len(tokens) + (fault == "token-count"), n_cached)
         choice = shapes.chunk(flavour, chat, [] if streamed else tokens, fields)
+        if not streamed and not chat:
+            choice |= shapes.prompt_ids(flavour, prompt, fields)
         choice["finish_reason"] = "length"
         if streamed:
             has_usage = flavour == "text" or "stream_options" in fields

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from typing import Any
 
 from ndcheck.mock_server.engine import Token
@@ -28,6 +29,13 @@ def chunk(flavour: str, chat: bool, tokens: list[Token], fields: Json) -> Json:
     if fields.get("logprobs") and flavour != "text":
         choice["logprobs"] = _logprobs(flavour, chat, tokens)
     return choice
+
+
+def prompt_ids(flavour: str, prompt: str, fields: Json) -> Json:
+    """What a choice holds besides at its beginning, where the prompt's ids were asked for."""
+    if flavour != "vllm" or not fields.get("return_token_ids"):
+        return {}
+    return {"prompt_token_ids": [zlib.crc32(word.encode()) >> 16 for word in prompt.split()]}
 
 
 def frame(choices: list[Json], fingerprint: str, counts: Json | None = None) -> Json:

@@ -15,7 +15,7 @@ from ndcheck.environment import MUST_MATCH
 from ndcheck.judging.comparison import Change, Comparison, Drift, FailOn
 from ndcheck.judging.verdict import Verdict
 from ndcheck.reports.document import published
-from ndcheck.reports.terminal import STYLES, print_without_padding
+from ndcheck.reports.terminal import print_verdict, print_without_padding
 from ndcheck.reports.untrusted import quoted, visible
 from ndcheck.reports.wording import phrases
 
@@ -33,9 +33,7 @@ def print_comparison(
 ) -> None:
     """``names`` are A's and B's, as the user gave them."""
     for verdict in verdicts.values():
-        for reason in verdict.reasons:
-            label = Text(verdict.label, style=STYLES[verdict.outcome])
-            console.print(Text.assemble(label, "  ", visible(reason)))
+        print_verdict(console, verdict)
     if verdicts:
         console.print()
     for letter, name in zip("AB", names, strict=True):
@@ -66,10 +64,11 @@ def print_comparison(
 
 def drift_sentence(drift: Drift) -> str:
     """What became of the completion of the probe alone in its batch."""
-    tokens = phrases.count(drift.n_shared_tokens, "token")
+    tokens = phrases.count(drift.n_shared_tokens, drift.unit)
     if drift.first_divergence is not None and drift.tokens is not None:
         texts = [quoted(text, PROMPT_WIDTH) if text else "the end" for text in drift.tokens]
-        return f"TOKENS differ from token {drift.first_divergence + 1}: {texts[0]}, now {texts[1]}"
+        at = drift.first_divergence + 1
+        return f"{drift.unit.upper()}S differ from {drift.unit} {at}: {texts[0]}, now {texts[1]}"
     if drift.kind == "latent":
         return f"BITS differ, {tokens} are equal"
     if drift.bits_recorded:

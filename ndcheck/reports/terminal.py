@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ndcheck.analysis.summary import LoadFinding, ProbeSummary, Summary
 from ndcheck.findings import Findings
-from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome, fed_details
+from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome, Verdict, fed_details
 from ndcheck.records import ARMS, AXES, RunSpec
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import quoted, visible
@@ -70,6 +70,14 @@ def _heading(
 ) -> Iterator[RenderableType]:
     if len(group) < len(detailed):
         yield Text(group[0].arm, style="bold")
+
+
+def print_verdict(console: Console, verdict: Verdict, subject: str = "") -> None:
+    """A line for each of its reasons; ``subject`` is what it is about, where there are several."""
+    about = f"{subject}  " if subject else ""
+    for reason in verdict.reasons:
+        label = Text(verdict.label, style=STYLES[verdict.outcome])
+        console.print(Text.assemble(label, f"  {about}{visible(reason)}"))
 
 
 def print_without_padding(console: Console, part: RenderableType) -> None:
@@ -340,7 +348,12 @@ def progress_line(
     if first_divergence is not None:
         parts.append(f"diverged at {unit} {first_divergence + 1}")
     if eta_s is not None:
-        minutes, seconds = divmod(round(eta_s), 60)
-        parts.append(f"{minutes}:{seconds:02d} left")
+        parts.append(f"{minutes(eta_s)} left")
     line = "  ".join(parts)
     return line if cell_len(line) <= width else set_cell_size(line, width)
+
+
+def minutes(elapsed_s: float) -> str:
+    """As a clock shows it: 1:05 is 65 s."""
+    whole, seconds = divmod(round(elapsed_s), 60)
+    return f"{whole}:{seconds:02d}"

@@ -88,6 +88,10 @@ class Backend:
         """Why `trace` and `shrink` cannot look into a run of ``spec``; None: they can."""
         raise NotImplementedError
 
+    def untimed(self, spec: RunSpec) -> str | None:
+        """Why a dry run does not time trials of ``spec``, maybe ""; None: it does."""
+        return ""
+
     def arrivals(self, spec: RunSpec) -> str | None:
         """When requests arrive, as an option says it; None where a load is one exact batch."""
         return None

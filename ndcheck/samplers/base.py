@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,6 +51,12 @@ class Sampler(Protocol):
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Length of the prompt as the model sees it, in tokens; 0 if nothing is left of it."""
+
+    def encode(self, prompt: Prompt) -> Sequence[int] | None:
+        """The prompt's token ids as the model sees it; None where the backend does not give them.
+
+        `count_tokens` comes first: a server is asked only once.
+        """
 
     def render(self, prompt: Prompt) -> Rendered | None:
         """The prompt as the model sees it; None where only a server knows."""

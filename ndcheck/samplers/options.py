@@ -200,7 +200,7 @@ def show_loads(sizes: Sequence[int]) -> str:
     return join(sizes) or "auto"
 
 
-PROMPT = Option("prompt", (), ())
+PROMPT = Option("prompt", (), (), short="-p")
 PROMPTS_FILE = Option("prompts_file", (), None)
 PROMPT_COLUMN = Option("prompt_column", (), None)
 MODEL = Option("model", ("model",), DEFAULTS.model, has_variable=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from pathlib import Path
@@ -66,6 +67,8 @@ NO_HUB_IDS = ("1e+308", "a..b", "a--b", "é", " ", "a" * 97)
         (("run", "http://127.0.0.1:1/v1"), "--endpoint http://127.0.0.1:1/v1"),
         (("order", "liner"), "did you mean linear?"),
         (("run", "--model", "./no-model"), "there is no such file or directory"),
+        (("run", "--dtype", "float8"), "--dtype float8: choose from auto, bf16, fp16, fp32"),
+        (("run", "--dtype", "fp61"), "did you mean fp16?"),
         *((("run", "--model", name), "it is no hub id") for name in NO_HUB_IDS),
         (("trace", "--model", "1e+308"), "it is no hub id"),
         (("order", "mm", "--columns", "9" * 31), "give 1 to 999999"),
@@ -101,6 +104,13 @@ def test_a_hub_that_does_not_answer_is_one_line(ndcheck_here, monkeypatch):
 )
 def test_ranges_of_batch_sizes(text, sizes):
     assert parse_batch_sizes(text) == sizes
+
+
+@pytest.mark.parametrize("options", [("-p", "-"), ("--prompt", "-"), ("--prompts-file", "-")])
+def test_a_prompt_comes_from_standard_input(ndcheck_here, monkeypatch, options):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"SELECT 1;\n")))
+    plan = ("run", "--model", "scripted:clean", "--loads", "1,2", "-n", "12", "--dry-run")
+    assert "SELECT 1;" in ndcheck_here(*plan, *options).stdout
 
 
 def test_dtypes_have_the_names_that_torch_gives_them(ndcheck_here):

@@ -37,14 +37,34 @@ def test_a_run_does_not_differ_from_itself(measured):
     assert set(verdicts(measured(), measured()).values()) == {"PASS"}
 
 
-def test_a_servers_text_is_not_compared_with_token_ids(measured):
-    ours, served = measured(), measured()
-    for compared, n_drifts in (("token ids", 1), ("text", 0), ("logprob tokens", 0)):
+def test_a_servers_text_is_compared_with_the_text_of_token_ids(measured):
+    ours = measured()
+    for compared, unit in (("token ids", "token"), ("text", "character")):
         where = Environment(model={"compared": compared})
-        found = compare(ours, replace(served, run=replace(served.run, environment=where)))
-        assert len(found.drifts) == n_drifts
+        # Other ids for the same text, as what stands for tokens has.
+        served = measured(
+            change=lambda sample, by=compared == "text": replace(
+                sample, token_ids=tuple(i + by for i in sample.token_ids)
+            ),
+            environment=where,
+        )
+        found = compare(ours, served)
+        (drift,) = found.drifts
+        assert (drift.unit, drift.kind, drift.bits_recorded) == (unit, "none", unit == "token")
+        assert drift.n_shared_completions == drift.a.n_unique == 1
         assert "model.compared" in [change.name for change in found.changes]
-    assert judge_comparison(found, ["tokens"], 0.95)["tokens"].outcome == "INCONCLUSIVE"
+    text = next(iter(ours.references.values())).text
+    assert drift.n_shared_tokens == len(text) > 8
+    assert judge_comparison(found, ["tokens"], 0.95)["tokens"].outcome == "PASS"
+    assert judge_comparison(found, ["bits"], 0.95)["bits"].outcome == "INCONCLUSIVE"
+    other = measured(
+        change=lambda sample: replace(sample, token_texts=("x", *sample.token_texts[1:])),
+        environment=where,
+    )
+    found = compare(ours, other)
+    assert found.drifts[0].first_divergence == 0
+    verdict = judge_comparison(found, ["tokens"], 0.95)["tokens"]
+    assert verdict.reasons == ("tokens: stock p1: another character at 1",)
 
 
 def test_other_tokens(measured):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 
 import ndcheck
@@ -21,6 +23,16 @@ def test_measure(mock, tmp_path):
     assert run.record.environment.model["server"] == "llama.cpp"
     assert not [f for f in run.path.iterdir() if "hidden" in f.read_text(encoding="utf-8")]
     assert set(run.samples["n_retries"]) == {0}
+
+
+@pytest.mark.parametrize("flavour", ["vllm", "text"])
+def test_the_prompt_s_ids_are_recorded_where_the_server_gives_them(mock, tmp_path, flavour):
+    options = {**SMALL, "model": "mock", "prompt": "one two", "out": tmp_path / "run"}
+    run = ndcheck.measure(endpoint=mock(flavour=flavour), **options)
+    words = " ".join(str(zlib.crc32(word) >> 16) for word in (b"one", b"two"))
+    assert run.record.prompt_token_ids == ((words,) if flavour == "vllm" else ())
+    if flavour == "text":
+        assert run_command_line(["score", str(run.path), "--model", "builtin"]) == 2
 
 
 def test_a_property_that_the_server_cannot_vary_is_refused_only_where_named(mock, tmp_path):

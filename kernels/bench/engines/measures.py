@@ -5,12 +5,13 @@ Each line of standard input names a measure; one line answers it. Rows go to STA
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import random
 import statistics
 import sys
 import time
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,41 +21,56 @@ from bench.table import Table
 
 SHAPES = Path(__file__).parents[1] / "shapes"
 GRAPHS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
-CACHE_BYTES = {"qwen3-8b": 18 * 10**9, "qwen3-30b-a3b": 3 * 10**9, "smollm2": 4 * 10**9}
+CACHE_BYTES = {"qwen3-8b": 20 * 10**9, "qwen3-30b-a3b": 3 * 10**9, "smollm2": 4 * 10**9}
+FEWER_ROWS = {"qwen3-30b-a3b": 256}
+"""Where two engines' weights leave no room for a step of 1024 rows."""
 STEPS, FEW_STEPS = (1, 8, 32, 64, 128, 256, 512), (1, 8, 64, 256)
-N_STEPS, N_REPEATS = 32, 5
+LARGE_STEPS = (576, 768, 1000)
+N_STEPS, N_REPEATS = 32, 3
 COPIES, N_COPY_TOKENS = (1, 1, 2, 4, 8, 16, 32, 64, 128, 256), 150
 PREFILL_ROWS, PREFILL_TOKENS = 16, 1800
 IN_FLIGHT, CLOSED_TOKENS = (1, 16, 64, 256), 64
-N_NEEDLES, NEEDLE_BATCHES, N_NEEDLE_TOKENS = 1000, (8, 32, 64, 128), 64
-COLUMNS = ("batch", "nth", "value", "n", "unique", "modal", "diverges_from", "p50", "p99")
+N_NEEDLES, NEEDLE_BATCHES, N_NEEDLE_TOKENS = 1000, (8, 32, 64, 128), 48
+COLUMNS = (
+    "batch", "nth", "value", "n", "unique", "modal", "diverges_from", "differ", "p50", "p99",
+    "retries",
+)  # fmt: skip
 
 
 class Measures:
     """One engine and its measures, each a method of its name."""
 
-    def __init__(self, model: str, mode: str, stage: str, out: Path) -> None:
+    def __init__(self, model: str, mode: str, stage: str, out: Path, largest_graph: int) -> None:
         import vllm
 
-        self.vllm, self.model, self.mode = vllm, model, mode
+        self.vllm, self.model, self.mode, self.out = vllm, model, mode, out
         self.table = Table(out / f"{stage}-{model}-{mode}.csv", echo=False)
         self.audit = out / f"audit-{model}.txt"
         is_random = (SHAPES / model).is_dir()
+        rows = FEWER_ROWS.get(model, 1024)
+        graphs = [n for n in (*GRAPHS, *range(576, largest_graph + 1, 64)) if n <= rows]
         self.llm = vllm.LLM(
             str(SHAPES / model) if is_random else trained(model),
             load_format="dummy" if is_random else "auto",
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
-            max_num_seqs=1024,
+            max_num_seqs=rows,
             max_model_len=2048,
-            max_num_batched_tokens=8192,
+            max_num_batched_tokens=8 * rows,
             gpu_memory_utilization=0.1,
             kv_cache_memory_bytes=CACHE_BYTES[model],
-            compilation_config={"cudagraph_capture_sizes": GRAPHS},
+            compilation_config={"cudagraph_capture_sizes": graphs},
         )
         if is_random:
             self.llm.apply_model(fill)
         self.generate([PROMPT] * 8, [8] * 8)
+        self.leave_room()
+
+    def leave_room(self) -> None:
+        """Give back what torch keeps for later: the other engines of the card measure next."""
+        import torch
+
+        torch.cuda.empty_cache()
 
     def generate(
         self, prompts: Sequence[list[int]], n_tokens: Sequence[int]
@@ -105,18 +121,43 @@ class Measures:
     def few_steps(self) -> str:
         return self.step(FEW_STEPS)
 
+    def large_steps(self) -> str:
+        return self.step(LARGE_STEPS)
+
     def requests(self) -> str:
-        times = [self.timed([PROMPT] * N_REQUESTS, REQUEST_TOKENS) for _ in range(2)]
-        for nth, elapsed_s in enumerate(times):
-            self.add("requests_s", batch=N_REQUESTS, nth=nth, value=elapsed_s)
-        return " ".join(f"{t:.2f} s" for t in times)
+        """The whole load twice: seconds, and how often the GPU's memory had to be freed for it."""
+        found = []
+        for nth in range(2):
+            retries = allocation_retries()
+            elapsed_s = self.timed([PROMPT] * N_REQUESTS, REQUEST_TOKENS)
+            retries = allocation_retries() - retries
+            self.add("requests_s", batch=N_REQUESTS, nth=nth, value=elapsed_s, retries=retries)
+            found.append(f"{elapsed_s:.2f} s, {retries} retries")
+        return "; ".join(found)
+
+    def profile(self) -> str:
+        """Where the host's time goes in that load: the functions that took most of it."""
+        watched = cProfile.Profile()
+        watched.runcall(self.generate, [PROMPT] * N_REQUESTS, REQUEST_TOKENS)
+        path = self.out / f"profile-{self.model}-{self.mode}.txt"
+        with path.open("w", encoding="utf-8") as file:
+            pstats.Stats(watched, stream=file).sort_stats("tottime").print_stats(60)
+        return path.name
+
+    def host(self) -> str:
+        """Microseconds that the host takes to start each product of a layer at N_REQUESTS rows."""
+        (found,) = self.llm.apply_model(host_us)
+        for shape, us in found.items():
+            self.add("host_us", batch=shape, value=us)
+        return " ".join(f"{shape}: {us:.1f}" for shape, us in found.items())
 
     def copies(self) -> str:
         completions = []
         for batch in COPIES:
             completions += self.generate([PROMPT] * batch, [N_COPY_TOKENS] * batch)
         found = bits(completions, completions[0])
-        self.add("copies", **found)
+        differ = sum(each != completions[0] for each in completions)
+        self.add("copies", differ=differ, **found)
         return f"{found['unique']} unique of {found['n']}"
 
     def prefill(self) -> str:
@@ -163,26 +204,53 @@ class Measures:
         return latencies, time.perf_counter() - started
 
     def needle(self) -> str:
-        """One prompt at random places of batches of random others, as vLLM's own test does."""
-        prompt = self.needle_prompt()
+        """One prompt at random places of batches of random others, as vLLM's own test does.
+
+        Told apart by token ids, and by the bits of their logprobs: a model that is sure of its
+        words says the same ones whatever rounds otherwise.
+        """
+        prompt = PROMPT if (SHAPES / self.model).is_dir() else self.needle_prompt()
         draw = random.Random(0)
-        reference = self.generate([prompt], [N_NEEDLE_TOKENS])[0]
-        completions: list[tuple[int, ...]] = []
-        while len(completions) < N_NEEDLES:
+        ((reference, sure),) = self.with_logprobs([prompt])
+        found: list[tuple[tuple[int, ...], tuple[float, ...]]] = []
+        while len(found) < N_NEEDLES:
             batch = draw.choice(NEEDLE_BATCHES)
             rows = [
-                [draw.randrange(100, 40000) for _ in range(draw.randrange(8, 400))]
+                [draw.randrange(100, 40000) for _ in range(draw.randrange(8, 200))]
                 for _ in range(batch)
             ]
-            places = draw.sample(range(batch), min(batch // 8, N_NEEDLES - len(completions)))
+            places = draw.sample(range(batch), min(batch // 4, N_NEEDLES - len(found)))
             for place in places:
                 rows[place] = prompt
-            outputs = self.generate(rows, [N_NEEDLE_TOKENS] * batch)
-            completions += [outputs[place] for place in places]
-        found = bits([reference, *completions], reference)
-        self.add("needle", **found)
-        differ = sum(n for each, n in Counter(completions).items() if each != reference)
-        return f"{differ} of {len(completions)} differ"
+            outputs = self.with_logprobs(rows)
+            found += [outputs[place] for place in places]
+        completions = [tokens for tokens, _ in found]
+        differ = sum(tokens != reference for tokens in completions)
+        logprobs_differ = sum(logprobs != sure for _, logprobs in found)
+        self.add("needle", differ=differ, **bits([reference, *completions], reference))
+        self.add("needle_logprobs", n=len(found), differ=logprobs_differ)
+        return f"{differ} of {len(found)} differ, {logprobs_differ} in their logprobs"
+
+    def with_logprobs(
+        self, prompts: Sequence[list[int]]
+    ) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+        """N_NEEDLE_TOKENS of each, and the logprob of each token."""
+        parameters = self.parameters(N_NEEDLE_TOKENS)
+        parameters.logprobs = 0
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
+        )
+        first = [output.outputs[0] for output in outputs]
+        return [
+            (
+                tuple(each.token_ids),
+                tuple(
+                    step[token].logprob
+                    for token, step in zip(each.token_ids, each.logprobs, strict=True)
+                ),
+            )
+            for each in first
+        ]
 
     def needle_prompt(self) -> list[int]:
         import transformers
@@ -221,14 +289,41 @@ def fill(model: Any) -> None:
         parameter.data.normal_(0, 0.02, generator=generator)
 
 
+def allocation_retries() -> int:
+    """How often torch has freed all that it held because the GPU's memory was full."""
+    import torch
+
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+
+
+def host_us(model: Any) -> dict[str, float]:
+    """By N x K, what starting the product takes as vLLM starts it; the GPU is not waited for."""
+    import torch
+
+    found = {}
+    for layer in model.model.layers[0].modules():
+        if not hasattr(layer, "quant_method") or getattr(layer, "weight", None) is None:
+            continue
+        x = layer.weight.new_zeros(N_REQUESTS, layer.weight.shape[1])
+        times = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(20):
+                layer.quant_method.apply(layer, x)
+            times.append((time.perf_counter() - started) / 20)
+        found["x".join(map(str, layer.weight.shape))] = min(times) * 1e6
+    return found
+
+
 def main() -> int:
     import os
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What vLLM prints goes to the log.
-    model, mode, stage, out = sys.argv[1:]
+    model, mode, stage, out, largest_graph = sys.argv[1:]
     started = time.perf_counter()
-    measures = Measures(model, mode, stage, Path(out))
+    measures = Measures(model, mode, stage, Path(out), int(largest_graph))
     print(f"started in {time.perf_counter() - started:.0f} s", file=answers, flush=True)
     for line in sys.stdin:
         try:
@@ -238,6 +333,7 @@ def main() -> int:
 
             traceback.print_exc()
             answer = f"{type(error).__name__}: {error}".splitlines()[0]
+        measures.leave_room()
         print(answer, file=answers, flush=True)
     return 0
 

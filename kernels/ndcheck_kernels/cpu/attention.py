@@ -146,13 +146,17 @@ def _on_grid(cache: torch.Tensor, used: Used, splits: int, dtype: torch.dtype) -
     0 * NaN is not 0.
     """
     batch, heads, _, width = cache.shape
-    grid = cache.new_empty(batch, heads, splits * SPLIT, width, dtype=dtype)
-    alike = all(row == used[0] for row in used)
-    for i, (shift, first, stop) in enumerate(used[:1] if alike else used):
-        rows = slice(None) if alike else slice(i, i + 1)
-        grid[rows, :, :first] = 0
-        grid[rows, :, first:stop] = cache[rows, :, first + shift : stop + shift]
-        grid[rows, :, stop:] = 0
+    shape = batch, heads, splits * SPLIT, width
+    if all(row == used[0] for row in used):
+        shift, first, stop = used[0]
+        grid = cache.new_empty(shape, dtype=dtype)
+        grid[:, :, :first] = 0
+        grid[:, :, first:stop] = cache[:, :, first + shift : stop + shift]
+        grid[:, :, stop:] = 0
+        return grid.flatten(0, 1)
+    grid = cache.new_zeros(shape, dtype=dtype)
+    for i, (shift, first, stop) in enumerate(used):
+        grid[i, :, first:stop] = cache[i, :, first + shift : stop + shift]
     return grid.flatten(0, 1)
 
 

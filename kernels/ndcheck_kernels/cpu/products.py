@@ -32,6 +32,7 @@ aten = torch.ops.aten
 # Beyond 64 rows time is linear in the rows: pieces cost nothing and keep the proofs few.
 STEPS = (256, 64)
 _PROBE_COLUMNS = 256
+_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _IEEE = ("none", "ieee")  # What torch calls not trading float32 products for speed.
 _CACHED_ELEMENTS = 2**22
 # The widest step of a CPU's matrix units: beyond it no kernel has a tail.
@@ -168,18 +169,17 @@ register_partial_products("cpu", _partial_linear, _partial_grouped)
 
 
 def _check(a: torch.Tensor, b: torch.Tensor) -> None:
-    if a.dtype != b.dtype or a.dtype not in (
-        torch.float64,
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    ):
+    if a.dtype != b.dtype or a.dtype not in _DTYPES:
         raise UnsupportedCallError(f"no product of {a.dtype} and {b.dtype}")
-    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    if a.dtype == torch.float32 and precision not in _IEEE:
+    if a.dtype == torch.float32 and _float32_precision() not in _IEEE:
         raise UnsupportedCallError(
             "float32 must mean IEEE float32: call torch.set_float32_matmul_precision('highest')"
         )
+
+
+def _float32_precision() -> str:
+    precision: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return precision
 
 
 def _trivial(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ class _InvariantMode(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if is_exact(func, args, kwargs):
-            return func(*args, **kwargs)
+            return func._op(*args, **kwargs)
         device, floating = _where_and_what(args, kwargs)
         try:
             known = registry.resolved.get((func, device))

@@ -5,6 +5,7 @@ operation of its own inputs (IEEE 754 fixes the result of +, -, *, / and square 
 lane, a scalar loop tail and a GPU thread agree), or they only compare, select or round.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,15 +47,17 @@ _REAL_ONLY = frozenset(
 _SCATTERS = frozenset({"scatter", "scatter_"})
 _INDEX_PUTS = frozenset({"index_put", "index_put_", "_unsafe_index_put"})
 
+_UNSEEN = object()
 # None: only of real numbers.
-_known: dict[OpOverload, bool | None] = {}
+_known: dict[Callable[..., Any], Any] = {}
 
 
 def is_exact(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether torch may compute this call itself, whatever the device."""
-    if op not in _known:
-        _known[op] = _is_exact(op)
-    known = _known[op]
+    # By what torch made in C++: an overload is hashed by a call to Python.
+    known = _known.get(op._op, _UNSEEN)
+    if known is _UNSEEN:
+        known = _known[op._op] = _is_exact(op)
     if known is None:
         return not any(isinstance(a, complex) or _is_complex(a) for a in args)
     if not known:

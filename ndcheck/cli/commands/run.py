@@ -21,6 +21,7 @@ def run(
     model: o.Model = DEFAULTS.model,
     adapter: o.Adapter = None,
     endpoint: o.EndpointUrl = None,
+    against: o.Against = None,
     prompt: o.Prompt = None,
     prompts_file: o.PromptsFile = None,
     prompt_column: o.PromptColumn = None,
@@ -134,8 +135,15 @@ def run(
     spec = add_headers(spec, headers)
     if verbose and not dry_run:
         raise UsageError("--verbose: it prints the trials of a plan: give --dry-run too")
+    if against is not None and (html or plots):
+        raise UsageError("--against: ndcheck report DIR --html --plots shows each run afterwards")
     if dry_run:
         raise typer.Exit(run_session.print_plan(spec, headers, verbose=verbose))
+    if against is not None:
+        from ndcheck.cli.comparing import against_session
+
+        code = against_session.start(spec, against, headers, out, as_json=json, quiet=quiet)
+        raise typer.Exit(code)
     code = run_session.start(spec, headers, out, as_json=json, quiet=quiet, html=html, plots=plots)
     raise typer.Exit(code)
 

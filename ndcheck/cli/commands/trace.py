@@ -17,7 +17,7 @@ def trace(
     context: typer.Context,
     model: o.Model = DEFAULTS.model,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="The probe.", metavar="TEXT")
+        str | None, typer.Option("--prompt", "-p", help="The probe.", metavar="TEXT")
     ] = None,
     chat: o.Chat = False,
     loads: o.BatchSizes = "2,3,4,8,16",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ndcheck.errors import UsageError
 from ndcheck.samplers.endpoint.answers.answer import Answer, Compared
@@ -97,11 +98,14 @@ async def probe(dialect: Dialect, ask: Ask, plain: Answer, n_tokens: int) -> Cap
 
 
 def _find_compared(answer: Answer, n_tokens: int) -> Compared:
-    if answer.token_ids:
+
+    def is_full(found: list[Any]) -> bool:
+        """Some give log-probabilities, and ids with them, for the most interesting tokens only."""
+        return bool(found) and (answer.finish_reason != "length" or len(found) == n_tokens)
+
+    if is_full(answer.token_ids):
         return "token ids"
-    # Some give log-probabilities for the most interesting tokens only.
-    is_full = answer.finish_reason != "length" or len(answer.tokens) == n_tokens
-    return "logprob tokens" if answer.tokens and is_full else "text"
+    return "logprob tokens" if is_full(answer.tokens) and not answer.token_ids else "text"
 
 
 def _counts_tokens(answer: Answer, n_tokens: int) -> bool:

@@ -82,6 +82,7 @@ class EndpointSampler:
             endpoint.timeout_s,
         )
         self._n_without_bits = 0
+        self._prompt_ids: dict[Prompt, list[int]] = {}
         try:
             self._server = self._run(open_server(spec, endpoint, self._transport, say))
         except BaseException:
@@ -124,9 +125,14 @@ class EndpointSampler:
 
     def count_tokens(self, prompt: Prompt) -> int:
         """By the server's own count; in words where it does not say."""
-        answer = self._run(self._server.ask_briefly(prompt, 1, {}))
+        fields = self._server.capabilities.accepted.get("token ids", {})
+        answer = self._run(self._server.ask_briefly(prompt, 1, fields))
+        self._prompt_ids[prompt] = answer.prompt_token_ids
         counted = answer.n_prompt_tokens
         return len(as_text(prompt).split()) if counted is None else counted
+
+    def encode(self, prompt: Prompt) -> list[int] | None:
+        return self._prompt_ids.get(prompt) or None
 
     def render(self, prompt: Prompt) -> None:
         return None

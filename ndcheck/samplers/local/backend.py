@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ndcheck.errors import UsageError
+from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.ranks import check_request
 from ndcheck.records import RunSpec
 from ndcheck.samplers.backend import Backend
-from ndcheck.samplers.options import DEFAULTS, ENGINE, OF_SOME, TP, TRANSFORMERS, WIDTHS, Option
+from ndcheck.samplers.options import (
+    DEFAULTS,
+    DTYPES,
+    ENGINE,
+    OF_SOME,
+    TP,
+    TRANSFORMERS,
+    WIDTHS,
+    Option,
+)
 
 if TYPE_CHECKING:
     from ndcheck.samplers.local.sampler import TransformersSampler
 
+MOST_BYTES_LOADED = 2 << 30
+"""For a plan alone: so many are read in seconds."""
 NEEDS_CONTINUOUS = "needs --batching continuous, or a server: give --endpoint"
 
 
@@ -38,6 +50,12 @@ class LocalBackend(Backend):
         parse_arrivals(spec.arrivals, "step")
         if spec.batching == "exact" and spec.arrivals != DEFAULTS.arrivals:
             raise UsageError(f"--arrivals {spec.arrivals} {NEEDS_CONTINUOUS}")
+        accepted = ("auto", *DTYPES)
+        if spec.dtype not in accepted:
+            raise UsageError(
+                f"--dtype {spec.dtype}: choose from {', '.join(accepted)}"
+                f"{did_you_mean(spec.dtype, accepted)}"
+            )
         check_request(spec)
 
     def open(
@@ -66,6 +84,23 @@ class LocalBackend(Backend):
                 "continuous batching: no step can be repeated alone; explain a run of the same "
                 "prompts with --batching exact"
             )
+        return None
+
+    def untimed(self, spec: RunSpec) -> str | None:
+        from ndcheck.samplers.local.checkpoint.sources import find_source
+
+        if spec.tensor_parallel > 1 or spec.batching == "continuous":
+            return "only exact batches in one process are timed"
+        if not spec.batch_sizes:
+            return None  # Its weights are loaded anyway, to see what fits beside them.
+        if spec.random_weights is not None:
+            return "no weights are made for a plan"
+        model = Path(find_source(spec).model)
+        files = [model] if model.is_file() else list(model.glob("*.safetensors"))
+        n_bytes = sum(file.stat().st_size for file in files)
+        if not files or n_bytes > MOST_BYTES_LOADED:
+            size = f"{n_bytes / 1e9:.1f} GB of weights" if files else "weights of the hub"
+            return f"{size} are not loaded for a plan"
         return None
 
     def arrivals(self, spec: RunSpec) -> str | None:

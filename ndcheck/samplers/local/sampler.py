@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ndcheck.errors import BackendError, TrialError, UsageError
+from ndcheck.errors import BackendError, TrialError
 from ndcheck.plan.arrivals import parse_arrivals
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.plan.queue import Request, queue_requests
@@ -30,7 +30,6 @@ from ndcheck.samplers.local.device import choose_device, own_device, product_tab
 from ndcheck.samplers.local.faithful import Examination, examine
 from ndcheck.samplers.local.following import Ranks
 from ndcheck.samplers.local.loading import (
-    DTYPES,
     digest_weights,
     first_line,
     load_config,
@@ -70,8 +69,6 @@ class TransformersSampler:
         if load_weights and spec.tensor_parallel > 1:
             self._device = own_device(self._device)
             self._ranks = Ranks(self._device)
-        if spec.dtype != "auto" and spec.dtype not in DTYPES:
-            raise UsageError(f"--dtype {spec.dtype}: choose from auto, {', '.join(DTYPES)}")
         config = load_config(source.model, spec)
         self._text_config = config.get_text_config(decoder=True)
         self._prompts = load_prompts(source.tokenizer, spec, self._text_config)
@@ -129,6 +126,9 @@ class TransformersSampler:
 
     def count_tokens(self, prompt: Prompt) -> int:
         return len(self._prompts.encode(prompt))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        return self._prompts.encode(prompt)
 
     def render(self, prompt: Prompt) -> Rendered | None:
         return self._prompts.render(prompt)
@@ -315,7 +315,7 @@ class TransformersSampler:
     def arm(self, arm: Arm, *, fuse: bool = True) -> Iterator[Callable[[], int | None]]:
         """Compute with the arm's kernels; yields how many ops its overrides have computed.
 
-        ``fuse`` False keeps the ops of fused decoder layers apart, to be seen one by one or to read
+        ``fuse`` False keeps the ops of decoder layers apart, to be seen one by one or to read
         another cache than a static one.
         Raises BackendError for an op the invariant arm does not cover, or if nothing fired.
         """
@@ -347,11 +347,17 @@ class TransformersSampler:
 
     def _fused_layers(self, fuse: bool) -> AbstractContextManager[object]:
         # A fused layer is one process's, and its products have no parts.
-        if not fuse or self._device.type != "cuda" or self._ranks or self._tp_groups:
+        if not fuse or self._ranks or self._tp_groups:
             return nullcontext()
-        from ndcheck_kernels.models.decoder import fused_layers
+        if self._device.type == "cuda":
+            from ndcheck_kernels.models.decoder import fused_layers
 
-        return fused_layers(self._model)
+            return fused_layers(self._model)
+        if self._device.type == "cpu":
+            from ndcheck_kernels.models.direct_layers import direct_layers
+
+            return direct_layers(self._model)
+        return nullcontext()
 
     def _decode(
         self, trial: Trial, rows: list[list[int]], slots: tuple[int, ...], decoding: Decoding

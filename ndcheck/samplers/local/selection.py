@@ -40,18 +40,27 @@ def read_step(logits_B_V: Tensor, decoding: Decoding, noise: Tensor | None) -> R
         chosen = logits_B_V.gather(-1, token_ids[:, None])[:, 0].float()
         return Reading(token_ids, margins, chosen - sums, digests)
     token_ids = choose_tokens(logits_B_V, decoding.temperature, noise)
-    top2 = torch.topk(logits_B_V, 2, dim=-1).values.float()
-    has_nan = logits_B_V.isnan().any(dim=-1)
-    logprobs: list[Tensor] = []
-    for row, token_id in zip(logits_B_V, token_ids.tolist(), strict=True):
-        # On a copy of its own: this reduction must not itself depend on the batch.
-        logprobs.append(torch.log_softmax(row.clone().float(), dim=-1)[token_id])
-    return Reading(
-        token_ids,
-        (top2[:, 0] - top2[:, 1]).masked_fill(has_nan, torch.nan),
-        torch.stack(logprobs),
-        torch.tensor([digest_row(row) for row in logits_B_V]),
-    )
+    wide = logits_B_V.float()
+    logprobs = _log_softmax(wide).gather(-1, token_ids[:, None])[:, 0]
+    return Reading(token_ids, _margins(wide.numpy()), logprobs, _digest_rows(logits_B_V))
+
+
+def _margins(logits_B_V: np.ndarray) -> Tensor:
+    rows, first = np.arange(len(logits_B_V)), logits_B_V.argmax(-1)
+    others = logits_B_V.copy()
+    others[rows, first] = -np.inf
+    # NaN counts as the largest, so a row that holds it has it here.
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(logits_B_V[rows, first] - others.max(-1))
+
+
+def _log_softmax(logits_B_V: Tensor) -> Tensor:
+    from ndcheck_kernels import active_scope
+
+    if active_scope() is not None:
+        return logits_B_V.log_softmax(-1)
+    # Each row on a copy of its own: this reduction must not itself depend on the batch.
+    return torch.stack([row.clone().log_softmax(-1) for row in logits_B_V])
 
 
 def choose_tokens(logits_B_V: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
@@ -63,6 +72,9 @@ def choose_tokens(logits_B_V: Tensor, temperature: float, noise: Tensor | None) 
 
 def lowest_argmax(scores_B_V: Tensor) -> Tensor:
     """Index of the largest score in each row, the lowest index where several are equal: [B]."""
+    if not scores_B_V.is_cuda:
+        wide = scores_B_V if scores_B_V.dtype == torch.float64 else scores_B_V.float()
+        return torch.from_numpy(wide.numpy().argmax(-1))  # The first of several, numpy promises.
     ids = torch.arange(scores_B_V.shape[-1], device=scores_B_V.device)
     is_top = scores_B_V == scores_B_V.amax(dim=-1, keepdim=True)
     return torch.where(is_top, ids, ids.numel() - 1).amin(dim=-1)
@@ -80,19 +92,27 @@ def gumbel_noise(seed: int, position: int, n_vocabulary: int) -> Tensor:
 
 def digest_row(logits_V: Tensor) -> int:
     """A signed 64-bit digest of one row's bits: that of `cuda.rows.logits`, by numpy."""
+    return int(_digest_rows(logits_V[None])[0])
+
+
+def _digest_rows(logits_B_V: Tensor) -> Tensor:
     width, dtype = ((torch.int16, np.uint16), (torch.int32, np.uint32))[
-        logits_V.element_size() == 4
+        logits_B_V.element_size() == 4
     ]
-    bits = logits_V.contiguous().view(width).cpu().numpy().view(dtype).astype(np.uint32)
-    index = np.arange(bits.size, dtype=np.uint32) * np.uint32(0x9E3779B1)
-    words = [np.uint64(_mixed_sum(bits ^ (index + np.uint32(s)))) for s in (0, 0x7F4A7C15)]
-    return int((words[0] << np.uint64(32) | words[1]).astype(np.int64))
+    bits = logits_B_V.contiguous().view(width).cpu().numpy().view(dtype).astype(np.uint32)
+    index = np.arange(bits.shape[-1], dtype=np.uint32) * np.uint32(0x9E3779B1)
+    high, low = (_mixed_sums(bits ^ (index + np.uint32(s))) for s in (0, 0x7F4A7C15))
+    return torch.from_numpy((high << np.uint64(32) | low).view(np.int64))
 
 
-def _mixed_sum(h: np.ndarray) -> np.uint32:
-    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return np.sum(h ^ (h >> np.uint32(16)), dtype=np.uint32)
+def _mixed_sums(h: np.ndarray) -> np.ndarray:
+    """[B, V] to [B], in place."""
+    h ^= h >> np.uint32(16)
+    h *= np.uint32(0x85EBCA6B)
+    h ^= h >> np.uint32(13)
+    h *= np.uint32(0xC2B2AE35)
+    h ^= h >> np.uint32(16)
+    return np.asarray(h.sum(axis=-1, dtype=np.uint32), np.uint64)
 
 
 def plant_in_logits(

@@ -89,6 +89,9 @@ class ScriptedSampler:
     def count_tokens(self, prompt: Prompt) -> int:
         return len(as_text(prompt).split())
 
+    def encode(self, prompt: Prompt) -> None:
+        return None
+
     def render(self, prompt: Prompt) -> None:
         return None
 

@@ -120,6 +120,9 @@ class EngineSampler:
     def count_tokens(self, prompt: Prompt) -> int:
         return len(self._prompts.encode(prompt))
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        return self._prompts.encode(prompt)
+
     def render(self, prompt: Prompt) -> Rendered | None:
         return self._prompts.render(prompt)
 
@@ -174,6 +177,10 @@ class EngineSampler:
             self._make_sample(trial, nth, row, witness, elapsed_s)
             for nth, row in enumerate(answer["answers"])
         ]
+
+    def score(self, arm: Arm, token_ids: list[int], n_prompt_tokens: int) -> dict[str, Any]:
+        """``logprobs`` and ``ranks`` of the tokens after the prompt, from one prompt of all."""
+        return self._worker(arm).ask({"ids": token_ids, "n_prompt": n_prompt_tokens})
 
     def _make_sample(
         self, trial: Trial, nth: int, row: dict[str, Any], witness: Witness, elapsed_s: float

@@ -1,8 +1,8 @@
 """The process that holds an engine: `python -m ndcheck.samplers.vllm.worker`.
 
 It reads a JSON object a line and answers each with one. The first holds the engine's arguments
-and is answered with ``ready``; every other is a batch to generate. Standard output belongs to
-this protocol alone: what the engine prints goes to standard error.
+and is answered with ``ready``; every other is a batch to generate, or tokens to score. Standard
+output belongs to this protocol alone: what the engine prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
                 by = engine.invariant_by(message["by"]) if message["invariant"] else None
                 _send(replies, {"ready": {**engine.describe(), "invariant_by": by}})
             else:
-                _send(replies, engine.generate(message))
+                answer = engine.score if "ids" in message else engine.generate
+                _send(replies, answer(message))
         except (UsageError, TrialError) as error:
             _send(replies, {type(error).__name__: str(error)})
 
@@ -178,6 +179,44 @@ class SteppedEngine:
             "shape": describe_shape(passes),
             "prefill_calls": n_prefill,
             "decode_calls": len(passes) - n_prefill,
+        }
+
+    def score(self, message: Message) -> Message:
+        """Log-probabilities and ranks of the ``ids`` from ``n_prompt`` on, all of them one prompt.
+
+        It is alone in the engine, and nothing of it comes from the prefix cache.
+        """
+        from vllm.sampling_params import RequestOutputKind
+
+        ids, n_prompt = message["ids"], message["n_prompt"]
+        parameters = self._vllm.SamplingParams(
+            max_tokens=1,
+            temperature=0,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_reading_prefix_cache=True,
+        )
+        self._n_trials += 1
+        name = f"{self._n_trials}-0"
+        given = self._engine.add_request(name, {"prompt_token_ids": ids}, parameters)
+        self._row_of = {name: 0, given or name: 0}
+        self._passes.clear()
+        outputs: list[Any] = []
+        while self._engine.has_unfinished_requests():
+            outputs += [output for output in self._engine.step() if output.finished]
+        if len(outputs) != 1 or list(outputs[0].prompt_token_ids) != ids:
+            raise TrialError("the engine answered another prompt than the one it was given")
+        scored = outputs[0].prompt_logprobs
+        if scored is None or len(scored) != len(ids):
+            raise TrialError("the engine gave no log-probabilities of its prompt")
+        found = [scored[i].get(ids[i]) for i in range(n_prompt, len(ids))]
+        if not all(each is not None and math.isfinite(each.logprob) for each in found):
+            raise TrialError("the engine gave a log-probability of a prompt that is no number")
+        ranks = [each.rank for each in found]
+        return {
+            "logprobs": [float(each.logprob) for each in found],
+            "ranks": [] if None in ranks else [int(rank) for rank in ranks],
         }
 
     @property

@@ -82,6 +82,12 @@ def test_dry_run_prints_the_plan_and_runs_nothing(ndcheck_here, tmp_path):
     assert refused.returncode == 2
 
 
+def test_a_plan_says_how_long_it_takes_where_that_can_be_seen(ndcheck_here):
+    options = ("--loads", "1,2", "-n", "12", "--max-tokens", "2", "--dry-run")
+    assert "time: about 0:" in ndcheck_here("run", *options).stdout
+    assert "time: unknown" in ndcheck_here("run", "--model", "scripted:clean", *options).stdout
+
+
 def test_environment_variables_are_defaults(ndcheck_here):
     options = ("run", "--dry-run", "--max-tokens", "8")
     variables = {"NDCHECK_MODEL": "scripted:clean", "NDCHECK_SAMPLES": "20"}

@@ -73,6 +73,19 @@ def test_layouts(operands):
     assert torch.equal(matmul.linear(shifted, w), want)
 
 
+@pytest.mark.parametrize("m", [1, 60, ROWS])
+def test_a_kept_launch_computes_what_triton_would_launch(operands, m):
+    x, w = operands
+    for bias in (None, w[:, 0].contiguous()):
+        matmul.linear(torch.full_like(x[:m], float("nan")), w, bias)
+        for rows in (x[:m], x[ROWS - m :].clone()):
+            again = matmul.linear(rows, w.clone(), bias)
+            kept = dict(matmul._compiled)
+            matmul._compiled.clear()
+            assert torch.equal(matmul.linear(rows, w, bias), again)
+            matmul._compiled.update(kept)
+
+
 def test_under_a_graph(operands):
     x, w = operands
     want = matmul.linear(x, w)

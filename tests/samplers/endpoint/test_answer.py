@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 from ndcheck.plan.faults import plant_in_stream
 from ndcheck.records import Fault
 from ndcheck.samplers.endpoint.answers.answer import Answer, align
+from ndcheck.samplers.endpoint.answers.dialects import Completions
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.answers.events import Token
+from ndcheck.samplers.endpoint.capabilities import probe
 from ndcheck.samplers.endpoint.redaction import Redactor
 
 
@@ -139,3 +143,24 @@ def test_the_planted_fault_changes_what_it_should_and_nothing_before():
     assert ids[3] != 8
     assert (logprobs[0], logprobs[2]) == (-0.5, -0.25)
     assert logprobs[1] != 0.0
+
+
+@pytest.mark.parametrize(
+    ("changed", "compared"),
+    [
+        ({}, "token ids"),
+        ({"token_ids": []}, "logprob tokens"),
+        # As llama.cpp streams where a draft model proposed the second token.
+        ({"token_ids": [1], "tokens": named("a")}, "text"),
+        ({"token_ids": [], "tokens": named("a")}, "text"),
+        ({"token_ids": [1], "tokens": [], "finish_reason": "stop", "n_tokens": 1}, "token ids"),
+    ],
+)
+def test_what_a_server_gives_for_some_tokens_only_stands_for_no_completion(changed, compared):
+    answer = whole(**changed)
+
+    async def ask(fields):
+        return answer
+
+    found = asyncio.run(probe(Completions(), ask, answer, 2))
+    assert found.compared == compared

@@ -63,11 +63,33 @@ def test_vllm_completions_with_ids_and_logprobs():
     answer.check(2, "token ids", counts_tokens=True)
 
 
+def test_vllm_gives_the_prompt_s_ids_once_in_a_choice_or_beside_a_chat_s():
+    rest = choice(text="b", token_ids=[8], finish_reason="stop")
+    first = choice(text="a", token_ids=[7], prompt_token_ids=[1, 2])
+    beside = choice(text="a", token_ids=[7]) | {"prompt_token_ids": [1, 2]}
+    for event in (first, beside):
+        answer = read(Completions(), event, rest)
+        assert (answer.prompt_token_ids, answer.token_ids) == ([1, 2], [7, 8])
+    assert read(Completions(), rest).prompt_token_ids == []
+    with pytest.raises(RequestFailure, match="is no token id"):
+        read(Completions(), choice(text="a", prompt_token_ids=["1"]))
+
+
 def test_llama_cpp_gives_ids_with_its_logprobs():
     entry = {"id": 4, "token": "x", "logprob": -1.0, "top_logprobs": [{"logprob": -1.0}]}
     event = choice(text="x", logprobs={"content": [entry]}) | {"timings": {"cache_n": 3}}
     answer = read(Completions(), event)
     assert (answer.token_ids, answer.names, answer.n_cached_tokens) == ([4], ["x"], 3)
+
+
+def test_a_drafted_token_of_llama_cpp_s_has_an_id_and_no_logprob():
+    known = {"id": 4, "token": "x", "logprob": -1.0, "top_logprobs": [{"logprob": -1.0}]}
+    drafted = {"id": 5, "token": "y", "logprob": 0.0, "top_logprobs": []}
+    certain = {"id": 6, "token": "z", "logprob": 0.0, "top_logprobs": [{"logprob": 0.0}]}
+    answer = read(Completions(), choice(text="xy", logprobs={"content": [known, drafted]}))
+    assert (answer.token_ids, answer.logprobs) == ([4, 5], ())
+    answer = read(Completions(), choice(text="xz", logprobs={"content": [known, certain]}))
+    assert (answer.token_ids, answer.logprobs) == ([4, 6], (-1.0, 0.0))
 
 
 def test_chat_counts_reasoning_as_part_of_the_completion():

@@ -223,7 +223,6 @@ def test_model_identity(samplers):
     ("changed", "message"),
     [
         ({"model": "no/such-model"}, "no/such-model"),
-        ({"dtype": "int8"}, "--dtype int8: choose from auto, bf16"),
         ({"device": "warp"}, "--device warp is not available"),
         ({"chat": True}, "has no chat template"),
         ({"attention": "warp"}, "warp"),

@@ -25,7 +25,7 @@ from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.configs import PROVEN
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
 from ndcheck_kernels.cuda.products.grouped_matmul import _find_rows
-from ndcheck_kernels.cuda.products.matmul import _prefetch
+from ndcheck_kernels.cuda.products.matmul_kernels import _prefetch
 from ndcheck_kernels.cuda.products.tiles import accumulate, offsets, zeros
 from ndcheck_kernels.ops.block_fp8 import BLOCK
 

@@ -53,6 +53,11 @@ def fits(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, addend: torch.Tensor
     )
 
 
+def is_refused(x: torch.Tensor, w: torch.Tensor, addend: torch.Tensor | None, groups: int) -> bool:
+    """Whether nothing of these shapes is borrowed, whatever `fits` says."""
+    return not _verdicts.get(_key(x, w, addend, groups), not _settled)
+
+
 def is_proven(
     x: torch.Tensor, w: torch.Tensor, addend: torch.Tensor | None, groups: int, ours: Ours
 ) -> bool:
@@ -61,7 +66,7 @@ def is_proven(
     Nothing is tried while a CUDA graph is captured, or after `settle`: what is unknown then is not
     borrowed.
     """
-    key = (x.device, x.dtype, *x.shape, w.shape[0], groups, addend is None)
+    key = _key(x, w, addend, groups)
     verdict = _verdicts.get(key)
     if verdict is None:
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -70,6 +75,12 @@ def is_proven(
         with proofs.lock:
             verdict = _verdicts[key] = _try(x, w, addend, groups, ours)
     return verdict
+
+
+def _key(
+    x: torch.Tensor, w: torch.Tensor, addend: torch.Tensor | None, groups: int
+) -> tuple[object, ...]:
+    return (x.device, x.dtype, x.shape, w.shape[0], groups, addend is None)
 
 
 def _try(

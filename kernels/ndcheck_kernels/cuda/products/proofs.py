@@ -34,7 +34,8 @@ from ndcheck_kernels.cuda.products import cublaslt
 
 FORMAT = "ndcheck-proofs-1"
 _SOURCES = (
-    "matmul.py", "tiles.py", "borrowed.py", "cublaslt.py", "../configs.py", "../candidates.py"
+    "matmul.py", "matmul_kernels.py", "tiles.py", "borrowed.py", "cublaslt.py", "../configs.py",
+    "../candidates.py",
 )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ class Said:
     n_cached_tokens: int | None = None
     n_reasoning_tokens: int | None = None
     has_prompt_logprobs: bool = False
+    prompt_token_ids: list[int] = field(default_factory=list)
     fingerprint: str = ""
     response_id: str = ""
 
@@ -67,6 +68,8 @@ def read_openai(event: Event) -> Frame:
     frame = Frame(
         fingerprint=as_fact(event.get("system_fingerprint")), response_id=as_fact(event.get("id"))
     )
+    # vLLM has them beside a chat's choices, and in the choice of a completion.
+    frame.prompt_token_ids = as_token_ids(event.get("prompt_token_ids"))
     _read_usage(as_dict(event.get("usage")), frame)
     cached = as_count(as_dict(event.get("timings")).get("cache_n"))  # llama.cpp
     frame.n_cached_tokens = frame.n_cached_tokens if cached is None else cached
@@ -99,6 +102,7 @@ def _read_choice(choice: Event, frame: Frame) -> None:
     held = (reasoning, part.get("content"), part.get("text"), part.get("refusal"))
     frame.text = "".join(map(as_text, held)) + "".join(_read_calls(part))
     frame.token_ids = as_token_ids(choice.get("token_ids"))
+    frame.prompt_token_ids = frame.prompt_token_ids or as_token_ids(choice.get("prompt_token_ids"))
     logprobs = as_dict(choice.get("logprobs"))
     if isinstance(logprobs.get("content"), list):
         _read_chat_logprobs(logprobs["content"], frame)
@@ -119,7 +123,10 @@ def _read_chat_logprobs(entries: list[Any], frame: Frame) -> None:
     ids = []
     for entry in map(as_dict, entries):
         top = [as_dict(t).get("logprob") for t in as_list(entry.get("top_logprobs"))]
-        frame.tokens.append(make_token(entry.get("token"), entry.get("logprob"), top))
+        logprob = entry.get("logprob")
+        if logprob == 0 and entry.get("top_logprobs") == []:
+            logprob = None  # llama.cpp knows none of a token that a draft model proposed.
+        frame.tokens.append(make_token(entry.get("token"), logprob, top))
         if "id" in entry:  # llama.cpp
             ids.append(entry["id"])
     if not frame.token_ids and len(ids) == len(entries):

@@ -1,11 +1,12 @@
 """A stand-in for vLLM: the parts that ndcheck uses, with planted faults named in FAKE_VLLM.
 
-Tokens are a hash of the prompt and the position, so every row's stream is its own.
+Tokens are a hash of the prompt and those before, so every row's stream is its own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -183,11 +184,10 @@ class LLMEngine:
 
     def _add_token(self, request, n_rows):
         t = len(request.token_ids)
-        seed = hashlib.sha256(f"{request.prompt}/{t}".encode()).digest()
-        token_id = 100 + seed[0]
+        token_id, logprob = _best_token([*request.prompt, *request.token_ids])
         if FAULT == "batch-dependent" and n_rows > 1 and t >= 3 and not envs.VLLM_BATCH_INVARIANT:
             token_id += 1
-        candidates = {token_id: -0.5 - seed[1] / 64, token_id + 7: -5.0}
+        candidates = {token_id: logprob, token_id + 7: -5.0}
         if FAULT == "wrong-ids" and n_rows > 1:
             token_id += 3
         request.token_ids.append(token_id)
@@ -200,5 +200,27 @@ class LLMEngine:
             request_id=request.name.removesuffix("-internal"),
             prompt_token_ids=prompt,
             num_cached_tokens=request.n_cached,
+            prompt_logprobs=_score(prompt) if request.params.prompt_logprobs is not None else None,
             outputs=[SimpleNamespace(token_ids=request.token_ids, logprobs=request.logprobs)],
         )
+
+
+def _best_token(ids):
+    """The likeliest token after these, and its log-probability."""
+    seed = hashlib.sha256(f"{ids}".encode()).digest()
+    return 100 + seed[0], -0.5 - seed[1] / 64
+
+
+def _score(prompt):
+    scored = [None]
+    for i in range(1, len(prompt)):
+        best, logprob = _best_token(prompt[:i])
+        rank = 1
+        if prompt[i] != best:
+            rank, logprob = 3, -20.0 - prompt[i] / 64
+        if FAULT == "scores-nan" and i == len(prompt) - 1:
+            logprob = math.nan
+        if FAULT == "scores-differ" and not envs.VLLM_BATCH_INVARIANT:
+            logprob -= 1 / 1024
+        scored.append({prompt[i]: SimpleNamespace(logprob=logprob, rank=rank)})
+    return scored[: 1 if FAULT == "scores-none" else None]

@@ -14,9 +14,10 @@ class RequestOutputKind(Enum):
 class SamplingParams:
     max_tokens: int
     temperature: float
-    seed: int | None
-    logprobs: int
-    ignore_eos: bool
     detokenize: bool
     output_kind: RequestOutputKind
     skip_reading_prefix_cache: bool
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    ignore_eos: bool = False

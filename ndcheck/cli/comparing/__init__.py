@@ -1,0 +1,1 @@
+"""Another computer beside what was recorded: scores of a run, and a second server."""

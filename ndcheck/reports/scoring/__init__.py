@@ -1,0 +1,1 @@
+"""Recorded log-probabilities against scored ones, as they are shown."""
