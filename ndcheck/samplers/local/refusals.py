@@ -9,6 +9,7 @@ from typing import Any
 from ndcheck.errors import UsageError
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.records import Axis, CacheState, RunSpec
+from ndcheck.samplers.base import NOT_FED
 from ndcheck.samplers.local.faithful import (
     ALONE,
     IN_PASSES,
@@ -72,4 +73,6 @@ def find_refusals(
         refusals.axes["neighbours"] = reason
     if reason := find(IN_PASSES):
         refusals.axes["width"] = reason
+    if spec.batching == "continuous":
+        refusals.axes.update(NOT_FED)
     return refusals

@@ -22,7 +22,7 @@ from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.plan.queue import Request, queue_requests
 from ndcheck.probe import Prompt
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
-from ndcheck.samplers.base import NOT_FED, Rendered
+from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers
 from ndcheck.samplers.local.checkpoint.sources import find_source
@@ -76,8 +76,7 @@ class TransformersSampler:
         self._findings: Examination | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
         self._feeds = not {"width", "scoring"}.isdisjoint(spec.axes)
-        self._scores = "scoring" in spec.axes
-        self._widths = spec.widths
+        self._scores, self._widths = "scoring" in spec.axes, spec.widths
         self._completions = Completions()
         self._uncaptured: set[Arm] = set()
         if load_weights:
@@ -94,8 +93,6 @@ class TransformersSampler:
         lengths = [self.count_tokens(probe.content) for probe in spec.probes]
         beside = [(n, self._longest_neighbour(n, spec.decoding)) for n in lengths]
         refusals = find_refusals(spec, self._text_config, self._findings, beside)
-        if spec.batching == "continuous":
-            refusals.axes.update(NOT_FED)
         self.refused_axes = tuple(refusals.axes.items())
         self.cache_states = tuple(state for state in CACHE_STATES if state not in refusals.states)
         # Where both are left out the axis is, which says so itself.
@@ -367,18 +364,15 @@ class TransformersSampler:
         key = (trial.arm, decoding, tuple(map(tuple, rows)))
         if not load.is_fed or key not in self._completions:
             batch.reset(rows)
-            state, cut = load.decoded.cache_state, load.decoded.cut
-            logits = batch.prefill(state, cut)
+            logits = batch.prefill(load.decoded.cache_state, load.decoded.cut)
             prefill_calls = len(batch.row_counts)
-            fault = None if load.is_fed else trial.fault
-            streams = steps.run(logits, slots, self._stop_ids, fault)
-            if fault is None and state == "whole" and (self._feeds or load.is_fed):
+            streams = steps.run(logits, slots, self._stop_ids, None if load.is_fed else trial.fault)
+            if load.is_fed or (self._feeds and load.cache_state == "whole" and not trial.fault):
                 self._completions.keep(key, steps.decoded(self._stop_ids))
         if load.is_fed:
             batch.reset(rows)
-            streams = steps.feed(
-                self._completions[key], load, slots, self._stop_ids, trial.fault, self._widths
-            )
+            decoded = self._completions[key]
+            streams = steps.feed(decoded, load, slots, self._stop_ids, trial.fault, self._widths)
             prefill_calls = len(batch.row_counts) if load.scores else 1
         if steps.capture_failure is not None and trial.arm not in self._uncaptured:
             self._uncaptured.add(trial.arm)
