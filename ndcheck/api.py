@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,10 @@ from ndcheck.reports.terminal import print_report
 from ndcheck.reports.wording import phrases
 from ndcheck.reports.wording.reproduction import reproduce_command
 from ndcheck.reports.write import write_reports
-from ndcheck.request import DEFAULTS, add_headers, make_spec, parse_headers
+from ndcheck.request import DEFAULTS, add_headers, make_private, make_spec
 from ndcheck.runner import Progress, begin, fit_spec, new_directory, plan, run_trials, slug
 from ndcheck.samplers.base import open_sampler
+from ndcheck.samplers.endpoint.private import Private
 from ndcheck.storage.reading import exists
 from ndcheck.storage.run_directory import RUN_FILE, SAMPLES_FILE, NewDirectory, write_failure
 
@@ -57,17 +58,21 @@ def measure(
     called after every trial. Raises UsageError for an option that is wrong, BackendError where
     the model, its device or its server fails.
     """
-    headers = parse_headers([header] if isinstance(header, str) else header)
-    spec = add_headers(make_spec(model=model, **options), headers)
+    private = make_private(
+        [header] if isinstance(header, str) else header,
+        options.get("query", ()),
+        options.get("extra_body"),
+    )
+    spec = add_headers(make_spec(model=model, **options), private.headers)
     with closing(new_directory(slug(spec.model), None if out is None else Path(out))) as new:
-        return measure_spec(spec, new, on_progress, headers)
+        return measure_spec(spec, new, on_progress, private)
 
 
 def measure_spec(
     spec: records.RunSpec,
     new: NewDirectory,
     on_progress: Watcher = lambda progress: None,
-    headers: Mapping[str, str] | None = None,
+    private: Private | None = None,
 ) -> Run:
     """The same for a spec; the reports are written beside the samples."""
     # Read when torch is imported, if it is not yet; `__main__` says why.
@@ -76,7 +81,7 @@ def measure_spec(
         raise UsageError(
             f"tp = {spec.tensor_parallel} takes a process for each rank: use {program(spec)}"
         )
-    with closing(open_sampler(spec, headers=headers)) as sampler:
+    with closing(open_sampler(spec, private=private)) as sampler:
         spec = fit_spec(spec, sampler)
         trials = plan(spec, sampler)
         with closing(begin(new, spec, sampler, trials)) as directory:

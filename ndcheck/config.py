@@ -49,6 +49,7 @@ DESCRIPTIONS = {
     float: "a number",
     bool: "true or false",
     Path: "a file name",
+    dict: "a table",
 }
 
 
@@ -254,10 +255,10 @@ def _is_a(value: Any, kind: Any) -> bool:
         return kind is bool
     if kind is float:
         return isinstance(value, (int, float))
-    return isinstance(value, str if kind is Path else kind)
+    return isinstance(value, str if kind is Path else get_origin(kind) or kind)
 
 
 def _describe(kind: Any) -> str:
     if get_origin(kind) is Sequence:
         return "a list of numbers" if get_args(kind)[0] is int else "a list of texts"
-    return DESCRIPTIONS[kind]
+    return DESCRIPTIONS[get_origin(kind) or kind]

@@ -31,9 +31,17 @@ class TrialError(NdcheckError):
     exit_code = 4
 
 
+ACTIVITIES: list[str] = []
+"""What is being done now, the innermost last."""
+
+
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Note on an error that nobody expected what was being done, for the one line about it."""
+    """Say what is being done: while it lasts, and on an error that nobody expected.
+
+    `ndcheck.cli.progress` shows it, and the one line about the error begins with it.
+    """
+    ACTIVITIES.append(what)
     try:
         yield
     except NdcheckError:
@@ -41,6 +49,8 @@ def doing(what: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(what)
         raise
+    finally:
+        ACTIVITIES.pop()
 
 
 def did_you_mean(name: str, accepted: Iterable[str]) -> str:

@@ -10,17 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ndcheck.probe import ALONE as ALONE
-from ndcheck.probe import INFINITY as INFINITY
 from ndcheck.probe import CacheState as CacheState
-from ndcheck.probe import Count as Count
-from ndcheck.probe import Level as Level
 from ndcheck.probe import Load as Load
-from ndcheck.probe import NotNegative as NotNegative
-from ndcheck.probe import Positive as Positive
 from ndcheck.probe import Probe as Probe
-from ndcheck.probe import Range as Range
-from ndcheck.probe import RawText as RawText
-from ndcheck.probe import Seed as Seed
+from ndcheck.storage.ranges import Count, Level, NotNegative, Positive, RawText, Seed
 
 Arm = Literal["stock", "invariant"]
 Batching = Literal["exact", "continuous"]
@@ -35,6 +28,7 @@ Purpose = Literal[
 Fillers = Literal["words", "shared-prefix"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
+AnswerKind = Literal["json", "number", "choice", "code"]
 InvariantBy = Literal["auto", "ndcheck", "vllm"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
 
@@ -276,7 +270,10 @@ class Engine:
 class Endpoint:
     """A server that speaks the OpenAI API, and how it is loaded. No secret is ever part of it.
 
-    ``header_names`` are sent with values that the command line gives again. ``arrival`` says when
+    ``header_names`` are sent with values that the command line gives again. ``query`` goes into
+    every address: ``KEY=VALUE``, or the key alone where the value may be a secret. ``extra_body``
+    is JSON of fields that go with every request. ``omits_temperature``: how tokens are drawn is
+    the server's. ``stop`` are texts at which a probe's completion ends. ``arrival`` says when
     the requests of a trial are sent: ``together``, ``closed`` (each row's next request when its
     last is answered), or as an open loop, ``poisson:RATE`` or ``bursts:SIZE:GAP`` by the second.
     Fillers are ``words``, or the probe with words after it (``shared-prefix``).
@@ -285,6 +282,10 @@ class Endpoint:
     url: str
     api_key_file: str | None = None
     header_names: tuple[str, ...] = ()
+    query: tuple[str, ...] = ()
+    extra_body: str | None = None
+    omits_temperature: bool = False
+    stop: tuple[str, ...] = ()
     arrival: str = "together"
     fillers: Fillers = "words"
     timeout_s: NotNegative = 300.0
@@ -320,6 +321,8 @@ class RunSpec:
     adapter: str | None = None
     """A directory of peft's; None too where ``model`` is one, which names its base."""
     chat: bool = False
+    chat_template_kwargs: str | None = None
+    """An object of JSON: what the chat template is given besides."""
     trust_remote_code: bool = False
     random_weights: Seed | None = None
     """Seed of weights made from the model's config alone; None loads the stored ones."""
@@ -329,6 +332,7 @@ class RunSpec:
     confidence: Level = 0.95
     stop_on_divergence: bool = False
     allow_latent: bool = False
+    answer: AnswerKind | None = None
     answer_pattern: str | None = None
     widths: tuple[Positive, ...] = WIDTHS
     """Tokens of a pass along the axis ``width``; ascending, from 2."""

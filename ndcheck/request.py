@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.plan.coverage import OF_BATCHES, lacks_batches
 from ndcheck.plan.prompts import read_prompts
 from ndcheck.plan.prompts.entries import Entry
 from ndcheck.plan.size import check_size
-from ndcheck.probe import Prompt
+from ndcheck.probe import Message
 from ndcheck.records import Probe, RunSpec
 from ndcheck.samplers import options
 from ndcheck.samplers.backends import (
@@ -22,6 +21,12 @@ from ndcheck.samplers.backends import (
     choose,
     refuse_other_fields,
     refuse_others,
+)
+from ndcheck.samplers.endpoint.private import (
+    Private,
+    parse_extra_body,
+    parse_headers,
+    parse_query,
 )
 from ndcheck.storage.reading import is_unicode
 
@@ -41,7 +46,9 @@ class Options(TypedDict, total=False):
     prompt: str | Sequence[str]
     prompts_file: Path | None
     prompt_column: str | None
+    system: str | None
     chat: bool
+    chat_template_kwargs: str | dict[str, Any] | None
     loads: str | Sequence[int]
     axes: str | Sequence[str]
     widths: str | Sequence[int] | None
@@ -60,6 +67,7 @@ class Options(TypedDict, total=False):
     dtype: str
     device: str
     attn: str
+    answer: str | None
     answer_pattern: str | None
     random_weights: int | None
     dequantise: bool
@@ -75,6 +83,10 @@ class Options(TypedDict, total=False):
     fillers: str
     timeout: float
     retries: int
+    query: str | Sequence[str]
+    extra_body: str | dict[str, Any] | None
+    no_temperature: bool
+    stop: str | Sequence[str]
     api_key_file: Path | None
 
 
@@ -103,6 +115,8 @@ def make_spec(**given: Unpack[Options]) -> RunSpec:
             spec = option.put(spec, option.parse(typed[option.name]))
     prompts = [typed["prompt"]] if isinstance(typed["prompt"], str) else typed["prompt"]
     probes = make_probes(prompts, typed["prompts_file"], typed["prompt_column"])
+    if typed["system"] is not None:
+        probes = tuple(_with_system(probe, typed["system"]) for probe in probes)
     is_chat = typed["chat"] or all(probe.messages for probe in probes)
     spec = replace(spec, probes=probes, chat=is_chat)
     check(spec)
@@ -119,41 +133,51 @@ def make_probes(
     """
     if column is not None and file is None:
         raise UsageError("--prompt-column: this is for a file: give --prompts-file")
-    entries: list[Entry] = [(None, prompt) for prompt in prompts]
+    entries = [Entry(None, prompt) for prompt in prompts]
     if file is not None:
         entries += read_prompts(file, column)
     if file is None and not prompts:
         return DEFAULTS.probes
-    probes = [_make_probe(name or f"p{i}", prompt) for i, (name, prompt) in enumerate(entries, 1)]
+    probes = [_make_probe(entry, f"p{i}") for i, entry in enumerate(entries, 1)]
     if not probes:
         raise UsageError(f"--prompts-file {file}: it holds no prompt")
     for probe in probes:
         if not probe.prompt.strip():
             raise UsageError(f"prompt {probe.probe_id} is empty")
-        if not is_unicode(probe.prompt):
+        if not is_unicode(probe.prompt) or not is_unicode(probe.answer or ""):
             raise UsageError(f"prompt {probe.probe_id} is not valid UTF-8")
     if len({probe.probe_id for probe in probes}) < len(probes):
         raise UsageError(f"--prompts-file {file}: two prompts have the same id")
     return tuple(probes)
 
 
-def _make_probe(probe_id: str, prompt: Prompt) -> Probe:
+def _make_probe(entry: Entry, default_id: str) -> Probe:
+    probe_id, prompt = entry.name or default_id, entry.prompt
     if isinstance(prompt, str):
-        return Probe(probe_id, prompt)
-    return Probe(probe_id, prompt[-1].content, prompt)
+        return Probe(probe_id, prompt, answer=entry.answer)
+    return Probe(probe_id, prompt[-1].content, prompt, entry.answer)
 
 
-def parse_headers(headers: Sequence[str]) -> dict[str, str]:
-    """``"Name: value"`` lines by name. Raises UsageError without repeating a value."""
-    parsed = {}
-    for header in headers:
-        name, colon, value = header.partition(":")
-        if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name.strip()):
-            raise UsageError("--header: give it as 'Name: value'")
-        if not value.strip().isascii() or not value.strip().isprintable():
-            raise UsageError(f"--header {name.strip()}: the value holds characters HTTP refuses")
-        parsed[name.strip()] = value.strip()
-    return parsed
+def _with_system(probe: Probe, system: str) -> Probe:
+    """The probe as a conversation that begins with a system prompt; its own stays, if it has one.
+
+    Raises UsageError where that is no text.
+    """
+    if not system.strip() or not is_unicode(system):
+        raise UsageError("--system: give a text that is valid UTF-8 and not empty")
+    messages = probe.messages or (Message("user", probe.prompt),)
+    if messages[0].role in ("system", "developer"):
+        return probe
+    return replace(probe, messages=(Message("system", system), *messages))
+
+
+def make_private(
+    headers: Sequence[str],
+    query: str | Sequence[str] = (),
+    extra_body: str | Mapping[str, Any] | None = None,
+) -> Private:
+    """What goes with every request, as given. Raises UsageError without repeating a secret."""
+    return Private(parse_headers(headers), parse_query(query), parse_extra_body(extra_body))
 
 
 def add_headers(spec: RunSpec, headers: Mapping[str, str]) -> RunSpec:
@@ -202,11 +226,17 @@ def check(spec: RunSpec) -> None:
             f"--axes {','.join(spec.axes)}: it compares batches of 2 rows or more: add one to "
             f"--loads {options.show_loads(spec.batch_sizes)}"
         )
+    if spec.chat_template_kwargs is not None:
+        options.recorded_object("--chat-template-kwargs", spec.chat_template_kwargs)
+        if not spec.chat:
+            raise UsageError("--chat-template-kwargs: there is no chat template without --chat")
     check_size(spec)
     backend = backend_of(spec)
     refuse_other_fields(backend, spec)
     backend.check(spec)
     if spec.answer_pattern is not None:
-        from ndcheck.analysis.metrics import compile_answer_pattern
+        from ndcheck.analysis.answers import compile_answer_pattern
 
+        if spec.answer is not None:
+            raise UsageError("--answer: --answer-pattern says where the answer is: choose one")
         compile_answer_pattern(spec.answer_pattern)

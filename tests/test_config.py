@@ -199,3 +199,19 @@ def test_mistakes(tmp_path, mistake):
     line = str(caught.value)
     assert line.startswith(f"{file}: {message}")
     assert "\n" not in line
+
+
+def test_fields_of_a_request_are_a_table(tmp_path):
+    text = """
+        [checks.served]
+        endpoint = "http://host/v1"
+        model = "m"
+        extra_body = { top_k = 1, chat_template_kwargs = { enable_thinking = false } }
+        query = ["api-version=2024-10-21"]
+        """
+    (check,) = read_checks(write(tmp_path, text))
+    body = '{"chat_template_kwargs":{"enable_thinking":false},"top_k":1}'
+    assert check.spec.endpoint.extra_body == body
+    assert check.spec.endpoint.query == ("api-version=2024-10-21",)
+    with pytest.raises(UsageError, match="extra_body: 1 is not accepted; give text or a table"):
+        read_checks(write(tmp_path, text.replace("{ top_k", "1 # {")))

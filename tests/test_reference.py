@@ -77,3 +77,23 @@ def test_the_summary_shows_where_an_arm_left_its_reference(tmp_path):
     assert measured_table(tmp_path, ["x"]).splitlines()[-1] == (
         "| [x](x/report.md) | stock | 3 of 9 | 6 | token 5 | 2 of 2 | FAIL | 3.5 |  |"
     )
+
+
+def test_a_run_of_the_assistant_leaves_its_row(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "README.md").write_text("<!-- measured -->\n<!-- end of measured -->\n")
+    for part in (("cpu", "--tiny"), ("summary",)):
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.reference.assistant", str(tmp_path), *part],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": "kernels"}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+    with (tmp_path / "cpu" / "summary.csv").open(newline="") as file:
+        arms = {row["arm"]: row for row in csv.DictReader(file)}
+    assert set(arms) == {"stock", "invariant"}
+    readme = (tmp_path / "README.md").read_text()
+    for arm, row in arms.items():
+        unique = f"{row['n_unique']} of {row['n_samples']}"
+        assert f"| [cpu](cpu/report.md) | {arm} | {unique} |" in readme
+    assert "![cpu: unique completions by batch size](cpu/unique-completions.png)" in readme

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndcheck.analysis.accumulating import PURPOSES, LoadKind
+from ndcheck.analysis.answers import Answers
 from ndcheck.analysis.summary import LoadFinding
 from ndcheck.analysis.trials import Trials
 from ndcheck.analysis.unique import Completions
@@ -22,10 +23,11 @@ def find_loads(
     completions: Completions,
     errors: NDArray[np.void],
     kinds: Mapping[LoadKind, int],
+    answers: Answers | None = None,
 ) -> tuple[LoadFinding, ...]:
     """One finding for each kind of load, the reference's first; ``errors`` are OUTCOME rows."""
     return tuple(
-        _judge(kind, kinds[kind], trials, completions, errors)
+        _judge(kind, kinds[kind], trials, completions, errors, answers)
         for kind in sorted(kinds, key=_place)
         if kind.purpose != "control"
     )
@@ -43,6 +45,7 @@ def _judge(
     trials: Trials,
     completions: Completions,
     errors: NDArray[np.void],
+    answers: Answers | None,
 ) -> LoadFinding:
     rows = trials.rows[trials.rows["kind"] == number]
     chosen = trials.column("kind") == number
@@ -68,5 +71,7 @@ def _judge(
         elapsed_s=elapsed_s,
         tokens_per_s=n_tokens / elapsed_s if elapsed_s and not is_fed else None,
         first_latent_min=int(latent_at.min()) if len(latent_at) else None,
+        answer_flips=None if answers is None else answers.count_flips(rows),
+        n_correct=None if answers is None else answers.count_right(rows),
         trial_ids=tuple(np.union1d(trials.ids[chosen], failed["trial"]).tolist()),
     )

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections import deque
 from collections.abc import Iterable
-from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ndcheck.analysis.summary import Metrics
 from ndcheck.analysis.unique import Completions
-from ndcheck.errors import UsageError
-
-ANSWERS_TIMEOUT_S = 10.0
 
 
 class LogprobSums:
@@ -75,17 +67,15 @@ def measure(
     completions: Completions,
     common_prefix: int,
     sums: LogprobSums | None,
-    answer_pattern: str | None,
+    answers: Iterable[str | None] | None,
 ) -> Metrics:
-    """All metrics of one probe in one arm. ``sums`` is None where there is no reference."""
-    tar_a = None
-    if answer_pattern is not None:
-        parse = _AnswerParser.of(answer_pattern)
-        with contextlib.suppress(TimeoutError):
-            tar_a = _agreement(map(parse, completions.texts()), completions.n_samples)
+    """All metrics of one probe in one arm. ``sums`` is None where there is no reference.
+
+    ``answers`` are those of the completions; None where none were asked for.
+    """
     return Metrics(
         tar_r=_agreement(completions.texts(), completions.n_samples),
-        tar_a=tar_a,
+        tar_a=_agreement(answers, completions.n_samples),
         div_index=_mean_divergence(completions),
         avg_std_top1_prob=sums.mean_std(common_prefix) if sums else None,
         k1_kl=sums.k1_kl() if sums else None,
@@ -101,44 +91,6 @@ def _agreement(answers: Iterable[str | None] | None, n_samples: int) -> float | 
     answers = iter(answers)
     first = next(answers)
     return float(all(answer == first for answer in answers))
-
-
-class _AnswerParser:
-    """Finds answers; a pattern that backtracks for ever is given up, once for all completions."""
-
-    def __init__(self, pattern: str) -> None:
-        self._pattern = compile_answer_pattern(pattern)
-        self._left_s = ANSWERS_TIMEOUT_S
-
-    @classmethod
-    @cache
-    def of(cls, pattern: str) -> _AnswerParser:
-        return cls(pattern)
-
-    def __call__(self, text: str) -> str | None:
-        """Group 1 of the last match, or all of it where the pattern has no group.
-
-        Raises TimeoutError where all texts together took too long.
-        """
-        if self._left_s <= 0:
-            raise TimeoutError
-        started = time.perf_counter()
-        try:
-            matches = deque(self._pattern.finditer(text, timeout=self._left_s), maxlen=1)
-        finally:
-            self._left_s -= time.perf_counter() - started
-        return matches[0][1 if self._pattern.groups else 0] if matches else None
-
-
-def compile_answer_pattern(pattern: str) -> Any:
-    """Raises UsageError for what is no regular expression."""
-    # The standard library's cannot be stopped.
-    import regex
-
-    try:
-        return regex.compile(pattern)
-    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
-        raise UsageError(f"--answer-pattern {pattern!r:.80}: {error}") from error
 
 
 def _mean_divergence(completions: Completions) -> float | None:

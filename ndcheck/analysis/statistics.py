@@ -7,6 +7,7 @@ SciPy is imported where it is used, because importing it takes longer than most 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 Logprobs = NDArray[np.float32] | NDArray[np.float64]
 
 
+@cache
 def clopper_pearson(n_events: int, n_draws: int, confidence: float) -> tuple[float, float]:
     """Exact two-sided interval for a rate of which ``n_events`` were seen in ``n_draws``.
 

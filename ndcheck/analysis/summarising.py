@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndcheck.analysis.accumulating import Group, collect
+from ndcheck.analysis.answers import Answers
 from ndcheck.analysis.axes import find_axes
 from ndcheck.analysis.loads import find_loads
 from ndcheck.analysis.metrics import measure
@@ -18,7 +19,14 @@ from ndcheck.analysis.statistics import (
     fisher_exact,
     good_turing_unseen_mass,
 )
-from ndcheck.analysis.summary import ControlFinding, ProbeSummary, SampleColumns, Summary
+from ndcheck.analysis.summary import (
+    AnswerFinding,
+    ControlFinding,
+    Draw,
+    ProbeSummary,
+    SampleColumns,
+    Summary,
+)
 from ndcheck.analysis.tree import build_tree
 from ndcheck.analysis.trials import Trials, count_bit_patterns, group_trials, purpose_code
 from ndcheck.analysis.unique import Completions
@@ -43,6 +51,7 @@ def summarise(samples: Iterable[Sample], spec: RunSpec) -> Summary:
         key: _gather(group, own_rows, columns)
         for (key, group), own_rows in zip(groups.items(), np.split(rows, ends[:-1]), strict=True)
     }
+    given_answers = {probe.probe_id: probe.answer for probe in spec.probes}
     probes = tuple(
         _summarise_probe(
             arm,
@@ -50,6 +59,7 @@ def summarise(samples: Iterable[Sample], spec: RunSpec) -> Summary:
             evidence[arm, probe_id],
             evidence.get(("stock", probe_id)) if arm == "invariant" else None,
             spec,
+            given_answers.get(probe_id),
         )
         for arm, probe_id in evidence
     )
@@ -95,7 +105,12 @@ def _gather(group: Group, rows: NDArray[np.void], columns: SampleColumns) -> _Ev
 
 
 def _summarise_probe(
-    arm: Arm, probe_id: str, evidence: _Evidence, stock: _Evidence | None, spec: RunSpec
+    arm: Arm,
+    probe_id: str,
+    evidence: _Evidence,
+    stock: _Evidence | None,
+    spec: RunSpec,
+    given_answer: str | None,
 ) -> ProbeSummary:
     group, completions, trials = evidence.group, evidence.completions, evidence.trials
     tree = build_tree(completions)
@@ -125,6 +140,7 @@ def _summarise_probe(
     exactly = spec.sets_batch_size
     serves = spec.endpoint is not None or not exactly
     serving = group.serving.finding(sets_batch_size=exactly) if serves else None
+    answers = Answers.find(completions, spec, given_answer)
     is_witnessed = trials.is_witnessed(exactly=exactly)
     if serving is not None and not exactly:
         # Whom an open loop brings together is judged over all of its trials.
@@ -156,16 +172,53 @@ def _summarise_probe(
         slowdown_vs_stock=_slowdown(trials, stock.trials) if stock else None,
         completions=completions,
         axes=axes,
-        loads=find_loads(trials, completions, evidence.errors, group.kinds),
+        loads=find_loads(trials, completions, evidence.errors, group.kinds, answers),
         control=ControlFinding(len(group.controls), sum(group.controls.values()), group.controlled),
         tree=tree,
-        metrics=measure(completions, common_prefix, group.logprob_sums, spec.answer_pattern),
+        metrics=measure(
+            completions,
+            common_prefix,
+            group.logprob_sums,
+            None if answers is None else answers.texts,
+        ),
         draw=draw,
         n_draws=n_draws,
         diverged_draws=n_diverged,
         latent_draws=n_latent,
         n_unique_bits=count_bit_patterns(trials.rows, len(completions)),
         serving=serving,
+        answers=(
+            None
+            if answers is None
+            else _judge_answers(answers, completions, trials, compared, draw)
+        ),
+    )
+
+
+def _judge_answers(
+    answers: Answers,
+    completions: Completions,
+    trials: Trials,
+    compared: NDArray[np.bool_],
+    draw: Draw,
+) -> AnswerFinding:
+    flips = np.zeros(len(trials), np.bool_)
+    flips[trials.of_row[answers.flips[trials.rows["completion"]]]] = True
+    flipped = np.flatnonzero(flips & compared)
+    is_draw = ~trials.is_confirmation
+    has_none = np.array([text is None for text in answers.texts], np.bool_)
+    right = answers.is_right
+    return AnswerFinding(
+        answers=answers.texts,
+        n_unique=len(set(answers.texts)),
+        n_without=int(completions.counts[has_none].sum()),
+        flipped_trials=len(flipped),
+        flipped_draws=(
+            len(np.unique(trials.column("load")[flipped]))
+            if draw == "load"
+            else int(is_draw[flipped].sum())
+        ),
+        n_correct=None if right is None else int(completions.counts[right].sum()),
     )
 
 

@@ -142,6 +142,10 @@ class LoadFinding:
     tokens_per_s: float | None
     first_latent_min: int | None
     trial_ids: tuple[int, ...]
+    answer_flips: int | None = None
+    """Trials in which any answer is another than the reference's; None without answers."""
+    n_correct: int | None = None
+    """Samples with the right answer; None where it is not known."""
 
     @property
     def holds_copies(self) -> bool:
@@ -166,13 +170,30 @@ class ControlFinding:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerFinding:
+    """What the completions answer, beside what they are.
+
+    ``answers`` are those of the completions, in their order; None where one holds none, which is
+    an answer of its own. A trial's flips where any of its rows answers otherwise than the
+    reference. ``n_correct`` counts samples; None where the right answer is not known.
+    """
+
+    answers: tuple[str | None, ...]
+    n_unique: int
+    n_without: int
+    flipped_trials: int
+    flipped_draws: int
+    n_correct: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Metrics:
     """Published metrics under their names (None where the samples cannot give them)."""
 
     tar_r: float | None
     """TARr@N (Atil 2024): 1 if all N raw completions agree, else 0; a share over probes."""
     tar_a: float | None
-    """TARa@N (Atil 2024): the same for answers parsed by the run's answer pattern; None
+    """TARa@N (Atil 2024): the same for answers parsed by the run's pattern or kind; None
     where that takes too long."""
     div_index: float | None
     """Div_Index (Yuan 2025): mean first-divergence position over diverged samples."""
@@ -240,6 +261,8 @@ class ProbeSummary:
     n_unique_bits: int
     serving: ServingFinding | None = None
     """Of a server's answers; None where the model ran in this process."""
+    answers: AnswerFinding | None = None
+    """None where none were asked for, or finding them takes too long."""
 
     @property
     def has_diverged(self) -> bool:

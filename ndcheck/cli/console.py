@@ -28,6 +28,8 @@ INTERRUPTED = 130
 MAX_BAD_LINES_SHOWN = 5
 DEBUG = "NDCHECK_DEBUG"
 MAX_WORDS = 400
+CLEAR = "\r\x1b[2K"
+"""Takes away the live line of a terminal."""
 OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory")
 """What torch says, on a CPU and on a GPU; its errors are of kinds that say other things too."""
 
@@ -70,7 +72,8 @@ def note(line: str, *, quiet: bool = False) -> None:
     if quiet:
         return
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print(f"ndcheck: {''.join(shown)}", file=sys.stderr)  # noqa: T201
+    clear = CLEAR if sys.stderr.isatty() else ""
+    print(f"{clear}ndcheck: {''.join(shown)}", file=sys.stderr)  # noqa: T201
 
 
 def note_bad_lines(lines: Sequence[str]) -> None:

@@ -73,6 +73,30 @@ Header = Annotated[
         "'NAME: V'",
     ),
 ]
+Query = Annotated[
+    list[str] | None,
+    _option(
+        "query",
+        "Put into every address, such as api-version=2024-10-21; of others than versions the value "
+        "is not recorded.",
+        "KEY=VALUE",
+    ),
+]
+ExtraBody = Annotated[
+    str | None,
+    _option(
+        "extra_body",
+        "Fields of every request, such as '{\"top_k\": 1}'; recorded, but for secrets.",
+        "JSON|@FILE",
+    ),
+]
+NoTemperature = Annotated[
+    bool, _option("no_temperature", "Send none: how tokens are drawn is then the server's.")
+]
+Stop = Annotated[
+    list[str] | None,
+    _option("stop", "Where it occurs, the completion ends; may be given several times.", "TEXT"),
+]
 FillerKind = Annotated[str, _option("fillers", "words, or shared-prefix: the prompt and words.")]
 Timeout = Annotated[float, _option("timeout", "For one whole answer.", "SECONDS")]
 Retries = Annotated[
@@ -94,6 +118,18 @@ PromptsFile = Annotated[
 PromptColumn = Annotated[
     str | None,
     _option("prompt_column", "The column or field of --prompts-file with the prompt.", "NAME"),
+]
+System = Annotated[
+    str | None,
+    _option("system", "A system prompt for those that have none; implies --chat.", "TEXT"),
+]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    _option(
+        "chat_template_kwargs",
+        "What the chat template is given, such as '{\"enable_thinking\": false}'.",
+        "JSON|@FILE",
+    ),
 ]
 Chat = Annotated[bool, _option("chat", "Apply the model's chat template.")]
 MaxTokens = Annotated[
@@ -221,11 +257,21 @@ StopOnDivergence = Annotated[
 AllowLatent = Annotated[
     bool, _option("allow_latent", "Judge tokens alone: equal tokens, other bits pass.")
 ]
+Answer = Annotated[
+    str | None,
+    _option(
+        "answer",
+        "Find the answer in each completion and count its flips: "
+        f"{', '.join(get_args(records.AnswerKind))}.",
+        "KIND",
+        one_of(*get_args(records.AnswerKind)),
+    ),
+]
 AnswerPattern = Annotated[
     str | None,
     _option(
         "answer_pattern",
-        "Regular expression of the answer in a completion (TARa@N).",
+        "The same for a regular expression of the answer (TARa@N).",
         "RE",
     ),
 ]

@@ -1,15 +1,84 @@
-"""The live progress line on stderr."""
+"""The live line on stderr: what is done before the first trial ends, and then the progress."""
 
 from __future__ import annotations
 
 import shutil
 import sys
+import threading
+import time
 from types import TracebackType
 
+from rich.cells import cell_len, set_cell_size
+
+from ndcheck.cli.console import CLEAR, note
+from ndcheck.errors import ACTIVITIES
 from ndcheck.reports.terminal import progress_line
 from ndcheck.runner import Progress
 
 N_LINES_WITHOUT_TERMINAL = 10
+TICK_S = 1.0
+FIRST_LINE_S, LINE_FACTOR = 10.0, 3
+"""Elsewhere than on a terminal: what takes long is said after 10, 30, 90, ... seconds."""
+
+
+class ActivityLine:
+    """What is being done and for how long, as `ndcheck.errors.doing` says, while the block runs.
+
+    On a terminal one line, rewritten every second; elsewhere (a CI log) a line for what takes long.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._ends = threading.Event()
+        self._least_depth = 1
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._quiet = quiet
+
+    def __enter__(self) -> ActivityLine:
+        if not self._quiet:
+            self._thread.start()
+        return self
+
+    def settle(self) -> None:
+        """From now on the trials have a line of their own: show only what they do within one."""
+        self._least_depth = len(ACTIVITIES) + 2
+
+    def _watch(self) -> None:
+        what, began_s, next_s = "", time.monotonic(), FIRST_LINE_S
+        while not self._ends.wait(TICK_S):
+            now = ACTIVITIES[-1] if len(ACTIVITIES) >= self._least_depth else ""
+            if now != what:
+                what, began_s, next_s = now, time.monotonic(), FIRST_LINE_S
+            elapsed_s = time.monotonic() - began_s
+            if what and self._is_terminal:
+                line = activity_line(what, elapsed_s, shutil.get_terminal_size().columns - 1)
+                sys.stderr.write(f"{CLEAR}{line}")
+                sys.stderr.flush()
+            elif what and elapsed_s >= next_s:
+                note(activity_line(what, elapsed_s, 80 - len("ndcheck: ")))
+                next_s *= LINE_FACTOR
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ends.set()
+        if not self._quiet:
+            self._thread.join()
+            if self._is_terminal:
+                sys.stderr.write(CLEAR)
+                sys.stderr.flush()
+
+
+def activity_line(what: str, elapsed_s: float, width: int) -> str:
+    """What is being done and its minutes and seconds so far, which are never cut."""
+    minutes, seconds = divmod(int(elapsed_s), 60)
+    clock = f"  {minutes}:{seconds:02d}"
+    what = "".join(c if c.isprintable() else "?" for c in what)
+    room = max(0, width - len(clock))
+    return (what if cell_len(what) <= room else set_cell_size(what, room)) + clock
 
 
 class ProgressLine:
@@ -44,7 +113,7 @@ class ProgressLine:
             progress.unit,
         )
         if self._is_terminal:
-            sys.stderr.write(f"\r\x1b[2K{line}")
+            sys.stderr.write(f"{CLEAR}{line}")
         elif progress.n_done % max(1, progress.n_trials // N_LINES_WITHOUT_TERMINAL) == 0:
             sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
@@ -56,5 +125,5 @@ class ProgressLine:
         traceback: TracebackType | None,
     ) -> None:
         if self._is_terminal and not self._quiet:
-            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.write(CLEAR)
             sys.stderr.flush()

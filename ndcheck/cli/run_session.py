@@ -6,7 +6,7 @@ import importlib.util
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import typer
 from ndcheck import environment
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.cli.console import EXIT_CODES, INTERRUPTED, note, note_bad_lines
-from ndcheck.cli.progress import ProgressLine
+from ndcheck.cli.progress import ActivityLine, ProgressLine
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import NdcheckError, TrialError, UsageError, doing
 from ndcheck.findings import read_findings
@@ -31,6 +31,7 @@ from ndcheck.reports.wording.reproduction import resume_command
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import (
+    Progress,
     begin,
     capture,
     fit_spec,
@@ -43,6 +44,7 @@ from ndcheck.runner import (
 from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.base import Rendered, Sampler, open_sampler
 from ndcheck.samplers.calibration import estimate
+from ndcheck.samplers.endpoint.private import Private
 from ndcheck.storage.evidence import is_continued_by
 from ndcheck.storage.run_directory import RunDirectory, read_run
 
@@ -52,7 +54,7 @@ MAX_LINES_SHOWN, MAX_TEXT_SHOWN = 32, 1000
 
 def start(
     spec: RunSpec,
-    headers: Mapping[str, str],
+    private: Private,
     out: Path | None,
     *,
     as_json: bool,
@@ -67,10 +69,11 @@ def start(
     check_plots(wanted=plots)
     with (
         closing(new_directory(slug(spec.model), out)) as new,
-        closing(open_for_run(spec, headers, quiet=quiet)) as sampler,
+        closing(open_for_run(spec, private, quiet=quiet)) as sampler,
     ):
         spec = fit(spec, sampler, quiet=quiet)
-        trials = plan(spec, sampler)
+        with ActivityLine(quiet=quiet), doing("planning"):
+            trials = plan(spec, sampler)
         if spec.target_rate:
             n_draws = trials_needed(spec.target_rate, spec.confidence)
             draws = "trials" if spec.repeats_are_draws else "distinct loads"
@@ -97,7 +100,7 @@ def note_untried(spec: RunSpec, trials: list[Trial], *, quiet: bool) -> None:
 
 def resume(
     path: Path,
-    headers: Mapping[str, str],
+    private: Private,
     given: Sequence[Given],
     *,
     as_json: bool,
@@ -116,7 +119,7 @@ def resume(
     if directory.run.spec != spec:
         directory.close()
         raise UsageError(f"--resume {path}: its run.json was changed meanwhile")
-    with closing(directory), closing(open_for_run(spec, headers, quiet=quiet)) as sampler:
+    with closing(directory), closing(open_for_run(spec, private, quiet=quiet)) as sampler:
         here = capture(spec, sampler)
         changed = environment.differences(directory.run.environment, here)
         if changed:
@@ -151,11 +154,11 @@ def follow(spec: RunSpec) -> int:
     return 0
 
 
-def open_for_run(spec: RunSpec, headers: Mapping[str, str], *, quiet: bool) -> Sampler:
+def open_for_run(spec: RunSpec, private: Private, *, quiet: bool) -> Sampler:
     """The run's sampler, and what to know of it on stderr."""
     note(f"{backend_of(spec).opening} {spec.model}", quiet=quiet)
-    with doing(f"opening {spec.model}"):
-        sampler = open_sampler(spec, headers=headers, say=lambda line: note(line, quiet=quiet))
+    with ActivityLine(quiet=quiet), doing(f"opening {spec.model}"):
+        sampler = open_sampler(spec, private=private, say=lambda line: note(line, quiet=quiet))
     for line in sampler.notes:
         note(line, quiet=quiet)
     return sampler
@@ -187,8 +190,13 @@ def measure(
     failure: NdcheckError | None = None
     go_on = resume_command(directory.run.spec, str(directory.path))
     try:
-        with ProgressLine(quiet=quiet) as progress:
-            run_trials(trials, sampler, directory, finished, progress.show)
+        with ActivityLine(quiet=quiet) as activity, ProgressLine(quiet=quiet) as line:
+
+            def show(progress: Progress) -> None:
+                activity.settle()
+                line.show(progress)
+
+            run_trials(trials, sampler, directory, finished, show)
     except KeyboardInterrupt:
         report(directory.path, as_json=as_json, html=html, plots=plots)
         note(f"interrupted; go on with: {go_on}")
@@ -223,7 +231,7 @@ def report(path: Path, *, as_json: bool, html: bool = False, plots: bool = False
     return EXIT_CODES[findings.judgement.verdict.outcome]
 
 
-def print_plan(spec: RunSpec, headers: Mapping[str, str], *, verbose: bool) -> int:
+def print_plan(spec: RunSpec, private: Private, *, verbose: bool) -> int:
     """Print what a run would execute, each trial if ``verbose``, and its cost.
 
     Returns the exit code.
@@ -234,7 +242,7 @@ def print_plan(spec: RunSpec, headers: Mapping[str, str], *, verbose: bool) -> i
     # What fits beside the weights is only known with them.
     load_weights = untimed is None or not spec.batch_sizes
     started = time.perf_counter()
-    with closing(open_sampler(spec, load_weights=load_weights, headers=headers)) as sampler:
+    with closing(open_sampler(spec, load_weights=load_weights, private=private)) as sampler:
         load_s = time.perf_counter() - started
         for line in sampler.notes:
             note(line, quiet=False)

@@ -22,6 +22,7 @@ from ndcheck.judging.verdict import (
     probe_doubts,
     run_doubts,
     server_changes,
+    servers_sampling,
     worst,
 )
 from ndcheck.records import AXES, Arm, Axis, Run, RunSpec
@@ -204,6 +205,8 @@ def _judge_run(
     doubts = (*run_doubts(run), *server_changes(summary))
     if doubts:
         yield Ruling("evidence", None, None, None, Verdict("INCONCLUSIVE", doubts))
+    if known := servers_sampling(run.spec):
+        yield Ruling("sampling", None, None, None, Verdict("PASS", known))
     if rules.baseline is None:
         return
     confidence = rules.general.confidence or run.spec.confidence

@@ -19,6 +19,9 @@ STATUS_REASONS = {
 STOCK_DID_NOT_FAIL = (
     "the stock arm, its control, did not fail under these loads: try larger --loads"
 )
+SERVERS_SAMPLING = (
+    "no temperature was sent: sampling is the server's, so what diverges may be a draw of it"
+)
 NOT_TOLD_APART = "not told apart from run-to-run"
 
 
@@ -74,6 +77,12 @@ def server_changes(summary: Summary) -> tuple[str, ...]:
     return tuple(dict.fromkeys(changes))
 
 
+def servers_sampling(spec: RunSpec) -> tuple[str, ...]:
+    """What to know of a verdict where the server was not asked to be greedy."""
+    omits = spec.endpoint is not None and spec.endpoint.omits_temperature
+    return (SERVERS_SAMPLING,) if omits else ()
+
+
 def judge(run: Run, summary: Summary) -> Judgement:
     """The run's verdict: FAIL over INCONCLUSIVE over PASS, over probes, arms and properties.
 
@@ -104,7 +113,8 @@ def judge(run: Run, summary: Summary) -> Judgement:
         if verdict.outcome == outcome:
             reasons += [r for r in verdict.reasons if r not in reasons]
     # A changed backend may explain a failure, and so may what is missing: that is always said.
-    reasons += [r for r in (*run.changes, *server_changes(summary), *run.flaws) if r not in reasons]
+    always = (*run.changes, *server_changes(summary), *run.flaws, *servers_sampling(run.spec))
+    reasons += [r for r in always if r not in reasons]
     return Judgement(Verdict(outcome, tuple(reasons)), probes)
 
 

@@ -31,6 +31,8 @@ def untried_axes(spec: RunSpec, trials: Sequence[Trial]) -> list[Axis]:
 
 def samples_to_try_all(spec: RunSpec) -> int | None:
     """The samples that try every axis, of a prompt of usual length; None where none would."""
+    # Of prompts of one length each has as many trials as any other.
+    spec = replace(spec, probes=spec.probes[:1])
     lengths = {probe.probe_id: TYPICAL_LENGTH for probe in spec.probes}
     context = 4 * TYPICAL_LENGTH + spec.decoding.max_tokens
 

@@ -21,7 +21,7 @@ from ndcheck.reports.wording import phrases
 
 SCHEMA_VERSION = 1
 VALUE_WIDTH = 28
-JUDGED_BY = ("confidence", "allow_latent", "answer_pattern")
+JUDGED_BY = ("confidence", "allow_latent", "answer", "answer_pattern")
 PROMPT_WIDTH = 50
 
 

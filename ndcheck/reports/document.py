@@ -61,7 +61,7 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any]:
 
 
 def _probe(probe: ProbeSummary, verdict: ProbeVerdict) -> dict[str, Any]:
-    nested = ("completions", "axes", "loads", "control", "tree", "metrics", "serving")
+    nested = ("completions", "axes", "loads", "control", "tree", "metrics", "serving", "answers")
     scalars = {
         field.name: getattr(probe, field.name)
         for field in dataclasses.fields(probe)
@@ -78,6 +78,7 @@ def _probe(probe: ProbeSummary, verdict: ProbeVerdict) -> dict[str, Any]:
         "completions": [_completion(completion) for completion in probe.completions],
         "control": dataclasses.asdict(probe.control),
         "metrics": published(probe.metrics),
+        "answers": None if probe.answers is None else dataclasses.asdict(probe.answers),
         "serving": None if probe.serving is None else dataclasses.asdict(probe.serving),
     }
 

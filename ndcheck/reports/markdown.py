@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from ndcheck.analysis.summary import AxisFinding, ProbeSummary
@@ -10,14 +10,17 @@ from ndcheck.findings import Findings
 from ndcheck.judging.verdict import NOT_TOLD_APART, ProbeVerdict, fed_details
 from ndcheck.records import Run, RunSpec
 from ndcheck.reports.document import published
+from ndcheck.reports.ranking import tally, worst_first
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import code_block, code_cell, code_span, markdown_text, quoted
-from ndcheck.reports.wording import phrases, serving
+from ndcheck.reports.wording import answers, phrases, serving
 from ndcheck.reports.wording.claims import claims, exclusions
 from ndcheck.reports.wording.remedies import remedies
 from ndcheck.reports.wording.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
 from ndcheck.samplers.backends import backend_of
 
+MAX_PROBES = 100
+"""Each in one arm."""
 MAX_COMPLETIONS = 20
 TEXT_WIDTH = 60
 BLOCK_WIDTH = 100
@@ -41,10 +44,11 @@ def markdown_report(findings: Findings, defaults: RunSpec) -> str:
         *_verdict(findings),
         *_reproduction(findings, defaults),
         *(["## Explanation", _bullets(map(markdown_text, advice))] if advice else []),
+        *(f"{sentence}." for sentence in answers.accuracy(findings)),
         *_next_steps(findings, defaults),
-        *(part for probe in findings.summary.probes for part in _probe(probe, findings)),
+        *(part for probe in _detailed(findings) for part in _probe(probe, findings)),
         "## Claims",
-        _bullets(claims(findings, markdown_text)),
+        _bullets(claims(findings, markdown_text, _detailed(findings))),
         "Not claimed:",
         _bullets(exclusions(findings.run)),
         *_environment(findings.run),
@@ -52,9 +56,21 @@ def markdown_report(findings: Findings, defaults: RunSpec) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _detailed(findings: Findings) -> Sequence[ProbeSummary]:
+    """All probes in the order of the run, of many the worst."""
+    probes = findings.summary.probes
+    return probes if len(probes) <= MAX_PROBES else worst_first(findings)[:MAX_PROBES]
+
+
 def _verdict(findings: Findings) -> Iterator[str]:
     summary, lines = findings.summary, []
-    for probe in summary.probes:
+    detailed = _detailed(findings)
+    if len(detailed) < len(summary.probes):
+        yield (
+            f"{tally(summary.probes, findings)}. This report has the worst {len(detailed)}, and "
+            "the CSV files beside it have them all."
+        )
+    for probe in detailed:
         verdict = findings.verdicts[probe.arm, probe.probe_id].verdict
         subject = markdown_text(phrases.subject(probe, summary))
         line = f"**{verdict.outcome}** {subject + ': ' if subject else ''}{phrases.outcome(probe)}"
@@ -109,6 +125,8 @@ def _probe(probe: ProbeSummary, findings: Findings) -> Iterator[str]:
         yield _bullets(map(markdown_text, lines))
     if probe.axes:
         yield _properties(probe, findings.verdicts[probe.arm, probe.probe_id], unit)
+    if (sentence := answers.flips(probe)) is not None:
+        yield f"{sentence[0].upper()}{sentence[1:]}."
     if probe.loads:
         yield _loads(probe, unit)
     if probe.completions:
@@ -159,6 +177,7 @@ def _loads(probe: ProbeSummary, unit: str) -> str:
             phrases.first_at(load),
             f"{load.latent} of {load.n_trials}",
             phrases.speed(load.tokens_per_s),
+            *([f"{load.answer_flips} of {load.n_trials}"] if probe.answers else []),
         )
         for load in probe.loads
     ]
@@ -166,7 +185,7 @@ def _loads(probe: ProbeSummary, unit: str) -> str:
         "Load | Batch | Slot (from 0) | Trials diverged | Unique | "
         f"First at {unit} (from 1) | Latent | {unit.capitalize()}s/s"
     )
-    return _table(header, rows)
+    return _table(header + " | Answer flipped" * (probe.answers is not None), rows)
 
 
 def _completions(probe: ProbeSummary, unit: str) -> str:

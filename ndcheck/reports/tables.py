@@ -82,6 +82,7 @@ COMPLETION_COLUMNS: _Columns = {
     "text": _TEXT,
     "run_id": _TEXT,
     "first_divergence_from_1": _INT,
+    "answer": _TEXT,
 }
 LOAD_COLUMNS: _Columns = {
     "arm": _TEXT,
@@ -104,6 +105,8 @@ LOAD_COLUMNS: _Columns = {
     "n_errors": _INT,
     "first_divergence_from_1": _INT,
     "first_latent_from_1": _INT,
+    "answer_flips": _INT,
+    "n_correct": _INT,
     "width": _INT,
 }
 PROPERTY_COLUMNS: _Columns = {
@@ -159,6 +162,9 @@ SUMMARY_COLUMNS: _Columns = {
     "latent_draws": _INT,
     "latent_trials": _INT,
     "reasons_json": _TEXT,
+    "n_answers": _INT,
+    "answer_flipped_draws": _INT,
+    "n_correct": _INT,
 }
 
 
@@ -237,6 +243,7 @@ def completion_tables(findings: Findings, rows: int = ROWS_PER_TABLE) -> Iterato
             item,
             _whose(findings, probe),
             first_divergence_from_1=_from_1(item.first_divergence),
+            answer=probe.answers and probe.answers.answers[item.completion_id - 1],
         )
         for probe in findings.summary.probes
         for item in probe.completions
@@ -304,6 +311,9 @@ def summary_table(findings: Findings) -> pd.DataFrame:
             "verdict": verdict.outcome,
             "reasons": "; ".join(verdict.reasons),
             "reasons_json": json.dumps(verdict.reasons),
+            "n_answers": probe.answers and probe.answers.n_unique,
+            "answer_flipped_draws": probe.answers and probe.answers.flipped_draws,
+            "n_correct": probe.answers and probe.answers.n_correct,
         }
         rows.append(_row(SUMMARY_COLUMNS, probe, _whose(findings, probe), **judged))
     return _frame(SUMMARY_COLUMNS, rows)

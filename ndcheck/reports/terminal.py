@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, RenderableType
@@ -14,14 +15,17 @@ from ndcheck.analysis.summary import LoadFinding, ProbeSummary, Summary
 from ndcheck.findings import Findings
 from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome, Verdict, fed_details
 from ndcheck.records import ARMS, AXES, RunSpec
+from ndcheck.reports.ranking import tally, worst_first
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import quoted, visible
-from ndcheck.reports.wording import phrases, serving
+from ndcheck.reports.wording import answers, phrases, serving
 from ndcheck.reports.wording.remedies import alone, remedies
 from ndcheck.reports.wording.reproduction import argument, prompts_file, wrapped_command
 from ndcheck.samplers.backends import backend_of
 
 MAX_VERDICTS = 8
+MAX_OF_MANY = 3
+"""Of more failed prompts than verdicts are shown: commands that measure one alone."""
 MAX_LOADS = 10
 MAX_COMPLETIONS = 5
 MAX_COMMAND_LINES = 4
@@ -38,11 +42,7 @@ def print_report(
     console: Console, findings: Findings, defaults: RunSpec, outputs: Sequence[str] = ()
 ) -> None:
     """Print the screen; ``outputs`` are options that the command to repeat it has besides."""
-    width, verdicts = console.width, findings.verdicts
-    ranked = sorted(
-        findings.summary.probes,
-        key=lambda probe: list(STYLES).index(verdicts[probe.arm, probe.probe_id].verdict.outcome),
-    )
+    width, ranked = console.width, worst_first(findings)
     # The details of one probe fill a screen: the worst one's; report.md has them all.
     detailed = [probe for probe in ranked if probe.probe_id == ranked[0].probe_id]
     detailed.sort(key=lambda probe: ARMS.index(probe.arm))
@@ -53,6 +53,7 @@ def print_report(
         [_setting(findings, detailed, defaults, width, outputs)],
         *([*_heading(group, detailed), *_axes(group, findings, unit, width)] for group in groups),
         *([*_heading(group, detailed), *_loads(group, unit)] for group in groups),
+        [*_answers(detailed, findings)],
         [*_comparison(findings.summary)],
         [*_trees(detailed, width, unit)],
         [Text(visible(f"trace: {sentence}")) for sentence in findings.advice],
@@ -120,6 +121,7 @@ def _verdicts(ranked: Sequence[ProbeSummary], findings: Findings) -> Table:
         grid.add_row(label, *([Text(subject)] if with_subject else []), reasons)
     if len(ranked) > MAX_VERDICTS:
         grid.add_row("", "", f"and {len(ranked) - MAX_VERDICTS} more in summary.csv")
+        grid.add_row("", "", f"{tally(ranked, findings)}")
     return grid
 
 
@@ -210,12 +212,48 @@ def _axes(
     return [table, *map(Text, notes)]
 
 
+def _answers(detailed: Sequence[ProbeSummary], findings: Findings) -> Iterator[RenderableType]:
+    """Flips of the answer beside flips of tokens, by load; how right answers are, over prompts."""
+    for probe in detailed:
+        if (sentence := answers.flips(probe)) is not None:
+            yield Text(f"{probe.arm}: {sentence}" if len(detailed) > 1 else sentence)
+    rows = [
+        (probe, load)
+        for probe in detailed
+        for load in probe.loads
+        if load.n_diverged_trials or load.answer_flips
+    ]
+    if any(probe.answers for probe in detailed) and rows:
+        table = _table("load", *(["arm"] if len(detailed) > 1 else []))
+        for name in ("batch", "slot", "trials", "tokens\nflipped", "answer\nflipped"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for probe, load in rows[:MAX_LOADS]:
+            table.add_row(
+                phrases.load(load),
+                *([probe.arm] if len(detailed) > 1 else []),
+                str(load.batch_size),
+                "all" if load.slot is None else str(load.slot),
+                str(load.n_trials),
+                str(load.n_diverged_trials),
+                "" if load.answer_flips is None else str(load.answer_flips),
+            )
+        yield table
+        if len(rows) > MAX_LOADS:
+            yield Text(f"{len(rows) - MAX_LOADS} more in loads.csv")
+    yield from map(Text, answers.accuracy(findings))
+
+
 def _comparison(summary: Summary) -> Iterator[Text]:
     """What the invariant arm costs, and whether the arms differ at all."""
-    for probe in summary.probes:
-        if probe.slowdown_vs_stock is not None:
-            subject = phrases.subject(probe, summary)
-            yield Text(f"{subject} takes {probe.slowdown_vs_stock:.2f}x the time of stock")
+    timed = [(probe, x) for probe in summary.probes if (x := probe.slowdown_vs_stock) is not None]
+    for probe, slowdown in timed if len(timed) <= MAX_VERDICTS else ():
+        yield Text(f"{phrases.subject(probe, summary)} takes {slowdown:.2f}x the time of stock")
+    if len(timed) > MAX_VERDICTS:
+        slowdowns = [slowdown for _, slowdown in timed]
+        yield Text(
+            f"invariant takes {median(slowdowns):.2f}x the time of stock: the median of "
+            f"{len(timed)} prompts, from {min(slowdowns):.2f}x to {max(slowdowns):.2f}x"
+        )
     if summary.fisher_p is not None:
         yield Text(f"stock against invariant: p = {summary.fisher_p:.2g} (Fisher's exact test)")
 
@@ -312,7 +350,8 @@ def _next_steps(findings: Findings, defaults: RunSpec, width: int) -> Iterator[R
         if remedy.command:
             yield Padding(_command(remedy.command, width), (0, 0, 0, 2))
     failed = list(_failed_probes(findings))
-    for probe_id in failed[:MAX_VERDICTS] if len(failed) > 1 else ():
+    shown = failed[: MAX_VERDICTS if len(failed) <= MAX_VERDICTS else MAX_OF_MANY]
+    for probe_id in shown if len(failed) > 1 else ():
         spec = alone(findings.run.spec, probe_id)
         # A conversation is no option's: the run's file holds it among the others.
         if prompts_file(spec, defaults) is not None:
@@ -320,14 +359,20 @@ def _next_steps(findings: Findings, defaults: RunSpec, width: int) -> Iterator[R
             continue
         yield Text(f"{visible(probe_id)} fails; measure it alone:")
         yield Padding(_command(wrapped_command(spec, defaults, width), width), (0, 0, 0, 2))
+    if len(failed) > len(shown):
+        yield Text(f"{len(failed) - len(shown)} more fail: summary.csv has them")
     if directory:
         yield Text("Show this again, or open report.md and the CSV files there:")
         yield Padding(_command([f"ndcheck report {argument(directory)}"], width), (0, 0, 0, 2))
 
 
 def _failed_probes(findings: Findings) -> dict[str, None]:
-    """Ids of the probes that failed in any arm, each once, in the order of the run."""
-    verdicts = findings.judgement.probes
+    """Ids of the probes that failed in any arm, each once: in the order of the run, of many the
+    worst first."""
+    probes = findings.summary.probes
+    if len(probes) > MAX_VERDICTS:
+        probes = tuple(worst_first(findings))
+    verdicts = (findings.verdicts[probe.arm, probe.probe_id] for probe in probes)
     return dict.fromkeys(v.probe_id for v in verdicts if v.verdict.outcome == "FAIL")
 
 

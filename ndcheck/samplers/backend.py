@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ndcheck.records import RunSpec
 from ndcheck.samplers.options import (
-    MODEL,
+    ASKED,
     OF_SOME,
-    PROMPT,
-    PROMPT_COLUMN,
-    PROMPTS_FILE,
     SHARED,
     Option,
 )
 
 if TYPE_CHECKING:
     from ndcheck.samplers.base import Sampler
+    from ndcheck.samplers.endpoint.private import Private
 
 
 class Backend:
@@ -50,7 +48,7 @@ class Backend:
         own = {option.name: option for option in self.own}
         shared = {option.name: option for option in SHARED}
         return (
-            *(PROMPT, PROMPTS_FILE, PROMPT_COLUMN, MODEL),
+            *ASKED,
             *(option for name, option in own.items() if name not in shared),
             *(
                 own.get(name, option)
@@ -78,7 +76,7 @@ class Backend:
         spec: RunSpec,
         *,
         load_weights: bool,
-        headers: Mapping[str, str],
+        private: Private,
         say: Callable[[str], None],
     ) -> Sampler:
         """The sampler of ``spec``, as `ndcheck.samplers.base.open_sampler` says."""

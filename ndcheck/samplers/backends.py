@@ -11,11 +11,8 @@ from ndcheck.samplers.backend import Backend
 from ndcheck.samplers.endpoint.backend import EndpointBackend
 from ndcheck.samplers.local.backend import LocalBackend
 from ndcheck.samplers.options import (
+    ASKED,
     DEFAULTS,
-    MODEL,
-    PROMPT,
-    PROMPT_COLUMN,
-    PROMPTS_FILE,
     SHARED,
     TRANSFORMERS,
     Option,
@@ -34,7 +31,7 @@ _SHARED_NAMES = {option.name for option in SHARED}
 OPTIONS: dict[str, Option] = {
     option.name: option
     for option in (
-        *(PROMPT, PROMPTS_FILE, PROMPT_COLUMN, MODEL),
+        *ASKED,
         *(
             option
             for backend in reversed(BACKENDS)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ndcheck.probe import Prompt
 from ndcheck.records import Axis, CacheState, Decoding, Probe, RunSpec, Sample, Trial
 from ndcheck.samplers.backends import backend_of
+from ndcheck.samplers.endpoint.private import Private
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +86,15 @@ def open_sampler(
     spec: RunSpec,
     *,
     load_weights: bool = True,
-    headers: Mapping[str, str] | None = None,
+    private: Private | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Sampler:
     """The sampler of ``spec``, by its backend.
 
-    ``load_weights`` False is enough for planning: token counts and the
-    context length. ``headers`` go with every request; ``say`` is told what a server makes us wait
-    for.
+    ``load_weights`` False is enough for planning: token counts and the context length.
+    ``private`` goes with every request to a server; ``say`` is told what takes long.
     Raises UsageError for an unknown model, BackendError where it cannot be loaded or reached.
     """
-    return backend_of(spec).open(spec, load_weights=load_weights, headers=headers or {}, say=say)
+    return backend_of(spec).open(
+        spec, load_weights=load_weights, private=private or Private(), say=say
+    )

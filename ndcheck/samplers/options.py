@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.plan.size import MAX_BATCH_SIZE
-from ndcheck.records import ARMS, AXES, Arm, Axis, Batching, Decoding, Mode, Probe, RunSpec
+from ndcheck.records import (
+    ARMS,
+    AXES,
+    AnswerKind,
+    Arm,
+    Axis,
+    Batching,
+    Decoding,
+    Mode,
+    Probe,
+    RunSpec,
+)
+from ndcheck.storage.reading import parse_json, read_text
 
 DEFAULTS = RunSpec(
     model="builtin",
@@ -196,6 +210,45 @@ def parse_names(option: str, text: str, accepted: tuple[Name, ...]) -> tuple[Nam
     return tuple(name for name in accepted if name in names)
 
 
+def parse_template_kwargs(given: str | Mapping[str, Any] | None) -> str | None:
+    """An object of JSON in one line. Raises UsageError for anything else."""
+    if given is None:
+        return None
+    return compact(parse_object("--chat-template-kwargs", given))
+
+
+def parse_object(option: str, given: str | Mapping[str, Any]) -> dict[str, Any]:
+    """An object of JSON, or of the file after ``@``. Raises UsageError without repeating it."""
+    place = option
+    try:
+        if isinstance(given, str) and given.startswith("@"):
+            place = f"{option} {given}"
+            given = read_text(Path(given[1:]))
+        text = given if isinstance(given, str) else json.dumps(given, allow_nan=False)
+        value = parse_json(text)
+        compact(value).encode()
+    except OSError as error:
+        raise UsageError(f"{place}: {error.strerror}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = getattr(error, "msg", "it is no JSON")
+        raise UsageError(f"{place}: {reason}: give an object, such as '{{\"top_k\": 1}}'") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{place}: give an object, such as '{{\"top_k\": 1}}'")
+    return value
+
+
+def recorded_object(option: str, text: str) -> dict[str, Any]:
+    """The same of a record, which may name no file. Raises UsageError."""
+    if text.startswith("@"):
+        raise UsageError(f"{option}: a record holds the object itself, not a file's name")
+    return parse_object(option, text)
+
+
+def compact(value: Any) -> str:
+    """JSON in one line, the same for equal objects."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
 def show_loads(sizes: Sequence[int]) -> str:
     return join(sizes) or "auto"
 
@@ -203,7 +256,10 @@ def show_loads(sizes: Sequence[int]) -> str:
 PROMPT = Option("prompt", (), (), short="-p")
 PROMPTS_FILE = Option("prompts_file", (), None)
 PROMPT_COLUMN = Option("prompt_column", (), None)
+SYSTEM = Option("system", (), None)
 MODEL = Option("model", ("model",), DEFAULTS.model, has_variable=True)
+ASKED = (PROMPT, PROMPTS_FILE, PROMPT_COLUMN, SYSTEM, MODEL)
+"""What is asked of whom: options that stand before all others."""
 ENGINE = Option("engine", (), TRANSFORMERS, has_variable=True)
 TP = Option("tp", ("tensor_parallel",), DEFAULTS.tensor_parallel)
 WIDTHS = Option("widths", ("widths",), None, parse_widths, join, has_variable=True)
@@ -242,8 +298,11 @@ SHARED = (
     Option("confidence", ("confidence",), DEFAULTS.confidence),
     Option("target_rate", ("target_rate",), DEFAULTS.target_rate),
     Option("random_weights", ("random_weights",), DEFAULTS.random_weights),
+    Option("answer", ("answer",), DEFAULTS.answer,
+           lambda kind: None if kind is None else choice("--answer", AnswerKind)(kind)),
     Option("answer_pattern", ("answer_pattern",), DEFAULTS.answer_pattern),
     Option("chat", ("chat",), DEFAULTS.chat),
+    Option("chat_template_kwargs", ("chat_template_kwargs",), None, parse_template_kwargs),
     Option("trust_remote_code", ("trust_remote_code",), DEFAULTS.trust_remote_code,
            needs_trust=bool),
     Option("stop_on_divergence", ("stop_on_divergence",), DEFAULTS.stop_on_divergence),
@@ -252,6 +311,6 @@ SHARED = (
 """Those of several backends, in the order in which a command gives them."""
 OF_SOME = frozenset({
     "batching", "arrivals", "dtype", "device", "attn", "kernels", "random_weights",
-    "trust_remote_code",
+    "trust_remote_code", "chat_template_kwargs",
 })  # fmt: skip
 """Of SHARED those that a backend has to name to take them."""

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from ndcheck.errors import UsageError
 from ndcheck.judging.verdict import count, run_doubts
-from ndcheck.records import Arm, Count, Positive, Range, Run, RunSpec
+from ndcheck.records import Arm, Run, RunSpec
+from ndcheck.storage.ranges import Count, Positive, Range
 from ndcheck.storage.reading import decode, open_file, parse_json, read_lines
 from ndcheck.storage.run_directory import SampleReader, read_run
 

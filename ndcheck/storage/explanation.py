@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ndcheck.errors import UsageError
-from ndcheck.records import Count
+from ndcheck.storage.ranges import Count
 from ndcheck.storage.reading import decode, parse_json, read_text
 from ndcheck.storage.run_directory import replacing, write_failure
 

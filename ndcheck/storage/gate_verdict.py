@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ndcheck.errors import UsageError
-from ndcheck.records import Count
+from ndcheck.storage.ranges import Count
 from ndcheck.storage.reading import decode, parse_json, read_text
 from ndcheck.storage.run_directory import SAMPLES_FILE, replacing, write_failure
 

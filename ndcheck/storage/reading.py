@@ -26,7 +26,7 @@ from typing import (
 )
 
 from ndcheck.errors import UsageError
-from ndcheck.records import Range
+from ndcheck.storage.ranges import Range
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
 MAX_LINE_BYTES = 32 * 2**20

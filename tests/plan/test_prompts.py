@@ -78,7 +78,7 @@ CONVERSATIONS = {
 def test_conversations_keep_their_system_prompt(tmp_path, name):
     file, content, entry_id = CONVERSATIONS[name]
     entries = read(tmp_path, file, content)
-    assert entries[0] == (entry_id, (SYSTEM, USER))
+    assert entries[0] == (entry_id, (SYSTEM, USER), None)
     (probe, *_) = make_probes([], tmp_path / file)
     assert probe.prompt == USER.content
     assert probe.content == (SYSTEM, USER)
@@ -109,7 +109,7 @@ TEXTS = {
 @pytest.mark.parametrize("name", TEXTS)
 def test_texts(tmp_path, name):
     file, content, column, expected = TEXTS[name]
-    assert [prompt for _, prompt in read(tmp_path, file, content, column)] == expected
+    assert [prompt for _, prompt, _ in read(tmp_path, file, content, column)] == expected
 
 
 REFUSED = {
@@ -171,7 +171,7 @@ def test_json_says_what_json_says(tmp_path, values, name, is_ascii):
     content = "\n".join(json.dumps(each, ensure_ascii=is_ascii) for each in fields)
     if name == "a.json":
         content = json.dumps(fields, ensure_ascii=is_ascii, indent=1)
-    assert [prompt for _, prompt in read(tmp_path, name, content)] == values
+    assert [prompt for _, prompt, _ in read(tmp_path, name, content)] == values
 
 
 @given(
@@ -184,7 +184,7 @@ def test_tables_say_what_csv_says(tmp_path, rows, is_excel):
     # With line feeds alone, csv writes a bare carriage return without quotes.
     style = {} if is_excel else {"lineterminator": "\n", "quoting": csv.QUOTE_ALL}
     csv.writer(written, **style).writerows([("prompt", "note"), *rows])
-    assert [prompt for _, prompt in read(tmp_path, "a.csv", written.getvalue())] == [
+    assert [prompt for _, prompt, _ in read(tmp_path, "a.csv", written.getvalue())] == [
         p for p, _ in rows
     ]
 
@@ -204,10 +204,10 @@ def test_parquet_says_what_pyarrow_says(tmp_path, rows):
     parquet.write_table(table, tmp_path / "a.parquet")
     content = (tmp_path / "a.parquet").read_bytes()
     named = [(str(i), value) for i, value in rows]
-    assert read(tmp_path, "a.parquet", content, "text") == named
+    assert [entry[:2] for entry in read(tmp_path, "a.parquet", content, "text")] == named
     # Its content tells it, on standard input too.
     chats = [(i, (Message("user", value),)) for i, value in named]
-    assert read(tmp_path, "a", content) == chats
+    assert [entry[:2] for entry in read(tmp_path, "a", content)] == chats
 
 
 def test_parquet_that_is_none_of_prompts(tmp_path, monkeypatch):
@@ -274,3 +274,24 @@ def test_a_prompt_in_other_forms():
     assert as_text((SYSTEM, USER)) == "system: Be terse.\nuser: What is 6 x 7?"
     assert continued("hi", "there") == "hi there"
     assert as_messages(continued((SYSTEM, USER), "Now!"))[-1]["content"] == "What is 6 x 7? Now!"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", lines({"prompt": "a", "answer": "42"}, {"prompt": "b", "answer": 42})),
+        ("a.jsonl", lines({"messages": TURNS, "answer": " 42 "}, {"prompt": "b", "answer": 42})),
+        ("a.csv", "prompt,answer\na,42\nb,42\n"),
+    ],
+)
+def test_right_answers_are_read(tmp_path, name, content):
+    assert [entry.answer for entry in read(tmp_path, name, content)] == ["42", "42"]
+    assert [probe.answer for probe in make_probes([], tmp_path / name)] == ["42", "42"]
+
+
+def test_what_is_no_answer_is_none(tmp_path):
+    values = [None, "", True, ["42"], {"text": "42"}]
+    content = lines(*({"prompt": "a", "answer": value} for value in values))
+    assert {entry.answer for entry in read(tmp_path, "a.jsonl", content)} == {None}
+    # Where the prompt is in that column, it is no answer.
+    assert read(tmp_path, "a.jsonl", lines({"answer": "a"}), "answer")[0] == (None, "a", None)

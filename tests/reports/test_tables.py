@@ -33,12 +33,13 @@ SAMPLES = (
 )
 COMPLETIONS = (
     "arm,probe_id,completion_id,count,share,first_divergence,divergent_token,reference_token,"
-    "n_tokens,sha256,text,run_id,first_divergence_from_1"
+    "n_tokens,sha256,text,run_id,first_divergence_from_1,answer"
 )
 LOADS = (
     "arm,probe_id,axis,batch_size,slot,n_trials,n_samples,n_unique,n_diverged_trials,"
     "first_divergence_min,first_divergence_median,latent,elapsed_s,tokens_per_s,cache_state,"
-    "run_id,trial_ids,n_errors,first_divergence_from_1,first_latent_from_1,width"
+    "run_id,trial_ids,n_errors,first_divergence_from_1,first_latent_from_1,"
+    "answer_flips,n_correct,width"
 )
 PROPERTIES = (
     "run_id,arm,probe_id,property,verdict,draw,n_draws,diverged_draws,latent_draws,rate,"
@@ -51,7 +52,7 @@ SUMMARY = (
     "arm,probe_id,n_trials,n_samples,n_unique,modal_count,common_prefix_tokens,diverged_trials,"
     "divergence_rate,rate_ci_low,rate_ci_high,confidence,unseen_mass,chao1,tokens_per_s,"
     "slowdown_vs_stock,verdict,reasons,draw,n_draws,diverged_draws,run_id,latent_draws,"
-    "latent_trials,reasons_json"
+    "latent_trials,reasons_json,n_answers,answer_flipped_draws,n_correct"
 )
 
 

@@ -71,7 +71,7 @@ def test_every_prompt_that_fails_has_a_command_of_its_own(failing, passing) -> N
     assert "p2 fails" not in shown
     assert "alone:" not in screen_of(failing)
     # An option would hold the last message alone, which is another prompt.
-    turns = (Message("system", "be brief"), Message("user", "prompt"))
+    turns = (Message("user", "hi"), Message("assistant", "yes"), Message("user", "prompt"))
     talk = screen_of(failing, passing, failing, messages=turns)
     assert "p1 fails\n" in talk
     assert "p3 fails\n" in talk

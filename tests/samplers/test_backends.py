@@ -43,6 +43,8 @@ CHOSEN = {
 """What chooses each backend on the command line."""
 TYPED = {
     "prompt": "hello", "prompts_file": "prompts.txt", "prompt_column": "b", "model": "m",
+    "system": "Be brief.", "query": "api-version=2024-10-21", "extra_body": '{"top_k":1}',
+    "no_temperature": None, "stop": "END", "chat_template_kwargs": '{"enable_thinking":false}',
     "adapter": "lora", "engine": "vllm", "tp": "2",
     "tp_groups": "8", "pp": "3", "engine_arg": "max_model_len=4096", "invariant_by": "vllm",
     "endpoint": URL,
@@ -51,14 +53,17 @@ TYPED = {
     "arrivals": "poisson:2", "samples": "12", "max_tokens": "7", "temperature": "0.5", "seed": "4",
     "dtype": "fp32", "device": "cpu", "attn": "eager", "kernels": "invariant",
     "widths": "2,6", "confidence": "0.9", "target_rate": "0.1", "random_weights": "5",
-    "answer_pattern": "a+",
+    "answer_pattern": "a+", "answer": "number",
     "chat": None, "trust_remote_code": None, "stop_on_divergence": None, "allow_latent": None,
     "dequantise": None,
 }  # fmt: skip
 """A value other than the default for each option; None: it is a switch."""
 ALSO = {"arrivals": ("--batching", "continuous"), "tp_groups": ("--kernels", "invariant")}
 """What an option needs beside it, where the backend is this process."""
-ALWAYS = {"prompt_column": ("--prompts-file", "prompts.jsonl")}
+ALWAYS = {
+    "prompt_column": ("--prompts-file", "prompts.jsonl"),
+    "chat_template_kwargs": ("--chat",),
+}
 """What it needs everywhere."""
 
 
@@ -139,6 +144,7 @@ def test_a_resumed_run_takes_no_other_option(name, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     is_trusted = name in {
         *("endpoint", "api_key_file", "header", "engine_arg", "attn", "trust_remote_code"),
+        *("query", "extra_body"),
     }
     assert (f"{OPTIONS[name].flag} cannot be changed" in line) != is_trusted
 
@@ -176,6 +182,7 @@ COMMON = {
     "stop_on_divergence": st.booleans(),
     "allow_latent": st.booleans(),
     "chat": st.booleans(),
+    "system": texts(min_size=1).filter(str.strip),
     "answer_pattern": st.sampled_from(["a+", r"\d", "it's (.*) $HOME"]),
 }
 COMPUTED = {
@@ -246,6 +253,10 @@ SPECS = {
             timeout=st.integers(1, 99999),
             retries=st.integers(0, 9),
             api_key_file=st.just(Path("my key.txt")),
+            query=st.sampled_from(["api-version=2024-10-21", ["code=sesame", "api-version=1"]]),
+            extra_body=st.sampled_from(['{"top_k": 1}', {"a": {"api_key": "sesame"}, "b": "it's"}]),
+            stop=st.lists(texts(min_size=1), max_size=2),
+            no_temperature=st.just(value=False),
         ),
     ),
 }

@@ -71,10 +71,10 @@ def sampler():
     """Opens samplers of a server; they are closed at the end."""
     opened = []
 
-    def open_one(url, headers=None, **changed):
+    def open_one(url, private=None, **changed):
         options = {k: changed.pop(k) for k in list(changed) if k in Endpoint.__dataclass_fields__}
         spec = replace(SPEC, endpoint=Endpoint(url, **options), **changed)
-        opened.append(open_sampler(spec, headers=headers))
+        opened.append(open_sampler(spec, private=private))
         return opened[-1], spec
 
     yield open_one

@@ -20,8 +20,9 @@ from ndcheck.api import Run, find_run
 from ndcheck.config import read_checks
 from ndcheck.errors import UsageError
 from ndcheck.plan.prompts import read_prompts
-from ndcheck.records import Endpoint, Engine, Load, Range, RunSpec, Sample
+from ndcheck.records import Endpoint, Engine, Load, RunSpec, Sample
 from ndcheck.storage import reading
+from ndcheck.storage.ranges import Range
 from ndcheck.storage.reading import decode, parse_json, read_text
 from ndcheck.storage.run_directory import SampleReader, read_run
 

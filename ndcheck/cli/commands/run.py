@@ -9,7 +9,7 @@ import typer
 from ndcheck.cli import options as o
 from ndcheck.errors import UsageError
 from ndcheck.plan.prompts import typed_prompts
-from ndcheck.request import DEFAULTS, add_headers, make_spec, parse_headers
+from ndcheck.request import DEFAULTS, add_headers, make_private, make_spec
 from ndcheck.samplers.backends import OPTIONS
 from ndcheck.samplers.options import TRANSFORMERS
 from ndcheck.storage.reading import exists
@@ -25,7 +25,9 @@ def run(
     prompt: o.Prompt = None,
     prompts_file: o.PromptsFile = None,
     prompt_column: o.PromptColumn = None,
+    system: o.System = None,
     chat: o.Chat = False,
+    chat_template_kwargs: o.ChatTemplateKwargs = None,
     loads: o.Loads = o.LOADS_DEFAULT,
     axes: o.Axes = "all",
     widths: o.Widths = None,
@@ -44,6 +46,7 @@ def run(
     dtype: o.Dtype = DEFAULTS.dtype,
     device: o.Device = DEFAULTS.device,
     attn: o.Attention = DEFAULTS.attention,
+    answer: o.Answer = None,
     answer_pattern: o.AnswerPattern = None,
     random_weights: o.RandomWeights = None,
     dequantise: o.Dequantise = False,
@@ -60,6 +63,10 @@ def run(
     retries: o.Retries = OPTIONS["retries"].default,
     api_key_file: o.ApiKeyFile = None,
     header: o.Header = None,
+    query: o.Query = None,
+    extra_body: o.ExtraBody = None,
+    no_temperature: o.NoTemperature = False,
+    stop: o.Stop = None,
     out: o.Out = None,
     resume: o.Resume = None,
     dry_run: o.DryRun = False,
@@ -79,13 +86,13 @@ def run(
 
     if context.args:
         raise UsageError(_stray(context.args[0]))
-    headers = parse_headers(header or ())
+    private = make_private(header or (), query or (), extra_body)
     if resume is not None:
         also_accepted = {*trust.PARAMETERS, "html", "plots", "json", "quiet"}
         run_session.refuse_other_options(context, allowed={"resume", *also_accepted})
         given = trust.given_options(context)
         code = run_session.resume(
-            resume, headers, given, as_json=json, quiet=quiet, html=html, plots=plots
+            resume, private, given, as_json=json, quiet=quiet, html=html, plots=plots
         )
         raise typer.Exit(code)
     if arrival is not None:
@@ -96,7 +103,9 @@ def run(
         prompt=typed_prompts(prompt or (), prompts_file),
         prompts_file=prompts_file,
         prompt_column=prompt_column,
+        system=system,
         chat=chat,
+        chat_template_kwargs=chat_template_kwargs,
         loads=loads,
         axes=axes,
         widths=widths,
@@ -115,6 +124,7 @@ def run(
         dtype=dtype,
         device=device,
         attn=attn,
+        answer=answer,
         answer_pattern=answer_pattern,
         random_weights=random_weights,
         dequantise=dequantise,
@@ -131,20 +141,24 @@ def run(
         timeout=timeout,
         retries=retries,
         api_key_file=api_key_file,
+        query=query or (),
+        extra_body=extra_body,
+        no_temperature=no_temperature,
+        stop=stop or (),
     )
-    spec = add_headers(spec, headers)
+    spec = add_headers(spec, private.headers)
     if verbose and not dry_run:
         raise UsageError("--verbose: it prints the trials of a plan: give --dry-run too")
     if against is not None and (html or plots):
         raise UsageError("--against: ndcheck report DIR --html --plots shows each run afterwards")
     if dry_run:
-        raise typer.Exit(run_session.print_plan(spec, headers, verbose=verbose))
+        raise typer.Exit(run_session.print_plan(spec, private, verbose=verbose))
     if against is not None:
         from ndcheck.cli.comparing import against_session
 
-        code = against_session.start(spec, against, headers, out, as_json=json, quiet=quiet)
+        code = against_session.start(spec, against, private, out, as_json=json, quiet=quiet)
         raise typer.Exit(code)
-    code = run_session.start(spec, headers, out, as_json=json, quiet=quiet, html=html, plots=plots)
+    code = run_session.start(spec, private, out, as_json=json, quiet=quiet, html=html, plots=plots)
     raise typer.Exit(code)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +20,13 @@ from ndcheck.reports.comparison import comparison_document, print_comparison
 from ndcheck.reports.terminal import print_verdict
 from ndcheck.request import check
 from ndcheck.runner import new_directory, slug
+from ndcheck.samplers.endpoint.private import Private
 
 
 def start(
     spec: RunSpec,
     against: str,
-    headers: Mapping[str, str],
+    private: Private,
     out: Path | None,
     *,
     as_json: bool,
@@ -52,7 +52,7 @@ def start(
         for name, side in sides.items():
             note(f"{name.upper()}: {side.endpoint.url if side.endpoint else ''}", quiet=quiet)
             with ProgressLine(quiet=quiet) as progress:
-                runs[name] = measure_spec(side, places[name], progress.show, headers)
+                runs[name] = measure_spec(side, places[name], progress.show, private)
     comparison = compare(*(run.findings.measured for run in runs.values()))
     has_bits = all(drift.bits_recorded for drift in comparison.drifts)
     kinds: tuple[FailOn, ...] = ("tokens",)

@@ -16,7 +16,7 @@ from ndcheck.cli.console import EXIT_CODES, note
 from ndcheck.errors import UsageError, doing
 from ndcheck.judging.verdict import count, worst
 from ndcheck.records import ARMS
-from ndcheck.request import add_headers, make_spec, parse_headers
+from ndcheck.request import add_headers, make_private, make_spec
 from ndcheck.samplers.backends import OPTIONS
 from ndcheck.samplers.options import TRANSFORMERS, parse_names
 from ndcheck.scoring.comparing import compare
@@ -82,7 +82,7 @@ def open_scorer(
         options |= _of_run(
             recording, given, engine=typed["engine"], is_served=typed["endpoint"] is not None
         )
-    values = parse_headers(headers)
+    values = make_private(headers).headers
     spec = add_headers(make_spec(**options), values)
     if len(spec.arms) > 1:
         raise UsageError(f"--kernels {typed['kernels']}: give one of {', '.join(ARMS)}")

@@ -96,7 +96,7 @@ def _read(file: Path, column: str | None) -> list[Entry]:
         )
     if column is not None:
         raise ValueError("--prompt-column is for JSON, CSV and Parquet: this is text")
-    return [(None, line) for _, line in _lines(text)]
+    return [Entry(None, line) for _, line in _lines(text)]
 
 
 def _bounded(content: bytes) -> bytes:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from ndcheck.probe import Message, Prompt, Speaker
 from ndcheck.storage.reading import is_unicode
 
-Entry = tuple[str | None, Prompt]
+
+class Entry(NamedTuple):
+    """A prompt with its id and the right answer, where it has them."""
+
+    name: str | None
+    prompt: Prompt
+    answer: str | None = None
+
 
 HOLDERS = ("prompt", "messages", "conversations", "body")
 """Fields of which one holds the prompt; ``body`` is that of a request in an OpenAI batch."""
 IDS = ("custom_id", "id")
 SYSTEM = "system"
+ANSWER = "answer"
 PROMPT_CHANGING = ("tools", "functions", "chat_template_kwargs")
 MESSAGE_CHANGING = ("tool_calls", "function_call", "name", "audio", "images")
-FIELDS = (*HOLDERS, *IDS, SYSTEM, *PROMPT_CHANGING)
+FIELDS = (*HOLDERS, *IDS, SYSTEM, ANSWER, *PROMPT_CHANGING)
 """All that an entry is read for."""
 ROLES: dict[str, Speaker] = {
     "system": "system",
@@ -40,8 +49,9 @@ def read_entry(value: Any, column: str | None = None) -> Entry:
     if not isinstance(value, dict):
         if column is not None:
             raise ValueError(f"it has no field {column!r}")
-        return None, _read_prompt(value)
-    return _read_id(value), _read_fields(value, column)
+        return Entry(None, _read_prompt(value))
+    answer = None if column == ANSWER else _read_answer(value.get(ANSWER))
+    return Entry(_read_id(value), _read_fields(value, column), answer)
 
 
 def is_conversation(value: Any) -> bool:
@@ -63,6 +73,14 @@ def _read_id(fields: dict[str, Any]) -> str | None:
     if type(name) not in (str, int) or not is_unicode(str(name)):
         raise ValueError("id: give a text or a whole number")
     return str(name)
+
+
+def _read_answer(value: Any) -> str | None:
+    """The right answer; None of what is no text and no number, which need not be one."""
+    if isinstance(value, str):
+        return value.strip() or None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return str(value) if is_number and math.isfinite(value) else None
 
 
 def _read_fields(fields: dict[str, Any], column: str | None) -> Prompt:

@@ -60,7 +60,7 @@ def html_report(
         prompts_file=PROMPTS_FILE if prompts_file(run.spec, defaults) else None,
         remedies=remedies(findings, defaults, "", COMMAND_WIDTH),
         advice=findings.advice,
-        claims=claims(findings, visible),
+        claims=claims(findings, visible, findings.summary.probes),
         exclusions=exclusions(run),
         environment=_facts(run),
         policy=_policy(scripts, styles),

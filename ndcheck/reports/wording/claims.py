@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ndcheck.analysis.summary import ProbeSummary
 from ndcheck.findings import Findings
@@ -11,9 +11,11 @@ from ndcheck.reports.wording import phrases
 from ndcheck.samplers.backends import backend_of
 
 
-def claims(findings: Findings, escape: Callable[[str], str]) -> list[str]:
-    """One sentence for each probe and arm; ``escape`` makes the names in it safe to show."""
-    ranked = sorted(findings.summary.probes, key=_weakness)
+def claims(
+    findings: Findings, escape: Callable[[str], str], probes: Sequence[ProbeSummary]
+) -> list[str]:
+    """A sentence for each of ``probes``; ``escape`` makes the names in it safe to show."""
+    ranked = sorted(probes, key=_weakness)
     found = [_claim(probe, findings, escape) for probe in ranked]
     return found or ["None: nothing was measured."]
 
@@ -67,7 +69,10 @@ def exclusions(run: Run) -> list[str]:
         "Replicas that are chosen by address or by request: each trial opens connections of its "
         "own, and nothing else can be varied from here."
     ]
+    drawing = ["How the server draws its tokens: no temperature was sent."]
+    omits = run.spec.endpoint is not None and run.spec.endpoint.omits_temperature
     return [
+        *(drawing if omits else []),
         *(overlap if witness == "client-side overlap" else []),
         *(replicas if backend_of(run.spec).is_remote else []),
         "Anything on other hardware, other versions of the software or other numeric flags.",

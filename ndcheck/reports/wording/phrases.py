@@ -195,8 +195,11 @@ def workload(run: Run) -> str:
     loads = ", ".join(map(str, spec.batch_sizes))
     arrivals = backend_of(spec).arrivals(spec)
     how = "" if spec.batching == "exact" else f", continuous batching, arrivals {arrivals}"
+    temperature = f"temperature {spec.decoding.temperature:g}"
+    if spec.endpoint is not None and spec.endpoint.omits_temperature:
+        temperature = "the server's own temperature"
     return (
-        f"{spec.decoding.max_tokens} tokens at temperature {spec.decoding.temperature:g}, "
+        f"{spec.decoding.max_tokens} tokens at {temperature}, "
         f"{_rows(run)} {loads} ({spec.mode}{how}){_ending(run)}"
     )
 

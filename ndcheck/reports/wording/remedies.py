@@ -93,6 +93,12 @@ def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) 
                 "A server draws tokens at random above temperature 0",
                 replace(spec, decoding=decoding),
             )
+        elif spec.endpoint is not None and spec.endpoint.omits_temperature:
+            suggest(
+                "No temperature was sent, so the server may have drawn these tokens: where it "
+                "takes temperature 0",
+                replace(spec, endpoint=replace(spec.endpoint, omits_temperature=False)),
+            )
         elif backend.is_remote and by_chance and narrower.batch_sizes == (1,):
             found.append(Remedy(ALONE_BY_CHANCE, ()))
         elif backend.is_remote:
@@ -166,7 +172,10 @@ def _narrower(spec: RunSpec, findings: Findings) -> RunSpec | None:
 def alone(spec: RunSpec, probe_id: str) -> RunSpec:
     """``spec`` with one of its probes, by the id that it gets from an option."""
     chosen = (probe for probe in spec.probes if probe.probe_id == probe_id)
-    return replace(spec, probes=tuple(replace(probe, probe_id="p1") for probe in chosen))
+    # Its right answer would need a file.
+    return replace(
+        spec, probes=tuple(replace(probe, probe_id="p1", answer=None) for probe in chosen)
+    )
 
 
 def _samples_until(

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
+from typing import Any
 
 from ndcheck.plan.conversations import as_messages
 from ndcheck.plan.prompts import STANDARD_INPUT
@@ -84,29 +85,45 @@ def prompts_file(spec: RunSpec, defaults: RunSpec) -> str | None:
     """What the file holds that the command names; None if the command names none."""
     if spec.probes == defaults.probes or _fit_options(spec.probes):
         return None
-    lines = (
-        {"id": probe.probe_id, "messages": as_messages(probe.messages)}
-        if probe.messages
-        else {"id": probe.probe_id, "prompt": probe.prompt}
-        for probe in spec.probes
-    )
-    return "".join(json.dumps(line) + "\n" for line in lines)
+    return "".join(json.dumps(_entry(probe)) + "\n" for probe in spec.probes)
+
+
+def _entry(probe: Probe) -> dict[str, Any]:
+    prompt = {"messages": as_messages(probe.messages)} if probe.messages else probe.prompt
+    held = prompt if isinstance(prompt, dict) else {"prompt": prompt}
+    return {"id": probe.probe_id, **held, **({"answer": probe.answer} if probe.answer else {})}
 
 
 def _prompts(probes: tuple[Probe, ...], directory: str) -> list[str]:
     if not _fit_options(probes):
         return [f"--prompts-file {argument(str(PurePath(directory, PROMPTS_FILE)))}"]
-    return [f"--prompt {argument(probe.prompt)}" for probe in probes]
+    system = _shared_system(probes)
+    return [
+        *([] if system is None else [f"--system {argument(system)}"]),
+        *(f"--prompt {argument(probe.prompt)}" for probe in probes),
+    ]
+
+
+def _shared_system(probes: tuple[Probe, ...]) -> str | None:
+    """The system prompt that all of them begin with, where nothing but the prompt follows."""
+    roles = {tuple(message.role for message in probe.messages) for probe in probes}
+    texts = {probe.messages[0].content for probe in probes if probe.messages}
+    return texts.pop() if roles == {("system", "user")} and len(texts) == 1 else None
 
 
 def _fit_options(probes: tuple[Probe, ...]) -> bool:
     """Ids have to be p1, p2, ..., which options get: the fillers' contents depend on them."""
     return (
         len(probes) <= _MAX_PROMPTS
-        and not any("\0" in probe.prompt or probe.messages for probe in probes)
-        and not any(probe.prompt == STANDARD_INPUT for probe in probes)
+        and (_shared_system(probes) is not None or not any(probe.messages for probe in probes))
+        and not any("\0" in message for probe in probes for message in _texts(probe))
+        and not any(probe.prompt == STANDARD_INPUT or probe.answer for probe in probes)
         and all(probe.probe_id == f"p{i}" for i, probe in enumerate(probes, 1))
     )
+
+
+def _texts(probe: Probe) -> tuple[str, ...]:
+    return (probe.prompt, *(message.content for message in probe.messages))
 
 
 def argument(text: str) -> str:

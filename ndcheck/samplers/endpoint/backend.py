@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.records import Arm, Endpoint, Fillers, RunSpec
 from ndcheck.samplers.backend import Backend
+from ndcheck.samplers.endpoint.private import Private, recorded_body, recorded_query
 from ndcheck.samplers.options import (
     ARRIVALS,
     DEFAULTS,
@@ -22,6 +23,7 @@ from ndcheck.samplers.options import (
     join,
     parse_arms,
 )
+from ndcheck.storage.reading import is_unicode
 
 if TYPE_CHECKING:
     from ndcheck.samplers.base import Sampler
@@ -58,6 +60,24 @@ class EndpointBackend(Backend):
             repeats=True,
             needs_trust=bool,
         ),
+        Option(
+            "query",
+            ("endpoint.query",),
+            (),
+            recorded_query,
+            lambda item: item if "=" in item else f"{item}=VALUE",
+            repeats=True,
+            needs_trust=bool,
+        ),
+        Option("extra_body", ("endpoint.extra_body",), None, recorded_body, needs_trust=bool),
+        Option("no_temperature", ("endpoint.omits_temperature",), BLANK.omits_temperature),
+        Option(
+            "stop",
+            ("endpoint.stop",),
+            (),
+            lambda texts: (texts,) if isinstance(texts, str) else tuple(texts),
+            repeats=True,
+        ),
         Option("fillers", ("endpoint.fillers",), BLANK.fillers, choice("--fillers", Fillers)),
         Option("timeout", ("endpoint.timeout_s",), BLANK.timeout_s, show=lambda s: f"{s:g}"),
         Option("retries", ("endpoint.n_retries",), BLANK.n_retries),
@@ -74,7 +94,9 @@ class EndpointBackend(Backend):
     )
     refusal = SERVERS_OWN
     refusals: ClassVar = {
-        "engine": "with --endpoint the server has its engine already; give one of the two"
+        "engine": "with --endpoint the server has its engine already; give one of the two",
+        "chat_template_kwargs": "with --endpoint give --extra-body "
+        "'{\"chat_template_kwargs\": {...}}', where the server takes it",
     }
     opening = "probing"
     is_remote = True
@@ -85,6 +107,10 @@ class EndpointBackend(Backend):
     def blank(self, defaults: RunSpec) -> RunSpec:
         return replace(defaults, endpoint=BLANK, arms=("stock",), axes=SCHEDULED_AXES)
 
+    def check_given(self, typed: Mapping[str, Any]) -> None:
+        if typed["no_temperature"] and typed["temperature"]:
+            raise UsageError("--no-temperature: it leaves out what --temperature gives: choose one")
+
     def check(self, spec: RunSpec) -> None:
         endpoint = spec.endpoint or BLANK
         _check_address(endpoint.url)
@@ -93,6 +119,8 @@ class EndpointBackend(Backend):
             raise UsageError(f"--timeout {endpoint.timeout_s}: give a positive number of seconds")
         if endpoint.n_retries < 0:
             raise UsageError(f"--retries {endpoint.n_retries}: give 0 or more")
+        if not all(text and is_unicode(text) for text in endpoint.stop):
+            raise UsageError("--stop: give a text that is valid UTF-8 and not empty")
         if spec.model == DEFAULTS.model:
             raise UsageError("--endpoint: give the name of a served model as --model")
         if not spec.batch_sizes:
@@ -105,12 +133,12 @@ class EndpointBackend(Backend):
         spec: RunSpec,
         *,
         load_weights: bool,
-        headers: Mapping[str, str],
+        private: Private,
         say: Callable[[str], None],
     ) -> Sampler:
         from ndcheck.samplers.endpoint.sampler import EndpointSampler
 
-        return EndpointSampler(spec, spec.endpoint or BLANK, headers, say)
+        return EndpointSampler(spec, spec.endpoint or BLANK, private, say)
 
     def unseen(self, spec: RunSpec) -> str | None:
         url = (spec.endpoint or BLANK).url
@@ -131,7 +159,8 @@ def _check_address(url: str) -> None:
     if has_secret:
         raise UsageError(
             "--endpoint: leave out user, password and query, which would be recorded: give a key "
-            "in NDCHECK_API_KEY or with --api-key-file, other secrets with --header"
+            "in NDCHECK_API_KEY or with --api-key-file, other secrets with --header, a query with "
+            "--query"
         )
     if not is_address or not url.isprintable():
         # Not repeated: an address that cannot be read may hold a password anywhere.

@@ -101,7 +101,9 @@ def _find_compared(answer: Answer, n_tokens: int) -> Compared:
 
     def is_full(found: list[Any]) -> bool:
         """Some give log-probabilities, and ids with them, for the most interesting tokens only."""
-        return bool(found) and (answer.finish_reason != "length" or len(found) == n_tokens)
+        n_made = len(found) + (answer.n_reasoning_tokens or 0)
+        is_whole = answer.finish_reason != "length" or n_tokens in (len(found), n_made)
+        return bool(found) and is_whole
 
     if is_full(answer.token_ids):
         return "token ids"
@@ -112,6 +114,8 @@ def _counts_tokens(answer: Answer, n_tokens: int) -> bool:
     """Does the usage agree with what arrived, or at the limit with what was asked for?"""
     n_sent = len(answer.token_ids) or len(answer.tokens)
     if answer.n_tokens is None:
+        return True
+    if n_sent and answer.n_tokens == n_sent + (answer.n_reasoning_tokens or 0):
         return True
     if n_sent and answer.finish_reason != "length":
         return answer.n_tokens - n_sent in (0, 1)

@@ -37,7 +37,8 @@ class Outcome:
 class Client:
     """Asks one server in one dialect.
 
-    A server that asks to wait is obeyed, up to ``longest_pause_s``; ``say`` is told of it.
+    ``extra_body`` goes with every request. A server that asks to wait is obeyed, up to
+    ``longest_pause_s``; ``say`` is told of it.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Client:
         dialect: Dialect,
         n_retries: int,
         longest_pause_s: float,
+        extra_body: Body,
         say: Callable[[str], None],
     ) -> None:
         self._transport = transport
         self._dialect = dialect
         self._n_retries = n_retries
         self._longest_pause_s = longest_pause_s
+        self._extra_body = extra_body
         self._say = say
         self._said_s = -math.inf
         base = transport.root if isinstance(dialect, Generate) else transport.base
@@ -120,6 +123,7 @@ class Client:
 
     async def _ask_once(self, body: Body, max_tokens: int) -> Answer:
         answer = Answer()
+        body = {**body, **self._extra_body}
 
         def take(event: Event) -> None:
             answer.add(self._dialect.read(event), time.perf_counter())

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-from ndcheck.errors import BackendError, UsageError
+from ndcheck.errors import BackendError, UsageError, doing
 from ndcheck.plan.fillers import filler_text
 from ndcheck.probe import Prompt
 from ndcheck.records import Endpoint, RunSpec
@@ -17,11 +17,13 @@ from ndcheck.samplers.endpoint.answers.answer import EMPTY, Answer
 from ndcheck.samplers.endpoint.answers.dialects import Body, Chat, Completions, Dialect, Generate
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.answers.events import as_count, as_dict, as_fact, as_list
+from ndcheck.samplers.endpoint.answers.responses import Responses
 from ndcheck.samplers.endpoint.capabilities import BUSY, Capabilities, probe
 from ndcheck.samplers.endpoint.client import Client
 from ndcheck.samplers.endpoint.prefix_cache import PrefixCache
 from ndcheck.samplers.endpoint.transport import Transport
 from ndcheck.samplers.endpoint.witness import CLIENT_OVERLAP, MetricsWitness, find_gauge
+from ndcheck.storage.reading import parse_json
 
 N_PROBING_TOKENS = 4
 N_LIMITS = 5
@@ -30,6 +32,7 @@ LONGEST_LIMIT = 64
 N_TIMINGS = 3
 MAX_OFFERED = 8
 SMALL_TEMPERATURE = 0.001
+NOT_THERE = (404, 405)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,10 @@ async def _get_models(transport: Transport) -> dict[str, object]:
     return await transport.get_object(f"{transport.base}/models")
 
 
-async def _explain(failure: RequestFailure, spec: RunSpec, transport: Transport) -> UsageError:
-    """The refusal, with what may help against it."""
+async def _explain(
+    failure: RequestFailure, spec: RunSpec, endpoint: Endpoint, transport: Transport
+) -> UsageError:
+    """The refusal, with the options that may help against it."""
     words = str(failure).lower()
     names = [
         as_fact(as_dict(entry).get("id"))
@@ -91,22 +96,45 @@ async def _explain(failure: RequestFailure, spec: RunSpec, transport: Transport)
         offered = ", ".join(map(repr, names[:MAX_OFFERED]))
         more = f" and {len(names) - MAX_OFFERED} more" if len(names) > MAX_OFFERED else ""
         hints.append(f"it offers {offered}{more}")
-    elif failure.status in (404, 405):
+    elif _lacks_version(words, endpoint, transport):
+        hints.append("give its version with --query, such as --query api-version=2024-10-21")
+    elif failure.status in NOT_THERE:
         hints.append(await _find_address(spec, transport, has_models=bool(names)))
     elif failure.status in (401, 403):
-        hints.append("the key is read from NDCHECK_API_KEY or --api-key-file")
-    elif "temperature" in words and not spec.decoding.temperature:
         hints.append(
-            "without temperature 0 a server draws its tokens: where it takes a seed, "
+            "the key is read from NDCHECK_API_KEY or --api-key-file and sent as a bearer token; "
+            "for another header give --header 'api-key: VALUE'"
+        )
+    elif "temperature" in words and not endpoint.omits_temperature:
+        hints.append(
+            "--no-temperature leaves it out, and sampling to the server; where it takes a seed, "
             f"--temperature {SMALL_TEMPERATURE} leaves near-ties alone to chance"
         )
+    elif "stop" in words and endpoint.stop:
+        hints.append("this is what --stop asks for")
+    elif named := _fields_named(words, endpoint):
+        hints.append(f"--extra-body sends {', '.join(named)}")
+    elif any(word in words for word in ("required", "missing", "must provide", "expected field")):
+        hints.append("--extra-body adds a field, --header a header, --query a parameter")
     hint = f" ({'; '.join(filter(None, hints))})" if any(hints) else ""
     return UsageError(f"--endpoint {transport.base} --model {spec.model}: {failure}{hint}")
 
 
+def _lacks_version(words: str, endpoint: Endpoint, transport: Transport) -> bool:
+    """Is it Azure's way to address a model, without the version that it needs?"""
+    is_azure = "api-version" in words or "api version" in words or "/deployments/" in transport.base
+    return is_azure and not any(item.startswith("api-version") for item in endpoint.query)
+
+
+def _fields_named(words: str, endpoint: Endpoint) -> list[str]:
+    """The extra fields of requests that a refusal speaks of."""
+    fields = parse_json(endpoint.extra_body) if endpoint.extra_body else {}
+    return [name for name in fields if name.lower() in words]
+
+
 async def _find_address(spec: RunSpec, transport: Transport, *, has_models: bool) -> str:
     """What is wrong with the address, as far as the server's own pages tell."""
-    for path in ("/chat/completions", "/completions", "/models"):
+    for path in ("/chat/completions", "/completions", "/responses", "/models"):
         if transport.base.endswith(path):
             return f"leave out {path}: ndcheck adds it"
     if has_models:
@@ -144,6 +172,7 @@ class Server:
 async def _ask_briefly(
     spec: RunSpec, dialect: Dialect, client: Client, prompt: Prompt, max_tokens: int, fields: Body
 ) -> Answer:
+    max_tokens = max(max_tokens, dialect.least_tokens)
     body = dialect.body(spec.model, prompt, max_tokens, spec.decoding)
     answer = await client.ask({**body, **fields}, max_tokens)
     answer.settle(max_tokens, len(answer.token_ids) or len(answer.tokens) or answer.n_tokens)
@@ -151,20 +180,47 @@ async def _ask_briefly(
 
 
 async def open_server(
-    spec: RunSpec, endpoint: Endpoint, transport: Transport, say: Callable[[str], None]
+    spec: RunSpec,
+    endpoint: Endpoint,
+    transport: Transport,
+    extra_body: Body,
+    say: Callable[[str], None],
 ) -> Server:
     """Find out who answers and what it can do, by short requests for the first probe.
 
+    ``extra_body`` goes with every request.
     Raises BackendError where the server fails, UsageError where it refuses what is asked.
     """
     try:
-        identity = await identify(transport, spec.model)
+        with doing("asking the server what it is"):
+            identity = await identify(transport, spec.model)
         gauge = await find_gauge(transport)
-        dialect: Dialect = Chat() if spec.chat else Completions()
-        if identity.server == "SGLang" and gauge and not spec.chat:
-            dialect = Generate()
-        client = Client(transport, dialect, endpoint.n_retries, endpoint.timeout_s, say)
-        capabilities = await _find_capabilities(spec, transport, dialect, client)
+        kinds: list[Callable[..., Dialect]] = [Chat, Responses] if spec.chat else [Completions]
+        # Its own API takes no field of OpenAI's.
+        is_plain = not (spec.chat or endpoint.extra_body or endpoint.stop)
+        if identity.server == "SGLang" and gauge and is_plain:
+            kinds = [Generate]
+        refused: RequestFailure | None = None
+        for kind in kinds:
+            dialect = kind(sends_temperature=not endpoint.omits_temperature)
+            client = Client(
+                transport, dialect, endpoint.n_retries, endpoint.timeout_s, extra_body, say
+            )
+            try:
+                with doing("trying what the server can do"):
+                    capabilities = await _find_capabilities(spec, transport, dialect, client)
+                break
+            except RequestFailure as failure:
+                if failure.status not in NOT_THERE:
+                    raise
+                refused = refused or failure
+        else:
+            raise refused or RequestFailure("nothing was asked")
+        if spec.decoding.max_tokens < dialect.least_tokens:
+            raise UsageError(
+                f"--max-tokens {spec.decoding.max_tokens}: this server offers {dialect.path} "
+                f"alone, which gives {dialect.least_tokens} or more"
+            )
         if spec.decoding.temperature and "seed" not in capabilities.accepted:
             raise UsageError(
                 f"--temperature {spec.decoding.temperature:g}: this server takes no "
@@ -172,6 +228,10 @@ async def open_server(
             )
         prompt = spec.probes[0].content
         n_tokens = min(N_PROBING_TOKENS, spec.decoding.max_tokens)
+        if endpoint.stop:
+            # Refused now rather than in the first trial.
+            stopping = {**capabilities.probe_fields, "stop": list(endpoint.stop)}
+            await _ask_briefly(spec, dialect, client, prompt, n_tokens, stopping)
         cache = await prefix_cache.find(
             identity.server,
             transport,
@@ -179,14 +239,15 @@ async def open_server(
                 spec, dialect, client, prompt, n_tokens, {**capabilities.probe_fields, **fields}
             ),
         )
-        n_others = await _vary_limit(spec, dialect, client, capabilities)
+        with doing("asking for completions of other lengths"):
+            n_others = await _vary_limit(spec, dialect, client, capabilities)
     except RequestFailure as failure:
         if (
             failure.status is not None
             and 400 <= failure.status < 500
             and failure.status not in BUSY
         ):
-            raise await _explain(failure, spec, transport) from failure
+            raise await _explain(failure, spec, endpoint, transport) from failure
         raise BackendError(f"--endpoint {transport.base}: {failure}") from failure
     metrics = MetricsWitness(transport, gauge) if gauge else None
     return Server(spec, identity, dialect, client, capabilities, metrics, cache, n_others)
@@ -200,6 +261,7 @@ async def _find_capabilities(
     Raises RequestFailure where the server fails, UsageError where it refuses what was asked.
     """
     prompt, n_tokens = spec.probes[0].content, min(N_PROBING_TOKENS, spec.decoding.max_tokens)
+    n_tokens = max(n_tokens, dialect.least_tokens)
     while True:
         try:
             first = await _ask_briefly(spec, dialect, client, prompt, n_tokens, {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -33,8 +33,9 @@ from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.arrivals import run_trial
 from ndcheck.samplers.endpoint.capabilities import FP32_DIGITS
 from ndcheck.samplers.endpoint.client import Outcome, check_whole
-from ndcheck.samplers.endpoint.credentials import request_headers
+from ndcheck.samplers.endpoint.credentials import request_body, request_headers, request_query
 from ndcheck.samplers.endpoint.opening import Identity, identify, open_server
+from ndcheck.samplers.endpoint.private import Private, secrets_of
 from ndcheck.samplers.endpoint.transport import Transport
 from ndcheck.samplers.endpoint.witness import (
     batch_sizes_read,
@@ -68,7 +69,7 @@ class EndpointSampler:
         self,
         spec: RunSpec,
         endpoint: Endpoint,
-        headers: Mapping[str, str],
+        private: Private,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         """``say`` is told what takes long: a server that asks to wait."""
@@ -76,15 +77,23 @@ class EndpointSampler:
         self._endpoint = endpoint
         self._arrivals = parse_arrivals(endpoint.arrival, "s")
         self._runner = asyncio.Runner()
+        query = request_query(endpoint, private.query)
+        extra_body = request_body(endpoint, private.extra_body)
+        public = set(endpoint.query)
         self._transport = Transport(
             endpoint.url,
-            request_headers(endpoint, headers),
+            request_headers(endpoint, private.headers),
             endpoint.timeout_s,
+            query,
+            (
+                *(value for key, value in query.items() if f"{key}={value}" not in public),
+                *secrets_of(extra_body),
+            ),
         )
         self._n_without_bits = 0
         self._prompt_ids: dict[Prompt, list[int]] = {}
         try:
-            self._server = self._run(open_server(spec, endpoint, self._transport, say))
+            self._server = self._run(open_server(spec, endpoint, self._transport, extra_body, say))
         except BaseException:
             self.close()
             raise
@@ -217,7 +226,9 @@ class EndpointSampler:
         rng = random.Random(f"{load.filler_seed}/{load.batch_size}/fillers")
         rows = (row for row in range(load.batch_size) if row not in load.slots)
         lengths = dict(zip(rows, load.filler_lengths, strict=True))
-        check = check_whole(decoding.max_tokens, seen.compared, counts_tokens=seen.counts_tokens)
+        # The tokens that a stop is made of may be counted without being sent.
+        counts_tokens = seen.counts_tokens and not self._endpoint.stop
+        check = check_whole(decoding.max_tokens, seen.compared, counts_tokens=counts_tokens)
 
         async def send_probe(index: int) -> None:
             body = self._server.dialect.body(
@@ -228,6 +239,8 @@ class EndpointSampler:
                 streamed=self._server.metrics is None or index < N_STREAMED,
             )
             body |= seen.probe_fields
+            if self._endpoint.stop:
+                body["stop"] = list(self._endpoint.stop)
             if not body["stream"]:
                 body.pop("stream_options", None)
             if "seed" in seen.accepted:

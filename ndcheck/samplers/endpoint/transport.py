@@ -10,7 +10,7 @@ import re
 import ssl
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -63,13 +63,22 @@ class Transport:
     everything that leaves here. Raises UsageError for settings that no connection can be made with.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str], timeout_s: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        timeout_s: float,
+        query: Mapping[str, str] | None = None,
+        secrets: Iterable[str] = (),
+    ) -> None:
+        """``query`` goes into every address; ``secrets`` are those that requests hold."""
         import httpx2
 
         self._httpx = httpx2
         self.base = url.rstrip("/")
         self.root = self.base.removesuffix("/v1")
-        self.redactor = Redactor(headers)
+        self.redactor = Redactor({**headers, **{f"secret {s}": s for s in secrets}})
+        self._query = query or None
         self._headers = {**headers, "accept-encoding": "identity"}
         self._timeout_s = timeout_s
         self._tls = self._make_tls()
@@ -170,7 +179,9 @@ class Transport:
         try:
             async with asyncio.timeout(timeout_s):
                 try:
-                    request = client.build_request(method, url, json=body, headers=headers)
+                    request = client.build_request(
+                        method, url, params=self._query, json=body, headers=headers
+                    )
                     response = await client.send(request, stream=True)
                 except (ValueError, self._httpx.InvalidURL) as error:
                     raise RequestFailure(f"{method} {url}: {self._why(error)}") from None

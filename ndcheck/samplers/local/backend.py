@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ndcheck.errors import UsageError, did_you_mean
+from ndcheck.errors import UsageError, did_you_mean, doing
 from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.ranks import check_request
 from ndcheck.records import RunSpec
@@ -23,6 +23,7 @@ from ndcheck.samplers.options import (
 )
 
 if TYPE_CHECKING:
+    from ndcheck.samplers.endpoint.private import Private
     from ndcheck.samplers.local.sampler import TransformersSampler
 
 MOST_BYTES_LOADED = 2 << 30
@@ -63,13 +64,14 @@ class LocalBackend(Backend):
         spec: RunSpec,
         *,
         load_weights: bool = True,
-        headers: Mapping[str, str] | None = None,
+        private: Private | None = None,
         say: Callable[[str], None] | None = None,
     ) -> TransformersSampler:
         from ndcheck.samplers.local.checkpoint.sources import find_source
 
         find_source(spec)  # Before torch is imported, which takes seconds.
-        from ndcheck.samplers.local.sampler import TransformersSampler
+        with doing("importing torch and transformers"):
+            from ndcheck.samplers.local.sampler import TransformersSampler
 
         return TransformersSampler(spec, load_weights=load_weights)
 

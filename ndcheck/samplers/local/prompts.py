@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ndcheck.errors import UsageError
@@ -14,15 +15,26 @@ from ndcheck.records import Load, Probe, RunSpec
 from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.checkpoint.bounds import bounded
 from ndcheck.samplers.local.loading import first_line, load_tokenizer
+from ndcheck.storage.reading import parse_json
 
 TEMPLATE_S = 2
+TEMPLATE_VARIABLES = {"tools", "documents"}
 
 
 class Prompts:
     """A tokenizer, with the chat template if one is wanted."""
 
-    def __init__(self, tokenizer: Any, *, chat: bool, source: str, n_ids: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat: bool,
+        source: str,
+        n_ids: int | None,
+        template_kwargs: Mapping[str, Any],
+    ) -> None:
         self._tokenizer = tokenizer
+        self._template_kwargs = template_kwargs
         self._chat = chat
         self._source = source
         self._n_ids = n_ids
@@ -54,7 +66,10 @@ class Prompts:
         with bounded(f"--chat: the chat template of {self._source}", TEMPLATE_S):
             try:
                 encoded = self._tokenizer.apply_chat_template(
-                    as_messages(prompt), add_generation_prompt=True, return_dict=True
+                    as_messages(prompt),
+                    add_generation_prompt=True,
+                    return_dict=True,
+                    **self._template_kwargs,
                 )
             except MemoryError:
                 raise
@@ -124,4 +139,11 @@ def load_prompts(source: str, spec: RunSpec, text_config: Any = None) -> Prompts
             f"--chat, and conversations, need a chat template, and {source} has no chat template"
         )
     n_ids = getattr(text_config, "vocab_size", None)
-    return Prompts(tokenizer, chat=spec.chat, source=source, n_ids=n_ids)
+    template_kwargs = parse_json(spec.chat_template_kwargs or "{}")
+    # What the method takes itself is no variable of the template.
+    taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"kwargs"}
+    if clash := sorted(taken & template_kwargs.keys() - TEMPLATE_VARIABLES):
+        raise UsageError(f"--chat-template-kwargs {clash[0]}: ndcheck needs it as it is")
+    return Prompts(
+        tokenizer, chat=spec.chat, source=source, n_ids=n_ids, template_kwargs=template_kwargs
+    )

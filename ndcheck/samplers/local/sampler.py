@@ -7,7 +7,6 @@ to the end of the trial, a finished row's further tokens are dropped, and the ba
 from __future__ import annotations
 
 import gc
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ndcheck.errors import BackendError, TrialError
+from ndcheck.errors import BackendError, TrialError, doing
 from ndcheck.plan.arrivals import parse_arrivals
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.plan.queue import Request, queue_requests
@@ -40,9 +39,7 @@ from ndcheck.samplers.local.memory import is_out_of_memory, largest_batch_size
 from ndcheck.samplers.local.prompts import load_prompts
 from ndcheck.samplers.local.refusals import find_refusals, paths_of
 from ndcheck.samplers.local.selection import read_step
-from ndcheck.samplers.local.steps import Completions, DecodeSteps, Stream
-
-log = logging.getLogger(__name__)
+from ndcheck.samplers.local.steps import Completions, DecodeSteps, Stream, warn_uncaptured
 
 MOST_CAPTURED = 8
 """Batches whose captured step and KV cache are kept for trials of the same shape."""
@@ -79,13 +76,16 @@ class TransformersSampler:
         self._scores, self._widths = "scoring" in spec.axes, spec.widths
         self._completions = Completions()
         self._uncaptured: set[Arm] = set()
+        self._begun: set[Arm] = set()
         if load_weights:
-            self._model = load_model(source.model, config, spec, self._device, source.adapter)
-            self._stop_ids = stop_ids(self._model)
-            self._digest = digest_weights(self._model)
+            with doing("loading the weights"):
+                self._model = load_model(source.model, config, spec, self._device, source.adapter)
+                self._stop_ids = stop_ids(self._model)
+                self._digest = digest_weights(self._model)
             # Of FP8 layers on ranks nothing but the invariant arm can compute a part.
             if not (self._ranks and has_fp8_layers(self._model)):
-                self._findings = examine(self._model, self._device, paths_of(spec))
+                with doing("comparing its batches with generate()"):
+                    self._findings = examine(self._model, self._device, paths_of(spec))
             if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
                 from ndcheck_kernels.models.decoder import join_weights
 
@@ -192,15 +192,18 @@ class TransformersSampler:
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
         started = time.perf_counter()
+        what = doing(f"the first batch of the {trial.arm} arm: kernels are made ready")
         try:
-            if self._ranks is not None:
-                streams, witnesses = self._run_on_ranks(self._ranks, trial, probe, decoding)
-            else:
-                streams, witnesses = self._run_in_halves(trial, probe, decoding)
+            with nullcontext() if trial.arm in self._begun else what:
+                if self._ranks is not None:
+                    streams, witnesses = self._run_on_ranks(self._ranks, trial, probe, decoding)
+                else:
+                    streams, witnesses = self._run_in_halves(trial, probe, decoding)
         except torch.AcceleratorError as error:
             raise BackendError(f"{self._device} failed: {first_line(error)}") from error
         except RuntimeError as error:
             raise TrialError(f"{type(error).__name__}: {first_line(error)}") from error
+        self._begun.add(trial.arm)
         elapsed_s = time.perf_counter() - started
         return [
             replace(
@@ -376,12 +379,7 @@ class TransformersSampler:
             prefill_calls = len(batch.row_counts) if load.scores else 1
         if steps.capture_failure is not None and trial.arm not in self._uncaptured:
             self._uncaptured.add(trial.arm)
-            log.warning(
-                "%s: a decode step cannot be captured as a CUDA graph, so every step is launched "
-                "by Python, which is slower: %s",
-                trial.arm,
-                steps.capture_failure,
-            )
+            warn_uncaptured(trial.arm, steps.capture_failure)
         achieved = min(batch.row_counts)
         return streams, Witness(achieved, prefill_calls, len(batch.row_counts) - prefill_calls)
 

@@ -11,6 +11,7 @@ compared with the step that had generated it.
 from __future__ import annotations
 
 import hashlib
+import logging
 import traceback
 import warnings
 from collections import Counter
@@ -31,6 +32,8 @@ from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.memory import is_out_of_memory
 from ndcheck.samplers.local.selection import gumbel_noise, plant_in_logits, read_step
+
+log = logging.getLogger(__name__)
 
 STEPS_BETWEEN_CHECKS = 32
 """On CUDA, decode steps between two looks at whether every probe row has finished."""
@@ -250,6 +253,15 @@ def _stream(log: Sequence[NDArray[Any]], n_tokens: int, stop_ids: set[int]) -> S
         tuple(margins[:end].tolist()),
         tuple(f"{digest:016x}" for digest in digests[:end].view(np.uint64).tolist()),
         "stop" if stops.size else "length",
+    )
+
+
+def warn_uncaptured(arm: Arm, failure: object) -> None:
+    log.warning(
+        "%s: a decode step cannot be captured as a CUDA graph, so every step is launched "
+        "by Python, which is slower: %s",
+        arm,
+        failure,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from ndcheck.samplers.options import KERNELS, parse_arms
 
 if TYPE_CHECKING:
     from ndcheck.samplers.base import Sampler
+    from ndcheck.samplers.endpoint.private import Private
 
 PREFIX = "scripted:"
 
@@ -35,7 +36,7 @@ class ScriptedBackend(Backend):
         spec: RunSpec,
         *,
         load_weights: bool,
-        headers: Mapping[str, str],
+        private: Private,
         say: Callable[[str], None],
     ) -> Sampler:
         from ndcheck.samplers.scripted.sampler import BEHAVIOURS, ScriptedSampler

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,6 +13,7 @@ from ndcheck.samplers.options import ENGINE, SCHEDULED, SCHEDULED_AXES, TP, Opti
 
 if TYPE_CHECKING:
     from ndcheck.samplers.base import Sampler
+    from ndcheck.samplers.endpoint.private import Private
 
 OWN_OPTIONS = {
     "model": "--model",
@@ -69,7 +70,9 @@ class EngineBackend(Backend):
         ),
         SCHEDULED,
     )
-    takes = frozenset({"dtype", "kernels", "random_weights", "trust_remote_code"})
+    takes = frozenset(
+        {"dtype", "kernels", "random_weights", "trust_remote_code", "chat_template_kwargs"}
+    )
     refusals: ClassVar = {
         "batching": "with --engine vllm a trial is one exact batch; measure its continuous "
         "batching with `vllm serve` and --endpoint",
@@ -98,7 +101,7 @@ class EngineBackend(Backend):
         spec: RunSpec,
         *,
         load_weights: bool,
-        headers: Mapping[str, str],
+        private: Private,
         say: Callable[[str], None],
     ) -> Sampler:
         from ndcheck.samplers.local.checkpoint.sources import find_source

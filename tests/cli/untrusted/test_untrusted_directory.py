@@ -152,6 +152,15 @@ def test_nothing_is_sent_to_a_planted_address(ndcheck, hostile, server, tmp_path
         ({"batch_sizes": [1, 999_999_999]}, "--loads 999999999"),
         ({"target_rate": 1e-12}, "--target-rate"),
         ({"answer_pattern": "("}, "--answer-pattern"),
+        ({"chat": True, "chat_template_kwargs": "@/etc/hostname"}, "not a file's name"),
+        (
+            {"endpoint": endpoint("http://127.0.0.1:9/v1") | {"extra_body": '{"webhook":"evil"}'}},
+            """--extra-body '{"webhook":"evil"}'""",
+        ),
+        (
+            {"endpoint": endpoint("http://127.0.0.1:9/v1") | {"query": ["code"]}},
+            "--query code=VALUE",
+        ),
     ],
 )
 def test_what_else_needs_the_command_line(ndcheck_here, hostile, changed, needed):

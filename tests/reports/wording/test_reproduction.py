@@ -79,7 +79,13 @@ def test_no_field_of_the_spec_is_forgotten(field) -> None:
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Endpoint)])
 def test_no_field_of_the_endpoint_is_forgotten(field) -> None:
-    other = {"api_key_file": "key.txt", "header_names": ("X-Team",), "arrival": "poisson:2"}
+    other = {
+        "api_key_file": "key.txt",
+        "query": ("code",),
+        "stop": ("END",),
+        "header_names": ("X-Team",),
+        "arrival": "poisson:2",
+    }
     plain = replace(DEFAULTS, endpoint=Endpoint("http://127.0.0.1:8000/v1"))
     changed = replace(plain.endpoint, **{field: other.get(field, 77)})
     command = reproduce_command(replace(plain, endpoint=changed), DEFAULTS)

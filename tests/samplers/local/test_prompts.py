@@ -68,3 +68,27 @@ def test_a_doubled_beginning_is_a_warning(source):
 def test_a_model_without_a_template_takes_no_conversation(tiny_models):
     with pytest.raises(UsageError, match="need a chat template"):
         load_prompts(str(tiny_models["llama"]), replace(DEFAULTS, chat=True))
+
+
+def test_the_template_is_given_what_is_asked(source):
+    switch = "{% if not enable_thinking|default(true) %}<no_think>{% endif %}"
+    plain = load_prompts(source, replace(DEFAULTS, chat=True))
+    kwargs = '{"enable_thinking":false}'
+    asked = load_prompts(source, replace(DEFAULTS, chat=True, chat_template_kwargs=kwargs))
+    for prompts in (plain, asked):
+        prompts._tokenizer.chat_template = TEMPLATE + switch
+    reference = transformers.AutoTokenizer.from_pretrained(source)
+    reference.chat_template = TEMPLATE + switch
+    expected = reference.apply_chat_template(
+        [{"role": "user", "content": "sum"}],
+        add_generation_prompt=True,
+        return_dict=True,
+        enable_thinking=False,
+    )["input_ids"]
+    assert asked.encode("sum") == expected != plain.encode("sum")
+
+
+def test_what_the_template_may_not_be_given(source):
+    spec = replace(DEFAULTS, chat=True, chat_template_kwargs='{"chat_template":"x"}')
+    with pytest.raises(UsageError, match="--chat-template-kwargs chat_template: ndcheck needs"):
+        load_prompts(source, spec)

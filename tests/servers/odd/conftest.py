@@ -134,7 +134,7 @@ class Server(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def do_GET(self):
-        page = self.pages().get(self.path)
+        page = self.pages().get(self.path.partition("?")[0])
         if page is None:
             return self.send(404, b'{"detail": "Not Found"}')
         content = page if isinstance(page, str) else json.dumps(page)

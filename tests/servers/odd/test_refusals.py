@@ -74,7 +74,13 @@ class ChatAlone:
     [
         (HiddenReasoning, True, UsageError, "raise --max-tokens", "it offers"),
         (Cuts, True, BackendError, "10 of 12 tokens", "it offers"),
-        (NoTemperature, True, UsageError, "temperature must be 1 (without temp", "it offers"),
+        (
+            NoTemperature,
+            True,
+            UsageError,
+            "temperature must be 1 (--no-temperature leaves",
+            "it offers",
+        ),
         (ChatAlone, False, UsageError, "a server with chat alone needs --chat", "/v1)"),
         (Gateway, True, UsageError, "temperature 0 is not for you", "llama.cpp"),
     ],

@@ -17,7 +17,9 @@ The text is compared with each of them."""
 ALIGNMENT_WINDOW = 256
 EMPTY = (
     "the completion is empty: its {} tokens are reasoning that the server does not show: "
-    "raise --max-tokens, or turn the reasoning off in the server"
+    "raise --max-tokens, or turn the reasoning off in the server, or where it takes such fields "
+    'with --extra-body \'{{"reasoning_effort": "low"}}\' or '
+    '\'{{"chat_template_kwargs": {{"enable_thinking": false}}}}\''
 )
 
 
@@ -139,6 +141,8 @@ class Answer(Said):
         """
         n_sent = self.n_sent(compared)
         n_counted = self.n_tokens if counts_tokens else None
+        if n_sent and n_counted == n_sent + (self.n_reasoning_tokens or 0):
+            n_sent = n_counted  # What is not shown was generated all the same.
         n = n_counted if n_sent is None else n_sent
         self.settle(max_tokens, n)
         if n_sent == 0 and self.text:

