@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ndcheck.analysis.summary import LoadFinding, ProbeSummary, Summary
 from ndcheck.findings import Findings
-from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome, Verdict, fed_details
+from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome, Verdict
 from ndcheck.records import ARMS, AXES, RunSpec
 from ndcheck.reports.ranking import tally, worst_first
 from ndcheck.reports.trees.branches import tree_lines
@@ -206,10 +206,7 @@ def _axes(
     notes = [phrases.scope(detailed)]
     if any(finding.told_apart is False for probe in detailed for finding in probe.axes):
         notes.append(f"INCONCLUSIVE: something diverged, {NOT_TOLD_APART}")
-    for probe in detailed:
-        arm = f"{probe.arm} " if with_arm else ""
-        notes += [arm + line for finding in probe.axes for line in fed_details(finding)]
-    return [table, *map(Text, notes)]
+    return [table, *map(Text, [*notes, *phrases.fed_notes(detailed, with_arm=with_arm)])]
 
 
 def _answers(detailed: Sequence[ProbeSummary], findings: Findings) -> Iterator[RenderableType]:
@@ -263,8 +260,7 @@ def _loads(detailed: Sequence[ProbeSummary], unit: str) -> list[RenderableType]:
     by_load: dict[tuple[object, ...], dict[str, LoadFinding]] = {}
     for probe in detailed:
         for load in probe.loads:
-            kind = (load.cache_state, load.width, load.scores)
-            key = (load.axis, load.batch_size, load.slot, kind)
+            key = (load.axis, load.batch_size, load.slot, load.cache_state, load.width, load.scores)
             by_load.setdefault(key, {})[probe.arm] = load
     rows = list(by_load.values())
     told = [row for row in rows if not all(_load_rank(row))]

@@ -7,6 +7,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
 
 from ndcheck.analysis.summary import AxisFinding, LoadFinding, ProbeSummary, Summary
 from ndcheck.judging.verdict import count as count
+from ndcheck.judging.verdict import fed_details
 from ndcheck.records import Load, Purpose, Run
 from ndcheck.reports.untrusted import visible
 from ndcheck.samplers.backends import backend_of
@@ -148,6 +149,16 @@ def load_name(purpose: Purpose, load: Load | LoadFinding) -> str:
     if purpose == "run-to-run" and name:
         return f"{name} again"
     return name if purpose in ("cache", "width", "scoring") else purpose
+
+
+def fed_notes(probes: Sequence[ProbeSummary], *, with_arm: bool) -> list[str]:
+    """What the properties say of tokens that were fed again, a line each."""
+    return [
+        f"{probe.arm} {line}" if with_arm else line
+        for probe in probes
+        for finding in probe.axes
+        for line in fed_details(finding)
+    ]
 
 
 def speed(tokens_per_s: float | None) -> str:
