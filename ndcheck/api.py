@@ -52,7 +52,7 @@ def measure(
     >>> run.verdict
     'FAIL'
     >>> run.completions[["count", "first_divergence"]].to_dict("list")
-    {'count': [33, 7], 'first_divergence': [3, None]}
+    {'count': [45, 13], 'first_divergence': [3, None]}
 
     ``out`` is a new or empty directory (default: one in ``ndcheck-runs``); ``on_progress`` is
     called after every trial. Raises UsageError for an option that is wrong, BackendError where

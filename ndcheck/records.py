@@ -9,17 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ndcheck.probe import ALONE as ALONE
+from ndcheck.probe import CacheState as CacheState
+from ndcheck.probe import Load as Load
 from ndcheck.probe import Probe as Probe
 from ndcheck.storage.ranges import Count, Level, NotNegative, Positive, RawText, Seed
 
 Arm = Literal["stock", "invariant"]
 Batching = Literal["exact", "continuous"]
-Axis = Literal["run-to-run", "batch-size", "slot", "neighbours", "cache"]
+Axis = Literal["run-to-run", "batch-size", "slot", "neighbours", "cache", "width", "scoring"]
 Role = Literal["reference", "trial", "control"]
 """A trial is compared with a baseline along an axis; a reference and a control have none."""
-Purpose = Literal["reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "control"]
+Purpose = Literal[
+    "reference", "run-to-run", "batch-size", "slot", "neighbours", "cache", "width", "scoring",
+    "control",
+]  # fmt: skip
 """What a trial is for: its axis, or its role where it has none. Files call it ``axis``."""
-CacheState = Literal["whole", "chunked", "prefix"]
 Fillers = Literal["words", "shared-prefix"]
 FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["copies", "mixed"]
@@ -28,8 +33,12 @@ InvariantBy = Literal["auto", "ndcheck", "vllm"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
 
 ARMS: tuple[Arm, ...] = ("stock", "invariant")
-AXES: tuple[Axis, ...] = ("run-to-run", "batch-size", "slot", "neighbours", "cache")
-"""The five invariance properties, each with its own verdict."""
+AXES: tuple[Axis, ...] = (
+    "run-to-run", "batch-size", "slot", "neighbours", "cache", "width", "scoring",
+)  # fmt: skip
+"""The seven invariance properties, each with its own verdict."""
+WIDTHS = (2, 3, 4, 5, 8, 16)
+"""Tokens that a pass verifies where a draft proposes one less."""
 CLOSED_ARRIVALS = ("together", "closed")
 """Those of `ndcheck.plan.arrivals` under which the number in flight is as asked."""
 
@@ -46,30 +55,6 @@ class Decoding:
     max_tokens: Positive
     temperature: NotNegative = 0.0
     seed: Seed = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How the probe's rows are batched.
-
-    ``slots`` are the rows that hold the probe (all of them in mode ``copies``). The other rows
-    hold fillers of ``filler_lengths`` tokens, in row order, whose contents are drawn from
-    ``filler_seed``. ``cache_state`` says how the prompt enters the KV cache: ``whole`` in one
-    forward pass, ``chunked`` in several passes, or after a ``prefix`` that was computed alone.
-    ``cut`` is a number of tokens: of each chunk, or of what follows the prefix. None leaves it to
-    the sampler.
-    """
-
-    batch_size: Positive
-    slots: tuple[Count, ...] = (0,)
-    filler_lengths: tuple[Count, ...] = ()
-    filler_seed: Seed = 0
-    cache_state: CacheState = "whole"
-    cut: Positive | None = None
-
-
-ALONE = Load(1)
-"""The probe alone, prefilled as a whole: the load of the reference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +116,7 @@ class Witness:
     prefill_calls: Count | None = None
     """Forward passes over the prompt."""
     decode_calls: Count | None = None
-    """Forward passes over one token."""
+    """Forward passes over one token, or over several that are fed."""
     override_fires: Seed | None = None
     """Ops that a batch-invariant implementation computed; None in the stock arm."""
     step_batch_sizes: tuple[Count, ...] = ()
@@ -154,6 +139,25 @@ class Witness:
 
 
 @dataclass(frozen=True, slots=True)
+class Fed:
+    """How the logits of a completion that was fed compare with those that had generated it.
+
+    Of ``n_tokens``, ``n_other_bits`` have other logits or another log-probability, and
+    ``n_other_tokens`` would have been chosen otherwise. ``max_abs_dlogprob`` is the largest
+    difference in nats over those chosen alike. ``digest`` and ``decoded_digest`` are 16 hexadecimal
+    digits over the logits of the two, as far as passes of every width were full: widths with one
+    digest are in one class.
+    """
+
+    n_tokens: Count
+    n_other_bits: Count
+    n_other_tokens: Count
+    max_abs_dlogprob: NotNegative
+    digest: str
+    decoded_digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One completion of a probe.
 
@@ -163,6 +167,10 @@ class Sample:
     the bits of all the step's logits. The last three are empty where the backend does not give
     them. Where it gives no token ids, the pieces of text that are compared get ids of their own,
     the same for equal pieces. A sample with ``error`` has no tokens and counts as no completion.
+
+    Under a load that is fed, token t is the one that the logits after the first t tokens fed
+    choose. The first that is not the next one fed is the last: another completion would go on from
+    there. What all positions gave is in ``fed``.
     """
 
     sample_id: Seed
@@ -182,6 +190,7 @@ class Sample:
     margins: tuple[float, ...] = ()
     row_digests: tuple[str, ...] = ()
     fault: Fault | None = None
+    fed: Fed | None = None
     error: RawText | None = None
     n_retries: Count = 0
 
@@ -299,7 +308,8 @@ class RunSpec:
     mode: Mode
     n_samples: Positive
     """Samples of each probe in each arm, the reference included, controls not. A run holds fewer
-    where no other load exists, and more where it confirms a divergence."""
+    where no other load exists, and more where it confirms a divergence. Fed completions come on
+    top, unless `axes` are theirs alone."""
     arms: tuple[Arm, ...] = ("stock",)
     seed: Seed = 0
     dtype: str = "auto"
@@ -324,6 +334,8 @@ class RunSpec:
     allow_latent: bool = False
     answer: AnswerKind | None = None
     answer_pattern: str | None = None
+    widths: tuple[Positive, ...] = WIDTHS
+    """Tokens of a pass along the axis ``width``; ascending, from 2."""
     tensor_parallel: Positive = 1
     """Processes that share the model in ndcheck's own arms; an `Engine` has a number of its own."""
     tp_groups: Positive | None = None

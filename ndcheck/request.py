@@ -51,6 +51,7 @@ class Options(TypedDict, total=False):
     chat_template_kwargs: str | dict[str, Any] | None
     loads: str | Sequence[int]
     axes: str | Sequence[str]
+    widths: str | Sequence[int] | None
     mode: str
     batching: str
     arrivals: str | None
@@ -216,6 +217,8 @@ def check(spec: RunSpec) -> None:
     for is_fine, message in checks:
         if not is_fine:
             raise UsageError(message)
+    if spec.widths != options.parse_widths(spec.widths):
+        raise UsageError(f"--widths {options.join(spec.widths)}: give them in ascending order")
     if not spec.chat and any(probe.messages for probe in spec.probes):
         raise UsageError("--prompts-file: some prompts are conversations: add --chat")
     if set(spec.axes) <= OF_BATCHES and lacks_batches(spec, spec.axes):

@@ -79,16 +79,21 @@ def fit_spec(spec: RunSpec, sampler: Sampler) -> RunSpec:
 
 def _fit_axes(spec: RunSpec, sampler: Sampler) -> RunSpec:
     """``spec`` without the axes that are refused. Raises UsageError if one was named."""
-    refused = refused_axes(sampler)
+    refused = refused_axes(spec, sampler)
     named = [axis for axis in spec.axes if axis in refused]
     if named and spec.axes != AXES:
         raise UsageError(f"--axes: {refused[named[0]]}: leave out {named[0]}")
     return replace(spec, axes=tuple(axis for axis in spec.axes if axis not in refused))
 
 
-def refused_axes(sampler: Sampler) -> dict[Axis, str]:
+def refused_axes(spec: RunSpec, sampler: Sampler) -> dict[Axis, str]:
     """The axes along which nothing can be measured, each with why."""
     refused = dict(sampler.refused_axes)
+    n_fed = spec.decoding.max_tokens - 1
+    if n_fed < min(spec.widths):
+        refused.setdefault("width", f"{n_fed} tokens after the first fill no pass")
+    if not n_fed:
+        refused.setdefault("scoring", "a single token follows from the prompt alone")
     if not sampler.cache_states:
         refused.setdefault("cache", NO_CACHE_CONTROL)
     return refused

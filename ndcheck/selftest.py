@@ -90,6 +90,20 @@ CASES = (
         frozenset({"cache"}),
         FORK_AT,
     ),
+    Case(
+        "width-dependent",
+        "a change with passes of several tokens is laid to width alone",
+        "FAIL",
+        frozenset({"width"}),
+        FORK_AT,
+    ),
+    Case(
+        "scoring-dependent",
+        "a change where prompt and completion share a pass is laid to scoring alone",
+        "FAIL",
+        frozenset({"scoring"}),
+        FORK_AT,
+    ),
     Case("never-batches", "batches that never formed do not pass", "INCONCLUSIVE", frozenset()),
 )
 

@@ -138,7 +138,12 @@ def measured():
     from ndcheck.samplers.scripted.sampler import ScriptedSampler
 
     small = replace(
-        DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40, arms=("stock",)
+        DEFAULTS,
+        decoding=Decoding(8),
+        batch_sizes=(1, 3),
+        axes=("run-to-run", "batch-size", "slot", "neighbours", "cache"),
+        n_samples=40,
+        arms=("stock",),
     )
 
     def measure(behaviour="clean", spec=small, arms=None, change=lambda sample: sample, **run):

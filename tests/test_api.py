@@ -45,7 +45,7 @@ def test_progress(tmp_path):
         on_progress=lambda progress: seen.append((progress.n_done, progress.n_trials)),
         **SMALL,
     )
-    assert seen == [(i, 25) for i in range(1, 26)]
+    assert seen == [(i, 37) for i in range(1, 38)]
 
 
 def test_data_frames_are_the_csv_files(run):
@@ -61,7 +61,7 @@ def test_data_frames_are_the_csv_files(run):
         assert list(file.columns) == list(frame.columns)
         assert len(file) == len(frame) == len(set(frame.index))
         assert file.isna().equals(frame.replace("", None).isna())
-    assert run.samples["completion_id"].value_counts().to_dict() == {1: 33, 2: 7}
+    assert run.samples["completion_id"].value_counts().to_dict() == {1: 45, 2: 13}
 
 
 def test_a_run_is_read_again(run):
@@ -73,15 +73,15 @@ def test_a_run_is_read_again(run):
 
 
 def test_it_shows_the_screen(run):
-    assert repr(run).startswith(f"<ndcheck.Run {str(run.path)!r} FAIL: 13 of 15 loads diverged")
+    assert repr(run).startswith(f"<ndcheck.Run {str(run.path)!r} FAIL: 17 of 25 loads diverged")
     console = Console(file=io.StringIO(), width=80)
     console.print(run)
     screen = console.file.getvalue()
-    assert screen.startswith("FAIL  13 of 15 loads diverged")
+    assert screen.startswith("FAIL  17 of 25 loads diverged")
     assert "at token 4" in screen
     html = run._repr_html_()
     assert html.startswith("<pre")
-    assert "13 of 15 loads diverged" in html
+    assert "17 of 25 loads diverged" in html
 
 
 def test_hostile_completions_stay_text_in_a_notebook(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -72,8 +73,9 @@ def measure(path, sampler):
 
 def test_a_control_is_planted_within_the_first_reference_that_did_not_fail(tmp_path):
     measure(tmp_path, FailsFirst("clean", 1))
-    (control,) = [s for s in SampleReader(tmp_path) if s.role == "control"]
-    assert (control.fault.latent_at, control.fault.fork_at) == (2, 4)
+    controls = [s for s in SampleReader(tmp_path) if s.role == "control"]
+    assert [(s.load.width, s.load.scores) for s in controls] == [(1, False), (2, False), (1, True)]
+    assert {(s.fault.latent_at, s.fault.fork_at) for s in controls} == {(2, 4)}
 
 
 def test_a_batch_never_stands_in_for_a_reference_that_failed(tmp_path):
@@ -135,3 +137,25 @@ def test_a_role_is_no_axis_and_files_keep_both_as_one(purpose, role):
     assert document["axis"] == purpose
     assert not {"purpose", "role"} & set(document)
     assert decode_line(line) == sample
+
+
+def test_nothing_is_invented_of_tokens_fed_again():
+    """300 clean runs, each with other loads, widths and fillers; the planted faults are caught."""
+    for seed in range(300):
+        draw = random.Random(seed)
+        spec = replace(
+            SPEC,
+            axes=("width", "scoring"),
+            batch_sizes=(1, draw.randint(2, 6)),
+            widths=tuple(sorted(draw.sample(range(2, 8), 2))),
+            n_samples=draw.randint(30, 50),
+            seed=seed,
+        )
+        trials = plan_trials(spec, {"p1": draw.randint(2, 20)}, 1000)
+        run = Run("r", "0", spec, Environment(), "", n_trials_planned=len(trials))
+        sampler = ScriptedSampler("clean")
+        samples = [s for t in trials for s in sampler.sample(t, spec.probes[0], spec.decoding)]
+        (probe,) = find(run, samples).summary.probes
+        found = {a.axis: a.diverged_trials + a.latent_trials for a in probe.axes if a.n_trials}
+        assert found.keys() >= {"width", "scoring"}
+        assert not any(found.values()), (seed, found)

@@ -46,7 +46,8 @@ def test_every_planned_sample_is_stored_in_order(tmp_path):
     assert read_run(tmp_path) == finished
     samples = list(SampleReader(tmp_path))
     assert [s.sample_id for s in samples] == list(range(len(samples)))
-    assert sum(s.role != "control" for s in samples) == SPEC.n_samples
+    counted = [s for s in samples if s.role != "control" and not s.load.is_fed]
+    assert len(counted) == SPEC.n_samples
 
 
 def test_what_diverged_once_runs_once_more(tmp_path):
@@ -79,8 +80,9 @@ def test_a_confirmation_is_resumed_like_any_trial(tmp_path, n_left_out):
 
 def test_control_is_planted_within_the_reference(tmp_path):
     run(tmp_path, "clean")
-    (control,) = [s for s in SampleReader(tmp_path) if s.role == "control"]
-    assert (control.fault.latent_at, control.fault.fork_at) == (2, 4)
+    controls = [s for s in SampleReader(tmp_path) if s.role == "control"]
+    assert [(s.load.width, s.load.scores) for s in controls] == [(1, False), (2, False), (1, True)]
+    assert {(s.fault.latent_at, s.fault.fork_at) for s in controls} == {(2, 4)}
 
 
 def test_failing_loads_are_recorded_not_dropped(tmp_path):

@@ -25,7 +25,7 @@ from ndcheck.analysis.divergence import (
 from ndcheck.analysis.metrics import LogprobSums
 from ndcheck.analysis.serving import Serving
 from ndcheck.analysis.unique import Interner
-from ndcheck.records import Arm, CacheState, Fault, Purpose, RunSpec, Sample
+from ndcheck.records import Arm, Axis, CacheState, Fault, Purpose, RunSpec, Sample
 
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
@@ -47,6 +47,12 @@ OUTCOME = np.dtype(
         ("dlogprob", np.float32),  # largest absolute difference from the reference, in nats
         ("logprobs", np.int64),  # fingerprint of all bits; 0: not recorded
         ("row_digests", np.int64),  # the same
+        ("width", np.int32),  # of the load
+        ("fed_tokens", np.int32),  # how many positions `Fed` compares; 0: the load is not fed
+        ("other_bits", np.int32),
+        ("other_tokens", np.int32),
+        ("fed_digest", np.uint64),
+        ("decoded_digest", np.uint64),
     ]
 )
 
@@ -58,6 +64,8 @@ class LoadKind(NamedTuple):
     batch_size: int
     slot: int | None
     cache_state: CacheState
+    width: int
+    scores: bool
 
 
 Groups = dict[tuple[Arm, str], "Group"]
@@ -119,8 +127,10 @@ class Group:
         """From the reference, by completion in order of arrival; -1: none."""
         self.reference: Reference | None = None
         self.logprob_sums: LogprobSums | None = None
-        self._controls: dict[int, tuple[int | None, bool]] = {}
-        """Its baseline, and whether the planted fault showed, by trial."""
+        self._controls: dict[int, list[tuple[Sample, Stream]]] = {}
+        """By trial: judged at the end, when what they are compared with is there."""
+        self._fed_streams: dict[int, Stream] = {}
+        """By trial, of loads that are fed and held alone: what their controls are compared with."""
         self.kinds: dict[LoadKind, int] = {}
         self._alone: Counter[tuple[int, int, int]] = Counter()
         self._alone_trials: set[int] = set()
@@ -161,9 +171,20 @@ class Group:
     def controls(self) -> dict[int, bool]:
         """Whether the planted fault was caught, by trial; not where the baseline failed."""
         return {
-            trial_id: baseline in self._alone_trials and shows
-            for trial_id, (baseline, shows) in self._controls.items()
+            trial_id: all(self._catches(sample, stream) for sample, stream in rows)
+            for trial_id, rows in self._controls.items()
         }
+
+    @property
+    def controlled(self) -> tuple[Axis, ...]:
+        """The axes with a control of their own that was caught."""
+        caught = self.controls
+        loads = [rows[0][0].load for number, rows in self._controls.items() if caught[number]]
+        kinds: dict[Axis, bool] = {
+            "width": any(load.width > 1 for load in loads),
+            "scoring": any(load.scores for load in loads),
+        }
+        return tuple(axis for axis, is_caught in kinds.items() if is_caught)
 
     def commonest_alone(self, rows: NDArray[np.void]) -> Sample | None:
         """The first sample with the commonest completion, and bits, of the probe alone.
@@ -216,12 +237,15 @@ class Group:
             sample.elapsed_s,
             *self._load_columns,
         )
+        fed = _fed_columns(sample)
         if sample.error is not None:
-            return (*origin, -1, -1, np.nan, 0, 0)
+            return (*origin, -1, -1, np.nan, 0, 0, *fed)
         stream = read_stream(sample)
         if sample.role == "control":
-            self._judge_control(sample, stream)
-            return (*origin, -1, -1, np.nan, 0, 0)
+            self._controls.setdefault(sample.trial_id, []).append((sample, stream))
+            return (*origin, -1, -1, np.nan, 0, 0, *fed)
+        if sample.load.is_fed and sample.load.batch_size == 1:
+            self._fed_streams.setdefault(sample.trial_id, stream)
         number = self._intern(sample, stream)
         bits = _fingerprint(stream.logprobs), _fingerprint(stream.row_digests)
         if sample.is_reference:
@@ -230,13 +254,15 @@ class Group:
             first = self._alone_samples.setdefault((number, *bits), sample)
             if sample.trial_id < first.trial_id:
                 self._alone_samples[number, *bits] = sample
-        return (*origin, number, *self._compare(sample, stream, number), *bits)
+        return (*origin, number, *self._compare(sample, stream, number), *bits, *fed)
 
     def _read_load(self, sample: Sample) -> tuple[int, int, int]:
         """The columns ``batch_size``, ``kind`` and ``load``."""
         load = sample.load
         slot = load.slots[0] if len(load.slots) == 1 else None
-        kind = LoadKind(sample.purpose, load.batch_size, slot, load.cache_state)
+        kind = LoadKind(
+            sample.purpose, load.batch_size, slot, load.cache_state, load.width, load.scores
+        )
         return load.batch_size, self.kinds.setdefault(kind, len(self.kinds)), hash(load)
 
     def _compare(self, sample: Sample, stream: Stream, number: int) -> tuple[int, float]:
@@ -251,15 +277,27 @@ class Group:
         dlogprob = self.logprob_sums.add(stream.logprobs, n_shared)
         return -1 if latent is None else latent, dlogprob
 
-    def _judge_control(self, sample: Sample, stream: Stream) -> None:
-        """Without a fault, or without the reference, nothing shows."""
-        shows = (
+    def _catches(self, sample: Sample, stream: Stream) -> bool:
+        """Without a fault, or without what it is compared with, nothing shows."""
+        baseline: Stream | None = None
+        if sample.load.is_fed:
+            baseline = self._fed_streams.get(-1 if sample.baseline is None else sample.baseline)
+        elif sample.baseline in self._alone_trials and self.reference is not None:
+            baseline = self.reference.stream
+        return (
             sample.fault is not None
-            and self.reference is not None
-            and is_caught(sample.fault, self.reference.stream, stream)
+            and baseline is not None
+            and is_caught(sample.fault, baseline, stream)
         )
-        _, all_show = self._controls.get(sample.trial_id, (None, True))
-        self._controls[sample.trial_id] = sample.baseline, all_show and shows
+
+
+def _fed_columns(sample: Sample) -> tuple[int, ...]:
+    """The columns from ``width`` on."""
+    fed, width = sample.fed, sample.load.width
+    if fed is None or not sample.load.is_fed:
+        return width, 0, 0, 0, 0, 0
+    digests = (int(digest or "0", 16) for digest in (fed.digest, fed.decoded_digest))
+    return width, fed.n_tokens, fed.n_other_bits, fed.n_other_tokens, *digests
 
 
 def is_settled(most: Any, next_most: Any, total: Any) -> Any:

@@ -9,12 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndcheck.analysis.divergence import first_divergence
+from ndcheck.analysis.feeding import count_fed
 from ndcheck.analysis.statistics import clopper_pearson, fisher_exact
 from ndcheck.analysis.summary import AxisFinding, Draw
 from ndcheck.analysis.trials import Trials, purpose_code
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import AXES, Axis
 
+LEAST_FED: dict[Axis, int] = {"width": 3, "scoring": 2}
+"""Tokens of a completion from which on a pass can be wider than one of decoding."""
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Indices into a group's rows: those of the trial, and what each is compared with."""
 
@@ -86,7 +89,14 @@ def _judge_axes(
             own_rows, own_partners = _pair_within_trials(trials)
             rows = np.concatenate((rows, own_rows))
             partners = np.concatenate((partners, own_partners))
-        yield _judge(axis, trials, completions, (rows, partners), confidence, draw)
+        tokens = None
+        if axis in LEAST_FED:
+            # A completion that is too short shows nothing.
+            is_long = trials.rows["fed_tokens"][rows] >= LEAST_FED[axis]
+            rows, partners = rows[is_long], partners[is_long]
+            tokens = count_fed(trials.rows[rows], with_classes=axis == "width")
+        finding = _judge(axis, trials, completions, (rows, partners), confidence, draw)
+        yield replace(finding, tokens=tokens)
 
 
 def _pair_repeats(trials: Trials) -> Pairs:

@@ -35,7 +35,8 @@ def find_loads(
 
 def _place(kind: LoadKind) -> tuple[int, ...]:
     slot = -1 if kind.slot is None else kind.slot
-    return PURPOSES.index(kind.purpose), kind.batch_size, slot, CACHE_STATES.index(kind.cache_state)
+    state = CACHE_STATES.index(kind.cache_state)
+    return PURPOSES.index(kind.purpose), kind.batch_size, slot, state, kind.width, kind.scores
 
 
 def _judge(
@@ -52,6 +53,7 @@ def _judge(
     achieved = rows["achieved"][rows["achieved"] >= 0]
     elapsed_s = float(trials.elapsed_s[chosen].sum())
     n_tokens = int(completions.lengths[rows["completion"]].sum())
+    is_fed = kind.width > 1 or kind.scores
     failed = errors[errors["kind"] == number]
     latent = chosen & trials.latent
     latent_at = rows["latent"][np.isin(rows["trial"], trials.ids[latent]) & (rows["latent"] >= 0)]
@@ -67,7 +69,7 @@ def _judge(
         latent=int(latent.sum()),
         achieved_batch_size_min=int(achieved.min()) if len(achieved) else None,
         elapsed_s=elapsed_s,
-        tokens_per_s=n_tokens / elapsed_s if elapsed_s else None,
+        tokens_per_s=n_tokens / elapsed_s if elapsed_s and not is_fed else None,
         first_latent_min=int(latent_at.min()) if len(latent_at) else None,
         answer_flips=None if answers is None else answers.count_flips(rows),
         n_correct=None if answers is None else answers.count_right(rows),

@@ -146,7 +146,9 @@ def _summarise_probe(
         # Whom an open loop brings together is judged over all of its trials.
         is_witnessed = trials.column("achieved") > 0
     elapsed_s = float(trials.elapsed_s.sum())
-    n_tokens = int((completions.counts * completions.lengths).sum())
+    generated_s = float(trials.elapsed_s[~trials.is_fed].sum())
+    of_generated = trials.rows["completion"][~trials.is_fed[trials.of_row]]
+    n_tokens = int(completions.lengths[of_generated].sum())
     return ProbeSummary(
         arm=arm,
         probe_id=probe_id,
@@ -166,12 +168,12 @@ def _summarise_probe(
         chao1=n_kinds,
         unwitnessed_trials=int((compared & ~is_witnessed).sum()),
         elapsed_s=elapsed_s,
-        tokens_per_s=n_tokens / elapsed_s if elapsed_s else None,
+        tokens_per_s=n_tokens / generated_s if generated_s else None,
         slowdown_vs_stock=_slowdown(trials, stock.trials) if stock else None,
         completions=completions,
         axes=axes,
         loads=find_loads(trials, completions, evidence.errors, group.kinds, answers),
-        control=ControlFinding(len(group.controls), sum(group.controls.values())),
+        control=ControlFinding(len(group.controls), sum(group.controls.values()), group.controlled),
         tree=tree,
         metrics=measure(
             completions,
@@ -244,9 +246,10 @@ def _slowdown(trials: Trials, stock: Trials) -> float | None:
 
 
 def _mean_times(trials: Trials) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Every load that ran, and its mean elapsed time in seconds."""
-    loads, of_trial = np.unique(trials.column("load"), return_inverse=True)
-    return loads, np.bincount(of_trial, trials.elapsed_s) / np.bincount(of_trial)
+    """Every load that generated tokens, and its mean elapsed time in seconds."""
+    generated = ~trials.is_fed
+    loads, of_trial = np.unique(trials.column("load")[generated], return_inverse=True)
+    return loads, np.bincount(of_trial, trials.elapsed_s[generated]) / np.bincount(of_trial)
 
 
 def _compare_arms(probes: tuple[ProbeSummary, ...]) -> float | None:

@@ -50,6 +50,22 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class FedTokens:
+    """All tokens that were fed again, each compared with the same one decoded.
+
+    Of ``n_tokens``, ``n_other_bits`` have other logits or another log-probability, and
+    ``n_other_tokens`` would have been chosen otherwise. ``width_classes`` by batch size: the widths
+    of passes, 1 for decoding, that give all logits the same bits, each class ascending; empty along
+    ``scoring``, and where no batch size has two widths that were full.
+    """
+
+    n_tokens: int
+    n_other_bits: int
+    n_other_tokens: int
+    width_classes: tuple[tuple[int, tuple[tuple[int, ...], ...]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class AxisFinding:
     """One invariance property: trials compared with the baseline that differs along it only.
 
@@ -84,6 +100,8 @@ class AxisFinding:
     told_apart: bool | None
     first_latent_min: int | None
     batch_sizes_latent: tuple[int, ...]
+    tokens: FedTokens | None = None
+    """Along ``width`` and ``scoring``: token by token; None along the others."""
 
     @property
     def shown(self) -> tuple[int, int, int]:
@@ -101,14 +119,16 @@ class LoadFinding:
     ``slot`` is None where the load has several. The first divergences are over trials, each at
     its earliest row; ``latent`` counts trials in which bits alone differ, ``first_latent_min`` is
     the earliest position at which they do. ``elapsed_s`` is the sum over trials; ``tokens_per_s``
-    counts the probe's tokens, not the fillers'. ``trial_ids`` are in ascending order, those that
-    failed among them.
+    counts the probe's tokens, not the fillers', and is None where none were generated.
+    ``trial_ids`` are in ascending order, those that failed among them.
     """
 
     axis: Purpose
     batch_size: int
     slot: int | None
     cache_state: CacheState
+    width: int
+    scores: bool
     n_trials: int
     n_samples: int
     n_errors: int
@@ -145,6 +165,8 @@ class ControlFinding:
 
     n_trials: int
     n_caught: int
+    controlled: tuple[Axis, ...] = ()
+    """The axes with a control of their own that was caught: ``width`` and ``scoring``."""
 
 
 @dataclass(frozen=True, slots=True)

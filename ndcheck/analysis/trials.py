@@ -16,7 +16,7 @@ from ndcheck.records import Axis, Purpose
 
 NO_DIVERGENCE = np.iinfo(np.int32).max
 NO_TRIAL = -1
-VARIED_AXES: tuple[Axis, ...] = ("slot", "neighbours", "cache")
+VARIED_AXES: tuple[Axis, ...] = ("slot", "neighbours", "cache", "width", "scoring")
 """Those whose trials are no baselines, so that only `plan_confirmations` repeats them."""
 
 
@@ -50,6 +50,12 @@ class Trials:
     @property
     def diverged(self) -> NDArray[np.bool_]:
         return self.divergence < NO_DIVERGENCE
+
+    @property
+    def is_fed(self) -> NDArray[np.bool_]:
+        """Was its completion given, and none generated?"""
+        is_fed: NDArray[np.bool_] = self.column("fed_tokens") > 0
+        return is_fed
 
     @property
     def is_repeated(self) -> NDArray[np.bool_]:

@@ -113,9 +113,15 @@ def _write(drawings: dict[str, Path | None], orders: dict[str, Any]) -> None:
 
 
 def trace_loads(
-    spec: RunSpec, steps: list[int], *, with_swaps: bool, as_json: bool, quiet: bool
+    spec: RunSpec,
+    steps: list[int],
+    widths: Sequence[int] = (),
+    *,
+    with_swaps: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> int:
-    """Trace a probe under a load of each batch size. Returns the exit code."""
+    """Trace a probe under a load of each batch size, and width. Returns the exit code."""
     sampler = _open(spec, quiet=quiet)
     length = sampler.count_tokens(spec.probes[0].content)
     if length == 0:
@@ -124,7 +130,8 @@ def trace_loads(
     for size in spec.batch_sizes:
         slots = tuple(range(size)) if spec.mode == "copies" else (size // 2,)
         fillers = (length,) * (size - len(slots))
-        loads.append((Load(size, slots, fillers, spec.seed), slots[-1]))
+        load = Load(size, slots, fillers, spec.seed)
+        loads += [(replace(load, width=width), slots[-1]) for width in widths or [1]]
     explanations = _explain(spec, sampler, steps, loads, with_swaps=with_swaps, quiet=quiet)
     return _show(spec, sampler, explanations, as_json=as_json)
 
@@ -163,8 +170,9 @@ def trace_run(
         note("fused layers are traced op by op, whose bits are not the recorded ones", quiet=quiet)
         recorded = ()
     loads = [(sample.load, sample.slot)]
+    n_fed = None if sample.fed is None else sample.fed.n_tokens
     explanations = _explain(
-        spec, sampler, steps, loads, recorded, with_swaps=with_swaps, quiet=quiet
+        spec, sampler, steps, loads, recorded, n_fed, with_swaps=with_swaps, quiet=quiet
     )
     code = _show(spec, sampler, explanations, as_json=as_json)
     if not any(explanation.doubt for explanation in explanations):
@@ -179,6 +187,7 @@ def _explain(
     steps: list[int],
     loads: list[tuple[Load, int]],
     recorded: tuple[str, ...] = (),
+    n_fed: int | None = None,
     *,
     with_swaps: bool,
     quiet: bool,
@@ -192,11 +201,12 @@ def _explain(
     (arm,), (probe,) = spec.arms, spec.probes
     explanations = []
     for step in steps:
-        tracer = Tracer(sampler, probe, step, arm, spec.decoding)
+        tracer = Tracer(sampler, probe, step, arm, spec.decoding, n_fed=n_fed)
         alone = tracer.record_alone()
         traces = []
         for load, slot in loads:
-            note(f"step {step}: tracing {load.batch_size} rows", quiet=quiet)
+            fed = f" of {load.width} tokens" if load.width > 1 else ""
+            note(f"step {step}: tracing {load.batch_size} rows{fed}", quiet=quiet)
             traces.append(tracer.trace(load, slot, alone))
         swaps = None
         if with_swaps and arm == "stock" and any(trace.introducers for trace in traces):

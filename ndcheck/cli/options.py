@@ -196,6 +196,15 @@ Axes = Annotated[
         some_of("all", *AXES),
     ),
 ]
+Widths = Annotated[
+    str | None,
+    _option(
+        "widths",
+        "Tokens of a pass along the axis width, as a draft of one less is verified [default: "
+        f"{','.join(map(str, DEFAULTS.widths))}].",
+        "2,4,...",
+    ),
+]
 LoadMode = Annotated[
     str,
     _option(
@@ -229,7 +238,7 @@ Samples = Annotated[
     int,
     _option(
         "samples",
-        "Samples of each probe in each arm.",
+        "Samples of each probe in each arm; fed completions (axes width, scoring) come on top.",
         "N",
     ),
 ]

@@ -167,7 +167,7 @@ def open_for_run(spec: RunSpec, private: Private, *, quiet: bool) -> Sampler:
 def fit(spec: RunSpec, sampler: Sampler, *, quiet: bool) -> RunSpec:
     """What of the spec the backend can vary and hold, and on stderr what became of the rest."""
     fitted = fit_spec(spec, sampler)
-    for axis, reason in refused_axes(sampler).items():
+    for axis, reason in refused_axes(spec, sampler).items():
         if axis in spec.axes:
             note(f"{axis} is left out: {reason}", quiet=quiet)
     if fitted.batch_sizes != spec.batch_sizes:
@@ -294,7 +294,18 @@ def time_line(
 
 def print_trials(trials: list[Trial]) -> None:
     """A line for each."""
-    header = ("trial", "arm", "probe", "axis", "batch", "slots", "fillers", "cache", "baseline")
+    header = (
+        "trial",
+        "arm",
+        "probe",
+        "axis",
+        "batch",
+        "slots",
+        "fillers",
+        "cache",
+        "width",
+        "baseline",
+    )
     rows = [header, *(plan_row(trial) for trial in trials)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -332,6 +343,7 @@ def plan_row(trial: Trial) -> tuple[str, ...]:
         slots,
         fillers,
         load.cache_state,
+        "all" if load.scores else str(load.width),
         "" if trial.baseline is None else str(trial.baseline),
     )
 

@@ -23,6 +23,14 @@ class Geometry:
     pad: int
     queries: tuple[int, int]
     width: tuple[int, int]
+    column: int | None = None
+    """Of the load's pass, the first that the pass alone has too; None: after the padding."""
+    kept: tuple[int, int] | None = None
+    """Of how many last columns the load's pass gives logits, and which of these is the probe's."""
+
+    @property
+    def first_column(self) -> int:
+        return self.pad if self.column is None else self.column
 
     def place(self, alone: Sequence[int], loaded: Sequence[int], slot: int) -> Place | None:
         """The part of a loaded tensor that belongs to the probe at ``slot``; None if unclear."""
@@ -35,10 +43,16 @@ class Geometry:
                 start, length = 0, a
             elif a == 1 and b == self.batch_size and not is_batched:
                 start, length, is_batched = slot, 1, True
-            elif (a, b) in (self.queries, self.width):
+            elif (a, b) == self.queries:
+                start, length = self.first_column, a
+            elif (a, b) == self.width:
                 start, length = self.pad, a
             elif a == self.queries[0] and b == self.batch_size * self.queries[1]:
-                start, length = slot * self.queries[1] + self.pad, a
+                start, length = slot * self.queries[1] + self.first_column, a
+            elif self.kept is not None and a == 1 and b == self.kept[0]:
+                start, length = self.kept[1], a
+            elif self.kept is not None and a == 1 and b == self.batch_size * self.kept[0]:
+                start, length = slot * self.kept[0] + self.kept[1], a
             elif b == self.batch_size * a and not is_batched:
                 start, length, is_batched = slot * a, a, True
             else:

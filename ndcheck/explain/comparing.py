@@ -92,8 +92,8 @@ class Setting:
         if is_floating or loaded.dtype == torch.bool or loaded.is_complex():
             return equal_bits(part, own)
         # Positions in the cache are further on by the padding, rows of all tokens also by the slot.
-        pad = self.geometry.pad
-        shifts = (0, pad, self.slot * self.geometry.queries[1] + pad)
+        column = self.geometry.first_column
+        shifts = (0, self.geometry.pad, self.slot * self.geometry.queries[1] + column)
         return part.shape == own.shape and any(torch.equal(part, own + s) for s in shifts)
 
 

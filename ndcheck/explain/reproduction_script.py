@@ -25,7 +25,7 @@ SLOT, N_TOKENS, LENGTHS = $slot, $n_tokens, $lengths
 torch.set_num_threads($threads)
 $load
 
-$prefix@torch.inference_mode()
+$functions@torch.inference_mode()
 def complete(rows, slot, lengths):
     """Greedy tokens and logits of one row in a left-padded batch, prefilled in ``lengths``."""
     width = max(map(len, rows))
@@ -45,7 +45,7 @@ $start
     return tokens, bits
 
 alone, bits_alone = complete([ROWS[SLOT]], 0, [len(ROWS[SLOT])])
-batched, bits_batched = complete(ROWS, SLOT, LENGTHS)
+batched, bits_batched = $batched
 print("alone  ", alone, "\\nbatched", batched)
 differ = $criterion
 raise SystemExit(f"differs at token {differ.index(True) + 1}" if any(differ) else 0)
@@ -67,6 +67,31 @@ def load_prefix(cache, rows, width):
                                   for state in states]) for states in kept), n)
 
 '''
+_FEED = '''\
+@torch.inference_mode()
+def feed(rows, slot, completion):
+    """Tokens and logits of one row that is fed prompt and completion in passes of LENGTHS."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row + more[:-1]
+                        for row, more in zip(rows, completion)]).to(model.device)
+    pads = torch.tensor([[width - len(row)] for row in rows]).to(model.device)
+    columns = torch.arange(width + N_TOKENS).to(model.device)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=width + N_TOKENS)
+    end, bits = 0, []
+    for part in ids.split(LENGTHS, dim=1):
+        start, end = end, end + part.shape[1]
+        wanted = min(part.shape[1], max(0, end - width + 1))
+        logits = model(part, attention_mask=(columns >= pads).long(), use_cache=True,
+                       position_ids=(columns[start:end] - pads).clamp(min=0),
+                       past_key_values=cache, logits_to_keep=max(1, wanted)).logits[slot]
+        bits += list(logits[-wanted:]) if wanted else []
+    return [int((row == row.amax()).int().argmax()) for row in bits], bits
+
+'''
+_BATCHED = "complete(ROWS, SLOT, LENGTHS)"
+_BATCHED_FED = """\
+feed(
+    ROWS, SLOT, [complete(ROWS, i, [max(map(len, ROWS))])[0] for i in range(len(ROWS))])"""
 _START = "    parts, end, tokens, bits = list(ids.split(lengths, dim=1)), 0, [], []"
 _START_PREFIX = """\
     end, tokens, bits = width - sum(lengths), [], []
@@ -102,7 +127,7 @@ def write_script(
     remote: bool,
     random_weights: int | None = None,
 ) -> str:
-    """The script's text: at most 37 lines (54 with a prefix) and one for each row.
+    """The script's text: at most 37 lines (54 with a prefix, 60 if fed) and one for each row.
 
     ``described`` is the sampler's description of the model, ``source`` where it is loaded from;
     ``random_weights`` is the seed of weights that are not.
@@ -110,7 +135,8 @@ def write_script(
     import torch
 
     batch = shrunk.batch
-    has_prefix = sum(shrunk.prefill_lengths) < max(map(len, batch.rows))
+    has_prefix = sum(shrunk.pass_lengths) < max(map(len, batch.rows))
+    is_fed = batch.load.is_fed
     load = _LOAD if random_weights is None else _MAKE
     tokens = "[a != b for a, b in zip(alone, batched)]"
     return _SCRIPT.substitute(
@@ -118,8 +144,9 @@ def write_script(
         slot=batch.slot,
         rows="\n".join(f"    {list(row)}," for row in batch.rows),
         n_tokens=batch.n_tokens,
-        lengths=list(shrunk.prefill_lengths),
-        prefix=_PREFIX * has_prefix,
+        lengths=list(shrunk.pass_lengths),
+        functions=_PREFIX * has_prefix + _FEED * is_fed,
+        batched=_BATCHED_FED if is_fed else _BATCHED,
         start=_START_PREFIX if has_prefix else _START,
         threads=torch.get_num_threads(),
         load=load.substitute(

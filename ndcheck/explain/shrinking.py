@@ -12,7 +12,7 @@ import torch
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.explain.alignment import equal_bits
 from ndcheck.explain.failing import Failure
-from ndcheck.records import CacheState
+from ndcheck.records import ALONE, CacheState, Load
 from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.samplers.local.selection import lowest_argmax
 
@@ -21,7 +21,8 @@ from ndcheck.samplers.local.selection import lowest_argmax
 class Batch:
     """Token ids of every row, which row is the probe, and how the prompts are prefilled.
 
-    ``n_tokens`` are decoded at most; the static cache is as long as that asks for.
+    ``n_tokens`` are decoded at most; the static cache is as long as that asks for. Where a `Load`
+    of this ``width``, or that ``scores``, is fed, they are then fed again.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -30,6 +31,18 @@ class Batch:
     n_tokens: int
     cut: int | None = None
     """Where the prompts are cut, as in a `Load`."""
+    width: int = 1
+    scores: bool = False
+
+    @property
+    def load(self) -> Load:
+        return Load(
+            len(self.rows),
+            cache_state=self.cache_state,
+            cut=self.cut,
+            width=self.width,
+            scores=self.scores,
+        )
 
     @property
     def probe(self) -> tuple[int, ...]:
@@ -45,8 +58,9 @@ class Batch:
 class Shrunk:
     """The smallest batch found, the token (0-based) where it parts, and both tokens there.
 
-    In a latent failure the tokens are equal and the logits' bits are not. ``prefill_lengths`` are
-    the columns of each pass of the prefill; those before them are a prefix computed alone.
+    In a latent failure the tokens are equal and the logits' bits are not. ``pass_lengths`` are the
+    columns of each pass of the prefill, or of all passes of a batch that is fed; those before them
+    are a prefix computed alone.
     """
 
     batch: Batch
@@ -56,7 +70,7 @@ class Shrunk:
     token_batched: int
     is_latent: bool
     n_tests: int
-    prefill_lengths: tuple[int, ...]
+    pass_lengths: tuple[int, ...]
 
 
 class Shrinker:
@@ -92,6 +106,8 @@ class Shrinker:
             sample.load.cache_state,
             self._failure.run.spec.decoding.max_tokens,
             sample.load.cut,
+            sample.load.width,
+            sample.load.scores,
         )
         if self.parts(before) is None:
             raise BackendError(
@@ -101,12 +117,14 @@ class Shrinker:
         best = before
         while True:
             start = best
-            for simplify in (_plainer_prefill, _fewer_rows, _shorter_rows, _plainer_rows):
+            for simplify in SIMPLER:
                 best = self._descend(best, simplify)
             if best == start:
                 break
-        position = self.parts(best)
-        fewest = replace(best, n_tokens=(position or 0) + 1)
+        parted = self.parts(best) or 0
+        # Of a batch that is fed, the pass that parts stays whole, and holds a token at least.
+        n_fed = max(-(-parted // best.width) * best.width, best.scores)
+        fewest = replace(best, n_tokens=n_fed + 1)
         if self.parts(fewest) is not None:
             best = fewest
         position = self.parts(best)
@@ -121,7 +139,7 @@ class Shrinker:
             batched[position][0],
             self._failure.is_latent,
             self.n_tests,
-            self._prefill_lengths(best),
+            self._pass_lengths(best),
         )
 
     def parts(self, batch: Batch) -> int | None:
@@ -135,7 +153,7 @@ class Shrinker:
                     return position
         return None
 
-    def _prefill_lengths(self, batch: Batch) -> tuple[int, ...]:
+    def _pass_lengths(self, batch: Batch) -> tuple[int, ...]:
         """The columns of every pass that the sampler makes over the whole batch."""
         shapes: list[tuple[int, int]] = []
 
@@ -143,6 +161,10 @@ class Shrinker:
             shapes.append(tuple(kwargs["input_ids"].shape))
 
         exact = self._sampler.open_batch(list(map(list, batch.rows)), batch.n_tokens)
+        if batch.load.is_fed:
+            fed = torch.zeros(len(batch.rows), batch.n_tokens - 1, dtype=torch.int64)
+            passes = exact.passes(fed.to(exact.device), batch.load)
+            return tuple(part.shape[1] for part, _ in passes)
         hook = self._sampler.model.register_forward_pre_hook(note, with_kwargs=True)
         try:
             with torch.inference_mode(), self._kernels():
@@ -178,14 +200,27 @@ class Shrinker:
         """The probe's (token id, logits [vocabulary]) step by step; within the arm's kernels."""
         rows = [batch.probe] if alone else batch.rows
         slot = 0 if alone else batch.slot
-        state: CacheState = "whole" if alone else batch.cache_state
+        load = ALONE if alone else batch.load
         exact = self._sampler.open_batch(list(map(list, rows)), batch.n_tokens)
-        logits = exact.prefill(state, None if alone else batch.cut)
+        logits = exact.prefill(load.decoded.cache_state, load.decoded.cut)
+        completion = [lowest_argmax(logits)]
         for position in range(batch.n_tokens):
-            token_ids = lowest_argmax(logits)
-            yield int(token_ids[slot]), logits[slot].clone()
+            if not load.is_fed:
+                yield int(completion[-1][slot]), logits[slot].clone()
             if position + 1 < batch.n_tokens:
-                logits = exact.step(token_ids)
+                logits = exact.step(completion[-1])
+                completion.append(lowest_argmax(logits))
+        if load.is_fed:
+            exact.reset(list(map(list, rows)))
+            for fed in exact.feed(torch.stack(completion[:-1], 1), load):
+                for own in fed[slot]:
+                    yield int(lowest_argmax(own[None])), own.clone()
+
+
+def _narrower(batch: Batch) -> Iterator[Batch]:
+    """Passes of fewer tokens, the fewest first."""
+    for width in range(2, batch.width):
+        yield replace(batch, width=width)
 
 
 def _plainer_prefill(batch: Batch) -> Iterator[Batch]:
@@ -234,3 +269,7 @@ def _changed(
     rows = tuple(change(r) if i in chosen else r for i, r in enumerate(batch.rows))
     if rows != batch.rows:
         yield replace(batch, rows=rows)
+
+
+SIMPLER = (_plainer_prefill, _fewer_rows, _narrower, _shorter_rows, _plainer_rows)
+"""What makes a batch simpler, in this order, again and again until none does."""

@@ -67,6 +67,8 @@ class LoadTrace:
     cache_differs_after: bool | None
     logits_digest: str
     calls: dict[Place, Call]
+    n_rows: int
+    """Rows of the batch, times the tokens of each where a completion is fed."""
 
     @property
     def introducers(self) -> list[OpFinding]:
@@ -105,7 +107,7 @@ class LoadTrace:
 class OpGroup:
     """The ops of one kind in layers of one form, over all traced loads.
 
-    ``bit_classes`` are the batch sizes (1: alone) that give the row the same bits in every layer;
+    ``bit_classes`` are the `LoadTrace.n_rows` (1: alone) with the same bits in every layer;
     ``counts`` is how often each status was found, over layers and loads. ``where`` is the module's
     path if one layer alone introduces the difference, else the form.
     """
@@ -135,8 +137,8 @@ def group_findings(traces: Sequence[LoadTrace]) -> list[OpGroup]:
     groups: dict[Place, list[tuple[int, OpFinding]]] = {}
     for trace in traces:
         for finding in trace.findings:
-            groups.setdefault(finding.place, []).append((trace.load.batch_size, finding))
-    sizes = [trace.load.batch_size for trace in traces]
+            groups.setdefault(finding.place, []).append((trace.n_rows, finding))
+    sizes = [trace.n_rows for trace in traces]
     return [_group(op, module, found, sizes) for (op, module), found in groups.items()]
 
 

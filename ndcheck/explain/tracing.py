@@ -14,6 +14,7 @@ from torch import Tensor
 from ndcheck.errors import UsageError
 from ndcheck.explain.alignment import Geometry, clone_exactly, equal_bits, write_exactly
 from ndcheck.explain.comparing import Difference, NaturalPass, RepairedPass, Setting, cache_tensors
+from ndcheck.explain.feeding import FedPass, advance
 from ndcheck.explain.modules import holders_of_layers, without_numbers
 from ndcheck.explain.recording import (
     AlonePass,
@@ -60,13 +61,16 @@ class Tracer:
         arm: Arm = "stock",
         decoding: Decoding | None = None,
         kernels: Callable[[], AbstractContextManager[Any]] | None = None,
+        n_fed: int | None = None,
     ) -> None:
+        """``n_fed``: tokens of the completion that a load is fed; None: as many as are decoded."""
         self._sampler = sampler
         self._probe = probe
         self._step = step
         self._decoding = decoding or Decoding(step + 1)
         # The static cache is as long as the run's: attention runs over all of it.
         self._max_tokens = max(self._decoding.max_tokens, step + 1)
+        self._n_fed = max(n_fed or self._max_tokens, step + 1)
         self._kernels = kernels or (lambda: sampler.arm(arm, fuse=False))
         self._n_prompt = sampler.count_tokens(probe.content)
         if self._n_prompt + self._max_tokens > sampler.context:
@@ -147,6 +151,7 @@ class Tracer:
             cache_after,
             f"{digest_row(traced) & 2**64 - 1:016x}",  # as samples are recorded
             {_place(key): call for key, call in repaired.calls.items()},
+            load.batch_size * loaded.n_fed,
         )
 
     def _causes(
@@ -205,8 +210,13 @@ class Tracer:
 
         ``slot`` None: alone, where the tokens are drawn that every load is fed.
         """
-        rows = []
+        rows: list[Tensor] = []
         with self._kernels():
+            if load.is_fed:
+                batch, passes = self._feed(load, slot)
+                for part, n_wanted in passes:
+                    rows += batch.forward(part, max(1, n_wanted))[slot or 0, -n_wanted or 1 :]
+                return [row.clone() for row in rows[: self._step + 1]]
             batch = self._open(load)
             logits = batch.prefill(load.cache_state, load.cut)
             for position in range(self._step + 1):
@@ -215,8 +225,11 @@ class Tracer:
                 rows.append(logits[slot or 0].clone())
         return rows
 
-    def _advance(self, load: Load, slot: int | None) -> tuple[ExactBatch, Tensor | None]:
+    def _advance(self, load: Load, slot: int | None) -> tuple[ExactBatch, Tensor | FedPass | None]:
         """A batch just before the traced pass, and the tokens [rows] that pass takes in."""
+        if load.is_fed:
+            batch, passes = self._feed(load, slot)
+            return batch, advance(batch, passes, self._step)
         batch = self._open(load)
         if self._step == 0:
             return batch, None
@@ -225,12 +238,27 @@ class Tracer:
             logits = batch.step(self._next_tokens(logits, position, load, slot))
         return batch, self._next_tokens(logits, self._step - 1, load, slot)
 
+    def _feed(self, load: Load, slot: int | None) -> tuple[ExactBatch, list[tuple[Tensor, int]]]:
+        """A batch that holds nothing yet, and the passes of what it generates when it decodes."""
+        batch, n_needed = self._open(load), self._n_fed - 1
+        if load.width > 1:  # Passes after the traced one decide nothing.
+            n_needed = min(n_needed, -(-self._step // load.width) * load.width)
+        logits = batch.prefill(load.decoded.cache_state, load.decoded.cut)
+        token_ids = [logits.new_empty(0, len(logits), dtype=torch.int64)]
+        for position in range(n_needed):
+            token_ids.append(self._next_tokens(logits, position, load, slot)[None])
+            logits = batch.step(token_ids[-1][0])
+        batch.reset(self._sampler.rows(load, self._probe))
+        return batch, batch.passes(torch.cat(token_ids).T, load)
+
     def _open(self, load: Load) -> ExactBatch:
         rows = self._sampler.rows(load, self._probe)
         return self._sampler.open_batch(rows, self._max_tokens)
 
     @staticmethod
-    def _forward(batch: ExactBatch, token_ids: Tensor | None, load: Load) -> Tensor:
+    def _forward(batch: ExactBatch, token_ids: Tensor | FedPass | None, load: Load) -> Tensor:
+        if isinstance(token_ids, FedPass):
+            return batch.forward(token_ids.token_ids, token_ids.n_wanted)[:, token_ids.index]
         return (
             batch.prefill(load.cache_state, load.cut)
             if token_ids is None
@@ -246,15 +274,20 @@ class Tracer:
         if slot is None:
             if len(self.token_ids) == position:
                 self.token_ids.append(int(token_ids[0]))
-        else:
+        elif position < len(self.token_ids):
             token_ids[list(load.slots)] = self.token_ids[position]
         return token_ids
 
-    def _geometry(self, load: Load) -> Geometry:
+    def _geometry(self, load: Load, argument: Tensor | FedPass | None) -> Geometry:
         n_columns = max(self._n_prompt, *load.filler_lengths, 0)
         pad = n_columns - self._n_prompt
         queries = (1, 1) if self._step else (self._n_prompt, n_columns)
         width = (self._n_prompt + self._max_tokens, n_columns + self._max_tokens)
+        if isinstance(argument, FedPass):
+            n_columns = argument.token_ids.shape[1]
+            column = n_columns - argument.n_wanted + argument.index if self._step else pad
+            kept = argument.n_wanted, argument.index
+            return Geometry(load.batch_size, pad, (queries[0], n_columns), width, column, kept)
         return Geometry(load.batch_size, pad, queries, width)
 
 
@@ -269,7 +302,7 @@ class _LoadedPass:
         self._start, self._argument = tracer._advance(load, slot)
         self._batch = self._start
         model = tracer._sampler.model
-        self.setting = Setting(model, alone.records, tracer._geometry(load), slot)
+        self.setting = Setting(model, alone.records, tracer._geometry(load, self._argument), slot)
 
     def run(
         self, watch: NaturalPass | RepairedPass | None = None, *, repair_cache: bool = False
@@ -286,6 +319,11 @@ class _LoadedPass:
             with watch:
                 logits = Tracer._forward(self._batch, self._argument, self._load)
         return logits[self._slot].clone()
+
+    @property
+    def n_fed(self) -> int:
+        """Tokens of a row that the pass is fed; 1 where it is not."""
+        return self._argument.token_ids.shape[1] if isinstance(self._argument, FedPass) else 1
 
     def cache_differs(self, alone: list[Tensor]) -> bool | None:
         """Whether the probe's part of the cache, before the pass or after the last one, does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -169,12 +170,46 @@ def judge_axis(axis: Axis, finding: AxisFinding | None, spec: RunSpec) -> Verdic
     note = "" if outcome == "FAIL" else f"; {NOT_TOLD_APART}"
     if finding.draw == "load" and finding.told_apart and finding.n_confirmed:
         note = f"; {finding.n_confirmed} of them repeated, alike each time"
+    details = fed_details(finding)
     if finding.diverged_trials:
-        return Verdict(outcome, (f"{axis}: tokens diverged in {k} of {draws}{note}",))
+        return Verdict(outcome, (f"{axis}: tokens diverged in {k} of {draws}{note}", *details))
     if finding.latent_trials and not spec.allow_latent:
         latent = f"{n_latent} of {draws}"
-        return Verdict(outcome, (f"{axis}: tokens equal, but bits differed in {latent}{note}",))
-    return Verdict("PASS", (f"{axis}: 0 of {draws} diverged",))
+        reason = f"{axis}: tokens equal, but bits differed in {latent}{note}"
+        return Verdict(outcome, (reason, *details))
+    return Verdict("PASS", (f"{axis}: 0 of {draws} diverged", *details))
+
+
+def fed_details(finding: AxisFinding) -> tuple[str, ...]:
+    """What tokens that were fed again showed, one by one, and which widths share their bits."""
+    fed = finding.tokens
+    if fed is None or not fed.n_tokens:
+        return ()
+    seen = (
+        f"{finding.axis}: of {count(fed.n_tokens, 'token')} fed again, {fed.n_other_tokens} would "
+        f"be others and {fed.n_other_bits} have other bits"
+    )
+    classes = [
+        f"{'alone' if size == 1 else f'batch {size}'} {show_classes(found)}"
+        for size, found in fed.width_classes
+    ]
+    alike = [f"width: passes of as many tokens have the same bits: {'; '.join(classes)}"]
+    return (seen, *(alike if classes else ()))
+
+
+def show_classes(classes: Sequence[Sequence[int]]) -> str:
+    """``"1 | 2-4 | 5, 16"``: ranges of the widths that were tried."""
+    tried = sorted(width for widths in classes for width in widths)
+    shown = []
+    for widths in classes:
+        runs: list[list[int]] = []
+        for width in widths:
+            if runs and tried.index(width) == tried.index(runs[-1][-1]) + 1:
+                runs[-1].append(width)
+            else:
+                runs.append([width])
+        shown.append(", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs))
+    return " | ".join(shown)
 
 
 def _weaken(probe: ProbeVerdict, *doubts: str) -> ProbeVerdict:
@@ -245,6 +280,11 @@ def _lacks_draws(probe: ProbeSummary, spec: RunSpec) -> str | None:
 def probe_doubts(probe: ProbeSummary, spec: RunSpec) -> list[str]:
     """What keeps a clean result from passing, a sentence each."""
     doubts = [reason for check in DOUBTS if (reason := check(probe))]
+    doubts += [
+        f"{finding.axis}: no planted fault was caught there"
+        for finding in probe.axes
+        if finding.tokens and finding.n_trials and finding.axis not in probe.control.controlled
+    ]
     if reason := _lacks_draws(probe, spec):
         doubts.append(reason)
     return doubts + list(probe.serving.doubts if probe.serving else ())

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ndcheck.records import ALONE, CacheState, Load, Purpose, RunSpec
+from ndcheck.records import ALONE, Axis, CacheState, Load, Purpose, RunSpec
 
 CACHE_STATES: tuple[CacheState, ...] = ("chunked", "prefix")
 N_PREFILL_CHUNKS = 3
@@ -52,6 +52,7 @@ class Grid:
         if round_index == 0 or "run-to-run" in self.spec.axes:
             yield Cell("run-to-run", ALONE)
         if 1 in self.spec.batch_sizes:
+            yield from self._fed(ALONE, round_index)
             yield from self._cached(ALONE, round_index)
         for size in sizes:
             yield from self._variants(size, round_index)
@@ -64,7 +65,7 @@ class Grid:
     def _baselines(self, size: int, round_index: int) -> Iterator[Cell]:
         axes = set(self.spec.axes)
         loads = []
-        if {"batch-size", "run-to-run", "cache"} & axes:
+        if {"batch-size", "run-to-run", "cache", "width", "scoring"} & axes:
             loads.append(self._base(size, round_index))
         if {"slot", "neighbours"} & axes:
             loads.append(self._mixed(size, round_index))
@@ -75,6 +76,7 @@ class Grid:
         axes, rng = set(self.spec.axes), self._rng(size, round_index)
         base, mixed = self._base(size, round_index), self._mixed(size, round_index)
         yield Cell("run-to-run", base, base)
+        yield from self._fed(base, round_index)
         yield from self._cached(base, round_index)
         if not {"slot", "neighbours"} & axes:
             return
@@ -100,6 +102,35 @@ class Grid:
             elif index < len(cuts):
                 yield Cell("cache", replace(base, cache_state=state, cut=cuts[index]), base)
 
+    def _fed(self, base: Load, round_index: int) -> Iterator[Cell]:
+        """Alone all widths and ways to score; in a batch one of each, in turns.
+
+        Each axis has a control of its own.
+        """
+        scored = [replace(base, scores=True)]
+        if "chunked" in self.cache_states:
+            cuts = self._cuts("chunked")
+            cut = cuts[round_index % len(cuts)]
+            scored.append(replace(base, scores=True, cache_state="chunked", cut=cut))
+        longest = self.spec.decoding.max_tokens - 1
+        kinds: dict[Axis, list[Load]] = {
+            "width": [replace(base, width=w) for w in self.spec.widths if w <= longest],
+            "scoring": scored,
+        }
+        for axis in self.spec.axes:
+            loads = kinds.get(axis, [])
+            if loads and base != ALONE:
+                loads = [loads[(round_index + base.batch_size.bit_length()) % len(loads)]]
+            for nth, load in enumerate(loads):
+                yield Cell(axis, load, base)
+                if base == ALONE and round_index == nth == 0:
+                    yield Cell("control", load, load)
+
+    def _turns(self) -> int:
+        """Rounds until a batch was fed in every way; 0 where none is."""
+        axes = self.spec.axes
+        return len(self.spec.widths) if "width" in axes else 2 * ("scoring" in axes)
+
     def _cuts(self, state: CacheState) -> list[int | None]:
         """The sampler's own cut, and all others, in an order drawn from the seed."""
         usual, fewest = self.length // 2, 1
@@ -112,7 +143,8 @@ class Grid:
     def _base(self, size: int, round_index: int) -> Load:
         """What is repeated, and prefilled in other ways: copies, or a probe among fillers."""
         if not {"batch-size", "cache"} & set(self.spec.axes):
-            round_index = 0  # Repeats of one load say more than repeats of several.
+            # Repeats of one load, and its passes of all widths, say more than those of several.
+            round_index //= self._turns() or round_index + 1
         if self.spec.mode == "mixed":
             return self._mixed(size, round_index)
         copies = Load(size, tuple(range(size)))

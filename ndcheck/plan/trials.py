@@ -32,6 +32,7 @@ def plan_trials(
     """All trials of a run in execution order, arms interleaved on the same loads.
 
     ``prompt_lengths`` are in tokens by probe id, ``context`` is the model's limit in tokens.
+    A completion that is fed again is no sample of ``spec.n_samples``, unless nothing else is asked.
     ``n_draws`` asks for that many distinct loads of each probe and arm (trials, where a repeat is a
     draw) instead of ``spec.n_samples`` samples. ``cache_states`` are those that the backend can
     bring about. The plan is shorter where no other load exists. The probe alone comes first, in the
@@ -67,6 +68,7 @@ class _ProbePlan:
         self._first_ids: dict[Load, dict[Arm, int]] = {}
         self._n_run: Counter[Load] = Counter()
         self._n_samples = 0
+        self._counts_fed = {"width", "scoring"}.issuperset(spec.axes)
 
     def add_all(self, grid: Grid) -> None:
         alone_again = Cell("run-to-run", ALONE)
@@ -82,7 +84,7 @@ class _ProbePlan:
         while 0 < self._n_missing() < n_missing:
             n_missing = self._n_missing()
             for cell in grid.round_of_cells(round_index):
-                if self._n_missing() > 0:
+                if self._n_missing() > 0 or cell.purpose == "control":
                     self._add_if_new(cell, grid)
             round_index += 1
         if closes_alone:
@@ -96,11 +98,23 @@ class _ProbePlan:
             return self._n_draws + 1 - self._n_run.total()
         return self._n_draws + 1 - len(self._n_run)
 
+    def _counts(self, load: Load) -> bool:
+        """Is it among the samples asked for? A few passes feed a completion, so they come on top.
+
+        Where nothing else is asked for, they are what is.
+        """
+        return self._counts_fed or not load.is_fed
+
     def _add_if_new(self, cell: Cell, grid: Grid) -> None:
+        if cell.purpose == "control":
+            if cell.baseline in self._first_ids:
+                self._add(cell)
+            return
         n_copies = len(cell.load.slots)
-        if self._n_draws is None and n_copies > self._n_missing():
+        is_counted = self._n_draws is None and self._counts(cell.load)
+        if is_counted and n_copies > self._n_missing():
             # With other rows than its baseline's, a load would differ from it along two axes.
-            if cell.purpose in ("run-to-run", "cache"):
+            if cell.purpose in ("run-to-run", "cache", "width", "scoring"):
                 return
             n_copies = self._n_missing()
             cell = replace(cell, load=grid.with_copies(cell.load, n_copies))
@@ -133,4 +147,4 @@ class _ProbePlan:
         self._first_ids.setdefault(cell.load, ids)
         if cell.purpose != "control":
             self._n_run[cell.load] += 1
-            self._n_samples += len(cell.load.slots)
+            self._n_samples += len(cell.load.slots) if self._counts(cell.load) else 0

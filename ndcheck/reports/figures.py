@@ -133,7 +133,7 @@ def gather(findings: Findings) -> dict[tuple[Arm, str], ArmFigures]:
             continue
         key = (sample.arm, sample.probe_id)
         arm = figures[key]
-        load = phrases.load_name(sample.purpose, sample.load.cache_state)
+        load = phrases.load_name(sample.purpose, sample.load)
         batch_size = sample.load.batch_size
         group = LoadGroup(load, len(sample.load.slots) > 1, batch_size)
         arm.unique_by_load.setdefault(group, set()).add(completion_id)

@@ -7,7 +7,7 @@ from itertools import islice
 
 from ndcheck.analysis.summary import AxisFinding, ProbeSummary
 from ndcheck.findings import Findings
-from ndcheck.judging.verdict import NOT_TOLD_APART, ProbeVerdict
+from ndcheck.judging.verdict import NOT_TOLD_APART, ProbeVerdict, fed_details
 from ndcheck.records import Run, RunSpec
 from ndcheck.reports.document import published
 from ndcheck.reports.ranking import tally, worst_first
@@ -155,7 +155,8 @@ def _properties(probe: ProbeSummary, verdict: ProbeVerdict, unit: str) -> str:
         f"Rate ({confidence} %) | Latent | First at {unit} (from 1) | At batch sizes",
         rows,
     )
-    return f"{table}\n\n{phrases.scope([probe])}."
+    fed = [f"{line}." for finding in probe.axes for line in fed_details(finding)]
+    return "\n\n".join((table, f"{phrases.scope([probe])}.", *fed))
 
 
 def _axis_outcome(finding: AxisFinding, verdict: ProbeVerdict) -> str:

@@ -9,6 +9,7 @@ Version history:
 1. samples.csv, completions.csv, loads.csv, summary.csv.
 2. properties.csv; ``run_id`` in every file, so that they join on it, ``arm`` and ``probe_id``;
    positions from 1 (``..._from_1``), lists as JSON (``..._json``, ``trial_ids``).
+3. ``width``, ``fed_tokens``, ``fed_other_tokens``, ``fed_other_bits``, ``width_classes_json``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ndcheck.analysis.summary import AxisFinding, ProbeSummary
+from ndcheck.analysis.summary import AxisFinding, LoadFinding, ProbeSummary
 from ndcheck.findings import Findings
+from ndcheck.records import Load
 from ndcheck.reports.untrusted import csv_text
 
 if TYPE_CHECKING:
@@ -61,6 +63,10 @@ SAMPLE_COLUMNS: _Columns = {
     "first_divergence_from_1": _INT,
     "first_latent_from_1": _INT,
     "filler_lengths_json": _TEXT,
+    "width": _INT,
+    "fed_tokens": _INT,
+    "fed_other_tokens": _INT,
+    "fed_other_bits": _INT,
 }
 COMPLETION_COLUMNS: _Columns = {
     "arm": _TEXT,
@@ -101,6 +107,7 @@ LOAD_COLUMNS: _Columns = {
     "first_latent_from_1": _INT,
     "answer_flips": _INT,
     "n_correct": _INT,
+    "width": _INT,
 }
 PROPERTY_COLUMNS: _Columns = {
     "run_id": _TEXT,
@@ -124,6 +131,10 @@ PROPERTY_COLUMNS: _Columns = {
     "batch_sizes_diverged_json": _TEXT,
     "batch_sizes_latent_json": _TEXT,
     "reasons_json": _TEXT,
+    "fed_tokens": _INT,
+    "fed_other_tokens": _INT,
+    "fed_other_bits": _INT,
+    "width_classes_json": _TEXT,
 }
 SUMMARY_COLUMNS: _Columns = {
     "arm": _TEXT,
@@ -176,7 +187,7 @@ def _sample_rows(findings: Findings) -> Iterator[_Row]:
         completion_id, first_divergence, margin, latent_divergence, max_abs_dlogprob = outcome
         if sample.role == "control":
             continue
-        failed = sample.error is not None
+        failed, fed = sample.error is not None, sample.fed
         yield {
             "run_id": findings.run.run_id,
             "arm": sample.arm,
@@ -204,7 +215,16 @@ def _sample_rows(findings: Findings) -> Iterator[_Row]:
             "first_divergence_from_1": _from_1(_known(first_divergence)),
             "first_latent_from_1": _from_1(_known(latent_divergence)),
             "filler_lengths_json": json.dumps(sample.load.filler_lengths),
+            "width": _width(sample.load),
+            "fed_tokens": fed and fed.n_tokens,
+            "fed_other_tokens": fed and fed.n_other_tokens,
+            "fed_other_bits": fed and fed.n_other_bits,
         }
+
+
+def _width(load: Load | LoadFinding) -> int | None:
+    """None where the prompt is in the passes too."""
+    return None if load.scores else load.width
 
 
 def _known(number: int) -> int | None:
@@ -241,6 +261,7 @@ def loads_table(findings: Findings) -> pd.DataFrame:
             trial_ids=json.dumps(load.trial_ids),
             first_divergence_from_1=_from_1(load.first_divergence_min),
             first_latent_from_1=_from_1(load.first_latent_min),
+            width=_width(load),
         )
         for probe in findings.summary.probes
         for load in probe.loads
@@ -261,6 +282,7 @@ def properties_table(findings: Findings) -> pd.DataFrame:
 def _property_row(findings: Findings, probe: ProbeSummary, finding: AxisFinding) -> _Row:
     """Without a verdict where the property was not asked for and did not diverge."""
     verdict = findings.verdicts[probe.arm, probe.probe_id].axes.get(finding.axis)
+    fed = finding.tokens
     return _row(
         PROPERTY_COLUMNS,
         finding,
@@ -273,6 +295,10 @@ def _property_row(findings: Findings, probe: ProbeSummary, finding: AxisFinding)
         batch_sizes_diverged_json=json.dumps(finding.batch_sizes_diverged),
         batch_sizes_latent_json=json.dumps(finding.batch_sizes_latent),
         reasons_json=json.dumps(verdict.reasons if verdict else ()),
+        fed_tokens=fed and fed.n_tokens,
+        fed_other_tokens=fed and fed.n_other_tokens,
+        fed_other_bits=fed and fed.n_other_bits,
+        width_classes_json=json.dumps(fed.width_classes if fed else ()),
     )
 
 

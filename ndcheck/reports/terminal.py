@@ -206,7 +206,7 @@ def _axes(
     notes = [phrases.scope(detailed)]
     if any(finding.told_apart is False for probe in detailed for finding in probe.axes):
         notes.append(f"INCONCLUSIVE: something diverged, {NOT_TOLD_APART}")
-    return [table, *map(Text, notes)]
+    return [table, *map(Text, [*notes, *phrases.fed_notes(detailed, with_arm=with_arm)])]
 
 
 def _answers(detailed: Sequence[ProbeSummary], findings: Findings) -> Iterator[RenderableType]:
@@ -260,7 +260,7 @@ def _loads(detailed: Sequence[ProbeSummary], unit: str) -> list[RenderableType]:
     by_load: dict[tuple[object, ...], dict[str, LoadFinding]] = {}
     for probe in detailed:
         for load in probe.loads:
-            key = (load.axis, load.batch_size, load.slot, load.cache_state)
+            key = (load.axis, load.batch_size, load.slot, load.cache_state, load.width, load.scores)
             by_load.setdefault(key, {})[probe.arm] = load
     rows = list(by_load.values())
     told = [row for row in rows if not all(_load_rank(row))]

@@ -20,6 +20,13 @@ class Rendered:
     tokens: tuple[tuple[int, str], ...]
 
 
+WHY_NOT_FED = (
+    "only --batching exact, in this process, feeds a completion again in passes that are known"
+)
+NOT_FED: tuple[tuple[Axis, str], ...] = (("width", WHY_NOT_FED), ("scoring", WHY_NOT_FED))
+"""`Sampler.refused_axes` where a scheduler decides what a pass holds."""
+
+
 class Sampler(Protocol):
     """Runs exactly the batch that a trial asks for, and says what really ran."""
 

@@ -38,6 +38,7 @@ DEFAULTS = RunSpec(
 )
 TRANSFORMERS = "transformers"
 MAX_LOADS = 1000
+MAX_WIDTH = 1024
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Torch's name for each that ``--dtype`` takes."""
 SHORT_DTYPES = {name: short for short, name in DTYPES.items()}
@@ -156,6 +157,26 @@ def parse_axes(values: str | Sequence[str]) -> tuple[Axis, ...]:
     return AXES if text == "all" else parse_names("--axes", text, AXES)
 
 
+def parse_scheduled_axes(values: str | Sequence[str]) -> tuple[Axis, ...]:
+    """The same where a scheduler decides what a pass holds: ``all`` are those it leaves to ask."""
+    axes = parse_axes(values)
+    return SCHEDULED_AXES if axes == AXES else axes
+
+
+def parse_widths(values: str | Sequence[object] | None) -> tuple[int, ...]:
+    """``"2,4,8"`` as ascending numbers of tokens. Raises UsageError unless distinct, from 2 on."""
+    if values is None:
+        return DEFAULTS.widths
+    widths: list[int] = []
+    for part in map(str.strip, join(values).split(",")):
+        if not re.fullmatch(r"[0-9]{1,4}", part) or not 2 <= int(part) <= MAX_WIDTH:
+            raise UsageError(f"--widths: {part!r:.20} is not a number from 2 to {MAX_WIDTH}")
+        if int(part) in widths:
+            raise UsageError(f"--widths: {int(part)} is given twice")
+        widths.append(int(part))
+    return tuple(sorted(widths))
+
+
 def parse_arms(values: str | Sequence[str] | None) -> tuple[Arm, ...]:
     """``"stock,invariant"`` as kernel sets; None is both."""
     return DEFAULTS.arms if values is None else parse_names("--kernels", join(values), ARMS)
@@ -241,6 +262,7 @@ ASKED = (PROMPT, PROMPTS_FILE, PROMPT_COLUMN, SYSTEM, MODEL)
 """What is asked of whom: options that stand before all others."""
 ENGINE = Option("engine", (), TRANSFORMERS, has_variable=True)
 TP = Option("tp", ("tensor_parallel",), DEFAULTS.tensor_parallel)
+WIDTHS = Option("widths", ("widths",), None, parse_widths, join, has_variable=True)
 KERNELS = Option("kernels", ("arms",), None, parse_arms, join, has_variable=True)
 ARRIVALS = Option(
     "arrivals",
@@ -250,10 +272,14 @@ ARRIVALS = Option(
     lambda text: with_clock(text, "step"),
     has_variable=True,
 )
+_AXES = Option("axes", ("axes",), DEFAULTS.axes, parse_axes, join, has_variable=True)
+SCHEDULED_AXES: tuple[Axis, ...] = AXES[: AXES.index("width")]
+SCHEDULED = replace(_AXES, parse=parse_scheduled_axes)
+"""``--axes`` of a backend that cannot choose what a pass holds."""
 SHARED = (
     Option("loads", ("batch_sizes",), DEFAULTS.batch_sizes, parse_loads, show_loads,
            has_variable=True),
-    Option("axes", ("axes",), DEFAULTS.axes, parse_axes, join, has_variable=True),
+    _AXES,
     Option("mode", ("mode",), DEFAULTS.mode, choice("--mode", Mode), has_variable=True),
     Option("batching", ("batching",), DEFAULTS.batching, choice("--batching", Batching),
            has_variable=True),

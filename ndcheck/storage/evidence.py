@@ -57,6 +57,8 @@ class Ledger:
             return "it has tokens and an error"
         if len(sample.token_texts) != n_tokens:
             return f"it has {n_tokens} tokens and the texts of {len(sample.token_texts)}"
+        if (sample.fed is not None) != (load.is_fed and sample.error is None):
+            return "what it says of tokens that were fed does not fit its load"
         for name in ("logprobs", "margins", "row_digests"):
             n_values = len(getattr(sample, name))
             if n_values not in (0, n_tokens):

@@ -13,7 +13,7 @@ import re
 import struct
 from dataclasses import dataclass
 
-from ndcheck.records import Load, Purpose, Sample, Witness
+from ndcheck.records import Fed, Load, Purpose, Sample, Witness
 from ndcheck.storage.reading import MAX_LINE_BYTES, decode, parse_json
 
 _KEYS = {"purpose": "axis"}
@@ -28,6 +28,7 @@ def encode_line(sample: Sample) -> bytes:
         **{_KEYS.get(name, name): value for name, value in fields.items()},
         **dataclasses.asdict(load),
         **dataclasses.asdict(witness),
+        "fed": dataclasses.asdict(sample.fed) if sample.fed else None,
         "fault": dataclasses.asdict(sample.fault) if sample.fault else None,
         "logprob_bits": struct.pack(f">{len(logprobs)}f", *logprobs).hex(),
         "margins": [m if math.isfinite(m) else None for m in sample.margins],
@@ -50,6 +51,7 @@ class _Packed:
     logprob_bits: str = ""
     margins: tuple[float | None, ...] = ()
     row_digests: str = ""
+    fed: Fed | None = None
 
 
 def decode_line(line: bytes | None) -> Sample:
@@ -62,6 +64,9 @@ def decode_line(line: bytes | None) -> Sample:
         text = getattr(packed, name)
         if len(text) % digits or not _HEXADECIMAL.fullmatch(text):
             raise ValueError(f"{name}: give {digits} hexadecimal digits a token")
+    fed = packed.fed
+    if fed and not all(re.fullmatch(r"[0-9a-f]{16}", d) for d in (fed.digest, fed.decoded_digest)):
+        raise ValueError(f"fed: its digests have {_DIGITS_PER_DIGEST} hexadecimal digits")
     bits, digests = bytes.fromhex(packed.logprob_bits), packed.row_digests
     return decode(
         Sample,

@@ -13,7 +13,14 @@ from ndcheck.judging.rules import Rules, RuleSet, judge_gate
 from ndcheck.records import Decoding, Witness
 from ndcheck.request import DEFAULTS
 
-SPEC = replace(DEFAULTS, decoding=Decoding(8), batch_sizes=(1, 3), n_samples=40, arms=("stock",))
+SPEC = replace(
+    DEFAULTS,
+    decoding=Decoding(8),
+    batch_sizes=(1, 3),
+    axes=("run-to-run", "batch-size", "slot", "neighbours", "cache"),
+    n_samples=40,
+    arms=("stock",),
+)
 BOTH = replace(SPEC, arms=("stock", "invariant"))
 
 

@@ -77,7 +77,7 @@ def test_a_control_that_goes_unseen_is_inconclusive():
     ]
     judgement = judged(blind)
     assert judgement.verdict.outcome == "INCONCLUSIVE"
-    assert judgement.verdict.reasons[0] == "the planted fault was caught in 0 of 1 controls"
+    assert judgement.verdict.reasons[0] == "the planted fault was caught in 0 of 3 controls"
 
 
 def test_an_axis_that_was_not_tried_is_inconclusive():

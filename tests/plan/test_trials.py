@@ -14,7 +14,7 @@ from ndcheck.plan.faults import plant_fault
 from ndcheck.plan.fillers import filler_text, fit_to_length
 from ndcheck.plan.grid import ALONE, batch_sizes_up_to
 from ndcheck.plan.trials import plan_trials
-from ndcheck.records import AXES, Decoding, Endpoint, Fault, Load, Probe
+from ndcheck.records import AXES, WIDTHS, Decoding, Endpoint, Fault, Load, Probe
 from ndcheck.request import DEFAULTS as RUN_DEFAULTS
 
 DEFAULTS = replace(RUN_DEFAULTS, arms=("stock",))
@@ -29,6 +29,13 @@ def plan(spec=DEFAULTS, n_draws=None, context=CONTEXT):
 
 def evidence(trials):
     return [t for t in trials if t.role == "trial"]
+
+
+def n_counted(trials, axes=AXES):
+    """Of the samples asked for: what is fed comes on top, unless nothing else is asked for."""
+    all_count = {"width", "scoring"}.issuperset(axes)
+    counted = [t for t in trials if t.role != "control" and (all_count or not t.load.is_fed)]
+    return sum(t.n_samples for t in counted)
 
 
 def other_loads(trials):
@@ -66,9 +73,13 @@ def test_plan_invariants(n_samples, batch_sizes, axes, mode, arms):
             baseline = trials[trial.baseline]
             assert baseline.trial_id < trial.trial_id
             assert (baseline.arm, baseline.probe_id) == (trial.arm, trial.probe_id)
-            assert baseline.purpose in ("reference", "batch-size")
+            of_control = {"width", "scoring"} if trial.role == "control" else set()
+            assert baseline.purpose in {"reference", "batch-size", *of_control}
         else:
             assert (trial.purpose, trial.load) == ("reference", ALONE)
+        if trial.role == "control":
+            # Of the reference, and of what is fed alone: the same load without the fault.
+            assert trial.load == trials[trial.baseline].load
         if trial.role == "trial":
             # Baselines, and repeats of them, are evidence whatever was asked for.
             assert trial.purpose in {*axes, "batch-size", "run-to-run"}
@@ -77,10 +88,14 @@ def test_plan_invariants(n_samples, batch_sizes, axes, mode, arms):
     )
     for arm in arms:
         mine = [t for t in trials if t.arm == arm]
-        counted = sum(t.n_samples for t in mine if t.role != "control")
+        counted = n_counted(mine, axes)
         is_endless = "run-to-run" in axes or max(batch_sizes) > 1
         assert counted == n_samples or (counted < n_samples and not is_endless)
-        assert sum(t.role == "control" for t in mine) == 1
+        fed = {t.purpose for t in mine if t.load.is_fed and t.load.batch_size == 1} & set(AXES)
+        controls = [t.load for t in mine if t.role == "control"]
+        assert controls[0] == ALONE
+        of_fed = sorted(load.scores for load in controls[1:])
+        assert of_fed == sorted(axis == "scoring" for axis in fed)
         assert n_samples == 1 or (mine[-1].purpose, mine[-1].load) == ("run-to-run", ALONE)
 
 
@@ -104,6 +119,13 @@ def test_baselines_differ_along_their_axis_only():
                 base.filler_lengths,
                 base.filler_seed,
             )
+        elif trial.purpose == "width":
+            assert load.width > 1
+            assert load.decoded == replace(load, width=1) == base
+        elif trial.purpose == "scoring":
+            assert load.scores
+            assert load.decoded == base
+            assert load.cache_state in ("whole", "chunked")
         else:
             assert trial.purpose == "cache"
             assert load.cache_state != base.cache_state == "whole"
@@ -111,7 +133,9 @@ def test_baselines_differ_along_their_axis_only():
 
 
 def test_every_batch_size_meets_every_axis_within_the_default_run():
-    seen = {(t.purpose, t.load.batch_size) for t in evidence(plan())}
+    trials = evidence(plan())
+    assert {t.load.width for t in trials if t.load == Load(1, width=t.load.width)} == {1, *WIDTHS}
+    seen = {(t.purpose, t.load.batch_size) for t in trials}
     for batch_size in DEFAULTS.batch_sizes[1:]:
         for axis in AXES:
             assert (axis, batch_size) in seen
@@ -178,7 +202,7 @@ def test_the_probe_alone_comes_first_in_the_round_and_last():
     first, last = trials[0], trials[-1]
     assert (first.purpose, first.load) == ("reference", Load(1))
     assert (last.purpose, last.load, last.baseline) == ("run-to-run", Load(1), first.trial_id)
-    assert sum(t.n_samples for t in trials if t.role != "control") == 50
+    assert n_counted(trials) == 50
 
 
 def test_only_cache_states_that_the_backend_has_are_planned():
@@ -226,7 +250,7 @@ def test_probes_each_get_their_samples():
     trials = plan_trials(spec, {"a": 3, "b": 7}, CONTEXT)
     for probe in probes:
         mine = [t for t in trials if t.probe_id == probe.probe_id]
-        assert sum(t.n_samples for t in mine if t.role != "control") == 50
+        assert n_counted(mine) == 50
 
 
 @given(st.integers(0, 2**32), st.integers(1, 200))

@@ -12,6 +12,7 @@ from ndcheck.analysis.summary import (
     AxisFinding,
     Completion,
     ControlFinding,
+    FedTokens,
     LoadFinding,
     Metrics,
     ProbeSummary,
@@ -42,6 +43,10 @@ ENVIRONMENT = Environment(
     model={"dtype": "bfloat16", "device": "cpu", "digest": "9f86d081884c7d65"},
 )
 Tokens = tuple[str, ...]
+FED = {
+    "width": FedTokens(5940, 5300, 12, ((1, ((1, 2, 3, 4), (5, 8), (16,))), (4, ((1,), (4,))))),
+    "scoring": FedTokens(300, 0, 0),
+}
 
 
 def fork(completions: list[Completion], start: int = 0) -> Fork | None:
@@ -145,6 +150,7 @@ def probe_summary(
                 told_apart=True if k or (latent and axis != "run-to-run") else None,
                 first_latent_min=2 if latent else None,
                 batch_sizes_latent=(2, 8) if latent else (),
+                tokens=FED.get(axis),
             )
         )
         loads += [
@@ -153,6 +159,8 @@ def probe_summary(
                 batch_size=batch_size,
                 slot=batch_size - 1 if axis == "slot" else 0,
                 cache_state="chunked" if axis == "cache" else "whole",
+                width=4 if axis == "width" else 1,
+                scores=axis == "scoring",
                 n_trials=2,
                 n_samples=2 * batch_size,
                 n_errors=0,
@@ -194,7 +202,7 @@ def probe_summary(
         completions=completions,
         axes=tuple(axes),
         loads=tuple(loads),
-        control=ControlFinding(1, 1) if measured else ControlFinding(0, 0),
+        control=ControlFinding(3, 3, ("width", "scoring")) if measured else ControlFinding(0, 0),
         tree=tree,
         metrics=Metrics(0.0, None, 102.0 if diverged else None, 0.0123, 1.5e-06, 2.0e-07, 1.2e-04),
         draw="load",

@@ -25,7 +25,9 @@ def test_what_it_says(two_arms) -> None:
     stock, invariant = found["probes"]
     assert (stock["arm"], stock["diverged_trials"], stock["n_trials"]) == ("stock", 9, 28)
     assert (invariant["verdict"], invariant["slowdown_vs_stock"]) == ("PASS", 1.04)
-    assert [axis["verdict"] for axis in stock["axes"]] == ["PASS", "FAIL", "PASS", "FAIL", "PASS"]
+    assert [axis["verdict"] for axis in stock["axes"]] == [
+        *("PASS", "FAIL", "PASS", "FAIL", "PASS", "PASS", "PASS")
+    ]
     second = stock["completions"][1]
     assert (second["count"], second["first_divergence"], second["divergent_token"]) == (
         8,
@@ -58,4 +60,4 @@ def test_evidence_on_a_property_not_asked_for_has_no_verdict(passing) -> None:
     asked = replace(verdict, axes={"slot": verdict.axes["slot"]})
     judgement = replace(passing.judgement, probes=(asked,))
     (found,) = make_document(replace(passing, judgement=judgement))["probes"]
-    assert [axis["verdict"] for axis in found["axes"]] == [None, None, "PASS", None, None]
+    assert [axis["verdict"] for axis in found["axes"]] == [None, None, "PASS", *[None] * 4]

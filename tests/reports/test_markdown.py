@@ -52,7 +52,7 @@ def test_it_leads_with_the_verdict_and_the_command(failing) -> None:
     lines = render(failing).splitlines()
     assert lines[0] == "# ndcheck: FAIL"
     assert lines[2] == "- **FAIL** 8 of 1000 loads diverged (0.8 %, 95 % CI 0.345-1.57 %)"
-    assert "ndcheck run --loads 1,2,4,8,16,32 -n 1000 --kernels stock" in lines[:14]
+    assert "ndcheck run --loads 1,2,4,8,16,32 -n 1000 --kernels stock" in lines[:24]
 
 
 def test_claims_are_ranked_and_bounded(two_arms, empty) -> None:

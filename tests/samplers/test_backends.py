@@ -52,8 +52,8 @@ TYPED = {
     "retries": "9", "loads": "1,3", "axes": "slot,cache", "mode": "mixed", "batching": "continuous",
     "arrivals": "poisson:2", "samples": "12", "max_tokens": "7", "temperature": "0.5", "seed": "4",
     "dtype": "fp32", "device": "cpu", "attn": "eager", "kernels": "invariant",
-    "confidence": "0.9", "target_rate": "0.1", "random_weights": "5", "answer_pattern": "a+",
-    "answer": "number",
+    "widths": "2,6", "confidence": "0.9", "target_rate": "0.1", "random_weights": "5",
+    "answer_pattern": "a+", "answer": "number",
     "chat": None, "trust_remote_code": None, "stop_on_divergence": None, "allow_latent": None,
     "dequantise": None,
 }  # fmt: skip
@@ -202,9 +202,11 @@ def arrivals(clock):
     )
 
 
+WIDTHS = st.lists(st.integers(2, 1024), min_size=1, max_size=4, unique=True)
 HERE = some(
     **COMMON,
     **COMPUTED,
+    widths=WIDTHS,
     model=NAMES,
     device=st.just("cpu"),
     attn=st.just("org/kernel"),

@@ -15,7 +15,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ndcheck.builtin import MODEL_DIRECTORY
 from ndcheck.errors import BackendError
 from ndcheck.findings import read_findings
 from ndcheck.plan.trials import plan_trials
-from ndcheck.records import AXES, Arm, Decoding, Probe, Run, RunSpec
+from ndcheck.records import AXES, Arm, Axis, Decoding, Probe, Run, RunSpec
 from ndcheck.runner import run_trials
 from ndcheck.samplers.local.loading import DTYPES
 from ndcheck.samplers.local.sampler import TransformersSampler
@@ -58,7 +58,14 @@ FULL = Grid((1, 2, 3, 5, 8), CODE * 6, max_tokens=8, n_samples=44)
 QUICK = Grid((1, 3), CODE, max_tokens=4, n_samples=14)
 
 
-def measure(family: str, dtype: str, device: str, arm: Arm, grid: Grid = FULL) -> dict[str, Any]:
+def measure(
+    family: str,
+    dtype: str,
+    device: str,
+    arm: Arm,
+    grid: Grid = FULL,
+    axes: tuple[Axis, ...] = AXES,
+) -> dict[str, Any]:
     """Outcomes by property with trials and divergences, or the line that refuses the model."""
     with tempfile.TemporaryDirectory() as scratch:
         model, path = Path(scratch) / "model", Path(scratch) / "run"
@@ -68,7 +75,7 @@ def measure(family: str, dtype: str, device: str, arm: Arm, grid: Grid = FULL) -
             probes=(Probe("p1", grid.prompt),),
             decoding=Decoding(grid.max_tokens),
             batch_sizes=grid.batch_sizes,
-            axes=AXES,
+            axes=axes,
             mode="mixed",
             n_samples=grid.n_samples,
             arms=(arm,),
@@ -76,7 +83,9 @@ def measure(family: str, dtype: str, device: str, arm: Arm, grid: Grid = FULL) -
         )
         sampler = TransformersSampler(spec)
         lengths = {"p1": sampler.count_tokens(grid.prompt)}
-        trials = plan_trials(spec, lengths, sampler.context)
+        refused = dict(sampler.refused_axes)
+        spec = replace(spec, axes=tuple(axis for axis in axes if axis not in refused))
+        trials = plan_trials(spec, lengths, sampler.context, cache_states=sampler.cache_states)
         here = environment.capture(sampler.describe())
         run = Run(family, __version__, spec, here, started_at="", n_trials_planned=len(trials))
         with closing(RunDirectory.create(path, run)) as directory:
@@ -96,18 +105,21 @@ def measure(family: str, dtype: str, device: str, arm: Arm, grid: Grid = FULL) -
                     "latent": finding.latent_trials,
                 }
                 for finding in summary.axes
+                if finding.axis in spec.axes
             },
         }
 
 
-def measure_all(device: str, families: Iterable[str]) -> dict[str, Any]:
+def measure_all(
+    device: str, families: Iterable[str], grid: Grid, axes: tuple[Axis, ...]
+) -> dict[str, Any]:
     """Every family in bf16 and fp32, with the environment it was measured in."""
     rows = []
     for family in families:
         for dtype in ("bf16", "fp32") if family in FAMILIES else ("bf16",):
             row: dict[str, Any] = {"family": family, "dtype": dtype}
             for arm in ("stock", "invariant"):
-                row[arm] = measure(family, dtype, device, arm)  # type: ignore[arg-type]
+                row[arm] = measure(family, dtype, device, arm, grid, axes)  # type: ignore[arg-type]
             rows.append(row)
             print(json.dumps(row), flush=True)
     here = environment.capture({})
@@ -141,14 +153,20 @@ def cells(outcome: dict[str, Any]) -> str:
     """One per property: its verdict, and how many of its trials diverged in tokens or bits."""
     if "refused" in outcome:
         return REFUSED
-    axes = [outcome["axes"][axis] for axis in AXES]
-    return " | ".join(
-        f"{a['outcome'].lower()} ({a['diverged'] + a['latent']}/{a['n_trials']})" for a in axes
-    )
+    return " | ".join(cell(outcome["axes"].get(axis)) for axis in AXES)
+
+
+def cell(finding: dict[str, Any] | None) -> str:
+    """None: the result is older than the property."""
+    if finding is None:
+        return "not run"
+    n_diverged = finding["diverged"] + finding["latent"]
+    return f"{finding['outcome'].lower()} ({n_diverged}/{finding['n_trials']})"
 
 
 def failures(outcome: dict[str, Any]) -> str:
-    failed = [axis for axis in AXES if outcome["axes"][axis]["outcome"] == "FAIL"]
+    axes = outcome["axes"]
+    failed = [axis for axis in AXES if axis in axes and axes[axis]["outcome"] == "FAIL"]
     return ", ".join(failed) or "none here, so only the planted fault is the control"
 
 
@@ -156,12 +174,25 @@ def load_results() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
 
 
+def join(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """One arm's outcomes, of which the new ones replace those of the same properties."""
+    if "refused" in old or "refused" in new:
+        return new
+    axes = {**old["axes"], **new["axes"]}
+    failed = any(finding["outcome"] == "FAIL" for finding in axes.values())
+    return {"outcome": "FAIL" if failed else new["outcome"], "axes": axes}
+
+
 def write(result: dict[str, Any]) -> None:
-    """One row a line, so that a change shows in a diff; other families' rows stay."""
+    """One row a line, so that a change shows in a diff; other families and properties stay."""
     path = RESULTS / f"{result['device']}.json"
-    measured = {row["family"] for row in result["rows"]}
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [row for row in kept if row["family"] not in measured] + result["rows"]
+    by_model = {(row["family"], row["dtype"]): row for row in kept}
+    for row in result["rows"]:
+        old = by_model.setdefault((row["family"], row["dtype"]), row)
+        for arm in ("stock", "invariant"):
+            old[arm] = join(old[arm], row[arm])
+    rows = list(by_model.values())
     rows.sort(key=lambda row: [*FAMILIES, *SHAPES].index(row["family"]))
     about = {key: value for key, value in result.items() if key != "rows"}
     lines = ",\n".join(map(json.dumps, rows))
@@ -174,13 +205,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     names = [*FAMILIES, *SHAPES]
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=names)
+    parser.add_argument("--axes", nargs="+", default=AXES, choices=AXES)
+    parser.add_argument("--quick", action="store_true", help="with the fewer loads of the tests")
     parser.add_argument("--render", action="store_true", help="only write the table again")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not options.render:
         torch.set_num_threads(1)
-        write(measure_all(options.device, options.families))
+        grid = QUICK if options.quick else FULL
+        write(measure_all(options.device, options.families, grid, tuple(options.axes)))
     README.write_text(TABLE.sub(lambda _: render(load_results()), README.read_text()))
 
 

@@ -29,7 +29,10 @@ ROOT = Path(__file__).parents[3]
 SHAPES = "kernels/bench/shapes"
 PROMPT = "Tell me about Richard Feynman"
 POWERS = "1,2,4,8,16,32,64,128,256,512"
-RUN_FILES = ("run.json", "report.md", "summary.csv", "loads.csv", "completions.csv", "samples.csv")
+RUN_FILES = (
+    *("run.json", "report.md", "summary.csv", "properties.csv"),
+    *("loads.csv", "completions.csv", "samples.csv"),
+)
 PLOTS = ("unique-completions.png", "first-divergence.png")
 GRACE_S = 90
 """What an interrupted run gets to write the reports of what it has."""

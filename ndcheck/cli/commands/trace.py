@@ -28,6 +28,14 @@ def trace(
             "--step", help="0 is the prefill, t the pass that gives token t.", metavar="T,..."
         ),
     ] = "0,1",
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            "--widths",
+            help="Feed the completion again, in passes of so many tokens of each row.",
+            metavar="2,4,...",
+        ),
+    ] = None,
     kernels: Annotated[
         str,
         typer.Option(
@@ -76,7 +84,7 @@ def trace(
     from ndcheck.cli.latest import latest
     from ndcheck.errors import UsageError
     from ndcheck.request import make_spec
-    from ndcheck.samplers.options import parse_batch_sizes
+    from ndcheck.samplers.options import parse_batch_sizes, parse_widths
 
     steps = explain_session.numbers("--step", step, least=0)
     if run is not None:
@@ -105,6 +113,7 @@ def trace(
         raise typer.Exit(code if exit_code else 0)
     if sample is not None:
         raise UsageError("--sample names a sample of a run: give --run DIR too")
+    fed = () if widths is None else parse_widths(widths)
     spec = make_spec(
         model=model,
         prompt=() if prompt is None else prompt,
@@ -112,7 +121,7 @@ def trace(
         loads=parse_batch_sizes(loads),
         mode=mode,
         kernels=explain_session.one_arm(kernels),
-        max_tokens=steps[-1] + 1,
+        max_tokens=steps[-1] + max(fed or (1,)),
         seed=seed,
         dtype=dtype,
         device=device,
@@ -120,5 +129,7 @@ def trace(
         random_weights=random_weights,
         trust_remote_code=trust_remote_code,
     )
-    code = explain_session.trace_loads(spec, steps, with_swaps=swaps, as_json=json, quiet=quiet)
+    code = explain_session.trace_loads(
+        spec, steps, fed, with_swaps=swaps, as_json=json, quiet=quiet
+    )
     raise typer.Exit(code if exit_code else 0)

@@ -61,7 +61,12 @@ def shrink_lines(
 
 def _size(batch: Batch) -> str:
     rows, tokens = batch.size
-    prefill = "" if batch.cache_state == "whole" else f", {batch.cache_state} prefill"
+    what = "scored" if batch.scores else "prefill"
+    prefill = "" if batch.cache_state == "whole" else f", {batch.cache_state} {what}"
+    if batch.width > 1:
+        prefill = f", fed again in passes of {batch.width}"
+    elif batch.scores and not prefill:
+        prefill = ", scored in one pass"
     return (
         f"{count(rows, 'row')}, {count(tokens, 'token')} beside the probe, "
         f"{batch.n_tokens} decoded{prefill}"

@@ -149,7 +149,9 @@ def _explanation_lines(explanation: Explanation, width: int) -> Iterator[str]:
     groups = explanation.groups
     introducers = [group for group in groups if group.introduces]
     kind = "prefill" if explanation.step == 0 else "decode"
-    sizes = ", ".join(str(trace.load.batch_size) for trace in explanation.traces)
+    if any(trace.load.is_fed for trace in explanation.traces):
+        kind = "fed"
+    sizes = ", ".join(str(trace.n_rows) for trace in explanation.traces)
     yield from textwrap.wrap(
         f"step {explanation.step} ({kind}), {sizes} row{'s' * (sizes != '1')}: "
         f"{_verdict(explanation, introducers)}",
@@ -220,7 +222,7 @@ def _first_lines(explanation: Explanation, width: int) -> Iterator[str]:
     firsts: dict[tuple[str, str, str], int] = {}
     for trace in explanation.traces:
         if (first := trace.first_difference) is not None:
-            firsts.setdefault((first.op, first.module, first.status), trace.load.batch_size)
+            firsts.setdefault((first.op, first.module, first.status), trace.n_rows)
     for (op, module, status), rows in firsts.items():
         yield from textwrap.wrap(
             f"first differing op (from {rows} rows on): {op} in {module or 'the model'} ({status})",

@@ -42,9 +42,7 @@ def accuracies(probes: Sequence[ProbeSummary]) -> list[Accuracy]:
     for probe in probes:
         for load in probe.loads:
             if load.n_correct is not None and load.n_samples:
-                name = (
-                    f"{load_name(load.axis, load.cache_state)} at {count(load.batch_size, 'row')}"
-                )
+                name = f"{load_name(load.axis, load)} at {count(load.batch_size, 'row')}"
                 known = counts.setdefault(name, [0, 0])
                 known[0] += load.n_correct
                 known[1] += load.n_samples

@@ -7,7 +7,8 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
 
 from ndcheck.analysis.summary import AxisFinding, LoadFinding, ProbeSummary, Summary
 from ndcheck.judging.verdict import count as count
-from ndcheck.records import CacheState, Purpose, Run
+from ndcheck.judging.verdict import fed_details
+from ndcheck.records import Load, Purpose, Run
 from ndcheck.reports.untrusted import visible
 from ndcheck.samplers.backends import backend_of
 
@@ -135,13 +136,29 @@ def unit(run: Run) -> str:
 
 
 def load(finding: LoadFinding) -> str:
-    return load_name(finding.axis, finding.cache_state)
+    return load_name(finding.axis, finding)
 
 
-def load_name(purpose: Purpose, cache_state: CacheState) -> str:
-    if purpose == "run-to-run" and cache_state != "whole":
-        return f"{cache_state} again"
-    return cache_state if purpose == "cache" else purpose
+def load_name(purpose: Purpose, load: Load | LoadFinding) -> str:
+    """What is varied, and how; a repeat of it is named as such."""
+    name: str = load.cache_state if load.cache_state != "whole" else ""
+    if load.width > 1:
+        name = f"width {load.width}"
+    elif load.scores:
+        name = f"scoring {name}".rstrip()
+    if purpose == "run-to-run" and name:
+        return f"{name} again"
+    return name if purpose in ("cache", "width", "scoring") else purpose
+
+
+def fed_notes(probes: Sequence[ProbeSummary], *, with_arm: bool) -> list[str]:
+    """What the properties say of tokens that were fed again, a line each."""
+    return [
+        f"{probe.arm} {line}" if with_arm else line
+        for probe in probes
+        for finding in probe.axes
+        for line in fed_details(finding)
+    ]
 
 
 def speed(tokens_per_s: float | None) -> str:

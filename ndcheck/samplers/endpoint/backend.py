@@ -12,7 +12,17 @@ from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.records import Arm, Endpoint, Fillers, RunSpec
 from ndcheck.samplers.backend import Backend
 from ndcheck.samplers.endpoint.private import Private, recorded_body, recorded_query
-from ndcheck.samplers.options import ARRIVALS, DEFAULTS, KERNELS, Option, choice, join, parse_arms
+from ndcheck.samplers.options import (
+    ARRIVALS,
+    DEFAULTS,
+    KERNELS,
+    SCHEDULED,
+    SCHEDULED_AXES,
+    Option,
+    choice,
+    join,
+    parse_arms,
+)
 from ndcheck.storage.reading import is_unicode
 
 if TYPE_CHECKING:
@@ -80,6 +90,7 @@ class EndpointBackend(Backend):
             show=lambda text: with_clock(text, "s"),
         ),
         replace(KERNELS, parse=parse_served_arms),
+        SCHEDULED,
     )
     refusal = SERVERS_OWN
     refusals: ClassVar = {
@@ -94,7 +105,7 @@ class EndpointBackend(Backend):
         return is_served
 
     def blank(self, defaults: RunSpec) -> RunSpec:
-        return replace(defaults, endpoint=BLANK, arms=("stock",))
+        return replace(defaults, endpoint=BLANK, arms=("stock",), axes=SCHEDULED_AXES)
 
     def check_given(self, typed: Mapping[str, Any]) -> None:
         if typed["no_temperature"] and typed["temperature"]:

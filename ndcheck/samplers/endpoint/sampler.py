@@ -26,6 +26,7 @@ from ndcheck.records import (
     Trial,
     Witness,
 )
+from ndcheck.samplers.base import NOT_FED
 from ndcheck.samplers.endpoint.answers.answer import Answer
 from ndcheck.samplers.endpoint.answers.dialects import outlasting
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
@@ -62,7 +63,7 @@ class EndpointSampler:
     """
 
     interleaves_arms = True
-    refused_axes = ()
+    refused_axes = NOT_FED
 
     def __init__(
         self,

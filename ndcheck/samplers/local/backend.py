@@ -11,7 +11,16 @@ from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.ranks import check_request
 from ndcheck.records import RunSpec
 from ndcheck.samplers.backend import Backend
-from ndcheck.samplers.options import DEFAULTS, DTYPES, ENGINE, OF_SOME, TP, TRANSFORMERS, Option
+from ndcheck.samplers.options import (
+    DEFAULTS,
+    DTYPES,
+    ENGINE,
+    OF_SOME,
+    TP,
+    TRANSFORMERS,
+    WIDTHS,
+    Option,
+)
 
 if TYPE_CHECKING:
     from ndcheck.samplers.endpoint.private import Private
@@ -28,6 +37,7 @@ class LocalBackend(Backend):
     engine = TRANSFORMERS
     own = (
         Option("adapter", ("adapter",), None, lambda path: None if path is None else str(path)),
+        WIDTHS,
         *(ENGINE, TP, Option("tp_groups", ("tp_groups",), DEFAULTS.tp_groups)),
         Option("dequantise", ("dequantise",), DEFAULTS.dequantise),
     )

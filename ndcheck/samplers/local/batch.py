@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS
-from ndcheck.records import CacheState
+from ndcheck.records import CacheState, Load
 
 
 class ExactBatch:
@@ -60,37 +60,83 @@ class ExactBatch:
 
         Raises UsageError where the model computes something else in such a batch than alone.
         """
+        self._require_faithful(cache_state)
+        return self.compute_prompt(cache_state, cut)
+
+    def _require_faithful(self, cache_state: CacheState) -> None:
         from ndcheck.samplers.local.faithful import require_faithful
 
         n_new = self._mask.shape[1] - self._n_columns
         require_faithful(self._model, self.device, list(map(len, self._rows)), n_new, cache_state)
-        return self.compute_prompt(cache_state, cut)
 
     def compute_prompt(self, cache_state: CacheState, cut: int | None = None) -> Tensor:
         """`prefill`, of whatever model."""
-        padded = torch.tensor(
-            [[0] * (self._n_columns - len(row)) + row for row in self._rows], device=self.device
-        )
         start = 0
         if cache_state == "prefix":
             start = self._load_prefix(cut)
+        for part, n_wanted in self._parts(self._padded(), start, cache_state, cut):
+            logits = self.forward(part, max(1, n_wanted))
+        return logits[:, -1]
+
+    def feed(self, token_ids: Tensor, load: Load) -> Iterator[Tensor]:
+        """Logits [rows, positions, vocabulary] of `passes`, which together are of all positions.
+
+        Raises UsageError as `prefill` does.
+        """
+        # A pass of several tokens over a cache is what a prompt's chunk is.
+        self._require_faithful("chunked" if load.width > 1 else load.cache_state)
+        for part, n_wanted in self.passes(token_ids, load):
+            logits = self.forward(part, max(1, n_wanted))
+            if n_wanted:
+                yield logits
+
+    def passes(self, token_ids: Tensor, load: Load) -> list[tuple[Tensor, int]]:
+        """What ``load`` sends through the model: token ids [rows, columns] of each pass.
+
+        ``token_ids`` [rows, tokens] follow the prompts. With each pass comes of how many of its
+        last columns the logits are wanted: of the prompt's last, and of all after it.
+        """
+        if load.scores:
+            fed = torch.cat((self._padded(), token_ids), dim=1)
+            return self._parts(fed, 0, load.cache_state, load.cut)
+        return [
+            *self._parts(self._padded(), 0, load.cache_state, load.cut),
+            *((part, part.shape[1]) for part in token_ids.split(load.width, dim=1)),
+        ]
+
+    def _padded(self) -> Tensor:
+        padded = [[0] * (self._n_columns - len(row)) + row for row in self._rows]
+        return torch.tensor(padded, device=self.device)
+
+    def _parts(
+        self, token_ids: Tensor, start: int, cache_state: CacheState, cut: int | None
+    ) -> list[tuple[Tensor, int]]:
+        n_columns = token_ids.shape[1]
         n_chunks = N_PREFILL_CHUNKS if cache_state == "chunked" else 1
-        chunk = -(-(self._n_columns - start) // n_chunks)
+        chunk = -(-(n_columns - start) // n_chunks)
         if cache_state == "chunked" and cut is not None:
             chunk = cut
-        for begin in range(start, self._n_columns, chunk):
-            columns = torch.arange(begin, min(begin + chunk, self._n_columns), device=self.device)
-            positions = (columns - self._pads).clamp(min=0)
-            logits = self._forward(padded[:, begin : begin + chunk], positions)
-        return logits
+        return [
+            (token_ids[:, begin:end], min(end - begin, max(0, end - self._n_columns + 1)))
+            for begin in range(start, n_columns, chunk)
+            for end in [min(begin + chunk, n_columns)]
+        ]
+
+    def forward(self, token_ids: Tensor, n_wanted: int) -> Tensor:
+        """Logits [rows, ``n_wanted`` last columns, vocabulary] of a pass over the next columns."""
+        begin, n_columns = self._length, token_ids.shape[1]
+        columns = torch.arange(begin, begin + n_columns, device=self.device)
+        positions = (columns - self._pads).clamp(min=0)
+        return self._forward(token_ids, positions, n_wanted)
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Logits [rows, vocabulary] after one more token [rows] in every row."""
         logits = self._forward(token_ids[:, None], self._next_positions)
         self._next_positions.add_(1)
-        return logits
+        return logits[:, -1]
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, n_wanted: int = 1) -> Tensor:
+        """Logits [rows, ``n_wanted`` last columns, vocabulary]."""
         begin, self._length = self._length, self._length + input_ids.shape[1]
         mask = self._mask
         if self._has_states:
@@ -102,11 +148,11 @@ class ExactBatch:
             attention_mask=mask,
             position_ids=position_ids,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=n_wanted,
             **{self._cache_argument: self.cache},
         ).logits
         self.row_counts.append(logits.shape[0])
-        return torch.as_tensor(logits[:, -1])
+        return torch.as_tensor(logits[:, -n_wanted:])
 
     def _load_prefix(self, n_rest: int | None) -> int:
         """Fill the cache with each row's own prefix, computed alone; columns filled.

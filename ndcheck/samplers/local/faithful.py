@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ndcheck.errors import UsageError
-from ndcheck.plan.grid import CACHE_STATES
-from ndcheck.records import Axis, CacheState, RunSpec
+from ndcheck.records import CacheState
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.checkpoint.quantised import dequantised_layers
 from ndcheck.samplers.local.loading import first_line
@@ -43,6 +42,8 @@ Path = tuple[bool, CacheState]
 """Whether the row is padded, and how its prompt enters the cache."""
 
 ALONE: Path = (False, "whole")
+IN_PASSES: Path = (False, "chunked")
+"""Several tokens over what the cache holds: a chunk of a prompt, and of a completion too."""
 PATHS: tuple[Path, ...] = (
     ALONE,
     (False, "chunked"),
@@ -110,46 +111,6 @@ def require_faithful(
         reason = findings.reason(path) if findings is not None else None
     if reason is not None:
         raise UsageError(reason)
-
-
-@dataclass(frozen=True, slots=True)
-class Refusals:
-    """What of a run would measure the model's own code: cache states and axes, and why."""
-
-    states: dict[CacheState, str] = field(default_factory=dict)
-    axes: dict[Axis, str] = field(default_factory=dict)
-
-
-def find_refusals(
-    spec: RunSpec, config: Any, findings: Examination | None, lengths: Sequence[tuple[int, int]]
-) -> Refusals:
-    """What to leave out of ``spec``'s run.
-
-    ``lengths`` are, in tokens, those of every prompt and of the longest filler beside it.
-    ``findings`` None: the weights are not there, so nothing is known but the config.
-    Raises UsageError where the prompt alone cannot be measured.
-    """
-    n_new = spec.decoding.max_tokens
-
-    def find(path: Path) -> str | None:
-        is_padded, cache_state = path
-        for prompt, longest in lengths:
-            rows = [prompt, longest] if is_padded else [prompt]
-            if reason := rope_reason(config, rows, n_new, cache_state):
-                return reason
-        return findings.reason(path) if findings is not None else None
-
-    if reason := find(ALONE):
-        raise UsageError(f"--model {spec.model}: {reason}")
-    refusals = Refusals()
-    for state in CACHE_STATES:
-        if reason := find((False, state)):
-            refusals.states[state] = reason
-    if len(refusals.states) == len(CACHE_STATES):
-        refusals.axes["cache"] = refusals.states[CACHE_STATES[0]]
-    if reason := find((True, "whole")):
-        refusals.axes["neighbours"] = reason
-    return refusals
 
 
 def rope_reason(

@@ -28,13 +28,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def largest_batch_size(
-    model: Any, device: torch.device, n_prompt: int, width: int, try_rows: Callable[[int], None]
+    model: Any,
+    device: torch.device,
+    n_prompt: int,
+    width: int,
+    try_rows: Callable[[int], None],
+    n_scored: int = 1,
 ) -> int:
     """The most rows of ``n_prompt`` tokens that fit with a cache of ``width`` columns.
 
+    A pass gives the logits of ``n_scored`` tokens of each row.
     On CUDA ``try_rows`` runs that many: where it runs out of memory, half of them are tried.
     """
-    n_rows = int(FILLED * free_bytes(device) / bytes_per_row(model, device, n_prompt, width))
+    n_rows = int(
+        FILLED * free_bytes(device) / bytes_per_row(model, device, n_prompt, width, n_scored)
+    )
     n_rows = max(1, min(n_rows, MOST_ROWS.get(device.type, MOST_ROWS["cpu"])))
     while device.type == "cuda" and n_rows > 1:
         try:
@@ -48,7 +56,9 @@ def largest_batch_size(
     return n_rows
 
 
-def bytes_per_row(model: Any, device: torch.device, n_prompt: int, width: int) -> int:
+def bytes_per_row(
+    model: Any, device: torch.device, n_prompt: int, width: int, n_scored: int = 1
+) -> int:
     """Its KV cache, its logits with what is read off them, and the widest layer of its prompt."""
     batch = ExactBatch(model, device, 1, width)
     batch.reset([[0]])
@@ -60,8 +70,9 @@ def bytes_per_row(model: Any, device: torch.device, n_prompt: int, width: int) -
     )
     config = model.config.get_text_config(decoder=True)
     widest = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", 0) or 0)
-    activations: int = n_prompt * widest * model.dtype.itemsize
-    return cache + 16 * vocabulary + activations
+    activations: int = (n_prompt + n_scored - 1) * widest * model.dtype.itemsize
+    scored: int = (n_scored - 1) * vocabulary * model.dtype.itemsize
+    return cache + 16 * vocabulary + scored + activations
 
 
 def free_bytes(device: torch.device) -> int:

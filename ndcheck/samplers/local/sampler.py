@@ -7,7 +7,6 @@ to the end of the trial, a finished row's further tokens are dropped, and the ba
 from __future__ import annotations
 
 import gc
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -27,7 +26,7 @@ from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers
 from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.device import choose_device, own_device, product_tables
-from ndcheck.samplers.local.faithful import PATHS, Examination, Path, examine, find_refusals
+from ndcheck.samplers.local.faithful import Examination, examine
 from ndcheck.samplers.local.following import Ranks
 from ndcheck.samplers.local.loading import (
     digest_weights,
@@ -38,10 +37,9 @@ from ndcheck.samplers.local.loading import (
 )
 from ndcheck.samplers.local.memory import is_out_of_memory, largest_batch_size
 from ndcheck.samplers.local.prompts import load_prompts
+from ndcheck.samplers.local.refusals import find_refusals, paths_of
 from ndcheck.samplers.local.selection import read_step
-from ndcheck.samplers.local.steps import DecodeSteps, Stream
-
-log = logging.getLogger(__name__)
+from ndcheck.samplers.local.steps import Completions, DecodeSteps, Stream, warn_uncaptured
 
 MOST_CAPTURED = 8
 """Batches whose captured step and KV cache are kept for trials of the same shape."""
@@ -74,6 +72,9 @@ class TransformersSampler:
         self._model: Any = None
         self._findings: Examination | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
+        self._feeds = not {"width", "scoring"}.isdisjoint(spec.axes)
+        self._scores, self._widths = "scoring" in spec.axes, spec.widths
+        self._completions = Completions()
         self._uncaptured: set[Arm] = set()
         self._begun: set[Arm] = set()
         if load_weights:
@@ -84,7 +85,7 @@ class TransformersSampler:
             # Of FP8 layers on ranks nothing but the invariant arm can compute a part.
             if not (self._ranks and has_fp8_layers(self._model)):
                 with doing("comparing its batches with generate()"):
-                    self._findings = examine(self._model, self._device, _paths(spec))
+                    self._findings = examine(self._model, self._device, paths_of(spec))
             if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
                 from ndcheck_kernels.models.decoder import join_weights
 
@@ -185,7 +186,8 @@ class TransformersSampler:
                     batch.reset([[0] * n_prompt] * n_rows)
                     read_step(batch.compute_prompt("whole"), decoding, None)
 
-        return largest_batch_size(self._model, self._device, n_prompt, width, try_rows)
+        n_scored = decoding.max_tokens if self._scores else 1
+        return largest_batch_size(self._model, self._device, n_prompt, width, try_rows, n_scored)
 
     @torch.inference_mode()
     def sample(self, trial: Trial, probe: Probe, decoding: Decoding) -> list[Sample]:
@@ -211,6 +213,7 @@ class TransformersSampler:
                 logprobs=stream.logprobs,
                 margins=stream.margins,
                 row_digests=stream.row_digests,
+                fed=stream.fed,
             )
             for nth, stream in enumerate(streams)
         ]
@@ -360,19 +363,23 @@ class TransformersSampler:
         self, trial: Trial, rows: list[list[int]], slots: tuple[int, ...], decoding: Decoding
     ) -> tuple[list[Stream], Witness]:
         steps = self._steps_for(trial.arm, rows, decoding)
-        batch = steps.batch
-        batch.reset(rows)
-        logits = batch.prefill(trial.load.cache_state, trial.load.cut)
-        prefill_calls = len(batch.row_counts)
-        streams = steps.run(logits, slots, self._stop_ids, trial.fault)
+        load, batch = trial.load, steps.batch
+        key = (trial.arm, decoding, tuple(map(tuple, rows)))
+        if not load.is_fed or key not in self._completions:
+            batch.reset(rows)
+            logits = batch.prefill(load.decoded.cache_state, load.decoded.cut)
+            prefill_calls = len(batch.row_counts)
+            streams = steps.run(logits, slots, self._stop_ids, None if load.is_fed else trial.fault)
+            if load.is_fed or (self._feeds and load.cache_state == "whole" and not trial.fault):
+                self._completions.keep(key, steps.decoded(self._stop_ids))
+        if load.is_fed:
+            batch.reset(rows)
+            decoded = self._completions[key]
+            streams = steps.feed(decoded, load, slots, self._stop_ids, trial.fault, self._widths)
+            prefill_calls = len(batch.row_counts) if load.scores else 1
         if steps.capture_failure is not None and trial.arm not in self._uncaptured:
             self._uncaptured.add(trial.arm)
-            log.warning(
-                "%s: a decode step cannot be captured as a CUDA graph, so every step is launched "
-                "by Python, which is slower: %s",
-                trial.arm,
-                steps.capture_failure,
-            )
+            warn_uncaptured(trial.arm, steps.capture_failure)
         achieved = min(batch.row_counts)
         return streams, Witness(achieved, prefill_calls, len(batch.row_counts) - prefill_calls)
 
@@ -389,15 +396,3 @@ class TransformersSampler:
         if steps.batch.can_be_captured:
             self._captured[key] = steps  # Last in, as the most recently used.
         return steps
-
-
-def _paths(spec: RunSpec) -> list[Path]:
-    """What the run will send through the model; continuous batching takes other ways."""
-    if spec.batching == "continuous":
-        return []
-    has_cache, has_neighbours = "cache" in spec.axes, "neighbours" in spec.axes
-    return [
-        (is_padded, state)
-        for is_padded, state in PATHS
-        if (has_cache or state == "whole") and (has_neighbours or not is_padded)
-    ]

@@ -3,32 +3,46 @@
 On CUDA the second step is captured as a graph and the others replay it: no launch is made by
 Python and nothing is read back until a block of steps is done. The captured step is the uncaptured
 one, so both give the same bits. A step that cannot be captured as a whole is not replayed at all.
+
+What a batch generated can be fed to it again, in passes that are never captured: each token is then
+compared with the step that had generated it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ndcheck.errors import TrialError
-from ndcheck.records import Decoding, Fault, FinishReason
+from ndcheck.records import Arm, Decoding, Fault, Fed, FinishReason, Load
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.memory import is_out_of_memory
 from ndcheck.samplers.local.selection import gumbel_noise, plant_in_logits, read_step
 
+log = logging.getLogger(__name__)
+
 STEPS_BETWEEN_CHECKS = 32
 """On CUDA, decode steps between two looks at whether every probe row has finished."""
+MOST_DECODED = 32
+"""Batches whose completions are kept."""
+Logs = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
+"""Token ids, margins, log-probabilities and digests, each [T, B], in the order of `Reading`."""
+Batch = tuple[Arm, Decoding, tuple[tuple[int, ...], ...]]
+"""What decides it: the arm, how tokens are drawn, and the token ids of all prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,25 @@ class Stream:
     margins: tuple[float, ...]
     row_digests: tuple[str, ...]
     finish_reason: FinishReason
+    fed: Fed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What every row of an exact batch generated, and how many of its tokens are its own [B]."""
+
+    logs: Logs
+    lengths: NDArray[np.int64]
+
+
+class Completions(dict[Batch, Decoded]):
+    """What batches generated, to be fed again; what is gone is decoded once more."""
+
+    def keep(self, batch: Batch, decoded: Decoded) -> None:
+        self.pop(batch, None)
+        while len(self) >= MOST_DECODED:
+            del self[next(iter(self))]
+        self[batch] = decoded
 
 
 class DecodeSteps:
@@ -64,6 +97,7 @@ class DecodeSteps:
             torch.zeros(shape, dtype=torch.float32, device=device),
             torch.zeros(shape, dtype=torch.int64, device=device),
         )
+        self._n_done = 0
         self._noise: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured_fires: Counter[str] = Counter()
@@ -86,7 +120,45 @@ class DecodeSteps:
             if has_fault or n_done == 1 or not self._captures or not self._replay():
                 self._step(n_done, fault)
             n_done += 1
+        self._n_done = n_done
         return self._streams(n_done, slots, stop_ids)
+
+    def decoded(self, stop_ids: set[int]) -> Decoded:
+        """What every row generated in the last `run`, as far as that went."""
+        logs = self._read_logs(self._n_done)
+        is_stop = np.isin(logs[0], list(stop_ids))
+        ends = np.where(is_stop.any(axis=0), is_stop.argmax(axis=0) + 1, self._n_done)
+        return Decoded(logs, ends)
+
+    def feed(
+        self,
+        decoded: Decoded,
+        load: Load,
+        slots: Sequence[int],
+        stop_ids: set[int],
+        fault: Fault | None,
+        widths: Sequence[int],
+    ) -> list[Stream]:
+        """Feed the reset batch what it generated; one stream for each of the ``slots``.
+
+        Raises TrialError where a probe row's logits hold NaN.
+        """
+        self._position.zero_()
+        n_done = 0
+        token_ids = torch.from_numpy(decoded.logs[0]).to(self.batch.device)  # [T, B]
+        for logits in self.batch.feed(token_ids[:-1].T, load):
+            for of_position in logits.unbind(1):
+                self._draw_noise(n_done, logits.shape[-1])
+                self._record(self._plant(of_position, n_done, fault))
+                n_done += 1
+        logs = self._read_logs(n_done)
+        return [
+            replace(
+                _stream([log[:, slot] for log in logs], _n_kept(decoded, logs[0], slot), stop_ids),
+                fed=_compare(decoded, logs, slot, widths),
+            )
+            for slot in slots
+        ]
 
     def _step(self, position: int, fault: Fault | None = None) -> None:
         self._record(self._plant(self.batch.step(self._next_ids), position, fault))
@@ -159,24 +231,76 @@ class DecodeSteps:
         return bool(np.isin(token_ids, list(stop_ids)).any(axis=0).all())
 
     def _streams(self, n_done: int, slots: Sequence[int], stop_ids: set[int]) -> list[Stream]:
-        logs = [log[:n_done].cpu().numpy()[:, list(slots)] for log in self._log]
-        streams = []
-        for token_ids, margins, logprobs, digests in zip(*(log.T for log in logs), strict=True):
-            stops = np.flatnonzero(np.isin(token_ids, list(stop_ids)))
-            end = int(stops[0]) + 1 if stops.size else n_done
-            if np.isnan(margins[:end]).any():
-                position = int(np.isnan(margins[:end]).argmax())
-                raise TrialError(f"the probe's logits hold NaN at token {position + 1}")
-            streams.append(
-                Stream(
-                    tuple(token_ids[:end].tolist()),
-                    tuple(logprobs[:end].tolist()),
-                    tuple(margins[:end].tolist()),
-                    tuple(f"{digest:016x}" for digest in digests[:end].view(np.uint64).tolist()),
-                    "stop" if stops.size else "length",
-                )
-            )
-        return streams
+        logs = self._read_logs(n_done)
+        return [_stream([log[:, slot] for log in logs], n_done, stop_ids) for slot in slots]
+
+    def _read_logs(self, n_done: int) -> Logs:
+        token_ids, margins, logprobs, digests = (log[:n_done].cpu().numpy() for log in self._log)
+        return token_ids, margins, logprobs, digests
+
+
+def _stream(log: Sequence[NDArray[Any]], n_tokens: int, stop_ids: set[int]) -> Stream:
+    """The first ``n_tokens`` of one row's log, up to the first that stops it."""
+    token_ids, margins, logprobs, digests = (values[:n_tokens] for values in log)
+    stops = np.flatnonzero(np.isin(token_ids, list(stop_ids)))
+    end = int(stops[0]) + 1 if stops.size else n_tokens
+    if np.isnan(margins[:end]).any():
+        position = int(np.isnan(margins[:end]).argmax())
+        raise TrialError(f"the probe's logits hold NaN at token {position + 1}")
+    return Stream(
+        tuple(token_ids[:end].tolist()),
+        tuple(logprobs[:end].tolist()),
+        tuple(margins[:end].tolist()),
+        tuple(f"{digest:016x}" for digest in digests[:end].view(np.uint64).tolist()),
+        "stop" if stops.size else "length",
+    )
+
+
+def warn_uncaptured(arm: Arm, failure: object) -> None:
+    log.warning(
+        "%s: a decode step cannot be captured as a CUDA graph, so every step is launched "
+        "by Python, which is slower: %s",
+        arm,
+        failure,
+    )
+
+
+def n_comparable(n_tokens: int, widths: Sequence[int]) -> int:
+    """The positions of ``n_tokens`` that full passes give, whichever of the widths they have."""
+    n_fed = n_tokens - 1
+    full = [n_fed // width * width for width in widths if width <= n_fed]
+    return 1 + min(full, default=n_fed)
+
+
+def _compare(decoded: Decoded, logs: Logs, slot: int, widths: Sequence[int]) -> Fed:
+    """One row's logs against what had generated it."""
+    n_tokens = int(decoded.lengths[slot])
+    ours, theirs = ([log[:n_tokens, slot] for log in each] for each in (logs, decoded.logs))
+    is_other = ours[0] != theirs[0]
+    # Bits, not values: a NaN equals itself.
+    has_other_bits = (ours[3] != theirs[3]) | (ours[2].view(np.int32) != theirs[2].view(np.int32))
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(ours[2] - theirs[2])[~is_other]
+    end = n_comparable(n_tokens, widths)
+    return Fed(
+        n_tokens,
+        int(has_other_bits.sum()),
+        int(is_other.sum()),
+        float(np.nanmax(difference, initial=0.0)),
+        _digest(ours[3][:end]),
+        _digest(theirs[3][:end]),
+    )
+
+
+def _n_kept(decoded: Decoded, token_ids: NDArray[np.int64], slot: int) -> int:
+    """The tokens of a row up to the first that is not the one fed, which is among them."""
+    n_tokens = int(decoded.lengths[slot])
+    is_other = token_ids[:n_tokens, slot] != decoded.logs[0][:n_tokens, slot]
+    return int(is_other.argmax()) + 1 if is_other.any() else n_tokens
+
+
+def _digest(digests: NDArray[Any]) -> str:
+    return hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ndcheck.plan.conversations import as_text
 from ndcheck.plan.fillers import FILLER_WORDS
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.probe import Prompt
-from ndcheck.records import Decoding, Load, Probe, Sample, Trial, Witness
+from ndcheck.records import Decoding, Fed, Load, Probe, Sample, Trial, Witness
 
 VOCABULARY = tuple(dict.fromkeys(FILLER_WORDS))
 FORK_AT = 3
@@ -32,7 +32,9 @@ _FORKS: dict[str, Plant] = {
     "batch-dependent": lambda load, slot, n_run: load.batch_size > 1,
     "slot-dependent": lambda load, slot, n_run: slot > 0,
     "neighbour-dependent": lambda load, slot, n_run: len(set(load.filler_lengths)) > 1,
-    "cache-dependent": lambda load, slot, n_run: load.cache_state != "whole",
+    "cache-dependent": lambda load, slot, n_run: load.cache_state != "whole" and not load.scores,
+    "width-dependent": lambda load, slot, n_run: load.width > 4,
+    "scoring-dependent": lambda load, slot, n_run: load.scores,
 }
 _LATENTS: dict[str, Plant] = {"latent": lambda load, slot, n_run: load.batch_size > 1}
 
@@ -44,6 +46,8 @@ BEHAVIOURS: dict[str, str] = {
     "slot-dependent": "forks in every row but the first",
     "neighbour-dependent": "forks where the fillers' lengths differ",
     "cache-dependent": "forks where the prompt is not prefilled whole",
+    "width-dependent": "forks where passes hold more than four tokens of the completion",
+    "scoring-dependent": "forks where prompt and completion share a pass",
     "stale": "forks wherever a larger batch ran before",
     "latent": "equal tokens, one logit off by one unit in the last place in batches",
     "never-batches": "claims success but runs every row alone",
@@ -127,18 +131,23 @@ class ScriptedSampler:
                 logprobs=logprobs,
                 margins=margins,
                 row_digests=digests,
+                fed=fed,
             )
-            for nth, (token_ids, logprobs, margins, digests) in enumerate(rows)
+            for nth, (token_ids, logprobs, margins, digests, fed) in enumerate(rows)
         ]
 
     def _stream(
         self, trial: Trial, slot: int, probe: Probe, decoding: Decoding, n_run: int
-    ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
+    ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...], tuple[str, ...], Fed | None]:
         is_stale = self._behaviour == "stale" and trial.load.batch_size < self._largest
-        fork_at = FORK_AT if is_stale or self._forks(trial.load, slot, n_run) else None
+        load, forks = trial.load, self._forks
+        fork_at = FORK_AT if is_stale or forks(load, slot, n_run) else None
+        # A completion that was fed ends where it is no longer the one decoded.
+        ends_at = fork_at if forks(load, slot, n_run) != forks(load.decoded, slot, n_run) else None
         latent_at = LATENT_AT if self._latents(trial.load, slot, n_run) else None
         if trial.fault:
             fork_at, latent_at = trial.fault.fork_at, trial.fault.latent_at
+            ends_at = fork_at
         token_ids, logprobs, margins, digests = [], [], [], []
         forked = False
         for t in range(decoding.max_tokens):
@@ -151,7 +160,13 @@ class ScriptedSampler:
             logprobs.append(logprob)
             margins.append(seed[2] / 64)
             digests.append(hashlib.sha256(seed + struct.pack(">f", logprob)).hexdigest()[:16])
-        return tuple(token_ids), tuple(logprobs), tuple(margins), tuple(digests)
+            if load.is_fed and t == ends_at:
+                break
+        fed = None
+        if load.is_fed:
+            n_other = int(ends_at is not None)
+            fed = Fed(decoding.max_tokens, n_other, n_other, 0.0, f"{n_other:016x}", "0" * 16)
+        return tuple(token_ids), tuple(logprobs), tuple(margins), tuple(digests), fed
 
 
 def _as_fp32(x: float) -> float:

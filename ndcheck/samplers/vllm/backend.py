@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ndcheck.errors import UsageError
 from ndcheck.records import Engine, InvariantBy, RunSpec
 from ndcheck.samplers.backend import Backend
-from ndcheck.samplers.options import ENGINE, TP, Option, choice
+from ndcheck.samplers.options import ENGINE, SCHEDULED, SCHEDULED_AXES, TP, Option, choice
 
 if TYPE_CHECKING:
     from ndcheck.samplers.base import Sampler
@@ -68,6 +68,7 @@ class EngineBackend(Backend):
             "auto",
             choice("--invariant-by", InvariantBy),
         ),
+        SCHEDULED,
     )
     takes = frozenset(
         {"dtype", "kernels", "random_weights", "trust_remote_code", "chat_template_kwargs"}
@@ -80,7 +81,7 @@ class EngineBackend(Backend):
     }
 
     def blank(self, defaults: RunSpec) -> RunSpec:
-        return replace(defaults, engine=Engine(""))
+        return replace(defaults, engine=Engine(""), axes=SCHEDULED_AXES)
 
     def check(self, spec: RunSpec) -> None:
         engine = spec.engine or Engine()

@@ -28,7 +28,7 @@ from ndcheck.records import (
     Trial,
     Witness,
 )
-from ndcheck.samplers.base import Rendered
+from ndcheck.samplers.base import NOT_FED, Rendered
 from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.loading import load_config
 from ndcheck.samplers.local.prompts import load_prompts
@@ -53,7 +53,7 @@ class EngineSampler:
     engine fails; both end its processes, and so does the end of this one.
     """
 
-    refused_axes = ()
+    refused_axes = NOT_FED
 
     def __init__(self, spec: RunSpec, engine: Engine, *, load_weights: bool = True) -> None:
         self._spec = spec

@@ -14,7 +14,10 @@ from ndcheck_kernels.models import attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 NAMES = list(families.FAMILIES)
-PROPERTIES = ("run-to-run", "batch-size", "slot", "neighbours", "cache")
+PROPERTIES = (
+    *("run-to-run", "batch-size", "slot", "neighbours", "cache"),
+    *("width", "scoring"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from ndcheck.reports.wording.reproduction import (
     wrapped_command,
 )
 from ndcheck.request import DEFAULTS, make_probes
+from ndcheck.samplers.options import SCHEDULED_AXES
 
 HOSTILE = "it's \\n \n\t\x1b[31m \u202e\xa0 `|` $HOME 🧪 日本語\x7f1"
 
@@ -66,6 +67,7 @@ def test_no_field_of_the_spec_is_forgotten(field) -> None:
         "mode": "mixed",
         "arms": ("invariant",),
         "target_rate": 0.5,
+        "widths": (2, 6),
         "arrivals": "poisson:2",
         "engine": Engine(),
         "endpoint": Endpoint("http://127.0.0.1:8000/v1"),
@@ -145,7 +147,8 @@ def test_bash_reads_an_argument_back(text) -> None:
 
 def test_engine_options_are_repeated():
     engine = Engine("vllm", 2, 4, ("max_model_len=4096", "kv_cache_dtype=a b"))
-    command = reproduce_command(replace(DEFAULTS, engine=engine), DEFAULTS)
+    spec = replace(DEFAULTS, engine=engine, axes=SCHEDULED_AXES)
+    command = reproduce_command(spec, DEFAULTS)
     assert command == (
         "ndcheck run --engine vllm --tp 2 --pp 4 --engine-arg max_model_len=4096 "
         "--engine-arg 'kv_cache_dtype=a b'"

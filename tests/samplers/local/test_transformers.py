@@ -197,7 +197,7 @@ def test_the_default_plan_runs_on_every_family(samplers):
     for sampler in samplers.values():
         lengths = {PROBE.probe_id: sampler.count_tokens(PROBE.prompt)}
         spec = replace(
-            DEFAULTS, probes=(PROBE,), decoding=Decoding(3), batch_sizes=(1, 3), n_samples=22
+            DEFAULTS, probes=(PROBE,), decoding=Decoding(3), batch_sizes=(1, 3), n_samples=33
         )
         trials = plan_trials(spec, lengths, sampler.context)
         assert {t.purpose for t in trials} > set(AXES)

@@ -10,6 +10,7 @@ import pytest
 
 from ndcheck.records import Decoding, Engine, Probe
 from ndcheck.request import DEFAULTS
+from ndcheck.samplers.options import SCHEDULED_AXES
 
 FAKE = Path(__file__).parent / "fake"
 PROBE = Probe("p1", "the quick answer depends on order because sums are not associative")
@@ -22,6 +23,7 @@ def spec():
         probes=(PROBE,),
         decoding=Decoding(8),
         batch_sizes=(1, 4),
+        axes=SCHEDULED_AXES,
         n_samples=60,
         engine=Engine(),
     )
