@@ -32,7 +32,7 @@ LONGEST = (
     *("triton/test_compile.py", "triton/test_decoder.py", "cli/test_explain.py"),
     *("local/test_tensor_parallel.py", "tests/test_action.py", "models/test_families.py"),
     *("triton/test_attention.py", "builtin/test_model.py", "tests/test_reference.py"),
-    *("run/test_engine.py", "fp8/test_fp8_decoder.py"),
+    *("run/test_engine.py", "triton/test_fp8_decoder.py"),
 )
 """Files that take half a minute or more of one core."""
 

@@ -97,7 +97,7 @@ def compare_products(out: Path) -> None:
 def run_tests(out: Path) -> None:
     tests = [
         "tests/kernels/triton/fp8/test_block_fp8.py",
-        "tests/kernels/triton/fp8/test_fp8_decoder.py",
+        "tests/kernels/triton/test_fp8_decoder.py",
         "tests/kernels/gpu/test_block_fp8_bits.py",
     ]
     done = subprocess.run(

@@ -75,7 +75,7 @@ DAMAGES = {
     "one trial gone": (lambda s: [x for x in s if x["trial_id"] != 9], "missing: 1 of"),
     "all gone": (lambda s: [], "trials that are missing"),
     "the reference gone": (lambda s: [x for x in s if x["trial_id"] != 0], "missing: 1 of"),
-    "the control gone": (lambda s: [x for x in s if x["axis"] != "control"], "missing: 1 of"),
+    "the controls gone": (lambda s: [x for x in s if x["axis"] != "control"], "missing: 3 of"),
     "every line twice": (lambda s: [x for x in s for _ in range(2)], "there twice"),
     "one line twice": (lambda s: [*s, s[3]], "there twice"),
     "one copy of a batch gone": (

@@ -189,7 +189,7 @@ def test_an_answer_pattern_cannot_hang(ndcheck_here, tmp_path, monkeypatch, patt
     from ndcheck.analysis import answers
 
     monkeypatch.setattr(answers, "ANSWERS_TIMEOUT_S", 0.2)
-    metrics._AnswerParser.of.cache_clear()
+    answers.PatternParser.of.cache_clear()
     run = shutil.copytree(FIXTURE, tmp_path / "run")
     document = json.loads((run / "run.json").read_text())
     document["spec"]["answer_pattern"] = pattern
@@ -200,7 +200,7 @@ def test_an_answer_pattern_cannot_hang(ndcheck_here, tmp_path, monkeypatch, patt
     (run / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     for command in (("report", run, "--json"), ("gate", run), ("compare", run, run)):
         assert ndcheck_here(*command).returncode in (0, 1, 3)
-    metrics._AnswerParser.of.cache_clear()
+    answers.PatternParser.of.cache_clear()
 
 
 def test_an_answer_pattern_that_ends_is_used(ndcheck_here, tmp_path):

@@ -8,7 +8,7 @@ from ndcheck_kernels import invariant_kernels, register_attention
 from ndcheck_kernels.models import decoder, experts
 from ndcheck_kernels.models.quantised import invariant_fp8_layers
 
-from ..test_decoder import OTHERS, PROBE, logits_of
+from .test_decoder import OTHERS, PROBE, logits_of
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
