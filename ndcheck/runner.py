@@ -20,6 +20,7 @@ from ndcheck.records import AXES, Arm, Axis, Environment, Run, RunSpec, RunStatu
 from ndcheck.reports.wording import phrases
 from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.base import Sampler
+from ndcheck.samplers.options import DEFAULTS
 from ndcheck.storage.evidence import trial_digests
 from ndcheck.storage.run_directory import NewDirectory, RunDirectory, failed_samples
 
@@ -81,7 +82,8 @@ def _fit_axes(spec: RunSpec, sampler: Sampler) -> RunSpec:
     """``spec`` without the axes that are refused. Raises UsageError if one was named."""
     refused = refused_axes(spec, sampler)
     named = [axis for axis in spec.axes if axis in refused]
-    if named and spec.axes != AXES:
+    asked_all = spec.axes in (AXES, backend_of(spec).blank(DEFAULTS).axes)
+    if named and not asked_all:
         raise UsageError(f"--axes: {refused[named[0]]}: leave out {named[0]}")
     return replace(spec, axes=tuple(axis for axis in spec.axes if axis not in refused))
 

@@ -32,8 +32,8 @@ def test_a_part_leaves_its_tables_and_plots_and_the_summary_shows_them(tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "8b-long"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "completions.csv", "first-divergence.png", "loads.csv", "report.md", "run.json",
-        "samples.csv", "summary.csv", "unique-completions.png",
+        "completions.csv", "first-divergence.png", "loads.csv", "properties.csv", "report.md",
+        "run.json", "samples.csv", "summary.csv", "unique-completions.png",
     ]  # fmt: skip
     with (folder / "summary.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)

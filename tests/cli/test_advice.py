@@ -47,7 +47,7 @@ def test_every_command_that_a_failing_run_advises(ndcheck_here, behaviour, axis)
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--loads", "1,2", "-n", "4"), "-n 4 left slot, neighbours, cache untried"),
+        (("--loads", "1,2", "-n", "4"), "left slot, neighbours, cache, width, scoring untried"),
         (("--loads", "1", "-n", "9"), "as no batch had 2 rows"),
     ],
 )

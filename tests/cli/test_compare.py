@@ -11,7 +11,8 @@ import pytest
 import ndcheck
 from ndcheck.reports.listing import run_lines
 
-SMALL = {"loads": [1, 4], "samples": 40, "max_tokens": 8}
+FIVE = "run-to-run,batch-size,slot,neighbours,cache"
+SMALL = {"loads": [1, 4], "samples": 40, "max_tokens": 8, "axes": FIVE}
 
 
 @pytest.fixture(scope="module")

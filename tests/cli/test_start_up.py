@@ -64,7 +64,7 @@ def test_doctor_catches_every_planted_fault(ndcheck):
     done = ndcheck("doctor")
     assert done.returncode == 0, done.stdout
     assert "FAILED" not in done.stdout
-    assert done.stdout.count("\n  ok ") == 10
+    assert done.stdout.count("\n  ok ") == 12
 
 
 def test_every_option_is_named_in_full():

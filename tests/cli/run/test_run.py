@@ -8,7 +8,9 @@ import json
 
 import pytest
 
-FAST = ("--max-tokens", "8", "--loads", "1,4", "-n", "60", "--quiet")
+FIVE = "run-to-run,batch-size,slot,neighbours,cache"
+"""Of these every completion counts as a sample; what `width` and `scoring` feed comes on top."""
+FAST = ("--max-tokens", "8", "--loads", "1,4", "-n", "60", "--axes", FIVE, "--quiet")
 
 
 def read_csv(path):

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.ops import attention, collectives, experts, products
+from ndcheck_kernels.ops import attention, block_fp8, collectives, experts, products
 
 HEADS = torch.ones(1, 1, 2, 4)
 ROWS, WEIGHT = torch.ones(2, 4), torch.ones(3, 4)
 INDEX = torch.tensor([[1, 0]])
 SPANS = torch.tensor([[[0, 2]]], dtype=torch.int32)
 ENDS = torch.tensor([1, 2], dtype=torch.int32)
+CODES, SCALES = WEIGHT.to(torch.float8_e4m3fn), torch.ones(1, 1)
+BY_EXPERT = (ROWS, CODES.expand(2, 3, 4).contiguous(), SCALES.expand(2, 1, 1), ENDS)
 
 CALLS = {
     "attention": (attention.attention_op, (HEADS, HEADS, HEADS, SPANS, 0.5)),
@@ -20,6 +22,10 @@ CALLS = {
     "combine_experts": (experts.combine_op, (ROWS, INDEX, ROWS[:1, :2])),
     "partial_linear": (products.partial_linear_op, (ROWS, WEIGHT)),
     "partial_grouped": (products.partial_grouped_op, (ROWS, torch.ones(2, 4, 3), ENDS)),
+    "block_fp8_linear": (block_fp8.linear_op, (ROWS, CODES, SCALES)),
+    "block_fp8_grouped": (block_fp8.grouped_op, BY_EXPERT),
+    "partial_block_fp8_linear": (block_fp8.partial_linear_op, (ROWS, CODES, SCALES)),
+    "partial_block_fp8_grouped": (block_fp8.partial_grouped_op, BY_EXPERT),
     # An empty part asks no group of ranks.
     "rank_sum": (collectives.rank_sum_op, (torch.ones(0), "no group")),
 }

@@ -12,15 +12,19 @@ from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.judging.verdict import judge
 from ndcheck.plan.faults import plant_fault
 from ndcheck.plan.trials import plan_trials
-from ndcheck.records import AXES, Decoding, Environment, Fault, Load, Probe, Run, Trial
+from ndcheck.records import Decoding, Environment, Fault, Load, Probe, Run, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local import continuous
 from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck.samplers.options import SCHEDULED_AXES
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 N_TOKENS = 12
 GREEDY = Decoding(N_TOKENS)
-SPEC = replace(DEFAULTS, probes=(PROBE,), decoding=GREEDY, device="cpu", batching="continuous")
+SPEC = replace(
+    DEFAULTS, probes=(PROBE,), decoding=GREEDY, device="cpu", batching="continuous",
+    axes=SCHEDULED_AXES,
+)  # fmt: skip
 LOADS = [
     Load(1),
     Load(4, (0, 1, 2, 3), filler_seed=3),
@@ -139,7 +143,7 @@ def test_stock_bits_follow_the_company_and_invariant_bits_do_not(sampler):
         assert bool(result.witness.override_fires) == (result.arm == "invariant")
         if result.role != "control":
             digests[result.arm].add(result.row_digests)
-    assert {result.purpose for result in samples} > set(AXES)
+    assert {result.purpose for result in samples} > set(SCHEDULED_AXES)
     assert len(digests["stock"]) > 1
     assert len(digests["invariant"]) == 1
     outcomes = {probe.arm: probe.verdict.outcome for probe in judgement.probes}
