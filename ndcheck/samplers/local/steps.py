@@ -235,7 +235,9 @@ class DecodeSteps:
         return [_stream([log[:, slot] for log in logs], n_done, stop_ids) for slot in slots]
 
     def _read_logs(self, n_done: int) -> Logs:
-        token_ids, margins, logprobs, digests = (log[:n_done].cpu().numpy() for log in self._log)
+        # Copied: on a CPU the array is the log's own memory, and what is fed is logged over it.
+        logs = (log[:n_done].cpu().numpy().copy() for log in self._log)
+        token_ids, margins, logprobs, digests = logs
         return token_ids, margins, logprobs, digests
 
 

@@ -130,6 +130,9 @@ def test_another_token_ends_the_sample_and_all_are_counted(monkeypatch, sampler)
     assert fed.token_ids[4] != decoded.token_ids[4]
     assert len(fed.token_ids) == len(fed.token_texts) == 5
     assert (fed.fed.n_tokens, fed.fed.n_other_bits, fed.fed.n_other_tokens) == (18, 4, 4)
+    sampler._completions.clear()  # As where many batches were decoded since: it is decoded again.
+    (again,) = sample(sampler, Load(1, width=4))
+    assert (again.token_ids, again.fed) == (fed.token_ids, fed.fed)
     (fed,) = sample(sampler, Load(1, width=3))
     assert (fed.token_ids, fed.fed.n_other_bits) == (decoded.token_ids, 0)
 
