@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ndcheck.errors import BackendError
 from ndcheck.records import Arm
-from ndcheck.samplers.local.batch import ExactBatch, cache_argument
 from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck.samplers.local.selection import log_softmax
 from ndcheck.scoring.completions import TokenIds
 from ndcheck.scoring.scorers import Score, checked
 
@@ -22,7 +20,6 @@ class LocalScorer:
     def __init__(self, sampler: TransformersSampler, arm: Arm) -> None:
         self._sampler = sampler
         self._arm = arm
-        self._device = next(sampler.model.parameters()).device
         found = sampler.describe()
         self._n_ids = int(found["vocabulary"])
         self.title = f"{found['name']} in process, {found['dtype']}, {arm} kernels"
@@ -34,36 +31,17 @@ class LocalScorer:
             )
         try:
             with self._sampler.arm(self._arm), torch.inference_mode():
-                logits = teacher_forced(self._sampler.model, self._device, prompt_ids, token_ids)
-                logprobs, ranks = read_tokens(logits, token_ids)
+                # The last token is fed to nothing.
+                rows = [[*prompt_ids, *token_ids[:-1]]]
+                batch = self._sampler.open_batch(rows, 0)
+                fed = torch.tensor(rows, device=batch.device)
+                logprobs, ranks = read_tokens(batch.forward(fed, len(token_ids))[0], token_ids)
         except RuntimeError as error:
             raise BackendError(f"{self.title}: {first_line(error)}") from error
         return checked(logprobs, ranks, token_ids, self.title)
 
     def close(self) -> None:
         self._sampler.close()
-
-
-def teacher_forced(
-    model: Any, device: torch.device, prompt_ids: TokenIds, token_ids: TokenIds
-) -> Tensor:
-    """Logits [T, vocabulary] before each of the T ``token_ids``, from one pass over a static cache.
-
-    The last of them is fed to nothing. The cache is the one that decoding has, so that the kernels
-    are those of a prefill there.
-    """
-    ids = torch.tensor([[*prompt_ids, *token_ids[:-1]]], device=device)
-    n_columns = ids.shape[1]
-    batch = ExactBatch(model, device, 1, n_columns)
-    logits = model(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        position_ids=torch.arange(n_columns, device=device)[None],
-        use_cache=True,
-        logits_to_keep=len(token_ids),
-        **{cache_argument(model): batch.cache},
-    ).logits
-    return torch.as_tensor(logits[0])
 
 
 def read_tokens(logits_T_V: Tensor, token_ids: TokenIds) -> tuple[list[float], list[int]]:
@@ -78,9 +56,7 @@ def read_tokens(logits_T_V: Tensor, token_ids: TokenIds) -> tuple[list[float], l
 
         logprobs = (chosen[:, 0].float() - read_logits(logits_T_V)[2]).tolist()
     else:
-        # Each row on a copy of its own: this reduction must not itself depend on the others.
-        rows = zip(logits_T_V, token_ids, strict=True)
-        logprobs = [float(torch.log_softmax(row.clone().float(), dim=-1)[i]) for row, i in rows]
+        logprobs = log_softmax(logits_T_V.float()).gather(-1, ids[:, None])[:, 0].tolist()
     every_id = torch.arange(logits_T_V.shape[-1], device=logits_T_V.device)
     is_before = (logits_T_V > chosen) | ((logits_T_V == chosen) & (every_id < ids[:, None]))
     return logprobs, (is_before.sum(-1) + 1).tolist()

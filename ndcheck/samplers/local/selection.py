@@ -41,7 +41,7 @@ def read_step(logits_B_V: Tensor, decoding: Decoding, noise: Tensor | None) -> R
         return Reading(token_ids, margins, chosen - sums, digests)
     token_ids = choose_tokens(logits_B_V, decoding.temperature, noise)
     wide = logits_B_V.float()
-    logprobs = _log_softmax(wide).gather(-1, token_ids[:, None])[:, 0]
+    logprobs = log_softmax(wide).gather(-1, token_ids[:, None])[:, 0]
     return Reading(token_ids, _margins(wide.numpy()), logprobs, _digest_rows(logits_B_V))
 
 
@@ -54,7 +54,8 @@ def _margins(logits_B_V: np.ndarray) -> Tensor:
         return torch.from_numpy(logits_B_V[rows, first] - others.max(-1))
 
 
-def _log_softmax(logits_B_V: Tensor) -> Tensor:
+def log_softmax(logits_B_V: Tensor) -> Tensor:
+    """Of fp32 logits on a CPU, each row's as if it were alone."""
     from ndcheck_kernels import active_scope
 
     if active_scope() is not None:
