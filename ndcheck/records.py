@@ -37,6 +37,8 @@ AXES: tuple[Axis, ...] = (
     "run-to-run", "batch-size", "slot", "neighbours", "cache", "width", "scoring",
 )  # fmt: skip
 """The seven invariance properties, each with its own verdict."""
+FED_AXES: tuple[Axis, ...] = ("width", "scoring")
+"""Those along which a completion is fed again; no scheduler can be asked for them."""
 WIDTHS = (2, 3, 4, 5, 8, 16)
 """Tokens that a pass verifies where a draft proposes one less."""
 CLOSED_ARRIVALS = ("together", "closed")
@@ -348,6 +350,11 @@ class RunSpec:
     def repeats_are_draws(self) -> bool:
         """Whether each batch is formed anew, so that the same load may give another completion."""
         return bool(self.endpoint or self.engine or self.batching == "continuous")
+
+    @property
+    def feeds(self) -> bool:
+        """Are completions fed again?"""
+        return not set(FED_AXES).isdisjoint(self.axes)
 
     @property
     def sets_batch_size(self) -> bool:

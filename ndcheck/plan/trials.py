@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.grid import CACHE_STATES, SMALLEST_PAGE_TOKENS, Cell, Grid
-from ndcheck.records import ALONE, Arm, CacheState, Load, Probe, RunSpec, Trial
+from ndcheck.records import ALONE, FED_AXES, Arm, CacheState, Load, Probe, RunSpec, Trial
 
 
 def plan_trials(
@@ -68,7 +68,7 @@ class _ProbePlan:
         self._first_ids: dict[Load, dict[Arm, int]] = {}
         self._n_run: Counter[Load] = Counter()
         self._n_samples = 0
-        self._counts_fed = {"width", "scoring"}.issuperset(spec.axes)
+        self._counts_fed = set(FED_AXES).issuperset(spec.axes)
 
     def add_all(self, grid: Grid) -> None:
         alone_again = Cell("run-to-run", ALONE)
@@ -114,7 +114,7 @@ class _ProbePlan:
         is_counted = self._n_draws is None and self._counts(cell.load)
         if is_counted and n_copies > self._n_missing():
             # With other rows than its baseline's, a load would differ from it along two axes.
-            if cell.purpose in ("run-to-run", "cache", "width", "scoring"):
+            if cell.purpose in ("run-to-run", "cache", *FED_AXES):
                 return
             n_copies = self._n_missing()
             cell = replace(cell, load=grid.with_copies(cell.load, n_copies))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ndcheck.probe import Prompt
-from ndcheck.records import Axis, CacheState, Decoding, Probe, RunSpec, Sample, Trial
+from ndcheck.records import FED_AXES, Axis, CacheState, Decoding, Probe, RunSpec, Sample, Trial
 from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.endpoint.private import Private
 
@@ -23,7 +23,7 @@ class Rendered:
 WHY_NOT_FED = (
     "only --batching exact, in this process, feeds a completion again in passes that are known"
 )
-NOT_FED: tuple[tuple[Axis, str], ...] = (("width", WHY_NOT_FED), ("scoring", WHY_NOT_FED))
+NOT_FED: tuple[tuple[Axis, str], ...] = tuple((axis, WHY_NOT_FED) for axis in FED_AXES)
 """`Sampler.refused_axes` where a scheduler decides what a pass holds."""
 
 

@@ -15,6 +15,7 @@ from ndcheck.plan.size import MAX_BATCH_SIZE
 from ndcheck.records import (
     ARMS,
     AXES,
+    FED_AXES,
     AnswerKind,
     Arm,
     Axis,
@@ -273,7 +274,7 @@ ARRIVALS = Option(
     has_variable=True,
 )
 _AXES = Option("axes", ("axes",), DEFAULTS.axes, parse_axes, join, has_variable=True)
-SCHEDULED_AXES: tuple[Axis, ...] = AXES[: AXES.index("width")]
+SCHEDULED_AXES: tuple[Axis, ...] = tuple(axis for axis in AXES if axis not in FED_AXES)
 SCHEDULED = replace(_AXES, parse=parse_scheduled_axes)
 """``--axes`` of a backend that cannot choose what a pass holds."""
 SHARED = (

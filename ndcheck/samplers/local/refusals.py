@@ -25,11 +25,10 @@ def paths_of(spec: RunSpec) -> list[Path]:
     if spec.batching == "continuous":
         return []
     has_cache, has_neighbours = "cache" in spec.axes, "neighbours" in spec.axes
-    is_fed = not {"width", "scoring"}.isdisjoint(spec.axes)
     return [
         (is_padded, state)
         for is_padded, state in PATHS
-        if (has_cache or state == "whole" or (is_fed and (is_padded, state) == IN_PASSES))
+        if (has_cache or state == "whole" or (spec.feeds and (is_padded, state) == IN_PASSES))
         and (has_neighbours or not is_padded)
     ]
 

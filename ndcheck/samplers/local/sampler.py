@@ -72,7 +72,7 @@ class TransformersSampler:
         self._model: Any = None
         self._findings: Examination | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
-        self._feeds = not {"width", "scoring"}.isdisjoint(spec.axes)
+        self._feeds = spec.feeds
         self._scores, self._widths = "scoring" in spec.axes, spec.widths
         self._completions = Completions()
         self._uncaptured: set[Arm] = set()
