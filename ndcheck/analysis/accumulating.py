@@ -27,6 +27,7 @@ from ndcheck.analysis.serving import Serving
 from ndcheck.analysis.unique import Interner
 from ndcheck.records import Arm, Axis, CacheState, Fault, Purpose, RunSpec, Sample
 
+CONTENTS_KEPT = 16
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 OUTCOME = np.dtype(
@@ -114,6 +115,21 @@ def _read(samples: Iterable[Sample], groups: Groups) -> Iterator[tuple[Any, ...]
         yield from group.read_waiting()
 
 
+class _Content(NamedTuple):
+    """What the tokens and bits of a sample are in its group.
+
+    ``parts`` are kept so that their identities are not given to others. ``n_shared`` tokens are
+    the reference's; ``latent`` is as in OUTCOME, of other samples than the reference.
+    """
+
+    parts: tuple[tuple[Any, ...], ...]
+    stream: Stream
+    number: int
+    bits: tuple[int, int]
+    n_shared: int
+    latent: int
+
+
 class Group:
     """What one probe in one arm has shown so far.
 
@@ -138,6 +154,8 @@ class Group:
         """The first sample of each completion and bits that the probe gave alone."""
         self.serving = Serving()
         self._waiting: list[tuple[int, Sample]] = []
+        self._contents: dict[tuple[int, ...], _Content] = {}
+        """Of a few samples, by the identity of what they hold."""
         self._trial: int | None = None
         self._load_columns: tuple[int, ...] = ()
 
@@ -240,21 +258,20 @@ class Group:
         fed = _fed_columns(sample)
         if sample.error is not None:
             return (*origin, -1, -1, np.nan, 0, 0, *fed)
-        stream = read_stream(sample)
         if sample.role == "control":
-            self._controls.setdefault(sample.trial_id, []).append((sample, stream))
+            self._controls.setdefault(sample.trial_id, []).append((sample, read_stream(sample)))
             return (*origin, -1, -1, np.nan, 0, 0, *fed)
+        content = self._read_content(sample)
         if sample.load.is_fed and sample.load.batch_size == 1:
-            self._fed_streams.setdefault(sample.trial_id, stream)
-        number = self._intern(sample, stream)
-        bits = _fingerprint(stream.logprobs), _fingerprint(stream.row_digests)
+            self._fed_streams.setdefault(sample.trial_id, content.stream)
+        number, bits = content.number, content.bits
         if sample.is_reference:
             self._alone[number, *bits] += 1
             self._alone_trials.add(sample.trial_id)
             first = self._alone_samples.setdefault((number, *bits), sample)
             if sample.trial_id < first.trial_id:
                 self._alone_samples[number, *bits] = sample
-        return (*origin, number, *self._compare(sample, stream, number), *bits, *fed)
+        return (*origin, number, *self._compare(sample, content), *bits, *fed)
 
     def _read_load(self, sample: Sample) -> tuple[int, int, int]:
         """The columns ``batch_size``, ``kind`` and ``load``."""
@@ -265,17 +282,34 @@ class Group:
         )
         return load.batch_size, self.kinds.setdefault(kind, len(self.kinds)), hash(load)
 
-    def _compare(self, sample: Sample, stream: Stream, number: int) -> tuple[int, float]:
+    def _read_content(self, sample: Sample) -> _Content:
+        """Samples that a reader found alike hold the same objects: they are looked at once."""
+        parts = (sample.token_ids, sample.logprobs, sample.margins, sample.row_digests)
+        key = tuple(map(id, parts))
+        content = self._contents.get(key)
+        if content is None:
+            stream = read_stream(sample)
+            number = self._intern(sample, stream)
+            at = self.first_divergences[number]
+            n_shared = at if at >= 0 else len(stream.token_ids)
+            latent = None
+            if self.reference is not None:
+                latent = latent_divergence(self.reference.stream, stream, n_shared)
+            bits = _fingerprint(stream.logprobs), _fingerprint(stream.row_digests)
+            latent_at = -1 if latent is None else latent
+            content = _Content(parts, stream, number, bits, n_shared, latent_at)
+            if len(self._contents) == CONTENTS_KEPT:
+                self._contents.clear()
+            self._contents[key] = content
+        return content
+
+    def _compare(self, sample: Sample, content: _Content) -> tuple[int, float]:
         """The columns ``latent`` and ``dlogprob``."""
         if self.reference is None or self.logprob_sums is None:
             return -1, np.nan
         if sample.trial_id == self.reference.trial_id:
             return -1, np.nan
-        at = self.first_divergences[number]
-        n_shared = at if at >= 0 else len(stream.token_ids)
-        latent = latent_divergence(self.reference.stream, stream, n_shared)
-        dlogprob = self.logprob_sums.add(stream.logprobs, n_shared)
-        return -1 if latent is None else latent, dlogprob
+        return content.latent, self.logprob_sums.add(content.stream.logprobs, content.n_shared)
 
     def _catches(self, sample: Sample, stream: Stream) -> bool:
         """Without a fault, or without what it is compared with, nothing shows."""

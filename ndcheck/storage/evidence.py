@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from functools import lru_cache
 
 from ndcheck.records import Arm, Load, Purpose, Run, Sample, Trial
 
@@ -29,6 +30,7 @@ class Ledger:
         self._trials: dict[int, Planned] = {}
         self._n_samples: dict[int, int] = {}
         self._seen: set[int] = set()
+        self._loads: dict[Load, str | None] = {}
 
     def refuse(self, sample: Sample) -> str | None:
         """Why a sample is no evidence of this run, or None, and then it is counted."""
@@ -48,21 +50,23 @@ class Ledger:
             return f"the run has no probe {sample.probe_id!r}"
         if sample.slot not in load.slots:
             return f"slot {sample.slot} is none of its load's"
-        rows = sorted(set(load.slots))
-        if len(rows) < len(load.slots) or rows[-1] >= load.batch_size:
-            return f"its load has {load.batch_size} rows and the slots {load.slots}"
-        if len(load.filler_lengths) != load.batch_size - len(rows):
-            return f"its load has {load.batch_size} rows and {len(load.filler_lengths)} fillers"
+        if load not in self._loads:
+            self._loads[load] = _contradicts_its_rows(load)
+        if reason := self._loads[load]:
+            return reason
         if sample.error is not None and n_tokens:
             return "it has tokens and an error"
         if len(sample.token_texts) != n_tokens:
             return f"it has {n_tokens} tokens and the texts of {len(sample.token_texts)}"
         if (sample.fed is not None) != (load.is_fed and sample.error is None):
             return "what it says of tokens that were fed does not fit its load"
-        for name in ("logprobs", "margins", "row_digests"):
-            n_values = len(getattr(sample, name))
-            if n_values not in (0, n_tokens):
-                return f"it has {n_tokens} tokens and the {name} of {n_values}"
+        for name, values in (
+            ("logprobs", sample.logprobs),
+            ("margins", sample.margins),
+            ("row_digests", sample.row_digests),
+        ):
+            if values and len(values) != n_tokens:
+                return f"it has {n_tokens} tokens and the {name} of {len(values)}"
         return None
 
     def _contradicts_its_trial(self, sample: Sample) -> str | None:
@@ -115,6 +119,15 @@ class Ledger:
         return tuple(found)
 
 
+def _contradicts_its_rows(load: Load) -> str | None:
+    rows = sorted(set(load.slots))
+    if len(rows) < len(load.slots) or rows[-1] >= load.batch_size:
+        return f"its load has {load.batch_size} rows and the slots {load.slots}"
+    if len(load.filler_lengths) != load.batch_size - len(rows):
+        return f"its load has {load.batch_size} rows and {len(load.filler_lengths)} fillers"
+    return None
+
+
 def trial_digests(trials: Iterable[Trial]) -> str:
     """What `Run.trial_digests` holds of a plan."""
     ordered = sorted(trials, key=lambda trial: trial.trial_id)
@@ -141,10 +154,14 @@ def is_continued_by(run: Run, finished: Iterable[Sample], trials: Sequence[Trial
 
 def _digest(planned: Planned) -> str:
     *rest, load, first_sample_id = planned
-    # A field that a later version adds leaves the digests of earlier runs as they are.
-    varied = {f.name: v for f in fields(load) if (v := getattr(load, f.name)) != f.default}
-    text = repr((rest, varied, first_sample_id))
+    text = f"({rest!r}, {_varied(load)}, {first_sample_id!r})"
     return hashlib.blake2b(text.encode(), digest_size=DIGITS_PER_TRIAL // 2).hexdigest()
+
+
+@lru_cache(1024)
+def _varied(load: Load) -> str:
+    # A field that a later version adds leaves the digests of earlier runs as they are.
+    return repr({f.name: v for f in fields(load) if (v := getattr(load, f.name)) != f.default})
 
 
 def _list(numbers: Sequence[int]) -> str:

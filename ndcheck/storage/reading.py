@@ -96,7 +96,7 @@ def read_lines(file: BinaryIO) -> Iterator[bytes | None]:
 def parse_json(text: str) -> Any:
     """JSON as RFC 8259 has it, each key once. Raises ValueError."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -112,6 +112,10 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {_short(twice)} is there twice")
     return found
+
+
+# `json.loads` would make one for each text.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_distinct)
 
 
 def decode(record: type[T], document: Any, **given: Any) -> T:
@@ -192,7 +196,11 @@ def _scalar(kind: type, limits: Range | None) -> Reader:
             raise ValueError(f"{_short(value)} is not accepted; give {accepted}")
         return value
 
-    return read
+    if kind is not int or limits is None:
+        return read
+    low, high = limits.low, limits.high
+    # Most of what a file holds, and fine: nothing else need be asked.
+    return lambda value: value if type(value) is int and low <= value <= high else read(value)
 
 
 def _raw_text(value: Any) -> str:
@@ -223,7 +231,10 @@ def _sequence(kind: Any) -> Reader:
         if not isinstance(value, list):
             raise ValueError(f"{_short(value)} is not accepted; give a list")
         # A completion has thousands of items: their types and range are looked at all at once.
-        if limits is not None and set(map(type, value)) == {base}:
+        types = set(map(type, value))
+        if kind == float | None and types == {float} and all(map(math.isfinite, value)):
+            return tuple(value)
+        if limits is not None and types == {base}:
             is_raw_text = not isinstance(limits, Range)
             if is_raw_text or (base is int and min(value) in limits and max(value) in limits):
                 return tuple(value)

@@ -33,6 +33,8 @@ from ndcheck.storage.sample_lines import decode_line, encode_line
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.jsonl"
+MOST_BYTES_KEPT = 2**28
+"""Of a file whose samples stay in memory, so that reading them again costs nothing."""
 
 
 class NewDirectory:
@@ -269,7 +271,8 @@ class SampleReader:
     """Streams the samples of a run, the same ones each time.
 
     Lines that cannot be read, or that contradict the run, are left out and named in ``bad_lines``;
-    ``flaws`` are the sentences that `Run.flaws` holds. Both are those of the last full reading.
+    ``flaws`` are the sentences that `Run.flaws` holds. Both are those of the last full reading. All
+    but the largest files are read once.
     """
 
     def __init__(self, path: Path, run: Run | None = None) -> None:
@@ -277,10 +280,15 @@ class SampleReader:
         self._file = path / SAMPLES_FILE
         self._run = run
         self._end: int | None = None
+        self._kept: list[Sample] | None = None
         self.bad_lines: list[str] = []
         self.flaws: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Sample]:
+        return self._read() if self._kept is None else iter(self._kept)
+
+    def _read(self) -> Iterator[Sample]:
+        kept: list[Sample] = []
         self.bad_lines.clear()
         ledger = Ledger(self._run) if self._run is not None else None
         try:
@@ -288,6 +296,7 @@ class SampleReader:
                 # What a process that is still measuring adds would not be in the summary.
                 if self._end is None:
                     self._end = os.fstat(file.fileno()).st_size
+                keeps = self._end <= MOST_BYTES_KEPT
                 for number, line in enumerate(read_lines(file), 1):
                     try:
                         sample = decode_line(line)
@@ -295,6 +304,8 @@ class SampleReader:
                     except ValueError as error:
                         reason = str(error)
                     if reason is None:
+                        if keeps:
+                            kept.append(sample)
                         yield sample
                     else:
                         name = f"{self._file.name} line {number}"
@@ -305,6 +316,8 @@ class SampleReader:
             raise UsageError(f"{self._file} cannot be read: {error.strerror}") from error
         if ledger is not None:
             self.flaws = ledger.flaws(self.bad_lines)
+        if keeps:
+            self._kept = kept
 
 
 def failed_samples(trial: Trial, message: str, elapsed_s: float) -> list[Sample]:

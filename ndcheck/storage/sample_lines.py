@@ -11,9 +11,13 @@ import json
 import math
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-from ndcheck.records import Fed, Load, Purpose, Sample, Witness
+from ndcheck.records import Arm, Fault, Fed, FinishReason, Load, Purpose, Sample, Witness
+from ndcheck.storage.ranges import Count, NotNegative, RawText, Seed
 from ndcheck.storage.reading import MAX_LINE_BYTES, decode, parse_json
 
 _KEYS = {"purpose": "axis"}
@@ -44,40 +48,179 @@ _HEXADECIMAL = re.compile(r"(?:[0-9a-f]{8})*")
 
 
 @dataclass(frozen=True, slots=True)
-class _Packed:
-    """What a line holds in a form of its own; a margin of infinity is null."""
-
+class _Own:
+    sample_id: Seed
+    trial_id: Seed
+    arm: Arm
+    probe_id: str
     axis: Purpose
-    logprob_bits: str = ""
+    baseline: Seed | None
+    slot: Count
+    finish_reason: FinishReason
+    elapsed_s: NotNegative
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    token_ids: tuple[Count, ...]
+    token_texts: tuple[RawText, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Logits:
+    """A margin of infinity is null."""
+
     margins: tuple[float | None, ...] = ()
     row_digests: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Remarks:
+    fault: Fault | None = None
     fed: Fed | None = None
+    error: RawText | None = None
+    n_retries: Count = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Logprobs:
+    logprob_bits: str = ""
+
+
+_FIRST_KEYS = tuple(
+    f',"{name}":'.encode("ascii")
+    for name in (
+        "token_ids", "finish_reason", "margins", "fault",
+        "batch_size", "achieved_batch_size", "logprob_bits",
+    )
+)  # fmt: skip
+"""In a line that `encode_line` wrote, its parts begin with these."""
+MOST_BYTES_IN_PARTS = 2**16
+_N_KEPT = 4096
 
 
 def decode_line(line: bytes | None) -> Sample:
     """Raises ValueError saying what is wrong with the line."""
     if line is None:
         raise ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB")
-    document = parse_json(line.decode("utf-8"))
-    packed = decode(_Packed, document)
-    for name, digits in (("logprob_bits", 8), ("row_digests", _DIGITS_PER_DIGEST)):
-        text = getattr(packed, name)
-        if len(text) % digits or not _HEXADECIMAL.fullmatch(text):
-            raise ValueError(f"{name}: give {digits} hexadecimal digits a token")
-    fed = packed.fed
-    if fed and not all(re.fullmatch(r"[0-9a-f]{16}", d) for d in (fed.digest, fed.decoded_digest)):
-        raise ValueError(f"fed: its digests have {_DIGITS_PER_DIGEST} hexadecimal digits")
-    bits, digests = bytes.fromhex(packed.logprob_bits), packed.row_digests
-    return decode(
-        Sample,
-        document,
-        purpose=packed.axis,
-        load=decode(Load, document),
-        witness=decode(Witness, document),
-        logprobs=struct.unpack(f">{len(bits) // 4}f", bits),
-        margins=tuple(math.inf if margin is None else margin for margin in packed.margins),
-        row_digests=tuple(
+    try:
+        return _decode_parts(line)
+    except ValueError:
+        # Another version's or program's, or a damaged one: read as a whole, it is told which.
+        document = parse_json(line.decode("utf-8"))
+    return _join(*(_read(part, document) for part in _KEYS_OF))
+
+
+def _decode_parts(line: bytes) -> Sample:
+    """The same of a line as `encode_line` writes it; ValueError of any other.
+
+    What a sample has alike with others, most of it, is decoded once. Within a string of JSON the
+    quotes of a first key cannot stand.
+    """
+    if len(line) > MOST_BYTES_IN_PARTS or line[:1] != b"{" or line[-2:] != b"}\n":
+        raise ValueError("it is long, or cut off")
+    found, start = [], 1
+    for key in _FIRST_KEYS:
+        end = line.index(key, start)
+        found.append(line[start:end])
+        start = end + 1
+    heading, tokens, ending, logits, remarks, load, witness = found
+    return _join(
+        _read_part(_Own, b"%b,%b" % (heading, ending)),
+        _kept_part(_Tokens, tokens),
+        _kept_part(_Logits, logits),
+        _kept_part(_Remarks, remarks),
+        _kept_part(Load, load),
+        _kept_part(Witness, witness),
+        _kept_part(_Logprobs, line[start:-2]),
+    )
+
+
+def _read_part(part: type[Any], text: bytes) -> Any:
+    document = parse_json(f"{{{text.decode('utf-8')}}}")
+    # Another part's key could be there twice.
+    if not document.keys() <= _KEYS_OF[part]:
+        raise ValueError("it has other keys")
+    return _read(part, document)
+
+
+_kept_part = lru_cache(_N_KEPT)(_read_part)
+
+
+def _read(part: type[Any], document: Any) -> Any:
+    found = decode(part, document)
+    unpack = _UNPACK.get(part)
+    return found if unpack is None else unpack(found)
+
+
+def _unpack_logits(logits: _Logits) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """The margins and the digests."""
+    digests = _checked("row_digests", logits.row_digests, _DIGITS_PER_DIGEST)
+    return (
+        tuple(math.inf if margin is None else margin for margin in logits.margins),
+        tuple(
             digests[at : at + _DIGITS_PER_DIGEST]
             for at in range(0, len(digests), _DIGITS_PER_DIGEST)
         ),
+    )
+
+
+def _unpack_logprobs(logprobs: _Logprobs) -> tuple[float, ...]:
+    bits = bytes.fromhex(_checked("logprob_bits", logprobs.logprob_bits, 8))
+    return struct.unpack(f">{len(bits) // 4}f", bits)
+
+
+def _checked(name: str, text: str, digits: int) -> str:
+    if len(text) % digits or not _HEXADECIMAL.fullmatch(text):
+        raise ValueError(f"{name}: give {digits} hexadecimal digits a token")
+    return text
+
+
+def _check_remarks(remarks: _Remarks) -> _Remarks:
+    fed = remarks.fed
+    if fed and not all(re.fullmatch(r"[0-9a-f]{16}", d) for d in (fed.digest, fed.decoded_digest)):
+        raise ValueError(f"fed: its digests have {_DIGITS_PER_DIGEST} hexadecimal digits")
+    return remarks
+
+
+_UNPACK: dict[type[Any], Callable[[Any], Any]] = {
+    _Logits: _unpack_logits,
+    _Remarks: _check_remarks,
+    _Logprobs: _unpack_logprobs,
+}
+_KEYS_OF = {
+    part: frozenset(field.name for field in dataclasses.fields(part))
+    for part in (_Own, _Tokens, _Logits, _Remarks, Load, Witness, _Logprobs)
+}
+
+
+def _join(
+    own: _Own,
+    tokens: _Tokens,
+    logits: tuple[tuple[float, ...], tuple[str, ...]],
+    remarks: _Remarks,
+    load: Load,
+    witness: Witness,
+    logprobs: tuple[float, ...],
+) -> Sample:
+    return Sample(
+        own.sample_id,
+        own.trial_id,
+        own.arm,
+        own.probe_id,
+        own.axis,
+        own.baseline,
+        load,
+        own.slot,
+        witness,
+        tokens.token_ids,
+        tokens.token_texts,
+        own.finish_reason,
+        own.elapsed_s,
+        logprobs,
+        *logits,
+        remarks.fault,
+        remarks.fed,
+        remarks.error,
+        remarks.n_retries,
     )
