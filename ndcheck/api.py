@@ -16,7 +16,7 @@ from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.findings import read_findings
 from ndcheck.judging.verdict import Judgement, Outcome
 from ndcheck.ranks import program
-from ndcheck.reports import tables
+from ndcheck.reports.exports import tables
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.wording import phrases
 from ndcheck.reports.wording.reproduction import reproduce_command

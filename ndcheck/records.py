@@ -210,7 +210,7 @@ class Sample:
 
         Not where it failed or was planted; a batch that is a baseline of others is none either.
         """
-        return self.role != "control" and self.error is None and self.load == ALONE
+        return self.purpose != "control" and self.error is None and self.load == ALONE
 
     @classmethod
     def of(

@@ -65,16 +65,16 @@ def help_texts() -> str:
 
 def columns() -> str:
     """A table a CSV file: name and dtype are the program's, the meaning is kept from the text."""
-    from ndcheck.reports import tables
+    from ndcheck.reports.exports import columns
 
     shown = written("columns", REFERENCE.read_text(encoding="utf-8"))
     text = ""
     for name, found in (
-        ("samples", tables.SAMPLE_COLUMNS),
-        ("completions", tables.COMPLETION_COLUMNS),
-        ("loads", tables.LOAD_COLUMNS),
-        ("properties", tables.PROPERTY_COLUMNS),
-        ("summary", tables.SUMMARY_COLUMNS),
+        ("samples", columns.SAMPLE_COLUMNS),
+        ("completions", columns.COMPLETION_COLUMNS),
+        ("loads", columns.LOAD_COLUMNS),
+        ("properties", columns.PROPERTY_COLUMNS),
+        ("summary", columns.SUMMARY_COLUMNS),
     ):
         section = shown.partition(f"### {name}.csv\n")[2].partition("\n### ")[0]
         meanings = dict(re.findall(r"^\| `(\w+)` \| \w+ \| (.*) \|$", section, re.MULTILINE))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -119,7 +120,8 @@ class _Content(NamedTuple):
     """What the tokens and bits of a sample are in its group.
 
     ``parts`` are kept so that their identities are not given to others. ``n_shared`` tokens are
-    the reference's; ``latent`` is as in OUTCOME, of other samples than the reference.
+    the reference's; ``latent`` is as in OUTCOME, of other samples than the reference;
+    ``are_equal``: all log-probabilities are the reference's.
     """
 
     parts: tuple[tuple[Any, ...], ...]
@@ -128,6 +130,7 @@ class _Content(NamedTuple):
     bits: tuple[int, int]
     n_shared: int
     latent: int
+    are_equal: bool
 
 
 class Group:
@@ -152,7 +155,8 @@ class Group:
         self._alone_trials: set[int] = set()
         self._alone_samples: dict[tuple[int, int, int], Sample] = {}
         """The first sample of each completion and bits that the probe gave alone."""
-        self.serving = Serving()
+        self.serving: Serving | None = None
+        """Of the answers of a server, and where requests arrive at random."""
         self._waiting: list[tuple[int, Sample]] = []
         self._contents: dict[tuple[int, ...], _Content] = {}
         """Of a few samples, by the identity of what they hold."""
@@ -185,9 +189,12 @@ class Group:
         """Is this the sample that the others were compared with?"""
         return self.reference is not None and self.reference.trial_id == sample.trial_id
 
-    @property
+    @cached_property
     def controls(self) -> dict[int, bool]:
-        """Whether the planted fault was caught, by trial; not where the baseline failed."""
+        """Whether the planted fault was caught, by trial; not where the baseline failed.
+
+        To be asked only when all samples are read.
+        """
         return {
             trial_id: all(self._catches(sample, stream) for sample, stream in rows)
             for trial_id, rows in self._controls.items()
@@ -242,6 +249,7 @@ class Group:
             self._trial = sample.trial_id
             self._load_columns = self._read_load(sample)
         if sample.witness.connection:
+            self.serving = self.serving or Serving()
             self.serving.add(sample)
         achieved = sample.witness.achieved_batch_size
         origin = (
@@ -297,7 +305,8 @@ class Group:
                 latent = latent_divergence(self.reference.stream, stream, n_shared)
             bits = _fingerprint(stream.logprobs), _fingerprint(stream.row_digests)
             latent_at = -1 if latent is None else latent
-            content = _Content(parts, stream, number, bits, n_shared, latent_at)
+            are_equal = self.logprob_sums is not None and self.logprob_sums.equals(stream.logprobs)
+            content = _Content(parts, stream, number, bits, n_shared, latent_at, are_equal)
             if len(self._contents) == CONTENTS_KEPT:
                 self._contents.clear()
             self._contents[key] = content
@@ -309,7 +318,9 @@ class Group:
             return -1, np.nan
         if sample.trial_id == self.reference.trial_id:
             return -1, np.nan
-        return content.latent, self.logprob_sums.add(content.stream.logprobs, content.n_shared)
+        return content.latent, self.logprob_sums.add(
+            content.stream.logprobs, content.n_shared, are_equal=content.are_equal
+        )
 
     def _catches(self, sample: Sample, stream: Stream) -> bool:
         """Without a fault, or without what it is compared with, nothing shows."""

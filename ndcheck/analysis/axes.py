@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.feeding import count_fed
 from ndcheck.analysis.statistics import clopper_pearson, fisher_exact
 from ndcheck.analysis.summary import AxisFinding, Draw
@@ -24,13 +25,13 @@ Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 def find_axes(
     trials: Trials,
-    completions: Completions,
+    completions: Sequence[Completions],
     asked: tuple[Axis, ...],
     confidence: float,
     *,
     repeats_are_draws: bool,
-) -> tuple[Draw, tuple[AxisFinding, ...]]:
-    """What a draw is, and one finding for each axis that was asked for or has evidence.
+) -> list[tuple[Draw, tuple[AxisFinding, ...]]]:
+    """By group: what a draw is, and a finding for each axis that was asked for or has evidence.
 
     A row is compared with the baseline's row in the same slot; where the two trials share no slot
     (axis ``slot``), their first rows are compared. Where the baseline's load ran several times, its
@@ -42,11 +43,19 @@ def find_axes(
     A draw is a trial if ``repeats_are_draws``, or where some load did not repeat itself; else a
     load. Along ``run-to-run`` it is always a trial.
     """
-    (repeats,) = _judge_axes(("run-to-run",), trials, completions, confidence, "trial")
-    draw: Draw = "trial" if repeats_are_draws or not _agrees(repeats) else "load"
-    others = _judge_axes(AXES[1:], trials, completions, confidence, draw)
-    findings = (repeats, *(_tell_apart(finding, repeats, confidence) for finding in others))
-    return draw, tuple(found for found in findings if found.n_trials or found.axis in asked)
+    judge = partial(_judge_axis, trials, completions, confidence)
+    all_repeats = judge("run-to-run", np.zeros(trials.n_groups, np.bool_))
+    by_load = np.array(
+        [not repeats_are_draws and _agrees(found) for found in all_repeats], np.bool_
+    )
+    findings = []
+    for is_load, repeats, *others in zip(
+        by_load.tolist(), all_repeats, *(judge(axis, by_load) for axis in AXES[1:]), strict=True
+    ):
+        found = (repeats, *(_tell_apart(finding, repeats, confidence) for finding in others))
+        draw: Draw = "load" if is_load else "trial"
+        findings.append((draw, tuple(f for f in found if f.n_trials or f.axis in asked)))
+    return findings
 
 
 def _agrees(repeats: AxisFinding) -> bool:
@@ -74,29 +83,37 @@ def _tell_apart(finding: AxisFinding, repeats: AxisFinding, confidence: float) -
     return replace(finding, told_apart=False, rate=None, rate_ci_low=None, rate_ci_high=None)
 
 
-def _judge_axes(
-    axes: tuple[Axis, ...],
+def _judge_axis(
     trials: Trials,
-    completions: Completions,
+    completions: Sequence[Completions],
     confidence: float,
-    draw: Draw,
-) -> Iterator[AxisFinding]:
-    for axis in axes:
-        rows, partners = (
-            _pair_repeats(trials) if axis == "run-to-run" else _pair_with_baselines(trials, axis)
-        )
-        if axis == "slot":
-            own_rows, own_partners = _pair_within_trials(trials)
-            rows = np.concatenate((rows, own_rows))
-            partners = np.concatenate((partners, own_partners))
-        tokens = None
-        if axis in LEAST_FED:
-            # A completion that is too short shows nothing.
-            is_long = trials.rows["fed_tokens"][rows] >= LEAST_FED[axis]
-            rows, partners = rows[is_long], partners[is_long]
-            tokens = count_fed(trials.rows[rows], with_classes=axis == "width")
-        finding = _judge(axis, trials, completions, (rows, partners), confidence, draw)
-        yield replace(finding, tokens=tokens)
+    axis: Axis,
+    by_load: NDArray[np.bool_],
+) -> list[AxisFinding]:
+    """One finding for each group; ``by_load`` says of each whether a draw is a load."""
+    rows, partners = (
+        _pair_repeats(trials) if axis == "run-to-run" else _pair_with_baselines(trials, axis)
+    )
+    if axis == "slot":
+        own_rows, own_partners = _pair_within_trials(trials)
+        rows = np.concatenate((rows, own_rows))
+        partners = np.concatenate((partners, own_partners))
+    if axis not in LEAST_FED:
+        return _judge(axis, trials, completions, (rows, partners), confidence, by_load)
+    # A completion that is too short shows nothing.
+    is_long = trials.rows["fed_tokens"][rows] >= LEAST_FED[axis]
+    rows, partners = rows[is_long], partners[is_long]
+    findings = _judge(axis, trials, completions, (rows, partners), confidence, by_load)
+    no_tokens = cache(partial(replace, tokens=count_fed(trials.rows[:0], with_classes=False)))
+    if not len(rows):
+        return [no_tokens(finding) for finding in findings]
+    group = trials.rows["group"][rows]
+    order = np.argsort(group, kind="stable")
+    ends = np.searchsorted(group[order], np.arange(1, trials.n_groups))
+    return [
+        replace(finding, tokens=count_fed(trials.rows[own], with_classes=axis == "width"))
+        for finding, own in zip(findings, np.split(rows[order], ends), strict=True)
+    ]
 
 
 def _pair_repeats(trials: Trials) -> Pairs:
@@ -110,8 +127,8 @@ def _pair_with_baselines(trials: Trials, axis: Axis) -> Pairs:
         # Batches that only served as baselines: runs before version 0.2 did not ask them.
         is_of_axis |= trials.rows["purpose"] == purpose_code("reference")
     rows = np.flatnonzero(is_of_axis)
-    rows = rows[np.isin(trials.rows["baseline"][rows], trials.ids)]
-    baselines = np.searchsorted(trials.ids, trials.rows["baseline"][rows])
+    baselines = trials.find(trials.rows["group"][rows], trials.rows["baseline"][rows])
+    rows, baselines = rows[baselines >= 0], baselines[baselines >= 0]
 
     # Rows are in order of trial and slot, and so are these keys.
     n_slots = int(trials.rows["slot"].max(initial=0)) + 1
@@ -119,7 +136,7 @@ def _pair_with_baselines(trials: Trials, axis: Axis) -> Pairs:
     wanted = baselines * n_slots + trials.rows["slot"][rows]
     same_slot = np.isin(wanted, keys)
 
-    shares_slot = np.isin(trials.of_row[rows], trials.of_row[rows[same_slot]])
+    shares_slot = trials.flag(trials.of_row[rows[same_slot]])[trials.of_row[rows]]
     first_only = ~shares_slot & (trials.starts[trials.of_row[rows]] == rows)
     partners = np.concatenate(
         (np.searchsorted(keys, wanted[same_slot]), trials.starts[baselines[first_only]])
@@ -136,62 +153,145 @@ def _pair_within_trials(trials: Trials) -> Pairs:
 def _judge(
     axis: Axis,
     trials: Trials,
-    completions: Completions,
+    completions: Sequence[Completions],
     pairs: Pairs,
     confidence: float,
-    draw: Draw,
-) -> AxisFinding:
+    by_load: NDArray[np.bool_],
+) -> list[AxisFinding]:
     rows, partners = pairs
-    of_pair = trials.of_row[rows]
-    completion = trials.rows["completion"]
+    of_pair, completion = trials.of_row[rows], trials.completion
     diverges = completion[rows] != completion[partners]
     # Equal fingerprints of all bits settle it; 0 means not recorded, which is no evidence.
     differs = np.zeros(len(rows), np.bool_)
     for bits in (trials.rows["logprobs"], trials.rows["row_digests"]):
         here, there = bits[rows], bits[partners]
         differs |= (here != there) & (here != 0) & (there != 0)
+    differs &= ~diverges
 
-    tried = np.unique(of_pair)
-    diverged = np.unique(of_pair[diverges])
-    latent = np.setdiff1d(of_pair[differs & ~diverges], diverged)
+    tried, diverged, latent = map(trials.flag, (of_pair, of_pair[diverges], of_pair[differs]))
+    latent &= ~diverged
     drawn = tried
     if axis == "run-to-run":
         # Loads that ran again because they had diverged would make the rate too high.
-        drawn = np.flatnonzero(trials.is_planned_repeat)
-    n, k, n_latent = trials.count_draws(
-        draw, drawn, np.intersect1d(diverged, drawn), np.intersect1d(latent, drawn)
-    )
-    low, high = clopper_pearson(k, n, confidence)
-    n_unique = max(1, len(completions))
-    parted = np.unique(
-        completion[rows[diverges]].astype(np.int64) * n_unique + completion[partners[diverges]]
-    )
-    positions = (
-        first_divergence(completions.token_ids(i), completions.token_ids(j))
-        for i, j in zip(parted // n_unique, parted % n_unique, strict=True)
-    )
-    # Both against the reference: where they leave it at two positions, the earlier one parts them.
-    here, there = (trials.rows["latent"][side[differs & ~diverges]] for side in (rows, partners))
-    ends = np.iinfo(here.dtype).max
-    here, there = (np.where(at < 0, ends, at) for at in (here, there))
-    is_known = (here != there) & np.isin(of_pair[differs & ~diverges], latent)
-    found = diverged if len(diverged) else latent
+        drawn = trials.is_planned_repeat
+    draws = trials.count_draws(by_load, drawn, diverged & drawn, latent & drawn)
+    n_tried, n_diverged, n_latent = map(trials.per_group, (tried, diverged, latent))
+    of_axis = np.where(n_diverged[trials.group] > 0, diverged, latent)
+    nothing = np.zeros(len(trials), np.bool_)
+    all_loads = np.ones(trials.n_groups, np.bool_)
+    confirmed, _, _ = trials.count_draws(all_loads, of_axis & trials.is_repeated, nothing, nothing)
+    first_divergence = _first_divergences(trials, completions, rows[diverges], partners[diverges])
+    first_latent = _first_latents(trials, rows[differs], partners[differs], latent)
+    sizes_diverged, sizes_latent = _batch_sizes(trials, diverged), _batch_sizes(trials, latent)
+    nothing_found = cache(partial(_nothing_found, axis))
+    findings = []
+    for group, (is_load, n_trials, n, k, n_bits, *counts) in enumerate(
+        np.stack((by_load, n_tried, *draws, n_diverged, n_latent, confirmed), axis=1).tolist()
+    ):
+        draw: Draw = "load" if is_load else "trial"
+        if not n_trials and not n:
+            findings.append(nothing_found(draw))
+            continue
+        low, high = clopper_pearson(k, n, confidence)
+        findings.append(
+            AxisFinding(
+                axis=axis,
+                n_trials=n_trials,
+                diverged_trials=counts[0],
+                latent_trials=counts[1],
+                rate=k / n if n else None,
+                rate_ci_low=low if n else None,
+                rate_ci_high=high if n else None,
+                first_divergence_min=first_divergence.get(group),
+                batch_sizes_diverged=sizes_diverged.get(group, ()),
+                draw=draw,
+                n_draws=n,
+                diverged_draws=k,
+                latent_draws=n_bits,
+                n_confirmed=counts[2],
+                told_apart=None,
+                first_latent_min=first_latent.get(group),
+                batch_sizes_latent=sizes_latent.get(group, ()),
+            )
+        )
+    return findings
+
+
+def _nothing_found(axis: Axis, draw: Draw) -> AxisFinding:
+    """Of an axis that no trial of a group compares."""
     return AxisFinding(
         axis=axis,
-        n_trials=len(tried),
-        diverged_trials=len(diverged),
-        latent_trials=len(latent),
-        rate=k / n if n else None,
-        rate_ci_low=low if n else None,
-        rate_ci_high=high if n else None,
-        first_divergence_min=min((at for at in positions if at is not None), default=None),
-        batch_sizes_diverged=tuple(np.unique(trials.column("batch_size")[diverged]).tolist()),
+        n_trials=0,
+        diverged_trials=0,
+        latent_trials=0,
+        rate=None,
+        rate_ci_low=None,
+        rate_ci_high=None,
+        first_divergence_min=None,
+        batch_sizes_diverged=(),
         draw=draw,
-        n_draws=n,
-        diverged_draws=k,
-        latent_draws=n_latent,
-        n_confirmed=len(np.unique(trials.column("load")[found[trials.is_repeated[found]]])),
+        n_draws=0,
+        diverged_draws=0,
+        latent_draws=0,
+        n_confirmed=0,
         told_apart=None,
-        first_latent_min=min(np.minimum(here, there)[is_known].tolist(), default=None),
-        batch_sizes_latent=tuple(np.unique(trials.column("batch_size")[latent]).tolist()),
+        first_latent_min=None,
+        batch_sizes_latent=(),
     )
+
+
+def _first_divergences(
+    trials: Trials,
+    completions: Sequence[Completions],
+    rows: NDArray[np.int64],
+    partners: NDArray[np.int64],
+) -> dict[int, int]:
+    """By group, the first token at which any of these rows differs from its partner."""
+    group = trials.rows["group"][rows]
+    parted = {
+        *zip(
+            *(
+                x.tolist()
+                for x in (
+                    group,
+                    trials.rows["completion"][rows],
+                    trials.rows["completion"][partners],
+                )
+            ),
+            strict=True,
+        )
+    }
+    found: dict[int, int] = {}
+    for group, here, there in parted:
+        at = completions[group].parting(here, there)
+        if at is not None:
+            found[group] = min(at, found.get(group, at))
+    return found
+
+
+def _first_latents(
+    trials: Trials,
+    rows: NDArray[np.int64],
+    partners: NDArray[np.int64],
+    latent: NDArray[np.bool_],
+) -> dict[int, int]:
+    """By group, the first token at which any of these rows of ``latent`` trials has other bits."""
+    # Both against the reference: where they leave it at two positions, the earlier one parts them.
+    here, there = (trials.rows["latent"][side] for side in (rows, partners))
+    ends = np.iinfo(here.dtype).max
+    here, there = (np.where(at < 0, ends, at) for at in (here, there))
+    is_known = (here != there) & latent[trials.of_row[rows]]
+    earlier = np.minimum(here, there)[is_known].tolist()
+    found: dict[int, int] = {}
+    for group, at in zip(trials.rows["group"][rows][is_known].tolist(), earlier, strict=True):
+        found[group] = min(at, found.get(group, at))
+    return found
+
+
+def _batch_sizes(trials: Trials, chosen: NDArray[np.bool_]) -> dict[int, tuple[int, ...]]:
+    """By group, the batch sizes of these trials, ascending."""
+    sizes = trials.column("batch_size")[chosen].tolist()
+    found: dict[int, set[int]] = defaultdict(set)
+    for group, size in zip(trials.group[chosen].tolist(), sizes, strict=True):
+        found[group].add(size)
+    return {group: tuple(sorted(of_group)) for group, of_group in found.items()}

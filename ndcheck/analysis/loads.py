@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import get_args
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,26 +14,34 @@ from numpy.typing import NDArray
 from ndcheck.analysis.accumulating import PURPOSES, LoadKind
 from ndcheck.analysis.answers import Answers
 from ndcheck.analysis.summary import LoadFinding
-from ndcheck.analysis.trials import Trials
-from ndcheck.analysis.unique import Completions
+from ndcheck.analysis.trials import Trials, number_distinct
 from ndcheck.records import CacheState
 
 CACHE_STATES: tuple[CacheState, ...] = get_args(CacheState)
+NONE = np.iinfo(np.int64).max
 
 
 def find_loads(
     trials: Trials,
-    completions: Completions,
     errors: NDArray[np.void],
-    kinds: Mapping[LoadKind, int],
-    answers: Answers | None = None,
-) -> tuple[LoadFinding, ...]:
-    """One finding for each kind of load, the reference's first; ``errors`` are OUTCOME rows."""
-    return tuple(
-        _judge(kind, kinds[kind], trials, completions, errors, answers)
-        for kind in sorted(kinds, key=_place)
-        if kind.purpose != "control"
-    )
+    kinds: Sequence[Mapping[LoadKind, int]],
+    lengths: NDArray[np.int64],
+    answers: Sequence[Answers | None],
+) -> list[tuple[LoadFinding, ...]]:
+    """By group, one finding for each kind of load, the reference's first.
+
+    ``errors`` are OUTCOME rows; ``lengths`` are the tokens of each row's completion.
+    """
+    table = _tabulate(trials, errors, kinds, lengths, with_rows=any(answers))
+    return [
+        tuple(
+            table.finding(kind, number, answers[group])
+            for kind in sorted(of_group, key=_place)
+            if kind.purpose != "control"
+            for number in (table.first_kind[group] + of_group[kind],)
+        )
+        for group, of_group in enumerate(kinds)
+    ]
 
 
 def _place(kind: LoadKind) -> tuple[int, ...]:
@@ -39,39 +50,107 @@ def _place(kind: LoadKind) -> tuple[int, ...]:
     return PURPOSES.index(kind.purpose), kind.batch_size, slot, state, kind.width, kind.scores
 
 
-def _judge(
-    kind: LoadKind,
-    number: int,
+@dataclass(frozen=True, slots=True)
+class _Kinds:
+    """What all kinds of load showed, numbered over all groups, those of a group end to end."""
+
+    first_kind: list[int]
+    n_unique: list[int]
+    n_tokens: list[int]
+    latent: list[int]
+    first_latent: list[int]
+    achieved_min: list[int]
+    elapsed_s: list[float]
+    trial_ids: list[list[int]]
+    failed: Mapping[int, list[int]]
+    """Trial ids of samples with an error, by kind."""
+    divergences: Mapping[int, list[int]]
+    """Of the trials that diverged, by kind."""
+    n_samples: list[int]
+    rows: Sequence[NDArray[np.void]]
+    """Only where answers are asked for."""
+
+    def finding(self, kind: LoadKind, number: int, answers: Answers | None) -> LoadFinding:
+        elapsed_s = self.elapsed_s[number]
+        divergences, failed = self.divergences.get(number, ()), self.failed.get(number, ())
+        trial_ids = self.trial_ids[number]
+        is_fed = kind.width > 1 or kind.scores
+        return LoadFinding(
+            *kind,
+            n_trials=len(trial_ids),
+            n_samples=self.n_samples[number],
+            n_errors=len(failed),
+            n_unique=self.n_unique[number],
+            n_diverged_trials=len(divergences),
+            first_divergence_min=min(divergences, default=None),
+            first_divergence_median=float(median(divergences)) if divergences else None,
+            latent=self.latent[number],
+            achieved_batch_size_min=_known(self.achieved_min[number]),
+            elapsed_s=elapsed_s,
+            tokens_per_s=self.n_tokens[number] / elapsed_s if elapsed_s and not is_fed else None,
+            first_latent_min=_known(self.first_latent[number]),
+            answer_flips=None if answers is None else answers.count_flips(self.rows[number]),
+            n_correct=None if answers is None else answers.count_right(self.rows[number]),
+            trial_ids=tuple(sorted({*trial_ids, *failed}) if failed else trial_ids),
+        )
+
+
+def _tabulate(
     trials: Trials,
-    completions: Completions,
     errors: NDArray[np.void],
-    answers: Answers | None,
-) -> LoadFinding:
-    rows = trials.rows[trials.rows["kind"] == number]
-    chosen = trials.column("kind") == number
-    divergences = trials.divergence[chosen & trials.diverged]
-    achieved = rows["achieved"][rows["achieved"] >= 0]
-    elapsed_s = float(trials.elapsed_s[chosen].sum())
-    n_tokens = int(completions.lengths[rows["completion"]].sum())
-    is_fed = kind.width > 1 or kind.scores
-    failed = errors[errors["kind"] == number]
-    latent = chosen & trials.latent
-    latent_at = rows["latent"][np.isin(rows["trial"], trials.ids[latent]) & (rows["latent"] >= 0)]
-    return LoadFinding(
-        *kind,
-        n_trials=int(chosen.sum()),
-        n_samples=len(rows),
-        n_errors=len(failed),
-        n_unique=len(np.unique(rows["completion"])),
-        n_diverged_trials=len(divergences),
-        first_divergence_min=int(divergences.min()) if len(divergences) else None,
-        first_divergence_median=float(np.median(divergences)) if len(divergences) else None,
-        latent=int(latent.sum()),
-        achieved_batch_size_min=int(achieved.min()) if len(achieved) else None,
-        elapsed_s=elapsed_s,
-        tokens_per_s=n_tokens / elapsed_s if elapsed_s and not is_fed else None,
-        first_latent_min=int(latent_at.min()) if len(latent_at) else None,
-        answer_flips=None if answers is None else answers.count_flips(rows),
-        n_correct=None if answers is None else answers.count_right(rows),
-        trial_ids=tuple(np.union1d(trials.ids[chosen], failed["trial"]).tolist()),
+    kinds: Sequence[Mapping[LoadKind, int]],
+    lengths: NDArray[np.int64],
+    *,
+    with_rows: bool,
+) -> _Kinds:
+    first_kind = np.concatenate(([0], np.cumsum([len(of_group) for of_group in kinds])))
+    n_kinds = int(first_kind[-1])
+
+    def number(rows: NDArray[np.void]) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = first_kind[rows["group"]] + rows["kind"]
+        return found
+
+    def least(values: NDArray[np.int32], of_kind: NDArray[np.int64]) -> list[int]:
+        found = np.full(n_kinds, NONE)
+        np.minimum.at(found, of_kind, values)
+        return found.tolist()
+
+    of_row = number(trials.rows)
+    of_trial = of_row[trials.starts]
+    _, first = np.unique(number_distinct(of_row, trials.completion), return_index=True)
+    shows_bits = (trials.rows["latent"] >= 0) & trials.latent[trials.of_row]
+    is_witnessed = trials.rows["achieved"] >= 0
+    in_order = np.argsort(of_trial, kind="stable")
+    ends = np.searchsorted(of_trial[in_order], np.arange(1, n_kinds))
+    rows: Sequence[NDArray[np.void]] = ()
+    if with_rows:
+        rows_in_order = np.argsort(of_row, kind="stable")
+        row_ends = np.searchsorted(of_row[rows_in_order], np.arange(1, n_kinds))
+        rows = np.split(trials.rows[rows_in_order], row_ends)[:n_kinds]
+    return _Kinds(
+        first_kind=first_kind.tolist(),
+        n_unique=np.bincount(of_row[first], minlength=n_kinds).tolist(),
+        n_tokens=np.bincount(of_row, lengths, n_kinds).astype(np.int64).tolist(),
+        latent=np.bincount(of_trial[trials.latent], minlength=n_kinds).tolist(),
+        first_latent=least(trials.rows["latent"][shows_bits], of_row[shows_bits]),
+        achieved_min=least(trials.rows["achieved"][is_witnessed], of_row[is_witnessed]),
+        elapsed_s=[
+            float(each.sum()) for each in np.split(trials.elapsed_s[in_order], ends)[:n_kinds]
+        ],
+        trial_ids=[each.tolist() for each in np.split(trials.ids[in_order], ends)[:n_kinds]],
+        failed=_by_kind(number(errors), errors["trial"]),
+        divergences=_by_kind(of_trial[trials.diverged], trials.divergence[trials.diverged]),
+        n_samples=np.bincount(of_row, minlength=n_kinds).tolist(),
+        rows=rows,
     )
+
+
+def _by_kind(kinds: NDArray[np.int64], values: NDArray[Any]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = defaultdict(list)
+    for kind, value in zip(kinds.tolist(), values.tolist(), strict=True):
+        found[kind].append(value)
+    return found
+
+
+def _known(least: int) -> int | None:
+    return None if least == NONE else least

@@ -22,13 +22,24 @@ class LogprobSums:
         self._log_rho, self._k3, self._rho_minus_1, self._squares = np.zeros((4, len(reference)))
         self._n_tokens = self._n_samples = 0
 
-    def add(self, logprobs: NDArray[np.float32], n_shared: int) -> float:
-        """Count one sample; returns its largest absolute difference, NaN without a shared token."""
+    def equals(self, logprobs: NDArray[np.float32]) -> bool:
+        """Are they the reference's, all of them finite?"""
+        return bool(np.isfinite(logprobs).all()) and np.array_equal(logprobs, self._reference)
+
+    def add(
+        self, logprobs: NDArray[np.float32], n_shared: int, *, are_equal: bool = False
+    ) -> float:
+        """Count one sample; returns its largest absolute difference, NaN without a shared token.
+
+        ``are_equal`` is what `equals` says of it, which spares the looking.
+        """
         n = min(n_shared, len(logprobs), len(self._reference))
         if not n:
             return np.nan
         self._n_tokens += n
         self._n_samples += 1
+        if are_equal:
+            return 0.0
         log_rho = logprobs[:n] - self._reference[:n]
         largest = float(np.abs(log_rho).max())
         if largest:

@@ -11,7 +11,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ndcheck.analysis.divergence import Reference, Stream
+from ndcheck.analysis.divergence import Reference, Stream, first_divergence
 from ndcheck.analysis.summary import Completion
 from ndcheck.records import Sample
 
@@ -150,6 +150,13 @@ class Completions(Sequence[Completion]):
     def token_ids(self, index: int) -> NDArray[np.int32]:
         start = self.starts[index]
         return self.tokens[start : start + self.lengths[index]]
+
+    def parting(self, a: int, b: int) -> int | None:
+        """The first token at which two of them differ."""
+        if self.reference in (a, b):
+            at = int(self.first_divergences[b if a == self.reference else a])
+            return None if at < 0 else at
+        return first_divergence(self.token_ids(a), self.token_ids(b))
 
     def texts(self) -> Iterator[str]:
         """The decoded completions."""

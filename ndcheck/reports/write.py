@@ -6,20 +6,14 @@ import csv
 import errno
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from ndcheck.findings import Findings
 from ndcheck.records import RunSpec
+from ndcheck.reports.exports.tables import CSV_FILES, write_csv
 from ndcheck.reports.figures import gather
 from ndcheck.reports.html.page import html_report
 from ndcheck.reports.markdown import markdown_report
-from ndcheck.reports.tables import (
-    completion_tables,
-    loads_table,
-    properties_table,
-    sample_tables,
-    summary_table,
-)
 from ndcheck.reports.untrusted import csv_text
 from ndcheck.reports.wording import phrases
 from ndcheck.reports.wording.reproduction import PROMPTS_FILE, prompts_file
@@ -29,9 +23,6 @@ from ndcheck.storage.run_directory import (
     replacing_bytes,
     write_failure,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PLOTS_DIRECTORY = "plots"
 
@@ -57,20 +48,11 @@ def write_reports(
 def _write(
     directory: Path, findings: Findings, defaults: RunSpec, *, html: bool, plots: bool
 ) -> list[Path]:
-    tables: dict[str, Iterable[pd.DataFrame]] = {
-        "samples.csv": sample_tables(findings),
-        "completions.csv": completion_tables(findings),
-        "loads.csv": [loads_table(findings)],
-        "properties.csv": [properties_table(findings)],
-        "summary.csv": [summary_table(findings)],
-    }
     remove_leftovers(directory)
     remove_leftovers(directory / PLOTS_DIRECTORY)
-    for name, parts in tables.items():
+    for name in CSV_FILES:
         with replacing(directory / name) as file:
-            for index, part in enumerate(parts):
-                # RFC 4180 ends lines with CR LF.
-                part.to_csv(file, index=False, header=index == 0, lineterminator="\r\n")
+            write_csv(name, findings, file)
     texts = {"report.md": markdown_report(findings, defaults)}
     pictures: dict[str, bytes] = {}
     if html or plots:
@@ -93,7 +75,7 @@ def _write(
     for name, picture in pictures.items():
         with replacing_bytes(directory / PLOTS_DIRECTORY / name) as binary:
             binary.write(picture)
-    names = (*texts, *tables, *(f"{PLOTS_DIRECTORY}/{name}" for name in pictures))
+    names = (*texts, *CSV_FILES, *(f"{PLOTS_DIRECTORY}/{name}" for name in pictures))
     return [directory / name for name in names]
 
 

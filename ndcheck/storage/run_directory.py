@@ -296,7 +296,7 @@ class SampleReader:
                 # What a process that is still measuring adds would not be in the summary.
                 if self._end is None:
                     self._end = os.fstat(file.fileno()).st_size
-                keeps = self._end <= MOST_BYTES_KEPT
+                keeps, position = self._end <= MOST_BYTES_KEPT, 0
                 for number, line in enumerate(read_lines(file), 1):
                     try:
                         sample = decode_line(line)
@@ -310,7 +310,8 @@ class SampleReader:
                     else:
                         name = f"{self._file.name} line {number}"
                         self.bad_lines.append(f"{name} is ignored: {reason}")
-                    if file.tell() >= self._end:
+                    position = file.tell() if line is None else position + len(line)
+                    if position >= self._end:
                         break
         except OSError as error:
             raise UsageError(f"{self._file} cannot be read: {error.strerror}") from error

@@ -48,16 +48,28 @@ _HEXADECIMAL = re.compile(r"(?:[0-9a-f]{8})*")
 
 
 @dataclass(frozen=True, slots=True)
-class _Own:
+class _Numbers:
     sample_id: Seed
     trial_id: Seed
-    arm: Arm
-    probe_id: str
-    axis: Purpose
     baseline: Seed | None
     slot: Count
-    finish_reason: FinishReason
     elapsed_s: NotNegative
+
+
+@dataclass(frozen=True, slots=True)
+class _Whose:
+    arm: Arm
+    probe_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Purpose:
+    axis: Purpose
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +107,11 @@ _FIRST_KEYS = tuple(
     )
 )  # fmt: skip
 """In a line that `encode_line` wrote, its parts begin with these."""
+_HEADING = re.compile(
+    rb'"sample_id":(0|[1-9]\d{,17}),"trial_id":(0|[1-9]\d{,17}),(.+),("axis":.+),'
+    rb'"baseline":(null|0|[1-9]\d{,17}),"slot":(0|[1-9]\d{,8})'
+)
+_ENDING = re.compile(rb'(.+),"elapsed_s":((?:0|[1-9]\d{,9})\.\d{1,25}(?:e-\d\d)?)')
 MOST_BYTES_IN_PARTS = 2**16
 _N_KEPT = 4096
 
@@ -114,8 +131,8 @@ def decode_line(line: bytes | None) -> Sample:
 def _decode_parts(line: bytes) -> Sample:
     """The same of a line as `encode_line` writes it; ValueError of any other.
 
-    What a sample has alike with others, most of it, is decoded once. Within a string of JSON the
-    quotes of a first key cannot stand.
+    What a sample has alike with others, all but a few numbers, is decoded once. Within a string of
+    JSON the quotes of a key cannot stand.
     """
     if len(line) > MOST_BYTES_IN_PARTS or line[:1] != b"{" or line[-2:] != b"}\n":
         raise ValueError("it is long, or cut off")
@@ -125,8 +142,22 @@ def _decode_parts(line: bytes) -> Sample:
         found.append(line[start:end])
         start = end + 1
     heading, tokens, ending, logits, remarks, load, witness = found
+    begins, ends = _HEADING.fullmatch(heading), _ENDING.fullmatch(ending)
+    if begins is None or ends is None:
+        raise ValueError("its numbers are written otherwise")
+    sample_id, trial_id, whose, purpose, baseline, slot = begins.groups()
+    finish_reason, elapsed_s = ends.groups()
     return _join(
-        _read_part(_Own, b"%b,%b" % (heading, ending)),
+        _Numbers(
+            int(sample_id),
+            int(trial_id),
+            None if baseline == b"null" else int(baseline),
+            int(slot),
+            float(elapsed_s),
+        ),
+        _kept_part(_Whose, whose),
+        _kept_part(_Purpose, purpose),
+        _kept_part(_Ending, finish_reason),
         _kept_part(_Tokens, tokens),
         _kept_part(_Logits, logits),
         _kept_part(_Remarks, remarks),
@@ -190,12 +221,26 @@ _UNPACK: dict[type[Any], Callable[[Any], Any]] = {
 }
 _KEYS_OF = {
     part: frozenset(field.name for field in dataclasses.fields(part))
-    for part in (_Own, _Tokens, _Logits, _Remarks, Load, Witness, _Logprobs)
+    for part in (
+        _Numbers,
+        _Whose,
+        _Purpose,
+        _Ending,
+        _Tokens,
+        _Logits,
+        _Remarks,
+        Load,
+        Witness,
+        _Logprobs,
+    )
 }
 
 
-def _join(
-    own: _Own,
+def _join(  # noqa: PLR0913 - one for each part
+    numbers: _Numbers,
+    whose: _Whose,
+    purpose: _Purpose,
+    ending: _Ending,
     tokens: _Tokens,
     logits: tuple[tuple[float, ...], tuple[str, ...]],
     remarks: _Remarks,
@@ -204,19 +249,19 @@ def _join(
     logprobs: tuple[float, ...],
 ) -> Sample:
     return Sample(
-        own.sample_id,
-        own.trial_id,
-        own.arm,
-        own.probe_id,
-        own.axis,
-        own.baseline,
+        numbers.sample_id,
+        numbers.trial_id,
+        whose.arm,
+        whose.probe_id,
+        purpose.axis,
+        numbers.baseline,
         load,
-        own.slot,
+        numbers.slot,
         witness,
         tokens.token_ids,
         tokens.token_texts,
-        own.finish_reason,
-        own.elapsed_s,
+        ending.finish_reason,
+        numbers.elapsed_s,
         logprobs,
         *logits,
         remarks.fault,

@@ -12,7 +12,7 @@ import pytest
 
 from ndcheck.findings import read_findings
 from ndcheck.records import Load, Sample, Witness
-from ndcheck.reports import tables
+from ndcheck.reports.exports import tables
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
 

@@ -102,10 +102,10 @@ def shortfall(run: Run, summary: Summary) -> str | None:
 
 def subject(probe: ProbeSummary, summary: Summary) -> str:
     """What tells this arm and probe from the others in the run; empty if it is the only one."""
-    arms = {other.arm for other in summary.probes}
-    probes = {other.probe_id for other in summary.probes}
-    parts = [probe.arm] if len(arms) > 1 else []
-    return " ".join(parts + ([visible(probe.probe_id)] if len(probes) > 1 else []))
+    parts = [probe.arm] if any(other.arm != probe.arm for other in summary.probes) else []
+    if any(other.probe_id != probe.probe_id for other in summary.probes):
+        parts.append(visible(probe.probe_id))
+    return " ".join(parts)
 
 
 def token(position: int | None) -> str:

@@ -1,28 +1,31 @@
-"""The CSV exports as data frames: one contract with users, so columns are only ever appended.
-
-Unknown is empty, never 0; integers stay integers beside it. Text that a spreadsheet would run as
-a formula gets an apostrophe in front. New columns hold lists as JSON, and name positions as people
-read them, from 1; the older ones count from 0.
-
-Version history:
-
-1. samples.csv, completions.csv, loads.csv, summary.csv.
-2. properties.csv; ``run_id`` in every file, so that they join on it, ``arm`` and ``probe_id``;
-   positions from 1 (``..._from_1``), lists as JSON (``..._json``, ``trial_ids``).
-3. ``width``, ``fed_tokens``, ``fed_other_tokens``, ``fed_other_bits``, ``width_classes_json``.
-"""
+"""The CSV exports, and the same as data frames; `columns` beside it says what they hold."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
 
 from ndcheck.analysis.summary import AxisFinding, LoadFinding, ProbeSummary
 from ndcheck.findings import Findings
 from ndcheck.records import Load
+from ndcheck.reports.exports.columns import (
+    COMPLETION_COLUMNS,
+    FLOAT32,
+    INT,
+    LOAD_COLUMNS,
+    PROPERTY_COLUMNS,
+    SAMPLE_COLUMNS,
+    SUMMARY_COLUMNS,
+    TEXT,
+    Columns,
+)
 from ndcheck.reports.untrusted import csv_text
 
 if TYPE_CHECKING:
@@ -31,141 +34,12 @@ if TYPE_CHECKING:
 ROWS_PER_TABLE = 20_000
 """Bounds the memory of a large export; the file is the same whatever the number."""
 
-_Columns = dict[str, str]
 _Row = dict[str, Any]
 """A value for each column, by its name."""
-_TEXT, _INT, _FLOAT = "object", "Int64", "float64"
 
-SAMPLE_COLUMNS: _Columns = {
-    "run_id": _TEXT,
-    "arm": _TEXT,
-    "probe_id": _TEXT,
-    "trial_id": _INT,
-    "sample_id": _INT,
-    "batch_size": _INT,
-    "achieved_batch_size": _INT,
-    "slot": _INT,
-    "filler_lengths": _TEXT,
-    "cache_state": _TEXT,
-    "n_tokens": _INT,
-    "finish_reason": _TEXT,
-    "completion_id": _INT,
-    "first_divergence": _INT,
-    "margin": "float32",
-    "latent_divergence": _INT,
-    "max_abs_dlogprob": "float32",
-    "elapsed_s": _FLOAT,
-    "error": _TEXT,
-    "text": _TEXT,
-    "n_retries": _INT,
-    "axis": _TEXT,
-    "baseline_trial_id": _INT,
-    "first_divergence_from_1": _INT,
-    "first_latent_from_1": _INT,
-    "filler_lengths_json": _TEXT,
-    "width": _INT,
-    "fed_tokens": _INT,
-    "fed_other_tokens": _INT,
-    "fed_other_bits": _INT,
-}
-COMPLETION_COLUMNS: _Columns = {
-    "arm": _TEXT,
-    "probe_id": _TEXT,
-    "completion_id": _INT,
-    "count": _INT,
-    "share": _FLOAT,
-    "first_divergence": _INT,
-    "divergent_token": _TEXT,
-    "reference_token": _TEXT,
-    "n_tokens": _INT,
-    "sha256": _TEXT,
-    "text": _TEXT,
-    "run_id": _TEXT,
-    "first_divergence_from_1": _INT,
-    "answer": _TEXT,
-}
-LOAD_COLUMNS: _Columns = {
-    "arm": _TEXT,
-    "probe_id": _TEXT,
-    "axis": _TEXT,
-    "batch_size": _INT,
-    "slot": _INT,
-    "n_trials": _INT,
-    "n_samples": _INT,
-    "n_unique": _INT,
-    "n_diverged_trials": _INT,
-    "first_divergence_min": _INT,
-    "first_divergence_median": _FLOAT,
-    "latent": _INT,
-    "elapsed_s": _FLOAT,
-    "tokens_per_s": _FLOAT,
-    "cache_state": _TEXT,
-    "run_id": _TEXT,
-    "trial_ids": _TEXT,
-    "n_errors": _INT,
-    "first_divergence_from_1": _INT,
-    "first_latent_from_1": _INT,
-    "answer_flips": _INT,
-    "n_correct": _INT,
-    "width": _INT,
-}
-PROPERTY_COLUMNS: _Columns = {
-    "run_id": _TEXT,
-    "arm": _TEXT,
-    "probe_id": _TEXT,
-    "property": _TEXT,
-    "verdict": _TEXT,
-    "draw": _TEXT,
-    "n_draws": _INT,
-    "diverged_draws": _INT,
-    "latent_draws": _INT,
-    "rate": _FLOAT,
-    "rate_ci_low": _FLOAT,
-    "rate_ci_high": _FLOAT,
-    "confidence": _FLOAT,
-    "n_trials": _INT,
-    "diverged_trials": _INT,
-    "latent_trials": _INT,
-    "first_divergence_from_1": _INT,
-    "first_latent_from_1": _INT,
-    "batch_sizes_diverged_json": _TEXT,
-    "batch_sizes_latent_json": _TEXT,
-    "reasons_json": _TEXT,
-    "fed_tokens": _INT,
-    "fed_other_tokens": _INT,
-    "fed_other_bits": _INT,
-    "width_classes_json": _TEXT,
-}
-SUMMARY_COLUMNS: _Columns = {
-    "arm": _TEXT,
-    "probe_id": _TEXT,
-    "n_trials": _INT,
-    "n_samples": _INT,
-    "n_unique": _INT,
-    "modal_count": _INT,
-    "common_prefix_tokens": _INT,
-    "diverged_trials": _INT,
-    "divergence_rate": _FLOAT,
-    "rate_ci_low": _FLOAT,
-    "rate_ci_high": _FLOAT,
-    "confidence": _FLOAT,
-    "unseen_mass": _FLOAT,
-    "chao1": _FLOAT,
-    "tokens_per_s": _FLOAT,
-    "slowdown_vs_stock": _FLOAT,
-    "verdict": _TEXT,
-    "reasons": _TEXT,
-    "draw": _TEXT,
-    "n_draws": _INT,
-    "diverged_draws": _INT,
-    "run_id": _TEXT,
-    "latent_draws": _INT,
-    "latent_trials": _INT,
-    "reasons_json": _TEXT,
-    "n_answers": _INT,
-    "answer_flipped_draws": _INT,
-    "n_correct": _INT,
-}
+# Most cells of a large run are like many others.
+_json = lru_cache(4096)(json.dumps)
+_csv_text = lru_cache(4096)(csv_text)
 
 
 def sample_tables(findings: Findings, rows: int = ROWS_PER_TABLE) -> Iterator[pd.DataFrame]:
@@ -214,7 +88,7 @@ def _sample_rows(findings: Findings) -> Iterator[_Row]:
             "baseline_trial_id": sample.baseline,
             "first_divergence_from_1": _from_1(_known(first_divergence)),
             "first_latent_from_1": _from_1(_known(latent_divergence)),
-            "filler_lengths_json": json.dumps(sample.load.filler_lengths),
+            "filler_lengths_json": _json(sample.load.filler_lengths),
             "width": _width(sample.load),
             "fed_tokens": fed and fed.n_tokens,
             "fed_other_tokens": fed and fed.n_other_tokens,
@@ -237,7 +111,11 @@ def _from_1(position: int | None) -> int | None:
 
 def completion_tables(findings: Findings, rows: int = ROWS_PER_TABLE) -> Iterator[pd.DataFrame]:
     """completions.csv in tables of at most ``rows`` rows."""
-    found = (
+    return _frames(COMPLETION_COLUMNS, _completion_rows(findings), rows)
+
+
+def _completion_rows(findings: Findings) -> Iterator[_Row]:
+    return (
         _row(
             COMPLETION_COLUMNS,
             item,
@@ -248,35 +126,40 @@ def completion_tables(findings: Findings, rows: int = ROWS_PER_TABLE) -> Iterato
         for probe in findings.summary.probes
         for item in probe.completions
     )
-    return _frames(COMPLETION_COLUMNS, found, rows)
 
 
 def loads_table(findings: Findings) -> pd.DataFrame:
     """loads.csv."""
-    rows = [
+    return _frame(LOAD_COLUMNS, list(_load_rows(findings)))
+
+
+def _load_rows(findings: Findings) -> Iterator[_Row]:
+    return (
         _row(
             LOAD_COLUMNS,
             load,
             _whose(findings, probe),
-            trial_ids=json.dumps(load.trial_ids),
+            trial_ids=str([*load.trial_ids]),
             first_divergence_from_1=_from_1(load.first_divergence_min),
             first_latent_from_1=_from_1(load.first_latent_min),
             width=_width(load),
         )
         for probe in findings.summary.probes
         for load in probe.loads
-    ]
-    return _frame(LOAD_COLUMNS, rows)
+    )
 
 
 def properties_table(findings: Findings) -> pd.DataFrame:
     """properties.csv."""
-    rows = [
+    return _frame(PROPERTY_COLUMNS, list(_property_rows(findings)))
+
+
+def _property_rows(findings: Findings) -> Iterator[_Row]:
+    return (
         _property_row(findings, probe, finding)
         for probe in findings.summary.probes
         for finding in probe.axes
-    ]
-    return _frame(PROPERTY_COLUMNS, rows)
+    )
 
 
 def _property_row(findings: Findings, probe: ProbeSummary, finding: AxisFinding) -> _Row:
@@ -292,51 +175,86 @@ def _property_row(findings: Findings, probe: ProbeSummary, finding: AxisFinding)
         confidence=probe.confidence,
         first_divergence_from_1=_from_1(finding.first_divergence_min),
         first_latent_from_1=_from_1(finding.first_latent_min),
-        batch_sizes_diverged_json=json.dumps(finding.batch_sizes_diverged),
-        batch_sizes_latent_json=json.dumps(finding.batch_sizes_latent),
-        reasons_json=json.dumps(verdict.reasons if verdict else ()),
+        batch_sizes_diverged_json=_json(finding.batch_sizes_diverged),
+        batch_sizes_latent_json=_json(finding.batch_sizes_latent),
+        reasons_json=_json(verdict.reasons if verdict else ()),
         fed_tokens=fed and fed.n_tokens,
         fed_other_tokens=fed and fed.n_other_tokens,
         fed_other_bits=fed and fed.n_other_bits,
-        width_classes_json=json.dumps(fed.width_classes if fed else ()),
+        width_classes_json=_json(fed.width_classes if fed else ()),
     )
 
 
 def summary_table(findings: Findings) -> pd.DataFrame:
     """summary.csv."""
-    rows = []
+    return _frame(SUMMARY_COLUMNS, list(_summary_rows(findings)))
+
+
+def _summary_rows(findings: Findings) -> Iterator[_Row]:
     for probe in findings.summary.probes:
         verdict = findings.verdicts[probe.arm, probe.probe_id].verdict
         judged = {
             "verdict": verdict.outcome,
             "reasons": "; ".join(verdict.reasons),
-            "reasons_json": json.dumps(verdict.reasons),
+            "reasons_json": _json(verdict.reasons),
             "n_answers": probe.answers and probe.answers.n_unique,
             "answer_flipped_draws": probe.answers and probe.answers.flipped_draws,
             "n_correct": probe.answers and probe.answers.n_correct,
         }
-        rows.append(_row(SUMMARY_COLUMNS, probe, _whose(findings, probe), **judged))
-    return _frame(SUMMARY_COLUMNS, rows)
+        yield _row(SUMMARY_COLUMNS, probe, _whose(findings, probe), **judged)
+
+
+CSV_FILES: dict[str, tuple[Columns, Callable[[Findings], Iterator[_Row]]]] = {
+    "samples.csv": (SAMPLE_COLUMNS, _sample_rows),
+    "completions.csv": (COMPLETION_COLUMNS, _completion_rows),
+    "loads.csv": (LOAD_COLUMNS, _load_rows),
+    "properties.csv": (PROPERTY_COLUMNS, _property_rows),
+    "summary.csv": (SUMMARY_COLUMNS, _summary_rows),
+}
+
+
+def write_csv(name: str, findings: Findings, file: TextIO) -> None:
+    """One of CSV_FILES: what the data frames hold, without making them, which takes longer."""
+    columns, find_rows = CSV_FILES[name]
+    # RFC 4180 ends lines with CR LF.
+    writer = csv.writer(file, lineterminator="\r\n")
+    writer.writerow(columns)
+    rows = find_rows(findings)
+    while chunk := list(islice(rows, ROWS_PER_TABLE)):
+        cells = [_shown([row[name] for row in chunk], kind) for name, kind in columns.items()]
+        writer.writerows(zip(*cells, strict=True))
+
+
+def _shown(values: list[Any], kind: str) -> list[Any]:
+    """The cells of one column, None where they are empty."""
+    if kind == FLOAT32:
+        texts = np.array(values, np.float32).astype(str).tolist()
+        return [t if math.isfinite(v) else None for t, v in zip(texts, values, strict=True)]
+    if kind == INT:
+        return values
+    if kind == TEXT:
+        return [None if value is None else _csv_text(str(value)) for value in values]
+    return [None if value is None or not math.isfinite(value) else value for value in values]
 
 
 def _whose(findings: Findings, probe: ProbeSummary) -> _Row:
     return {"run_id": findings.run.run_id, "arm": probe.arm, "probe_id": probe.probe_id}
 
 
-def _row(columns: _Columns, item: object, whose: _Row, **derived: Any) -> _Row:
+def _row(columns: Columns, item: object, whose: _Row, **derived: Any) -> _Row:
     """Whose it is, what is ``derived``, and the fields of ``item`` for the other columns."""
     given = whose | derived
     return given | {name: getattr(item, name) for name in columns if name not in given}
 
 
-def _frames(columns: _Columns, found: Iterator[_Row], rows: int) -> Iterator[pd.DataFrame]:
+def _frames(columns: Columns, found: Iterator[_Row], rows: int) -> Iterator[pd.DataFrame]:
     """At least one frame, so that an empty file has its header."""
     yield _frame(columns, list(islice(found, rows)))
     while chunk := list(islice(found, rows)):
         yield _frame(columns, chunk)
 
 
-def _frame(columns: _Columns, rows: list[_Row]) -> pd.DataFrame:
+def _frame(columns: Columns, rows: list[_Row]) -> pd.DataFrame:
     import pandas as pd
 
     series = {}
@@ -347,8 +265,8 @@ def _frame(columns: _Columns, rows: list[_Row]) -> pd.DataFrame:
 
 
 def _cell(value: Any, kind: str) -> Any:
-    if kind == _TEXT:
-        return None if value is None else csv_text(str(value))
-    if kind == _INT:
+    if kind == TEXT:
+        return None if value is None else _csv_text(str(value))
+    if kind == INT:
         return value
     return math.nan if value is None or not math.isfinite(value) else value

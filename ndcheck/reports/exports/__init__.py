@@ -1,0 +1,1 @@
+"""What a run measured, for spreadsheets and data frames."""
