@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import textwrap
 
 import typer
 
@@ -11,6 +13,8 @@ from ndcheck import environment
 from ndcheck.cli.console import FAILED
 from ndcheck.reports.untrusted import visible
 from ndcheck.selftest import run_cases
+
+LABEL_WIDTH, MIN_TEXT_WIDTH = 10, 20
 
 
 def check_up(*, as_json: bool) -> int:
@@ -38,18 +42,26 @@ def check_up(*, as_json: bool) -> int:
         ("Numeric flags", here.numeric_flags),
     ):
         typer.echo(title)
+        name_width = max(map(len, fields)) + 2
         for name, value in fields.items():
             if value is not None:
-                typer.echo(f"  {name:<42}{visible(str(value))}")
+                typer.echo(f"  {name:<{name_width}}{visible(str(value))}")
     if borrowed is not None:
         typer.echo(f"Products of the invariant arm\n  {visible(borrowed)}")
     for line in advice:
         typer.echo(f"\nNote: {line}")
-    typer.echo("\nSelf-test: planted faults through plan, sampler, store, analysis and verdict")
+    width = shutil.get_terminal_size().columns
+    title = "Self-test: planted faults through plan, sampler, store, analysis and verdict"
+    typer.echo("\n" + "\n".join(textwrap.wrap(title, width, break_on_hyphens=False)))
     for case, failure in results:
-        typer.echo(f"  {'FAILED' if failure else 'ok':<8}{case.claim}")
-        if failure:
-            typer.echo(f"          {failure}")
+        for text in filter(None, (case.claim, failure)):
+            lines = textwrap.wrap(
+                text, max(MIN_TEXT_WIDTH, width - LABEL_WIDTH), break_on_hyphens=False
+            )
+            label = "" if text is failure else "FAILED" if failure else "ok"
+            for line in lines:
+                typer.echo(f"  {label:<{LABEL_WIDTH - 2}}{line}")
+                label = ""
     return code
 
 

@@ -12,7 +12,7 @@ from rich.cells import cell_len, set_cell_size
 
 from ndcheck.cli.console import CLEAR, note
 from ndcheck.errors import ACTIVITIES
-from ndcheck.reports.terminal import progress_line
+from ndcheck.reports.progress import progress_line
 from ndcheck.runner import Progress
 
 N_LINES_WITHOUT_TERMINAL = 10

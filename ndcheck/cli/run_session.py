@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +27,8 @@ from ndcheck.ranks import check_ranks, rank
 from ndcheck.records import Probe, RunSpec, Sample, Trial
 from ndcheck.reports.document import make_document
 from ndcheck.reports.plots import MAX_PROBES
-from ndcheck.reports.terminal import minutes, print_report
+from ndcheck.reports.progress import minutes
+from ndcheck.reports.terminal import print_report
 from ndcheck.reports.untrusted import quoted
 from ndcheck.reports.wording.reproduction import resume_command
 from ndcheck.reports.write import write_reports
@@ -262,10 +265,12 @@ def print_plan(spec: RunSpec, private: Private, *, verbose: bool) -> int:
     if spec.batching == "continuous":
         arrivals = backend_of(spec).arrivals(spec)
         cost = f"continuous batching, arrivals {arrivals}: batch is the most in flight"
-    typer.echo(
+    summary = (
         f"{len(trials)} trials ({', '.join(f'{n} {purpose}' for purpose, n in counts.items())}), "
         f"{sum(t.n_samples for t in trials if t.role != 'control')} samples; {cost}"
     )
+    width = shutil.get_terminal_size().columns
+    typer.echo(textwrap.fill(summary, width, subsequent_indent="  ", break_on_hyphens=False))
     typer.echo(duration)
     typer.echo("\n".join(("", *prompt)))
     return 0
@@ -332,7 +337,8 @@ def plan_row(trial: Trial) -> tuple[str, ...]:
     """One trial as cells; long lists are shown by their ends."""
     load = trial.load
     lengths = sorted(set(load.filler_lengths))
-    fillers = f"{len(load.filler_lengths)} of {lengths[0]}-{lengths[-1]}" if lengths else ""
+    ends = "-".join(map(str, dict.fromkeys((lengths[0], lengths[-1])))) if lengths else ""
+    fillers = f"{len(load.filler_lengths)} of {ends}" if lengths else ""
     slots = f"{load.slots[0]}-{load.slots[-1]}" if len(load.slots) > 1 else str(load.slots[0])
     return (
         str(trial.trial_id),

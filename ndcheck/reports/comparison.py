@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,11 @@ from ndcheck.environment import MUST_MATCH
 from ndcheck.judging.comparison import Change, Comparison, Drift, FailOn
 from ndcheck.judging.verdict import Verdict
 from ndcheck.reports.document import published
-from ndcheck.reports.terminal import print_verdict, print_without_padding
+from ndcheck.reports.terminal import (
+    MIN_WIDTH_SIDE_BY_SIDE,
+    print_verdict,
+    print_without_padding,
+)
 from ndcheck.reports.untrusted import quoted, visible
 from ndcheck.reports.wording import phrases
 
@@ -40,7 +45,7 @@ def print_comparison(
         console.print(Text(f"{letter}  {visible(name)}"), soft_wrap=True)
     console.print()
     if comparison.changes:
-        print_without_padding(console, _changes(comparison.changes))
+        print_without_padding(console, _changes(comparison.changes, console.width))
     else:
         console.print("Made in the same way: environment, model, kernels and load are equal")
     if any(_decides_bits(change) for change in comparison.changes):
@@ -134,19 +139,23 @@ def _decides_bits(change: Change) -> bool:
     return change.name in MUST_MATCH or change.name.partition(".")[0] in MUST_MATCH
 
 
-def _changes(changes: Sequence[Change]) -> Table:
-    table = _table("changed", "", "A", "B")
+def _changes(changes: Sequence[Change], width: int) -> Table:
+    table = _table("changed", "", "A", "B", gap=1 if width < MIN_WIDTH_SIDE_BY_SIDE else 2)
+    table.columns[1].no_wrap = True
     for change in changes:
         mark = "*" if _decides_bits(change) else ""
         table.add_row(
-            change.group, f"{visible(change.name)}{mark}", _value(change.a), _value(change.b)
+            change.group,
+            "\n".join(textwrap.wrap(f"{visible(change.name)}{mark}", VALUE_WIDTH)),
+            *(_value(value, change.name) for value in (change.a, change.b)),
         )
     return table
 
 
-def _value(value: Any) -> Text:
+def _value(value: Any, name: str) -> Text:
     if value is None:
-        return Text("unknown")
+        # What is asked for is known.
+        return Text("none" if name.startswith("spec.") else "unknown")
     if isinstance(value, dict):
         value = ", ".join(f"{name} {item}" for name, item in value.items())
     elif isinstance(value, list):
@@ -196,8 +205,8 @@ def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value + 0.0:.3g}"  # no minus before 0
 
 
-def _table(*names: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+def _table(*names: str, gap: int = 2) -> Table:
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
     for name in names:
         table.add_column(name, overflow="fold", max_width=VALUE_WIDTH)
     return table

@@ -10,12 +10,12 @@ from ndcheck.findings import Findings
 from ndcheck.judging.verdict import NOT_TOLD_APART, ProbeVerdict, fed_details
 from ndcheck.records import Run, RunSpec
 from ndcheck.reports.document import published
-from ndcheck.reports.ranking import tally, worst_first
+from ndcheck.reports.ranking import MAX_VERDICTS, failed_probes, tally, worst_first
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import code_block, code_cell, code_span, markdown_text, quoted
 from ndcheck.reports.wording import answers, phrases, serving
 from ndcheck.reports.wording.claims import claims, exclusions
-from ndcheck.reports.wording.remedies import remedies
+from ndcheck.reports.wording.remedies import alone_command, remedies
 from ndcheck.reports.wording.reproduction import PROMPTS_FILE, prompts_file, wrapped_command
 from ndcheck.samplers.backends import backend_of
 
@@ -104,6 +104,12 @@ def _next_steps(findings: Findings, defaults: RunSpec) -> Iterator[str]:
         yield f"{remedy.reason}:" if remedy.command else f"{remedy.reason}."
         if remedy.command:
             yield code_block("\n".join(remedy.command), "sh")
+    failed = failed_probes(findings)
+    for probe_id in failed[:MAX_VERDICTS] if len(failed) > 1 else ():
+        command = alone_command(findings.run.spec, probe_id, defaults, BLOCK_WIDTH)
+        if command:
+            yield f"{markdown_text(probe_id)} fails; measure it alone:"
+            yield code_block("\n".join(command), "sh")
 
 
 def _probe(probe: ProbeSummary, findings: Findings) -> Iterator[str]:

@@ -10,6 +10,9 @@ from ndcheck.findings import Findings
 from ndcheck.judging.verdict import Outcome, count
 from ndcheck.records import ARMS
 
+MAX_VERDICTS = 8
+MAX_OF_MANY = 3
+"""Of more failed prompts than verdicts are shown: commands that measure one alone."""
 OUTCOMES: tuple[Outcome, ...] = ("FAIL", "INCONCLUSIVE", "PASS")
 
 
@@ -22,6 +25,16 @@ def worst_first(findings: Findings) -> list[ProbeSummary]:
         return OUTCOMES.index(outcome), -(probe.divergence_rate or 0), probe.common_prefix_tokens
 
     return sorted(findings.summary.probes, key=place)
+
+
+def failed_probes(findings: Findings) -> list[str]:
+    """Ids of the probes that failed in any arm, each once: in the order of the run, of many the
+    worst first."""
+    probes: Sequence[ProbeSummary] = findings.summary.probes
+    if len(probes) > MAX_VERDICTS:
+        probes = worst_first(findings)
+    verdicts = (findings.verdicts[probe.arm, probe.probe_id] for probe in probes)
+    return list(dict.fromkeys(v.probe_id for v in verdicts if v.verdict.outcome == "FAIL"))
 
 
 def tally(probes: Sequence[ProbeSummary], findings: Findings) -> str:

@@ -1,11 +1,11 @@
-"""The result of a run on one screen, and the one-line progress of a run under way."""
+"""The result of a run on one screen."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -15,17 +15,14 @@ from ndcheck.analysis.summary import LoadFinding, ProbeSummary, Summary
 from ndcheck.findings import Findings
 from ndcheck.judging.verdict import NOT_TOLD_APART, Outcome, Verdict
 from ndcheck.records import ARMS, AXES, RunSpec
-from ndcheck.reports.ranking import tally, worst_first
+from ndcheck.reports.ranking import MAX_OF_MANY, MAX_VERDICTS, failed_probes, tally, worst_first
 from ndcheck.reports.trees.branches import tree_lines
 from ndcheck.reports.untrusted import quoted, visible
 from ndcheck.reports.wording import answers, phrases, serving
-from ndcheck.reports.wording.remedies import alone, remedies
-from ndcheck.reports.wording.reproduction import argument, prompts_file, wrapped_command
+from ndcheck.reports.wording.remedies import alone_command, remedies
+from ndcheck.reports.wording.reproduction import argument, wrapped_command
 from ndcheck.samplers.backends import backend_of
 
-MAX_VERDICTS = 8
-MAX_OF_MANY = 3
-"""Of more failed prompts than verdicts are shown: commands that measure one alone."""
 MAX_LOADS = 10
 MAX_COMPLETIONS = 5
 MAX_COMMAND_LINES = 4
@@ -49,7 +46,7 @@ def print_report(
     groups = [detailed] if width >= MIN_WIDTH_SIDE_BY_SIDE else [[probe] for probe in detailed]
     unit = phrases.unit(findings.run)
     sections: list[Sequence[RenderableType]] = [
-        [_verdicts(ranked, findings)],
+        [_verdicts(ranked, findings, width)],
         [_setting(findings, detailed, defaults, width, outputs)],
         *([*_heading(group, detailed), *_axes(group, findings, unit, width)] for group in groups),
         *([*_heading(group, detailed), *_loads(group, unit)] for group in groups),
@@ -89,7 +86,7 @@ def print_without_padding(console: Console, part: RenderableType) -> None:
         console.print(text)
 
 
-def _verdicts(ranked: Sequence[ProbeSummary], findings: Findings) -> Table:
+def _verdicts(ranked: Sequence[ProbeSummary], findings: Findings, width: int) -> Table:
     """One line for each probe and arm, the worst first."""
     judgement, verdicts = findings.judgement, findings.verdicts
     rows: list[tuple[Outcome, str, list[str]]] = []
@@ -115,14 +112,27 @@ def _verdicts(ranked: Sequence[ProbeSummary], findings: Findings) -> Table:
         rows.append((verdict.outcome, phrases.subject(probe, findings.summary), sentences))
     with_subject = any(subject for _, subject, _ in rows)
     grid = _grid(3 if with_subject else 2)
+    taken = max((cell_len(outcome) + 2 for outcome, _, _ in rows), default=0)
+    if with_subject:
+        taken += max(cell_len(subject) + 2 for _, subject, _ in rows)
     for outcome, subject, sentences in rows:
         label = Text(outcome, style=STYLES[outcome])
-        reasons = Text("\n".join(map(visible, sentences)))
+        lines = (_broken(visible(line), width - taken) for line in sentences)
+        reasons = Text("\n".join(lines))
         grid.add_row(label, *([Text(subject)] if with_subject else []), reasons)
     if len(ranked) > MAX_VERDICTS:
         grid.add_row("", "", f"and {len(ranked) - MAX_VERDICTS} more in summary.csv")
         grid.add_row("", "", f"{tally(ranked, findings)}")
     return grid
+
+
+def _broken(sentence: str, width: int) -> str:
+    """On two lines if need be, so that a number and its unit stay on one."""
+    if cell_len(sentence) > width:
+        for end, start in (("", " ("), (";", " ")):
+            if end + start in sentence:
+                return sentence.replace(end + start, f"{end}\n{start.strip()}", 1)
+    return sentence
 
 
 def _setting(
@@ -164,9 +174,13 @@ def _directory(findings: Findings) -> str:
 
 def _command(lines: Sequence[str], width: int) -> Text:
     """A command that can be copied; one that the screen would break in the middle is not shown."""
-    if len(lines) > MAX_COMMAND_LINES or max(map(cell_len, lines)) > width:
+    if not _fits(lines, width):
         return Text("the command is too long for the screen: see report.md")
     return Text("\n".join(lines), style="cyan")
+
+
+def _fits(lines: Sequence[str], width: int) -> bool:
+    return len(lines) <= MAX_COMMAND_LINES and max(map(cell_len, lines)) <= width
 
 
 def _axes(
@@ -204,6 +218,8 @@ def _axes(
     if not table.row_count:
         return []
     notes = [phrases.scope(detailed)]
+    if any(not finding.n_trials for probe in detailed for finding in probe.axes):
+        notes.append("0/0: no trial compared it")
     if any(finding.told_apart is False for probe in detailed for finding in probe.axes):
         notes.append(f"INCONCLUSIVE: something diverged, {NOT_TOLD_APART}")
     return [table, *map(Text, [*notes, *phrases.fed_notes(detailed, with_arm=with_arm)])]
@@ -345,56 +361,22 @@ def _next_steps(findings: Findings, defaults: RunSpec, width: int) -> Iterator[R
         yield Text(f"{remedy.reason}:" if remedy.command else remedy.reason)
         if remedy.command:
             yield Padding(_command(remedy.command, width), (0, 0, 0, 2))
-    failed = list(_failed_probes(findings))
+    failed = failed_probes(findings)
     shown = failed[: MAX_VERDICTS if len(failed) <= MAX_VERDICTS else MAX_OF_MANY]
+    unnamed = []
     for probe_id in shown if len(failed) > 1 else ():
-        spec = alone(findings.run.spec, probe_id)
-        # A conversation is no option's: the run's file holds it among the others.
-        if prompts_file(spec, defaults) is not None:
+        command = alone_command(findings.run.spec, probe_id, defaults, width)
+        if not command:
             yield Text(f"{visible(probe_id)} fails")
-            continue
-        yield Text(f"{visible(probe_id)} fails; measure it alone:")
-        yield Padding(_command(wrapped_command(spec, defaults, width), width), (0, 0, 0, 2))
+        elif _fits(command, width):
+            yield Text(f"{visible(probe_id)} fails; measure it alone:")
+            yield Padding(_command(command, width), (0, 0, 0, 2))
+        else:
+            unnamed.append(visible(probe_id))
+    if unnamed:
+        yield Text(f"To measure {', '.join(unnamed)} alone: report.md has the commands")
     if len(failed) > len(shown):
         yield Text(f"{len(failed) - len(shown)} more fail: summary.csv has them")
     if directory:
         yield Text("Show this again, or open report.md and the CSV files there:")
         yield Padding(_command([f"ndcheck report {argument(directory)}"], width), (0, 0, 0, 2))
-
-
-def _failed_probes(findings: Findings) -> dict[str, None]:
-    """Ids of the probes that failed in any arm, each once: in the order of the run, of many the
-    worst first."""
-    probes = findings.summary.probes
-    if len(probes) > MAX_VERDICTS:
-        probes = tuple(worst_first(findings))
-    verdicts = (findings.verdicts[probe.arm, probe.probe_id] for probe in probes)
-    return dict.fromkeys(v.probe_id for v in verdicts if v.verdict.outcome == "FAIL")
-
-
-def progress_line(
-    done: int,
-    total: int,
-    unique: Mapping[str, int],
-    first_divergence: int | None,
-    eta_s: float | None,
-    width: int = 80,
-    unit: str = "token",
-) -> str:
-    """Trials, unique completions by arm and the earliest divergence so far, and the time left."""
-    parts = [f"{done}/{total} trials"]
-    if unique:
-        counts = ", ".join(f"{arm} {count}" for arm, count in unique.items())
-        parts.append(f"unique: {counts}")
-    if first_divergence is not None:
-        parts.append(f"diverged at {unit} {first_divergence + 1}")
-    if eta_s is not None:
-        parts.append(f"{minutes(eta_s)} left")
-    line = "  ".join(parts)
-    return line if cell_len(line) <= width else set_cell_size(line, width)
-
-
-def minutes(elapsed_s: float) -> str:
-    """As a clock shows it: 1:05 is 65 s."""
-    whole, seconds = divmod(round(elapsed_s), 60)
-    return f"{whole}:{seconds:02d}"

@@ -12,7 +12,8 @@ from ndcheck.analysis.summary import ControlFinding
 from ndcheck.judging.verdict import judge
 from ndcheck.probe import Message
 from ndcheck.records import Probe
-from ndcheck.reports.terminal import print_report, progress_line
+from ndcheck.reports.progress import progress_line
+from ndcheck.reports.terminal import print_report
 from ndcheck.request import DEFAULTS
 
 

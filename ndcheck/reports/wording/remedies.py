@@ -10,7 +10,12 @@ from ndcheck.judging.verdict import STOCK_DID_NOT_FAIL
 from ndcheck.plan.coverage import lacks_batches, samples_to_try_all
 from ndcheck.records import AXES, Axis, RunSpec
 from ndcheck.reports.wording.phrases import percent
-from ndcheck.reports.wording.reproduction import argument, resume_command, wrapped_command
+from ndcheck.reports.wording.reproduction import (
+    argument,
+    prompts_file,
+    resume_command,
+    wrapped_command,
+)
 from ndcheck.samplers.backends import backend_of
 
 SERVER_REMEDY = "Ask the server for batch-invariant kernels, or send one request at a time"
@@ -176,6 +181,13 @@ def alone(spec: RunSpec, probe_id: str) -> RunSpec:
     return replace(
         spec, probes=tuple(replace(probe, probe_id="p1", answer=None) for probe in chosen)
     )
+
+
+def alone_command(spec: RunSpec, probe_id: str, defaults: RunSpec, width: int) -> list[str]:
+    """What measures one of a run's probes, in lines; none for a conversation, which is no option's:
+    the run's file holds it among the others."""
+    wanted = alone(spec, probe_id)
+    return [] if prompts_file(wanted, defaults) else wrapped_command(wanted, defaults, width)
 
 
 def _samples_until(
