@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
@@ -127,12 +128,16 @@ def _verdicts(ranked: Sequence[ProbeSummary], findings: Findings, width: int) ->
 
 
 def _broken(sentence: str, width: int) -> str:
-    """On two lines if need be, so that a number and its unit stay on one."""
-    if cell_len(sentence) > width:
-        for end, start in (("", " ("), (";", " ")):
-            if end + start in sentence:
-                return sentence.replace(end + start, f"{end}\n{start.strip()}", 1)
-    return sentence
+    """Broken between its parts if need be, so that a number and its unit stay on one line."""
+    first, *rest = re.split(r"(?<=;) | (?=\()", sentence)
+    lines = [first]
+    for part in rest:
+        longer = f"{lines[-1]} {part}"
+        if cell_len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return "\n".join(lines)
 
 
 def _setting(
