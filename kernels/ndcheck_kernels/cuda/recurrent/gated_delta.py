@@ -22,6 +22,7 @@ from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
 
 _BLOCK_V = 16
+_TILE = 2048  # Elements of the state that a warp keeps in registers.
 _MOST_D = 256
 
 
@@ -114,12 +115,13 @@ def gated_delta_rule(
     y = torch.empty(batch, length, heads, d_v, dtype=value.dtype, device=value.device)
     if y.numel():
         q, k, v = (device.aligned_rows(t.flatten(2)) for t in (query, key, value))
-        block_v = min(_BLOCK_V, triton.next_power_of_2(d_v))
+        block_d = triton.next_power_of_2(d)
+        block_v = min(_BLOCK_V, _TILE // block_d, triton.next_power_of_2(d_v))
         _gated_delta_kernel[(triton.cdiv(d_v, block_v), heads, batch)](
             q, k, v, _packed(decay), _packed(beta), state, y, length, heads,
             q.stride(0), k.stride(0), v.stride(0), d**-0.5,
             GROUP=heads // key_heads, D=d, D_V=d_v, BY_CHANNEL=decay.dim() == 4,
-            NORMALISES=normalises, BLOCK_D=triton.next_power_of_2(d), BLOCK_V=block_v,
+            NORMALISES=normalises, BLOCK_D=block_d, BLOCK_V=block_v,
             num_warps=1, enable_fp_fusion=True, **pdl(y.device),
         )  # fmt: skip
     return y
