@@ -18,25 +18,32 @@ from ndcheck_kernels.ops.short_convolution import short_convolution_op, short_co
 from ndcheck_kernels.scope.refusal import refusal
 from ndcheck_kernels.scope.state import active_scope
 
-RULE = "torch_recurrent_gated_delta_rule"
-_CHUNKED_RULE = "torch_chunk_gated_delta_rule"
+# One token at a time, and in chunks; Kimi's has a decay of its own for each channel of a key.
+_RULES = (
+    *("torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"),
+    *("recurrent_kimi_delta_attention", "chunk_kimi_delta_attention"),
+)
 
 Function = Callable[..., Any]
 
 
 def is_covered(layer: torch.nn.Module) -> bool:
     """Whether a layer computes the gated delta rule by functions that can be replaced."""
-    return "DeltaNet" in type(layer).__name__ and hasattr(sys.modules[type(layer).__module__], RULE)
+    return "Delta" in type(layer).__name__ and _has_rule(sys.modules[type(layer).__module__])
+
+
+def _has_rule(source: ModuleType) -> bool:
+    return any(hasattr(source, name) for name in _RULES)
 
 
 def replace_recurrences(model: torch.nn.Module) -> None:
     """Let the gated delta layers of a model take another way inside a scope; once."""
     for name in {type(module).__module__ for module in model.modules()}:
         source = sys.modules[name]
-        if not hasattr(source, RULE):
+        if not _has_rule(source):
             continue
-        _replace(source, RULE, gated_delta_rule)
-        _replace(source, _CHUNKED_RULE, gated_delta_rule)
+        for rule in _RULES:
+            _replace(source, rule, gated_delta_rule)
         _replace(source, "causal_conv1d_fn", causal_conv1d)
         _replace(source, "causal_conv1d_update", causal_conv1d_update)
 
@@ -67,7 +74,7 @@ def gated_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """query, key [B, T, H_k, D], value [B, T, H, D_v], g and beta [B, T, H] -> [B, T, H, D_v].
 
-    The state is [B, H, D, D_v] float32. One that is given moves on, which saves copying it: layers
+    g may be [B, T, H, D]. The state is [B, H, D, D_v] float32. One that is given moves on, which saves copying it: layers
     write it back to where they have it from.
     """
     if kwargs.get("cu_seqlens") is not None:
