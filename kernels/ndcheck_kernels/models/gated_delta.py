@@ -74,8 +74,8 @@ def gated_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """query, key [B, T, H_k, D], value [B, T, H, D_v], g and beta [B, T, H] -> [B, T, H, D_v].
 
-    g may be [B, T, H, D]. The state is [B, H, D, D_v] float32. One that is given moves on, which saves copying it: layers
-    write it back to where they have it from.
+    g may be [B, T, H, D]. The state is [B, H, D, D_v] float32. One that is given moves on, which
+    saves copying it: layers write it back to where they have it from.
     """
     if kwargs.get("cu_seqlens") is not None:
         raise refusal("gated delta rule", query.dtype, query.device.type, "sequences are packed")
