@@ -28,9 +28,9 @@ OPTIONS = {
     "--max-tokens": "136",
 }
 MODELS = (
-    Measurement("8b", "qwen3-8b", OPTIONS, 120),
-    Measurement("smollm2", None, OPTIONS, 70),
-    Measurement("moe", "qwen3-30b-a3b", OPTIONS, 150),
+    Measurement("8b", "qwen3-8b", OPTIONS, 200),
+    Measurement("smollm2", None, OPTIONS, 120),
+    Measurement("moe", "qwen3-30b-a3b", OPTIONS, 240),
 )
 STEP = 33
 """Traced: in the last column of a pass of every width, so that all the pass may weigh on it."""
