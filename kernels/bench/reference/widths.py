@@ -23,13 +23,13 @@ from bench.reference.experiment import PROMPT, ROOT, SHAPES, TINY_SHAPES, Measur
 
 OPTIONS = {
     "--axes": "width,scoring",
-    "--loads": "1,32,96",
-    "-n": "1560",  # Every width and cut of one batch of each size.
-    "--max-tokens": "136",
+    "--loads": "1,208",
+    "-n": "2508",  # Every width and cut of one batch of each size.
+    "--max-tokens": "80",
 }
 MODELS = (
     Measurement("8b", "qwen3-8b", OPTIONS, 200),
-    Measurement("smollm2", None, OPTIONS, 120),
+    Measurement("smollm2", None, {**OPTIONS, "--chat": "", "--max-tokens": "200"}, 120),
     Measurement("moe", "qwen3-30b-a3b", OPTIONS, 240),
 )
 STEP = 33
