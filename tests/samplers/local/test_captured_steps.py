@@ -148,6 +148,7 @@ def test_an_op_that_cannot_be_captured_runs_uncaptured(qwen3_shape, monkeypatch,
     assert run(sampler, "invariant", Load(1), decoding)
 
 
+@pytest.mark.parametrize("sampler", ["attention"], indirect=True)
 def test_the_invariant_arm_is_and_stock_is_not_invariant(sampler):
     spec = replace(
         DEFAULTS,
