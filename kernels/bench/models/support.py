@@ -220,7 +220,7 @@ def write(about: dict[str, Any], row: dict[str, Any]) -> None:
     for arm in ("stock", "invariant"):
         old[arm] = join(old[arm], row[arm])
     rows = list(by_model.values())
-    rows.sort(key=lambda row: [*FAMILIES, *SHAPES].index(row["family"]))
+    rows.sort(key=lambda row: ([*FAMILIES, *SHAPES].index(row["family"]), row["dtype"]))
     lines = ",\n".join(map(json.dumps, rows))
     RESULTS.mkdir(exist_ok=True)
     path.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')

@@ -119,7 +119,7 @@ def _falcon(
     fused = module._split_heads(module.query_key_value(hidden_states))
     query, key, value = (t.transpose(1, 2) for t in fused)
     if alibi is None:
-        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
         query, key = rotate(query, key, *kwargs["position_embeddings"])
     if layer_past is not None:
         key, value = layer_past.update(key, value, module.layer_idx)
