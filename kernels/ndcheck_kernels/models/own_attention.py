@@ -59,7 +59,9 @@ def _is_of_transformers(module: torch.nn.Module) -> bool:
 def _spans(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     if mask is None:
         return causal_spans(query.shape[0], key.shape[2], query.device)
-    return spans_from_any(mask, False, query, key)
+    spans = spans_from_any(mask, False, query, key)
+    # One query's are causal as they are, which a captured step cannot ask the device.
+    return spans if query.shape[2] > 1 else spans[..., ::2]
 
 
 def _bloom(
@@ -79,7 +81,7 @@ def _bloom(
         key, value = layer_past.update(key, value, module.layer_idx)
     out = attention_op(
         query, key, value, _spans(attention_mask, query, key), module.inv_norm_factor,
-        slopes=alibi_slopes(module.num_heads).to(query.device), bias_dtype=query.dtype,
+        slopes=alibi_slopes(module.num_heads, query.device), bias_dtype=query.dtype,
     )  # fmt: skip
     return residual + module.dense(out.transpose(1, 2).flatten(2)), None
 
@@ -102,7 +104,7 @@ def _mpt(
     hidden = attention_mask
     out = attention_op(
         query, key, value, _spans(None if hidden is None else ~hidden, query, key),
-        module.softmax_scale, slopes=mpt_slopes(module.n_heads).to(query.device),
+        module.softmax_scale, slopes=mpt_slopes(module.n_heads, query.device),
     )  # fmt: skip
     return module.out_proj(out.transpose(1, 2).flatten(2)), None
 
@@ -126,8 +128,8 @@ def _falcon(
     scale = module.head_dim**-0.5
     bias: dict[str, Any] = {}
     if alibi is not None:
-        slopes = alibi_slopes(module.num_heads).bfloat16().float() * scale
-        bias = {"slopes": slopes.to(query.device), "bias_dtype": torch.bfloat16}
+        slopes = alibi_slopes(module.num_heads, query.device).bfloat16().float() * scale
+        bias = {"slopes": slopes, "bias_dtype": torch.bfloat16}
         if attention_mask is not None:
             # The model has added its bias to the mask, the same keys hidden in every head.
             attention_mask = attention_mask[:, :1] > torch.finfo(attention_mask.dtype).min
@@ -158,7 +160,7 @@ _REPLACED: dict[str, tuple[str, Function]] = {
 
 
 @functools.lru_cache(maxsize=16)
-def alibi_slopes(heads: int) -> torch.Tensor:
+def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
     """[heads] float32, geometric from 2^(-8/n) (Press, Smith and Lewis 2022).
 
     Without a power of two of heads, every second slope of twice as many fills up.
@@ -166,14 +168,14 @@ def alibi_slopes(heads: int) -> torch.Tensor:
     whole = 2 ** math.floor(math.log2(heads))
     steps = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
     steps += [2 ** (-4 * (i + 1) / whole) for i in range(0, 2 * (heads - whole), 2)]
-    return torch.tensor(steps, dtype=torch.float32)
+    return torch.tensor(steps, dtype=torch.float32, device=device)
 
 
 @functools.lru_cache(maxsize=16)
-def mpt_slopes(heads: int) -> torch.Tensor:
+def mpt_slopes(heads: int, device: torch.device) -> torch.Tensor:
     """As `alibi_slopes`; of the next power of two of heads, every second slope goes first."""
     whole = 2 ** math.ceil(math.log2(heads))
     steps = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
     if whole != heads:
         steps = (steps[1::2] + steps[::2])[:heads]
-    return torch.tensor(steps, dtype=torch.float32)
+    return torch.tensor(steps, dtype=torch.float32, device=device)

@@ -54,7 +54,7 @@ def spans_from_mask(visible: torch.Tensor, origin: torch.Tensor | None = None) -
         raise refuse_attention(visible, "a query sees keys with gaps between them")
     if origin is None:
         first = torch.where(sees, begin, length).amin(-1)
-        if not bool(((begin == first[:, None]) | ~sees).all()):
+        if not is_capturing() and not bool(((begin == first[:, None]) | ~sees).all()):
             raise refuse_attention(
                 visible,
                 "queries of one row start at different keys (a sliding window or packed "
@@ -134,7 +134,7 @@ def spans_from_any(
         mask = mask[:, 0]
     if mask.dtype != torch.bool:
         lowest = torch.finfo(mask.dtype).min
-        if not bool(((mask == 0) | (mask <= lowest)).all()):
+        if not is_capturing() and not bool(((mask == 0) | (mask <= lowest)).all()):
             raise refuse_attention(query, "a bias is added to the scores")
         mask = mask == 0
     return spans_from_mask(mask.expand(batch, queries, keys))

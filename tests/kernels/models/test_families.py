@@ -132,9 +132,13 @@ def test_alibi_has_the_slopes_of_each_model(heads):
 
     ones = torch.ones(1, 3, dtype=torch.int64)
     bloom = modeling_bloom.build_alibi_tensor(ones, heads, torch.float32)[:, 0, 1]
-    torch.testing.assert_close(own_attention.alibi_slopes(heads), bloom, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        own_attention.alibi_slopes(heads, torch.device("cpu")), bloom, rtol=1e-6, atol=0
+    )
     steps = modeling_mpt.build_mpt_alibi_tensor(heads, 3).diff(dim=-1)[:, 0, 0]
-    torch.testing.assert_close(own_attention.mpt_slopes(heads), steps, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        own_attention.mpt_slopes(heads, torch.device("cpu")), steps, rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize(("rope", "most"), [("longrope", 512), ("dynamic", 511)])
