@@ -161,6 +161,14 @@ def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[
                     sinks=sinks,
                 ),
             )  # fmt: skip
+            if everything or name == "prefill":
+                yield (
+                    f"{name} {dim} in chunks, with ALiBi",
+                    lambda q=query, k=k: causal.attention(
+                        q, k, k, window=128, chunked=True, slopes=torch.empty(8),
+                        bias_dtype=torch.bfloat16,
+                    ),
+                )  # fmt: skip
 
 
 def rows(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
@@ -178,6 +186,7 @@ def rows(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch
         for op in (softmax.softmax, softmax.log_softmax, softmax.logsumexp):
             yield f"{op.__name__} {n}", lambda op=op, x=x: op(x)
         yield f"sum {n}", lambda x=x: reductions.sum(x, -1)
+        yield f"cumsum {n}", lambda x=x: reductions.cumsum(x, -1)
         yield f"silu_mul {n}", lambda x=x: silu_mul.silu_mul(x, x)
         yield f"read_logits {n}", lambda x=x: logits.read_logits(x)
 
