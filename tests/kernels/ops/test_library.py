@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.ops import attention, block_fp8, collectives, experts, products
+from ndcheck_kernels.ops import (
+    attention,
+    block_fp8,
+    collectives,
+    experts,
+    products,
+    weight_only,
+)
 
 HEADS = torch.ones(1, 1, 2, 4)
 ROWS, WEIGHT = torch.ones(2, 4), torch.ones(3, 4)
@@ -26,6 +33,10 @@ CALLS = {
     "block_fp8_grouped": (block_fp8.grouped_op, BY_EXPERT),
     "partial_block_fp8_linear": (block_fp8.partial_linear_op, (ROWS, CODES, SCALES)),
     "partial_block_fp8_grouped": (block_fp8.partial_grouped_op, BY_EXPERT),
+    "weight_only_linear": (
+        weight_only.linear_op,
+        (ROWS, WEIGHT.to(torch.uint8), torch.ones(1, 3), None, None, 8),
+    ),
     # An empty part asks no group of ranks.
     "rank_sum": (collectives.rank_sum_op, (torch.ones(0), "no group")),
 }

@@ -31,8 +31,8 @@ LAYOUTS = {
     "other blocks": {**BLOCKS, "weight_block_size": [64, 64]},
     "powers of two": {**BLOCKS, "scale_fmt": "ue8m0"},
     "mxfp4": {"quant_method": "mxfp4"},
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True},
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
+    "gptq": {"quant_method": "gptq", "bits": 3, "group_size": 128, "sym": True},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     "bitsandbytes 4 bit": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     "bitsandbytes 8 bit": {"quant_method": "bitsandbytes", "load_in_8bit": True},
@@ -43,8 +43,8 @@ NAMES = {
     "one scale": "FP8 with one scale a tensor",
     "other blocks": r"FP8 in blocks of \[64, 64\]",
     "powers of two": r"FP8 in blocks of \[128, 128\], dynamic rows, ue8m0 scales",
-    "gptq": "gptq of 4 bits",
-    "awq": "awq of 4 bits",
+    "gptq": "gptq with settings that are not known",
+    "awq": "awq of 4 bits, version gemv",
 }
 
 
