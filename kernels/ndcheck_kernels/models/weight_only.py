@@ -1,14 +1,18 @@
-"""A linear layer whose weight is kept as integers of 4 or 8 bits.
+"""Layers whose weights are kept packed: a linear one of integers, and experts in MXFP4.
 
-In a scope it is `ops.weight_only`, whose bits are those of the layer with the dequantised weight;
-outside of one, torch's `linear` with that weight, which is made anew for each product.
+In a scope they are `ops.weight_only` and `ops.mxfp4`, whose bits are those of plain weights;
+outside of one, what torch and transformers do with plain weights, made anew for each product.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from ndcheck_kernels.ops import mxfp4
 from ndcheck_kernels.ops.weight_only import (
     HALF,
     RUN,
@@ -18,6 +22,29 @@ from ndcheck_kernels.ops.weight_only import (
     quantise,
 )
 from ndcheck_kernels.scope.state import active_scope
+
+_STACKED = ("gate_up_proj", "down_proj")
+
+
+def is_packed(module: torch.nn.Module) -> bool:
+    """Is it a layer of this module's?"""
+    return isinstance(module, WeightOnlyLinear) or f"{_STACKED[0]}_blocks" in module._parameters
+
+
+def draw(module: torch.nn.Module, std: float) -> None:
+    """Fill a layer of this module's with quantised normal numbers, and its biases with 0."""
+    if isinstance(module, WeightOnlyLinear):
+        module.draw(std)
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.endswith("_blocks"):
+            scales = module.get_parameter(name.replace("_blocks", "_scales"))
+            for expert, own in zip(parameter.data, scales.data, strict=True):
+                wide = torch.randn(*own.shape[:-1], 32 * own.shape[-1], device=own.device) * std
+                for stored, drawn in zip((expert, own), mxfp4.quantise(wide), strict=True):
+                    stored.copy_(drawn)
+        elif not name.endswith("_scales"):
+            parameter.data.zero_()
 
 
 class WeightOnlyLinear(torch.nn.Module):
@@ -81,3 +108,31 @@ class WeightOnlyLinear(torch.nn.Module):
             x, self.codes, self.scales, self.zeros, self.group_of, self.bits, self.bias
         )
         return out
+
+
+def pack_experts(layer: Any) -> None:
+    """Give stacked experts of transformers' blocks and scales in the place of plain weights.
+
+    The layer is one of plain weights [E, K, N]. It keeps its forward, for which a weight is made
+    plain each time, all of a layer's experts at once. Raises ValueError where K is no whole blocks.
+    """
+    shapes = {name: getattr(layer, name).shape for name in _STACKED}
+    device = getattr(layer, _STACKED[0]).device
+    for name, (experts, k, n) in shapes.items():
+        if k % mxfp4.BLOCK:
+            raise ValueError(f"{name} of {k} columns is no whole blocks of {mxfp4.BLOCK}")
+        delattr(layer, name)
+        scales = torch.empty(experts, n, k // mxfp4.BLOCK, dtype=torch.uint8, device=device)
+        blocks = torch.empty(*scales.shape, mxfp4.BLOCK // 2, dtype=torch.uint8, device=device)
+        for kind, tensor in (("blocks", blocks), ("scales", scales)):
+            layer.register_parameter(f"{name}_{kind}", torch.nn.Parameter(tensor, False))
+    own = type(layer)
+    plain = {name: property(partial(_plain, name=name)) for name in _STACKED}
+    layer.__class__ = type(own.__name__, (own,), plain)
+
+
+def _plain(layer: Any, name: str) -> torch.Tensor:
+    """[E, K, N] as transformers dequantises it."""
+    blocks, scales = getattr(layer, f"{name}_blocks"), getattr(layer, f"{name}_scales")
+    dtype = getattr(layer, f"{name}_bias").dtype
+    return mxfp4.dequantise(blocks, scales, dtype).transpose(1, 2).contiguous()

@@ -11,6 +11,7 @@ from ndcheck_kernels.ops import (
     block_fp8,
     collectives,
     experts,
+    mxfp4,
     products,
     weight_only,
 )
@@ -36,6 +37,15 @@ CALLS = {
     "weight_only_linear": (
         weight_only.linear_op,
         (ROWS, WEIGHT.to(torch.uint8), torch.ones(1, 3), None, None, 8),
+    ),
+    "mxfp4_grouped": (
+        mxfp4.grouped_op,
+        (
+            torch.ones(2, 32),
+            torch.zeros(2, 3, 1, 16, dtype=torch.uint8),
+            torch.zeros(2, 3, 1, dtype=torch.uint8),
+            ENDS,
+        ),
     ),
     # An empty part asks no group of ranks.
     "rank_sum": (collectives.rank_sum_op, (torch.ones(0), "no group")),

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from ndcheck_kernels.cuda.products import weight_only as kernels
+from ndcheck_kernels.cuda.products.grouped_matmul import grouped_matmul
 from ndcheck_kernels.cuda.products.matmul import matmul
+from ndcheck_kernels.cuda.products.mxfp4 import mxfp4_matmul
+from ndcheck_kernels.ops import mxfp4
 from ndcheck_kernels.ops.weight_only import Packed, dequantise, pack, quantise
 
 IS_GPU = torch.cuda.is_available()
@@ -93,6 +96,18 @@ def test_what_a_tile_cannot_unpack_is_unpacked_before(change, is_fused, device):
     assert kernels.can_fuse(rows, made) == is_fused
     plain = matmul(rows, kernels.unpacked(made, said["dtype"]).t())
     assert torch.equal(kernels.weight_only_matmul(rows, made), plain)
+
+
+@pytest.mark.parametrize("k", [64, 288])
+def test_experts_have_the_bits_of_plain_weights(k, dtype, device):
+    blocks, scales = mxfp4.quantise(torch.randn(4, 40, k))
+    blocks[0], scales[2, :3] = 7, torch.tensor([0, 1, 96], dtype=torch.uint8)[:, None]
+    weight = mxfp4.dequantise(blocks, scales, dtype)
+    ends = torch.tensor([3, 3, 9, 10], dtype=torch.int32, device=device)
+    rows = torch.randn(10, k, dtype=dtype, device=device)
+    got = mxfp4_matmul(rows, blocks.to(device), scales.to(device), ends)
+    expected = grouped_matmul(rows, weight.transpose(1, 2).contiguous().to(device), ends)
+    assert torch.equal(got, expected)
 
 
 def test_a_row_has_its_bits_in_any_company(device, batch_sizes, assert_batch_invariant):

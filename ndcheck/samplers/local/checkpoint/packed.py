@@ -1,5 +1,5 @@
-"""Weights of 4 and 8 bits as compressed-tensors, GPTQ and AWQ publish them, read without their
-packages.
+"""Weights of 4 and 8 bits as compressed-tensors, GPTQ, AWQ and gpt-oss (MXFP4) publish them, read
+without their packages.
 
 transformers loads the tensors into layers that have their names, sizes and dtypes, and nothing
 else; then each becomes a `WeightOnlyLinear`, or a plain layer. A column's group is what the
@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 
-COMPRESSED, GPTQ, AWQ = "compressed-tensors", "gptq", "awq"
-METHODS = (COMPRESSED, GPTQ, AWQ)
+COMPRESSED, GPTQ, AWQ, MXFP4 = "compressed-tensors", "gptq", "awq", "mxfp4"
+METHODS = (COMPRESSED, GPTQ, AWQ, MXFP4)
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 """In which half byte of an int32 AWQ keeps each of 8 neighbouring columns."""
 _HEAD = "lm_head"
+_EXPERTS = ("GptOssExperts",)
+"""Those that are published in MXFP4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class PackedLayout:
 
     @property
     def label(self) -> str:
+        if self.method == MXFP4:
+            return MXFP4
         return f"{self.method} of {', '.join(scheme.label for scheme in self.schemes)}"
 
     def scheme_of(self, path: str, module: torch.nn.Module) -> Scheme | None:
@@ -70,6 +74,8 @@ class PackedLayout:
                 return None
             found = (s for s in self.schemes if any(_matches(path, module, t) for t in s.targets))
             return next(found, None)
+        if self.method == MXFP4:
+            return None
         (scheme,) = self.schemes
         if any(part in path for part in self.left_out):
             return None
@@ -86,6 +92,8 @@ def _matches(path: str, module: torch.nn.Module, pattern: str) -> bool:
 def read_packed(said: dict[str, Any]) -> PackedLayout | str:
     """The layout that a config's ``quantization_config`` describes, or the name of another one."""
     method = said.get("quant_method")
+    if method == MXFP4:
+        return PackedLayout(MXFP4, ())
     try:
         if method == COMPRESSED:
             return _read_compressed(said)
@@ -160,15 +168,29 @@ def put_packed_layers(model: Any, layout: PackedLayout) -> None:
     """Give a model on the meta device the layers that its integers go into, in their own form."""
     from ndcheck_kernels.models.weight_only import WeightOnlyLinear
 
+    _pack_experts(model, layout)
     for path, linear, scheme in list(_quantised(model, layout)):
         size = _group_size(path, linear, scheme)
         made = WeightOnlyLinear.empty(linear, scheme.bits, size, is_symmetric=scheme.is_symmetric)
         model.set_submodule(path, made)
 
 
+def _pack_experts(model: Any, layout: PackedLayout) -> None:
+    from ndcheck_kernels.models.weight_only import pack_experts
+
+    if layout.method != MXFP4:
+        return
+    found = [module for module in model.modules() if type(module).__name__ in _EXPERTS]
+    if not found:
+        raise ValueError(f"it has no experts that are read from {layout.label}")
+    for experts in found:
+        pack_experts(experts)
+
+
 def _quantised(model: Any, layout: PackedLayout) -> Iterator[tuple[str, torch.nn.Linear, Scheme]]:
     for path, module in model.named_modules():
-        if any(p.dim() == 3 for p in module.parameters(recurse=False)):
+        is_stacked = any(p.dim() == 3 for p in module.parameters(recurse=False))
+        if is_stacked and layout.method != MXFP4:
             raise ValueError(f"no kernel reads experts ({path}) of {layout.label}")
         if (scheme := layout.scheme_of(path, module)) is not None:
             yield path, module, scheme
@@ -311,6 +333,7 @@ def stored_layers(layout: PackedLayout | None) -> Iterator[None]:
             return False
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+            _pack_experts(model, found)
             for path, linear, scheme in list(_quantised(model, found)):
                 model.set_submodule(path, StoredLinear(path, linear, scheme, found))
 

@@ -126,7 +126,7 @@ def check_quantisation(source: str, found: Quantisation | None, spec: RunSpec) -
 
 def loading_options(found: Quantisation | None, spec: RunSpec) -> dict[str, Any]:
     """What `from_pretrained` needs beside, to make plain weights where that is asked for."""
-    if found is None or not spec.dequantise or found.packed is not None:
+    if found is None or not spec.dequantise or found.method not in _DEQUANTISED_BY:
         return {}
     kind = getattr(transformers, _DEQUANTISED_BY[found.method])
     return {"quantization_config": kind(dequantize=True)}
@@ -175,17 +175,15 @@ def is_fp8_layer(module: torch.nn.Module) -> bool:
 
 def draw_layer(module: torch.nn.Module, std: float) -> bool:
     """Fill a quantised layer with quantised normal numbers; False where it is another one."""
-    if is_packed_layer(module):
-        module.draw(std)  # type: ignore[operator]
+    from ndcheck_kernels.models.weight_only import draw, is_packed
+
+    if is_packed(module):
+        draw(module, std)
         return True
     if not is_fp8_layer(module):
         return False
     _draw_fp8(module, std)
     return True
-
-
-def is_packed_layer(module: torch.nn.Module) -> bool:
-    return type(module).__name__ == "WeightOnlyLinear"
 
 
 def _draw_fp8(module: torch.nn.Module, std: float) -> None:
@@ -235,20 +233,26 @@ def stored_by_us(found: Quantisation | None, spec: RunSpec) -> PackedLayout | No
     """How integers are packed, if they are read here: transformers' own need their packages."""
     if found is None or found.packed is None:
         return None
-    alone = spec.arms == ("stock",) and not spec.dequantise
+    if spec.dequantise:
+        return None if found.method in _DEQUANTISED_BY else found.packed
+    alone = spec.arms == ("stock",)
     return None if alone and _transformers_reads(found.method) else found.packed
 
 
 def _transformers_reads(method: str) -> bool:
     from transformers.utils import import_utils
 
+    if method in _DEQUANTISED_BY:
+        return True  # Where it has no kernels it makes plain weights.
     package = {"gptq": "gptqmodel", "awq": "gptqmodel"}.get(method, "compressed_tensors")
     return bool(getattr(import_utils, f"is_{package}_available", lambda: False)())
 
 
 def stock_notes(model: Any, arms: tuple[str, ...]) -> tuple[str, ...]:
     """What the stock arm of a model with packed integers is."""
-    if "stock" not in arms or not any(map(is_packed_layer, model.modules())):
+    from ndcheck_kernels.models.weight_only import is_packed
+
+    if "stock" not in arms or not any(map(is_packed, model.modules())):
         return ()
     return ("stock arm: torch's products with weights dequantised for each of them",)
 
