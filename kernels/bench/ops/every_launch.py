@@ -24,7 +24,7 @@ from bench.ops.matmul_cells import SHAPES
 from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
-from ndcheck_kernels.cuda.products import block_fp8, grouped_matmul, matmul, weight_only
+from ndcheck_kernels.cuda.products import block_fp8, grouped_matmul, matmul, mxfp4, weight_only
 from ndcheck_kernels.cuda.rows import (
     layer_norm,
     logits,
@@ -136,6 +136,8 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
 def integers(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
     """Weights of 4 and 8 bits; groups of 32 columns need a layout of scales of their own."""
     x, addend = torch.empty(128, 4096, dtype=dtype), torch.empty(128, 6144, dtype=dtype)
+    blocks, ends = torch.empty(8, 64, 128, 16, dtype=torch.uint8), torch.empty(8, dtype=torch.int32)
+    yield "mxfp4", lambda: mxfp4.mxfp4_matmul(x, blocks, blocks[..., 0].contiguous(), ends)
     for bits, group, has_zeros in ((4, 128, False), (4, 32, True), (8, 4096, True), (8, 64, False)):
         scales = torch.empty(4096 // group, 6144, dtype=dtype)
         packed = Packed(
