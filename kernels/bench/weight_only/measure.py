@@ -3,7 +3,7 @@
     PYTHONPATH=$PWD:$PWD/kernels python -m bench.weight_only.measure OUT_DIR [--seconds 150]
 
 Bits of every schedule; products beside torch's of bf16 and of 4 bits; the 4-bit 8B's captured
-decode step beside its floor, and that of bf16; the GPU tests of the kernels; its properties; the
+decode step beside its floor; its properties; the step of bf16; the GPU tests of the kernels; the
 fastest schedules, as long as time is left. Each part writes what it has, and a part that fails is
 named at the end. With --tiny: the model parts on a CPU.
 """
@@ -75,9 +75,9 @@ def main() -> int:
     parts: list[tuple[str, Callable[[], None]]] = [
         ("products", lambda: compare_products(out)),
         ("8B step", lambda: measure_steps(out, shape, batches)),
-        ("tests", lambda: run_tests(out)),
         ("8B properties", lambda: measure_properties(out, shape, loads, 100, 32)),
         ("8B step in bf16", lambda: measure_steps(out, "qwen3-8b", batches)),
+        ("tests", lambda: run_tests(out)),
         ("schedules", lambda: tune_products(out, until)),
     ]
     if options.tiny:

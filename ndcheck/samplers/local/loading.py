@@ -174,6 +174,8 @@ def load_model(
         dtype = DTYPES.get(spec.dtype, config.dtype)
     options |= loading_options(found, spec)
     packed = stored_by_us(found, spec)
+    if adapter is not None and packed is not None and not spec.dequantise:
+        raise UsageError(f"--adapter {adapter}: it is merged into plain weights: --dequantise")
     part = "its weights and generation_config.json"
     with _one_line_errors(source, part), kept_fp8(), stored_layers(packed):
         model, said = transformers.AutoModelForCausalLM.from_pretrained(

@@ -12,10 +12,13 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ndcheck.errors import UsageError
 from ndcheck.samplers.base import open_sampler
+from ndcheck.samplers.local.checkpoint.packed import METHODS, read_packed
 from ndcheck.samplers.local.checkpoint.quantised import read_quantisation
 
 from .test_quantised import SPEC, copy_of, sampled
@@ -253,6 +256,32 @@ def test_other_forms_are_refused_by_name(name, tiny_models, tmp_path):
         open_sampler(spec_of(directory))
 
 
+SAID = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 300) | st.sampled_from(
+        ["Linear", "re:(", "group", "channel", "int", "pack-quantized", "gptq_v2", "gemm", ""]
+    ),
+    lambda part: st.lists(part, max_size=2) | st.dictionaries(
+        st.sampled_from(["a", "weights", "targets", "num_bits", "strategy", "format"]), part
+    ),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(
+    st.sampled_from(METHODS),
+    st.dictionaries(
+        st.sampled_from([
+            "config_groups", "format", "bits", "group_size", "version", "ignore", "dynamic", "sym",
+            "modules_in_block_to_quantize", "modules_to_not_convert", "sparsity_config", "lm_head",
+        ]),
+        SAID,
+    ),
+)  # fmt: skip
+def test_what_a_config_says_may_be_anything(method, said):
+    found = read_packed({"quant_method": method, **said})
+    assert isinstance(found, str) or 0 < len(found.label) < 1000
+
+
 def test_tensors_that_do_not_fit_are_named(stored, tmp_path):
     packed = stored("gptq of 4 bits in groups of 64 with zero points")[0]
     tensors = load_file(packed / "model.safetensors")
@@ -289,6 +318,15 @@ def test_experts_of_integers_are_refused(tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="no kernel reads experts"):
         open_sampler(spec_of(tmp_path, random_weights=0))
+
+
+def test_an_adapter_needs_plain_weights(stored, tmp_path):
+    from ndcheck.samplers.local.loading import load_config, load_model
+
+    spec = spec_of(stored("compressed-tensors of 4 bits in groups of 32")[0])
+    config = load_config(spec.model, spec)
+    with pytest.raises(UsageError, match="merged into plain weights: --dequantise"):
+        load_model(spec.model, config, spec, torch.device("cpu"), tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"tensor_parallel": 2}, {"tp_groups": 2}])
