@@ -53,6 +53,7 @@ def test_weights_are_the_nearest_numbers(code, zero, bits, scale, dtype):
 
 
 @given(st.data(), st.sampled_from([4, 8]))
+@settings(deadline=None)
 def test_codes_are_unpacked_as_they_were(data, bits):
     n, k = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 600))
     codes = torch.randint(0, 1 << bits, (n, k), generator=torch.Generator().manual_seed(k))
