@@ -22,7 +22,7 @@ import torch
 
 from bench.fp8.measure import REPOSITORY, measure_properties, measure_steps
 
-TESTS = ("tests/kernels/triton/test_weight_only.py", "tests/kernels/triton/test_packed_decoder.py")
+TESTS = "tests/kernels/triton/packed"
 
 
 def compare_products(out: Path) -> None:
@@ -38,7 +38,7 @@ def compare_products(out: Path) -> None:
 def run_tests(out: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "--confcutdir=tests/kernels", *TESTS],
+        [*command, "--confcutdir=tests/kernels", TESTS],
         cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     (out / "tests.txt").write_text(done.stdout, encoding="utf-8")

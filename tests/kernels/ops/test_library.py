@@ -11,8 +11,10 @@ from ndcheck_kernels.ops import (
     block_fp8,
     collectives,
     experts,
+    gated_delta,
     mxfp4,
     products,
+    short_convolution,
     weight_only,
 )
 
@@ -23,6 +25,9 @@ SPANS = torch.tensor([[[0, 2]]], dtype=torch.int32)
 ENDS = torch.tensor([1, 2], dtype=torch.int32)
 CODES, SCALES = WEIGHT.to(torch.float8_e4m3fn), torch.ones(1, 1)
 BY_EXPERT = (ROWS, CODES.expand(2, 3, 4).contiguous(), SCALES.expand(2, 1, 1), ENDS)
+TOKENS, GATES = torch.ones(1, 2, 1, 4), torch.zeros(1, 2, 1)
+DELTA = (TOKENS, TOKENS, TOKENS, GATES, GATES, torch.zeros(1, 1, 4, 4), True)
+TOKEN, TAPS = torch.ones(1, 3, 1), torch.ones(3, 2)
 
 CALLS = {
     "attention": (attention.attention_op, (HEADS, HEADS, HEADS, SPANS, 0.5)),
@@ -46,6 +51,12 @@ CALLS = {
             torch.zeros(2, 3, 1, dtype=torch.uint8),
             ENDS,
         ),
+    ),
+    "gated_delta_rule": (gated_delta.gated_delta_op, DELTA),
+    "short_convolution": (short_convolution.short_convolution_op, (TOKEN, TAPS)),
+    "short_convolution_step": (
+        short_convolution.short_convolution_step_op,
+        (TOKEN, torch.zeros(1, 3, 2), TAPS),
     ),
     # An empty part asks no group of ranks.
     "rank_sum": (collectives.rank_sum_op, (torch.ones(0), "no group")),

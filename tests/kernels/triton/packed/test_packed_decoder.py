@@ -9,7 +9,7 @@ from ndcheck_kernels.models import decoder, experts
 from ndcheck_kernels.models.weight_only import WeightOnlyLinear
 from ndcheck_kernels.ops.weight_only import dequantise, quantise
 
-from .test_decoder import OTHERS, PROBE, logits_of
+from ..test_decoder import OTHERS, PROBE, logits_of  # noqa: TID252 - `tests` is no package
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1,
