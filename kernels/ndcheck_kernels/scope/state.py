@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 OP_GROUPS: dict[str, frozenset[str]] = {
     "gemm": frozenset(
         {"linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "mv", "dot", "block_fp8_linear"}
+        | {"weight_only_linear"}
     ),
     "attention": frozenset({"attention", "scaled_dot_product_attention"}),
 }

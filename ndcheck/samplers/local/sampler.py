@@ -23,7 +23,7 @@ from ndcheck.probe import Prompt
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.batch import ExactBatch
-from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers
+from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers, stock_notes
 from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.device import choose_device, own_device, product_tables
 from ndcheck.samplers.local.faithful import Examination, examine
@@ -98,6 +98,7 @@ class TransformersSampler:
         # Where both are left out the axis is, which says so itself.
         self.notes = self._prompts.warnings(spec.probes)
         self.notes += tuple(refusals.states.values()) if self.cache_states else ()
+        self.notes += stock_notes(self._model, self._arms) if load_weights else ()
         if (tables := product_tables(self._arms, self._device)) is not None:
             self.notes += (f"products of the invariant arm: {tables}",)
 

@@ -12,8 +12,10 @@ from ndcheck_kernels.ops import (
     collectives,
     experts,
     gated_delta,
+    mxfp4,
     products,
     short_convolution,
+    weight_only,
 )
 
 HEADS = torch.ones(1, 1, 2, 4)
@@ -37,6 +39,19 @@ CALLS = {
     "block_fp8_grouped": (block_fp8.grouped_op, BY_EXPERT),
     "partial_block_fp8_linear": (block_fp8.partial_linear_op, (ROWS, CODES, SCALES)),
     "partial_block_fp8_grouped": (block_fp8.partial_grouped_op, BY_EXPERT),
+    "weight_only_linear": (
+        weight_only.linear_op,
+        (ROWS, WEIGHT.to(torch.uint8), torch.ones(1, 3), None, None, 8),
+    ),
+    "mxfp4_grouped": (
+        mxfp4.grouped_op,
+        (
+            torch.ones(2, 32),
+            torch.zeros(2, 3, 1, 16, dtype=torch.uint8),
+            torch.zeros(2, 3, 1, dtype=torch.uint8),
+            ENDS,
+        ),
+    ),
     "gated_delta_rule": (gated_delta.gated_delta_op, DELTA),
     "short_convolution": (short_convolution.short_convolution_op, (TOKEN, TAPS)),
     "short_convolution_step": (
