@@ -116,6 +116,9 @@ class ExactBatch:
         chunk = -(-(n_columns - start) // n_chunks)
         if cache_state == "chunked" and cut is not None:
             chunk = cut
+        if self._has_states and bool(self._pads.any()):
+            # Recurrent layers take a pass of one column for a token, never for padding.
+            chunk = max(2, chunk)
         return [
             (token_ids[:, begin:end], min(end - begin, max(0, end - self._n_columns + 1)))
             for begin in range(start, n_columns, chunk)
