@@ -17,9 +17,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ndcheck_kernels.ops.short_convolution import short_convolution_op, short_convolution_step_op
 from ndcheck_kernels.scope.refusal import refusal
 from ndcheck_kernels.scope.state import active_scope
 
@@ -110,40 +110,26 @@ def _sum_by_halves(x: torch.Tensor) -> torch.Tensor:
 
 
 def causal_conv1d(
-    x: torch.Tensor,
+    hidden_states: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """x [B, C, T], weight [C, K] -> [B, C, T]; before the first token there are zeros."""
-    return _convolve(F.pad(x, (weight.shape[1] - 1, 0)), weight, bias, activation).to(x.dtype)
+    """As `short_convolution_op`, under the names that transformers has."""
+    result: torch.Tensor = short_convolution_op(hidden_states, weight, bias, activation)
+    return result
 
 
 def causal_conv1d_update(
-    x: torch.Tensor,
+    hidden_states: torch.Tensor,
     conv_state: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """As `causal_conv1d`, after the tokens in conv_state [B, C, >= K - 1], which moves on."""
-    window = torch.cat([conv_state, x], -1)
-    conv_state.copy_(window[..., -conv_state.shape[-1] :])
-    window = window[..., -(x.shape[-1] + weight.shape[1] - 1) :]
-    return _convolve(window, weight, bias, activation).to(x.dtype)
-
-
-def _convolve(
-    window: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
-) -> torch.Tensor:
-    """[B, C, T + K - 1] -> [B, C, T]."""
-    from transformers.activations import ACT2FN
-
-    taps = weight.shape[1]
-    length = window.shape[-1] - taps + 1
-    total = window[..., :length].float() * weight[:, :1].float()
-    for tap in range(1, taps):
-        total = total + window[..., tap : tap + length].float() * weight[:, tap : tap + 1].float()
-    out = (total if bias is None else total + bias[:, None].float()).to(weight.dtype)
-    return out if activation is None else ACT2FN[activation](out)
+    """As `short_convolution_step_op`; conv_state moves on."""
+    result: torch.Tensor = short_convolution_step_op(
+        hidden_states, conv_state, weight, bias, activation
+    )
+    return result
