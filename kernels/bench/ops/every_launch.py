@@ -25,6 +25,7 @@ from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
 from ndcheck_kernels.cuda.products import block_fp8, grouped_matmul, matmul
+from ndcheck_kernels.cuda.recurrent import selective_scan
 from ndcheck_kernels.cuda.rows import (
     layer_norm,
     logits,
@@ -46,7 +47,7 @@ WIDTHS = (100, 128, 4096, 16384, 65536, 151936)
 def launches(capability: int, extent: Extent) -> Iterator[Launch]:
     """A name and a call for each; tensors are allocated and never read."""
     for dtype in device.FLOATS if extent == "all" else device.FLOATS[:1]:
-        for source in (products, experts, fp8, attentions, rows, decoder):
+        for source in (products, experts, fp8, attentions, rows, decoder, scans):
             yield from source(capability, dtype, extent)
 
 
@@ -195,6 +196,22 @@ def decoder(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
                         x, angles, angles, keys, keys, torch.tensor(0), q_weight=norm, k_weight=norm
                     ),
                 )
+
+
+def scans(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
+    """Of Nemotron-H 8B, Falcon-H1 34B and Mamba 2.8B."""
+    for heads, features, states, groups in ((128, 64, 128, 8), (32, 128, 256, 2), (5120, 1, 16, 1)):
+        x, b = (
+            torch.empty(2, 5, *shape, dtype=dtype) for shape in ((heads, features), (groups, states))
+        )
+        decays = torch.empty(heads, states) if features == 1 else torch.empty(heads)
+        state = torch.empty(2, heads, features, states)
+        yield (
+            f"selective_scan {heads}x{features}x{states}",
+            lambda x=x, b=b, decays=decays, state=state: selective_scan.selective_scan(
+                x, torch.empty(x.shape[:3]), decays, b, b, x[0, 0, :, 0], state
+            ),
+        )
 
 
 def compile_all(architecture: int | str, extent: Extent = "figures") -> dict[str, object]:

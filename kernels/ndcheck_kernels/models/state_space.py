@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ndcheck_kernels.models.gated_delta import causal_conv1d_update
 from ndcheck_kernels.ops.selective_scan import scan_op
+from ndcheck_kernels.ops.short_convolution import short_convolution_op, short_convolution_step_op
 from ndcheck_kernels.scope.refusal import refusal
 from ndcheck_kernels.scope.state import active_scope
 
@@ -164,23 +164,27 @@ def _convolve(
 ) -> torch.Tensor:
     """x [B, T, C] through the causal convolution, after what the cache holds of earlier tokens."""
     x = _without_padding(x, mask).transpose(1, 2)
-    weight = conv.weight.squeeze(1)
-    state = x.new_zeros(*x.shape[:2], weight.shape[1])
+    weight, length = conv.weight.squeeze(1), x.shape[2]
     if cache is not None:
         layer = cache.layers[mixer.layer_idx]
         if not layer.has_previous_state[0]:
-            layer.update_conv_state(state)
+            layer.update_conv_state(x.new_zeros(*x.shape[:2], weight.shape[1]))
         state = layer.conv_states[0]
-    x = causal_conv1d_update(x, state, weight, conv.bias, activation)
+        if length == 1:
+            x = short_convolution_step_op(x, state, weight, conv.bias, activation)
+            return _without_padding(x.transpose(1, 2), mask)
+        x = torch.cat([state, x], -1)
+        state.copy_(x[..., -state.shape[2] :])
+    x = short_convolution_op(x, weight, conv.bias, activation)[..., -length:]
     return _without_padding(x.transpose(1, 2), mask)
 
 
 def _recurrent_state(mixer: Any, cache: Any, x: torch.Tensor, n_states: int) -> torch.Tensor:
     """The state after the tokens before, [B, *features, N] float32, to be written in place."""
-    state = x.new_zeros(x.shape[0], *x.shape[2:], n_states, dtype=torch.float32)
-    if cache is None:
-        return state
-    layer = cache.layers[mixer.layer_idx]
-    if not layer.is_recurrent_states_initialized[0]:
+    layer = None if cache is None else cache.layers[mixer.layer_idx]
+    if layer is None or not layer.is_recurrent_states_initialized[0]:
+        state = x.new_zeros(x.shape[0], *x.shape[2:], n_states, dtype=torch.float32)
+        if layer is None:
+            return state
         layer.update_recurrent_state(state)
     return torch.as_tensor(layer.recurrent_states[0])

@@ -17,6 +17,13 @@ from ndcheck.plan.grid import N_PREFILL_CHUNKS
 from ndcheck.records import CacheState, Load
 
 
+# A state is written in place, or has no length; names, since older releases lack some.
+_COUNTED_ON_THE_DEVICE = (
+    *("StaticLayer", "DummyLayer"),
+    *("LinearAttentionLayer", "LinearAttentionAndStaticFullAttentionLayer"),
+)
+
+
 class ExactBatch:
     """A left-padded batch over a static KV cache; counts the rows of every forward pass.
 
@@ -40,7 +47,7 @@ class ExactBatch:
     def can_be_captured(self) -> bool:
         """Whether a step's work is all on the device: other caches count tokens in Python."""
         return self.device.type == "cuda" and all(
-            type(layer) is transformers.cache_utils.StaticLayer for layer in self.cache.layers
+            type(layer).__name__ in _COUNTED_ON_THE_DEVICE for layer in self.cache.layers
         )
 
     def reset(self, rows: list[list[int]]) -> None:
@@ -144,8 +151,11 @@ class ExactBatch:
         mask = self._mask
         if self._has_states:
             # Recurrent layers take the last columns of the mask for those of the input, and some
-            # that have no attention beside them all of it.
-            mask = mask[:, 0 if self._has_columns else begin : self._length]
+            # that have no attention beside them all of it. For a single token they take none, so
+            # that a captured step may have the columns of later ones.
+            is_step = self.can_be_captured and input_ids.shape[1] == 1
+            end = mask.shape[1] if is_step and self._has_columns else self._length
+            mask = mask[:, 0 if self._has_columns else begin : end]
         logits = self._model(
             input_ids=input_ids,
             attention_mask=mask,
