@@ -202,7 +202,8 @@ def scans(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launc
     """Of Nemotron-H 8B, Falcon-H1 34B and Mamba 2.8B."""
     for heads, features, states, groups in ((128, 64, 128, 8), (32, 128, 256, 2), (5120, 1, 16, 1)):
         x, b = (
-            torch.empty(2, 5, *shape, dtype=dtype) for shape in ((heads, features), (groups, states))
+            torch.empty(2, 5, *shape, dtype=dtype)
+            for shape in ((heads, features), (groups, states))
         )
         decays = torch.empty(heads, states) if features == 1 else torch.empty(heads)
         state = torch.empty(2, heads, features, states)

@@ -24,9 +24,7 @@ from ndcheck_kernels.ops.library import NAME
 from ndcheck_kernels.scope.refusal import UncoveredOpError
 
 # Layers that keep keys and values of earlier tokens, or nothing.
-_LAYER_TYPES = frozenset(
-    {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
-)
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"})
 _STATES = (gated_delta, state_space)
 _REPLACED_ATTENTION = ("BloomAttention",)
 

@@ -47,7 +47,7 @@ def replace_mixers(model: torch.nn.Module) -> None:
     for mixer in {type(module) for module in model.modules() if is_covered(module)}:
         own = mixer.forward
         if not hasattr(own, "invariant"):
-            mixer.forward = _choosing(own, _FORWARDS[mixer.__name__])  # type: ignore[method-assign]
+            mixer.forward = _choosing(own, _FORWARDS[mixer.__name__])
 
 
 def _choosing(own: Forward, invariant: Forward) -> Forward:
@@ -84,10 +84,8 @@ def _mamba2(
     B, C = (v.unflatten(-1, (mixer.n_groups, -1)) for v in (B, C))
     state = _recurrent_state(mixer, cache_params, x, B.shape[-1])
     y = scan_op(x, dt, -torch.exp(mixer.A_log.float()), B, C, mixer.D, state).flatten(2)
-    if isinstance(mixer.norm, torch.nn.Identity):  # Falcon-H1 may have none.
-        y = y * F.silu(gate)
-    else:
-        y = mixer.norm(y, gate)
+    has_norm = not isinstance(mixer.norm, torch.nn.Identity)  # Falcon-H1 may have none.
+    y = mixer.norm(y, gate) if has_norm else y * F.silu(gate)
     return torch.as_tensor(mixer.out_proj(y.to(hidden_states.dtype)))
 
 

@@ -16,7 +16,6 @@ from ndcheck.errors import UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS
 from ndcheck.records import CacheState, Load
 
-
 # A state is written in place, or has no length; names, since older releases lack some.
 _COUNTED_ON_THE_DEVICE = (
     *("StaticLayer", "DummyLayer"),

@@ -52,7 +52,7 @@ def _scan_kernel(
     if A_BY_STATE:
         a = tl.load(a_ptr + head[:, None] * N + n[None, :], mask, other=0.0)
     else:
-        a = tl.load(a_ptr + head, mask_r, other=0.0)
+        a = tl.load(a_ptr + head, mask_r, other=0.0)[:, None]
     d = tl.load(d_ptr + head, mask_r, other=0.0).to(tl.float32)
     x_ptrs = x_ptr + batch * stride_xb + row
     b_ptrs = b_ptr + batch * stride_bb + group * N + n
@@ -75,11 +75,7 @@ def _scan_kernel(
         next_b = tl.load(b_ptrs, more_n, other=0.0)
         next_c = tl.load(c_ptrs, more_n, other=0.0)
         wide = x.to(tl.float32)
-        if A_BY_STATE:
-            decay = tl.exp(dt[:, None] * a)
-        else:
-            decay = tl.exp(dt * a)[:, None]
-        state = state * decay + (dt * wide)[:, None] * b.to(tl.float32)[None, :]
+        state = state * tl.exp(dt[:, None] * a) + (dt * wide)[:, None] * b.to(tl.float32)[None, :]
         y = tl.sum(state * c.to(tl.float32)[None, :], 1) + d * wide
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask_r)
         y_ptrs += HEADS * P
@@ -96,7 +92,7 @@ def selective_scan(
     D: torch.Tensor,
     state: torch.Tensor,
 ) -> torch.Tensor:
-    """Shapes as in `ops.selective_scan`. Raises ValueError or TypeError for what it does not take."""
+    """Shapes as in `ops.selective_scan`; ValueError or TypeError for what it does not take."""
     device.require_float("selective_scan", x, B, C, D)
     batch, length, heads, features = x.shape
     groups, states = B.shape[2:]
