@@ -25,7 +25,7 @@ from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
 from ndcheck_kernels.cuda.products import block_fp8, grouped_matmul, matmul
-from ndcheck_kernels.cuda.recurrent import selective_scan
+from ndcheck_kernels.cuda.recurrent import gated_delta, selective_scan, short_convolution
 from ndcheck_kernels.cuda.rows import (
     layer_norm,
     logits,
@@ -47,7 +47,7 @@ WIDTHS = (100, 128, 4096, 16384, 65536, 151936)
 def launches(capability: int, extent: Extent) -> Iterator[Launch]:
     """A name and a call for each; tensors are allocated and never read."""
     for dtype in device.FLOATS if extent == "all" else device.FLOATS[:1]:
-        for source in (products, experts, fp8, attentions, rows, decoder, scans):
+        for source in (products, experts, fp8, attentions, rows, decoder, recurrences):
             yield from source(capability, dtype, extent)
 
 
@@ -198,19 +198,44 @@ def decoder(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
                 )
 
 
-def scans(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
-    """Of Nemotron-H 8B, Falcon-H1 34B and Mamba 2.8B."""
-    for heads, features, states, groups in ((128, 64, 128, 8), (32, 128, 256, 2), (5120, 1, 16, 1)):
-        x, b = (
-            torch.empty(2, 5, *shape, dtype=dtype)
-            for shape in ((heads, features), (groups, states))
-        )
-        decays = torch.empty(heads, states) if features == 1 else torch.empty(heads)
-        state = torch.empty(2, heads, features, states)
+def recurrences(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
+    x, weight = torch.empty(2, 5, 8192, dtype=dtype), torch.empty(8192, 4, dtype=dtype)
+    x_by_channel, window = x.transpose(1, 2), torch.empty(2, 8192, 4, dtype=dtype)
+    for bias in (None, weight[:, 0]):
         yield (
-            f"selective_scan {heads}x{features}x{states}",
-            lambda x=x, b=b, decays=decays, state=state: selective_scan.selective_scan(
-                x, torch.empty(x.shape[:3]), decays, b, b, x[0, 0, :, 0], state
+            f"short_convolution{'' if bias is None else ' with a bias'}",
+            lambda bias=bias: short_convolution.short_convolution(
+                x_by_channel, weight, bias, "silu"
+            ),
+        )
+        yield (
+            f"short_convolution_step{'' if bias is None else ' with a bias'}",
+            lambda bias=bias: short_convolution.short_convolution_step(
+                x_by_channel[..., :1], window, weight, bias, "silu"
+            ),
+        )
+    for dim in {"kinds": (128,), "figures": (128,), "all": (16, 64, 96, 128, 256)}[extent]:
+        keys, values = (torch.empty(2, 5, h, dim, dtype=dtype) for h in (16, 32))
+        state, beta = torch.empty(2, 32, dim, dim), torch.empty(2, 5, 32, dtype=dtype)
+        for decay in (torch.empty(2, 5, 32), torch.empty(2, 5, 32, dim)):
+            yield (
+                f"gated_delta_rule {dim}{' by channel' if decay.dim() == 4 else ''}",
+                lambda keys=keys, values=values, decay=decay, beta=beta, state=state: (
+                    gated_delta.gated_delta_rule(keys, keys, values, decay, beta, state, True)
+                ),
+            )
+    # Nemotron-H 8B, Falcon-H1 34B and Mamba 2.8B.
+    for heads, width, states, groups in ((128, 64, 128, 8), (32, 128, 256, 2), (5120, 1, 16, 1)):
+        rows = torch.empty(2, 5, heads, width, dtype=dtype)
+        b, scanned = (
+            torch.empty(2, 5, groups, states, dtype=dtype),
+            torch.empty(2, heads, width, states),
+        )
+        decays = torch.empty(heads, states) if width == 1 else torch.empty(heads)
+        yield (
+            f"selective_scan {heads}x{width}x{states}",
+            lambda rows=rows, b=b, decays=decays, scanned=scanned: selective_scan.selective_scan(
+                rows, torch.empty(rows.shape[:3]), decays, b, b, rows[0, 0, :, 0], scanned
             ),
         )
 

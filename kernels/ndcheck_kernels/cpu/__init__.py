@@ -6,6 +6,7 @@ import torch
 
 from ndcheck_kernels.cpu import attention as attention
 from ndcheck_kernels.cpu import block_fp8 as block_fp8
+from ndcheck_kernels.cpu import gated_delta as gated_delta
 from ndcheck_kernels.cpu import pointwise
 from ndcheck_kernels.cpu import products as products
 from ndcheck_kernels.cpu import reductions as reductions

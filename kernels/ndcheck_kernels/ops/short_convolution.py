@@ -1,7 +1,7 @@
 """The ops of a causal depthwise convolution over the last few tokens of a row.
 
-Each channel is convolved by itself: y[b, c, t] = sum over k of weight[c, k] * x[b, c, t - K + 1 + k]
-plus the bias, through `activation`: None, "silu" or its other name "swish".
+Each channel is convolved by itself, through `activation`: None, "silu" or its other name "swish":
+y[b, c, t] = bias[c] + sum over k of weight[c, k] * x[b, c, t - K + 1 + k].
 """
 
 from ndcheck_kernels.ops.library import declare

@@ -148,13 +148,11 @@ class ExactBatch:
         """Logits [rows, ``n_wanted`` last columns, vocabulary]."""
         begin, self._length = self._length, self._length + input_ids.shape[1]
         mask = self._mask
-        if self._has_states:
+        if self._has_states and not (self._has_columns and input_ids.shape[1] == 1):
             # Recurrent layers take the last columns of the mask for those of the input, and some
-            # that have no attention beside them all of it. For a single token they take none, so
-            # that a captured step may have the columns of later ones.
-            is_step = self.can_be_captured and input_ids.shape[1] == 1
-            end = mask.shape[1] if is_step and self._has_columns else self._length
-            mask = mask[:, 0 if self._has_columns else begin : end]
+            # that have no attention beside them all of it. A single token is masked by neither, and
+            # a captured step needs a mask of one size.
+            mask = mask[:, 0 if self._has_columns else begin : self._length]
         logits = self._model(
             input_ids=input_ids,
             attention_mask=mask,
