@@ -30,13 +30,13 @@ LINEAR = products(48, 96)[0]
 
 # Routing is of integers; what mixes experts, parts of sums over ranks, products of FP8 and
 # recurrences have their own proofs: test_experts.py, test_partial_products.py,
-# samplers/test_tensor_parallel.py, test_block_fp8.py and test_selective_scan.py.
+# samplers/test_tensor_parallel.py, test_block_fp8.py, test_gated_delta.py, test_selective_scan.py.
 OWN_PROOFS = {
     *("route_experts", "combine_experts", "index_add", "topk"),
     *("partial_linear", "partial_grouped", "rank_sum", "rank_gather"),
     *("block_fp8_linear", "block_fp8_grouped"),
     *("partial_block_fp8_linear", "partial_block_fp8_grouped"),
-    "selective_scan",
+    *("gated_delta_rule", "selective_scan", "short_convolution", "short_convolution_step"),
 }
 
 
