@@ -25,7 +25,7 @@ from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
 from ndcheck_kernels.cuda.products import block_fp8, grouped_matmul, matmul, mxfp4, weight_only
-from ndcheck_kernels.cuda.recurrent import gated_delta, short_convolution
+from ndcheck_kernels.cuda.recurrent import gated_delta, selective_scan, short_convolution
 from ndcheck_kernels.cuda.rows import (
     layer_norm,
     logits,
@@ -260,6 +260,20 @@ def recurrences(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator
                     gated_delta.gated_delta_rule(keys, keys, values, decay, beta, state, True)
                 ),
             )
+    # Nemotron-H 8B, Falcon-H1 34B and Mamba 2.8B.
+    for heads, width, states, groups in ((128, 64, 128, 8), (32, 128, 256, 2), (5120, 1, 16, 1)):
+        rows = torch.empty(2, 5, heads, width, dtype=dtype)
+        b, scanned = (
+            torch.empty(2, 5, groups, states, dtype=dtype),
+            torch.empty(2, heads, width, states),
+        )
+        decays = torch.empty(heads, states) if width == 1 else torch.empty(heads)
+        yield (
+            f"selective_scan {heads}x{width}x{states}",
+            lambda rows=rows, b=b, decays=decays, scanned=scanned: selective_scan.selective_scan(
+                rows, torch.empty(rows.shape[:3]), decays, b, b, rows[0, 0, :, 0], scanned
+            ),
+        )
 
 
 def compile_all(architecture: int | str, extent: Extent = "figures") -> dict[str, object]:

@@ -12,7 +12,7 @@ OP_GROUPS: dict[str, frozenset[str]] = {
         {"linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "mv", "dot", "block_fp8_linear"}
         | {"weight_only_linear"}
     ),
-    "attention": frozenset({"attention", "scaled_dot_product_attention"}),
+    "attention": frozenset({"attention", "scaled_dot_product_attention", "selective_scan"}),
 }
 
 _thread = threading.local()

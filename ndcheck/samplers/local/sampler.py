@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,8 +76,7 @@ class TransformersSampler:
         self._feeds = spec.feeds
         self._scores, self._widths = "scoring" in spec.axes, spec.widths
         self._completions = Completions()
-        self._uncaptured: set[Arm] = set()
-        self._begun: set[Arm] = set()
+        self._uncaptured, self._begun = set[Arm](), set[Arm]()
         if load_weights:
             with doing("loading the weights"):
                 self._model = load_model(source.model, config, spec, self._device, source.adapter)
@@ -85,7 +85,9 @@ class TransformersSampler:
             # Of FP8 layers on ranks nothing but the invariant arm can compute a part.
             if not (self._ranks and has_fp8_layers(self._model)):
                 with doing("comparing its batches with generate()"):
-                    self._findings = examine(self._model, self._device, paths_of(spec))
+                    own = partial(self.arm, "invariant", fuse=False)
+                    arm = own if spec.arms == ("invariant",) else None
+                    self._findings = examine(self._model, self._device, paths_of(spec), arm)
             if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
                 from ndcheck_kernels.models.decoder import join_weights
 

@@ -14,6 +14,7 @@ from ndcheck_kernels.ops import (
     gated_delta,
     mxfp4,
     products,
+    selective_scan,
     short_convolution,
     weight_only,
 )
@@ -27,6 +28,7 @@ CODES, SCALES = WEIGHT.to(torch.float8_e4m3fn), torch.ones(1, 1)
 BY_EXPERT = (ROWS, CODES.expand(2, 3, 4).contiguous(), SCALES.expand(2, 1, 1), ENDS)
 TOKENS, GATES = torch.ones(1, 2, 1, 4), torch.zeros(1, 2, 1)
 DELTA = (TOKENS, TOKENS, TOKENS, GATES, GATES, torch.zeros(1, 1, 4, 4), True)
+SCAN = (TOKENS, GATES, -torch.ones(1), TOKENS, TOKENS, torch.ones(1), torch.zeros(1, 1, 4, 4))
 TOKEN, TAPS = torch.ones(1, 3, 1), torch.ones(3, 2)
 
 CALLS = {
@@ -53,6 +55,7 @@ CALLS = {
         ),
     ),
     "gated_delta_rule": (gated_delta.gated_delta_op, DELTA),
+    "selective_scan": (selective_scan.scan_op, SCAN),
     "short_convolution": (short_convolution.short_convolution_op, (TOKEN, TAPS)),
     "short_convolution_step": (
         short_convolution.short_convolution_step_op,
