@@ -28,8 +28,8 @@ ROWS = (1, 2, 3, 17, 40)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LINEAR = products(48, 96)[0]
 
-# Routing is of integers; what mixes experts, parts of sums over ranks, products of FP8 and integers,
-# and recurrences have their own proofs: test_experts.py, test_partial_products.py,
+# Routing is of integers; what mixes experts, parts of sums over ranks, products of FP8 and of
+# integers, and recurrences have their own proofs: test_experts.py, test_partial_products.py,
 # samplers/test_tensor_parallel.py, test_block_fp8.py, test_weight_only.py, test_gated_delta.py,
 # test_selective_scan.py.
 OWN_PROOFS = {
