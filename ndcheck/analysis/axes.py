@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ndcheck.analysis.feeding import count_fed
 from ndcheck.analysis.statistics import clopper_pearson, fisher_exact
-from ndcheck.analysis.summary import AxisFinding, Draw
+from ndcheck.analysis.summary import AxisFinding, Counts, Draw
 from ndcheck.analysis.trials import Trials, purpose_code
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import AXES, Axis
@@ -67,20 +67,28 @@ def _tell_apart(finding: AxisFinding, repeats: AxisFinding, confidence: float) -
 
     Where loads repeat themselves, and one that diverged did so again, they are the axis's. So they
     are where Fisher's exact test tells their rate from that of repeats. Where repeats of equal
-    loads differ too, nothing is laid to another axis.
+    loads differ too, the test is made of the probe alone, if its repeats agree: chance may need a
+    batch. Else nothing is laid to another axis.
     """
     if not finding.diverged_trials and not finding.latent_trials:
         return finding
-    told_apart = False
     if not repeats.diverged_trials and (finding.diverged_trials or not repeats.latent_trials):
-        # Bits count as well where repeats agree in them.
-        n_differing = finding.diverged_trials + finding.latent_trials * _agrees(repeats)
-        p = fisher_exact(n_differing, finding.n_trials, 0, repeats.n_trials)
-        told_apart = finding.n_confirmed > 0 or p < 1 - confidence
-    if told_apart:
-        return replace(finding, told_apart=True)
+        here, there = finding.all_trials, repeats.all_trials
+        if finding.n_confirmed or _p_value(here, there) < 1 - confidence:
+            return replace(finding, told_apart=True)
+    told_apart = (
+        not repeats.alone.diverged_trials
+        and _p_value(finding.alone, repeats.alone) < 1 - confidence
+    )
     # What may be chance has no rate along the axis.
-    return replace(finding, told_apart=False, rate=None, rate_ci_low=None, rate_ci_high=None)
+    return replace(finding, told_apart=told_apart, rate=None, rate_ci_low=None, rate_ci_high=None)
+
+
+def _p_value(tried: Counts, repeated: Counts) -> float:
+    """That trials differ as often as repeats, of which none diverged in tokens."""
+    # Bits count as well where repeats agree in them.
+    n_differing = tried.diverged_trials + (0 if repeated.latent_trials else tried.latent_trials)
+    return fisher_exact(n_differing, tried.n_trials, 0, repeated.n_trials)
 
 
 def _judge_axis(
@@ -176,6 +184,8 @@ def _judge(
         drawn = trials.is_planned_repeat
     draws = trials.count_draws(by_load, drawn, diverged & drawn, latent & drawn)
     n_tried, n_diverged, n_latent = map(trials.per_group, (tried, diverged, latent))
+    is_alone = trials.column("batch_size") == 1
+    alone = [trials.per_group(is_alone & each) for each in (tried, diverged, latent)]
     of_axis = np.where(n_diverged[trials.group] > 0, diverged, latent)
     nothing = np.zeros(len(trials), np.bool_)
     all_loads = np.ones(trials.n_groups, np.bool_)
@@ -186,7 +196,7 @@ def _judge(
     nothing_found = cache(partial(_nothing_found, axis))
     findings = []
     for group, (is_load, n_trials, n, k, n_bits, *counts) in enumerate(
-        np.stack((by_load, n_tried, *draws, n_diverged, n_latent, confirmed), axis=1).tolist()
+        np.stack((by_load, n_tried, *draws, n_diverged, n_latent, confirmed, *alone), 1).tolist()
     ):
         draw: Draw = "load" if is_load else "trial"
         if not n_trials and not n:
@@ -212,6 +222,7 @@ def _judge(
                 told_apart=None,
                 first_latent_min=first_latent.get(group),
                 batch_sizes_latent=sizes_latent.get(group, ()),
+                alone=Counts(*counts[3:]),
             )
         )
     return findings

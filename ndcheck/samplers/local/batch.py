@@ -16,6 +16,12 @@ from ndcheck.errors import UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS
 from ndcheck.records import CacheState, Load
 
+# A state is written in place, or has no length; names, since older releases lack some.
+_COUNTED_ON_THE_DEVICE = (
+    *("StaticLayer", "DummyLayer"),
+    *("LinearAttentionLayer", "LinearAttentionAndStaticFullAttentionLayer"),
+)
+
 
 class ExactBatch:
     """A left-padded batch over a static KV cache; counts the rows of every forward pass.
@@ -40,7 +46,7 @@ class ExactBatch:
     def can_be_captured(self) -> bool:
         """Whether a step's work is all on the device: other caches count tokens in Python."""
         return self.device.type == "cuda" and all(
-            type(layer) is transformers.cache_utils.StaticLayer for layer in self.cache.layers
+            type(layer).__name__ in _COUNTED_ON_THE_DEVICE for layer in self.cache.layers
         )
 
     def reset(self, rows: list[list[int]]) -> None:
@@ -116,6 +122,9 @@ class ExactBatch:
         chunk = -(-(n_columns - start) // n_chunks)
         if cache_state == "chunked" and cut is not None:
             chunk = cut
+        if self._has_states and bool(self._pads.any()):
+            # Recurrent layers take a pass of one column for a token, never for padding.
+            chunk = max(2, chunk)
         return [
             (token_ids[:, begin:end], min(end - begin, max(0, end - self._n_columns + 1)))
             for begin in range(start, n_columns, chunk)
@@ -139,9 +148,10 @@ class ExactBatch:
         """Logits [rows, ``n_wanted`` last columns, vocabulary]."""
         begin, self._length = self._length, self._length + input_ids.shape[1]
         mask = self._mask
-        if self._has_states:
+        if self._has_states and not (self._has_columns and input_ids.shape[1] == 1):
             # Recurrent layers take the last columns of the mask for those of the input, and some
-            # that have no attention beside them all of it.
+            # that have no attention beside them all of it. A single token is masked by neither, and
+            # a captured step needs a mask of one size.
             mask = mask[:, 0 if self._has_columns else begin : self._length]
         logits = self._model(
             input_ids=input_ids,
