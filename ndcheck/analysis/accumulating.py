@@ -84,7 +84,12 @@ def collect(samples: Iterable[Sample], spec: RunSpec) -> tuple[NDArray[np.void],
     if isinstance(samples, Iterator):
         samples = list(samples)
     rows, groups = _collect(samples, spec, {})
-    commonest = {key: group.commonest_alone(rows) for key, group in groups.items()}
+    completions = rows["completion"][np.argsort(rows["group"], kind="stable")]
+    ends = np.cumsum(np.bincount(rows["group"], minlength=len(groups)))
+    commonest = {
+        key: group.commonest_alone(own)
+        for (key, group), own in zip(groups.items(), np.split(completions, ends[:-1]), strict=True)
+    }
     chosen = {key: sample for key, sample in commonest.items() if sample is not None}
     if any(not groups[key].starts_from(sample) for key, sample in chosen.items()):
         rows, groups = _collect(samples, spec, chosen)
@@ -211,16 +216,19 @@ class Group:
         }
         return tuple(axis for axis, is_caught in kinds.items() if is_caught)
 
-    def commonest_alone(self, rows: NDArray[np.void]) -> Sample | None:
+    def commonest_alone(self, completions: NDArray[np.int32]) -> Sample | None:
         """The first sample with the commonest completion, and bits, of the probe alone.
 
         Where chance may have decided which one that is (see `is_settled`), it is the one of them
-        that all of the group's ``rows`` gave most often, then the earliest.
+        that all of the group's rows, of which these are the ``completions``, gave most often, then
+        the earliest.
         """
         if not self._alone:
             return None
-        own = rows["completion"][rows["group"] == self.number]
-        in_all = np.bincount(own[own >= 0], minlength=len(self.interner))
+        if len(self._alone) == 1:
+            (first,) = self._alone_samples.values()
+            return first
+        in_all = np.bincount(completions[completions >= 0], minlength=len(self.interner))
         alone: Counter[int] = Counter()
         for (number, *_), n in self._alone.items():
             alone[number] += n
