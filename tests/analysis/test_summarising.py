@@ -264,8 +264,7 @@ RUNS = st.lists(
 )
 
 
-@given(RUNS, st.randoms())
-def test_the_order_of_the_stream_does_not_matter(build, trials, random):
+def samples_of(build, trials):
     samples = [build.reference("aba")]
     for trial_id, rows in enumerate(trials, 1):
         load = Load(len(rows), tuple(range(len(rows))))
@@ -281,6 +280,12 @@ def test_the_order_of_the_stream_does_not_matter(build, trials, random):
             )
             for slot, (text, moved) in enumerate(rows)
         ]
+    return samples
+
+
+@given(RUNS, st.randoms())
+def test_the_order_of_the_stream_does_not_matter(build, trials, random):
+    samples = samples_of(build, trials)
     order = list(range(len(samples)))
     random.shuffle(order)
     straight = summarise(samples, build.spec)
@@ -317,3 +322,23 @@ def test_outcomes_equal_brute_force(build, trials):
     assert probe.diverged_trials == sum(diverged)
     assert probe.latent_trials == sum(m and not d for m, d in zip(moved, diverged, strict=True))
     assert probe.n_samples == sum(c.count for c in probe.completions) == len(samples)
+
+
+@given(st.lists(RUNS, min_size=1, max_size=4))
+def test_a_probe_among_others_is_summarised_as_by_itself(build, runs):
+    """Groups are found all at once: none may show in another."""
+    of_probe = {
+        f"p{i}": [replace(sample, probe_id=f"p{i}") for sample in samples_of(build, trials)]
+        for i, trials in enumerate(runs)
+    }
+    samples = [sample for own in of_probe.values() for sample in own]
+    spec = replace(build.spec, probes=tuple(Probe(name, "x") for name in of_probe))
+    together = {(p.arm, p.probe_id): p for p in summarise(samples, spec).probes}
+    for name, own in of_probe.items():
+        alone = summarise(own, replace(spec, probes=(Probe(name, "x"),)))
+        for probe in alone.probes:
+            other = together[probe.arm, name]
+            assert list(map(str, other.completions)) == list(map(str, probe.completions))
+            assert replace(other, completions=(), tree=None) == replace(
+                probe, completions=(), tree=None
+            )

@@ -54,7 +54,7 @@ def test_the_tree_counts_tokens_from_one(failing) -> None:
 
 
 def test_every_prompt_that_fails_has_a_command_of_its_own(failing, passing) -> None:
-    def screen_of(*examples, messages=()) -> str:
+    def screen_of(*examples, messages=(), width=80) -> str:
         prompts = [(f"p{i}", f"prompt{i}") for i in range(1, len(examples) + 1)]
         spec = replace(failing.run.spec, probes=tuple(Probe(*p, messages) for p in prompts))
         run = replace(failing.run, spec=spec)
@@ -63,13 +63,16 @@ def test_every_prompt_that_fails_has_a_command_of_its_own(failing, passing) -> N
             for each, (name, _) in zip(examples, prompts, strict=True)
         ]
         summary = replace(failing.summary, probes=tuple(probes))
-        return screen(replace(failing, run=run, summary=summary, judgement=judge(run, summary)))
+        judgement = judge(run, summary)
+        return screen(replace(failing, run=run, summary=summary, judgement=judgement), width)
 
     shown = screen_of(failing, passing, failing)
     for i in (1, 3):
         after = shown.partition(f"p{i} fails; measure it alone:\n")[2]
         assert after.startswith(f"  ndcheck run --prompt prompt{i} ")
     assert "p2 fails" not in shown
+    # Where it would be broken, the report beside it has it.
+    assert "To measure p1, p3\n" in screen_of(failing, passing, failing, width=20)
     assert "alone:" not in screen_of(failing)
     # An option would hold the last message alone, which is another prompt.
     turns = (Message("user", "hi"), Message("assistant", "yes"), Message("user", "prompt"))

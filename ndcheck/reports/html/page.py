@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from ndcheck.findings import Findings
-from ndcheck.judging.verdict import NOT_TOLD_APART, fed_details
+from ndcheck.judging.verdict import NOT_TOLD_APART
 from ndcheck.records import AXES, Arm, Run, RunSpec
 from ndcheck.reports.document import published
 from ndcheck.reports.figures import ArmFigures
@@ -82,7 +82,6 @@ def _environment() -> jinja2.Environment:
     environment.globals["phrases"] = phrases
     environment.globals["axes"] = AXES
     environment.globals["not_told_apart"] = NOT_TOLD_APART
-    environment.globals["fed_details"] = fed_details
     environment.globals["meanings"] = METRIC_MEANINGS
     environment.filters |= {
         "load_matrix": load_matrix,

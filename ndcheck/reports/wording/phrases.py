@@ -154,13 +154,23 @@ def load_name(purpose: Purpose, load: Load | LoadFinding) -> str:
 
 
 def fed_notes(probes: Sequence[ProbeSummary], *, with_arm: bool) -> list[str]:
-    """What the properties say of tokens that were fed again, a line each."""
-    return [
-        f"{probe.arm} {line}" if with_arm else line
-        for probe in probes
-        for finding in probe.axes
-        for line in fed_details(finding)
-    ]
+    """What the properties say of tokens that were fed again, a line each; where all of them are the
+    same, one line."""
+    notes = []
+    for probe in probes:
+        alike: dict[str, int] = {}
+        for finding in probe.axes:
+            fed = finding.tokens
+            if fed and not fed.n_other_bits and not fed.n_other_tokens:
+                alike |= {finding.axis: fed.n_tokens} if fed.n_tokens else {}
+                continue
+            details = fed_details(finding)
+            notes += [f"{probe.arm} {line}" if with_arm else line for line in details]
+        if alike:
+            tokens = count(sum(alike.values()), "token")
+            line = f"{' and '.join(alike)}: {tokens} fed again, all with the same bits"
+            notes.append(f"{probe.arm} {line}" if with_arm else line)
+    return notes
 
 
 def speed(tokens_per_s: float | None) -> str:

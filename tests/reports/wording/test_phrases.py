@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from ndcheck.analysis.summary import FedTokens
 from ndcheck.records import Endpoint
 from ndcheck.reports.figures import gather
 from ndcheck.reports.html.page import html_report
@@ -134,3 +135,21 @@ def test_a_server_that_fails_gets_its_own_remedy(failing, server, remedy) -> Non
     found = remedies(replace(failing, run=run), DEFAULTS, "", 100)
     assert any(remedy in each.reason for each in found)
     assert not any("--kernels" in " ".join(each.command) for each in found)
+
+
+def test_tokens_fed_again_that_are_all_the_same_take_one_line(two_arms) -> None:
+    """Of a property with other bits the numbers are told."""
+
+    def notes(*bits: int, with_arm: bool = False) -> list[str]:
+        probe = two_arms.summary.probes[0]
+        axes = tuple(
+            replace(probe.axes[0], axis=axis, tokens=FedTokens(100, n_bits, 0))
+            for axis, n_bits in zip(("width", "scoring"), bits, strict=True)
+        )
+        return phrases.fed_notes([replace(probe, arm="stock", axes=axes)], with_arm=with_arm)
+
+    assert notes(0, 0) == ["width and scoring: 200 tokens fed again, all with the same bits"]
+    assert notes(3, 0, with_arm=True) == [
+        "stock width: of 100 tokens fed again, 0 would be others and 3 have other bits",
+        "stock scoring: 100 tokens fed again, all with the same bits",
+    ]
