@@ -63,8 +63,11 @@ def find(run: Run, samples: Iterable[Sample]) -> Findings:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Samples hold no cycles: to look for some among a million takes as long as to read them."""
+def uncollected() -> Iterator[None]:
+    """Samples hold no cycles: to look for some among a million takes as long as to read them.
+
+    What is done with them, and makes few objects, may be within it as well.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -78,6 +81,6 @@ def read_findings(directory: Path) -> Findings:
     """Read a run's directory, summarise and judge. Raises UsageError if it holds no run."""
     run = read_run(directory)
     samples = SampleReader(directory, run)
-    with _uncollected():
+    with uncollected():
         found = find(run, samples)
     return replace(found, directory=directory, bad_lines=tuple(samples.bad_lines))

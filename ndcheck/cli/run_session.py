@@ -20,7 +20,7 @@ from ndcheck.cli.console import EXIT_CODES, INTERRUPTED, note, note_bad_lines
 from ndcheck.cli.progress import ActivityLine, ProgressLine
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import NdcheckError, TrialError, UsageError, doing
-from ndcheck.findings import read_findings
+from ndcheck.findings import read_findings, uncollected
 from ndcheck.plan.conversations import as_messages
 from ndcheck.plan.coverage import samples_to_try_all, untried_axes
 from ndcheck.ranks import check_ranks, rank
@@ -218,9 +218,10 @@ def report(path: Path, *, as_json: bool, html: bool = False, plots: bool = False
     from rich.console import Console
 
     check_plots(wanted=plots)
-    findings = read_findings(path)
-    note_bad_lines(findings.bad_lines)
-    write_reports(findings, DEFAULTS, html=html, plots=plots)
+    with uncollected():
+        findings = read_findings(path)
+        note_bad_lines(findings.bad_lines)
+        write_reports(findings, DEFAULTS, html=html, plots=plots)
     if html:
         note(f"wrote {path / 'report.html'}")
     if plots:
