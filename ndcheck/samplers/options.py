@@ -165,16 +165,21 @@ def parse_scheduled_axes(values: str | Sequence[str]) -> tuple[Axis, ...]:
 
 
 def parse_widths(values: str | Sequence[object] | None) -> tuple[int, ...]:
-    """``"2,4,8"`` as ascending numbers of tokens. Raises UsageError unless distinct, from 2 on."""
+    """``"2,4-8"`` as ascending numbers of tokens. Raises UsageError unless distinct, from 2 on."""
     if values is None:
         return DEFAULTS.widths
     widths: list[int] = []
     for part in map(str.strip, join(values).split(",")):
-        if not re.fullmatch(r"[0-9]{1,4}", part) or not 2 <= int(part) <= MAX_WIDTH:
-            raise UsageError(f"--widths: {part!r:.20} is not a number from 2 to {MAX_WIDTH}")
-        if int(part) in widths:
-            raise UsageError(f"--widths: {int(part)} is given twice")
-        widths.append(int(part))
+        found = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 2 <= first <= last <= MAX_WIDTH:
+            raise UsageError(
+                f"--widths: {part!r:.20} is not a number, or a range, from 2 to {MAX_WIDTH}"
+            )
+        for width in range(first, last + 1):
+            if width in widths:
+                raise UsageError(f"--widths: {width} is given twice")
+            widths.append(width)
     return tuple(sorted(widths))
 
 

@@ -11,10 +11,11 @@ import pytest
 
 from ndcheck.cli import completion
 from ndcheck.cli.commands.order import OPS
+from ndcheck.errors import UsageError
 from ndcheck.explain.order.reductions import REDUCTIONS
 from ndcheck.mock_server.faults import FAULTS
 from ndcheck.records import AXES
-from ndcheck.samplers.options import parse_batch_sizes
+from ndcheck.samplers.options import parse_batch_sizes, parse_widths
 
 RUNS = Path(__file__).parents[1] / "runs"
 
@@ -104,6 +105,13 @@ def test_a_hub_that_does_not_answer_is_one_line(ndcheck_here, monkeypatch):
 )
 def test_ranges_of_batch_sizes(text, sizes):
     assert parse_batch_sizes(text) == sizes
+
+
+def test_ranges_of_widths():
+    assert parse_widths("16,2-5") == (2, 3, 4, 5, 16)
+    for wrong in ("5-2", "1-4", "2-1025", "2-3-4", "-3", "2,2-3"):
+        with pytest.raises(UsageError, match="--widths"):
+            parse_widths(wrong)
 
 
 @pytest.mark.parametrize("options", [("-p", "-"), ("--prompt", "-"), ("--prompts-file", "-")])
