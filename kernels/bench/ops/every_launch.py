@@ -24,7 +24,7 @@ from bench.ops.matmul_cells import SHAPES
 from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
-from ndcheck_kernels.cuda.products import block_fp8, grouped_matmul, matmul
+from ndcheck_kernels.cuda.products import block_fp8, grouped_matmul, matmul, row_fp8
 from ndcheck_kernels.cuda.rows import (
     layer_norm,
     logits,
@@ -113,6 +113,11 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
     yield "quantise_rows at places", lambda: quantise.quantise_rows(x, torch.arange(5))
     yield "silu_mul_quantise", lambda: quantise.silu_mul_quantise(x, x)
     yield "rms_norm_quantise", lambda: quantise.rms_norm_quantise(x, x[0], 1e-6)
+    yield "quantise_whole_rows", lambda: quantise.quantise_whole_rows(x)
+    yield (
+        "quantise_whole_rows by a scale",
+        lambda: quantise.quantise_whole_rows(x, torch.empty(600)),
+    )
     codes, row_scales = torch.empty(600, 2048, dtype=torch.float8_e4m3fn), torch.empty(16, 600).t()
     weight = torch.empty(16, 1536, 2048, dtype=torch.float8_e4m3fn)
     scales, ends = torch.empty(16, 12, 16), torch.empty(16, dtype=torch.int32)
@@ -124,10 +129,22 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
                     codes, row_scales, weight[0], scales[0], c, dtype, config
                 ),
             )
+            yield (
+                f"row_fp8 {config}",
+                lambda c=c, config=config: row_fp8._launch(
+                    codes, row_scales[:, 0], weight[0], scales[0], c, dtype, config
+                ),
+            )
         yield (
             f"grouped block_fp8 {config}",
             lambda config=config: block_fp8._launch_grouped(
                 codes, row_scales, weight, scales, ends, dtype, config
+            ),
+        )
+        yield (
+            f"grouped row_fp8 {config}",
+            lambda config=config: row_fp8._launch_grouped(
+                codes, row_scales[:, 0], weight, scales[..., 0], ends, dtype, config
             ),
         )
 

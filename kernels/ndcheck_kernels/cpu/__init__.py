@@ -10,6 +10,7 @@ from ndcheck_kernels.cpu import pointwise
 from ndcheck_kernels.cpu import products as products
 from ndcheck_kernels.cpu import reductions as reductions
 from ndcheck_kernels.cpu import routing as routing
+from ndcheck_kernels.cpu import row_fp8 as row_fp8
 from ndcheck_kernels.ops.complex_numbers import register_complex
 
 register_complex(

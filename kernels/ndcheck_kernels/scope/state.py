@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 # What `Scope.missing` understands beside op names: one of the ops must have fired.
 OP_GROUPS: dict[str, frozenset[str]] = {
     "gemm": frozenset(
-        {"linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "mv", "dot", "block_fp8_linear"}
+        {
+            *("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "mv", "dot"),
+            *("block_fp8_linear", "row_fp8_linear"),
+        }
     ),
     "attention": frozenset({"attention", "scaled_dot_product_attention"}),
 }

@@ -25,13 +25,12 @@ from ndcheck.samplers import options
 from ndcheck.samplers.local.checkpoint.adapters import merge_adapter
 from ndcheck.samplers.local.checkpoint.bounds import bounded
 from ndcheck.samplers.local.checkpoint.files import ACCEPTED, CONFIG, check_config, count_elements
+from ndcheck.samplers.local.checkpoint.fp8_layouts import FP8, kept_fp8
 from ndcheck.samplers.local.checkpoint.gguf_file import SUFFIX, read_gguf_head
 from ndcheck.samplers.local.checkpoint.quantised import (
-    FP8,
     Quantisation,
     check_quantisation,
     forget_quantisation,
-    kept_fp8,
     loading_options,
     prepare_stock,
     put_fp8_layers,
@@ -156,6 +155,7 @@ def load_model(
         stored = _count_elements(source)
     found = None if source.endswith(SUFFIX) else read_quantisation(config)
     check_quantisation(source, found, spec)
+    options_of_weights = loading_options(config, found, spec)
     if spec.dequantise:
         config = copy.deepcopy(config)
         forget_quantisation(config)
@@ -170,7 +170,7 @@ def load_model(
     if source.endswith(SUFFIX):
         options |= dequantised()
         dtype = DTYPES.get(spec.dtype, config.dtype)
-    options |= loading_options(found, spec)
+    options |= options_of_weights
     with _one_line_errors(source, "its weights and generation_config.json"), kept_fp8():
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             **_place(source),

@@ -34,7 +34,7 @@ LINEAR = products(48, 96)[0]
 OWN_PROOFS = {
     *("route_experts", "combine_experts", "index_add", "topk"),
     *("partial_linear", "partial_grouped", "rank_sum", "rank_gather"),
-    *("block_fp8_linear", "block_fp8_grouped"),
+    *("block_fp8_linear", "block_fp8_grouped", "row_fp8_linear", "row_fp8_grouped"),
     *("partial_block_fp8_linear", "partial_block_fp8_grouped"),
 }
 

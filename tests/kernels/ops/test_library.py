@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.ops import attention, block_fp8, collectives, experts, products
+from ndcheck_kernels.ops import attention, block_fp8, collectives, experts, products, row_fp8
 
 HEADS = torch.ones(1, 1, 2, 4)
 ROWS, WEIGHT = torch.ones(2, 4), torch.ones(3, 4)
@@ -26,6 +26,8 @@ CALLS = {
     "block_fp8_grouped": (block_fp8.grouped_op, BY_EXPERT),
     "partial_block_fp8_linear": (block_fp8.partial_linear_op, (ROWS, CODES, SCALES)),
     "partial_block_fp8_grouped": (block_fp8.partial_grouped_op, BY_EXPERT),
+    "row_fp8_linear": (row_fp8.linear_op, (ROWS, CODES, SCALES[0])),
+    "row_fp8_grouped": (row_fp8.grouped_op, (*BY_EXPERT[:2], torch.ones(2, 1), ENDS)),
     # An empty part asks no group of ranks.
     "rank_sum": (collectives.rank_sum_op, (torch.ones(0), "no group")),
 }

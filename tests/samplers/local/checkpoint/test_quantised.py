@@ -27,7 +27,6 @@ BLOCKS = {
 }
 LAYOUTS = {
     "static rows": {**BLOCKS, "activation_scheme": "static"},
-    "one scale": {**BLOCKS, "weight_block_size": None},
     "other blocks": {**BLOCKS, "weight_block_size": [64, 64]},
     "powers of two": {**BLOCKS, "scale_fmt": "ue8m0"},
     "mxfp4": {"quant_method": "mxfp4"},
@@ -40,7 +39,6 @@ LAYOUTS = {
 }
 NAMES = {
     "static rows": r"FP8 in blocks of \[128, 128\], static rows",
-    "one scale": "FP8 with one scale a tensor",
     "other blocks": r"FP8 in blocks of \[64, 64\]",
     "powers of two": r"FP8 in blocks of \[128, 128\], dynamic rows, ue8m0 scales",
     "gptq": "gptq of 4 bits",
