@@ -274,6 +274,8 @@ def shrink(
 
     if spec.random_weights is not None and spec.tp_groups is not None:
         raise UsageError("--tp-groups draws random weights that no short script can make: leave it")
+    if spec.kv_cache_dtype != "auto":
+        raise UsageError("no short script keeps keys and values as FP8: shrink a run without")
     is_fp8 = getattr(sampler.model.config, "quantization_config", None) is not None
     if spec.dequantise or (spec.random_weights is not None and is_fp8):
         raise UsageError("no short script can make these weights: shrink a run of stored ones")

@@ -59,6 +59,7 @@ class TransformersSampler:
         self._arrivals = spec.arrivals if spec.batching == "continuous" else None
         self._source = source = find_source(spec)
         self._tp_groups = spec.tp_groups
+        self._cache_dtype = spec.kv_cache_dtype
         self._probes = {probe.probe_id: probe for probe in spec.probes}
         self._decoding = spec.decoding
         self._device = choose_device(spec.device)
@@ -113,9 +114,12 @@ class TransformersSampler:
 
     def open_batch(self, rows: list[list[int]], max_tokens: int) -> ExactBatch:
         """A batch of these prompts, before its prefill."""
-        batch = ExactBatch(self._model, self._device, len(rows), max(map(len, rows)) + max_tokens)
+        batch = self._open_batch(len(rows), max(map(len, rows)) + max_tokens)
         batch.reset(rows)
         return batch
+
+    def _open_batch(self, n_rows: int, width: int) -> ExactBatch:
+        return ExactBatch(self._model, self._device, n_rows, width, self._cache_dtype)
 
     def decode(self, token_id: int) -> str:
         """The text of one token."""
@@ -182,7 +186,7 @@ class TransformersSampler:
         def try_rows(n_rows: int) -> None:
             for arm in self._arms:
                 with self.arm(arm, fuse=self._arrivals is None):
-                    batch = ExactBatch(self._model, self._device, n_rows, width)
+                    batch = self._open_batch(n_rows, width)
                     batch.reset([[0] * n_prompt] * n_rows)
                     read_step(batch.compute_prompt("whole"), decoding, None)
 
@@ -391,7 +395,7 @@ class TransformersSampler:
         if steps is None:
             while len(self._captured) >= MOST_CAPTURED:
                 del self._captured[next(iter(self._captured))]
-            batch = ExactBatch(self._model, self._device, len(rows), width)
+            batch = self._open_batch(len(rows), width)
             steps = DecodeSteps(batch, decoding, captures=arm not in self._uncaptured)
         if steps.batch.can_be_captured:
             self._captured[key] = steps  # Last in, as the most recently used.

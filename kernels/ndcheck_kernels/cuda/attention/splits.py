@@ -138,8 +138,9 @@ def attend_range(
 ):  # fmt: skip
     """The blocks of keys from `first` to `last`; MASKED where a query might not see them all."""
     for n in range(first, last, BLOCK_KV):
-        k = load_kv(k_ptr, n, end, stride_kn, BLOCK_KV, DIM, D, MASKED)
-        v = load_kv(v_ptr, n, end, stride_vn, BLOCK_KV, DIM_V, DV, MASKED)
+        # Codes of an FP8 cache are numbers of every dtype here.
+        k = load_kv(k_ptr, n, end, stride_kn, BLOCK_KV, DIM, D, MASKED).to(q.dtype)
+        v = load_kv(v_ptr, n, end, stride_vn, BLOCK_KV, DIM_V, DV, MASKED).to(q.dtype)
         columns = n + tl.arange(0, BLOCK_KV)[None, :]
         mask = columns <= positions[:, None]
         if WINDOWED:
