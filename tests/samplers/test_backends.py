@@ -216,7 +216,12 @@ HERE = some(
 SPECS = {
     "exact": HERE,
     "continuous": st.builds(
-        lambda options, when: {**options, "batching": "continuous", **when},
+        lambda options, when: {
+            **options,
+            "kv_cache_dtype": "auto",
+            "batching": "continuous",
+            **when,
+        },
         HERE,
         some(arrivals=arrivals("step")),
     ),

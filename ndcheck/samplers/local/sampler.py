@@ -114,12 +114,10 @@ class TransformersSampler:
 
     def open_batch(self, rows: list[list[int]], max_tokens: int) -> ExactBatch:
         """A batch of these prompts, before its prefill."""
-        batch = self._open_batch(len(rows), max(map(len, rows)) + max_tokens)
+        width = max(map(len, rows)) + max_tokens
+        batch = ExactBatch(self._model, self._device, len(rows), width, self._cache_dtype)
         batch.reset(rows)
         return batch
-
-    def _open_batch(self, n_rows: int, width: int) -> ExactBatch:
-        return ExactBatch(self._model, self._device, n_rows, width, self._cache_dtype)
 
     def decode(self, token_id: int) -> str:
         """The text of one token."""
@@ -186,8 +184,7 @@ class TransformersSampler:
         def try_rows(n_rows: int) -> None:
             for arm in self._arms:
                 with self.arm(arm, fuse=self._arrivals is None):
-                    batch = self._open_batch(n_rows, width)
-                    batch.reset([[0] * n_prompt] * n_rows)
+                    batch = self.open_batch([[0] * n_prompt] * n_rows, width - n_prompt)
                     read_step(batch.compute_prompt("whole"), decoding, None)
 
         n_scored = decoding.max_tokens if self._scores else 1
@@ -395,7 +392,7 @@ class TransformersSampler:
         if steps is None:
             while len(self._captured) >= MOST_CAPTURED:
                 del self._captured[next(iter(self._captured))]
-            batch = self._open_batch(len(rows), width)
+            batch = self.open_batch(rows, decoding.max_tokens)
             steps = DecodeSteps(batch, decoding, captures=arm not in self._uncaptured)
         if steps.batch.can_be_captured:
             self._captured[key] = steps  # Last in, as the most recently used.
