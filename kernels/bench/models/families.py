@@ -64,6 +64,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_next",
         _HYBRID | {"num_experts": 8, "shared_expert_intermediate_size": 48} | _EXPERTS,
     ),
+    "OLMo Hybrid": ("olmo_hybrid", _HYBRID),
+    "Kimi Linear (hybrid, MLA)": (
+        "kimi_linear",
+        {
+            "layer_types": _HYBRID["layer_types"],
+            "linear_num_heads": 4,
+            "linear_head_dim": 16,
+            "mlp_layer_types": ["dense", "sparse"],
+            "num_experts": 8,
+            "num_experts_per_token": 2,
+            "moe_intermediate_size": 48,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "num_key_value_heads": 4,
+        },
+    ),
     "Llama 3": (
         "llama",
         {

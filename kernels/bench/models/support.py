@@ -81,21 +81,26 @@ def measure(
             arms=(arm,),
             device=device,
         )
-        sampler = TransformersSampler(spec)
-        lengths = {"p1": sampler.count_tokens(grid.prompt)}
-        refused = dict(sampler.refused_axes)
-        spec = replace(spec, axes=tuple(axis for axis in axes if axis not in refused))
-        trials = plan_trials(spec, lengths, sampler.context, cache_states=sampler.cache_states)
-        here = environment.capture(sampler.describe())
-        run = Run(family, __version__, spec, here, started_at="", n_trials_planned=len(trials))
-        with closing(RunDirectory.create(path, run)) as directory:
-            try:
-                run_trials(trials, sampler, directory)
-            except BackendError as error:
-                return {"refused": str(error).removeprefix("invariant arm: ").split(". Run")[0]}
-        findings = read_findings(path)
-        (summary,), (verdict,) = findings.summary.probes, findings.judgement.probes
-        return {
+        return run_loads(TransformersSampler(spec), spec, path)[arm]
+
+
+def run_loads(sampler: TransformersSampler, spec: RunSpec, path: Path) -> dict[Arm, dict[str, Any]]:
+    """By arm its outcomes by property, or the line that refuses the model."""
+    (probe,), refused = spec.probes, dict(sampler.refused_axes)
+    lengths = {probe.probe_id: sampler.count_tokens(probe.content)}
+    spec = replace(spec, axes=tuple(axis for axis in spec.axes if axis not in refused))
+    trials = plan_trials(spec, lengths, sampler.context, cache_states=sampler.cache_states)
+    here = environment.capture(sampler.describe())
+    run = Run(path.name, __version__, spec, here, started_at="", n_trials_planned=len(trials))
+    with closing(RunDirectory.create(path, run)) as directory:
+        try:
+            run_trials(trials, sampler, directory)
+        except BackendError as error:
+            reason = str(error).removeprefix("invariant arm: ").split(". Run")[0]
+            return {arm: {"refused": reason} for arm in spec.arms}
+    findings = read_findings(path)
+    return {
+        summary.arm: {
             "outcome": verdict.verdict.outcome,
             "axes": {
                 finding.axis: {
@@ -108,6 +113,8 @@ def measure(
                 if finding.axis in spec.axes
             },
         }
+        for summary, verdict in zip(findings.summary.probes, findings.judgement.probes, strict=True)
+    }
 
 
 def measure_all(

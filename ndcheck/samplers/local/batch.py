@@ -49,7 +49,8 @@ class ExactBatch:
     def can_be_captured(self) -> bool:
         """Whether a step's work is all on the device: other caches count tokens in Python."""
         return self.device.type == "cuda" and all(
-            type(layer).__name__ in ("StaticLayer", "Fp8Layer") for layer in self.cache.layers
+            type(layer).__name__ in ("StaticLayer", "Fp8Layer", "LinearAttentionLayer")
+            for layer in self.cache.layers
         )
 
     def reset(self, rows: list[list[int]]) -> None:
@@ -148,9 +149,10 @@ class ExactBatch:
         """Logits [rows, ``n_wanted`` last columns, vocabulary]."""
         begin, self._length = self._length, self._length + input_ids.shape[1]
         mask = self._mask
-        if self._has_states:
+        if self._has_states and not (self._has_columns and input_ids.shape[1] == 1):
             # Recurrent layers take the last columns of the mask for those of the input, and some
-            # that have no attention beside them all of it.
+            # that have no attention beside them all of it. A single token is masked by neither, and
+            # a captured step needs a mask of one size.
             mask = mask[:, 0 if self._has_columns else begin : self._length]
         logits = self._model(
             input_ids=input_ids,
