@@ -15,21 +15,21 @@ from typing import Any
 
 import torch
 
-from ndcheck.errors import UsageError
-
 FP8 = "fp8"
 _BLOCK = [128, 128]
 _FLOATS = ("float-quantized", "naive-quantized")
 """Formats of compressed-tensors that store one code a weight."""
 
 
-def as_fp8(said: dict[str, Any]) -> dict[str, Any] | None:
+def as_fp8(said: dict[str, Any], *, has_experts: bool = False) -> dict[str, Any] | None:
     """What a config's ``quantization_config`` says, in the words of transformers' FP8 method.
 
     With one of ours beside: ``weight_scales``, "tensor" or "channel". None where it says something
-    else, or what no FP8 layer of transformers' has.
+    else, or what no FP8 layer of transformers' has; of experts only its own method is read.
     """
     kind = said.get("quant_method")
+    if has_experts and kind != FP8:
+        return None
     found = None
     if kind == "compressed-tensors":
         found = _compressed_tensors(said)
@@ -53,7 +53,6 @@ def _layout(
         "weight_block_size": block,
         "weight_scales": scales,
         "modules_to_not_convert": ignored,
-        "renamed": True,
     }
 
 
@@ -121,11 +120,10 @@ def _classes() -> tuple[type, type]:
             self,
             weight_scales: str = "tensor",
             row_bound: float | None = None,
-            renamed: bool = False,
             **others: Any,
         ) -> None:
             super().__init__(**others)
-            self.weight_scales, self.row_bound, self.renamed = weight_scales, row_bound, renamed
+            self.weight_scales, self.row_bound = weight_scales, row_bound
 
     class Flat(ConversionOps):  # type: ignore[misc]
         """A scale has as many dimensions as its tool likes."""
@@ -146,11 +144,6 @@ def _classes() -> tuple[type, type]:
             said = self.quantization_config
             layers = list(model.modules())
             self.has_experts = any(type(layer).__name__ == "FP8Experts" for layer in layers)
-            if self.has_experts and said.renamed:
-                raise UsageError(
-                    "FP8 experts with a scale a tensor or an output, as other tools store them, "
-                    "are not read: save them in blocks of 128 x 128"
-                )
             if said.weight_block_size is None and not self.has_experts:
                 for layer in layers:
                     if type(layer).__name__ == "FP8Linear":

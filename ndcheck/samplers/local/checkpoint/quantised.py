@@ -26,6 +26,7 @@ from ndcheck.samplers.local.checkpoint.fp8_layouts import FP8, as_fp8, kept_fp8
 _DEQUANTISED_BY = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 """transformers' config whose ``dequantize`` makes plain weights, by the method's name."""
 _LAYERS = ("FP8Linear", "FP8Experts")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _DRAWN_ROW = 16.0
 """The largest magnitude of a row that a drawn scale, in calibration's place, lets through."""
 
@@ -68,8 +69,15 @@ def _said(config: Any) -> Any:
     for each in (config, config.get_text_config(decoder=True)):
         if (said := getattr(each, "quantization_config", None)) is not None:
             plain = said if isinstance(said, dict) else getattr(said, "to_dict", lambda: said)()
-            return (as_fp8(plain) or plain) if isinstance(plain, dict) else plain
+            if not isinstance(plain, dict):
+                return plain
+            return as_fp8(plain, has_experts=_has_experts(config)) or plain
     return None
+
+
+def _has_experts(config: Any) -> bool:
+    text = config.get_text_config(decoder=True)
+    return any(getattr(text, name, None) for name in _EXPERT_COUNTS)
 
 
 def _method(said: dict[str, Any]) -> str:

@@ -21,7 +21,6 @@ from ndcheck.request import DEFAULTS
 from ndcheck.samplers.base import open_sampler
 from ndcheck.samplers.local.checkpoint.fp8_layouts import as_fp8
 from ndcheck.samplers.local.checkpoint.quantised import check_quantisation, read_quantisation
-from ndcheck.samplers.local.loading import build_empty
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 SPEC = replace(DEFAULTS, probes=(PROBE,), decoding=Decoding(6), device="cpu")
@@ -251,16 +250,13 @@ def test_what_a_config_says_may_be_anything():
     assert as_fp8({"quant_method": "gptq"}) is None
 
 
-def test_experts_of_other_tools_are_refused(tmp_path):
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=32, moe_intermediate_size=32, num_experts=4,
-        architectures=["Qwen3MoeForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
-    said = PUBLISHED["FP8 dynamic"][0]
-    (tmp_path / "config.json").write_text(
-        json.dumps({**config.to_dict(), "quantization_config": said})
-    )
-    spec = replace(SPEC, model=str(tmp_path), random_weights=0)
-    with pytest.raises(UsageError, match="FP8 experts with a scale a tensor or an output"):
-        build_empty("m", transformers.AutoConfig.from_pretrained(tmp_path), spec)
+def test_experts_of_other_tools_are_left_to_transformers():
+    config = transformers.Qwen3MoeConfig(num_experts=4)
+    config.quantization_config = PUBLISHED["FP8 dynamic"][0]
+    found = read_quantisation(config)
+    said = r"reads compressed-tensors: --kernels stock runs it as transformers does"
+    with pytest.raises(UsageError, match=said):
+        check_quantisation("m", found, SPEC)
+    check_quantisation("m", found, replace(SPEC, arms=("stock",)))
+    config.quantization_config = PUBLISHED["transformers"][0]
+    assert read_quantisation(config).is_covered
