@@ -40,6 +40,8 @@ from ndcheck_kernels.measure import resources
 Launch = tuple[str, Callable[[], object]]
 Extent = Literal["kinds", "figures", "all"]
 Schedule = tuple[configs.MatmulConfig, int]  # and into how many groups it cuts K
+FP8_CAPABILITY = 89
+"""From which Triton has e4m3 numbers."""
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 WIDTHS = (100, 128, 4096, 16384, 65536, 151936)
 
@@ -156,12 +158,13 @@ def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[
     for dim in HEAD_DIMS if everything else (64, 128):
         q, k = (torch.empty(1, h, 512, dim, dtype=dtype) for h in (8, 2))
         long = torch.empty(1, 8, 8192, dim, dtype=dtype)
-        narrow = k.to(torch.float8_e4m3fn)
-        for name, query in (("prefill", q), ("decode", q[:, :, :1])):
-            yield (
-                f"{name} {dim} over FP8",
-                lambda q=query, k=narrow: causal.attention(q, k, k),
-            )
+        if capability >= FP8_CAPABILITY:
+            narrow = k.to(torch.float8_e4m3fn)
+            for name, query in (("prefill", q), ("decode", q[:, :, :1])):
+                yield (
+                    f"{name} {dim} over FP8",
+                    lambda q=query, k=narrow: causal.attention(q, k, k),
+                )
         for name, query in (("prefill", q), ("long prefill", long), ("decode", q[:, :, :1])):
             if everything or dim == 128:
                 yield f"{name} {dim}", lambda q=query, k=k: causal.attention(q, k, k)
@@ -212,13 +215,14 @@ def decoder(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
             x = torch.empty(2, 3, (heads + 2 * kv_heads) * dim, dtype=dtype)
             angles = torch.empty(2, 3, dim, dtype=dtype)
             keys = torch.empty(2, kv_heads, 8, dim, dtype=dtype)
-            narrow = keys.to(torch.float8_e4m3fn)
-            yield (
-                f"qkv {heads}/{kv_heads}x{dim} to FP8",
-                lambda x=x, angles=angles, keys=narrow: qkv.qkv(
-                    x, angles, angles, keys, keys, torch.tensor(0)
-                ),
-            )
+            if capability >= FP8_CAPABILITY:
+                narrow = keys.to(torch.float8_e4m3fn)
+                yield (
+                    f"qkv {heads}/{kv_heads}x{dim} to FP8",
+                    lambda x=x, angles=angles, keys=narrow: qkv.qkv(
+                        x, angles, angles, keys, keys, torch.tensor(0)
+                    ),
+                )
             for norm in (None, torch.empty(dim, dtype=dtype)):
                 yield (
                     f"qkv {heads}/{kv_heads}x{dim}{'' if norm is None else ' with norms'}",

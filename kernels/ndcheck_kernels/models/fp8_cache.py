@@ -27,7 +27,7 @@ def keep_fp8(cache: StaticCache, dtype: torch.dtype) -> None:
     Raises ValueError, naming the first layer that is no plain static one.
     """
     for index, layer in enumerate(cache.layers):
-        # Before transformers 5.17 or so a layer is told its columns.
+        # Earlier versions of transformers tell a layer its columns.
         if type(layer) is not StaticLayer or not hasattr(layer, "cumulative_length"):
             raise ValueError(f"layer {index} keeps a {type(layer).__name__}")
     cache.layers = [Fp8Layer(layer.max_cache_len, dtype) for layer in cache.layers]
