@@ -314,9 +314,7 @@ RandomWeights = Annotated[
         "SEED",
     ),
 ]
-Dequantise = Annotated[
-    bool, _option("dequantise", "Compute quantised weights (FP8, MXFP4) as bf16 ones.")
-]
+Dequantise = Annotated[bool, _option("dequantise", "Compute quantised weights as bf16 ones.")]
 CacheDtype = Annotated[
     str,
     _option(

@@ -106,12 +106,12 @@ model = model.to($device).eval()""")
 
 _MAKE = Template("""\
 torch.manual_seed($seed)
+config = transformers.AutoConfig.from_pretrained($model$trust)
 with torch.device($device):
-    config = transformers.AutoConfig.from_pretrained($model$trust)
     model = transformers.AutoModelForCausalLM.from_config(
         config, dtype=config.dtype or torch.bfloat16, attn_implementation=$attention$trust)
-for parameter in model.eval().parameters():
-    parameter.data = parameter.data.to($dtype)""")
+for weight in model.eval().parameters():
+    weight.data = weight.data.to($dtype)""")
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 
 from ndcheck_kernels.models.interface import here
 from ndcheck_kernels.models.quantised import is_block_fp8, is_row_fp8
+from ndcheck_kernels.models.weight_only import WeightOnlyLinear
 from ndcheck_kernels.ops import block_fp8
 from ndcheck_kernels.ops.collectives import (
     add_pairwise,
@@ -135,6 +136,8 @@ def _ordered(
     """The forward that takes the place of the layer's own; None where its own is right."""
     if is_row_fp8(layer):
         raise _refusal(layer, path, "a row's FP8 scale spans the parts of all ranks")
+    if isinstance(layer, WeightOnlyLinear):
+        raise _refusal(layer, path, "weights of integers are not cut into parts")
     if isinstance(layer, torch.nn.Embedding) and style in _VOCABULARY:
         return partial(_look_up, layer, spread) if spread.n_ranks > 1 else None
     if style == "rowwise":

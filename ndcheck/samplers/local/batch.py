@@ -16,6 +16,12 @@ from ndcheck.errors import UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS
 from ndcheck.records import CacheDtype, CacheState, Load
 
+# A state is written in place, or has no length; names, since older releases lack some.
+_COUNTED_ON_THE_DEVICE = (
+    *("StaticLayer", "Fp8Layer", "DummyLayer"),
+    *("LinearAttentionLayer", "LinearAttentionAndStaticFullAttentionLayer"),
+)
+
 
 class ExactBatch:
     """A left-padded batch over a static KV cache; counts the rows of every forward pass.
@@ -49,8 +55,7 @@ class ExactBatch:
     def can_be_captured(self) -> bool:
         """Whether a step's work is all on the device: other caches count tokens in Python."""
         return self.device.type == "cuda" and all(
-            type(layer).__name__ in ("StaticLayer", "Fp8Layer", "LinearAttentionLayer")
-            for layer in self.cache.layers
+            type(layer).__name__ in _COUNTED_ON_THE_DEVICE for layer in self.cache.layers
         )
 
     def reset(self, rows: list[list[int]]) -> None:
@@ -126,6 +131,9 @@ class ExactBatch:
         chunk = -(-(n_columns - start) // n_chunks)
         if cache_state == "chunked" and cut is not None:
             chunk = cut
+        if self._has_states and bool(self._pads.any()):
+            # Recurrent layers take a pass of one column for a token, never for padding.
+            chunk = max(2, chunk)
         return [
             (token_ids[:, begin:end], min(end - begin, max(0, end - self._n_columns + 1)))
             for begin in range(start, n_columns, chunk)
@@ -277,7 +285,7 @@ def _open_cache(model: Any, width: int, dtype: CacheDtype) -> transformers.Stati
             f"{type(error).__name__}: {error}"
         ) from error
     if dtype == "fp8":
-        from ndcheck_kernels.models.fp8_cache import keep_fp8
+        from ndcheck_kernels.models.caches.fp8 import keep_fp8
 
         try:
             keep_fp8(cache, model.dtype)

@@ -9,7 +9,7 @@ from transformers import StaticCache
 
 import ndcheck_kernels
 from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.models.fp8_cache import as_codes, keep_fp8
+from ndcheck_kernels.models.caches.fp8 import as_codes, keep_fp8
 from ndcheck_kernels.ops.attention import attention_op
 
 GRID = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()

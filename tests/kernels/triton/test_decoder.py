@@ -11,8 +11,8 @@ import transformers
 from ndcheck_kernels import invariant_kernels, register_attention
 from ndcheck_kernels.cuda.attention.qkv import qkv
 from ndcheck_kernels.models import decoder, experts
+from ndcheck_kernels.models.caches.fp8 import keep_fp8
 from ndcheck_kernels.models.decoder import fused_layers
-from ndcheck_kernels.models.fp8_cache import keep_fp8
 
 FAMILIES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),

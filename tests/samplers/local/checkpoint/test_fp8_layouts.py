@@ -254,7 +254,9 @@ def test_experts_of_other_tools_are_left_to_transformers():
     config = transformers.Qwen3MoeConfig(num_experts=4)
     config.quantization_config = PUBLISHED["FP8 dynamic"][0]
     found = read_quantisation(config)
-    said = r"reads compressed-tensors: --kernels stock runs it as transformers does"
+    said = (
+        r"reads compressed-tensors as float-quantized: --kernels stock runs it as transformers does"
+    )
     with pytest.raises(UsageError, match=said):
         check_quantisation("m", found, SPEC)
     check_quantisation("m", found, replace(SPEC, arms=("stock",)))
