@@ -17,6 +17,7 @@ from ndcheck.storage.ranges import Count, Level, NotNegative, Positive, RawText,
 
 Arm = Literal["stock", "invariant"]
 Batching = Literal["exact", "continuous"]
+CacheDtype = Literal["auto", "fp8"]
 Axis = Literal["run-to-run", "batch-size", "slot", "neighbours", "cache", "width", "scoring"]
 Role = Literal["reference", "trial", "control"]
 """A trial is compared with a baseline along an axis; a reference and a control have none."""
@@ -330,6 +331,8 @@ class RunSpec:
     """Seed of weights made from the model's config alone; None loads the stored ones."""
     dequantise: bool = False
     """Compute with plain weights made of quantised ones."""
+    kv_cache_dtype: CacheDtype = "auto"
+    """What keys and values are kept as: the model's dtype, or e4m3 numbers."""
     target_rate: Level | None = None
     confidence: Level = 0.95
     stop_on_divergence: bool = False

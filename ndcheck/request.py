@@ -71,6 +71,7 @@ class Options(TypedDict, total=False):
     answer_pattern: str | None
     random_weights: int | None
     dequantise: bool
+    kv_cache_dtype: str
     trust_remote_code: bool
     engine: str
     tp: int

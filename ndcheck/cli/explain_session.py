@@ -275,6 +275,8 @@ def shrink(
 
     if spec.random_weights is not None and spec.tp_groups is not None:
         raise UsageError("--tp-groups draws random weights that no short script can make: leave it")
+    if spec.kv_cache_dtype != "auto":
+        raise UsageError("no short script keeps keys and values as FP8: shrink a run without")
     found = read_quantisation(sampler.model.config)
     if found is not None and found.packed is not None:
         raise UsageError("no short script can make these weights: shrink a run of plain ones")

@@ -315,6 +315,15 @@ RandomWeights = Annotated[
     ),
 ]
 Dequantise = Annotated[bool, _option("dequantise", "Compute quantised weights as bf16 ones.")]
+CacheDtype = Annotated[
+    str,
+    _option(
+        "kv_cache_dtype",
+        "What keys and values are kept as: the model's dtype, or FP8 (e4m3, without scales).",
+        "DTYPE",
+        one_of(*get_args(records.CacheDtype)),
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, _option("trust_remote_code", "Let the model's repository run its code.")
 ]

@@ -55,7 +55,7 @@ TYPED = {
     "widths": "2,6", "confidence": "0.9", "target_rate": "0.1", "random_weights": "5",
     "answer_pattern": "a+", "answer": "number",
     "chat": None, "trust_remote_code": None, "stop_on_divergence": None, "allow_latent": None,
-    "dequantise": None,
+    "dequantise": None, "kv_cache_dtype": "fp8",
 }  # fmt: skip
 """A value other than the default for each option; None: it is a switch."""
 ALSO = {"arrivals": ("--batching", "continuous"), "tp_groups": ("--kernels", "invariant")}
@@ -211,11 +211,17 @@ HERE = some(
     device=st.just("cpu"),
     attn=st.just("org/kernel"),
     dequantise=st.booleans(),
+    kv_cache_dtype=st.sampled_from(["auto", "fp8"]),
 )
 SPECS = {
     "exact": HERE,
     "continuous": st.builds(
-        lambda options, when: {**options, "batching": "continuous", **when},
+        lambda options, when: {
+            **options,
+            "kv_cache_dtype": "auto",
+            "batching": "continuous",
+            **when,
+        },
         HERE,
         some(arrivals=arrivals("step")),
     ),

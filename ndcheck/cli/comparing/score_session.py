@@ -116,6 +116,11 @@ def _of_run(
     if not is_served:
         found |= {"random_weights": spec.random_weights, "dtype": spec.dtype}
         found["adapter"] = None if spec.adapter is None else Path(spec.adapter)
+    if engine == TRANSFORMERS and spec.kv_cache_dtype != "auto":
+        raise UsageError(
+            f"{recording.source}: it kept keys and values as {spec.kv_cache_dtype}, and scoring "
+            "keeps them as the model's dtype: run with --axes scoring instead"
+        )
     if engine == TRANSFORMERS and not is_served:
         found |= {"attn": spec.attention, "dequantise": spec.dequantise}
     found = {k: value for k, value in found.items() if k not in given and value is not None}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ndcheck.errors import UsageError, did_you_mean, doing
 from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.ranks import check_request
-from ndcheck.records import RunSpec
+from ndcheck.records import CacheDtype, RunSpec
 from ndcheck.samplers.backend import Backend
 from ndcheck.samplers.options import (
     DEFAULTS,
@@ -40,6 +40,7 @@ class LocalBackend(Backend):
         WIDTHS,
         *(ENGINE, TP, Option("tp_groups", ("tp_groups",), DEFAULTS.tp_groups)),
         Option("dequantise", ("dequantise",), DEFAULTS.dequantise),
+        Option("kv_cache_dtype", ("kv_cache_dtype",), DEFAULTS.kv_cache_dtype),
     )
     takes = OF_SOME
 
@@ -51,6 +52,13 @@ class LocalBackend(Backend):
         parse_arrivals(spec.arrivals, "step")
         if spec.batching == "exact" and spec.arrivals != DEFAULTS.arrivals:
             raise UsageError(f"--arrivals {spec.arrivals} {NEEDS_CONTINUOUS}")
+        if spec.kv_cache_dtype not in (caches := get_args(CacheDtype)):
+            raise UsageError(f"--kv-cache-dtype {spec.kv_cache_dtype}: give {' or '.join(caches)}")
+        if spec.kv_cache_dtype != "auto" and spec.batching != "exact":
+            raise UsageError(
+                f"--kv-cache-dtype {spec.kv_cache_dtype} needs --batching exact: the pages of "
+                "continuous batching are transformers' own, in the model's dtype"
+            )
         accepted = ("auto", *DTYPES)
         if spec.dtype not in accepted:
             raise UsageError(

@@ -14,11 +14,11 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS
-from ndcheck.records import CacheState, Load
+from ndcheck.records import CacheDtype, CacheState, Load
 
 # A state is written in place, or has no length; names, since older releases lack some.
 _COUNTED_ON_THE_DEVICE = (
-    *("StaticLayer", "DummyLayer"),
+    *("StaticLayer", "Fp8Layer", "DummyLayer"),
     *("LinearAttentionLayer", "LinearAttentionAndStaticFullAttentionLayer"),
 )
 
@@ -27,16 +27,25 @@ class ExactBatch:
     """A left-padded batch over a static KV cache; counts the rows of every forward pass.
 
     ``width`` columns hold the prompts and the tokens to come. `reset` takes other rows of the same
-    number into the same memory, which a captured step needs.
+    number into the same memory, which a captured step needs. Raises UsageError for a model whose
+    keys and values cannot be kept as ``cache_dtype``.
     """
 
-    def __init__(self, model: Any, device: torch.device, n_rows: int, width: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        n_rows: int,
+        width: int,
+        cache_dtype: CacheDtype = "auto",
+    ) -> None:
         self._model = model
         self.device = device
         self.n_rows = n_rows
         self._mask = torch.zeros(n_rows, width, dtype=torch.int64, device=device)
         self._next_positions = torch.zeros(n_rows, 1, dtype=torch.int64, device=device)
-        self.cache = _open_cache(model, width)
+        self._cache_dtype = cache_dtype
+        self.cache = _open_cache(model, width, cache_dtype)
         self._cache_argument = cache_argument(model)
         self._has_states = any(isinstance(x, LinearAttentionLayer) for x in self.cache.layers)
         self._has_columns = any(hasattr(x, "keys") for x in self.cache.layers)
@@ -209,7 +218,7 @@ class ExactBatch:
         """What every layer keeps of a prefix computed alone."""
         # A row as short as the rest: one padded column gives the shapes, and is masked.
         row = list(prefix) or [0]
-        batch = ExactBatch(self._model, self.device, 1, len(row))
+        batch = ExactBatch(self._model, self.device, 1, len(row), self._cache_dtype)
         batch.reset([row])
         batch.compute_prompt("whole")
         states = [layer_state(layer) for layer in batch.cache.layers]
@@ -250,10 +259,15 @@ def layer_state(layer: Any) -> LayerState:
     if columns[2] is not None:
         columns[2] = columns[2][:, None]
     return LayerState(
-        tuple(part for part in columns if part is not None),
+        tuple(_widened(part) for part in columns if part is not None),
         _by_number(getattr(layer, "conv_states", None)),
         _by_number(getattr(layer, "recurrent_states", None)),
     )
+
+
+def _widened(part: Tensor) -> Tensor:
+    """Not every torch pads or joins FP8, whose numbers float32 holds."""
+    return part.float() if part.dtype == torch.float8_e4m3fn else part
 
 
 def _by_number(states: Any) -> dict[int, Tensor]:
@@ -262,14 +276,25 @@ def _by_number(states: Any) -> dict[int, Tensor]:
     return {index: state for index, state in by_number.items() if state is not None}
 
 
-def _open_cache(model: Any, width: int) -> transformers.StaticCache:
+def _open_cache(model: Any, width: int, dtype: CacheDtype) -> transformers.StaticCache:
     try:
-        return _FixedLengthCache(config=model.config, max_cache_len=width)
+        cache = _FixedLengthCache(config=model.config, max_cache_len=width)
     except (KeyError, ValueError, AttributeError, NotImplementedError) as error:
         raise UsageError(
             f"{type(model).__name__} has a cache of its own, not one of fixed length: "
             f"{type(error).__name__}: {error}"
         ) from error
+    if dtype == "fp8":
+        from ndcheck_kernels.models.caches.fp8 import keep_fp8
+
+        try:
+            keep_fp8(cache, model.dtype)
+        except ValueError as error:
+            raise UsageError(
+                f"--kv-cache-dtype fp8: {type(model).__name__} has more than keys and values of "
+                f"every token to keep ({error}): leave it out"
+            ) from error
+    return cache
 
 
 class _FixedLengthCache(transformers.StaticCache):

@@ -59,9 +59,8 @@ class TransformersSampler:
         self._arms = spec.arms
         self._arrivals = spec.arrivals if spec.batching == "continuous" else None
         self._source = source = find_source(spec)
-        self._tp_groups = spec.tp_groups
-        self._probes = {probe.probe_id: probe for probe in spec.probes}
-        self._decoding = spec.decoding
+        self._tp_groups, self._cache_dtype = spec.tp_groups, spec.kv_cache_dtype
+        self._probes, self._decoding = {p.probe_id: p for p in spec.probes}, spec.decoding
         self._device = choose_device(spec.device)
         self._ranks: Ranks | None = None
         if load_weights and spec.tensor_parallel > 1:
@@ -73,8 +72,8 @@ class TransformersSampler:
         self._model: Any = None
         self._findings: Examination | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
-        self._feeds = spec.feeds
-        self._scores, self._widths = "scoring" in spec.axes, spec.widths
+        self._feeds, self._widths = spec.feeds, spec.widths
+        self._scores = "scoring" in spec.axes
         self._completions = Completions()
         self._uncaptured, self._begun = set[Arm](), set[Arm]()
         if load_weights:
@@ -116,7 +115,8 @@ class TransformersSampler:
 
     def open_batch(self, rows: list[list[int]], max_tokens: int) -> ExactBatch:
         """A batch of these prompts, before its prefill."""
-        batch = ExactBatch(self._model, self._device, len(rows), max(map(len, rows)) + max_tokens)
+        width = max(map(len, rows)) + max_tokens
+        batch = ExactBatch(self._model, self._device, len(rows), width, self._cache_dtype)
         batch.reset(rows)
         return batch
 
@@ -185,8 +185,7 @@ class TransformersSampler:
         def try_rows(n_rows: int) -> None:
             for arm in self._arms:
                 with self.arm(arm, fuse=self._arrivals is None):
-                    batch = ExactBatch(self._model, self._device, n_rows, width)
-                    batch.reset([[0] * n_prompt] * n_rows)
+                    batch = self.open_batch([[0] * n_prompt] * n_rows, width - n_prompt)
                     read_step(batch.compute_prompt("whole"), decoding, None)
 
         n_scored = decoding.max_tokens if self._scores else 1
@@ -394,7 +393,7 @@ class TransformersSampler:
         if steps is None:
             while len(self._captured) >= MOST_CAPTURED:
                 del self._captured[next(iter(self._captured))]
-            batch = ExactBatch(self._model, self._device, len(rows), width)
+            batch = self.open_batch(rows, decoding.max_tokens)
             steps = DecodeSteps(batch, decoding, captures=arm not in self._uncaptured)
         if steps.batch.can_be_captured:
             self._captured[key] = steps  # Last in, as the most recently used.
