@@ -160,6 +160,18 @@ class Fed:
 
 
 @dataclass(frozen=True, slots=True)
+class Drafted:
+    """What a draft model proposed in a trial, and how much of that was accepted, pass by pass.
+
+    A pass of n proposals gives those ``accepted``, which are the model's own choice in every row
+    that holds the probe, and the model's next token after them.
+    """
+
+    proposed: tuple[Count, ...]
+    accepted: tuple[Count, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One completion of a probe.
 
@@ -172,7 +184,8 @@ class Sample:
 
     Under a load that is fed, token t is the one that the logits after the first t tokens fed
     choose. The first that is not the next one fed is the last: another completion would go on from
-    there. What all positions gave is in ``fed``.
+    there. What all positions gave is in ``fed``. Under one that drafts, what was proposed is in
+    ``drafted``.
     """
 
     sample_id: Seed
@@ -193,6 +206,7 @@ class Sample:
     row_digests: tuple[str, ...] = ()
     fault: Fault | None = None
     fed: Fed | None = None
+    drafted: Drafted | None = None
     error: RawText | None = None
     n_retries: Count = 0
 
@@ -338,6 +352,9 @@ class RunSpec:
     answer_pattern: str | None = None
     widths: tuple[Positive, ...] = WIDTHS
     """Tokens of a pass along the axis ``width``; ascending, from 2."""
+    draft: str | None = None
+    """The model that proposes tokens to passes of these widths: as ``model``, or ``layers:N`` for
+    the first N layers of that."""
     tensor_parallel: Positive = 1
     """Processes that share the model in ndcheck's own arms; an `Engine` has a number of its own."""
     tp_groups: Positive | None = None
@@ -355,6 +372,11 @@ class RunSpec:
     def feeds(self) -> bool:
         """Are completions fed again?"""
         return not set(FED_AXES).isdisjoint(self.axes)
+
+    @property
+    def only_feeds(self) -> bool:
+        """Is nothing else asked for? Then those are the samples, and do not come on top."""
+        return set(FED_AXES).issuperset(self.axes)
 
     @property
     def sets_batch_size(self) -> bool:
