@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.feeding import count_fed
 from ndcheck.analysis.statistics import clopper_pearson, fisher_exact
-from ndcheck.analysis.summary import AxisFinding, DraftFinding, Draw
+from ndcheck.analysis.summary import AxisFinding, Counts, DraftFinding, Draw
 from ndcheck.analysis.trials import Trials, purpose_code
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import AXES, Axis
@@ -58,20 +58,28 @@ def _tell_apart(finding: AxisFinding, repeats: AxisFinding, confidence: float) -
 
     Where loads repeat themselves, and one that diverged did so again, they are the axis's. So they
     are where Fisher's exact test tells their rate from that of repeats. Where repeats of equal
-    loads differ too, nothing is laid to another axis.
+    loads differ too, the test is made of the probe alone, if its repeats agree: chance may need a
+    batch. Else nothing is laid to another axis.
     """
     if not finding.diverged_trials and not finding.latent_trials:
         return finding
-    told_apart = False
     if not repeats.diverged_trials and (finding.diverged_trials or not repeats.latent_trials):
-        # Bits count as well where repeats agree in them.
-        n_differing = finding.diverged_trials + finding.latent_trials * _agrees(repeats)
-        p = fisher_exact(n_differing, finding.n_trials, 0, repeats.n_trials)
-        told_apart = finding.n_confirmed > 0 or p < 1 - confidence
-    if told_apart:
-        return replace(finding, told_apart=True)
+        here, there = finding.all_trials, repeats.all_trials
+        if finding.n_confirmed or _p_value(here, there) < 1 - confidence:
+            return replace(finding, told_apart=True)
+    told_apart = (
+        not repeats.alone.diverged_trials
+        and _p_value(finding.alone, repeats.alone) < 1 - confidence
+    )
     # What may be chance has no rate along the axis.
-    return replace(finding, told_apart=False, rate=None, rate_ci_low=None, rate_ci_high=None)
+    return replace(finding, told_apart=told_apart, rate=None, rate_ci_low=None, rate_ci_high=None)
+
+
+def _p_value(tried: Counts, repeated: Counts) -> float:
+    """That trials differ as often as repeats, of which none diverged in tokens."""
+    # Bits count as well where repeats agree in them.
+    n_differing = tried.diverged_trials + (0 if repeated.latent_trials else tried.latent_trials)
+    return fisher_exact(n_differing, tried.n_trials, 0, repeated.n_trials)
 
 
 def _judge_axes(
@@ -206,6 +214,7 @@ def _judge(
     here, there = (np.where(at < 0, ends, at) for at in (here, there))
     is_known = (here != there) & np.isin(of_pair[differs & ~diverges], latent)
     found = diverged if len(diverged) else latent
+    is_alone = trials.column("batch_size") == 1
     return AxisFinding(
         axis=axis,
         n_trials=len(tried),
@@ -224,4 +233,5 @@ def _judge(
         told_apart=None,
         first_latent_min=min(np.minimum(here, there)[is_known].tolist(), default=None),
         batch_sizes_latent=tuple(np.unique(trials.column("batch_size")[latent]).tolist()),
+        alone=Counts(*(int(is_alone[found].sum()) for found in (tried, diverged, latent))),
     )

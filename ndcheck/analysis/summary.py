@@ -87,6 +87,18 @@ class DraftFinding:
 
 
 @dataclass(frozen=True, slots=True)
+class Counts:
+    """How many trials there were, and how many of them diverged, or did in bits only."""
+
+    n_trials: int = 0
+    diverged_trials: int = 0
+    latent_trials: int = 0
+
+
+NO_TRIALS = Counts()
+
+
+@dataclass(frozen=True, slots=True)
 class AxisFinding:
     """One invariance property: trials compared with the baseline that differs along it only.
 
@@ -100,8 +112,9 @@ class AxisFinding:
     both leave it at one position, or the backend gave no bits by position, ``first_latent_min``
     leaves the trial out.
     ``n_confirmed`` counts the distinct loads that diverged and ran more than once. ``told_apart``
-    is False where what diverged may be run-to-run, which leaves no rate of the axis, and None where
-    nothing diverged.
+    is False where what diverged may be run-to-run, and None where nothing diverged. Where repeats
+    diverged too it is True for what was seen of the probe alone; either way some of what diverged
+    may be run-to-run, and the axis has no rate.
     """
 
     axis: Axis
@@ -125,6 +138,12 @@ class AxisFinding:
     """Along ``width`` and ``scoring``: token by token; None along the others."""
     drafted: DraftFinding | None = None
     """Along ``width``, where a draft model proposed tokens."""
+    alone: Counts = NO_TRIALS
+    """Of the trials, those at batch size 1."""
+
+    @property
+    def all_trials(self) -> Counts:
+        return Counts(self.n_trials, self.diverged_trials, self.latent_trials)
 
     @property
     def shown(self) -> tuple[int, int, int]:

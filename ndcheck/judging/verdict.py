@@ -168,7 +168,10 @@ def judge_axis(axis: Axis, finding: AxisFinding | None, spec: RunSpec) -> Verdic
     draws = count(n, finding.draw)
     outcome: Outcome = "FAIL" if finding.told_apart is not False else "INCONCLUSIVE"
     note = "" if outcome == "FAIL" else f"; {NOT_TOLD_APART}"
-    if finding.draw == "load" and finding.told_apart and finding.n_confirmed:
+    if finding.told_apart and finding.rate is None:
+        n_alone = finding.alone.diverged_trials + finding.alone.latent_trials
+        note = f"; alone in {n_alone} of {finding.alone.n_trials}, and in none of its repeats"
+    elif finding.draw == "load" and finding.told_apart and finding.n_confirmed:
         note = f"; {finding.n_confirmed} of them repeated, alike each time"
     details = fed_details(finding)
     if finding.diverged_trials:
