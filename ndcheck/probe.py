@@ -1,11 +1,11 @@
-"""What is measured: a prompt, which is a text or a conversation, and a load that it is under."""
+"""What is measured: a prompt, a load that it is under, and what passes of several tokens showed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ndcheck.storage.ranges import Count, Positive, Seed
+from ndcheck.storage.ranges import Count, NotNegative, Positive, Seed
 
 CacheState = Literal["whole", "chunked", "prefix"]
 Speaker = Literal["system", "developer", "user", "assistant"]
@@ -95,3 +95,34 @@ class Load:
 
 ALONE = Load(1)
 """The probe alone, prefilled as a whole: the load of the reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """How the logits of a completion that was fed compare with those that had generated it.
+
+    Of ``n_tokens``, ``n_other_bits`` have other logits or another log-probability, and
+    ``n_other_tokens`` would have been chosen otherwise. ``max_abs_dlogprob`` is the largest
+    difference in nats over those chosen alike. ``digest`` and ``decoded_digest`` are 16 hexadecimal
+    digits over the logits of the two, as far as passes of every width were full: widths with one
+    digest are in one class.
+    """
+
+    n_tokens: Count
+    n_other_bits: Count
+    n_other_tokens: Count
+    max_abs_dlogprob: NotNegative
+    digest: str
+    decoded_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """What a draft model proposed in a trial, and how much of that was accepted, pass by pass.
+
+    A pass of n proposals gives those ``accepted``, which are the model's own choice in every row
+    that holds the probe, and the model's next token after them.
+    """
+
+    proposed: tuple[Count, ...]
+    accepted: tuple[Count, ...]

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from ndcheck.probe import ALONE as ALONE
 from ndcheck.probe import CacheState as CacheState
+from ndcheck.probe import Drafted as Drafted
+from ndcheck.probe import Fed as Fed
 from ndcheck.probe import Load as Load
 from ndcheck.probe import Probe as Probe
 from ndcheck.storage.ranges import Count, Level, NotNegative, Positive, RawText, Seed
@@ -138,37 +140,6 @@ class Witness:
     """A digest of the names of the answer's tokens, where a server gives names beside ids."""
     is_replayed: bool = False
     """Whether a server's answer came sooner than a first token can: out of a cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fed:
-    """How the logits of a completion that was fed compare with those that had generated it.
-
-    Of ``n_tokens``, ``n_other_bits`` have other logits or another log-probability, and
-    ``n_other_tokens`` would have been chosen otherwise. ``max_abs_dlogprob`` is the largest
-    difference in nats over those chosen alike. ``digest`` and ``decoded_digest`` are 16 hexadecimal
-    digits over the logits of the two, as far as passes of every width were full: widths with one
-    digest are in one class.
-    """
-
-    n_tokens: Count
-    n_other_bits: Count
-    n_other_tokens: Count
-    max_abs_dlogprob: NotNegative
-    digest: str
-    decoded_digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class Drafted:
-    """What a draft model proposed in a trial, and how much of that was accepted, pass by pass.
-
-    A pass of n proposals gives those ``accepted``, which are the model's own choice in every row
-    that holds the probe, and the model's next token after them.
-    """
-
-    proposed: tuple[Count, ...]
-    accepted: tuple[Count, ...]
 
 
 @dataclass(frozen=True, slots=True)
