@@ -25,6 +25,7 @@ from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
 from ndcheck_kernels.cuda.products import block_fp8, grouped_matmul, matmul
+from ndcheck_kernels.cuda.recurrent import gated_delta, short_convolution
 from ndcheck_kernels.cuda.rows import (
     layer_norm,
     logits,
@@ -46,7 +47,7 @@ WIDTHS = (100, 128, 4096, 16384, 65536, 151936)
 def launches(capability: int, extent: Extent) -> Iterator[Launch]:
     """A name and a call for each; tensors are allocated and never read."""
     for dtype in device.FLOATS if extent == "all" else device.FLOATS[:1]:
-        for source in (products, experts, fp8, attentions, rows, decoder):
+        for source in (products, experts, fp8, attentions, rows, decoder, recurrences):
             yield from source(capability, dtype, extent)
 
 
@@ -160,6 +161,14 @@ def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[
                     sinks=sinks,
                 ),
             )  # fmt: skip
+            if everything or name == "prefill":
+                yield (
+                    f"{name} {dim} in chunks, with ALiBi",
+                    lambda q=query, k=k: causal.attention(
+                        q, k, k, window=128, chunked=True, slopes=torch.empty(8),
+                        bias_dtype=torch.bfloat16,
+                    ),
+                )  # fmt: skip
 
 
 def rows(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
@@ -177,6 +186,7 @@ def rows(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch
         for op in (softmax.softmax, softmax.log_softmax, softmax.logsumexp):
             yield f"{op.__name__} {n}", lambda op=op, x=x: op(x)
         yield f"sum {n}", lambda x=x: reductions.sum(x, -1)
+        yield f"cumsum {n}", lambda x=x: reductions.cumsum(x, -1)
         yield f"silu_mul {n}", lambda x=x: silu_mul.silu_mul(x, x)
         yield f"read_logits {n}", lambda x=x: logits.read_logits(x)
 
@@ -195,6 +205,34 @@ def decoder(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
                         x, angles, angles, keys, keys, torch.tensor(0), q_weight=norm, k_weight=norm
                     ),
                 )
+
+
+def recurrences(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
+    x, weight = torch.empty(2, 5, 8192, dtype=dtype), torch.empty(8192, 4, dtype=dtype)
+    x_by_channel, window = x.transpose(1, 2), torch.empty(2, 8192, 4, dtype=dtype)
+    for bias in (None, weight[:, 0]):
+        yield (
+            f"short_convolution{'' if bias is None else ' with a bias'}",
+            lambda bias=bias: short_convolution.short_convolution(
+                x_by_channel, weight, bias, "silu"
+            ),
+        )
+        yield (
+            f"short_convolution_step{'' if bias is None else ' with a bias'}",
+            lambda bias=bias: short_convolution.short_convolution_step(
+                x_by_channel[..., :1], window, weight, bias, "silu"
+            ),
+        )
+    for dim in {"kinds": (128,), "figures": (128,), "all": (16, 64, 96, 128, 256)}[extent]:
+        keys, values = (torch.empty(2, 5, h, dim, dtype=dtype) for h in (16, 32))
+        state, beta = torch.empty(2, 32, dim, dim), torch.empty(2, 5, 32, dtype=dtype)
+        for decay in (torch.empty(2, 5, 32), torch.empty(2, 5, 32, dim)):
+            yield (
+                f"gated_delta_rule {dim}{' by channel' if decay.dim() == 4 else ''}",
+                lambda keys=keys, values=values, decay=decay, beta=beta, state=state: (
+                    gated_delta.gated_delta_rule(keys, keys, values, decay, beta, state, True)
+                ),
+            )
 
 
 def compile_all(architecture: int | str, extent: Extent = "figures") -> dict[str, object]:

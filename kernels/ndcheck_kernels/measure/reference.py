@@ -145,7 +145,7 @@ def gated_delta_reference(
     return torch.stack(out, 1)
 
 
-def attention_reference(
+def attention_reference(  # noqa: PLR0913 - the op's own arguments
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -154,10 +154,11 @@ def attention_reference(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    bias_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q k^T, capped, plus slopes) v over each query's span; 0 where it is empty.
 
-    [B, H, Q, D] x [B, H_kv, KV, D]; spans, sinks and slopes as in `ops.attention`.
+    [B, H, Q, D] x [B, H_kv, KV, D]; spans, sinks, slopes and bias_dtype as in `ops.attention`.
     """
     queries, group = query.shape[2], query.shape[1] // key.shape[1]
     if spans.shape[-1] == 2:
@@ -173,7 +174,7 @@ def attention_reference(
         scores = torch.tanh(scores / softcap) * softcap
     if slopes is not None:
         bias = slopes.double()[:, None] * (column - spans[:, :1, 0])[:, None]  # [B, H, KV]
-        scores = scores + bias.to(query.dtype).double()[:, :, None]
+        scores = scores + bias.to(bias_dtype or bias.dtype).double()[:, :, None]
     scores = scores.masked_fill(~visible[:, None], -torch.inf)
     if sinks is not None:
         sink = sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS
@@ -40,12 +40,14 @@ class ExactBatch:
     @property
     def can_be_captured(self) -> bool:
         """Whether a step's work is all on the device: other caches count tokens in Python."""
-        return self.device.type == "cuda" and self.can_be_rewound
+        return self.device.type == "cuda" and all(
+            type(layer) in (StaticLayer, LinearAttentionLayer) for layer in self.cache.layers
+        )
 
     @property
     def can_be_rewound(self) -> bool:
         """Whether tokens can be taken back: other layers sum them up, or write over older ones."""
-        return all(type(x) is transformers.cache_utils.StaticLayer for x in self.cache.layers)
+        return all(type(x) is StaticLayer for x in self.cache.layers)
 
     @property
     def n_filled(self) -> int:
@@ -155,9 +157,10 @@ class ExactBatch:
         """Logits [rows, ``n_wanted`` last columns, vocabulary]."""
         begin, self._length = self._length, self._length + input_ids.shape[1]
         mask = self._mask
-        if self._has_states:
+        if self._has_states and not (self._has_columns and input_ids.shape[1] == 1):
             # Recurrent layers take the last columns of the mask for those of the input, and some
-            # that have no attention beside them all of it.
+            # that have no attention beside them all of it. A single token is masked by neither, and
+            # a captured step needs a mask of one size.
             mask = mask[:, 0 if self._has_columns else begin : self._length]
         logits = self._model(
             input_ids=input_ids,

@@ -199,7 +199,9 @@ def _make(
     source: str, config: Any, spec: RunSpec, options: dict[str, Any], device: torch.device
 ) -> Any:
     assert spec.random_weights is not None
-    dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
+    # As if a checkpoint had been stored: in another dtype it is the same model, not other draws.
+    stored = config.dtype or torch.bfloat16
+    dtype = DTYPES.get(spec.dtype, stored)
     # One process draws as `from_config` does, so that a short script has the same weights. Several
     # draw their shards, so that none ever holds the whole model; FP8 is drawn a matrix at a time.
     is_spread = spec.tensor_parallel > 1 or spec.tp_groups is not None
@@ -207,7 +209,7 @@ def _make(
     torch.manual_seed(spec.random_weights)
     with _one_line_errors(source, CONFIG):
         with torch.device("meta") if is_spread or is_fp8 else device:
-            made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+            made = transformers.AutoModelForCausalLM.from_config(config, dtype=stored, **options)
         shards = {}
         if spec.tensor_parallel > 1:
             made = shard(made, spec.tensor_parallel)
@@ -216,6 +218,10 @@ def _make(
             put_fp8_layers(made)
         if is_spread or is_fp8:
             draw_weights(made, spec.random_weights, device, shards)
+    made.config.dtype = dtype
+    for parameter in made.parameters():
+        if parameter.dtype == stored:
+            parameter.data = parameter.data.to(dtype)
     return made.eval()
 
 

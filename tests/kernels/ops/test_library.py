@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.ops import attention, block_fp8, collectives, experts, products
+from ndcheck_kernels.ops import (
+    attention,
+    block_fp8,
+    collectives,
+    experts,
+    gated_delta,
+    products,
+    short_convolution,
+)
 
 HEADS = torch.ones(1, 1, 2, 4)
 ROWS, WEIGHT = torch.ones(2, 4), torch.ones(3, 4)
@@ -15,6 +23,9 @@ SPANS = torch.tensor([[[0, 2]]], dtype=torch.int32)
 ENDS = torch.tensor([1, 2], dtype=torch.int32)
 CODES, SCALES = WEIGHT.to(torch.float8_e4m3fn), torch.ones(1, 1)
 BY_EXPERT = (ROWS, CODES.expand(2, 3, 4).contiguous(), SCALES.expand(2, 1, 1), ENDS)
+TOKENS, GATES = torch.ones(1, 2, 1, 4), torch.zeros(1, 2, 1)
+DELTA = (TOKENS, TOKENS, TOKENS, GATES, GATES, torch.zeros(1, 1, 4, 4), True)
+TOKEN, TAPS = torch.ones(1, 3, 1), torch.ones(3, 2)
 
 CALLS = {
     "attention": (attention.attention_op, (HEADS, HEADS, HEADS, SPANS, 0.5)),
@@ -26,6 +37,12 @@ CALLS = {
     "block_fp8_grouped": (block_fp8.grouped_op, BY_EXPERT),
     "partial_block_fp8_linear": (block_fp8.partial_linear_op, (ROWS, CODES, SCALES)),
     "partial_block_fp8_grouped": (block_fp8.partial_grouped_op, BY_EXPERT),
+    "gated_delta_rule": (gated_delta.gated_delta_op, DELTA),
+    "short_convolution": (short_convolution.short_convolution_op, (TOKEN, TAPS)),
+    "short_convolution_step": (
+        short_convolution.short_convolution_step_op,
+        (TOKEN, torch.zeros(1, 3, 2), TAPS),
+    ),
     # An empty part asks no group of ranks.
     "rank_sum": (collectives.rank_sum_op, (torch.ones(0), "no group")),
 }
