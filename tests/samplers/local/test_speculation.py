@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+import ndcheck
 from ndcheck.errors import UsageError
 from ndcheck.explain.failing import find_failure
 from ndcheck.findings import read_findings
@@ -324,3 +325,24 @@ def test_what_a_file_says_of_a_draft_is_held_to_its_load(open_sampler, tmp_path)
         file.write_text("".join(json.dumps(x) + "\n" for x in changed))
         findings = read_findings(tmp_path / "run")
         assert findings.judgement.verdict.outcome != "PASS", change
+
+
+def test_the_embedded_models_own_layers_draft_and_stock_differs_in_fp32(tmp_path):
+    run = ndcheck.measure(
+        "builtin",
+        dtype="fp32",
+        device="cpu",
+        draft="layers:3",
+        axes="width",
+        loads=[1, 2],
+        samples=24,
+        max_tokens=24,
+        widths=[2, 5],
+        out=tmp_path / "run",
+    )
+    verdicts = run.probes.set_index("arm").verdict.to_dict()
+    assert verdicts == {"stock": "FAIL", "invariant": "PASS"}
+    of_width = run.properties[run.properties.property == "width"].set_index("arm")
+    for arm in verdicts:
+        assert 0 < of_width.draft_accepted[arm] < of_width.draft_proposed[arm]
+    assert "draft: other bits by passes of 2, 5" in of_width.reasons_json["stock"]

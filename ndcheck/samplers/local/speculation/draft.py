@@ -7,6 +7,7 @@ of the arm that it drafts for.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,8 @@ from ndcheck.samplers.local.checkpoint.sources import Source, find_source
 from ndcheck.samplers.local.loading import load_config, load_model, load_tokenizer
 from ndcheck.samplers.local.selection import lowest_argmax
 from ndcheck.samplers.options import n_draft_layers
+
+log = logging.getLogger(__name__)
 
 
 class DraftSource:
@@ -76,6 +79,12 @@ class DraftSource:
                 )
             except UsageError as error:
                 raise UsageError(str(error).replace("--model", "--draft")) from error
+        if device.type == "cuda":
+            log.warning(
+                "%s: its passes, and those that verify, are launched by Python and not captured "
+                "as CUDA graphs: their time says nothing of a server's",
+                self.option,
+            )
         for each in (model, draft):
             if not ExactBatch(each, device, 1, 1).can_be_rewound:
                 raise UsageError(
