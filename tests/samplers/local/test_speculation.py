@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import ndcheck
+from ndcheck.cli.app import run_command_line
 from ndcheck.errors import UsageError
 from ndcheck.explain.failing import find_failure
 from ndcheck.findings import read_findings
@@ -327,7 +328,7 @@ def test_what_a_file_says_of_a_draft_is_held_to_its_load(open_sampler, tmp_path)
         assert findings.judgement.verdict.outcome != "PASS", change
 
 
-def test_the_embedded_models_own_layers_draft_and_stock_differs_in_fp32(tmp_path):
+def test_the_embedded_models_own_layers_draft_and_stock_differs_in_fp32(tmp_path, capsys):
     run = ndcheck.measure(
         "builtin",
         dtype="fp32",
@@ -346,3 +347,9 @@ def test_the_embedded_models_own_layers_draft_and_stock_differs_in_fp32(tmp_path
     for arm in verdicts:
         assert 0 < of_width.draft_accepted[arm] < of_width.draft_proposed[arm]
     assert "draft: other bits by passes of 2, 5" in of_width.reasons_json["stock"]
+    drafted = next(
+        s for s in run.findings.samples if s.arm == "stock" and s.load.drafts and not s.fault
+    )
+    trace = ("trace", "--run", str(run.path), "--sample", str(drafted.sample_id), "--no-swaps")
+    assert run_command_line([*trace, "-q", "--exit-code"]) == 1
+    assert "FOUND linear" in capsys.readouterr().out
