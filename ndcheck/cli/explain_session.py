@@ -262,6 +262,7 @@ def shrink(
     from ndcheck.explain.shrinking import Batch, Shrinker
     from ndcheck.reports.explain.shrink import shrink_document, shrink_lines
     from ndcheck.samplers.local.checkpoint.gguf_file import SUFFIX
+    from ndcheck.samplers.local.checkpoint.quantised import read_quantisation
     from ndcheck.samplers.local.checkpoint.sources import find_source
 
     failure = find_failure(directory, sample_id)
@@ -281,8 +282,10 @@ def shrink(
 
     if spec.random_weights is not None and spec.tp_groups is not None:
         raise UsageError("--tp-groups draws random weights that no short script can make: leave it")
-    is_fp8 = getattr(sampler.model.config, "quantization_config", None) is not None
-    if spec.dequantise or (spec.random_weights is not None and is_fp8):
+    found = read_quantisation(sampler.model.config)
+    if found is not None and found.packed is not None:
+        raise UsageError("no short script can make these weights: shrink a run of plain ones")
+    if spec.dequantise or (spec.random_weights is not None and found is not None):
         raise UsageError("no short script can make these weights: shrink a run of stored ones")
     shrunk = Shrinker(sampler, failure, on_test=show).shrink()
     path = out or directory / "repro.py"

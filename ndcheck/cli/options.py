@@ -323,9 +323,7 @@ RandomWeights = Annotated[
         "SEED",
     ),
 ]
-Dequantise = Annotated[
-    bool, _option("dequantise", "Compute quantised weights (FP8, MXFP4) as bf16 ones.")
-]
+Dequantise = Annotated[bool, _option("dequantise", "Compute quantised weights as bf16 ones.")]
 TrustRemoteCode = Annotated[
     bool, _option("trust_remote_code", "Let the model's repository run its code.")
 ]

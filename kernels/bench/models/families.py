@@ -52,6 +52,14 @@ _GRANITE = {
     "residual_multiplier": 0.5,
     "logits_scaling": 4.0,
 }
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 8,
+}
+_STATE_SPACE = {"state_size": 8}
 
 # Name in the table: transformers' model type, and what its config changes.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -204,8 +212,57 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "BLOOM (ALiBi)": ("bloom", {"hidden_dropout": 0.0}),
     "MPT (ALiBi)": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
-    "Mamba": ("mamba", {"state_size": 8}),
+    "Mamba": ("mamba", _STATE_SPACE),
+    "Falcon-Mamba": ("falcon_mamba", _STATE_SPACE),
     "Mamba-2": ("mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2}),
+    "Nemotron-H (hybrid)": (
+        "nemotron_h",
+        {
+            "num_hidden_layers": 4,
+            "hybrid_override_pattern": "M*-M",
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "chunk_size": 8,
+        },
+    ),
+    "Granite 4 (hybrid, MoE)": (
+        "granitemoehybrid",
+        {
+            **_MAMBA,
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 48,
+        },
+    ),
+    "Falcon-H1 (hybrid)": ("falcon_h1", {**_MAMBA, "mamba_d_ssm": 128}),
+    "Bamba (hybrid)": ("bamba", {**_MAMBA, "attn_layer_indices": [1]}),
+    "Zamba 2 (hybrid)": (
+        "zamba2",
+        {
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+            "n_mamba_heads": 8,
+            "mamba_headdim": 16,
+            "mamba_d_state": 16,
+            "mamba_ngroups": 2,
+            "chunk_size": 8,
+            "num_mem_blocks": 1,
+        },
+    ),
+    "Jamba (hybrid, MoE)": (
+        "jamba",
+        {
+            "attn_layer_offset": 1,
+            "attn_layer_period": 2,
+            "mamba_d_state": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "LFM2 (hybrid)": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
 }
 
 

@@ -1,6 +1,6 @@
 """A hybrid of attention and recurrent layers: verdicts, decode step and prefill of both arms.
 
-    PYTHONPATH=kernels python -m bench.models.hybrids OUT_DIR [--shape qwen3.5-9b] [--whole]
+    PYTHONPATH=kernels python -m bench.models.hybrids OUT_DIR [--shape nemotron-h-8b] [--whole]
 
 First the times of the recurrence alone; then with four layers of each kind the verdict on every
 property, over a few loads of short prompts, in both arms (the stock arm is the control), and the
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck_kernels.cuda.recurrent.gated_delta import gated_delta_rule
+from ndcheck_kernels.cuda.recurrent.selective_scan import selective_scan
 from ndcheck_kernels.measure.timing import elapsed_us, medians_us
 
 ARMS: tuple[Arm, ...] = ("invariant", "stock")
@@ -42,9 +44,13 @@ REPEATS = 3
 def few_layers(shape: Path) -> Iterator[Path]:
     """A directory with the shape's config, of LAYERS_OF_A_KIND layers of each kind."""
     config = json.loads((shape / "config.json").read_text())
-    del config["full_attention_interval"]
-    config["layer_types"] = ["linear_attention", "full_attention"] * LAYERS_OF_A_KIND
-    config["num_hidden_layers"] = len(config["layer_types"])
+    if "hybrid_override_pattern" in config:  # Nemotron-H: a scan, attention or an MLP.
+        pattern = config["hybrid_override_pattern"] = "M*-" * LAYERS_OF_A_KIND
+        config["num_hidden_layers"] = len(pattern)
+    else:
+        del config["full_attention_interval"]
+        config["layer_types"] = ["linear_attention", "full_attention"] * LAYERS_OF_A_KIND
+        config["num_hidden_layers"] = len(config["layer_types"])
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(config))
         yield Path(directory)
@@ -75,6 +81,25 @@ def prefill_ms(sampler: TransformersSampler, arm: Arm, n_rows: int, n_tokens: in
             batch.reset(rows)
             times.append(elapsed_us(lambda: batch.compute_prompt("whole"), sampler._device.type))
     return statistics.median(times[1:]) / 1000
+
+
+def scan_us(config: Any, n_rows: int, n_tokens: int) -> float:
+    """Of the selective scan alone, over a projection that x, B and C are views of."""
+    heads, features = config.mamba_num_heads, config.mamba_head_dim
+    groups, states = config.n_groups, config.ssm_state_size
+
+    def launch() -> Callable[[], object]:
+        joined = torch.randn(
+            n_rows, n_tokens, heads * features + 2 * groups * states, device="cuda"
+        ).bfloat16()
+        x, b, c = joined.split([heads * features, groups * states, groups * states], -1)
+        b, c = (v.unflatten(-1, (groups, states)) for v in (b, c))
+        dt = torch.rand(n_rows, n_tokens, heads, device="cuda")
+        state = torch.zeros(n_rows, heads, features, states, device="cuda")
+        x, decays = x.unflatten(-1, (heads, features)), -dt[0, 0]
+        return lambda: selective_scan(x, dt, decays, b, c, decays, state)
+
+    return medians_us({"": [launch()]})[""]
 
 
 def recurrence_us(config: object, n_rows: int, n_tokens: int) -> float:
@@ -133,8 +158,11 @@ def main() -> None:
     if sampler._device.type == "cuda":
         recurrences = Table(options.out / "recurrence.csv", echo=True)
         for n_rows, n_tokens in (*((n, 1) for n in BATCHES), *PREFILLS):
-            us = recurrence_us(sampler.model.config, n_rows, n_tokens)
-            recurrences.add(what="gated delta rule", rows=n_rows, tokens=n_tokens, us=us)
+            config = sampler.model.config
+            has_scan = hasattr(config, "mamba_num_heads")
+            us = (scan_us if has_scan else recurrence_us)(config, n_rows, n_tokens)
+            what = "selective scan" if has_scan else "gated delta rule"
+            recurrences.add(what=what, rows=n_rows, tokens=n_tokens, us=us)
     with tempfile.TemporaryDirectory() as scratch:
         verdicts = run_loads(sampler, spec, Path(scratch) / "run")
     (options.out / "verdicts.json").write_text(json.dumps(verdicts, indent=1))

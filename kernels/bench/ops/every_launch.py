@@ -24,8 +24,8 @@ from bench.ops.matmul_cells import SHAPES
 from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
-from ndcheck_kernels.cuda.products import block_fp8, grouped_matmul, matmul
-from ndcheck_kernels.cuda.recurrent import gated_delta, short_convolution
+from ndcheck_kernels.cuda.products import block_fp8, grouped_matmul, matmul, mxfp4, weight_only
+from ndcheck_kernels.cuda.recurrent import gated_delta, selective_scan, short_convolution
 from ndcheck_kernels.cuda.rows import (
     layer_norm,
     logits,
@@ -36,6 +36,7 @@ from ndcheck_kernels.cuda.rows import (
     softmax,
 )
 from ndcheck_kernels.measure import resources
+from ndcheck_kernels.ops.weight_only import Packed, pack
 
 Launch = tuple[str, Callable[[], object]]
 Extent = Literal["kinds", "figures", "all"]
@@ -47,7 +48,9 @@ WIDTHS = (100, 128, 4096, 16384, 65536, 151936)
 def launches(capability: int, extent: Extent) -> Iterator[Launch]:
     """A name and a call for each; tensors are allocated and never read."""
     for dtype in device.FLOATS if extent == "all" else device.FLOATS[:1]:
-        for source in (products, experts, fp8, attentions, rows, decoder, recurrences):
+        for source in (
+            *(products, experts, fp8, integers, attentions, rows, decoder, recurrences),
+        ):
             yield from source(capability, dtype, extent)
 
 
@@ -131,6 +134,30 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
                 codes, row_scales, weight, scales, ends, dtype, config
             ),
         )
+
+
+def integers(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
+    """Weights of 4 and 8 bits; groups of 32 columns need a layout of scales of their own."""
+    x, addend = torch.empty(128, 4096, dtype=dtype), torch.empty(128, 6144, dtype=dtype)
+    blocks, ends = torch.empty(8, 64, 128, 16, dtype=torch.uint8), torch.empty(8, dtype=torch.int32)
+    yield "mxfp4", lambda: mxfp4.mxfp4_matmul(x, blocks, blocks[..., 0].contiguous(), ends)
+    for bits, group, has_zeros in ((4, 128, False), (4, 32, True), (8, 4096, True), (8, 64, False)):
+        scales = torch.empty(4096 // group, 6144, dtype=dtype)
+        packed = Packed(
+            pack(torch.empty(6144, 4096, dtype=torch.uint8), bits), scales,
+            scales.to(torch.int16) if has_zeros else None, None, bits, 4096,
+        )  # fmt: skip
+        yield (
+            f"unpacked {bits} bits",
+            lambda packed=packed: weight_only.unpacked(packed, dtype),
+        )
+        if capability not in configs.PROVEN or dtype.itemsize != 2:
+            continue
+        for config in weight_only.selectable_configs():
+            yield (
+                f"weight_only {bits} bits in groups of {group} {config}",
+                lambda packed=packed, config=config: weight_only._launch(x, packed, addend, config),
+            )
 
 
 def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
@@ -233,6 +260,20 @@ def recurrences(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator
                     gated_delta.gated_delta_rule(keys, keys, values, decay, beta, state, True)
                 ),
             )
+    # Nemotron-H 8B, Falcon-H1 34B and Mamba 2.8B.
+    for heads, width, states, groups in ((128, 64, 128, 8), (32, 128, 256, 2), (5120, 1, 16, 1)):
+        rows = torch.empty(2, 5, heads, width, dtype=dtype)
+        b, scanned = (
+            torch.empty(2, 5, groups, states, dtype=dtype),
+            torch.empty(2, heads, width, states),
+        )
+        decays = torch.empty(heads, states) if width == 1 else torch.empty(heads)
+        yield (
+            f"selective_scan {heads}x{width}x{states}",
+            lambda rows=rows, b=b, decays=decays, scanned=scanned: selective_scan.selective_scan(
+                rows, torch.empty(rows.shape[:3]), decays, b, b, rows[0, 0, :, 0], scanned
+            ),
+        )
 
 
 def compile_all(architecture: int | str, extent: Extent = "figures") -> dict[str, object]:

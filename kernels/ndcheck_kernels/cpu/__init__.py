@@ -11,7 +11,9 @@ from ndcheck_kernels.cpu import pointwise
 from ndcheck_kernels.cpu import products as products
 from ndcheck_kernels.cpu import reductions as reductions
 from ndcheck_kernels.cpu import routing as routing
+from ndcheck_kernels.cpu import selective_scan as selective_scan
 from ndcheck_kernels.cpu import short_convolution as short_convolution
+from ndcheck_kernels.cpu import weight_only as weight_only
 from ndcheck_kernels.ops.complex_numbers import register_complex
 
 register_complex(

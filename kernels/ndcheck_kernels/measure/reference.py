@@ -145,6 +145,31 @@ def gated_delta_reference(
     return torch.stack(out, 1)
 
 
+def selective_scan_reference(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+) -> torch.Tensor:
+    """y_t = S_t C_t + D x_t with S_t = e^(dt_t A) S_{t-1} + dt_t x_t B_t^T (Dao and Gu 2024).
+
+    Shapes as in `ops.selective_scan`; the state before the first token is zero.
+    """
+    heads, states = x.shape[2], B.shape[-1]
+    x, dt, A, D = x.double(), dt.double(), A.double(), D.double()
+    B, C = (t.double().repeat_interleave(heads // t.shape[2], 2) for t in (B, C))
+    A = A.view(heads, -1).expand(heads, states)
+    state = x.new_zeros(x.shape[0], *x.shape[2:], states)
+    out = []
+    for t in range(x.shape[1]):
+        decay = (dt[:, t, :, None] * A).exp()[:, :, None]
+        state = state * decay + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        out.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]) + D[:, None] * x[:, t])
+    return torch.stack(out, 1)
+
+
 def attention_reference(  # noqa: PLR0913 - the op's own arguments
     query: torch.Tensor,
     key: torch.Tensor,

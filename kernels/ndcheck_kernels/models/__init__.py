@@ -17,14 +17,16 @@ from ndcheck_kernels.models import (
     gated_delta,
     own_attention,
     quantised,
+    state_space,
     tensor_parallel,
 )
 from ndcheck_kernels.ops.attention import is_capturing
 from ndcheck_kernels.ops.library import NAME
 from ndcheck_kernels.scope.refusal import UncoveredOpError
 
-# What a layer keeps of earlier tokens: keys and values, or the state of a gated delta rule.
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+# Layers that keep keys and values of earlier tokens, or nothing.
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"})
+_STATES = (gated_delta, state_space)
 
 
 @contextmanager
@@ -44,6 +46,7 @@ def invariant_model(model: Any, groups: int | None = None) -> Iterator[None]:
     experts.register_experts()
     own_attention.replace_attention(model)
     gated_delta.replace_recurrences(model)
+    state_space.replace_mixers(model)
     own = model.config._attn_implementation, model.config._experts_implementation
     try:
         _set(model, NAME, NAME)
@@ -79,7 +82,9 @@ def _refuse_states(model: Any) -> None:
             for path, module in model.named_modules()
             if getattr(module, "layer_idx", None) == index
         ]
-        if layer_type in _LAYER_TYPES or any(gated_delta.is_covered(m) for _, m in layers):
+        if layer_type in _LAYER_TYPES or any(
+            covers.is_covered(module) for _, module in layers for covers in _STATES
+        ):
             continue
         path = layers[-1][0] if layers else ""
         reason = "its chunks would depend on padding, and prefill and decode would differ"

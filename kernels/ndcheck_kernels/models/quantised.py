@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ndcheck_kernels.models.interface import here
+from ndcheck_kernels.models.weight_only import is_packed
 from ndcheck_kernels.ops.block_fp8 import BLOCK, linear_op
 from ndcheck_kernels.ops.library import NAME
 
@@ -27,7 +28,7 @@ def is_block_fp8(module: torch.nn.Module) -> bool:
 
 def refused_weight(module: Any) -> tuple[str, torch.dtype, str] | None:
     """Name, dtype and reason of a quantised weight that nothing here computes with; else None."""
-    if is_block_fp8(module):
+    if is_block_fp8(module) or is_packed(module):
         return None
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     for name, tensor in tensors:

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 from ndcheck_kernels.models.interface import here
 from ndcheck_kernels.models.quantised import is_block_fp8
+from ndcheck_kernels.models.weight_only import WeightOnlyLinear
 from ndcheck_kernels.ops import block_fp8
 from ndcheck_kernels.ops.collectives import (
     add_pairwise,
@@ -132,6 +133,8 @@ def _ordered(
     layer: Any, path: str, style: str, spread: Spread
 ) -> Callable[..., torch.Tensor] | None:
     """The forward that takes the place of the layer's own; None where its own is right."""
+    if isinstance(layer, WeightOnlyLinear):
+        raise _refusal(layer, path, "weights of integers are not cut into parts")
     if isinstance(layer, torch.nn.Embedding) and style in _VOCABULARY:
         return partial(_look_up, layer, spread) if spread.n_ranks > 1 else None
     if style == "rowwise":

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 OP_GROUPS: dict[str, frozenset[str]] = {
     "gemm": frozenset(
         {"linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "mv", "dot", "block_fp8_linear"}
+        | {"weight_only_linear"}
     ),
-    "attention": frozenset({"attention", "scaled_dot_product_attention"}),
+    "attention": frozenset({"attention", "scaled_dot_product_attention", "selective_scan"}),
 }
 
 _thread = threading.local()

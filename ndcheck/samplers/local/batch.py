@@ -10,11 +10,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionLayer, StaticLayer
+from transformers.cache_utils import LinearAttentionLayer
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS
 from ndcheck.records import CacheState, Load
+
+# A state is written in place, or has no length; names, since older releases lack some.
+_COUNTED_ON_THE_DEVICE = (
+    *("StaticLayer", "DummyLayer"),
+    *("LinearAttentionLayer", "LinearAttentionAndStaticFullAttentionLayer"),
+)
 
 
 class ExactBatch:
@@ -41,7 +47,7 @@ class ExactBatch:
     def can_be_captured(self) -> bool:
         """Whether a step's work is all on the device: other caches count tokens in Python."""
         return self.device.type == "cuda" and all(
-            type(layer) in (StaticLayer, LinearAttentionLayer) for layer in self.cache.layers
+            type(layer).__name__ in _COUNTED_ON_THE_DEVICE for layer in self.cache.layers
         )
 
     @property
@@ -134,6 +140,9 @@ class ExactBatch:
         chunk = -(-(n_columns - start) // n_chunks)
         if cache_state == "chunked" and cut is not None:
             chunk = cut
+        if self._has_states and bool(self._pads.any()):
+            # Recurrent layers take a pass of one column for a token, never for padding.
+            chunk = max(2, chunk)
         return [
             (token_ids[:, begin:end], min(end - begin, max(0, end - self._n_columns + 1)))
             for begin in range(start, n_columns, chunk)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ndcheck.probe import Prompt
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.batch import ExactBatch
-from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers
+from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers, stock_notes
 from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.device import choose_device, fused_layers, own_device, product_tables
 from ndcheck.samplers.local.faithful import Examination, examine
@@ -79,8 +80,7 @@ class TransformersSampler:
         self._feeds = spec.feeds
         self._scores, self._widths = "scoring" in spec.axes, spec.widths
         self._completions = Completions()
-        self._uncaptured: set[Arm] = set()
-        self._begun: set[Arm] = set()
+        self._uncaptured, self._begun = set[Arm](), set[Arm]()
         if load_weights:
             with doing("loading the weights"):
                 self._model = load_model(source.model, config, spec, self._device, source.adapter)
@@ -91,7 +91,9 @@ class TransformersSampler:
             # Of FP8 layers on ranks nothing but the invariant arm can compute a part.
             if not (self._ranks and has_fp8_layers(self._model)):
                 with doing("comparing its batches with generate()"):
-                    self._findings = examine(self._model, self._device, paths_of(spec))
+                    own = partial(self.arm, "invariant", fuse=False)
+                    arm = own if spec.arms == ("invariant",) else None
+                    self._findings = examine(self._model, self._device, paths_of(spec), arm)
             if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
                 from ndcheck_kernels.models.decoder import join_weights
 
@@ -104,6 +106,7 @@ class TransformersSampler:
         # Where both are left out the axis is, which says so itself.
         self.notes = self._prompts.warnings(spec.probes)
         self.notes += tuple(refusals.states.values()) if self.cache_states else ()
+        self.notes += stock_notes(self._model, self._arms) if load_weights else ()
         if (tables := product_tables(self._arms, self._device)) is not None:
             self.notes += (f"products of the invariant arm: {tables}",)
 

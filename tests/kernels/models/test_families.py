@@ -110,9 +110,14 @@ def test_the_model_has_its_own_ways_again():
 
 
 OWN_ATTENTION = ("BLOOM (ALiBi)", "MPT (ALiBi)", "Falcon (ALiBi)", "Falcon", "GPT-J")
+MIXERS = (
+    *("Mamba", "Falcon-Mamba", "Mamba-2", "Nemotron-H (hybrid)", "Granite 4 (hybrid, MoE)"),
+    *("Falcon-H1 (hybrid)", "Bamba (hybrid)", "Zamba 2 (hybrid)", "Jamba (hybrid, MoE)"),
+    "LFM2 (hybrid)",
+)
 
 
-@pytest.mark.parametrize("family", [*OWN_ATTENTION, "Qwen3.5 (hybrid)"])
+@pytest.mark.parametrize("family", [*OWN_ATTENTION, "Qwen3.5 (hybrid)", *MIXERS])
 def test_replaced_modules_are_stock_outside_the_scope(family):
     model, ids = families.build_model(family), torch.arange(3, 40)[None]
     with torch.no_grad():
@@ -207,7 +212,7 @@ def test_other_linear_attention_is_refused_by_name():
 
 
 @pytest.mark.parametrize("cache_state", ["whole", "chunked", "prefix"])
-@pytest.mark.parametrize("family", ["OLMo 3", "Llama 4", "Qwen3.5 (hybrid)"])
+@pytest.mark.parametrize("family", ["OLMo 3", "Llama 4", "Qwen3.5 (hybrid)", *MIXERS])
 def test_padded_rows_over_windows_and_states(family, cache_state):
     """Prefixes longer than the window, shorter than it, and none at all; 0 is the padding token."""
     model = families.build_model(family)
@@ -219,11 +224,11 @@ def test_padded_rows_over_windows_and_states(family, cache_state):
     ):
         beside = ExactBatch(model, torch.device("cpu"), len(rows), max(map(len, rows)) + 3)
         beside.reset(rows)
-        together = [beside.prefill(cache_state)]
+        together = [beside.compute_prompt(cache_state)]
         tokens = together[0].argmax(-1)
         together.append(beside.step(tokens))
         for slot, row in enumerate(rows):
             alone = ExactBatch(model, torch.device("cpu"), 1, len(row) + 3)
             alone.reset([row])
-            assert torch.equal(alone.prefill("whole")[0], together[0][slot])
+            assert torch.equal(alone.compute_prompt("whole")[0], together[0][slot])
             assert torch.equal(alone.step(tokens[slot : slot + 1])[0], together[1][slot])

@@ -12,8 +12,11 @@ from ndcheck_kernels.ops import (
     collectives,
     experts,
     gated_delta,
+    mxfp4,
     products,
+    selective_scan,
     short_convolution,
+    weight_only,
 )
 
 HEADS = torch.ones(1, 1, 2, 4)
@@ -25,6 +28,7 @@ CODES, SCALES = WEIGHT.to(torch.float8_e4m3fn), torch.ones(1, 1)
 BY_EXPERT = (ROWS, CODES.expand(2, 3, 4).contiguous(), SCALES.expand(2, 1, 1), ENDS)
 TOKENS, GATES = torch.ones(1, 2, 1, 4), torch.zeros(1, 2, 1)
 DELTA = (TOKENS, TOKENS, TOKENS, GATES, GATES, torch.zeros(1, 1, 4, 4), True)
+SCAN = (TOKENS, GATES, -torch.ones(1), TOKENS, TOKENS, torch.ones(1), torch.zeros(1, 1, 4, 4))
 TOKEN, TAPS = torch.ones(1, 3, 1), torch.ones(3, 2)
 
 CALLS = {
@@ -37,7 +41,21 @@ CALLS = {
     "block_fp8_grouped": (block_fp8.grouped_op, BY_EXPERT),
     "partial_block_fp8_linear": (block_fp8.partial_linear_op, (ROWS, CODES, SCALES)),
     "partial_block_fp8_grouped": (block_fp8.partial_grouped_op, BY_EXPERT),
+    "weight_only_linear": (
+        weight_only.linear_op,
+        (ROWS, WEIGHT.to(torch.uint8), torch.ones(1, 3), None, None, 8),
+    ),
+    "mxfp4_grouped": (
+        mxfp4.grouped_op,
+        (
+            torch.ones(2, 32),
+            torch.zeros(2, 3, 1, 16, dtype=torch.uint8),
+            torch.zeros(2, 3, 1, dtype=torch.uint8),
+            ENDS,
+        ),
+    ),
     "gated_delta_rule": (gated_delta.gated_delta_op, DELTA),
+    "selective_scan": (selective_scan.scan_op, SCAN),
     "short_convolution": (short_convolution.short_convolution_op, (TOKEN, TAPS)),
     "short_convolution_step": (
         short_convolution.short_convolution_step_op,

@@ -26,7 +26,7 @@ TENSOR_CORES = {
 }
 # Triton 3.9 spills a little where 3.6, which made the GPU figures, does not.
 SPILLED = {("_prefill_kernel", c): n for c, n in ((90, 64), (89, 16), (120, 16))}
-DOTS = ("_matmul", "_grouped", "_block_fp8", "_prefill", "_decode")
+DOTS = ("_matmul", "_grouped", "_block_fp8", "_weight_only", "_prefill", "_decode")
 
 
 def compile_in_a_process(*arguments):

@@ -2,7 +2,9 @@
 
 FP8 in blocks of 128 x 128 stays FP8, on a CPU too, where transformers would dequantise it unasked.
 The stock arm is what transformers computes: on CUDA its FP8 kernels, on a CPU the dequantised
-weights. Everything else is refused where the invariant arm is asked for, and named.
+weights. Integers of 4 and 8 bits (`packed`) stay packed, and the stock arm is torch's product with
+the dequantised weights; alone it is transformers' own, where that can load them. Everything else is
+refused where the invariant arm is asked for, and named.
 """
 
 from __future__ import annotations
@@ -19,6 +21,12 @@ import transformers
 
 from ndcheck.errors import UsageError
 from ndcheck.records import RunSpec
+from ndcheck.samplers.local.checkpoint.packed import (
+    METHODS,
+    PackedLayout,
+    put_packed_layers,
+    read_packed,
+)
 
 FP8 = "fp8"
 _DEQUANTISED_BY = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
@@ -35,6 +43,8 @@ class Quantisation:
     """As a message names it."""
     is_covered: bool
     """Whether the invariant arm has kernels for it."""
+    packed: PackedLayout | None = None
+    """How integers are packed that are read here."""
 
 
 def read_quantisation(config: Any) -> Quantisation | None:
@@ -45,6 +55,11 @@ def read_quantisation(config: Any) -> Quantisation | None:
     if not isinstance(said, dict):
         return Quantisation("unknown", f"quantised in an unknown way ({said!r:.40})", False)
     method = _method(said)
+    if method in METHODS:
+        read = read_packed(said)
+        if isinstance(read, str):
+            return Quantisation(method, read, False)
+        return Quantisation(method, read.label, True, read)
     if method != FP8:
         bits = said.get("bits")
         return Quantisation(method, f"{method} of {bits} bits" if bits else method, False)
@@ -77,14 +92,19 @@ def check_quantisation(source: str, found: Quantisation | None, spec: RunSpec) -
     if spec.dequantise:
         if found is None:
             raise UsageError(f"--dequantise: the weights of {source} are not quantised")
-        if found.method not in _DEQUANTISED_BY and spec.random_weights is None:
+        is_readable = found.method in _DEQUANTISED_BY or found.packed is not None
+        if not is_readable and spec.random_weights is None:
             raise UsageError(
                 f"--dequantise: {source} is {found.layout}, of which no plain weights can be made "
-                f"here (of {' and '.join(_DEQUANTISED_BY)} they can); save it as bf16 or as FP8 in "
-                "blocks of 128 x 128"
+                f"here (of {', '.join(_DEQUANTISED_BY)} and integers in groups they can); save it "
+                "as bf16 or as FP8 in blocks of 128 x 128"
             )
         return
     is_drawn = spec.random_weights is not None and spec.arms == ("invariant",)
+    is_cut = spec.tensor_parallel > 1 or spec.tp_groups is not None
+    if found is not None and found.packed is not None and is_cut:
+        option = f"--tp {spec.tensor_parallel}" if spec.tensor_parallel > 1 else "--tp-groups"
+        raise UsageError(f"{option}: {found.layout} is not cut into parts: --dequantise")
     if found is not None and spec.tensor_parallel > 1 and not (found.is_covered and is_drawn):
         raise UsageError(
             f"--tp {spec.tensor_parallel}: ranks share FP8 in blocks of 128 x 128 only, from "
@@ -106,7 +126,7 @@ def check_quantisation(source: str, found: Quantisation | None, spec: RunSpec) -
 
 def loading_options(found: Quantisation | None, spec: RunSpec) -> dict[str, Any]:
     """What `from_pretrained` needs beside, to make plain weights where that is asked for."""
-    if found is None or not spec.dequantise:
+    if found is None or not spec.dequantise or found.method not in _DEQUANTISED_BY:
         return {}
     kind = getattr(transformers, _DEQUANTISED_BY[found.method])
     return {"quantization_config": kind(dequantize=True)}
@@ -137,8 +157,11 @@ def kept_fp8() -> Iterator[None]:
         auto.AUTO_QUANTIZER_MAPPING[FP8] = own
 
 
-def put_fp8_layers(model: Any) -> None:
-    """Give a model on the meta device the layers that its config's FP8 weights go into."""
+def put_layers(model: Any, found: Quantisation) -> None:
+    """Give a model on the meta device the layers that its config's covered weights go into."""
+    if found.packed is not None:
+        put_packed_layers(model, found.packed)
+        return
     from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
     said = AutoQuantizationConfig.from_dict(dict(_said(model.config)))
@@ -150,7 +173,20 @@ def is_fp8_layer(module: torch.nn.Module) -> bool:
     return type(module).__name__ in _LAYERS
 
 
-def draw_fp8(module: torch.nn.Module, std: float) -> None:
+def draw_layer(module: torch.nn.Module, std: float) -> bool:
+    """Fill a quantised layer with quantised normal numbers; False where it is another one."""
+    from ndcheck_kernels.models.weight_only import draw, is_packed
+
+    if is_packed(module):
+        draw(module, std)
+        return True
+    if not is_fp8_layer(module):
+        return False
+    _draw_fp8(module, std)
+    return True
+
+
+def _draw_fp8(module: torch.nn.Module, std: float) -> None:
     """Fill an FP8 layer with quantised normal numbers, one matrix at a time; its biases with 0."""
     from ndcheck_kernels.ops.block_fp8 import quantise_weight
 
@@ -191,6 +227,34 @@ def prepare_stock(model: Any, device: torch.device, spec: RunSpec, source: str) 
                 f"--model {source}: the stock arm needs transformers' FP8 kernels, which the "
                 f"`kernels` package downloads ({reason:.160}): --kernels invariant runs without"
             ) from error
+
+
+def stored_by_us(found: Quantisation | None, spec: RunSpec) -> PackedLayout | None:
+    """How integers are packed, if they are read here: transformers' own need their packages."""
+    if found is None or found.packed is None:
+        return None
+    if spec.dequantise:
+        return None if found.method in _DEQUANTISED_BY else found.packed
+    alone = spec.arms == ("stock",)
+    return None if alone and _transformers_reads(found.method) else found.packed
+
+
+def _transformers_reads(method: str) -> bool:
+    from transformers.utils import import_utils
+
+    if method in _DEQUANTISED_BY:
+        return True  # Where it has no kernels it makes plain weights.
+    package = {"gptq": "gptqmodel", "awq": "gptqmodel"}.get(method, "compressed_tensors")
+    return bool(getattr(import_utils, f"is_{package}_available", lambda: False)())
+
+
+def stock_notes(model: Any, arms: tuple[str, ...]) -> tuple[str, ...]:
+    """What the stock arm of a model with packed integers is."""
+    from ndcheck_kernels.models.weight_only import is_packed
+
+    if "stock" not in arms or not any(map(is_packed, model.modules())):
+        return ()
+    return ("stock arm: torch's products with weights dequantised for each of them",)
 
 
 @contextmanager
