@@ -72,13 +72,12 @@ class TransformersSampler:
         self._text_config = config.get_text_config(decoder=True)
         self._prompts = load_prompts(source.tokenizer, spec, self._text_config)
         drafts = None if spec.draft is None else DraftSource(spec, source, config)
-        self._draft_context = None if drafts is None else drafts.context
+        self._draft_context = drafts and drafts.context
         self._model: Any = None
         self._draft: Any = None
         self._findings: Examination | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
-        self._feeds = spec.feeds
-        self._scores, self._widths = "scoring" in spec.axes, spec.widths
+        self._feeds, self._widths, self._scores = spec.feeds, spec.widths, "scoring" in spec.axes
         self._completions = Completions()
         self._uncaptured, self._begun = set[Arm](), set[Arm]()
         if load_weights:
@@ -86,8 +85,7 @@ class TransformersSampler:
                 self._model = load_model(source.model, config, spec, self._device, source.adapter)
                 self._stop_ids = stop_ids(self._model)
                 self._digest = digest_weights(self._model)
-                if drafts is not None:
-                    self._draft = drafts.load(self._model, self._device)
+                self._draft = drafts and drafts.load(self._model, self._device)
             # Of FP8 layers on ranks nothing but the invariant arm can compute a part.
             if not (self._ranks and has_fp8_layers(self._model)):
                 with doing("comparing its batches with generate()"):
@@ -333,24 +331,23 @@ class TransformersSampler:
         if arm == "stock":
             yield lambda: None
             return
-        import ndcheck_kernels
+        import ndcheck_kernels as kernels
 
         # A fused layer is one process's, and its products have no parts.
         fuse = fuse and not self._ranks and not self._tp_groups
-        draft = self._draft
         try:
             with (
-                ndcheck_kernels.invariant_model(self._model, self._tp_groups),
-                nullcontext() if draft is None else ndcheck_kernels.invariant_model(draft),
+                kernels.invariant_model(self._model, self._tp_groups),
+                nullcontext() if self._draft is None else kernels.invariant_model(self._draft),
                 fused_layers(self._model, self._device) if fuse else nullcontext(),
-                ndcheck_kernels.invariant_kernels() as scope,
+                kernels.invariant_kernels() as scope,
             ):
                 before = scope.fires.total()
                 yield lambda: scope.fires.total() - before
                 missing = scope.missing()
                 if self._ranks is not None:
                     missing += scope.missing(("rank_sum",))
-        except ndcheck_kernels.UncoveredOpError as error:
+        except kernels.UncoveredOpError as error:
             raise BackendError(
                 f"invariant arm: {first_line(error)} Without this arm: --kernels stock"
             ) from error
