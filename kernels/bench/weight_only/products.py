@@ -142,7 +142,7 @@ def tune(out: Path) -> Iterator[None]:
             str(config): [partial(weight_only._launch, x, w, None, config) for w in held]
             for config in tried
         })  # fmt: skip
-        chosen = us.get(str(weight_only.product_config(m, n)), "")
+        chosen = us.get(str(weight_only.product_config(m)), "")
         for config, each in sorted(us.items(), key=lambda item: item[1]):
             table.add(shape=shape, m=m, us=each, chosen_us=chosen, config=config)
         best = min(us, key=us.__getitem__)

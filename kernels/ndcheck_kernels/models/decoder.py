@@ -134,7 +134,8 @@ def _fits(layer: Any) -> bool:
         not hasattr(
             getattr(own.o_proj, "weight", None), "device_mesh"
         )  # Spread over ranks, each with a partial sum.
-        and getattr(own, "sliding_window", None) is None
+        # Mistral's attention reads its window from the config.
+        and getattr(own, "sliding_window", getattr(own.config, "sliding_window", None)) is None
         and own.o_proj.bias is None
         and can_join(own.q_proj, own.k_proj, own.v_proj)
         and (is_mixture(mlp) or _is_gated(mlp))

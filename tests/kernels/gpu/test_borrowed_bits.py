@@ -140,7 +140,7 @@ def test_threads_borrow_together_and_stock_keeps_its_settings(operands, monkeypa
     want = matmul.linear(x, w)
     flags = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     borrow(monkeypatch, w)
-    seen, start = {}, threading.Barrier(3)
+    seen, start = {}, threading.Barrier(3, timeout=60)
 
     def ours(name):
         with torch.cuda.stream(torch.cuda.Stream()), invariant_kernels():
@@ -156,12 +156,13 @@ def test_threads_borrow_together_and_stock_keeps_its_settings(operands, monkeypa
         torch.cuda.current_stream().synchronize()
 
     torch.cuda.synchronize()
-    threads = [threading.Thread(target=ours, args=(name,)) for name in ("first", "second")]
-    threads.append(threading.Thread(target=stock))
+    jobs = ((ours, ("first",)), (ours, ("second",)), (stock, ()))
+    threads = [threading.Thread(target=job, args=args, daemon=True) for job, args in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(timeout=60)
+        assert not thread.is_alive()
     torch.cuda.synchronize()
     for name in ("first", "second"):
         assert [i for i, y in enumerate(seen[name]) if not torch.equal(y, want)] == [], name

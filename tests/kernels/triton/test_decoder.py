@@ -139,6 +139,12 @@ def test_other_models_and_windows_are_left_alone(make_model) -> None:
     model.model.layers[1].self_attn.sliding_window = 8
     with fused_layers(model) as n_layers:
         assert n_layers == 0
+    mistral = make_model("mistral")  # Its attention has no attribute for it.
+    with fused_layers(mistral) as n_layers:
+        assert n_layers > 0
+    mistral.config.sliding_window = 8
+    with fused_layers(mistral) as n_layers:
+        assert n_layers == 0
 
 
 def test_qkv_refuses_what_it_cannot_split(device) -> None:

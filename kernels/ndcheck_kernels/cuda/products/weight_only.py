@@ -42,28 +42,25 @@ class WeightOnlyConfig:
 _ANY = 1 << 62
 _Table = tuple[tuple[int, WeightOnlyConfig], ...]  # up to which M a configuration serves
 
-_WIDE: _Table = (
+_CONFIGS: _Table = (
     (16, WeightOnlyConfig(16, 64, 4, 4)),
     (32, WeightOnlyConfig(32, 64, 4, 4)),
     (64, WeightOnlyConfig(64, 64, 4, 3)),
     (128, WeightOnlyConfig(128, 64, 4, 2)),
 )
-_NARROW: _Table = ((16, WeightOnlyConfig(16, 32, 4, 5)), *_WIDE[1:])
-_FEWEST_WIDE = 16384
-"""Output features from which tiles of 64 fill the chip twice."""
+"""Of 64 output features at least: below, the dot is no wgmma, and has other bits."""
 MOST_ROWS = 128
 """Beyond these, unpacking the weight once costs less than unpacking it for each tile of rows."""
 
 
-def product_config(m: int, n: int) -> WeightOnlyConfig:
+def product_config(m: int) -> WeightOnlyConfig:
     """Of up to MOST_ROWS rows."""
-    table = _WIDE if n >= _FEWEST_WIDE else _NARROW
-    return next(config for most, config in table if m <= most)
+    return next(config for most, config in _CONFIGS if m <= most)
 
 
 def selectable_configs() -> tuple[WeightOnlyConfig, ...]:
-    """Every configuration that some shape can select: what a proof must cover."""
-    return tuple(dict.fromkeys(config for _, config in (*_WIDE, *_NARROW)))
+    """Every configuration that some number of rows can select: what a proof must cover."""
+    return tuple(config for _, config in _CONFIGS)
 
 
 @triton.jit
@@ -181,7 +178,7 @@ def weight_only_matmul(
     if not packed.scales.stride(-1) == packed.codes.stride(-1) == 1:
         raise ValueError("codes must lie row by row, and scales group by group")
     if len(x) <= MOST_ROWS and can_fuse(x, packed):
-        return _launch(x, packed, addend, product_config(len(x), len(packed.codes)))
+        return _launch(x, packed, addend, product_config(len(x)))
     return matmul(x, unpacked(packed, x.dtype).t(), addend)
 
 
