@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.feeding import count_fed
 from ndcheck.analysis.statistics import clopper_pearson, fisher_exact
-from ndcheck.analysis.summary import AxisFinding, Counts, Draw
+from ndcheck.analysis.summary import AxisFinding, Counts, DraftFinding, Draw
 from ndcheck.analysis.trials import Trials, purpose_code
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import AXES, Axis
@@ -97,14 +97,50 @@ def _judge_axes(
             own_rows, own_partners = _pair_within_trials(trials)
             rows = np.concatenate((rows, own_rows))
             partners = np.concatenate((partners, own_partners))
-        tokens = None
+        tokens = drafted = None
         if axis in LEAST_FED:
             # A completion that is too short shows nothing.
-            is_long = trials.rows["fed_tokens"][rows] >= LEAST_FED[axis]
-            rows, partners = rows[is_long], partners[is_long]
-            tokens = count_fed(trials.rows[rows], with_classes=axis == "width")
+            is_fed = trials.rows["fed_tokens"][rows] >= LEAST_FED[axis]
+            is_drafted = trials.rows["draft_passes"][rows] > 0
+            tokens = count_fed(trials.rows[rows[is_fed]], with_classes=axis == "width")
+            if is_drafted.any():
+                drafted = _count_drafted(trials, rows[is_drafted], partners[is_drafted])
+            is_either = is_fed | is_drafted
+            rows, partners = rows[is_either], partners[is_either]
         finding = _judge(axis, trials, completions, (rows, partners), confidence, draw)
-        yield replace(finding, tokens=tokens)
+        yield replace(finding, tokens=tokens, drafted=drafted)
+
+
+def _count_drafted(
+    trials: Trials, rows: NDArray[np.int64], partners: NDArray[np.int64]
+) -> DraftFinding:
+    diverges, differs = _compare(trials, rows, partners)
+    widths = trials.rows["width"][rows]
+    # All rows of a trial have the same passes.
+    _, first = np.unique(trials.of_row[rows], return_index=True)
+    n_passes, n_proposed, n_accepted = (
+        int(trials.rows[name][rows[first]].sum())
+        for name in ("draft_passes", "proposed", "accepted")
+    )
+    diverged = np.unique(widths[diverges])
+    latent = np.setdiff1d(widths[differs], diverged)
+    return DraftFinding(
+        *(len(first), n_passes, n_proposed, n_accepted),
+        *(tuple(diverged.tolist()), tuple(latent.tolist())),
+    )
+
+
+def _compare(
+    trials: Trials, rows: NDArray[np.int64], partners: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of each pair: are the completions others, and are the bits?"""
+    completion = trials.rows["completion"]
+    # Equal fingerprints of all bits settle it; 0 means not recorded, which is no evidence.
+    differs = np.zeros(len(rows), np.bool_)
+    for bits in (trials.rows["logprobs"], trials.rows["row_digests"]):
+        here, there = bits[rows], bits[partners]
+        differs |= (here != there) & (here != 0) & (there != 0)
+    return completion[rows] != completion[partners], differs
 
 
 def _pair_repeats(trials: Trials) -> Pairs:
@@ -152,13 +188,7 @@ def _judge(
     rows, partners = pairs
     of_pair = trials.of_row[rows]
     completion = trials.rows["completion"]
-    diverges = completion[rows] != completion[partners]
-    # Equal fingerprints of all bits settle it; 0 means not recorded, which is no evidence.
-    differs = np.zeros(len(rows), np.bool_)
-    for bits in (trials.rows["logprobs"], trials.rows["row_digests"]):
-        here, there = bits[rows], bits[partners]
-        differs |= (here != there) & (here != 0) & (there != 0)
-
+    diverges, differs = _compare(trials, rows, partners)
     tried = np.unique(of_pair)
     diverged = np.unique(of_pair[diverges])
     latent = np.setdiff1d(of_pair[differs & ~diverges], diverged)

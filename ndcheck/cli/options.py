@@ -205,6 +205,15 @@ Widths = Annotated[
         "2,4,...",
     ),
 ]
+Draft = Annotated[
+    str | None,
+    _option(
+        "draft",
+        "Also decode speculatively: this model, or the first N layers of --model (layers:N), "
+        "proposes the tokens that passes of --widths verify.",
+        "MODEL",
+    ),
+]
 LoadMode = Annotated[
     str,
     _option(

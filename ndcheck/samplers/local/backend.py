@@ -13,6 +13,7 @@ from ndcheck.records import CacheDtype, RunSpec
 from ndcheck.samplers.backend import Backend
 from ndcheck.samplers.options import (
     DEFAULTS,
+    DRAFT,
     DTYPES,
     ENGINE,
     OF_SOME,
@@ -38,6 +39,7 @@ class LocalBackend(Backend):
     own = (
         Option("adapter", ("adapter",), None, lambda path: None if path is None else str(path)),
         WIDTHS,
+        DRAFT,
         *(ENGINE, TP, Option("tp_groups", ("tp_groups",), DEFAULTS.tp_groups)),
         Option("dequantise", ("dequantise",), DEFAULTS.dequantise),
         Option("kv_cache_dtype", ("kv_cache_dtype",), DEFAULTS.kv_cache_dtype),
@@ -66,6 +68,8 @@ class LocalBackend(Backend):
                 f"{did_you_mean(spec.dtype, accepted)}"
             )
         check_request(spec)
+        if spec.draft is not None:
+            _check_draft(spec)
 
     def open(
         self,
@@ -115,3 +119,15 @@ class LocalBackend(Backend):
 
     def arrivals(self, spec: RunSpec) -> str | None:
         return None if spec.batching == "exact" else with_clock(spec.arrivals, "step")
+
+
+def _check_draft(spec: RunSpec) -> None:
+    option = f"--draft {spec.draft}"
+    if spec.batching != "exact":
+        raise UsageError(f"{option}: only --batching exact has passes that are known")
+    if "width" not in spec.axes:
+        raise UsageError(f"{option}: what it proposes is verified along width: add it to --axes")
+    if spec.decoding.temperature:
+        raise UsageError(f"{option}: its tokens are verified greedily: leave out --temperature")
+    if spec.tensor_parallel > 1:
+        raise UsageError(f"{option}: it drafts in one process: leave out --tp")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS
@@ -42,6 +42,7 @@ class ExactBatch:
         self._model = model
         self.device = device
         self.n_rows = n_rows
+        self.width = width
         self._mask = torch.zeros(n_rows, width, dtype=torch.int64, device=device)
         self._next_positions = torch.zeros(n_rows, 1, dtype=torch.int64, device=device)
         self._cache_dtype = cache_dtype
@@ -58,9 +59,25 @@ class ExactBatch:
             type(layer).__name__ in _COUNTED_ON_THE_DEVICE for layer in self.cache.layers
         )
 
+    @property
+    def can_be_rewound(self) -> bool:
+        """Whether tokens can be taken back: other layers sum them up, or write over older ones."""
+        return all(type(x) is StaticLayer for x in self.cache.layers)
+
+    @property
+    def n_filled(self) -> int:
+        """Columns of the cache that hold tokens, or pads before them."""
+        return self._length
+
+    def rewind(self, n_columns: int) -> None:
+        """Take back all but the first ``n_columns``: the next pass writes over them."""
+        self._length = n_columns
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(n_columns)
+
     def reset(self, rows: list[list[int]]) -> None:
         """Take the prompts in, as token ids."""
-        self._rows = rows
+        self.rows = rows
         self._n_columns = max(map(len, rows))
         pads = torch.tensor([self._n_columns - len(row) for row in rows], device=self.device)
         self._pads = pads[:, None]
@@ -75,14 +92,15 @@ class ExactBatch:
 
         Raises UsageError where the model computes something else in such a batch than alone.
         """
-        self._require_faithful(cache_state)
+        self.require_faithful(cache_state)
         return self.compute_prompt(cache_state, cut)
 
-    def _require_faithful(self, cache_state: CacheState) -> None:
+    def require_faithful(self, cache_state: CacheState) -> None:
+        """Raise UsageError where the model computes something else in such passes than alone."""
         from ndcheck.samplers.local.faithful import require_faithful
 
         n_new = self._mask.shape[1] - self._n_columns
-        require_faithful(self._model, self.device, list(map(len, self._rows)), n_new, cache_state)
+        require_faithful(self._model, self.device, list(map(len, self.rows)), n_new, cache_state)
 
     def compute_prompt(self, cache_state: CacheState, cut: int | None = None) -> Tensor:
         """`prefill`, of whatever model."""
@@ -99,7 +117,7 @@ class ExactBatch:
         Raises UsageError as `prefill` does.
         """
         # A pass of several tokens over a cache is what a prompt's chunk is.
-        self._require_faithful("chunked" if load.width > 1 else load.cache_state)
+        self.require_faithful("chunked" if load.width > 1 else load.cache_state)
         for part, n_wanted in self.passes(token_ids, load):
             logits = self.forward(part, max(1, n_wanted))
             if n_wanted:
@@ -120,7 +138,7 @@ class ExactBatch:
         ]
 
     def _padded(self) -> Tensor:
-        padded = [[0] * (self._n_columns - len(row)) + row for row in self._rows]
+        padded = [[0] * (self._n_columns - len(row)) + row for row in self.rows]
         return torch.tensor(padded, device=self.device)
 
     def _parts(
@@ -179,14 +197,14 @@ class ExactBatch:
         All but the last ``n_rest`` tokens of a row, or half of the shortest row, are prefix, so
         every row has a rest to prefill.
         """
-        shortest = min(map(len, self._rows))
+        shortest = min(map(len, self.rows))
         n_rest = max(1, shortest // 2) if n_rest is None else min(n_rest, shortest)
         n_prefix = self._n_columns - n_rest
         if n_prefix == 0:
             return 0
         alone: dict[tuple[int, ...], list[LayerState]] = {}
         rows: list[list[LayerState]] = []
-        for row in self._rows:
+        for row in self.rows:
             prefix = tuple(row[: len(row) - n_rest])
             if prefix not in alone:
                 alone[prefix] = self._prefix_states(prefix)
