@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ndcheck.analysis.feeding import count_fed
 from ndcheck.analysis.statistics import clopper_pearson, fisher_exact
-from ndcheck.analysis.summary import AxisFinding, Counts, Draw
+from ndcheck.analysis.summary import AxisFinding, Counts, DraftFinding, Draw
 from ndcheck.analysis.trials import Trials, purpose_code
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import AXES, Axis
@@ -109,19 +109,67 @@ def _judge_axis(
     if axis not in LEAST_FED:
         return _judge(axis, trials, completions, (rows, partners), confidence, by_load)
     # A completion that is too short shows nothing.
-    is_long = trials.rows["fed_tokens"][rows] >= LEAST_FED[axis]
-    rows, partners = rows[is_long], partners[is_long]
-    findings = _judge(axis, trials, completions, (rows, partners), confidence, by_load)
-    no_tokens = cache(partial(replace, tokens=count_fed(trials.rows[:0], with_classes=False)))
-    if not len(rows):
+    is_fed = trials.rows["fed_tokens"][rows] >= LEAST_FED[axis]
+    is_drafted = trials.rows["draft_passes"][rows] > 0
+    pairs = rows[is_fed | is_drafted], partners[is_fed | is_drafted]
+    findings = _judge(axis, trials, completions, pairs, confidence, by_load)
+    count = partial(count_fed, with_classes=axis == "width")
+    no_tokens = cache(partial(replace, tokens=count(trials.rows[:0])))
+    if not len(pairs[0]):
         return [no_tokens(finding) for finding in findings]
+    fed, drafted, verified = rows[is_fed], rows[is_drafted], partners[is_drafted]
+    return [
+        replace(
+            finding,
+            tokens=count(trials.rows[fed[own]]),
+            drafted=_count_drafted(trials, drafted[of_draft], verified[of_draft]),
+        )
+        for finding, own, of_draft in zip(
+            findings, _by_group(trials, fed), _by_group(trials, drafted), strict=True
+        )
+    ]
+
+
+def _by_group(trials: Trials, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Which of these rows are each group's, in their order."""
     group = trials.rows["group"][rows]
     order = np.argsort(group, kind="stable")
-    ends = np.searchsorted(group[order], np.arange(1, trials.n_groups))
-    return [
-        replace(finding, tokens=count_fed(trials.rows[own], with_classes=axis == "width"))
-        for finding, own in zip(findings, np.split(rows[order], ends), strict=True)
-    ]
+    return np.split(order, np.searchsorted(group[order], np.arange(1, trials.n_groups)))
+
+
+def _count_drafted(
+    trials: Trials, rows: NDArray[np.int64], partners: NDArray[np.int64]
+) -> DraftFinding | None:
+    """Of one group; None where nothing was drafted."""
+    if not len(rows):
+        return None
+    diverges, differs = _compare(trials, rows, partners)
+    widths = trials.rows["width"][rows]
+    # All rows of a trial have the same passes.
+    _, first = np.unique(trials.of_row[rows], return_index=True)
+    n_passes, n_proposed, n_accepted = (
+        int(trials.rows[name][rows[first]].sum())
+        for name in ("draft_passes", "proposed", "accepted")
+    )
+    diverged = np.unique(widths[diverges])
+    latent = np.setdiff1d(widths[differs], diverged)
+    return DraftFinding(
+        *(len(first), n_passes, n_proposed, n_accepted),
+        *(tuple(diverged.tolist()), tuple(latent.tolist())),
+    )
+
+
+def _compare(
+    trials: Trials, rows: NDArray[np.int64], partners: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of each pair: are the completions others, and are the bits?"""
+    completion = trials.completion
+    # Equal fingerprints of all bits settle it; 0 means not recorded, which is no evidence.
+    differs = np.zeros(len(rows), np.bool_)
+    for bits in (trials.rows["logprobs"], trials.rows["row_digests"]):
+        here, there = bits[rows], bits[partners]
+        differs |= (here != there) & (here != 0) & (there != 0)
+    return completion[rows] != completion[partners], differs
 
 
 def _pair_repeats(trials: Trials) -> Pairs:
@@ -167,13 +215,8 @@ def _judge(
     by_load: NDArray[np.bool_],
 ) -> list[AxisFinding]:
     rows, partners = pairs
-    of_pair, completion = trials.of_row[rows], trials.completion
-    diverges = completion[rows] != completion[partners]
-    # Equal fingerprints of all bits settle it; 0 means not recorded, which is no evidence.
-    differs = np.zeros(len(rows), np.bool_)
-    for bits in (trials.rows["logprobs"], trials.rows["row_digests"]):
-        here, there = bits[rows], bits[partners]
-        differs |= (here != there) & (here != 0) & (there != 0)
+    of_pair = trials.of_row[rows]
+    diverges, differs = _compare(trials, rows, partners)
     differs &= ~diverges
 
     tried, diverged, latent = map(trials.flag, (of_pair, of_pair[diverges], of_pair[differs]))

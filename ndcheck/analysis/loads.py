@@ -47,7 +47,8 @@ def find_loads(
 def _place(kind: LoadKind) -> tuple[int, ...]:
     slot = -1 if kind.slot is None else kind.slot
     state = CACHE_STATES.index(kind.cache_state)
-    return PURPOSES.index(kind.purpose), kind.batch_size, slot, state, kind.width, kind.scores
+    wide = kind.scores, kind.drafts, kind.width
+    return PURPOSES.index(kind.purpose), kind.batch_size, slot, state, *wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class _Kinds:
         elapsed_s = self.elapsed_s[number]
         divergences, failed = self.divergences.get(number, ()), self.failed.get(number, ())
         trial_ids = self.trial_ids[number]
-        is_fed = kind.width > 1 or kind.scores
+        is_decoded = kind.width == 1 and not kind.scores
         return LoadFinding(
             *kind,
             n_trials=len(trial_ids),
@@ -87,7 +88,7 @@ class _Kinds:
             latent=self.latent[number],
             achieved_batch_size_min=_known(self.achieved_min[number]),
             elapsed_s=elapsed_s,
-            tokens_per_s=self.n_tokens[number] / elapsed_s if elapsed_s and not is_fed else None,
+            tokens_per_s=self.n_tokens[number] / elapsed_s if elapsed_s and is_decoded else None,
             first_latent_min=_known(self.first_latent[number]),
             answer_flips=None if answers is None else answers.count_flips(self.rows[number]),
             n_correct=None if answers is None else answers.count_right(self.rows[number]),

@@ -147,7 +147,7 @@ class _Counts:
     n_novel: list[int]
     """Trials with a completion that no other trial had."""
     n_generated: list[int]
-    """Tokens of completions that were not given."""
+    """Tokens that were generated one by one."""
     n_unique_bits: list[int]
     slowdowns: dict[int, float]
 
@@ -174,7 +174,7 @@ def _count(
     n_draws, diverged_draws, latent_draws = np.where(by_load, of_loads, of_trials)
     seen_once = joined([each.n_trials for each in completions], np.int64) == 1
     novel = trials.flag(trials.of_row[seen_once[trials.completion]])
-    is_generated = ~trials.is_fed[trials.of_row]
+    is_generated = trials.is_decoded[trials.of_row]
     group_of_row = trials.rows["group"]
     n_generated = np.bincount(group_of_row[is_generated], lengths[is_generated], n_groups)
     witnessed = trials.is_witnessed(exactly=spec.sets_batch_size)
@@ -222,7 +222,7 @@ def _summarise_probe(
     # Whom an open loop brings together is judged over all of its trials.
     is_open = serving is not None and not spec.sets_batch_size
     elapsed_s = float(trials.elapsed_s[own].sum())
-    generated_s = float(trials.elapsed_s[own][~trials.is_fed[own]].sum())
+    generated_s = float(trials.elapsed_s[own][trials.is_decoded[own]].sum())
     return ProbeSummary(
         arm=arm,
         probe_id=probe_id,
@@ -247,7 +247,10 @@ def _summarise_probe(
         completions=completions,
         axes=axes,
         loads=loads,
-        control=ControlFinding(len(group.controls), sum(group.controls.values()), group.controlled),
+        control=ControlFinding(
+            *(len(group.controls), sum(group.controls.values())),
+            *(group.controlled, group.controls_draft),
+        ),
         tree=tree,
         metrics=measure(
             completions,
@@ -322,7 +325,7 @@ def _slowdowns(trials: Trials, groups: Groups) -> dict[int, float]:
     }
     if not stock:
         return {}
-    generated = ~trials.is_fed
+    generated = trials.is_decoded
     load, elapsed_s = trials.load[generated], trials.elapsed_s[generated]
     n_times = np.bincount(load)
     means = np.bincount(load, elapsed_s)[n_times > 0] / n_times[n_times > 0]

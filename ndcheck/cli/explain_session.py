@@ -169,7 +169,14 @@ def trace_run(
     if sample.arm == "invariant" and sampler.model.device.type == "cuda":
         note("fused layers are traced op by op, whose bits are not the recorded ones", quiet=quiet)
         recorded = ()
-    loads = [(sample.load, sample.slot)]
+    if sample.load.drafts:
+        note(
+            f"what was proposed is not kept: the completion is fed in passes of "
+            f"{sample.load.width}, as those that verified it",
+            quiet=quiet,
+        )
+        recorded = ()
+    loads = [(sample.load.undrafted, sample.slot)]
     n_fed = None if sample.fed is None else sample.fed.n_tokens
     explanations = _explain(
         spec, sampler, steps, loads, recorded, n_fed, with_swaps=with_swaps, quiet=quiet
@@ -275,6 +282,8 @@ def shrink(
 
     if spec.random_weights is not None and spec.tp_groups is not None:
         raise UsageError("--tp-groups draws random weights that no short script can make: leave it")
+    if spec.kv_cache_dtype != "auto":
+        raise UsageError("no short script keeps keys and values as FP8: shrink a run without")
     found = read_quantisation(sampler.model.config)
     if found is not None and found.packed is not None:
         raise UsageError("no short script can make these weights: shrink a run of plain ones")
@@ -317,7 +326,8 @@ def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
 
     _check_visible(spec)
     note(f"loading {spec.model}", quiet=quiet)
-    return LocalBackend().open(spec)
+    # What a draft proposed is fed, not proposed again.
+    return LocalBackend().open(replace(spec, draft=None))
 
 
 def one_arm(text: str) -> Arm:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import lru_cache
 
-from ndcheck.records import Arm, Load, Purpose, Run, Sample, Trial
+from ndcheck.records import Arm, Drafted, Load, Purpose, Run, Sample, Trial
 
 DIGITS_PER_TRIAL = 8
 MAX_NAMED = 5
@@ -60,6 +60,10 @@ class Ledger:
             return f"it has {n_tokens} tokens and the texts of {len(sample.token_texts)}"
         if (sample.fed is not None) != (load.is_fed and sample.error is None):
             return "what it says of tokens that were fed does not fit its load"
+        if (sample.drafted is not None) != (load.drafts and sample.error is None):
+            return "what it says of a draft does not fit its load"
+        if sample.drafted is not None and not _is_possible(sample.drafted, load.width, n_tokens):
+            return "what it says of a draft contradicts itself"
         for name, values in (
             ("logprobs", sample.logprobs),
             ("margins", sample.margins),
@@ -149,6 +153,15 @@ def is_continued_by(run: Run, finished: Iterable[Sample], trials: Sequence[Trial
     planned = {t.trial_id: (t.arm, t.probe_id, t.purpose, t.baseline, t.load) for t in trials}
     return all(
         planned[s.trial_id] == (s.arm, s.probe_id, s.purpose, s.baseline, s.load) for s in finished
+    )
+
+
+def _is_possible(drafted: Drafted, width: int, n_tokens: int) -> bool:
+    """Do the passes propose and accept so much, and give so many tokens after the first?"""
+    proposed, accepted = drafted.proposed, drafted.accepted
+    return len(proposed) == len(accepted) and (
+        all(a <= p < width for a, p in zip(accepted, proposed, strict=True))
+        and n_tokens <= 1 + len(accepted) + sum(accepted)
     )
 
 

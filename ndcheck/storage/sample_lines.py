@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ndcheck.records import Arm, Fault, Fed, FinishReason, Load, Purpose, Sample, Witness
+from ndcheck.records import Arm, Drafted, Fault, Fed, FinishReason, Load, Purpose, Sample, Witness
 from ndcheck.storage.ranges import Count, NotNegative, RawText, Seed
 from ndcheck.storage.reading import MAX_LINE_BYTES, decode, parse_json
 
@@ -33,6 +33,7 @@ def encode_line(sample: Sample) -> bytes:
         **dataclasses.asdict(load),
         **dataclasses.asdict(witness),
         "fed": dataclasses.asdict(sample.fed) if sample.fed else None,
+        "drafted": dataclasses.asdict(sample.drafted) if sample.drafted else None,
         "fault": dataclasses.asdict(sample.fault) if sample.fault else None,
         "logprob_bits": struct.pack(f">{len(logprobs)}f", *logprobs).hex(),
         "margins": [m if math.isfinite(m) else None for m in sample.margins],
@@ -90,6 +91,7 @@ class _Logits:
 class _Remarks:
     fault: Fault | None = None
     fed: Fed | None = None
+    drafted: Drafted | None = None
     error: RawText | None = None
     n_retries: Count = 0
 
@@ -266,6 +268,7 @@ def _join(  # noqa: PLR0913 - one for each part
         *logits,
         remarks.fault,
         remarks.fed,
+        remarks.drafted,
         remarks.error,
         remarks.n_retries,
     )

@@ -92,7 +92,7 @@ def test_files_are_replaced_whole_or_not_at_all(passing, tmp_path, monkeypatch) 
     def fail(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pd.DataFrame, "to_csv", fail)
+    monkeypatch.setattr(write, "write_csv", fail)
     with pytest.raises(BackendError, match="No space left"):
         write_reports(tmp_path, passing)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -24,7 +24,14 @@ from bench.ops.matmul_cells import SHAPES
 from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
-from ndcheck_kernels.cuda.products import block_fp8, grouped_matmul, matmul, mxfp4, weight_only
+from ndcheck_kernels.cuda.products import (
+    block_fp8,
+    grouped_matmul,
+    matmul,
+    mxfp4,
+    row_fp8,
+    weight_only,
+)
 from ndcheck_kernels.cuda.recurrent import gated_delta, selective_scan, short_convolution
 from ndcheck_kernels.cuda.rows import (
     layer_norm,
@@ -41,6 +48,8 @@ from ndcheck_kernels.ops.weight_only import Packed, pack
 Launch = tuple[str, Callable[[], object]]
 Extent = Literal["kinds", "figures", "all"]
 Schedule = tuple[configs.MatmulConfig, int]  # and into how many groups it cuts K
+FP8_CAPABILITY = 89
+"""From which Triton has e4m3 numbers."""
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 WIDTHS = (100, 128, 4096, 16384, 65536, 151936)
 
@@ -117,6 +126,11 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
     yield "quantise_rows at places", lambda: quantise.quantise_rows(x, torch.arange(5))
     yield "silu_mul_quantise", lambda: quantise.silu_mul_quantise(x, x)
     yield "rms_norm_quantise", lambda: quantise.rms_norm_quantise(x, x[0], 1e-6)
+    yield "quantise_whole_rows", lambda: quantise.quantise_whole_rows(x)
+    yield (
+        "quantise_whole_rows by a scale",
+        lambda: quantise.quantise_whole_rows(x, torch.empty(600)),
+    )
     codes, row_scales = torch.empty(600, 2048, dtype=torch.float8_e4m3fn), torch.empty(16, 600).t()
     weight = torch.empty(16, 1536, 2048, dtype=torch.float8_e4m3fn)
     scales, ends = torch.empty(16, 12, 16), torch.empty(16, dtype=torch.int32)
@@ -128,10 +142,22 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
                     codes, row_scales, weight[0], scales[0], c, dtype, config
                 ),
             )
+            yield (
+                f"row_fp8 {config}",
+                lambda c=c, config=config: row_fp8._launch(
+                    codes, row_scales[:, 0], weight[0], scales[0], c, dtype, config
+                ),
+            )
         yield (
             f"grouped block_fp8 {config}",
             lambda config=config: block_fp8._launch_grouped(
                 codes, row_scales, weight, scales, ends, dtype, config
+            ),
+        )
+        yield (
+            f"grouped row_fp8 {config}",
+            lambda config=config: row_fp8._launch_grouped(
+                codes, row_scales[:, 0], weight, scales[..., 0], ends, dtype, config
             ),
         )
 
@@ -166,6 +192,13 @@ def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[
     for dim in HEAD_DIMS if everything else (64, 128):
         q, k = (torch.empty(1, h, 512, dim, dtype=dtype) for h in (8, 2))
         long = torch.empty(1, 8, 8192, dim, dtype=dtype)
+        if capability >= FP8_CAPABILITY:
+            narrow = k.to(torch.float8_e4m3fn)
+            for name, query in (("prefill", q), ("decode", q[:, :, :1])):
+                yield (
+                    f"{name} {dim} over FP8",
+                    lambda q=query, k=narrow: causal.attention(q, k, k),
+                )
         for name, query in (("prefill", q), ("long prefill", long), ("decode", q[:, :, :1])):
             if everything or dim == 128:
                 yield f"{name} {dim}", lambda q=query, k=k: causal.attention(q, k, k)
@@ -225,6 +258,14 @@ def decoder(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
             x = torch.empty(2, 3, (heads + 2 * kv_heads) * dim, dtype=dtype)
             angles = torch.empty(2, 3, dim, dtype=dtype)
             keys = torch.empty(2, kv_heads, 8, dim, dtype=dtype)
+            if capability >= FP8_CAPABILITY:
+                narrow = keys.to(torch.float8_e4m3fn)
+                yield (
+                    f"qkv {heads}/{kv_heads}x{dim} to FP8",
+                    lambda x=x, angles=angles, keys=narrow: qkv.qkv(
+                        x, angles, angles, keys, keys, torch.tensor(0)
+                    ),
+                )
             for norm in (None, torch.empty(dim, dtype=dtype)):
                 yield (
                     f"qkv {heads}/{kv_heads}x{dim}{'' if norm is None else ' with norms'}",

@@ -11,6 +11,7 @@ from ndcheck_kernels.cpu import pointwise
 from ndcheck_kernels.cpu import products as products
 from ndcheck_kernels.cpu import reductions as reductions
 from ndcheck_kernels.cpu import routing as routing
+from ndcheck_kernels.cpu import row_fp8 as row_fp8
 from ndcheck_kernels.cpu import selective_scan as selective_scan
 from ndcheck_kernels.cpu import short_convolution as short_convolution
 from ndcheck_kernels.cpu import weight_only as weight_only

@@ -10,6 +10,8 @@ Version history:
 2. properties.csv; ``run_id`` in every file, so that they join on it, ``arm`` and ``probe_id``;
    positions from 1 (``..._from_1``), lists as JSON (``..._json``, ``trial_ids``).
 3. ``width``, ``fed_tokens``, ``fed_other_tokens``, ``fed_other_bits``, ``width_classes_json``.
+4. ``draft_tokens``, ``draft_proposed``, ``draft_accepted``, ``accepted_lengths_json``,
+   ``mean_accepted_length``.
 """
 
 from __future__ import annotations
@@ -49,6 +51,10 @@ SAMPLE_COLUMNS: Columns = {
     "fed_tokens": INT,
     "fed_other_tokens": INT,
     "fed_other_bits": INT,
+    "draft_tokens": INT,
+    "draft_proposed": INT,
+    "draft_accepted": INT,
+    "accepted_lengths_json": TEXT,
 }
 COMPLETION_COLUMNS: Columns = {
     "arm": TEXT,
@@ -90,6 +96,7 @@ LOAD_COLUMNS: Columns = {
     "answer_flips": INT,
     "n_correct": INT,
     "width": INT,
+    "draft_tokens": INT,
 }
 PROPERTY_COLUMNS: Columns = {
     "run_id": TEXT,
@@ -117,6 +124,9 @@ PROPERTY_COLUMNS: Columns = {
     "fed_other_tokens": INT,
     "fed_other_bits": INT,
     "width_classes_json": TEXT,
+    "draft_proposed": INT,
+    "draft_accepted": INT,
+    "mean_accepted_length": FLOAT,
 }
 SUMMARY_COLUMNS: Columns = {
     "arm": TEXT,

@@ -64,7 +64,7 @@ def _sample_rows(findings: Findings) -> Iterator[_Row]:
         completion_id, first_divergence, margin, latent_divergence, max_abs_dlogprob = outcome
         if sample.role == "control":
             continue
-        failed, fed = sample.error is not None, sample.fed
+        failed, fed, drafted = sample.error is not None, sample.fed, sample.drafted
         yield {
             "run_id": findings.run.run_id,
             "arm": sample.arm,
@@ -96,12 +96,21 @@ def _sample_rows(findings: Findings) -> Iterator[_Row]:
             "fed_tokens": fed and fed.n_tokens,
             "fed_other_tokens": fed and fed.n_other_tokens,
             "fed_other_bits": fed and fed.n_other_bits,
+            "draft_tokens": _draft_tokens(sample.load),
+            "draft_proposed": drafted and sum(drafted.proposed),
+            "draft_accepted": drafted and sum(drafted.accepted),
+            "accepted_lengths_json": drafted and _json(drafted.accepted),
         }
 
 
 def _width(load: Load | LoadFinding) -> int | None:
     """None where the prompt is in the passes too."""
     return None if load.scores else load.width
+
+
+def _draft_tokens(load: Load | LoadFinding) -> int | None:
+    """How many tokens a draft proposes to a pass; None where there is none."""
+    return load.width - 1 if load.drafts else None
 
 
 def _known(number: int) -> int | None:
@@ -146,6 +155,7 @@ def _load_rows(findings: Findings) -> Iterator[_Row]:
             first_divergence_from_1=_from_1(load.first_divergence_min),
             first_latent_from_1=_from_1(load.first_latent_min),
             width=_width(load),
+            draft_tokens=_draft_tokens(load),
         )
         for probe in findings.summary.probes
         for load in probe.loads
@@ -168,7 +178,7 @@ def _property_rows(findings: Findings) -> Iterator[_Row]:
 def _property_row(findings: Findings, probe: ProbeSummary, finding: AxisFinding) -> _Row:
     """Without a verdict where the property was not asked for and did not diverge."""
     verdict = findings.verdicts[probe.arm, probe.probe_id].axes.get(finding.axis)
-    fed = finding.tokens
+    fed, drafted = finding.tokens, finding.drafted
     return _row(
         PROPERTY_COLUMNS,
         finding,
@@ -185,6 +195,9 @@ def _property_row(findings: Findings, probe: ProbeSummary, finding: AxisFinding)
         fed_other_tokens=fed and fed.n_other_tokens,
         fed_other_bits=fed and fed.n_other_bits,
         width_classes_json=_json(fed.width_classes if fed else ()),
+        draft_proposed=drafted and drafted.n_proposed,
+        draft_accepted=drafted and drafted.n_accepted,
+        mean_accepted_length=drafted and drafted.mean_accepted_length,
     )
 
 

@@ -7,7 +7,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
 
 from ndcheck.analysis.summary import AxisFinding, LoadFinding, ProbeSummary, Summary
 from ndcheck.judging.verdict import count as count
-from ndcheck.judging.verdict import fed_details
+from ndcheck.judging.verdict import draft_details, fed_details
 from ndcheck.records import Load, Purpose, Run
 from ndcheck.reports.untrusted import visible
 from ndcheck.samplers.backends import backend_of
@@ -88,7 +88,12 @@ def scope(probes: Sequence[ProbeSummary]) -> str:
 
 def shortfall(run: Run, summary: Summary) -> str | None:
     """That fewer samples were planned than asked for, where no other load exists."""
-    fewest = min((p.n_samples + p.n_errors for p in summary.probes), default=run.spec.n_samples)
+
+    def n_asked(probe: ProbeSummary) -> int:
+        loads = (x for x in probe.loads if x.is_decoded or run.spec.only_feeds)
+        return sum(load.n_samples + load.n_errors for load in loads)
+
+    fewest = min(map(n_asked, summary.probes), default=run.spec.n_samples)
     if run.status != "finished" or run.stop_reason or run.spec.target_rate:
         return None
     if fewest >= run.spec.n_samples:
@@ -145,7 +150,7 @@ def load_name(purpose: Purpose, load: Load | LoadFinding) -> str:
     """What is varied, and how; a repeat of it is named as such."""
     name: str = load.cache_state if load.cache_state != "whole" else ""
     if load.width > 1:
-        name = f"width {load.width}"
+        name = f"{'draft, ' * load.drafts}width {load.width}"
     elif load.scores:
         name = f"scoring {name}".rstrip()
     if purpose == "run-to-run" and name:
@@ -158,18 +163,19 @@ def fed_notes(probes: Sequence[ProbeSummary], *, with_arm: bool) -> list[str]:
     same, one line."""
     notes = []
     for probe in probes:
+        lines: list[str] = []
         alike: dict[str, int] = {}
         for finding in probe.axes:
             fed = finding.tokens
-            if fed and not fed.n_other_bits and not fed.n_other_tokens:
-                alike |= {finding.axis: fed.n_tokens} if fed.n_tokens else {}
-                continue
-            details = fed_details(finding)
-            notes += [f"{probe.arm} {line}" if with_arm else line for line in details]
+            if fed and fed.n_tokens and not fed.n_other_bits and not fed.n_other_tokens:
+                alike[finding.axis] = fed.n_tokens
+                lines += draft_details(finding)
+            else:
+                lines += fed_details(finding)
         if alike:
             tokens = count(sum(alike.values()), "token")
-            line = f"{' and '.join(alike)}: {tokens} fed again, all with the same bits"
-            notes.append(f"{probe.arm} {line}" if with_arm else line)
+            lines.append(f"{' and '.join(alike)}: {tokens} fed again, all with the same bits")
+        notes += [f"{probe.arm} {line}" if with_arm else line for line in lines]
     return notes
 
 

@@ -25,14 +25,13 @@ from ndcheck.samplers import options
 from ndcheck.samplers.local.checkpoint.adapters import merge_adapter
 from ndcheck.samplers.local.checkpoint.bounds import bounded
 from ndcheck.samplers.local.checkpoint.files import ACCEPTED, CONFIG, check_config, count_elements
+from ndcheck.samplers.local.checkpoint.fp8_layouts import FP8, kept_fp8
 from ndcheck.samplers.local.checkpoint.gguf_file import SUFFIX, read_gguf_head
 from ndcheck.samplers.local.checkpoint.packed import make_layers, stored_layers
 from ndcheck.samplers.local.checkpoint.quantised import (
-    FP8,
     Quantisation,
     check_quantisation,
     forget_quantisation,
-    kept_fp8,
     loading_options,
     prepare_stock,
     put_layers,
@@ -158,6 +157,7 @@ def load_model(
         stored = _count_elements(source)
     found = None if source.endswith(SUFFIX) else read_quantisation(config)
     check_quantisation(source, found, spec)
+    options_of_weights = loading_options(config, found, spec)
     if spec.dequantise:
         config = copy.deepcopy(config)
         forget_quantisation(config)
@@ -172,7 +172,7 @@ def load_model(
     if source.endswith(SUFFIX):
         options |= dequantised()
         dtype = DTYPES.get(spec.dtype, config.dtype)
-    options |= loading_options(found, spec)
+    options |= options_of_weights
     packed = stored_by_us(found, spec)
     if adapter is not None and packed is not None and not spec.dequantise:
         raise UsageError(f"--adapter {adapter}: it is merged into plain weights: --dequantise")

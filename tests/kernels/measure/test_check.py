@@ -35,7 +35,7 @@ LINEAR = products(48, 96)[0]
 OWN_PROOFS = {
     *("route_experts", "combine_experts", "index_add", "topk"),
     *("partial_linear", "partial_grouped", "rank_sum", "rank_gather"),
-    *("block_fp8_linear", "block_fp8_grouped"),
+    *("block_fp8_linear", "block_fp8_grouped", "row_fp8_linear", "row_fp8_grouped"),
     *("weight_only_linear", "mxfp4_grouped"),
     *("partial_block_fp8_linear", "partial_block_fp8_grouped"),
     *("gated_delta_rule", "selective_scan", "short_convolution", "short_convolution_step"),

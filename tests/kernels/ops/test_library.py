@@ -14,6 +14,7 @@ from ndcheck_kernels.ops import (
     gated_delta,
     mxfp4,
     products,
+    row_fp8,
     selective_scan,
     short_convolution,
     weight_only,
@@ -41,6 +42,8 @@ CALLS = {
     "block_fp8_grouped": (block_fp8.grouped_op, BY_EXPERT),
     "partial_block_fp8_linear": (block_fp8.partial_linear_op, (ROWS, CODES, SCALES)),
     "partial_block_fp8_grouped": (block_fp8.partial_grouped_op, BY_EXPERT),
+    "row_fp8_linear": (row_fp8.linear_op, (ROWS, CODES, SCALES[0])),
+    "row_fp8_grouped": (row_fp8.grouped_op, (*BY_EXPERT[:2], torch.ones(2, 1), ENDS)),
     "weight_only_linear": (
         weight_only.linear_op,
         (ROWS, WEIGHT.to(torch.uint8), torch.ones(1, 3), None, None, 8),

@@ -14,7 +14,8 @@ Reduction order: keys are cut into splits counted from the row's own first token
 Depends on: head_dim, dtype, architecture, and the row's own tokens. Not on padding, neighbours, the
     length of the cache, how many queries come at once, or whether splits run in parallel (few
     queries) or in sequence (many).
-Dtypes: bfloat16, float16, float32 (IEEE, no TF32). head_dim up to 256; v may have another.
+Dtypes: bfloat16, float16, float32 (IEEE, no TF32); keys and values also float8_e4m3fn, which are
+    widened to the queries' dtype, exactly. head_dim up to 256; v may have another.
 Not claimed: gradients, dropout, other masks; a row with infinities in its own later tokens, or in
     earlier ones that a window hides.
 """
@@ -91,7 +92,8 @@ def _launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None,
     lengths: torch.Tensor | None, kind: Kind, config: AttentionConfig, *, parallel: bool,
 ) -> torch.Tensor:  # fmt: skip
-    device.require_float("attention", q, k, v)
+    is_narrow = k.dtype == v.dtype == torch.float8_e4m3fn
+    device.require_float("attention", q, *(() if is_narrow else (k, v)))
     batch, heads, q_length, dim = q.shape
     kv_heads, kv_length, dim_v = v.shape[1:]
     if k.shape != (batch, kv_heads, kv_length, dim) or len(v) != batch or heads % kv_heads:
@@ -99,7 +101,7 @@ def _launch(
         raise ValueError(f"attention of {shapes}")
     if not 1 <= max(dim, dim_v) <= 256:
         raise ValueError(f"attention has no head_dim {max(dim, dim_v)}, only up to 256")
-    if not q.dtype == k.dtype == v.dtype:
+    if not is_narrow and not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"attention of {q.dtype} over {k.dtype}, {v.dtype}")
     o = torch.empty((batch, q_length, heads, dim_v), dtype=q.dtype, device=q.device).transpose(1, 2)
     if o.numel() == 0:

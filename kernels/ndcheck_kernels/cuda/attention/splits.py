@@ -160,8 +160,9 @@ def attend_range(
     BIAS is the dtype that slopes [Q or 1] times a key's place is rounded to, or None.
     """
     for n in range(first, last, BLOCK_KV):
-        k = load_kv(k_ptr, n, end, stride_kn, BLOCK_KV, DIM, D, MASKED)
-        v = load_kv(v_ptr, n, end, stride_vn, BLOCK_KV, DIM_V, DV, MASKED)
+        # Codes of an FP8 cache are numbers of every dtype here.
+        k = load_kv(k_ptr, n, end, stride_kn, BLOCK_KV, DIM, D, MASKED).to(q.dtype)
+        v = load_kv(v_ptr, n, end, stride_vn, BLOCK_KV, DIM_V, DV, MASKED).to(q.dtype)
         columns = n + tl.arange(0, BLOCK_KV)[None, :]
         mask = columns <= positions[:, None]
         if WINDOWED:

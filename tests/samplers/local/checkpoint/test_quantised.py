@@ -28,7 +28,6 @@ BLOCKS = {
 }
 LAYOUTS = {
     "static rows": {**BLOCKS, "activation_scheme": "static"},
-    "one scale": {**BLOCKS, "weight_block_size": None},
     "other blocks": {**BLOCKS, "weight_block_size": [64, 64]},
     "powers of two": {**BLOCKS, "scale_fmt": "ue8m0"},
     "gptq": {"quant_method": "gptq", "bits": 3, "group_size": 128, "sym": True},
@@ -40,7 +39,6 @@ LAYOUTS = {
 }
 NAMES = {
     "static rows": r"FP8 in blocks of \[128, 128\], static rows",
-    "one scale": "FP8 with one scale a tensor",
     "other blocks": r"FP8 in blocks of \[64, 64\]",
     "powers of two": r"FP8 in blocks of \[128, 128\], dynamic rows, ue8m0 scales",
     "gptq": "gptq with settings that are not known",
