@@ -14,6 +14,12 @@
 
     [checks.queue.rules.cache]       # an arm or a property may have rules of its own
     allow_latent = true
+
+    [checks.trainer]
+    score = "scored"                 # judge what `ndcheck score --out scored` left there
+
+    [checks.trainer.rules]
+    max_kl = 1e-3
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.judging.comparison import FAIL_ON
 from ndcheck.judging.rules import BASELINE_DEFAULT, PROPERTY_RULES, Rules, RuleSet
+from ndcheck.judging.scores import Limits
 from ndcheck.records import ARMS, AXES, Arm, Axis, RunSpec
 from ndcheck.request import Options, make_spec
 from ndcheck.storage.reading import read_text
@@ -41,6 +48,7 @@ OPTIONS = get_type_hints(Options)
 FILE_OPTIONS = {"prompts_file", "api_key_file", "adapter"}
 """Relative to the configuration's folder."""
 RULES = get_type_hints(Rules)
+SCORE_RULES = get_type_hints(Limits)
 RUN_RULES = {"arms": Sequence[str], "baseline": str, "fail_on": Sequence[str], "manifest": str}
 CHECK_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 DESCRIPTIONS = {
@@ -67,6 +75,16 @@ class Check:
         return UsageError(f"{self.file}: {_key(error, f'checks.{self.name}.')}")
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreCheck:
+    """A directory of `ndcheck score`, and what is accepted there, as ``file`` says."""
+
+    name: str
+    directory: Path
+    limits: Limits
+    file: Path
+
+
 def find_file() -> Path:
     """The configuration of the current directory. Raises UsageError if there is none."""
     for file in FILES:
@@ -78,7 +96,7 @@ def find_file() -> Path:
     )
 
 
-def read_checks(file: Path) -> list[Check]:
+def read_checks(file: Path) -> list[Check | ScoreCheck]:
     """All checks of a file. Raises UsageError with the file, the key and what is accepted."""
     table = _read_table(file)
     if table is None:
@@ -107,7 +125,7 @@ def _read_table(file: Path) -> Table | None:
     return tool
 
 
-def _read_checks(table: Table, file: Path) -> list[Check]:
+def _read_checks(table: Table, file: Path) -> list[Check | ScoreCheck]:
     _refuse_unknown(table, (*OPTIONS, "rules", "checks"), "")
     checks = table.get("checks")
     if not isinstance(checks, dict) or not checks:
@@ -115,14 +133,17 @@ def _read_checks(table: Table, file: Path) -> list[Check]:
     shared = {name: value for name, value in table.items() if name in OPTIONS}
     _check_types(shared, OPTIONS, "")
     shared_rules = _rules_table(table, "rules.")
-    found = []
+    found: list[Check | ScoreCheck] = []
     for name, check in checks.items():
         place = f"checks.{name}."
         if not CHECK_NAME.fullmatch(name) or name.strip(".") == "":
             raise UsageError(f"{place[:-1]!r}: name it with letters, digits, and _ . - alone")
         if not isinstance(check, dict):
             raise UsageError(f"{place[:-1]}: give a table, [checks.{name}]")
-        _refuse_unknown(check, (*OPTIONS, "rules"), place)
+        if "score" in check:
+            found.append(_read_score_check(name, check, file, place))
+            continue
+        _refuse_unknown(check, (*OPTIONS, "rules", "score"), place)
         options = {key: value for key, value in check.items() if key != "rules"}
         _check_types(options, OPTIONS, place)
         spec = _make_spec({**shared, **options}, file.parent, place)
@@ -132,6 +153,22 @@ def _read_checks(table: Table, file: Path) -> list[Check]:
             rules = replace(rules, manifest=str(file.parent / rules.manifest))
         found.append(Check(name, spec, rules, file))
     return found
+
+
+def _read_score_check(name: str, check: Table, file: Path, place: str) -> ScoreCheck:
+    """Nothing runs here, so that it has neither options nor the rules of all runs."""
+    _refuse_unknown(check, ("score", "rules"), place)
+    _check_types({"score": check["score"]}, {"score": str}, place)
+    rules = check.get("rules", {})
+    if not isinstance(rules, dict):
+        raise UsageError(f"{place}rules: give a table, [{place}rules]")
+    _refuse_unknown(rules, SCORE_RULES, f"{place}rules.")
+    _check_types(rules, SCORE_RULES, f"{place}rules.")
+    try:
+        limits = Limits(**rules)
+    except UsageError as error:
+        raise UsageError(_key(error, f"{place}rules.")) from error
+    return ScoreCheck(name, file.parent / check["score"], limits, file)
 
 
 def _make_spec(options: Table, folder: Path, place: str) -> RunSpec:

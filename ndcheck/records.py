@@ -11,12 +11,15 @@ from typing import Any, Literal
 
 from ndcheck.probe import ALONE as ALONE
 from ndcheck.probe import CacheState as CacheState
+from ndcheck.probe import Drafted as Drafted
+from ndcheck.probe import Fed as Fed
 from ndcheck.probe import Load as Load
 from ndcheck.probe import Probe as Probe
 from ndcheck.storage.ranges import Count, Level, NotNegative, Positive, RawText, Seed
 
 Arm = Literal["stock", "invariant"]
 Batching = Literal["exact", "continuous"]
+CacheDtype = Literal["auto", "fp8"]
 Axis = Literal["run-to-run", "batch-size", "slot", "neighbours", "cache", "width", "scoring"]
 Role = Literal["reference", "trial", "control"]
 """A trial is compared with a baseline along an axis; a reference and a control have none."""
@@ -141,25 +144,6 @@ class Witness:
 
 
 @dataclass(frozen=True, slots=True)
-class Fed:
-    """How the logits of a completion that was fed compare with those that had generated it.
-
-    Of ``n_tokens``, ``n_other_bits`` have other logits or another log-probability, and
-    ``n_other_tokens`` would have been chosen otherwise. ``max_abs_dlogprob`` is the largest
-    difference in nats over those chosen alike. ``digest`` and ``decoded_digest`` are 16 hexadecimal
-    digits over the logits of the two, as far as passes of every width were full: widths with one
-    digest are in one class.
-    """
-
-    n_tokens: Count
-    n_other_bits: Count
-    n_other_tokens: Count
-    max_abs_dlogprob: NotNegative
-    digest: str
-    decoded_digest: str
-
-
-@dataclass(frozen=True, slots=True)
 class Sample:
     """One completion of a probe.
 
@@ -172,7 +156,8 @@ class Sample:
 
     Under a load that is fed, token t is the one that the logits after the first t tokens fed
     choose. The first that is not the next one fed is the last: another completion would go on from
-    there. What all positions gave is in ``fed``.
+    there. What all positions gave is in ``fed``. Under one that drafts, what was proposed is in
+    ``drafted``.
     """
 
     sample_id: Seed
@@ -193,6 +178,7 @@ class Sample:
     row_digests: tuple[str, ...] = ()
     fault: Fault | None = None
     fed: Fed | None = None
+    drafted: Drafted | None = None
     error: RawText | None = None
     n_retries: Count = 0
 
@@ -330,6 +316,8 @@ class RunSpec:
     """Seed of weights made from the model's config alone; None loads the stored ones."""
     dequantise: bool = False
     """Compute with plain weights made of quantised ones."""
+    kv_cache_dtype: CacheDtype = "auto"
+    """What keys and values are kept as: the model's dtype, or e4m3 numbers."""
     target_rate: Level | None = None
     confidence: Level = 0.95
     stop_on_divergence: bool = False
@@ -338,6 +326,9 @@ class RunSpec:
     answer_pattern: str | None = None
     widths: tuple[Positive, ...] = WIDTHS
     """Tokens of a pass along the axis ``width``; ascending, from 2."""
+    draft: str | None = None
+    """The model that proposes tokens to passes of these widths: as ``model``, or ``layers:N`` for
+    the first N layers of that."""
     tensor_parallel: Positive = 1
     """Processes that share the model in ndcheck's own arms; an `Engine` has a number of its own."""
     tp_groups: Positive | None = None
@@ -355,6 +346,11 @@ class RunSpec:
     def feeds(self) -> bool:
         """Are completions fed again?"""
         return not set(FED_AXES).isdisjoint(self.axes)
+
+    @property
+    def only_feeds(self) -> bool:
+        """Is nothing else asked for? Then those are the samples, and do not come on top."""
+        return set(FED_AXES).issuperset(self.axes)
 
     @property
     def sets_batch_size(self) -> bool:

@@ -52,6 +52,7 @@ class Options(TypedDict, total=False):
     loads: str | Sequence[int]
     axes: str | Sequence[str]
     widths: str | Sequence[int] | None
+    draft: str | None
     mode: str
     batching: str
     arrivals: str | None
@@ -71,6 +72,7 @@ class Options(TypedDict, total=False):
     answer_pattern: str | None
     random_weights: int | None
     dequantise: bool
+    kv_cache_dtype: str
     trust_remote_code: bool
     engine: str
     tp: int
@@ -191,9 +193,9 @@ def add_headers(spec: RunSpec, headers: Mapping[str, str]) -> RunSpec:
 def check(spec: RunSpec) -> None:
     """Raise UsageError naming the option that is out of range."""
     decoding = spec.decoding
-    texts = (spec.model, spec.adapter or "", spec.device, spec.attention, spec.answer_pattern or "")
+    texts = (spec.model, spec.adapter, spec.draft, spec.device, spec.attention, spec.answer_pattern)
     checks = (
-        *((is_unicode(text), f"{text!r} is not valid UTF-8") for text in texts),
+        *((is_unicode(text), f"{text!r} is not valid UTF-8") for text in texts if text),
         (spec.n_samples >= 1, f"--samples {spec.n_samples}: give 1 or more"),
         (decoding.max_tokens >= 1, f"--max-tokens {decoding.max_tokens}: give 1 or more"),
         (

@@ -81,6 +81,8 @@ def fit_spec(spec: RunSpec, sampler: Sampler) -> RunSpec:
 def _fit_axes(spec: RunSpec, sampler: Sampler) -> RunSpec:
     """``spec`` without the axes that are refused. Raises UsageError if one was named."""
     refused = refused_axes(spec, sampler)
+    if spec.draft is not None and "width" in refused:
+        raise UsageError(f"--draft: {refused['width']}")
     named = [axis for axis in spec.axes if axis in refused]
     asked_all = spec.axes in (AXES, backend_of(spec).blank(DEFAULTS).axes)
     if named and not asked_all:

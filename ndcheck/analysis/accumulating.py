@@ -1,6 +1,6 @@
 """One pass over a stream of samples: a row of numbers for each, and a group for each probe and arm.
 
-The rows (about 90 bytes each), the distinct completions and what the probe gave alone are all that
+The rows (about 100 bytes each), the distinct completions and what the probe gave alone are all that
 is kept. The reference is the commonest completion of the probe alone, which is known at the end: if
 it is not the first, whose bits the others were compared with, the stream is read once more.
 """
@@ -53,6 +53,9 @@ OUTCOME = np.dtype(
         ("other_tokens", np.int32),
         ("fed_digest", np.uint64),
         ("decoded_digest", np.uint64),
+        ("draft_passes", np.int32),  # in which a draft model proposed tokens
+        ("proposed", np.int32),
+        ("accepted", np.int32),
     ]
 )
 
@@ -66,6 +69,7 @@ class LoadKind(NamedTuple):
     cache_state: CacheState
     width: int
     scores: bool
+    drafts: bool
 
 
 Groups = dict[tuple[Arm, str], "Group"]
@@ -129,8 +133,8 @@ class Group:
         self.logprob_sums: LogprobSums | None = None
         self._controls: dict[int, list[tuple[Sample, Stream]]] = {}
         """By trial: judged at the end, when what they are compared with is there."""
-        self._fed_streams: dict[int, Stream] = {}
-        """By trial, of loads that are fed and held alone: what their controls are compared with."""
+        self._wide_streams: dict[int, Stream] = {}
+        """By trial, of loads alone that are no plain decoding: what their controls compare with."""
         self.kinds: dict[LoadKind, int] = {}
         self._alone: Counter[tuple[int, int, int]] = Counter()
         self._alone_trials: set[int] = set()
@@ -181,10 +185,16 @@ class Group:
         caught = self.controls
         loads = [rows[0][0].load for number, rows in self._controls.items() if caught[number]]
         kinds: dict[Axis, bool] = {
-            "width": any(load.width > 1 for load in loads),
+            "width": any(load.width > 1 and not load.drafts for load in loads),
             "scoring": any(load.scores for load in loads),
         }
         return tuple(axis for axis, is_caught in kinds.items() if is_caught)
+
+    @property
+    def controls_draft(self) -> bool:
+        """Was a control caught in speculative decoding?"""
+        caught = self.controls
+        return any(rows[0][0].load.drafts and caught[n] for n, rows in self._controls.items())
 
     def commonest_alone(self, rows: NDArray[np.void]) -> Sample | None:
         """The first sample with the commonest completion, and bits, of the probe alone.
@@ -237,15 +247,15 @@ class Group:
             sample.elapsed_s,
             *self._load_columns,
         )
-        fed = _fed_columns(sample)
+        fed = _wide_columns(sample)
         if sample.error is not None:
             return (*origin, -1, -1, np.nan, 0, 0, *fed)
         stream = read_stream(sample)
         if sample.role == "control":
             self._controls.setdefault(sample.trial_id, []).append((sample, stream))
             return (*origin, -1, -1, np.nan, 0, 0, *fed)
-        if sample.load.is_fed and sample.load.batch_size == 1:
-            self._fed_streams.setdefault(sample.trial_id, stream)
+        if not sample.load.is_decoded and sample.load.batch_size == 1:
+            self._wide_streams.setdefault(sample.trial_id, stream)
         number = self._intern(sample, stream)
         bits = _fingerprint(stream.logprobs), _fingerprint(stream.row_digests)
         if sample.is_reference:
@@ -261,7 +271,8 @@ class Group:
         load = sample.load
         slot = load.slots[0] if len(load.slots) == 1 else None
         kind = LoadKind(
-            sample.purpose, load.batch_size, slot, load.cache_state, load.width, load.scores
+            *(sample.purpose, load.batch_size, slot, load.cache_state),
+            *(load.width, load.scores, load.drafts),
         )
         return load.batch_size, self.kinds.setdefault(kind, len(self.kinds)), hash(load)
 
@@ -280,8 +291,8 @@ class Group:
     def _catches(self, sample: Sample, stream: Stream) -> bool:
         """Without a fault, or without what it is compared with, nothing shows."""
         baseline: Stream | None = None
-        if sample.load.is_fed:
-            baseline = self._fed_streams.get(-1 if sample.baseline is None else sample.baseline)
+        if not sample.load.is_decoded:
+            baseline = self._wide_streams.get(-1 if sample.baseline is None else sample.baseline)
         elif sample.baseline in self._alone_trials and self.reference is not None:
             baseline = self.reference.stream
         return (
@@ -291,13 +302,17 @@ class Group:
         )
 
 
-def _fed_columns(sample: Sample) -> tuple[int, ...]:
+def _wide_columns(sample: Sample) -> tuple[int, ...]:
     """The columns from ``width`` on."""
-    fed, width = sample.fed, sample.load.width
+    fed, drafted, width = sample.fed, sample.drafted, sample.load.width
+    counts = (0, 0, 0)
+    if drafted is not None and sample.load.drafts:
+        n_passes = sum(n > 0 for n in drafted.proposed)
+        counts = n_passes, sum(drafted.proposed), sum(drafted.accepted)
     if fed is None or not sample.load.is_fed:
-        return width, 0, 0, 0, 0, 0
+        return width, 0, 0, 0, 0, 0, *counts
     digests = (int(digest or "0", 16) for digest in (fed.digest, fed.decoded_digest))
-    return width, fed.n_tokens, fed.n_other_bits, fed.n_other_tokens, *digests
+    return width, fed.n_tokens, fed.n_other_bits, fed.n_other_tokens, *digests, *counts
 
 
 def is_settled(most: Any, next_most: Any, total: Any) -> Any:

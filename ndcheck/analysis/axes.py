@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.feeding import count_fed
 from ndcheck.analysis.statistics import clopper_pearson, fisher_exact
-from ndcheck.analysis.summary import AxisFinding, Draw
+from ndcheck.analysis.summary import AxisFinding, Counts, DraftFinding, Draw
 from ndcheck.analysis.trials import Trials, purpose_code
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import AXES, Axis
@@ -58,20 +58,28 @@ def _tell_apart(finding: AxisFinding, repeats: AxisFinding, confidence: float) -
 
     Where loads repeat themselves, and one that diverged did so again, they are the axis's. So they
     are where Fisher's exact test tells their rate from that of repeats. Where repeats of equal
-    loads differ too, nothing is laid to another axis.
+    loads differ too, the test is made of the probe alone, if its repeats agree: chance may need a
+    batch. Else nothing is laid to another axis.
     """
     if not finding.diverged_trials and not finding.latent_trials:
         return finding
-    told_apart = False
     if not repeats.diverged_trials and (finding.diverged_trials or not repeats.latent_trials):
-        # Bits count as well where repeats agree in them.
-        n_differing = finding.diverged_trials + finding.latent_trials * _agrees(repeats)
-        p = fisher_exact(n_differing, finding.n_trials, 0, repeats.n_trials)
-        told_apart = finding.n_confirmed > 0 or p < 1 - confidence
-    if told_apart:
-        return replace(finding, told_apart=True)
+        here, there = finding.all_trials, repeats.all_trials
+        if finding.n_confirmed or _p_value(here, there) < 1 - confidence:
+            return replace(finding, told_apart=True)
+    told_apart = (
+        not repeats.alone.diverged_trials
+        and _p_value(finding.alone, repeats.alone) < 1 - confidence
+    )
     # What may be chance has no rate along the axis.
-    return replace(finding, told_apart=False, rate=None, rate_ci_low=None, rate_ci_high=None)
+    return replace(finding, told_apart=told_apart, rate=None, rate_ci_low=None, rate_ci_high=None)
+
+
+def _p_value(tried: Counts, repeated: Counts) -> float:
+    """That trials differ as often as repeats, of which none diverged in tokens."""
+    # Bits count as well where repeats agree in them.
+    n_differing = tried.diverged_trials + (0 if repeated.latent_trials else tried.latent_trials)
+    return fisher_exact(n_differing, tried.n_trials, 0, repeated.n_trials)
 
 
 def _judge_axes(
@@ -89,14 +97,50 @@ def _judge_axes(
             own_rows, own_partners = _pair_within_trials(trials)
             rows = np.concatenate((rows, own_rows))
             partners = np.concatenate((partners, own_partners))
-        tokens = None
+        tokens = drafted = None
         if axis in LEAST_FED:
             # A completion that is too short shows nothing.
-            is_long = trials.rows["fed_tokens"][rows] >= LEAST_FED[axis]
-            rows, partners = rows[is_long], partners[is_long]
-            tokens = count_fed(trials.rows[rows], with_classes=axis == "width")
+            is_fed = trials.rows["fed_tokens"][rows] >= LEAST_FED[axis]
+            is_drafted = trials.rows["draft_passes"][rows] > 0
+            tokens = count_fed(trials.rows[rows[is_fed]], with_classes=axis == "width")
+            if is_drafted.any():
+                drafted = _count_drafted(trials, rows[is_drafted], partners[is_drafted])
+            is_either = is_fed | is_drafted
+            rows, partners = rows[is_either], partners[is_either]
         finding = _judge(axis, trials, completions, (rows, partners), confidence, draw)
-        yield replace(finding, tokens=tokens)
+        yield replace(finding, tokens=tokens, drafted=drafted)
+
+
+def _count_drafted(
+    trials: Trials, rows: NDArray[np.int64], partners: NDArray[np.int64]
+) -> DraftFinding:
+    diverges, differs = _compare(trials, rows, partners)
+    widths = trials.rows["width"][rows]
+    # All rows of a trial have the same passes.
+    _, first = np.unique(trials.of_row[rows], return_index=True)
+    n_passes, n_proposed, n_accepted = (
+        int(trials.rows[name][rows[first]].sum())
+        for name in ("draft_passes", "proposed", "accepted")
+    )
+    diverged = np.unique(widths[diverges])
+    latent = np.setdiff1d(widths[differs], diverged)
+    return DraftFinding(
+        *(len(first), n_passes, n_proposed, n_accepted),
+        *(tuple(diverged.tolist()), tuple(latent.tolist())),
+    )
+
+
+def _compare(
+    trials: Trials, rows: NDArray[np.int64], partners: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of each pair: are the completions others, and are the bits?"""
+    completion = trials.rows["completion"]
+    # Equal fingerprints of all bits settle it; 0 means not recorded, which is no evidence.
+    differs = np.zeros(len(rows), np.bool_)
+    for bits in (trials.rows["logprobs"], trials.rows["row_digests"]):
+        here, there = bits[rows], bits[partners]
+        differs |= (here != there) & (here != 0) & (there != 0)
+    return completion[rows] != completion[partners], differs
 
 
 def _pair_repeats(trials: Trials) -> Pairs:
@@ -144,13 +188,7 @@ def _judge(
     rows, partners = pairs
     of_pair = trials.of_row[rows]
     completion = trials.rows["completion"]
-    diverges = completion[rows] != completion[partners]
-    # Equal fingerprints of all bits settle it; 0 means not recorded, which is no evidence.
-    differs = np.zeros(len(rows), np.bool_)
-    for bits in (trials.rows["logprobs"], trials.rows["row_digests"]):
-        here, there = bits[rows], bits[partners]
-        differs |= (here != there) & (here != 0) & (there != 0)
-
+    diverges, differs = _compare(trials, rows, partners)
     tried = np.unique(of_pair)
     diverged = np.unique(of_pair[diverges])
     latent = np.setdiff1d(of_pair[differs & ~diverges], diverged)
@@ -176,6 +214,7 @@ def _judge(
     here, there = (np.where(at < 0, ends, at) for at in (here, there))
     is_known = (here != there) & np.isin(of_pair[differs & ~diverges], latent)
     found = diverged if len(diverged) else latent
+    is_alone = trials.column("batch_size") == 1
     return AxisFinding(
         axis=axis,
         n_trials=len(tried),
@@ -194,4 +233,5 @@ def _judge(
         told_apart=None,
         first_latent_min=min(np.minimum(here, there)[is_known].tolist(), default=None),
         batch_sizes_latent=tuple(np.unique(trials.column("batch_size")[latent]).tolist()),
+        alone=Counts(*(int(is_alone[found].sum()) for found in (tried, diverged, latent))),
     )

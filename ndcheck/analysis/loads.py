@@ -36,7 +36,8 @@ def find_loads(
 def _place(kind: LoadKind) -> tuple[int, ...]:
     slot = -1 if kind.slot is None else kind.slot
     state = CACHE_STATES.index(kind.cache_state)
-    return PURPOSES.index(kind.purpose), kind.batch_size, slot, state, kind.width, kind.scores
+    wide = kind.scores, kind.drafts, kind.width
+    return PURPOSES.index(kind.purpose), kind.batch_size, slot, state, *wide
 
 
 def _judge(
@@ -53,7 +54,7 @@ def _judge(
     achieved = rows["achieved"][rows["achieved"] >= 0]
     elapsed_s = float(trials.elapsed_s[chosen].sum())
     n_tokens = int(completions.lengths[rows["completion"]].sum())
-    is_fed = kind.width > 1 or kind.scores
+    is_decoded = kind.width == 1 and not kind.scores
     failed = errors[errors["kind"] == number]
     latent = chosen & trials.latent
     latent_at = rows["latent"][np.isin(rows["trial"], trials.ids[latent]) & (rows["latent"] >= 0)]
@@ -69,7 +70,7 @@ def _judge(
         latent=int(latent.sum()),
         achieved_batch_size_min=int(achieved.min()) if len(achieved) else None,
         elapsed_s=elapsed_s,
-        tokens_per_s=n_tokens / elapsed_s if elapsed_s and not is_fed else None,
+        tokens_per_s=n_tokens / elapsed_s if elapsed_s and is_decoded else None,
         first_latent_min=int(latent_at.min()) if len(latent_at) else None,
         answer_flips=None if answers is None else answers.count_flips(rows),
         n_correct=None if answers is None else answers.count_right(rows),

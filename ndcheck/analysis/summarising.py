@@ -146,8 +146,8 @@ def _summarise_probe(
         # Whom an open loop brings together is judged over all of its trials.
         is_witnessed = trials.column("achieved") > 0
     elapsed_s = float(trials.elapsed_s.sum())
-    generated_s = float(trials.elapsed_s[~trials.is_fed].sum())
-    of_generated = trials.rows["completion"][~trials.is_fed[trials.of_row]]
+    generated_s = float(trials.elapsed_s[trials.is_decoded].sum())
+    of_generated = trials.rows["completion"][trials.is_decoded[trials.of_row]]
     n_tokens = int(completions.lengths[of_generated].sum())
     return ProbeSummary(
         arm=arm,
@@ -173,7 +173,10 @@ def _summarise_probe(
         completions=completions,
         axes=axes,
         loads=find_loads(trials, completions, evidence.errors, group.kinds, answers),
-        control=ControlFinding(len(group.controls), sum(group.controls.values()), group.controlled),
+        control=ControlFinding(
+            *(len(group.controls), sum(group.controls.values())),
+            *(group.controlled, group.controls_draft),
+        ),
         tree=tree,
         metrics=measure(
             completions,
@@ -247,7 +250,7 @@ def _slowdown(trials: Trials, stock: Trials) -> float | None:
 
 def _mean_times(trials: Trials) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Every load that generated tokens, and its mean elapsed time in seconds."""
-    generated = ~trials.is_fed
+    generated = trials.is_decoded
     loads, of_trial = np.unique(trials.column("load")[generated], return_inverse=True)
     return loads, np.bincount(of_trial, trials.elapsed_s[generated]) / np.bincount(of_trial)
 

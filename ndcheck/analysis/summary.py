@@ -66,6 +66,39 @@ class FedTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftFinding:
+    """Speculative decoding with a draft model, compared with decoding one token at a time.
+
+    Of ``n_proposed`` tokens in ``n_passes``, ``n_accepted`` were. ``widths_diverged`` are those of
+    passes whose completion is another, ``widths_latent`` those of which bits alone are.
+    """
+
+    n_trials: int
+    n_passes: int
+    n_proposed: int
+    n_accepted: int
+    widths_diverged: tuple[int, ...]
+    widths_latent: tuple[int, ...]
+
+    @property
+    def mean_accepted_length(self) -> float | None:
+        """Accepted tokens of a pass; None where nothing was proposed."""
+        return self.n_accepted / self.n_passes if self.n_passes else None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many trials there were, and how many of them diverged, or did in bits only."""
+
+    n_trials: int = 0
+    diverged_trials: int = 0
+    latent_trials: int = 0
+
+
+NO_TRIALS = Counts()
+
+
+@dataclass(frozen=True, slots=True)
 class AxisFinding:
     """One invariance property: trials compared with the baseline that differs along it only.
 
@@ -79,8 +112,9 @@ class AxisFinding:
     both leave it at one position, or the backend gave no bits by position, ``first_latent_min``
     leaves the trial out.
     ``n_confirmed`` counts the distinct loads that diverged and ran more than once. ``told_apart``
-    is False where what diverged may be run-to-run, which leaves no rate of the axis, and None where
-    nothing diverged.
+    is False where what diverged may be run-to-run, and None where nothing diverged. Where repeats
+    diverged too it is True for what was seen of the probe alone; either way some of what diverged
+    may be run-to-run, and the axis has no rate.
     """
 
     axis: Axis
@@ -102,6 +136,14 @@ class AxisFinding:
     batch_sizes_latent: tuple[int, ...]
     tokens: FedTokens | None = None
     """Along ``width`` and ``scoring``: token by token; None along the others."""
+    drafted: DraftFinding | None = None
+    """Along ``width``, where a draft model proposed tokens."""
+    alone: Counts = NO_TRIALS
+    """Of the trials, those at batch size 1."""
+
+    @property
+    def all_trials(self) -> Counts:
+        return Counts(self.n_trials, self.diverged_trials, self.latent_trials)
 
     @property
     def shown(self) -> tuple[int, int, int]:
@@ -129,6 +171,7 @@ class LoadFinding:
     cache_state: CacheState
     width: int
     scores: bool
+    drafts: bool
     n_trials: int
     n_samples: int
     n_errors: int
@@ -146,6 +189,11 @@ class LoadFinding:
     """Trials in which any answer is another than the reference's; None without answers."""
     n_correct: int | None = None
     """Samples with the right answer; None where it is not known."""
+
+    @property
+    def is_decoded(self) -> bool:
+        """Are all tokens generated one by one?"""
+        return self.width == 1 and not self.scores
 
     @property
     def holds_copies(self) -> bool:
@@ -167,6 +215,8 @@ class ControlFinding:
     n_caught: int
     controlled: tuple[Axis, ...] = ()
     """The axes with a control of their own that was caught: ``width`` and ``scoring``."""
+    controls_draft: bool = False
+    """Was one caught in speculative decoding?"""
 
 
 @dataclass(frozen=True, slots=True)

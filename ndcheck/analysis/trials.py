@@ -52,10 +52,12 @@ class Trials:
         return self.divergence < NO_DIVERGENCE
 
     @property
-    def is_fed(self) -> NDArray[np.bool_]:
-        """Was its completion given, and none generated?"""
-        is_fed: NDArray[np.bool_] = self.column("fed_tokens") > 0
-        return is_fed
+    def is_decoded(self) -> NDArray[np.bool_]:
+        """Were all of its tokens generated one by one?"""
+        is_decoded: NDArray[np.bool_] = (self.column("width") == 1) & (
+            self.column("fed_tokens") == 0
+        )
+        return is_decoded
 
     @property
     def is_repeated(self) -> NDArray[np.bool_]:

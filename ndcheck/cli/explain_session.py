@@ -169,7 +169,14 @@ def trace_run(
     if sample.arm == "invariant" and sampler.model.device.type == "cuda":
         note("fused layers are traced op by op, whose bits are not the recorded ones", quiet=quiet)
         recorded = ()
-    loads = [(sample.load, sample.slot)]
+    if sample.load.drafts:
+        note(
+            f"what was proposed is not kept: the completion is fed in passes of "
+            f"{sample.load.width}, as those that verified it",
+            quiet=quiet,
+        )
+        recorded = ()
+    loads = [(sample.load.undrafted, sample.slot)]
     n_fed = None if sample.fed is None else sample.fed.n_tokens
     explanations = _explain(
         spec, sampler, steps, loads, recorded, n_fed, with_swaps=with_swaps, quiet=quiet
@@ -255,6 +262,7 @@ def shrink(
     from ndcheck.explain.shrinking import Batch, Shrinker
     from ndcheck.reports.explain.shrink import shrink_document, shrink_lines
     from ndcheck.samplers.local.checkpoint.gguf_file import SUFFIX
+    from ndcheck.samplers.local.checkpoint.quantised import read_quantisation
     from ndcheck.samplers.local.checkpoint.sources import find_source
 
     failure = find_failure(directory, sample_id)
@@ -274,8 +282,12 @@ def shrink(
 
     if spec.random_weights is not None and spec.tp_groups is not None:
         raise UsageError("--tp-groups draws random weights that no short script can make: leave it")
-    is_fp8 = getattr(sampler.model.config, "quantization_config", None) is not None
-    if spec.dequantise or (spec.random_weights is not None and is_fp8):
+    if spec.kv_cache_dtype != "auto":
+        raise UsageError("no short script keeps keys and values as FP8: shrink a run without")
+    found = read_quantisation(sampler.model.config)
+    if found is not None and found.packed is not None:
+        raise UsageError("no short script can make these weights: shrink a run of plain ones")
+    if spec.dequantise or (spec.random_weights is not None and found is not None):
         raise UsageError("no short script can make these weights: shrink a run of stored ones")
     shrunk = Shrinker(sampler, failure, on_test=show).shrink()
     path = out or directory / "repro.py"
@@ -314,7 +326,8 @@ def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
 
     _check_visible(spec)
     note(f"loading {spec.model}", quiet=quiet)
-    return LocalBackend().open(spec)
+    # What a draft proposed is fed, not proposed again.
+    return LocalBackend().open(replace(spec, draft=None))
 
 
 def one_arm(text: str) -> Arm:

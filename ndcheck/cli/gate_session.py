@@ -17,11 +17,12 @@ import typer
 from ndcheck.api import Run, find_run, measure_spec, save_baseline
 from ndcheck.cli.console import DEBUG, EXIT_CODES, FAILED, describe, note, note_bad_lines
 from ndcheck.cli.progress import ProgressLine
-from ndcheck.config import Check, find_file, read_checks
+from ndcheck.config import Check, ScoreCheck, find_file, read_checks
 from ndcheck.errors import BackendError, UsageError, did_you_mean, doing
 from ndcheck.findings import read_findings
 from ndcheck.judging.comparison import FAIL_ON, compare
 from ndcheck.judging.rules import Rules, RuleSet, judge_gate
+from ndcheck.judging.scores import Limits, judge_score
 from ndcheck.judging.verdict import Verdict
 from ndcheck.records import ARMS, RunSpec
 from ndcheck.reports.gate import (
@@ -42,6 +43,7 @@ from ndcheck.stack.taking import take_like
 from ndcheck.storage.gate_verdict import save_gate_verdict
 from ndcheck.storage.reading import exists
 from ndcheck.storage.run_directory import RUN_FILE, replacing, write_failure
+from ndcheck.storage.scores import holds_score, read_score
 
 SURVIVED = (Exception, SystemExit)
 """What ends one check and not the gate: a library may end the process too."""
@@ -49,9 +51,10 @@ SURVIVED = (Exception, SystemExit)
 
 @dataclass(frozen=True, slots=True)
 class Demands:
-    """Rules given as flags; they win over those of a file."""
+    """Rules given as flags; they win over those of a file. ``of_scores`` are those of a score."""
 
     limits: Rules
+    of_scores: Limits
     arms: str | None
     baseline: str | None
     fail_on: str | None
@@ -77,6 +80,17 @@ class Demands:
         except UsageError as error:
             raise self._name_flag(error) from error
         return rules
+
+    def check_kinds(self, *, any_run: bool, any_score: bool) -> None:
+        """Raise UsageError for a flag about what is not judged: it could not fail."""
+        flags = ("arms", "baseline", "fail_on", "manifest")
+        of_runs = (*self.limits.given, *(f for f in flags if getattr(self, f) is not None))
+        for names, is_judged, what in (
+            (of_runs, any_run, "a run, and what is judged is a score"),
+            (self.of_scores.given, any_score, "what ndcheck score --out DIR leaves"),
+        ):
+            if names and not is_judged:
+                raise UsageError(f"--{names[0].replace('_', '-')}: this is for {what}")
 
     def _name_flag(self, error: UsageError) -> UsageError:
         """A line that begins with a rule begins with its flag instead, where that gave it."""
@@ -104,18 +118,32 @@ def judge_runs(
     baseline_name: str | None,
 ) -> list[CheckResult]:
     """Judge finished runs by the flags, and by a check's rules where one is named."""
-    rules, folder = RuleSet(), Path()
+    is_score = [holds_score(path) for path in paths]
+    demands.check_kinds(any_run=not all(is_score), any_score=any(is_score))
+    rules, limits, folder = RuleSet(), Limits(), Path()
     if config is not None or names:
         checks = _select(config, names)
         if len(checks) != 1:
             raise UsageError("--check: name the one check whose rules to judge by")
-        rules, folder = checks[0].rules, checks[0].file.parent
+        (check,) = checks
+        folder = check.file.parent
+        for path, is_one in zip(paths, is_score, strict=True):
+            if is_one != isinstance(check, ScoreCheck):
+                kind, other = ("a score", "a run") if is_one else ("a run", "a score")
+                raise UsageError(f"--check {check.name}: it judges {other}, and {path} is {kind}")
+        if isinstance(check, ScoreCheck):
+            limits = check.limits
+        else:
+            rules = check.rules
     if demands.baseline is not None:
         folder = Path()
-    if baseline_name is not None and len(paths) != 1:
+    if baseline_name is not None and (len(paths) != 1 or any(is_score)):
         raise UsageError("--save-baseline: give one RUN")
     results = []
-    for path in paths:
+    for path, is_one in zip(paths, is_score, strict=True):
+        if is_one:
+            results.append(_judge_score(str(path), path, demands.of_scores.over(limits)))
+            continue
         try:
             with doing(f"judging {path}"):
                 run = Run(path)
@@ -142,20 +170,29 @@ def run_checks(
 ) -> list[CheckResult]:
     """Make the run of every check and judge it; a mistake in any is found before the first."""
     checks = _select(config, names)
-    rules = [demands.over(check.rules, check.spec) for check in checks]
-    for check, demanded in zip(checks, rules, strict=True):
-        _rehearse(check, demanded)
+    of_runs = [check for check in checks if isinstance(check, Check)]
+    demands.check_kinds(any_run=bool(of_runs), any_score=len(of_runs) < len(checks))
+    rules = {check.name: demands.over(check.rules, check.spec) for check in of_runs}
+    for check in checks:
+        if isinstance(check, Check):
+            _rehearse(check, rules[check.name])
+        else:
+            read_score(check.directory)
     if out is not None and exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: it is not empty; choose a new folder")
     results = []
-    for number, (check, demanded) in enumerate(zip(checks, rules, strict=True), 1):
+    for number, check in enumerate(checks, 1):
+        if isinstance(check, ScoreCheck):
+            limits = demands.of_scores.over(check.limits)
+            results.append(_judge_score(check.name, check.directory, limits))
+            continue
         new = new_directory(check.name, None if out is None else out / check.name)
         path = new.path
         note(f"check {check.name} ({number} of {len(checks)}): {path}", quiet=quiet)
         try:
             with closing(new), ProgressLine(quiet=quiet) as progress:
                 run = measure_spec(check.spec, new, progress.show)
-            results.append(_judge(check.name, run, demanded, check.file.parent))
+            results.append(_judge(check.name, run, rules[check.name], check.file.parent))
         except KeyboardInterrupt:
             if (path / RUN_FILE).exists():
                 go_on = resume_command(check.spec, str(path))
@@ -219,7 +256,7 @@ def publish(
     return code
 
 
-def _select(config: Path | None, names: Sequence[str] | None) -> list[Check]:
+def _select(config: Path | None, names: Sequence[str] | None) -> list[Check | ScoreCheck]:
     file = config or find_file()
     checks = read_checks(file)
     known = [check.name for check in checks]
@@ -276,3 +313,8 @@ def _judge(name: str, run: Run, rules: RuleSet, folder: Path) -> CheckResult:
         elapsed_s=run.record.elapsed_s,
         verdict=verdict,
     )
+
+
+def _judge_score(name: str, directory: Path, limits: Limits) -> CheckResult:
+    command = f"ndcheck gate {argument(str(directory))}{limits.flags}"
+    return CheckResult(name, command, verdict=judge_score(read_score(directory), limits))

@@ -205,6 +205,15 @@ Widths = Annotated[
         "2,4,...",
     ),
 ]
+Draft = Annotated[
+    str | None,
+    _option(
+        "draft",
+        "Also decode speculatively: this model, or the first N layers of --model (layers:N), "
+        "proposes the tokens that passes of --widths verify.",
+        "MODEL",
+    ),
+]
 LoadMode = Annotated[
     str,
     _option(
@@ -314,8 +323,15 @@ RandomWeights = Annotated[
         "SEED",
     ),
 ]
-Dequantise = Annotated[
-    bool, _option("dequantise", "Compute quantised weights (FP8, MXFP4) as bf16 ones.")
+Dequantise = Annotated[bool, _option("dequantise", "Compute quantised weights as bf16 ones.")]
+CacheDtype = Annotated[
+    str,
+    _option(
+        "kv_cache_dtype",
+        "What keys and values are kept as: the model's dtype, or FP8 (e4m3, without scales).",
+        "DTYPE",
+        one_of(*get_args(records.CacheDtype)),
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool, _option("trust_remote_code", "Let the model's repository run its code.")

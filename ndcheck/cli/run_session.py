@@ -343,7 +343,7 @@ def plan_row(trial: Trial) -> tuple[str, ...]:
         slots,
         fillers,
         load.cache_state,
-        "all" if load.scores else str(load.width),
+        "all" if load.scores else f"{'draft ' * load.drafts}{load.width}",
         "" if trial.baseline is None else str(trial.baseline),
     )
 

@@ -29,15 +29,16 @@ class Failure:
     is_latent: bool
 
 
-def _rank(failure: Failure) -> tuple[bool, bool, bool, int, int]:
+def _rank(failure: Failure) -> tuple[bool, bool, bool, bool, int, int]:
     """Stock first, then whole prefills, be it that bits alone differ: an op of the pass does that.
 
     What another prefill leaves in the cache comes from passes that the run alone does not make.
+    What a draft proposed is not kept: passes as wide over the completion are seen as they were.
     """
     sample, load = failure.sample, failure.sample.load
     is_in_parts = load.cache_state != "whole"
     return (
-        *(sample.arm != "stock", is_in_parts, failure.is_latent),
+        *(sample.arm != "stock", is_in_parts, load.drafts, failure.is_latent),
         *(load.batch_size, failure.position),
     )
 

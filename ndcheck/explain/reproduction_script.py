@@ -100,14 +100,18 @@ _START_PREFIX = """\
         load_prefix(cache, [row[: len(row) - sum(lengths)] or [0] for row in rows], end)"""
 
 _LOAD = Template("""\
-model = transformers.AutoModelForCausalLM.from_pretrained($model, $options$trust)
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    $model, dtype=$dtype, attn_implementation=$attention$trust)
 model = model.to($device).eval()""")
 
 _MAKE = Template("""\
 torch.manual_seed($seed)
+config = transformers.AutoConfig.from_pretrained($model$trust)
 with torch.device($device):
-    config = transformers.AutoConfig.from_pretrained($model$trust)
-    model = transformers.AutoModelForCausalLM.from_config(config, $options$trust).eval()""")
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=config.dtype or torch.bfloat16, attn_implementation=$attention$trust)
+for weight in model.eval().parameters():
+    weight.data = weight.data.to($dtype)""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +156,8 @@ def write_script(
         load=load.substitute(
             model=repr(source),
             trust=", trust_remote_code=True" * remote,
-            options=f"dtype=torch.{described['dtype']}, "
-            f"attn_implementation={described['attention']!r}",
+            dtype=f"torch.{described['dtype']}",
+            attention=repr(described["attention"]),
             device=repr(described["device"]),
             seed=random_weights,
         ),

@@ -113,6 +113,8 @@ class Shrinker:
             raise BackendError(
                 f"sample {sample.sample_id} does not differ here: the machine, the number of "
                 "threads or the software are not those of the run"
+                + ", or only passes with rejected tokens differ"
+                * sample.load.drafts
             )
         best = before
         while True:

@@ -53,6 +53,11 @@ class Rules:
         return replace(wider, **own)
 
     @property
+    def given(self) -> tuple[str, ...]:
+        """Those that are set, by name."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+    @property
     def tolerates_divergence(self) -> bool:
         """Is any of the limits on tokens given?"""
         limits = (self.max_unique, self.max_divergence_rate, self.min_common_prefix)

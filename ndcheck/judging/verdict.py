@@ -168,7 +168,10 @@ def judge_axis(axis: Axis, finding: AxisFinding | None, spec: RunSpec) -> Verdic
     draws = count(n, finding.draw)
     outcome: Outcome = "FAIL" if finding.told_apart is not False else "INCONCLUSIVE"
     note = "" if outcome == "FAIL" else f"; {NOT_TOLD_APART}"
-    if finding.draw == "load" and finding.told_apart and finding.n_confirmed:
+    if finding.told_apart and finding.rate is None:
+        n_alone = finding.alone.diverged_trials + finding.alone.latent_trials
+        note = f"; alone in {n_alone} of {finding.alone.n_trials}, and in none of its repeats"
+    elif finding.draw == "load" and finding.told_apart and finding.n_confirmed:
         note = f"; {finding.n_confirmed} of them repeated, alike each time"
     details = fed_details(finding)
     if finding.diverged_trials:
@@ -184,7 +187,7 @@ def fed_details(finding: AxisFinding) -> tuple[str, ...]:
     """What tokens that were fed again showed, one by one, and which widths share their bits."""
     fed = finding.tokens
     if fed is None or not fed.n_tokens:
-        return ()
+        return draft_details(finding)
     seen = (
         f"{finding.axis}: of {count(fed.n_tokens, 'token')} fed again, {fed.n_other_tokens} would "
         f"be others and {fed.n_other_bits} have other bits"
@@ -194,7 +197,25 @@ def fed_details(finding: AxisFinding) -> tuple[str, ...]:
         for size, found in fed.width_classes
     ]
     alike = [f"width: passes of as many tokens have the same bits: {'; '.join(classes)}"]
-    return (seen, *(alike if classes else ()))
+    return (seen, *(alike if classes else ()), *draft_details(finding))
+
+
+def draft_details(finding: AxisFinding) -> tuple[str, ...]:
+    """How much of what a draft proposed was accepted, and at which widths that changed a token."""
+    drafted = finding.drafted
+    if drafted is None or drafted.mean_accepted_length is None:
+        return ()
+    seen = [
+        f"draft: {drafted.n_accepted} of {count(drafted.n_proposed, 'proposed token')} accepted, "
+        f"{drafted.mean_accepted_length:.2f} a pass (mean accepted length)"
+    ]
+    for what, widths in (
+        ("another completion", drafted.widths_diverged),
+        ("other bits", drafted.widths_latent),
+    ):
+        if widths:
+            seen.append(f"draft: {what} by passes of {', '.join(map(str, widths))}")
+    return tuple(seen)
 
 
 def show_classes(classes: Sequence[Sequence[int]]) -> str:
@@ -277,6 +298,21 @@ def _lacks_draws(probe: ProbeSummary, spec: RunSpec) -> str | None:
     )
 
 
+def _lacks_draft(probe: ProbeSummary, spec: RunSpec) -> str | None:
+    """Does a draft that was asked for leave it open what speculative decoding gives?"""
+    drafted = next((f.drafted for f in probe.axes if f.drafted is not None), None)
+    if spec.draft is None:
+        return None
+    if drafted is None or not drafted.n_proposed:
+        return "draft: no token was proposed, so nothing was verified"
+    if not drafted.n_accepted:
+        n = count(drafted.n_proposed, "proposed token")
+        return f"draft: 0 of {n} accepted, so every pass gave one token, as plain decoding does"
+    if not probe.control.controls_draft:
+        return "draft: no planted fault was caught there"
+    return None
+
+
 def probe_doubts(probe: ProbeSummary, spec: RunSpec) -> list[str]:
     """What keeps a clean result from passing, a sentence each."""
     doubts = [reason for check in DOUBTS if (reason := check(probe))]
@@ -285,8 +321,7 @@ def probe_doubts(probe: ProbeSummary, spec: RunSpec) -> list[str]:
         for finding in probe.axes
         if finding.tokens and finding.n_trials and finding.axis not in probe.control.controlled
     ]
-    if reason := _lacks_draws(probe, spec):
-        doubts.append(reason)
+    doubts += [reason for check in (_lacks_draft, _lacks_draws) if (reason := check(probe, spec))]
     return doubts + list(probe.serving.doubts if probe.serving else ())
 
 

@@ -103,9 +103,9 @@ class Grid:
                 yield Cell("cache", replace(base, cache_state=state, cut=cuts[index]), base)
 
     def _fed(self, base: Load, round_index: int) -> Iterator[Cell]:
-        """Alone all widths and ways to score; in a batch one of each, in turns.
+        """Alone all widths, drafts and ways to score; in a batch one of each kind, in turns.
 
-        Each axis has a control of its own.
+        Each kind has a control of its own.
         """
         scored = [replace(base, scores=True)]
         if "chunked" in self.cache_states:
@@ -113,12 +113,13 @@ class Grid:
             cut = cuts[round_index % len(cuts)]
             scored.append(replace(base, scores=True, cache_state="chunked", cut=cut))
         longest = self.spec.decoding.max_tokens - 1
-        kinds: dict[Axis, list[Load]] = {
-            "width": [replace(base, width=w) for w in self.spec.widths if w <= longest],
-            "scoring": scored,
-        }
-        for axis in self.spec.axes:
-            loads = kinds.get(axis, [])
+        wide = [replace(base, width=w) for w in self.spec.widths if w <= longest]
+        kinds: list[tuple[Axis, list[Load]]] = [("width", wide), ("scoring", scored)]
+        if self.spec.draft is not None:
+            kinds.insert(1, ("width", [replace(load, drafts=True) for load in wide]))
+        for axis, loads in kinds:
+            if axis not in self.spec.axes:
+                continue
             if loads and base != ALONE:
                 loads = [loads[(round_index + base.batch_size.bit_length()) % len(loads)]]
             for nth, load in enumerate(loads):

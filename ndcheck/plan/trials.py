@@ -68,7 +68,6 @@ class _ProbePlan:
         self._first_ids: dict[Load, dict[Arm, int]] = {}
         self._n_run: Counter[Load] = Counter()
         self._n_samples = 0
-        self._counts_fed = set(FED_AXES).issuperset(spec.axes)
 
     def add_all(self, grid: Grid) -> None:
         alone_again = Cell("run-to-run", ALONE)
@@ -99,11 +98,11 @@ class _ProbePlan:
         return self._n_draws + 1 - len(self._n_run)
 
     def _counts(self, load: Load) -> bool:
-        """Is it among the samples asked for? A few passes feed a completion, so they come on top.
+        """Is it among the samples asked for? What is no plain decoding comes on top of these.
 
-        Where nothing else is asked for, they are what is.
+        Where nothing else is asked for, it is what is.
         """
-        return self._counts_fed or not load.is_fed
+        return self._spec.only_feeds or load.is_decoded
 
     def _add_if_new(self, cell: Cell, grid: Grid) -> None:
         if cell.purpose == "control":

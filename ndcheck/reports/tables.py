@@ -10,6 +10,8 @@ Version history:
 2. properties.csv; ``run_id`` in every file, so that they join on it, ``arm`` and ``probe_id``;
    positions from 1 (``..._from_1``), lists as JSON (``..._json``, ``trial_ids``).
 3. ``width``, ``fed_tokens``, ``fed_other_tokens``, ``fed_other_bits``, ``width_classes_json``.
+4. ``draft_tokens``, ``draft_proposed``, ``draft_accepted``, ``accepted_lengths_json``,
+   ``mean_accepted_length``.
 """
 
 from __future__ import annotations
@@ -67,6 +69,10 @@ SAMPLE_COLUMNS: _Columns = {
     "fed_tokens": _INT,
     "fed_other_tokens": _INT,
     "fed_other_bits": _INT,
+    "draft_tokens": _INT,
+    "draft_proposed": _INT,
+    "draft_accepted": _INT,
+    "accepted_lengths_json": _TEXT,
 }
 COMPLETION_COLUMNS: _Columns = {
     "arm": _TEXT,
@@ -108,6 +114,7 @@ LOAD_COLUMNS: _Columns = {
     "answer_flips": _INT,
     "n_correct": _INT,
     "width": _INT,
+    "draft_tokens": _INT,
 }
 PROPERTY_COLUMNS: _Columns = {
     "run_id": _TEXT,
@@ -135,6 +142,9 @@ PROPERTY_COLUMNS: _Columns = {
     "fed_other_tokens": _INT,
     "fed_other_bits": _INT,
     "width_classes_json": _TEXT,
+    "draft_proposed": _INT,
+    "draft_accepted": _INT,
+    "mean_accepted_length": _FLOAT,
 }
 SUMMARY_COLUMNS: _Columns = {
     "arm": _TEXT,
@@ -187,7 +197,7 @@ def _sample_rows(findings: Findings) -> Iterator[_Row]:
         completion_id, first_divergence, margin, latent_divergence, max_abs_dlogprob = outcome
         if sample.role == "control":
             continue
-        failed, fed = sample.error is not None, sample.fed
+        failed, fed, drafted = sample.error is not None, sample.fed, sample.drafted
         yield {
             "run_id": findings.run.run_id,
             "arm": sample.arm,
@@ -219,12 +229,21 @@ def _sample_rows(findings: Findings) -> Iterator[_Row]:
             "fed_tokens": fed and fed.n_tokens,
             "fed_other_tokens": fed and fed.n_other_tokens,
             "fed_other_bits": fed and fed.n_other_bits,
+            "draft_tokens": _draft_tokens(sample.load),
+            "draft_proposed": drafted and sum(drafted.proposed),
+            "draft_accepted": drafted and sum(drafted.accepted),
+            "accepted_lengths_json": drafted and json.dumps(drafted.accepted),
         }
 
 
 def _width(load: Load | LoadFinding) -> int | None:
     """None where the prompt is in the passes too."""
     return None if load.scores else load.width
+
+
+def _draft_tokens(load: Load | LoadFinding) -> int | None:
+    """How many tokens a draft proposes to a pass; None where there is none."""
+    return load.width - 1 if load.drafts else None
 
 
 def _known(number: int) -> int | None:
@@ -262,6 +281,7 @@ def loads_table(findings: Findings) -> pd.DataFrame:
             first_divergence_from_1=_from_1(load.first_divergence_min),
             first_latent_from_1=_from_1(load.first_latent_min),
             width=_width(load),
+            draft_tokens=_draft_tokens(load),
         )
         for probe in findings.summary.probes
         for load in probe.loads
@@ -282,7 +302,7 @@ def properties_table(findings: Findings) -> pd.DataFrame:
 def _property_row(findings: Findings, probe: ProbeSummary, finding: AxisFinding) -> _Row:
     """Without a verdict where the property was not asked for and did not diverge."""
     verdict = findings.verdicts[probe.arm, probe.probe_id].axes.get(finding.axis)
-    fed = finding.tokens
+    fed, drafted = finding.tokens, finding.drafted
     return _row(
         PROPERTY_COLUMNS,
         finding,
@@ -299,6 +319,9 @@ def _property_row(findings: Findings, probe: ProbeSummary, finding: AxisFinding)
         fed_other_tokens=fed and fed.n_other_tokens,
         fed_other_bits=fed and fed.n_other_bits,
         width_classes_json=json.dumps(fed.width_classes if fed else ()),
+        draft_proposed=drafted and drafted.n_proposed,
+        draft_accepted=drafted and drafted.n_accepted,
+        mean_accepted_length=drafted and drafted.mean_accepted_length,
     )
 
 

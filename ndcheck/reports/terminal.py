@@ -260,7 +260,7 @@ def _loads(detailed: Sequence[ProbeSummary], unit: str) -> list[RenderableType]:
     by_load: dict[tuple[object, ...], dict[str, LoadFinding]] = {}
     for probe in detailed:
         for load in probe.loads:
-            key = (load.axis, load.batch_size, load.slot, load.cache_state, load.width, load.scores)
+            key = (load.axis, load.batch_size, load.slot, phrases.load(load))
             by_load.setdefault(key, {})[probe.arm] = load
     rows = list(by_load.values())
     told = [row for row in rows if not all(_load_rank(row))]

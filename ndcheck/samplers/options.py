@@ -178,6 +178,23 @@ def parse_widths(values: str | Sequence[object] | None) -> tuple[int, ...]:
     return tuple(sorted(widths))
 
 
+def parse_draft(text: str | None) -> str | None:
+    """A model, or ``layers:N``. Raises UsageError where N is no number of layers."""
+    if text is not None:
+        n_draft_layers(text)
+    return None if text is None else str(text)
+
+
+def n_draft_layers(text: object) -> int | None:
+    """The N of ``layers:N``; None where a draft is a model of its own. Raises UsageError."""
+    head, colon, number = str(text).partition("layers:")
+    if head or not colon:
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", number):
+        raise UsageError(f"--draft {text!s:.20}: give how many of the first layers: layers:2")
+    return int(number)
+
+
 def parse_arms(values: str | Sequence[str] | None) -> tuple[Arm, ...]:
     """``"stock,invariant"`` as kernel sets; None is both."""
     return DEFAULTS.arms if values is None else parse_names("--kernels", join(values), ARMS)
@@ -264,6 +281,7 @@ ASKED = (PROMPT, PROMPTS_FILE, PROMPT_COLUMN, SYSTEM, MODEL)
 ENGINE = Option("engine", (), TRANSFORMERS, has_variable=True)
 TP = Option("tp", ("tensor_parallel",), DEFAULTS.tensor_parallel)
 WIDTHS = Option("widths", ("widths",), None, parse_widths, join, has_variable=True)
+DRAFT = Option("draft", ("draft",), None, parse_draft, has_variable=True)
 KERNELS = Option("kernels", ("arms",), None, parse_arms, join, has_variable=True)
 ARRIVALS = Option(
     "arrivals",

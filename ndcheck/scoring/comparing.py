@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from ndcheck.analysis.statistics import k1_kl, k3_kl
 from ndcheck.records import Arm
-from ndcheck.scoring.completions import Completion, rounded
+from ndcheck.scoring.completions import Completion, Recording, rounded
 from ndcheck.scoring.scorers import Scored
+from ndcheck.storage.scores import ArmScore, ScoreSummary, finite
 
 PERCENTILES = (1, 5, 50, 95, 99)
 CLIP = (0.8, 1.2)
@@ -98,6 +99,32 @@ def compare(completions: Sequence[Completion], scored: Scored) -> Iterator[Compa
     """One for each arm, in the order in which they appear."""
     for arm in dict.fromkeys(completion.arm for completion in completions):
         yield _compare([c for c in completions if c.arm == arm], scored, arm)
+
+
+def summarise(
+    recording: Recording, scored: Scored, comparisons: Sequence[Comparison]
+) -> ScoreSummary:
+    """As much of the comparisons as is judged, and kept."""
+    arms = tuple(
+        ArmScore(
+            arm=found.arm,
+            n_completions=len(found.completions),
+            n_distinct=found.n_distinct,
+            n_missing=found.n_missing,
+            n_tokens=found.n_tokens,
+            n_differ=found.n_differ,
+            n_differing_completions=found.n_differing_completions,
+            first_difference=found.first_difference,
+            max_difference=finite(found.max_difference),
+            k3_kl=finite(found.k3_kl),
+            is_rounded=found.is_rounded,
+        )
+        for found in comparisons
+    )
+    return ScoreSummary(
+        *(recording.source, scored.title, scored.control),
+        *(recording.is_rounded, recording.doubts, arms),
+    )
 
 
 def _compare(completions: Sequence[Completion], scored: Scored, arm: Arm | None) -> Comparison:

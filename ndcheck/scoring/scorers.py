@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.scoring.completions import LOGPROB, Completion, TokenIds, read_file
 from ndcheck.storage.run_directory import replacing, write_failure
+from ndcheck.storage.scores import Control
 
 Pair = tuple[TokenIds, TokenIds]
 """A prompt and a completion after it."""
-Control = Literal["caught", "missed", "absent"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
-from ndcheck.records import Arm, Load, Purpose, Run, Sample, Trial
+from ndcheck.records import Arm, Drafted, Load, Purpose, Run, Sample, Trial
 
 DIGITS_PER_TRIAL = 8
 MAX_NAMED = 5
@@ -59,6 +59,10 @@ class Ledger:
             return f"it has {n_tokens} tokens and the texts of {len(sample.token_texts)}"
         if (sample.fed is not None) != (load.is_fed and sample.error is None):
             return "what it says of tokens that were fed does not fit its load"
+        if (sample.drafted is not None) != (load.drafts and sample.error is None):
+            return "what it says of a draft does not fit its load"
+        if sample.drafted is not None and not _is_possible(sample.drafted, load.width, n_tokens):
+            return "what it says of a draft contradicts itself"
         for name in ("logprobs", "margins", "row_digests"):
             n_values = len(getattr(sample, name))
             if n_values not in (0, n_tokens):
@@ -136,6 +140,15 @@ def is_continued_by(run: Run, finished: Iterable[Sample], trials: Sequence[Trial
     planned = {t.trial_id: (t.arm, t.probe_id, t.purpose, t.baseline, t.load) for t in trials}
     return all(
         planned[s.trial_id] == (s.arm, s.probe_id, s.purpose, s.baseline, s.load) for s in finished
+    )
+
+
+def _is_possible(drafted: Drafted, width: int, n_tokens: int) -> bool:
+    """Do the passes propose and accept so much, and give so many tokens after the first?"""
+    proposed, accepted = drafted.proposed, drafted.accepted
+    return len(proposed) == len(accepted) and (
+        all(a <= p < width for a, p in zip(accepted, proposed, strict=True))
+        and n_tokens <= 1 + len(accepted) + sum(accepted)
     )
 
 

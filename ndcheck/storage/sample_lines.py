@@ -29,6 +29,7 @@ def encode_line(sample: Sample) -> bytes:
         **dataclasses.asdict(load),
         **dataclasses.asdict(witness),
         "fed": dataclasses.asdict(sample.fed) if sample.fed else None,
+        "drafted": dataclasses.asdict(sample.drafted) if sample.drafted else None,
         "fault": dataclasses.asdict(sample.fault) if sample.fault else None,
         "logprob_bits": struct.pack(f">{len(logprobs)}f", *logprobs).hex(),
         "margins": [m if math.isfinite(m) else None for m in sample.margins],

@@ -1,6 +1,7 @@
 """What is laid to an axis, and to a load."""
 
 from ndcheck.analysis.statistics import clopper_pearson
+from ndcheck.analysis.summary import Counts
 from ndcheck.records import AXES, Load
 
 # Axes
@@ -121,6 +122,47 @@ def test_only_the_neighbours_differ(build):
     assert build.finding(probe, "run-to-run").diverged_trials == 0
     assert build.finding(probe, "batch-size").diverged_trials == 1
     assert probe.diverged_trials == 4
+
+
+def chance_in_batches(build, repeats="ab"):
+    """A batch that differs from itself, and the probe alone, three times more."""
+    return [
+        build.reference("ab"),
+        *build.copies(1, ["ab", "ab"]),
+        *build.copies(2, ["ab", "ax"], purpose="run-to-run", baseline=1),
+        *(
+            build.reference(text, trial_id=3 + i, purpose="run-to-run", baseline=0)
+            for i, text in enumerate(("ab", "ab", repeats))
+        ),
+    ]
+
+
+def in_chunks(build, trial_id, text, **fields):
+    load = Load(1, cache_state="chunked", cut=trial_id)
+    return build.sample(trial_id, text, purpose="cache", load=load, **fields)
+
+
+def test_what_differs_of_the_probe_alone_is_not_laid_to_chance_in_batches(build):
+    samples = chance_in_batches(build)
+    samples += [in_chunks(build, i, "ay") for i in (6, 7, 8, 9)]
+    finding = build.finding(build.probe(samples), "cache")
+    # Four of four, and none of four repeats: one of 70 draws of four from eight (by hand).
+    assert (finding.alone, finding.told_apart, finding.rate) == (Counts(4, 4, 0), True, None)
+    assert build.finding(build.probe(samples), "slot").told_apart is False
+
+
+def test_bits_alone_are_told_apart_too(build):
+    samples = chance_in_batches(build)
+    samples += [in_chunks(build, i, "ab", moved=(1,)) for i in (6, 7, 8, 9)]
+    finding = build.finding(build.probe(samples), "cache")
+    assert (finding.alone, finding.told_apart) == (Counts(4, 0, 4), True)
+
+
+def test_chance_alone_is_laid_to_nothing_else(build):
+    few = [in_chunks(build, i, "ay") for i in (6, 7)]  # One of 15 draws of two from six.
+    assert not build.finding(build.probe(chance_in_batches(build) + few), "cache").told_apart
+    many = [in_chunks(build, i, "ay") for i in range(6, 14)]
+    assert not build.finding(build.probe(chance_in_batches(build, "ax") + many), "cache").told_apart
 
 
 def test_axes_without_evidence_are_listed_only_if_asked_for(build):

@@ -107,20 +107,39 @@ def with_fp8_weights():
     from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
     from transformers.utils.quantization_config import FineGrainedFP8Config
 
-    from ndcheck_kernels.ops.block_fp8 import quantise_weight
+    from ndcheck_kernels.ops import block_fp8, row_fp8
+
+    def quantised(weight, scales, *, by_block):
+        if by_block:
+            return block_fp8.quantise_weight(weight)
+        n_scales = scales.numel() if weight.dim() == 2 else scales[0].numel()
+        codes, found = row_fp8.quantise_weight(weight, n_scales)
+        return codes, found.view(scales.shape)
 
     def quantise(model, **options):
         plain = {name: p.detach() for name, p in model.named_parameters()}
         options = FineGrainedFP8Config(**options)
         replace_with_fp8_linear(model, ["lm_head"], options, pre_quantized=True)
+        made = {}
         for path, module in model.named_modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
+            for name, parameter in module.named_parameters(recurse=False):
                 if parameter.device.type != "meta":
                     continue
-                stored = plain[f"{path}.{name.removesuffix('_scale_inv')}"]
-                codes, scales = (stored, None) if name == "bias" else quantise_weight(stored)
-                value = scales if name.endswith("_scale_inv") else codes
-                setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+                if name.endswith("activation_scale"):
+                    value = torch.full(parameter.shape, 2.0**-5)
+                elif name == "bias":
+                    value = plain[f"{path}.bias"]
+                else:
+                    weight = name.removesuffix("_scale_inv")
+                    codes, scales = quantised(
+                        plain[f"{path}.{weight}"],
+                        getattr(module, f"{weight}_scale_inv"),
+                        by_block=module.block_size is not None,
+                    )
+                    value = codes if name == weight else scales
+                made[path, name] = value
+        for (path, name), value in made.items():
+            setattr(model.get_submodule(path), name, torch.nn.Parameter(value, requires_grad=False))
         return model
 
     return quantise

@@ -161,6 +161,7 @@ def probe_summary(
                 cache_state="chunked" if axis == "cache" else "whole",
                 width=4 if axis == "width" else 1,
                 scores=axis == "scoring",
+                drafts=False,
                 n_trials=2,
                 n_samples=2 * batch_size,
                 n_errors=0,

@@ -29,7 +29,8 @@ SAMPLES = (
     "cache_state,n_tokens,finish_reason,completion_id,first_divergence,margin,latent_divergence,"
     "max_abs_dlogprob,elapsed_s,error,text,n_retries,axis,baseline_trial_id,"
     "first_divergence_from_1,first_latent_from_1,filler_lengths_json,"
-    "width,fed_tokens,fed_other_tokens,fed_other_bits"
+    "width,fed_tokens,fed_other_tokens,fed_other_bits,"
+    "draft_tokens,draft_proposed,draft_accepted,accepted_lengths_json"
 )
 COMPLETIONS = (
     "arm,probe_id,completion_id,count,share,first_divergence,divergent_token,reference_token,"
@@ -39,14 +40,15 @@ LOADS = (
     "arm,probe_id,axis,batch_size,slot,n_trials,n_samples,n_unique,n_diverged_trials,"
     "first_divergence_min,first_divergence_median,latent,elapsed_s,tokens_per_s,cache_state,"
     "run_id,trial_ids,n_errors,first_divergence_from_1,first_latent_from_1,"
-    "answer_flips,n_correct,width"
+    "answer_flips,n_correct,width,draft_tokens"
 )
 PROPERTIES = (
     "run_id,arm,probe_id,property,verdict,draw,n_draws,diverged_draws,latent_draws,rate,"
     "rate_ci_low,rate_ci_high,confidence,n_trials,diverged_trials,latent_trials,"
     "first_divergence_from_1,first_latent_from_1,batch_sizes_diverged_json,"
     "batch_sizes_latent_json,reasons_json,"
-    "fed_tokens,fed_other_tokens,fed_other_bits,width_classes_json"
+    "fed_tokens,fed_other_tokens,fed_other_bits,width_classes_json,"
+    "draft_proposed,draft_accepted,mean_accepted_length"
 )
 SUMMARY = (
     "arm,probe_id,n_trials,n_samples,n_unique,modal_count,common_prefix_tokens,diverged_trials,"

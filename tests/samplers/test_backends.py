@@ -53,9 +53,10 @@ TYPED = {
     "arrivals": "poisson:2", "samples": "12", "max_tokens": "7", "temperature": "0.5", "seed": "4",
     "dtype": "fp32", "device": "cpu", "attn": "eager", "kernels": "invariant",
     "widths": "2,6", "confidence": "0.9", "target_rate": "0.1", "random_weights": "5",
+    "draft": "layers:1",
     "answer_pattern": "a+", "answer": "number",
     "chat": None, "trust_remote_code": None, "stop_on_divergence": None, "allow_latent": None,
-    "dequantise": None,
+    "dequantise": None, "kv_cache_dtype": "fp8",
 }  # fmt: skip
 """A value other than the default for each option; None: it is a switch."""
 ALSO = {"arrivals": ("--batching", "continuous"), "tp_groups": ("--kernels", "invariant")}
@@ -211,11 +212,22 @@ HERE = some(
     device=st.just("cpu"),
     attn=st.just("org/kernel"),
     dequantise=st.booleans(),
+    kv_cache_dtype=st.sampled_from(["auto", "fp8"]),
 )
 SPECS = {
     "exact": HERE,
+    "drafted": st.builds(
+        lambda options, draft: {**options, "draft": draft, "axes": "all", "temperature": 0.0},
+        HERE,
+        st.sampled_from(["layers:2", "org/draft", "it's"]),
+    ),
     "continuous": st.builds(
-        lambda options, when: {**options, "batching": "continuous", **when},
+        lambda options, when: {
+            **options,
+            "kv_cache_dtype": "auto",
+            "batching": "continuous",
+            **when,
+        },
         HERE,
         some(arrivals=arrivals("step")),
     ),

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ndcheck.errors import UsageError
-from ndcheck.scoring.comparing import CLIP, PERCENTILES, compare
+from ndcheck.judging.scores import Limits, judge_arm
+from ndcheck.scoring.comparing import CLIP, PERCENTILES, compare, summarise
 from ndcheck.scoring.completions import Completion, Recording, rounded
-from ndcheck.scoring.judging import Limits, judge
 from ndcheck.scoring.scorers import Score, Scored
 
 logprobs = st.floats(-30, 0, width=32)
@@ -76,6 +76,11 @@ def test_both_estimators_give_the_divergence_of_tokens_as_frequent_as_their_prob
     assert found.k3_kl == pytest.approx(scipy.stats.entropy(p, q))
 
 
+def judge(comparison, recording, given, limits):
+    summary = summarise(recording, given, [comparison])
+    return judge_arm(summary.arms[0], summary, limits)
+
+
 @pytest.mark.parametrize("at", [0, 97, 199])
 def test_one_unit_in_the_last_place_is_found_where_it_was_planted(at):
     rng = np.random.default_rng(0)
@@ -86,11 +91,12 @@ def test_one_unit_in_the_last_place_is_found_where_it_was_planted(at):
         planted[at] = np.nextafter(values[at], np.float32(-np.inf))
         found.append(completion(values, f"c{i}", ids=(i, *range(199))))
         scores.append(planted)
-    (comparison,) = compare(found, scored(zip(found, scores, strict=True)))
+    given = scored(zip(found, scores, strict=True))
+    (comparison,) = compare(found, given)
     assert comparison.n_differ == 6
     assert [x.first_difference for x in comparison.completions] == [at] * 6
     assert np.flatnonzero(comparison.by_position.n_differ).tolist() == [at]
-    verdict = judge(comparison, Recording("r", tuple(found)), "caught", Limits())
+    verdict = judge(comparison, Recording("r", tuple(found)), given, Limits())
     assert verdict.outcome == "FAIL"
     assert (
         f"6 of 1200 tokens differ, in 6 of 6 completions, first at token {at + 1}"
@@ -119,9 +125,10 @@ def test_arms_are_compared_apart_and_every_sample_counts():
 
 def test_an_infinite_ratio_is_one():
     one = completion([-1e9])
-    (found,) = compare([one], scored([(one, [0])]))
+    given = scored([(one, [0])])
+    (found,) = compare([one], given)
     assert found.ratio_percentiles[-1] == found.k3_kl == math.inf
-    verdict = judge(found, Recording("r", (one,)), "caught", Limits(max_kl=1e30))
+    verdict = judge(found, Recording("r", (one,)), given, Limits(max_kl=1e30))
     assert verdict.outcome == "FAIL"
 
 
@@ -132,7 +139,7 @@ def outcome(recorded, scores, control="caught", limits=NO_LIMIT, **recording):
     one = completion(recorded)
     given_scores = scored([(one, scores)] if scores else [], control)
     (found,) = compare([one], given_scores)
-    return judge(found, Recording("r", (one,), **recording), control, limits)
+    return judge(found, Recording("r", (one,), **recording), given_scores, limits)
 
 
 @pytest.mark.parametrize(

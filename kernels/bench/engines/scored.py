@@ -53,7 +53,9 @@ PROBES = tuple(Probe(f"p{i}", prompt) for i, prompt in enumerate(PROMPTS, 1))
 ENGINE = Engine(
     invariant_by="vllm",
     arguments=(
-        "gpu_memory_utilization=0.28",
+        # vLLM would else measure what is free, which others on the card may change meanwhile.
+        "gpu_memory_utilization=0.1",
+        "kv_cache_memory_bytes=8000000000",
         "max_num_batched_tokens=2048",
         "max_model_len=1024",
         "enforce_eager=true",

@@ -67,13 +67,15 @@ def experts_in(sampler: TransformersSampler, batch: int) -> float | None:
         return experts_chosen(sampler, batch)
 
 
-def measure_properties(out: Path, shape: str, loads: str, samples: int, tokens: int) -> None:
+def measure_properties(
+    out: Path, shape: str, loads: str, samples: int, tokens: int, *extra: str
+) -> None:
     """All five properties of the invariant arm, by `ndcheck run`."""
-    directory = out / f"run-{shape}"
+    directory = out / "-".join(["run", shape, *(word.strip("-") for word in extra)])
     command = [
         *(sys.executable, "-m", "ndcheck", "run", "--model", str(SHAPES / shape)),
         *("--random-weights", "0", "--kernels", "invariant", "--loads", loads, "--quiet"),
-        *("-n", str(samples), "--max-tokens", str(tokens), "--out", str(directory)),
+        *("-n", str(samples), "--max-tokens", str(tokens), "--out", str(directory), *extra),
     ]
     path = f"{REPOSITORY}:{REPOSITORY / 'kernels'}"
     done = subprocess.run(

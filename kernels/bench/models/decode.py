@@ -60,6 +60,8 @@ def step_ms(sampler: TransformersSampler, arm: Any, batch_size: int) -> float:
         # Nothing is captured on a CPU, which only the tiny shapes are for.
         advance = steps._replay if steps.batch.can_be_captured else partial(steps._step, 1)
         advance()
+        if steps.capture_failure is not None:
+            raise RuntimeError(f"the {arm} step is not captured: {steps.capture_failure}")
         times = [elapsed_us(advance, sampler._device.type) for _ in range(REPLAYS)]
         return statistics.median(times) / 1000
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
+import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,21 +84,26 @@ def measure(
             arms=(arm,),
             device=device,
         )
-        sampler = TransformersSampler(spec)
-        lengths = {"p1": sampler.count_tokens(grid.prompt)}
-        refused = dict(sampler.refused_axes)
-        spec = replace(spec, axes=tuple(axis for axis in axes if axis not in refused))
-        trials = plan_trials(spec, lengths, sampler.context, cache_states=sampler.cache_states)
-        here = environment.capture(sampler.describe())
-        run = Run(family, __version__, spec, here, started_at="", n_trials_planned=len(trials))
-        with closing(RunDirectory.create(path, run)) as directory:
-            try:
-                run_trials(trials, sampler, directory)
-            except BackendError as error:
-                return {"refused": str(error).removeprefix("invariant arm: ").split(". Run")[0]}
-        findings = read_findings(path)
-        (summary,), (verdict,) = findings.summary.probes, findings.judgement.probes
-        return {
+        return run_loads(TransformersSampler(spec), spec, path)[arm]
+
+
+def run_loads(sampler: TransformersSampler, spec: RunSpec, path: Path) -> dict[Arm, dict[str, Any]]:
+    """By arm its outcomes by property, or the line that refuses the model."""
+    (probe,), refused = spec.probes, dict(sampler.refused_axes)
+    lengths = {probe.probe_id: sampler.count_tokens(probe.content)}
+    spec = replace(spec, axes=tuple(axis for axis in spec.axes if axis not in refused))
+    trials = plan_trials(spec, lengths, sampler.context, cache_states=sampler.cache_states)
+    here = environment.capture(sampler.describe())
+    run = Run(path.name, __version__, spec, here, started_at="", n_trials_planned=len(trials))
+    with closing(RunDirectory.create(path, run)) as directory:
+        try:
+            run_trials(trials, sampler, directory)
+        except BackendError as error:
+            reason = str(error).removeprefix("invariant arm: ").split(". Run")[0]
+            return {arm: {"refused": reason} for arm in spec.arms}
+    findings = read_findings(path)
+    return {
+        summary.arm: {
             "outcome": verdict.verdict.outcome,
             "axes": {
                 finding.axis: {
@@ -108,22 +116,49 @@ def measure(
                 if finding.axis in spec.axes
             },
         }
+        for summary, verdict in zip(findings.summary.probes, findings.judgement.probes, strict=True)
+    }
+
+
+def measure_row(
+    device: str, grid: Grid, axes: tuple[Axis, ...], model: tuple[str, str]
+) -> dict[str, Any]:
+    """Both arms of a family in a dtype; an arm that ends with an error has its line in place."""
+    quiet()
+    family, dtype = model
+    row: dict[str, Any] = {"family": family, "dtype": dtype}
+    for arm in ("stock", "invariant"):
+        try:
+            row[arm] = measure(family, dtype, device, arm, grid, axes)  # type: ignore[arg-type]
+        except Exception as error:
+            # One family that fails must not cost the others their time on a GPU.
+            return row | {"error": f"{arm}: {type(error).__name__}: {error}"}
+    return row
 
 
 def measure_all(
-    device: str, families: Iterable[str], grid: Grid, axes: tuple[Axis, ...]
-) -> dict[str, Any]:
-    """Every family in bf16 and fp32, with the environment it was measured in."""
-    rows = []
-    for family in families:
-        for dtype in ("bf16", "fp32") if family in FAMILIES else ("bf16",):
-            row: dict[str, Any] = {"family": family, "dtype": dtype}
-            for arm in ("stock", "invariant"):
-                row[arm] = measure(family, dtype, device, arm, grid, axes)  # type: ignore[arg-type]
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    here = environment.capture({})
-    return {"device": device, "hardware": here.hardware, "software": here.software, "rows": rows}
+    device: str, families: Iterable[str], grid: Grid, axes: tuple[Axis, ...], jobs: int = 1
+) -> Iterator[dict[str, Any]]:
+    """The rows of every family in bf16 and fp32, as they come, from so many processes."""
+    models = [
+        (family, dtype)
+        for family in families
+        for dtype in (("bf16", "fp32") if family in FAMILIES else ("bf16",))
+    ]
+    row_of = partial(measure_row, device, grid, axes)
+    if jobs == 1:
+        yield from map(row_of, models)
+        return
+    # Not forked: CUDA does not outlive a fork.
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        yield from pool.imap_unordered(row_of, models, chunksize=1)
+
+
+def quiet() -> None:
+    """In each process."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
 
 
 def render(results: list[dict[str, Any]]) -> str:
@@ -183,40 +218,46 @@ def join(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {"outcome": "FAIL" if failed else new["outcome"], "axes": axes}
 
 
-def write(result: dict[str, Any]) -> None:
+def write(about: dict[str, Any], row: dict[str, Any]) -> None:
     """One row a line, so that a change shows in a diff; other families and properties stay."""
-    path = RESULTS / f"{result['device']}.json"
+    path = RESULTS / f"{about['device']}.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     by_model = {(row["family"], row["dtype"]): row for row in kept}
-    for row in result["rows"]:
-        old = by_model.setdefault((row["family"], row["dtype"]), row)
-        for arm in ("stock", "invariant"):
-            old[arm] = join(old[arm], row[arm])
+    old = by_model.setdefault((row["family"], row["dtype"]), row)
+    for arm in ("stock", "invariant"):
+        old[arm] = join(old[arm], row[arm])
     rows = list(by_model.values())
-    rows.sort(key=lambda row: [*FAMILIES, *SHAPES].index(row["family"]))
-    about = {key: value for key, value in result.items() if key != "rows"}
+    rows.sort(key=lambda row: ([*FAMILIES, *SHAPES].index(row["family"]), row["dtype"]))
     lines = ",\n".join(map(json.dumps, rows))
     RESULTS.mkdir(exist_ok=True)
     path.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
-def main() -> None:
+def main() -> int:
+    """1 if a family ended with an error, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     names = [*FAMILIES, *SHAPES]
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=names)
     parser.add_argument("--axes", nargs="+", default=AXES, choices=AXES)
     parser.add_argument("--quick", action="store_true", help="with the fewer loads of the tests")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, all on the one device")
     parser.add_argument("--render", action="store_true", help="only write the table again")
     options = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    n_failed = 0
     if not options.render:
-        torch.set_num_threads(1)
-        grid = QUICK if options.quick else FULL
-        write(measure_all(options.device, options.families, grid, tuple(options.axes)))
+        here = environment.capture({})
+        about = {"device": options.device, "hardware": here.hardware, "software": here.software}
+        grid, axes = QUICK if options.quick else FULL, tuple(options.axes)
+        for row in measure_all(options.device, options.families, grid, axes, options.jobs):
+            said = row.get("error") or row["invariant"].get("refused") or cells(row["invariant"])
+            print(f"{row['family']} {row['dtype']}: {said}", flush=True)
+            n_failed += "error" in row
+            if "error" not in row:
+                write(about, row)
     README.write_text(TABLE.sub(lambda _: render(load_results()), README.read_text()))
+    return 1 if n_failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

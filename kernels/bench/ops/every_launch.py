@@ -24,7 +24,15 @@ from bench.ops.matmul_cells import SHAPES
 from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
-from ndcheck_kernels.cuda.products import block_fp8, grouped_matmul, matmul
+from ndcheck_kernels.cuda.products import (
+    block_fp8,
+    grouped_matmul,
+    matmul,
+    mxfp4,
+    row_fp8,
+    weight_only,
+)
+from ndcheck_kernels.cuda.recurrent import gated_delta, selective_scan, short_convolution
 from ndcheck_kernels.cuda.rows import (
     layer_norm,
     logits,
@@ -35,10 +43,13 @@ from ndcheck_kernels.cuda.rows import (
     softmax,
 )
 from ndcheck_kernels.measure import resources
+from ndcheck_kernels.ops.weight_only import Packed, pack
 
 Launch = tuple[str, Callable[[], object]]
 Extent = Literal["kinds", "figures", "all"]
 Schedule = tuple[configs.MatmulConfig, int]  # and into how many groups it cuts K
+FP8_CAPABILITY = 89
+"""From which Triton has e4m3 numbers."""
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 WIDTHS = (100, 128, 4096, 16384, 65536, 151936)
 
@@ -46,7 +57,9 @@ WIDTHS = (100, 128, 4096, 16384, 65536, 151936)
 def launches(capability: int, extent: Extent) -> Iterator[Launch]:
     """A name and a call for each; tensors are allocated and never read."""
     for dtype in device.FLOATS if extent == "all" else device.FLOATS[:1]:
-        for source in (products, experts, fp8, attentions, rows, decoder):
+        for source in (
+            *(products, experts, fp8, integers, attentions, rows, decoder, recurrences),
+        ):
             yield from source(capability, dtype, extent)
 
 
@@ -113,6 +126,11 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
     yield "quantise_rows at places", lambda: quantise.quantise_rows(x, torch.arange(5))
     yield "silu_mul_quantise", lambda: quantise.silu_mul_quantise(x, x)
     yield "rms_norm_quantise", lambda: quantise.rms_norm_quantise(x, x[0], 1e-6)
+    yield "quantise_whole_rows", lambda: quantise.quantise_whole_rows(x)
+    yield (
+        "quantise_whole_rows by a scale",
+        lambda: quantise.quantise_whole_rows(x, torch.empty(600)),
+    )
     codes, row_scales = torch.empty(600, 2048, dtype=torch.float8_e4m3fn), torch.empty(16, 600).t()
     weight = torch.empty(16, 1536, 2048, dtype=torch.float8_e4m3fn)
     scales, ends = torch.empty(16, 12, 16), torch.empty(16, dtype=torch.int32)
@@ -124,12 +142,48 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
                     codes, row_scales, weight[0], scales[0], c, dtype, config
                 ),
             )
+            yield (
+                f"row_fp8 {config}",
+                lambda c=c, config=config: row_fp8._launch(
+                    codes, row_scales[:, 0], weight[0], scales[0], c, dtype, config
+                ),
+            )
         yield (
             f"grouped block_fp8 {config}",
             lambda config=config: block_fp8._launch_grouped(
                 codes, row_scales, weight, scales, ends, dtype, config
             ),
         )
+        yield (
+            f"grouped row_fp8 {config}",
+            lambda config=config: row_fp8._launch_grouped(
+                codes, row_scales[:, 0], weight, scales[..., 0], ends, dtype, config
+            ),
+        )
+
+
+def integers(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
+    """Weights of 4 and 8 bits; groups of 32 columns need a layout of scales of their own."""
+    x, addend = torch.empty(128, 4096, dtype=dtype), torch.empty(128, 6144, dtype=dtype)
+    blocks, ends = torch.empty(8, 64, 128, 16, dtype=torch.uint8), torch.empty(8, dtype=torch.int32)
+    yield "mxfp4", lambda: mxfp4.mxfp4_matmul(x, blocks, blocks[..., 0].contiguous(), ends)
+    for bits, group, has_zeros in ((4, 128, False), (4, 32, True), (8, 4096, True), (8, 64, False)):
+        scales = torch.empty(4096 // group, 6144, dtype=dtype)
+        packed = Packed(
+            pack(torch.empty(6144, 4096, dtype=torch.uint8), bits), scales,
+            scales.to(torch.int16) if has_zeros else None, None, bits, 4096,
+        )  # fmt: skip
+        yield (
+            f"unpacked {bits} bits",
+            lambda packed=packed: weight_only.unpacked(packed, dtype),
+        )
+        if capability not in configs.PROVEN or dtype.itemsize != 2:
+            continue
+        for config in weight_only.selectable_configs():
+            yield (
+                f"weight_only {bits} bits in groups of {group} {config}",
+                lambda packed=packed, config=config: weight_only._launch(x, packed, addend, config),
+            )
 
 
 def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
@@ -138,6 +192,13 @@ def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[
     for dim in HEAD_DIMS if everything else (64, 128):
         q, k = (torch.empty(1, h, 512, dim, dtype=dtype) for h in (8, 2))
         long = torch.empty(1, 8, 8192, dim, dtype=dtype)
+        if capability >= FP8_CAPABILITY:
+            narrow = k.to(torch.float8_e4m3fn)
+            for name, query in (("prefill", q), ("decode", q[:, :, :1])):
+                yield (
+                    f"{name} {dim} over FP8",
+                    lambda q=query, k=narrow: causal.attention(q, k, k),
+                )
         for name, query in (("prefill", q), ("long prefill", long), ("decode", q[:, :, :1])):
             if everything or dim == 128:
                 yield f"{name} {dim}", lambda q=query, k=k: causal.attention(q, k, k)
@@ -160,6 +221,14 @@ def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[
                     sinks=sinks,
                 ),
             )  # fmt: skip
+            if everything or name == "prefill":
+                yield (
+                    f"{name} {dim} in chunks, with ALiBi",
+                    lambda q=query, k=k: causal.attention(
+                        q, k, k, window=128, chunked=True, slopes=torch.empty(8),
+                        bias_dtype=torch.bfloat16,
+                    ),
+                )  # fmt: skip
 
 
 def rows(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
@@ -177,6 +246,7 @@ def rows(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch
         for op in (softmax.softmax, softmax.log_softmax, softmax.logsumexp):
             yield f"{op.__name__} {n}", lambda op=op, x=x: op(x)
         yield f"sum {n}", lambda x=x: reductions.sum(x, -1)
+        yield f"cumsum {n}", lambda x=x: reductions.cumsum(x, -1)
         yield f"silu_mul {n}", lambda x=x: silu_mul.silu_mul(x, x)
         yield f"read_logits {n}", lambda x=x: logits.read_logits(x)
 
@@ -188,6 +258,14 @@ def decoder(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
             x = torch.empty(2, 3, (heads + 2 * kv_heads) * dim, dtype=dtype)
             angles = torch.empty(2, 3, dim, dtype=dtype)
             keys = torch.empty(2, kv_heads, 8, dim, dtype=dtype)
+            if capability >= FP8_CAPABILITY:
+                narrow = keys.to(torch.float8_e4m3fn)
+                yield (
+                    f"qkv {heads}/{kv_heads}x{dim} to FP8",
+                    lambda x=x, angles=angles, keys=narrow: qkv.qkv(
+                        x, angles, angles, keys, keys, torch.tensor(0)
+                    ),
+                )
             for norm in (None, torch.empty(dim, dtype=dtype)):
                 yield (
                     f"qkv {heads}/{kv_heads}x{dim}{'' if norm is None else ' with norms'}",
@@ -195,6 +273,48 @@ def decoder(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
                         x, angles, angles, keys, keys, torch.tensor(0), q_weight=norm, k_weight=norm
                     ),
                 )
+
+
+def recurrences(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
+    x, weight = torch.empty(2, 5, 8192, dtype=dtype), torch.empty(8192, 4, dtype=dtype)
+    x_by_channel, window = x.transpose(1, 2), torch.empty(2, 8192, 4, dtype=dtype)
+    for bias in (None, weight[:, 0]):
+        yield (
+            f"short_convolution{'' if bias is None else ' with a bias'}",
+            lambda bias=bias: short_convolution.short_convolution(
+                x_by_channel, weight, bias, "silu"
+            ),
+        )
+        yield (
+            f"short_convolution_step{'' if bias is None else ' with a bias'}",
+            lambda bias=bias: short_convolution.short_convolution_step(
+                x_by_channel[..., :1], window, weight, bias, "silu"
+            ),
+        )
+    for dim in {"kinds": (128,), "figures": (128,), "all": (16, 64, 96, 128, 256)}[extent]:
+        keys, values = (torch.empty(2, 5, h, dim, dtype=dtype) for h in (16, 32))
+        state, beta = torch.empty(2, 32, dim, dim), torch.empty(2, 5, 32, dtype=dtype)
+        for decay in (torch.empty(2, 5, 32), torch.empty(2, 5, 32, dim)):
+            yield (
+                f"gated_delta_rule {dim}{' by channel' if decay.dim() == 4 else ''}",
+                lambda keys=keys, values=values, decay=decay, beta=beta, state=state: (
+                    gated_delta.gated_delta_rule(keys, keys, values, decay, beta, state, True)
+                ),
+            )
+    # Nemotron-H 8B, Falcon-H1 34B and Mamba 2.8B.
+    for heads, width, states, groups in ((128, 64, 128, 8), (32, 128, 256, 2), (5120, 1, 16, 1)):
+        rows = torch.empty(2, 5, heads, width, dtype=dtype)
+        b, scanned = (
+            torch.empty(2, 5, groups, states, dtype=dtype),
+            torch.empty(2, heads, width, states),
+        )
+        decays = torch.empty(heads, states) if width == 1 else torch.empty(heads)
+        yield (
+            f"selective_scan {heads}x{width}x{states}",
+            lambda rows=rows, b=b, decays=decays, scanned=scanned: selective_scan.selective_scan(
+                rows, torch.empty(rows.shape[:3]), decays, b, b, rows[0, 0, :, 0], scanned
+            ),
+        )
 
 
 def compile_all(architecture: int | str, extent: Extent = "figures") -> dict[str, object]:

@@ -46,7 +46,7 @@ TINY_SHAPES = {"qwen3-8b": "tiny", "qwen3-30b-a3b": "tiny-moe"}
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One `ndcheck run`: the folder for it, the shape with random weights or None for the trained
-    model, its options, and how many seconds it may take.
+    model, its options (flags with an empty value), and how many seconds it may take.
     """
 
     folder: str
@@ -63,7 +63,7 @@ class Measurement:
             shape = TINY_SHAPES[self.shape] if tiny else self.shape
             arguments += ["--model", f"{SHAPES}/{shape}", "--random-weights", "0"]
         options = {"--prompt": PROMPT, **self.options, **(TINY if tiny else {})}
-        return arguments + [word for option in options.items() for word in option]
+        return arguments + [word for option in options.items() for word in option if word]
 
 
 PARTS = {

@@ -23,14 +23,14 @@ from bench.reference.experiment import PROMPT, ROOT, SHAPES, TINY_SHAPES, Measur
 
 OPTIONS = {
     "--axes": "width,scoring",
-    "--loads": "1,32,96",
-    "-n": "1560",  # Every width and cut of one batch of each size.
-    "--max-tokens": "136",
+    "--loads": "1,208",
+    "-n": "2508",  # Every width and cut of one batch of each size.
+    "--max-tokens": "80",
 }
 MODELS = (
-    Measurement("8b", "qwen3-8b", OPTIONS, 120),
-    Measurement("smollm2", None, OPTIONS, 70),
-    Measurement("moe", "qwen3-30b-a3b", OPTIONS, 150),
+    Measurement("8b", "qwen3-8b", OPTIONS, 200),
+    Measurement("smollm2", None, {**OPTIONS, "--chat": "", "--max-tokens": "200"}, 120),
+    Measurement("moe", "qwen3-30b-a3b", OPTIONS, 240),
 )
 STEP = 33
 """Traced: in the last column of a pass of every width, so that all the pass may weigh on it."""
@@ -85,19 +85,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--smollm2", metavar="MODEL", help="a directory or a GGUF file of it")
+    names = [model.folder for model in MODELS]
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
     options = parser.parse_args()
     out, passed = options.out.resolve(), True
     out.mkdir(parents=True, exist_ok=True)
     for model in MODELS:
-        if model.shape is None and options.smollm2 is None:
+        is_missing = model.shape is None and options.smollm2 is None
+        if is_missing or model.folder not in options.models:
             continue
         started_s = time.monotonic()
         source = None if options.smollm2 is None else Path(options.smollm2)
         passed &= run(model, out, source, tiny=options.tiny)
         write_table(out)
         print(f"{model.folder}: {time.monotonic() - started_s:.0f} s", flush=True)
-    trace(out, tiny=options.tiny)
+    if "8b" in options.models:
+        trace(out, tiny=options.tiny)
     return 0 if passed else 1
 
 

@@ -237,6 +237,7 @@ OPTION_VALUES = (
     "poisson:0", "bursts:1:1", "closed", "words", "A: b", "x=y", "tokens,bits", "pass", "vllm",
     "9" * 5000, "1," * 3000, "torch:sum", "mm",
 )  # fmt: skip
+ONE_OP = ("--op", "rms_norm", "--rows", "1,2", "--dtype", "fp32", "-q")
 BASES: dict[str, tuple[str, ...]] = {
     "run": ("--model", "scripted:clean", *SCRIPTED, "--dry-run"),
     "gate": ("run",),
@@ -246,6 +247,10 @@ BASES: dict[str, tuple[str, ...]] = {
     "trace": ("--model", "scripted:clean"),
     "shrink": ("--run", "run"),
     "order": ("mm", "--rows", "1,2", "--terms", "4", "--columns", "2", "--kernels", "invariant"),
+    "score": ("recorded.jsonl", "--file", "scored.jsonl"),
+    "bisect": ("--good", "lock.txt", "--bad", "lock.txt", "true"),
+    "kernels manifest": ("out.json", *ONE_OP),
+    "kernels compare": ("manifest.json", "manifest.json"),
 }
 """Commands that end at once, and without a finding: 1 would be a false accusation."""
 JUDGED_OTHERWISE = {"--inconclusive", "--fail-on", "stock"}
@@ -259,8 +264,14 @@ def fuzz_options(count: int, seed: int, findings: Findings) -> None:
     from ndcheck.cli.app import app, run_command_line
 
     rng = random.Random(seed)
-    group: Any = typer.main.get_command(app)
-    parameters = {verb: group.commands[verb].params for verb in BASES}
+
+    def parameters_of(verb: str) -> Any:
+        command: Any = typer.main.get_command(app)
+        for name in verb.split():
+            command = command.commands[name]
+        return command.params
+
+    parameters = {verb: parameters_of(verb) for verb in BASES}
     names = {v: [n for p in ps for n in p.opts if n[:1] == "-"] for v, ps in parameters.items()}
     flags = {
         n for ps in parameters.values() for p in ps if getattr(p, "is_flag", 0) for n in p.opts
@@ -268,16 +279,35 @@ def fuzz_options(count: int, seed: int, findings: Findings) -> None:
     with tempfile.TemporaryDirectory(prefix="ndcheck-fuzz-") as name, contextlib.chdir(name):
         with contextlib.redirect_stdout(io.StringIO()):
             run_command_line(["run", *BASES["run"][:-1], "--out", "run"])
+            run_command_line(["kernels", "manifest", "manifest.json", *ONE_OP])
+            write_scores()
+        Path("lock.txt").write_text("torch==2.11.0\n")
         Path("ndcheck.toml").write_text('[checks.a]\nmodel = "scripted:clean"\nsamples = 4\n')
         for number in range(count):
             verb = rng.choice(list(BASES))
-            arguments = [verb, *BASES[verb]]
+            arguments = [*verb.split(), *BASES[verb]]
             for _ in range(rng.choice((1, 1, 1, 2, 3))):
                 option = rng.choice(names[verb])
                 arguments += [option] if option in flags else [option, rng.choice(OPTION_VALUES)]
             if rng.random() < 0.05:
                 rng.shuffle(arguments)
             run_one_command_line(arguments, number, seed, findings)
+
+
+def write_scores() -> None:
+    """A recording of two completions, and a file that has its numbers and those of its control."""
+    from ndcheck.cli.app import run_command_line
+
+    lines = [
+        {"prompt_ids": [1, i], "completion_ids": [2, 3, 4], "logprobs": [-0.5, -1.25, -2.0]}
+        for i in range(2)
+    ]
+    Path("recorded.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    run_command_line(["score", "recorded.jsonl", "--requests", "asked.jsonl", "-q"])
+    for each in (scored := [json.loads(x) for x in Path("asked.jsonl").read_text().splitlines()]):
+        recorded = next((x for x in lines if {**x, **each} == x), None)
+        each["logprobs"] = [-3.0, -3.5, -4.0] if recorded is None else recorded["logprobs"]
+    Path("scored.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in scored))
 
 
 def run_one_command_line(arguments: list[str], number: int, seed: int, findings: Findings) -> None:

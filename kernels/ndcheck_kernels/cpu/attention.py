@@ -35,7 +35,7 @@ _NEVER = 2**31  # The first key of a query that sees none.
 
 
 @implements(attention_op, device="cpu")
-def attention(
+def attention(  # noqa: PLR0913 - the op's own arguments
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -44,6 +44,7 @@ def attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    bias_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """[B, H, Q, D] x [B, H_kv, KV, D] -> [B, H, Q, D_v]; the rest as in `ops.attention`."""
     batch, heads, queries, width = query.shape
@@ -62,7 +63,7 @@ def attention(
         shifts = torch.tensor([[shift] for shift, _, _ in used])
         positions = shifts - spans[:, :1, 0] + column
         bias = slopes[:, None] * positions[:, None]
-        bias = bias.to(query.dtype).to(compute)
+        bias = bias.to(bias_dtype or bias.dtype).to(compute)
     turn = max(1, _SCORES // (batch * heads * splits * SPLIT))
     for first in range(0, queries, turn):
         part = slice(first, first + turn)

@@ -79,11 +79,10 @@ def attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    bias_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """[B, H, Q, D] x [B, H_kv, KV, D]; causal spans and windows, as in `ops.attention`."""
-    if slopes is not None:
-        raise UnsupportedCallError("it has no ALiBi")
-    starts, lengths, window = as_causal(spans)
+    """[B, H, Q, D] x [B, H_kv, KV, D]; causal spans, windows and chunks, as in `ops.attention`."""
+    starts, lengths, window, chunked = as_causal(spans)
     return causal.attention(
         query,
         key,
@@ -92,8 +91,11 @@ def attention(
         lengths=lengths,
         scale=scale,
         window=window,
+        chunked=chunked,
         softcap=softcap,
         sinks=sinks,
+        slopes=slopes,
+        bias_dtype=bias_dtype,
     )
 
 
@@ -148,6 +150,13 @@ def sum_all(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tenso
 def mean_all(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Mean of all elements."""
     return _reduce(reductions.mean, x, None, False, dtype)
+
+
+@implements(aten.cumsum.default, device="cuda")
+@covered
+def cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Running sums."""
+    return reductions.cumsum(x, dim, dtype)
 
 
 @implements(aten.topk.default, device="cuda")

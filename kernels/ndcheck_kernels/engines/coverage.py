@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.engines.layers import experts_refusal
+from ndcheck_kernels.engines.layers import COVERED, experts_refusal, fp8_refusal
 
 MODELS = (
     "LlamaForCausalLM",
@@ -60,6 +60,8 @@ class Layer:
     op: str | None = None
     covered: bool = True
     weight: torch.Tensor | None = None
+    module: Any = None
+    """Of FP8 weights, which come with scales."""
 
 
 def list_layers(model: Any, config: Any) -> list[Layer]:
@@ -95,11 +97,18 @@ def _has_children(module: torch.nn.Module) -> bool:
 
 def _product(name: str, module: Any, op: str) -> Layer:
     kind, method = type(module).__name__, type(module.quant_method).__name__
-    if method not in ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"):
+    is_fp8 = method == "Fp8LinearMethod"
+    if not is_fp8 and method not in ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"):
         return Layer(name, kind, f"vLLM's {method}", covered=False)
     if any(name.startswith("allow_") and value for name, value in vars(module).items()):
         return Layer(name, kind, "vLLM's router kernels, chosen by the batch", covered=False)
     weight = module.weight
+    if is_fp8:
+        scales = getattr(module, "weight_scale_inv", None)
+        refusal = fp8_refusal(weight, scales, module.quant_method.weight_block_size)
+        if refusal is not None:
+            return Layer(name, kind, f"vLLM's {method}: {refusal}", covered=False)
+        return Layer(name, kind, "ndcheck block_fp8", "block_fp8", weight=weight, module=module)
     if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return Layer(name, kind, f"nothing: {weight.dtype}", covered=False)
     return Layer(name, kind, f"ndcheck {op}", op, weight=weight)
@@ -117,12 +126,14 @@ def _attention(name: str, module: Any) -> Layer:
 def _experts(name: str, module: Any) -> Layer:
     kind, method = type(module).__name__, type(module.quant_method).__name__
     own = getattr(getattr(module.quant_method, "moe_kernel", None), "fused_experts", None)
-    if method != "UnquantizedFusedMoEMethod" or type(own).__name__ != "TritonExperts":
+    methods = ("UnquantizedFusedMoEMethod", "Fp8MoEMethod")
+    if method not in methods or type(own).__name__ != "TritonExperts":
         return Layer(name, kind, f"vLLM's {type(own).__name__} of {method}", covered=False)
     refusal = experts_refusal(
         own,
         {
             "w1": module.w13_weight,
+            "w2": module.w2_weight,
             "activation": module.activation,
             "expert_map": module.expert_map,
             "apply_router_weight_on_input": module.apply_router_weight_on_input,
@@ -130,7 +141,8 @@ def _experts(name: str, module: Any) -> Layer:
     )
     if refusal is not None:
         return Layer(name, kind, f"vLLM's TritonExperts: {refusal}", covered=False)
-    return Layer(name, kind, "ndcheck experts", "experts", weight=module.w13_weight)
+    by = "ndcheck experts" if method == methods[0] else "ndcheck experts in FP8"
+    return Layer(name, kind, by, "experts", weight=module.w13_weight, module=module)
 
 
 def _norm(module: Any, config: Any) -> tuple[str, bool]:
@@ -149,6 +161,13 @@ def _norm(module: Any, config: Any) -> tuple[str, bool]:
     if forward == "forward_native" and one_for_all:
         return "Inductor, one kernel for every number of tokens", True
     return f"{forward}, which may follow the number of tokens", False
+
+
+def mark(model: Any, layers: Iterable[Layer]) -> None:
+    """Let the FP8 linear layers of a model that are covered come to our op."""
+    for layer in layers:
+        if layer.op == "block_fp8" and layer.covered:
+            setattr(model.get_submodule(layer.name), COVERED, True)
 
 
 def uncovered(layers: Iterable[Layer]) -> list[Layer]:

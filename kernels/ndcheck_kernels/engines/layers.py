@@ -1,12 +1,14 @@
 """What vLLM's layers call in place of its own: products, the experts, log-softmax.
 
-Computes: x @ weight.T + bias; the same for the output layer; a token's experts, weighted and added;
-    log-softmax over the last dimension.
+Computes: x @ weight.T + bias, of FP8 weights in blocks of 128 x 128 as `ops.block_fp8` says; the
+    same for the output layer; a token's experts, weighted and added; log-softmax over the last
+    dimension.
 Reduction order: that of `cuda.products`, `cuda.experts` and `cuda.rows.softmax`; a bias is added
-    before the one rounding.
+    before the one rounding. FP8 experts take their rows as vLLM has quantised them, each by itself.
 Depends on: as they do, never on the other tokens of a step.
-Dtypes: bfloat16, float16, float32.
-Not claimed: quantised layers, experts with biases or spread over ranks: `experts_refusal`.
+Dtypes: bfloat16, float16, float32; weights also float8_e4m3fn.
+Not claimed: other quantised layers: `fp8_refusal`; experts with biases or spread over ranks:
+    `experts_refusal`.
 
 The products are ops of torch's, with a fake implementation, so that torch.compile keeps them as
 they are and a CUDA graph captures the kernels. They are reached through Python functions of this
@@ -24,14 +26,19 @@ import torch
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.configs import borrows
 from ndcheck_kernels.cuda.experts import route_experts
-from ndcheck_kernels.cuda.products import matmul
+from ndcheck_kernels.cuda.products import block_fp8, matmul
 from ndcheck_kernels.cuda.products.grouped_matmul import combine, grouped_matmul
 from ndcheck_kernels.cuda.rows import softmax
+from ndcheck_kernels.cuda.rows.quantise import Quantised, quantise_rows, silu_mul_quantise
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
+from ndcheck_kernels.ops.block_fp8 import BLOCK
 
 NAME = "ndcheck_engines"
 library = torch.library.Library(NAME, "DEF")
 _PRODUCT = "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+_FP8_PRODUCT = "(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor"
+COVERED = "ndcheck_covered"
+"""An attribute that the plug-in gives FP8 linear layers of vLLM's whose products are ours."""
 
 fires: Counter[str] = Counter()
 """How often each op ran; replays of a CUDA graph, which run no Python, are not counted."""
@@ -39,6 +46,8 @@ weights_seen: set[int] = set()
 """Where the weights lie that were multiplied by."""
 output_sizes: list[int] = []
 """Numbers of rows, ascending, that the output layer was made ready for."""
+vllms_own: dict[str, Any] = {}
+"""vLLM's function, for a layer that is not `COVERED`."""
 
 
 def _fire(op: str, weight: torch.Tensor) -> None:
@@ -66,14 +75,25 @@ def _output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return matmul.linear(rows, weight, bias)[:m]
 
 
-def _product_shape(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+def _block_fp8(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
+    _fire("block_fp8", weight)
+    codes = quantise_rows(x.reshape(-1, x.shape[-1]))
+    out = block_fp8.block_fp8_matmul(*codes, weight, scales, bias, dtype=x.dtype)
+    return out.view(*x.shape[:-1], len(weight))
+
+
+def _product_shape(x: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-for _name, _function in (("linear", _linear), ("output", _output)):
-    library.define(_name + _PRODUCT)
+for _name, _arguments, _function in (
+    ("linear", _PRODUCT, _linear),
+    ("output", _PRODUCT, _output),
+    ("block_fp8", _FP8_PRODUCT, _block_fp8),
+):
+    library.define(_name + _arguments)
     library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAME}::{_name}", _product_shape, lib=library)
 
@@ -92,6 +112,37 @@ def output(
     return torch.ops.ndcheck_engines.output(input, weight, bias)
 
 
+def fp8_linear(
+    self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What `Fp8LinearMethod.apply` computes; the names are vLLM's."""
+    if not getattr(layer, COVERED, False):
+        return vllms_own["fp8_linear"](self, layer, x, bias)
+    return block_fp8_linear(x, layer.weight, layer.weight_scale_inv, bias)
+
+
+def block_fp8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[..., K] x [N, K]^T with scales [N / 128, K / 128], + [N]."""
+    return torch.ops.ndcheck_engines.block_fp8(x, weight, scales, bias)
+
+
+def fp8_refusal(weight: torch.Tensor, scales: Any, block: Any) -> str | None:
+    """Why FP8 weights [..., N, K], as vLLM holds them after loading, stay its own; or None."""
+    if block is None or list(block) != [BLOCK, BLOCK]:
+        return f"FP8 in blocks of {block}" if block else "FP8 without blocks"
+    if weight.dtype != torch.float8_e4m3fn or weight.shape[-1] % 16:
+        return f"FP8 weights as {weight.dtype} {tuple(weight.shape)}"
+    shape = (*weight.shape[:-2], *(-(-size // BLOCK) for size in weight.shape[-2:]))
+    if scales is None or scales.dtype != torch.float32 or tuple(scales.shape) != shape:
+        found = "none" if scales is None else f"{scales.dtype} {tuple(scales.shape)}"
+        return f"scales in a kernel's own layout: {found}"
+    if not weight.is_contiguous() or not scales.is_contiguous():
+        return "weights or scales in a kernel's own layout"
+    return None
+
+
 def log_softmax(input: torch.Tensor, dim: int, _half_to_float: bool) -> torch.Tensor:
     fires["log_softmax"] += 1
     return softmax.log_softmax(input, dim, torch.float32 if _half_to_float else None)
@@ -100,7 +151,13 @@ def log_softmax(input: torch.Tensor, dim: int, _half_to_float: bool) -> torch.Te
 def experts_refusal(own: Any, given: Mapping[str, Any]) -> str | None:
     """Why vLLM's `TritonExperts` keep what they are given to themselves, or None."""
     silu = getattr(given["activation"], "value", given["activation"]) == "silu"
-    if own.quant_dtype is not None or not given["w1"].is_floating_point():
+    if own.quant_dtype == torch.float8_e4m3fn:
+        for weight, scales in ((given["w1"], own.w1_scale), (given["w2"], own.w2_scale)):
+            if (reason := fp8_refusal(weight, scales, own.block_shape)) is not None:
+                return reason
+        if given["w1"].shape[1] % (2 * BLOCK):
+            return f"blocks of {BLOCK} that span gates and values"
+    elif own.quant_dtype is not None or given["w1"].dtype.itemsize == 1:
         return "quantised"
     if own.w1_bias is not None or own.w2_bias is not None:
         return "experts with biases"
@@ -113,16 +170,41 @@ def experts_refusal(own: Any, given: Mapping[str, Any]) -> str | None:
     return None if getattr(own, "_lora_context", None) is None else "LoRA"
 
 
-def experts(given: Mapping[str, Any]) -> None:
+def experts(own: Any, given: Mapping[str, Any]) -> None:
     """What `TritonExperts.apply` writes to ``output`` [T, H].
 
     hidden_states [T, H], w1 [E, 2 I, H] (gates first), w2 [E, H, I], topk_weights and topk_ids
-    [T, k].
+    [T, k]; of FP8 hidden_states as codes with a1q_scale [T, H / 128].
     """
-    x, w1, w2 = given["hidden_states"], given["w1"], given["w2"]
+    w1 = given["w1"]
     _fire("experts", w1)
     index, weights = given["topk_ids"], given["topk_weights"]
     token, _, place, weights, ends = route_experts(index, weights, len(w1))
-    gate, up = grouped_matmul(x[token], w1.mT, ends).chunk(2, -1)
-    rows = grouped_matmul(silu_mul(gate, up), w2.mT, ends)
-    given["output"].copy_(combine(rows, place, weights))
+    products = _plain_products if w1.dtype.itemsize > 1 else _fp8_products
+    given["output"].copy_(combine(products(own, given, token, ends), place, weights))
+
+
+def _plain_products(
+    own: Any, given: Mapping[str, Any], token: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    gate, up = grouped_matmul(given["hidden_states"][token], given["w1"].mT, ends).chunk(2, -1)
+    return grouped_matmul(silu_mul(gate, up), given["w2"].mT, ends)
+
+
+def _fp8_products(
+    own: Any, given: Mapping[str, Any], token: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    dtype = given["output"].dtype
+    codes = _rows_at(token, given["hidden_states"], given["a1q_scale"])
+    gate, up = block_fp8.grouped_block_fp8_matmul(
+        *codes, given["w1"], own.w1_scale, ends, dtype=dtype
+    ).chunk(2, -1)
+    codes = silu_mul_quantise(gate, up)
+    return block_fp8.grouped_block_fp8_matmul(*codes, given["w2"], own.w2_scale, ends, dtype=dtype)
+
+
+def _rows_at(token: torch.Tensor, x: torch.Tensor, scales: torch.Tensor | None) -> Quantised:
+    if scales is None:  # vLLM leaves it to the kernel.
+        return quantise_rows(x, token)
+    codes = x.view(torch.uint8)[token].view(x.dtype)  # Not every torch indexes FP8.
+    return codes, scales.t().index_select(1, token.long()).t()

@@ -93,7 +93,7 @@ class Plugin:
         def experts(own: Any, *given: Any, **named: Any) -> Any:
             if given or self._left or layers.experts_refusal(own, named):
                 return self._own["experts"](own, *given, **named)
-            return layers.experts(named)
+            return layers.experts(own, named)
 
         def log_softmax(input: Any, dim: int, _half_to_float: bool) -> Any:
             # torch keeps the function that it was given, so this one outlives `restore`.
@@ -109,6 +109,7 @@ class Plugin:
             self._confirm()
             return times
 
+        layers.vllms_own["fp8_linear"] = self._places["fp8_linear"].find()[2]
         self._own.put(
             self._places,
             {
@@ -116,6 +117,7 @@ class Plugin:
                 "output": layers.output,
                 "log_softmax": log_softmax,
                 "experts": experts,
+                "fp8_linear": layers.fp8_linear,
                 "load": load,
                 "warm_up": warm_up,
             },
@@ -158,6 +160,7 @@ class Plugin:
             return
         if uncovered:
             log.warning("ndcheck: %s: left to vLLM", named)
+        coverage.mark(model, self._layers)
         warm_up(self._layers, config)
 
     def _confirm(self) -> None:

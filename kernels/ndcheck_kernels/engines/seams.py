@@ -79,6 +79,11 @@ def seams(release: str) -> dict[str, Seam]:
             mode, "_log_softmax_batch_invariant", ("input", "dim", "_half_to_float")
         ),
         "experts": Seam(f"{layers}.fused_moe.experts.triton_moe", "TritonExperts.apply", _EXPERTS),
+        "fp8_linear": Seam(
+            f"{layers}.quantization.fp8",
+            "Fp8LinearMethod.apply",
+            ("self", "layer", "x", "bias"),
+        ),
         "load": Seam(worker, "Worker.load_model", ("self", "load_dummy_weights")),
         "warm_up": Seam(worker, "Worker.compile_or_warm_up_model", ("self",)),
     }

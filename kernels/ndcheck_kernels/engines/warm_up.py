@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ndcheck_kernels.cuda.products import borrowed
+from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.engines import layers
 from ndcheck_kernels.engines.coverage import Layer
 
@@ -47,7 +48,7 @@ def warm_up(listed: Iterable[Layer], config: Any) -> None:
     for (op, *_), layer in shapes.items():
         assert layer.weight is not None
         for n in layers.output_sizes if op == "output" else token_counts(config):
-            _run(op, layer.weight, n)
+            _run(layer, n)
     borrowed.settle()
     # These calls prove nothing of what vLLM calls.
     layers.fires.clear()
@@ -55,9 +56,15 @@ def warm_up(listed: Iterable[Layer], config: Any) -> None:
     torch.cuda.empty_cache()
 
 
-def _run(op: str | None, weight: torch.Tensor, n: int) -> None:
-    x = weight.new_zeros(n, weight.shape[-1])
-    if op == "output":
+def _run(layer: Layer, n: int) -> None:
+    op, weight = layer.op, layer.weight
+    assert weight is not None
+    is_fp8 = weight.dtype.itemsize == 1
+    dtype = layer.module.orig_dtype if is_fp8 else weight.dtype
+    x = weight.new_zeros(n, weight.shape[-1], dtype=dtype)
+    if op == "block_fp8":
+        layers.block_fp8_linear(x, weight, layer.module.weight_scale_inv)
+    elif op == "output":
         layers.output(x, weight)
         layers.log_softmax(x.new_zeros(n, weight.shape[0], dtype=torch.float32), -1, False)
     elif op == "linear":
@@ -65,14 +72,18 @@ def _run(op: str | None, weight: torch.Tensor, n: int) -> None:
     else:
         experts = len(weight)
         index = torch.arange(n * 2, device=x.device, dtype=torch.int32).view(n, 2) % experts
-        down = weight.new_zeros(experts, weight.shape[2], weight.shape[1] // 2)
+        codes, scales = (x, None)
+        if is_fp8:
+            codes, scales = quantise_rows(x)
         layers.experts(
+            layer.module.quant_method.moe_kernel.fused_experts,
             {
                 "output": torch.empty_like(x),
-                "hidden_states": x,
+                "hidden_states": codes,
+                "a1q_scale": scales,
                 "w1": weight,
-                "w2": down,
+                "w2": layer.module.w2_weight,
                 "topk_ids": index,
                 "topk_weights": x.new_zeros(n, 2, dtype=torch.float32),
-            }
+            },
         )

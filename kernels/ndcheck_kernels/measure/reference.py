@@ -145,7 +145,32 @@ def gated_delta_reference(
     return torch.stack(out, 1)
 
 
-def attention_reference(
+def selective_scan_reference(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+) -> torch.Tensor:
+    """y_t = S_t C_t + D x_t with S_t = e^(dt_t A) S_{t-1} + dt_t x_t B_t^T (Dao and Gu 2024).
+
+    Shapes as in `ops.selective_scan`; the state before the first token is zero.
+    """
+    heads, states = x.shape[2], B.shape[-1]
+    x, dt, A, D = x.double(), dt.double(), A.double(), D.double()
+    B, C = (t.double().repeat_interleave(heads // t.shape[2], 2) for t in (B, C))
+    A = A.view(heads, -1).expand(heads, states)
+    state = x.new_zeros(x.shape[0], *x.shape[2:], states)
+    out = []
+    for t in range(x.shape[1]):
+        decay = (dt[:, t, :, None] * A).exp()[:, :, None]
+        state = state * decay + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        out.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]) + D[:, None] * x[:, t])
+    return torch.stack(out, 1)
+
+
+def attention_reference(  # noqa: PLR0913 - the op's own arguments
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -154,10 +179,11 @@ def attention_reference(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    bias_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q k^T, capped, plus slopes) v over each query's span; 0 where it is empty.
 
-    [B, H, Q, D] x [B, H_kv, KV, D]; spans, sinks and slopes as in `ops.attention`.
+    [B, H, Q, D] x [B, H_kv, KV, D]; spans, sinks, slopes and bias_dtype as in `ops.attention`.
     """
     queries, group = query.shape[2], query.shape[1] // key.shape[1]
     if spans.shape[-1] == 2:
@@ -173,7 +199,7 @@ def attention_reference(
         scores = torch.tanh(scores / softcap) * softcap
     if slopes is not None:
         bias = slopes.double()[:, None] * (column - spans[:, :1, 0])[:, None]  # [B, H, KV]
-        scores = scores + bias.to(query.dtype).double()[:, :, None]
+        scores = scores + bias.to(bias_dtype or bias.dtype).double()[:, :, None]
     scores = scores.masked_fill(~visible[:, None], -torch.inf)
     if sinks is not None:
         sink = sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ndcheck_kernels.models.caches.paged import paged_attention
 from ndcheck_kernels.models.interface import require_scope
-from ndcheck_kernels.models.paged import paged_attention
 from ndcheck_kernels.ops.attention import (
     attention_op,
     causal_spans,

@@ -35,6 +35,7 @@ from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.models.mixture import is_mixture, mixture, mixture_fires
 from ndcheck_kernels.models.projections import Projection, can_join
 from ndcheck_kernels.models.quantised import is_block_fp8
+from ndcheck_kernels.models.weight_only import WeightOnlyLinear
 from ndcheck_kernels.scope.refusal import refusal
 from ndcheck_kernels.scope.state import Scope, active_scope
 
@@ -130,8 +131,11 @@ def _fits(layer: Any) -> bool:
         return False
     own, mlp = layer.self_attn, layer.mlp
     return (
-        not hasattr(own.o_proj.weight, "device_mesh")  # Spread over ranks, each with a partial sum.
-        and getattr(own, "sliding_window", None) is None
+        not hasattr(
+            getattr(own.o_proj, "weight", None), "device_mesh"
+        )  # Spread over ranks, each with a partial sum.
+        # Mistral's attention reads its window from the config.
+        and getattr(own, "sliding_window", getattr(own.config, "sliding_window", None)) is None
         and own.o_proj.bias is None
         and can_join(own.q_proj, own.k_proj, own.v_proj)
         and (is_mixture(mlp) or _is_gated(mlp))
@@ -142,7 +146,8 @@ def _fits(layer: Any) -> bool:
 
 
 def _is_covered(projection: Any) -> bool:
-    return is_block_fp8(projection) or projection.weight.dtype in FLOATS
+    is_quantised = is_block_fp8(projection) or isinstance(projection, WeightOnlyLinear)
+    return is_quantised or projection.weight.dtype in FLOATS
 
 
 def _is_gated(mlp: Any) -> bool:

@@ -4,8 +4,10 @@ Computes: the sum over a token's experts e, in ascending order of e, of its rout
     down_e(gate(up_e(x))), with the biases that the layer has. No expert has a capacity, so no token
     is dropped, and nothing is added by atomics.
 Reduction order: both products are those of `aten._grouped_mm` at the same (K, N), of FP8 weights
-    those of `ops.block_fp8`, whatever the number of rows that an expert gets. `combine_experts`
-    adds a token's outputs one after the other in float32 (float64 for float64) and rounds once.
+    those of `ops.block_fp8`, `ops.row_fp8` or `ops.mxfp4`, whatever the number of rows that an
+    expert gets.
+    `combine_experts` adds a token's outputs one after the other in float32 (float64 for float64)
+    and rounds once.
 Depends on: the token, its own experts and weights, the layer's sizes and layout, dtype.
 Dtypes: those of the two ops on the device.
 Not claimed: the order of a token's experts in the routing tensors, which changes nothing.
@@ -20,8 +22,12 @@ from typing import Any
 import torch
 
 from ndcheck_kernels.models.interface import require_scope
-from ndcheck_kernels.models.quantised import is_block_fp8, register_fp8_experts
-from ndcheck_kernels.ops.block_fp8 import grouped_op
+from ndcheck_kernels.models.quantised import (
+    expert_products,
+    is_fp8,
+    register_fp8_experts,
+)
+from ndcheck_kernels.ops import mxfp4
 from ndcheck_kernels.ops.experts import combine_op, route_op
 from ndcheck_kernels.ops.library import NAME
 from ndcheck_kernels.scope.refusal import refusal
@@ -57,10 +63,14 @@ def experts_forward(
 def _linear(
     layer: Any, name: str, rows: torch.Tensor, expert: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
+    if (blocks := getattr(layer, f"{name}_blocks", None)) is not None:
+        product: torch.Tensor = mxfp4.grouped_op(
+            rows, blocks, getattr(layer, f"{name}_scales"), ends
+        )
+        return product + getattr(layer, f"{name}_bias")[expert] if layer.has_bias else product
     weight = getattr(layer, name)
-    if is_block_fp8(layer):
-        fp8: torch.Tensor = grouped_op(rows, weight, getattr(layer, f"{name}_scale_inv"), ends)
-        return fp8
+    if is_fp8(layer):
+        return expert_products(layer, name, rows, ends)
     if not weight.is_floating_point() or weight.dtype != rows.dtype:
         reason = f"{name} is kept as {weight.dtype}: quantised weights have no kernel here"
         raise refusal("experts", weight.dtype, weight.device.type, reason)

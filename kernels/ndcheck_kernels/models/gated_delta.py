@@ -1,13 +1,8 @@
-"""The gated delta rule of hybrid models, one token at a time, and its short convolution.
+"""The gated delta rule of hybrid models, and its short convolution, in the place of transformers'.
 
-Computes: what transformers' `torch_recurrent_gated_delta_rule` does, for prefill, chunked prefill
-    and decode alike; and a causal depthwise convolution over the last few tokens.
-Reduction order: tokens in order; sums over head_dim by halves, the first half added to the second
-    until one is left; taps of the convolution oldest first, in float32, rounded once.
-Depends on: the row's own tokens up to this one. Never on where a chunk begins: the chunked form
-    counts chunks from the first column, padded or not, and another form decodes.
-Dtypes: those of the model; states are float32.
-Not claimed: speed at prefill, where a loop over tokens replaces chunks.
+Prefill, chunked prefill and decode become one op each, which takes a row's tokens in order:
+transformers' chunked form counts chunks from the first column, padded or not, and another form
+decodes.
 """
 
 import functools
@@ -17,31 +12,38 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ndcheck_kernels.ops.gated_delta import gated_delta_op
+from ndcheck_kernels.ops.short_convolution import short_convolution_op, short_convolution_step_op
 from ndcheck_kernels.scope.refusal import refusal
 from ndcheck_kernels.scope.state import active_scope
 
-RULE = "torch_recurrent_gated_delta_rule"
-_CHUNKED_RULE = "torch_chunk_gated_delta_rule"
+# One token at a time, and in chunks; Kimi's has a decay of its own for each channel of a key.
+_RULES = (
+    *("torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"),
+    *("recurrent_kimi_delta_attention", "chunk_kimi_delta_attention"),
+)
 
 Function = Callable[..., Any]
 
 
 def is_covered(layer: torch.nn.Module) -> bool:
     """Whether a layer computes the gated delta rule by functions that can be replaced."""
-    return "DeltaNet" in type(layer).__name__ and hasattr(sys.modules[type(layer).__module__], RULE)
+    return "Delta" in type(layer).__name__ and _has_rule(sys.modules[type(layer).__module__])
+
+
+def _has_rule(source: ModuleType) -> bool:
+    return any(hasattr(source, name) for name in _RULES)
 
 
 def replace_recurrences(model: torch.nn.Module) -> None:
     """Let the gated delta layers of a model take another way inside a scope; once."""
     for name in {type(module).__module__ for module in model.modules()}:
         source = sys.modules[name]
-        if not hasattr(source, RULE):
+        if not _has_rule(source):
             continue
-        _replace(source, RULE, gated_delta_rule)
-        _replace(source, _CHUNKED_RULE, gated_delta_rule)
+        for rule in _RULES:
+            _replace(source, rule, gated_delta_rule)
         _replace(source, "causal_conv1d_fn", causal_conv1d)
         _replace(source, "causal_conv1d_update", causal_conv1d_update)
 
@@ -72,78 +74,43 @@ def gated_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """query, key [B, T, H_k, D], value [B, T, H, D_v], g and beta [B, T, H] -> [B, T, H, D_v].
 
-    The state is [B, H, D, D_v] float32; the outputs are those of `gated_delta_reference`.
+    g may be [B, T, H, D]. The state is [B, H, D, D_v] float32. One that is given moves on, which
+    saves copying it: layers write it back to where they have it from.
     """
     if kwargs.get("cu_seqlens") is not None:
         raise refusal("gated delta rule", query.dtype, query.device.type, "sequences are packed")
-    repeats = value.shape[2] // key.shape[2]
-    query, key = (t.float().repeat_interleave(repeats, 2) for t in (query, key))
-    if use_qk_l2norm_in_kernel:
-        query, key = (t * torch.rsqrt((t * t).sum(-1, keepdim=True) + 1e-6) for t in (query, key))
-    query = (query / query.shape[-1] ** 0.5)[..., None]
-    key, decay, beta = key[..., None], g.float().exp()[..., None, None], beta.float()[..., None]
-    values = value.float()
     if initial_state is None:
-        batch, _, heads, width, _ = key.shape
-        state = values.new_zeros(batch, heads, width, value.shape[-1])
+        shape = (*value.shape[::2], key.shape[-1], value.shape[-1])
+        state = torch.zeros(shape, dtype=torch.float32, device=value.device)
     else:
         state = initial_state.float()
-    out = torch.empty_like(values)
-    # Single products and sums, which the mode would pass one by one, at twice the time.
-    with _disable_current_modes():
-        for t, (q, k, v, d, b) in enumerate(
-            zip(*(x.unbind(1) for x in (query, key, values, decay, beta)), strict=True)
-        ):
-            state = state * d
-            error = (v - _sum_by_halves(state * k)) * b
-            state = state + k * error[:, :, None]
-            out[:, t] = _sum_by_halves(state * q)
-    return out.to(value.dtype), state if output_final_state else None
-
-
-def _sum_by_halves(x: torch.Tensor) -> torch.Tensor:
-    """[..., D, N] -> [..., N], by single additions: no kernel can choose another order."""
-    while (size := x.shape[-2]) > 1:
-        first, second, *rest = x.split(size // 2, -2)
-        x = torch.cat([first + second, *rest], -2) if rest else first + second
-    return x.squeeze(-2)
+    out: torch.Tensor = gated_delta_op(
+        query, key, value, g, beta, state, normalises=use_qk_l2norm_in_kernel
+    )
+    return out, state if output_final_state else None
 
 
 def causal_conv1d(
-    x: torch.Tensor,
+    hidden_states: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """x [B, C, T], weight [C, K] -> [B, C, T]; before the first token there are zeros."""
-    return _convolve(F.pad(x, (weight.shape[1] - 1, 0)), weight, bias, activation).to(x.dtype)
+    """As `short_convolution_op`, under the names that transformers has."""
+    result: torch.Tensor = short_convolution_op(hidden_states, weight, bias, activation)
+    return result
 
 
 def causal_conv1d_update(
-    x: torch.Tensor,
+    hidden_states: torch.Tensor,
     conv_state: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """As `causal_conv1d`, after the tokens in conv_state [B, C, >= K - 1], which moves on."""
-    window = torch.cat([conv_state, x], -1)
-    conv_state.copy_(window[..., -conv_state.shape[-1] :])
-    window = window[..., -(x.shape[-1] + weight.shape[1] - 1) :]
-    return _convolve(window, weight, bias, activation).to(x.dtype)
-
-
-def _convolve(
-    window: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
-) -> torch.Tensor:
-    """[B, C, T + K - 1] -> [B, C, T]."""
-    from transformers.activations import ACT2FN
-
-    taps = weight.shape[1]
-    length = window.shape[-1] - taps + 1
-    total = window[..., :length].float() * weight[:, :1].float()
-    for tap in range(1, taps):
-        total = total + window[..., tap : tap + length].float() * weight[:, tap : tap + 1].float()
-    out = (total if bias is None else total + bias[:, None].float()).to(weight.dtype)
-    return out if activation is None else ACT2FN[activation](out)
+    """As `short_convolution_step_op`; conv_state moves on."""
+    result: torch.Tensor = short_convolution_step_op(
+        hidden_states, conv_state, weight, bias, activation
+    )
+    return result

@@ -1,12 +1,14 @@
-"""Linear layers of fused decoder layers: a weight, plain or FP8 in blocks, and what goes before it.
+"""Linear layers of fused decoder layers: a weight, plain or quantised, and what goes before it.
 
 A plain product reads rows of the model's dtype. A block-FP8 one reads codes and scales, which the
 launch before it writes in the rows' place: it costs no launch after RMSNorm or a gate, and one
-after attention. Both have the bits of the unfused layer's product of the same rows.
+after attention. One of integers reads plain rows too. All have the bits of the unfused layer's
+product of the same rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
 from ndcheck_kernels.cuda.products.matmul import matmul
+from ndcheck_kernels.cuda.products.weight_only import weight_only_matmul
 from ndcheck_kernels.cuda.rows.quantise import (
     Quantised,
     quantise_rows,
@@ -23,13 +26,15 @@ from ndcheck_kernels.cuda.rows.quantise import (
 from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.models.quantised import is_block_fp8
+from ndcheck_kernels.models.weight_only import WeightOnlyLinear
+from ndcheck_kernels.ops.weight_only import Packed
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
     """x @ weight.T + bias or another addend."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | Packed
     """[N, K]."""
     bias: torch.Tensor | None
     scales: torch.Tensor | None
@@ -42,6 +47,14 @@ class Projection:
         Their parameters become views of the whole.
         """
         first = layers[0]
+        if isinstance(first, WeightOnlyLinear):
+            codes, scales, zeros, bias = (
+                None if getattr(first, name) is None else _join(layers, name, dim)
+                for name, dim in (("codes", 0), ("scales", 1), ("zeros", 1), ("bias", 0))
+            )
+            assert codes is not None and scales is not None  # noqa: PT018
+            packed = Packed(codes, scales, zeros, first.group_of, first.bits, first.in_features)
+            return cls(packed, bias, None)
         fields = ["weight", *(["bias"] if first.bias is not None else [])]
         if is_block_fp8(first):
             fields.append("weight_scale_inv")
@@ -51,6 +64,8 @@ class Projection:
     @property
     def op(self) -> str:
         """As `Scope.fires` counts it."""
+        if isinstance(self.weight, Packed):
+            return "weight_only_linear"
         return "linear" if self.scales is None else "block_fp8_linear"
 
     def __call__(self, rows: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
@@ -74,34 +89,50 @@ class Projection:
         return self._of_codes(silu_mul_quantise(gate, up), gate.dtype, addend)
 
     def _plain(self, rows: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
-        return matmul(rows, self.weight.t(), self.bias if addend is None else addend)
+        added = self.bias if addend is None else addend
+        if isinstance(self.weight, Packed):
+            return weight_only_matmul(rows, self.weight, added)
+        return matmul(rows, self.weight.t(), added)
 
     def _of_codes(
         self, quantised: Quantised, dtype: torch.dtype, addend: torch.Tensor | None
     ) -> torch.Tensor:
-        assert self.scales is not None
+        assert self.scales is not None and not isinstance(self.weight, Packed)  # noqa: PT018
         return block_fp8_matmul(
             *quantised, self.weight, self.scales, self.bias if addend is None else addend,
             dtype=dtype,
         )  # fmt: skip
 
 
-def _join(layers: tuple[Any, ...], name: str) -> torch.Tensor:
+def _join(layers: tuple[Any, ...], name: str, dim: int = 0) -> torch.Tensor:
     parts = [getattr(layer, name).data for layer in layers]
     if len(parts) == 1:
         return parts[0]
     # Not every torch concatenates FP8.
     dtype = parts[0].dtype
     plain = [p.view(torch.uint8) if dtype.itemsize == 1 else p for p in parts]
-    joined = torch.cat(plain).view(dtype)
-    for layer, part in zip(layers, joined.split([len(p) for p in parts]), strict=True):
+    joined = torch.cat(plain, dim).view(dtype)
+    for layer, part in zip(layers, joined.split([p.shape[dim] for p in parts], dim), strict=True):
         getattr(layer, name).data = part
     return joined
 
 
 def can_join(*layers: Any) -> bool:
-    """Do they meet in one product: all plain, or all FP8, whose blocks do not span two of them?"""
-    kinds = {is_block_fp8(layer) for layer in layers}
-    return kinds == {False} or (
-        kinds == {True} and all(layer.out_features % 128 == 0 for layer in layers[:-1])
-    )
+    """Do they meet in one product: all plain, all of integers in groups of one kind, or all FP8,
+    whose blocks do not span two of them?
+    """
+    if len(layers) == 1:
+        return True
+    kinds = {_kind(layer) for layer in layers}
+    if kinds == {"fp8"}:
+        return all(layer.out_features % 128 == 0 for layer in layers[:-1])
+    has_own_groups = any(getattr(layer, "group_of", None) is not None for layer in layers)
+    return len(kinds) == 1 and not has_own_groups
+
+
+def _kind(layer: Any) -> Hashable:
+    """What layers must share; None of plain ones."""
+    if isinstance(layer, WeightOnlyLinear):
+        zeros = None if layer.zeros is None else layer.zeros.dtype
+        return layer.bits, layer.packed.group_size, layer.scales.dtype, zeros
+    return "fp8" if is_block_fp8(layer) else None

@@ -1,8 +1,9 @@
 """Layers whose weights transformers keeps quantised: those that are computed so, and the refusals.
 
-Covered are transformers' `FP8Linear` and `FP8Experts` with blocks of 128 x 128, float32 scales and
-rows quantised as they come (`ops.block_fp8`). transformers' own kernels for them choose a library,
-and with it an order, by what is installed.
+Covered are transformers' `FP8Linear` and `FP8Experts` with float32 scales: in blocks of 128 x 128
+with rows quantised as they come (`ops.block_fp8`); or with a scale a tensor or an output, and rows
+of one scale each, their own or a calibration's (`ops.row_fp8`). transformers' own kernels for them
+choose a library, and with it an order, by what is installed.
 """
 
 from collections.abc import Iterator
@@ -14,20 +15,34 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ndcheck_kernels.models.interface import here
-from ndcheck_kernels.ops.block_fp8 import BLOCK, linear_op
+from ndcheck_kernels.models.weight_only import is_packed
+from ndcheck_kernels.ops import row_fp8
+from ndcheck_kernels.ops.block_fp8 import BLOCK, grouped_op, linear_op
 from ndcheck_kernels.ops.library import NAME
 
 _LINEAR, _EXPERTS = "FP8Linear", "FP8Experts"
+ROW_BOUND = "largest_of_a_row"
+"""A layer's attribute: the largest magnitude from which a row's scale is made, where it has one."""
 
 
 def is_block_fp8(module: torch.nn.Module) -> bool:
     """Is it a layer with FP8 weights in blocks that the kernels cover?"""
+    return is_fp8(module) and module.block_size is not None
+
+
+def is_row_fp8(module: torch.nn.Module) -> bool:
+    """Is it one with FP8 weights of a scale a tensor or an output that the kernels cover?"""
+    return is_fp8(module) and module.block_size is None
+
+
+def is_fp8(module: torch.nn.Module) -> bool:
+    """Is it a layer with FP8 weights that the kernels cover?"""
     return type(module).__name__ in (_LINEAR, _EXPERTS) and _reason_against(module) is None
 
 
 def refused_weight(module: Any) -> tuple[str, torch.dtype, str] | None:
     """Name, dtype and reason of a quantised weight that nothing here computes with; else None."""
-    if is_block_fp8(module):
+    if is_fp8(module) or is_packed(module):
         return None
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     for name, tensor in tensors:
@@ -42,17 +57,16 @@ def refused_weight(module: Any) -> tuple[str, torch.dtype, str] | None:
 
 def _reason_against(layer: Any) -> str | None:
     size = layer.block_size
-    if size is None or tuple(size) != (BLOCK, BLOCK):
-        scales = "one scale a tensor" if size is None else f"blocks of {size[0]} x {size[1]}"
-        return f"{scales}, where {BLOCK} x {BLOCK} is covered"
-    if layer.activation_scheme != "dynamic":
+    if size is not None and tuple(size) != (BLOCK, BLOCK):
+        return f"blocks of {size[0]} x {size[1]}, where {BLOCK} x {BLOCK} is covered"
+    if size is not None and layer.activation_scheme != "dynamic":
         return "its rows are quantised by a scale from calibration, not by their own"
     for name, tensor in layer.named_parameters(recurse=False):
         if name.endswith("_scale_inv") and tensor.dtype != torch.float32:
             return f"its scales are {tensor.dtype}, where float32 is covered"
         if tensor.dtype == torch.int8:
             return "its weights are FP4"
-    if type(layer).__name__ == _EXPERTS and layer.intermediate_dim % BLOCK:
+    if size is not None and type(layer).__name__ == _EXPERTS and layer.intermediate_dim % BLOCK:
         return f"blocks of {BLOCK} would span gates and values of {layer.intermediate_dim} features"
     return None
 
@@ -82,5 +96,23 @@ def invariant_fp8_layers(model: torch.nn.Module) -> Iterator[None]:
 
 def _linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
     bias = None if layer.bias is None else here(layer.bias)
-    out: torch.Tensor = linear_op(x, here(layer.weight), here(layer.weight_scale_inv), bias)
+    weight, scales = here(layer.weight), here(layer.weight_scale_inv)
+    out: torch.Tensor
+    if layer.block_size is None:
+        bound = getattr(layer, ROW_BOUND, None)
+        out = row_fp8.linear_op(x, weight, scales.reshape(-1), bias, layer.activation_scale, bound)
+    else:
+        out = linear_op(x, weight, scales, bias)
+    return out
+
+
+def expert_products(layer: Any, name: str, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows [P, K] in order of experts, times the weights of an FP8 layer's ``name`` -> [P, N]."""
+    weight, scales = getattr(layer, name), getattr(layer, f"{name}_scale_inv")
+    out: torch.Tensor
+    if layer.block_size is None:
+        given = getattr(layer, f"{name}_activation_scale", None)
+        out = row_fp8.grouped_op(rows, weight, scales.reshape(len(weight), -1), ends, given)
+    else:
+        out = grouped_op(rows, weight, scales, ends)
     return out

@@ -17,6 +17,7 @@ With `groups`, a power of two, the bits are the same on 1, 2, 4, ... `groups` ra
 - Attention stays as it is: each head is computed whole on one rank.
 
 FP8 weights in blocks are cut between blocks only, so that a row's scales are those of one rank.
+FP8 with one scale a row is refused.
 """
 
 import re
@@ -30,7 +31,8 @@ import torch
 import torch.nn.functional as F
 
 from ndcheck_kernels.models.interface import here
-from ndcheck_kernels.models.quantised import is_block_fp8
+from ndcheck_kernels.models.quantised import is_block_fp8, is_row_fp8
+from ndcheck_kernels.models.weight_only import WeightOnlyLinear
 from ndcheck_kernels.ops import block_fp8
 from ndcheck_kernels.ops.collectives import (
     add_pairwise,
@@ -132,6 +134,10 @@ def _ordered(
     layer: Any, path: str, style: str, spread: Spread
 ) -> Callable[..., torch.Tensor] | None:
     """The forward that takes the place of the layer's own; None where its own is right."""
+    if is_row_fp8(layer):
+        raise _refusal(layer, path, "a row's FP8 scale spans the parts of all ranks")
+    if isinstance(layer, WeightOnlyLinear):
+        raise _refusal(layer, path, "weights of integers are not cut into parts")
     if isinstance(layer, torch.nn.Embedding) and style in _VOCABULARY:
         return partial(_look_up, layer, spread) if spread.n_ranks > 1 else None
     if style == "rowwise":

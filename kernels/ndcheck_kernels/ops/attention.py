@@ -11,9 +11,11 @@ Splits of the keys are counted from the row's own first token, at column `start`
 is negative if a sliding cache has dropped it. So padding shifts nothing.
 
 `sinks` [H] is one more score per head, with no value: weights sum to less than 1. `slopes` [H] adds
-slope * (column - the row's first column), rounded to the query's dtype, to the scores (ALiBi).
+slope * (column - the row's first column) to the scores (ALiBi), in float32, rounded to `bias_dtype`
+where a model does so.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,7 +26,8 @@ from ndcheck_kernels.scope.registry import implements
 
 attention_op = declare(
     "attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale, "
-    "float softcap=0.0, Tensor? sinks=None, Tensor? slopes=None) -> Tensor"
+    "float softcap=0.0, Tensor? sinks=None, Tensor? slopes=None, "
+    "ScalarType? bias_dtype=None) -> Tensor"
 )
 
 
@@ -51,7 +54,7 @@ def spans_from_mask(visible: torch.Tensor, origin: torch.Tensor | None = None) -
         raise refuse_attention(visible, "a query sees keys with gaps between them")
     if origin is None:
         first = torch.where(sees, begin, length).amin(-1)
-        if not bool(((begin == first[:, None]) | ~sees).all()):
+        if not is_capturing() and not bool(((begin == first[:, None]) | ~sees).all()):
             raise refuse_attention(
                 visible,
                 "queries of one row start at different keys (a sliding window or packed "
@@ -61,26 +64,36 @@ def spans_from_mask(visible: torch.Tensor, origin: torch.Tensor | None = None) -
     return torch.stack([origin[:, None].expand_as(begin), begin, end], -1).to(torch.int32)
 
 
-def as_causal(spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int | None]:
-    """(start [B], end [B], window) of spans: causal ones, or a window of the last keys.
+def as_causal(spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int | None, bool]:
+    """(start [B], end [B], window, chunked) of spans: causal ones, a window of the last keys, or
+    chunks of as many, counted from the row's first token.
 
-    For kernels that take no spans. Raises UnsupportedCallError if spans are neither.
+    For kernels that take no spans. Raises UnsupportedCallError if spans are none of these.
     """
     if spans.shape[-1] == 2:
-        return spans[:, 0, 0], spans[:, 0, 1], None
+        return spans[:, 0, 0], spans[:, 0, 1], None, False
     origin, begin, end = spans.unbind(-1)
     start, stop = origin[:, :1], end[:, -1:]
     expected = stop - torch.arange(spans.shape[1] - 1, -1, -1, device=spans.device)
     sees = expected > start
     cut = sees & (begin > start)
-    window = int((end - begin)[cut].amax()) if bool(cut.any()) else None
-    first = start if window is None else torch.maximum(start, expected - window)
-    fits = (origin == start) & torch.where(
-        sees, (end == expected) & (begin == first.clamp(min=0)), end <= begin
-    )
-    if not bool(fits.all()):
-        raise UnsupportedCallError("it has no other masks than causal ones and windows")
-    return start[:, 0], stop[:, 0], window
+
+    def fit(first: torch.Tensor) -> bool:
+        seen = (end == expected) & (begin == first.clamp(min=0))
+        return bool(((origin == start) & torch.where(sees, seen, end <= begin)).all())
+
+    if not bool(cut.any()):
+        window, chunked, fits = None, False, fit(start)
+    else:
+        window, chunked = int((end - begin)[cut].amax()), False
+        fits = fit(torch.maximum(start, expected - window))
+        if not fits:
+            # Of the lengths that give these chunks the largest: every one hides the same keys.
+            window, chunked = math.gcd(*(begin - start)[cut].unique().tolist()), True
+            fits = fit(start + (expected - 1 - start) // window * window)
+    if not fits:
+        raise UnsupportedCallError("it has no other masks than causal ones, windows and chunks")
+    return start[:, 0], stop[:, 0], window, chunked
 
 
 def register_sdpa(device: str, attention: Callable[..., torch.Tensor]) -> None:
@@ -121,7 +134,7 @@ def spans_from_any(
         mask = mask[:, 0]
     if mask.dtype != torch.bool:
         lowest = torch.finfo(mask.dtype).min
-        if not bool(((mask == 0) | (mask <= lowest)).all()):
+        if not is_capturing() and not bool(((mask == 0) | (mask <= lowest)).all()):
             raise refuse_attention(query, "a bias is added to the scores")
         mask = mask == 0
     return spans_from_mask(mask.expand(batch, queries, keys))

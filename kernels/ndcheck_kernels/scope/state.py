@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 # What `Scope.missing` understands beside op names: one of the ops must have fired.
 OP_GROUPS: dict[str, frozenset[str]] = {
     "gemm": frozenset(
-        {"linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "mv", "dot", "block_fp8_linear"}
+        {
+            *("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "mv", "dot"),
+            *("block_fp8_linear", "row_fp8_linear", "weight_only_linear"),
+        }
     ),
-    "attention": frozenset({"attention", "scaled_dot_product_attention"}),
+    "attention": frozenset({"attention", "scaled_dot_product_attention", "selective_scan"}),
 }
 
 _thread = threading.local()

@@ -15,7 +15,8 @@ def gate(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Directories of runs, or latest [default: run the checks of --config].",
+            help="Directories of runs, or of ndcheck score --out, or latest [default: run the "
+            "checks of --config].",
             metavar="RUN",
             autocompletion=completion.runs,
         ),
@@ -67,6 +68,17 @@ def gate(
     max_slowdown: Annotated[
         float | None,
         typer.Option("--max-slowdown", help="Time of the invariant arm over stock's.", metavar="X"),
+    ] = None,
+    bitwise: Annotated[
+        bool, typer.Option("--bitwise", help="Of a score: no bit may differ.")
+    ] = False,
+    max_logprob_difference: Annotated[
+        float | None,
+        typer.Option("--max-logprob-difference", help="Of a score: of any token.", metavar="NATS"),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", help="Of a score: by k3, a token.", metavar="NATS"),
     ] = None,
     arms: Annotated[
         str | None,
@@ -128,12 +140,14 @@ def gate(
     from ndcheck.cli.latest import latest
     from ndcheck.errors import UsageError
     from ndcheck.judging.rules import Rules
+    from ndcheck.judging.scores import Limits
 
     limits = Rules(
         max_unique, max_divergence_rate, min_common_prefix, allow_latent, confidence, max_slowdown
     )
     wish = gate_session.parse_inconclusive(inconclusive)
-    demands = gate_session.Demands(limits, arms, baseline, fail_on, manifest)
+    of_scores = Limits(bitwise, max_logprob_difference, max_kl)
+    demands = gate_session.Demands(limits, of_scores, arms, baseline, fail_on, manifest)
     if runs:
         results = gate_session.judge_runs(
             [latest(run) for run in runs], config, check, demands, save_baseline

@@ -75,6 +75,14 @@ def score(
         float | None,
         typer.Option("--max-kl", help="By the k3 estimator, a token.", metavar="NATS"),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Keep what ndcheck gate judges in this new or empty directory.",
+            metavar="DIR",
+        ),
+    ] = None,
     csv: Annotated[
         Path | None, typer.Option("--csv", help="Write a row for each token.", metavar="FILE")
     ] = None,
@@ -96,10 +104,10 @@ def score(
     """
     from ndcheck.cli.comparing import score_session
     from ndcheck.cli.latest import latest
-    from ndcheck.scoring.judging import Limits
+    from ndcheck.judging.scores import Limits
 
     limits = Limits(bitwise, max_logprob_difference, max_kl)
-    outputs = score_session.Outputs(csv, plot, as_json=json, quiet=quiet)
+    outputs = score_session.Outputs(out, csv, plot, as_json=json, quiet=quiet)
     recording = score_session.read(latest(run), arms)
     if requests is not None:
         raise typer.Exit(score_session.request(recording, requests, quiet=quiet))

@@ -14,16 +14,17 @@ import typer
 
 from ndcheck.cli.console import EXIT_CODES, note
 from ndcheck.errors import UsageError, doing
+from ndcheck.judging.scores import Limits, judge_arm
 from ndcheck.judging.verdict import count, worst
 from ndcheck.records import ARMS
 from ndcheck.request import add_headers, make_private, make_spec
 from ndcheck.samplers.backends import OPTIONS
 from ndcheck.samplers.options import TRANSFORMERS, parse_names
-from ndcheck.scoring.comparing import compare
+from ndcheck.scoring.comparing import compare, summarise
 from ndcheck.scoring.completions import Recording, read_recording
-from ndcheck.scoring.judging import Limits, judge
 from ndcheck.scoring.scorers import FileScorer, Scorer, score_all, write_requests
 from ndcheck.storage.run_directory import replacing, replacing_bytes, write_failure
+from ndcheck.storage.scores import check_new, save_score
 
 N_PROGRESS_LINES = 10
 
@@ -32,12 +33,15 @@ N_PROGRESS_LINES = 10
 class Outputs:
     """What is written beside the screen."""
 
+    out: Path | None
     csv: Path | None
     plot: Path | None
     as_json: bool
     quiet: bool
 
     def __post_init__(self) -> None:
+        if self.out is not None:
+            check_new(self.out)
         if self.plot is not None:
             from ndcheck.reports.scoring.figure import check_figure
 
@@ -116,6 +120,11 @@ def _of_run(
     if not is_served:
         found |= {"random_weights": spec.random_weights, "dtype": spec.dtype}
         found["adapter"] = None if spec.adapter is None else Path(spec.adapter)
+    if engine == TRANSFORMERS and spec.kv_cache_dtype != "auto":
+        raise UsageError(
+            f"{recording.source}: it kept keys and values as {spec.kv_cache_dtype}, and scoring "
+            "keeps them as the model's dtype: run with --axes scoring instead"
+        )
     if engine == TRANSFORMERS and not is_served:
         found |= {"attn": spec.attention, "dequantise": spec.dequantise}
     found = {k: value for k, value in found.items() if k not in given and value is not None}
@@ -135,7 +144,11 @@ def score(recording: Recording, scorer: Scorer, limits: Limits, outputs: Outputs
     with closing(scorer), doing(f"scoring {recording.source}"):
         scored = score_all(recording.completions, scorer, _progress(quiet=outputs.quiet))
     comparisons = list(compare(recording.completions, scored))
-    judged = [(found, judge(found, recording, scored.control, limits)) for found in comparisons]
+    kept = summarise(recording, scored, comparisons)
+    judged = [
+        (found, judge_arm(arm, kept, limits))
+        for found, arm in zip(comparisons, kept.arms, strict=True)
+    ]
     code = EXIT_CODES[worst([verdict.outcome for _, verdict in judged])]
 
     from rich.console import Console
@@ -143,6 +156,9 @@ def score(recording: Recording, scorer: Scorer, limits: Limits, outputs: Outputs
     from ndcheck.reports.scoring import figure
     from ndcheck.reports.scoring import score as report
 
+    if outputs.out is not None:
+        save_score(outputs.out, kept)
+        note(f"ndcheck gate {shlex.quote(str(outputs.out))} judges it", quiet=outputs.quiet)
     if outputs.csv is not None:
         try:
             with replacing(outputs.csv) as file:

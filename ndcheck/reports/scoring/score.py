@@ -19,7 +19,8 @@ from ndcheck.reports.terminal import print_verdict, print_without_padding
 from ndcheck.reports.untrusted import visible
 from ndcheck.scoring.comparing import CLIP, PERCENTILES, Comparison
 from ndcheck.scoring.completions import Recording
-from ndcheck.scoring.scorers import Control, Scored
+from ndcheck.scoring.scorers import Scored
+from ndcheck.storage.scores import Control
 
 SCHEMA_VERSION = 1
 MOST_BINS = 8

@@ -88,7 +88,12 @@ def scope(probes: Sequence[ProbeSummary]) -> str:
 
 def shortfall(run: Run, summary: Summary) -> str | None:
     """That fewer samples were planned than asked for, where no other load exists."""
-    fewest = min((p.n_samples + p.n_errors for p in summary.probes), default=run.spec.n_samples)
+
+    def n_asked(probe: ProbeSummary) -> int:
+        loads = (x for x in probe.loads if x.is_decoded or run.spec.only_feeds)
+        return sum(load.n_samples + load.n_errors for load in loads)
+
+    fewest = min(map(n_asked, summary.probes), default=run.spec.n_samples)
     if run.status != "finished" or run.stop_reason or run.spec.target_rate:
         return None
     if fewest >= run.spec.n_samples:
@@ -143,7 +148,7 @@ def load_name(purpose: Purpose, load: Load | LoadFinding) -> str:
     """What is varied, and how; a repeat of it is named as such."""
     name: str = load.cache_state if load.cache_state != "whole" else ""
     if load.width > 1:
-        name = f"width {load.width}"
+        name = f"{'draft, ' * load.drafts}width {load.width}"
     elif load.scores:
         name = f"scoring {name}".rstrip()
     if purpose == "run-to-run" and name:

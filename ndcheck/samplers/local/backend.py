@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ndcheck.errors import UsageError, did_you_mean, doing
 from ndcheck.plan.arrivals import parse_arrivals, with_clock
 from ndcheck.ranks import check_request
-from ndcheck.records import RunSpec
+from ndcheck.records import CacheDtype, RunSpec
 from ndcheck.samplers.backend import Backend
 from ndcheck.samplers.options import (
     DEFAULTS,
+    DRAFT,
     DTYPES,
     ENGINE,
     OF_SOME,
@@ -38,8 +39,10 @@ class LocalBackend(Backend):
     own = (
         Option("adapter", ("adapter",), None, lambda path: None if path is None else str(path)),
         WIDTHS,
+        DRAFT,
         *(ENGINE, TP, Option("tp_groups", ("tp_groups",), DEFAULTS.tp_groups)),
         Option("dequantise", ("dequantise",), DEFAULTS.dequantise),
+        Option("kv_cache_dtype", ("kv_cache_dtype",), DEFAULTS.kv_cache_dtype),
     )
     takes = OF_SOME
 
@@ -51,6 +54,13 @@ class LocalBackend(Backend):
         parse_arrivals(spec.arrivals, "step")
         if spec.batching == "exact" and spec.arrivals != DEFAULTS.arrivals:
             raise UsageError(f"--arrivals {spec.arrivals} {NEEDS_CONTINUOUS}")
+        if spec.kv_cache_dtype not in (caches := get_args(CacheDtype)):
+            raise UsageError(f"--kv-cache-dtype {spec.kv_cache_dtype}: give {' or '.join(caches)}")
+        if spec.kv_cache_dtype != "auto" and spec.batching != "exact":
+            raise UsageError(
+                f"--kv-cache-dtype {spec.kv_cache_dtype} needs --batching exact: the pages of "
+                "continuous batching are transformers' own, in the model's dtype"
+            )
         accepted = ("auto", *DTYPES)
         if spec.dtype not in accepted:
             raise UsageError(
@@ -58,6 +68,8 @@ class LocalBackend(Backend):
                 f"{did_you_mean(spec.dtype, accepted)}"
             )
         check_request(spec)
+        if spec.draft is not None:
+            _check_draft(spec)
 
     def open(
         self,
@@ -107,3 +119,15 @@ class LocalBackend(Backend):
 
     def arrivals(self, spec: RunSpec) -> str | None:
         return None if spec.batching == "exact" else with_clock(spec.arrivals, "step")
+
+
+def _check_draft(spec: RunSpec) -> None:
+    option = f"--draft {spec.draft}"
+    if spec.batching != "exact":
+        raise UsageError(f"{option}: only --batching exact has passes that are known")
+    if "width" not in spec.axes:
+        raise UsageError(f"{option}: what it proposes is verified along width: add it to --axes")
+    if spec.decoding.temperature:
+        raise UsageError(f"{option}: its tokens are verified greedily: leave out --temperature")
+    if spec.tensor_parallel > 1:
+        raise UsageError(f"{option}: it drafts in one process: leave out --tp")

@@ -10,27 +10,43 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS
-from ndcheck.records import CacheState, Load
+from ndcheck.records import CacheDtype, CacheState, Load
+
+# A state is written in place, or has no length; names, since older releases lack some.
+_COUNTED_ON_THE_DEVICE = (
+    *("StaticLayer", "Fp8Layer", "DummyLayer"),
+    *("LinearAttentionLayer", "LinearAttentionAndStaticFullAttentionLayer"),
+)
 
 
 class ExactBatch:
     """A left-padded batch over a static KV cache; counts the rows of every forward pass.
 
     ``width`` columns hold the prompts and the tokens to come. `reset` takes other rows of the same
-    number into the same memory, which a captured step needs.
+    number into the same memory, which a captured step needs. Raises UsageError for a model whose
+    keys and values cannot be kept as ``cache_dtype``.
     """
 
-    def __init__(self, model: Any, device: torch.device, n_rows: int, width: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        n_rows: int,
+        width: int,
+        cache_dtype: CacheDtype = "auto",
+    ) -> None:
         self._model = model
         self.device = device
         self.n_rows = n_rows
+        self.width = width
         self._mask = torch.zeros(n_rows, width, dtype=torch.int64, device=device)
         self._next_positions = torch.zeros(n_rows, 1, dtype=torch.int64, device=device)
-        self.cache = _open_cache(model, width)
+        self._cache_dtype = cache_dtype
+        self.cache = _open_cache(model, width, cache_dtype)
         self._cache_argument = cache_argument(model)
         self._has_states = any(isinstance(x, LinearAttentionLayer) for x in self.cache.layers)
         self._has_columns = any(hasattr(x, "keys") for x in self.cache.layers)
@@ -40,12 +56,28 @@ class ExactBatch:
     def can_be_captured(self) -> bool:
         """Whether a step's work is all on the device: other caches count tokens in Python."""
         return self.device.type == "cuda" and all(
-            type(layer) is transformers.cache_utils.StaticLayer for layer in self.cache.layers
+            type(layer).__name__ in _COUNTED_ON_THE_DEVICE for layer in self.cache.layers
         )
+
+    @property
+    def can_be_rewound(self) -> bool:
+        """Whether tokens can be taken back: other layers sum them up, or write over older ones."""
+        return all(type(x) is StaticLayer for x in self.cache.layers)
+
+    @property
+    def n_filled(self) -> int:
+        """Columns of the cache that hold tokens, or pads before them."""
+        return self._length
+
+    def rewind(self, n_columns: int) -> None:
+        """Take back all but the first ``n_columns``: the next pass writes over them."""
+        self._length = n_columns
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(n_columns)
 
     def reset(self, rows: list[list[int]]) -> None:
         """Take the prompts in, as token ids."""
-        self._rows = rows
+        self.rows = rows
         self._n_columns = max(map(len, rows))
         pads = torch.tensor([self._n_columns - len(row) for row in rows], device=self.device)
         self._pads = pads[:, None]
@@ -60,14 +92,15 @@ class ExactBatch:
 
         Raises UsageError where the model computes something else in such a batch than alone.
         """
-        self._require_faithful(cache_state)
+        self.require_faithful(cache_state)
         return self.compute_prompt(cache_state, cut)
 
-    def _require_faithful(self, cache_state: CacheState) -> None:
+    def require_faithful(self, cache_state: CacheState) -> None:
+        """Raise UsageError where the model computes something else in such passes than alone."""
         from ndcheck.samplers.local.faithful import require_faithful
 
         n_new = self._mask.shape[1] - self._n_columns
-        require_faithful(self._model, self.device, list(map(len, self._rows)), n_new, cache_state)
+        require_faithful(self._model, self.device, list(map(len, self.rows)), n_new, cache_state)
 
     def compute_prompt(self, cache_state: CacheState, cut: int | None = None) -> Tensor:
         """`prefill`, of whatever model."""
@@ -84,7 +117,7 @@ class ExactBatch:
         Raises UsageError as `prefill` does.
         """
         # A pass of several tokens over a cache is what a prompt's chunk is.
-        self._require_faithful("chunked" if load.width > 1 else load.cache_state)
+        self.require_faithful("chunked" if load.width > 1 else load.cache_state)
         for part, n_wanted in self.passes(token_ids, load):
             logits = self.forward(part, max(1, n_wanted))
             if n_wanted:
@@ -105,7 +138,7 @@ class ExactBatch:
         ]
 
     def _padded(self) -> Tensor:
-        padded = [[0] * (self._n_columns - len(row)) + row for row in self._rows]
+        padded = [[0] * (self._n_columns - len(row)) + row for row in self.rows]
         return torch.tensor(padded, device=self.device)
 
     def _parts(
@@ -116,6 +149,9 @@ class ExactBatch:
         chunk = -(-(n_columns - start) // n_chunks)
         if cache_state == "chunked" and cut is not None:
             chunk = cut
+        if self._has_states and bool(self._pads.any()):
+            # Recurrent layers take a pass of one column for a token, never for padding.
+            chunk = max(2, chunk)
         return [
             (token_ids[:, begin:end], min(end - begin, max(0, end - self._n_columns + 1)))
             for begin in range(start, n_columns, chunk)
@@ -139,9 +175,10 @@ class ExactBatch:
         """Logits [rows, ``n_wanted`` last columns, vocabulary]."""
         begin, self._length = self._length, self._length + input_ids.shape[1]
         mask = self._mask
-        if self._has_states:
+        if self._has_states and not (self._has_columns and input_ids.shape[1] == 1):
             # Recurrent layers take the last columns of the mask for those of the input, and some
-            # that have no attention beside them all of it.
+            # that have no attention beside them all of it. A single token is masked by neither, and
+            # a captured step needs a mask of one size.
             mask = mask[:, 0 if self._has_columns else begin : self._length]
         logits = self._model(
             input_ids=input_ids,
@@ -160,14 +197,14 @@ class ExactBatch:
         All but the last ``n_rest`` tokens of a row, or half of the shortest row, are prefix, so
         every row has a rest to prefill.
         """
-        shortest = min(map(len, self._rows))
+        shortest = min(map(len, self.rows))
         n_rest = max(1, shortest // 2) if n_rest is None else min(n_rest, shortest)
         n_prefix = self._n_columns - n_rest
         if n_prefix == 0:
             return 0
         alone: dict[tuple[int, ...], list[LayerState]] = {}
         rows: list[list[LayerState]] = []
-        for row in self._rows:
+        for row in self.rows:
             prefix = tuple(row[: len(row) - n_rest])
             if prefix not in alone:
                 alone[prefix] = self._prefix_states(prefix)
@@ -199,7 +236,7 @@ class ExactBatch:
         """What every layer keeps of a prefix computed alone."""
         # A row as short as the rest: one padded column gives the shapes, and is masked.
         row = list(prefix) or [0]
-        batch = ExactBatch(self._model, self.device, 1, len(row))
+        batch = ExactBatch(self._model, self.device, 1, len(row), self._cache_dtype)
         batch.reset([row])
         batch.compute_prompt("whole")
         states = [layer_state(layer) for layer in batch.cache.layers]
@@ -240,10 +277,15 @@ def layer_state(layer: Any) -> LayerState:
     if columns[2] is not None:
         columns[2] = columns[2][:, None]
     return LayerState(
-        tuple(part for part in columns if part is not None),
+        tuple(_widened(part) for part in columns if part is not None),
         _by_number(getattr(layer, "conv_states", None)),
         _by_number(getattr(layer, "recurrent_states", None)),
     )
+
+
+def _widened(part: Tensor) -> Tensor:
+    """Not every torch pads or joins FP8, whose numbers float32 holds."""
+    return part.float() if part.dtype == torch.float8_e4m3fn else part
 
 
 def _by_number(states: Any) -> dict[int, Tensor]:
@@ -252,14 +294,25 @@ def _by_number(states: Any) -> dict[int, Tensor]:
     return {index: state for index, state in by_number.items() if state is not None}
 
 
-def _open_cache(model: Any, width: int) -> transformers.StaticCache:
+def _open_cache(model: Any, width: int, dtype: CacheDtype) -> transformers.StaticCache:
     try:
-        return _FixedLengthCache(config=model.config, max_cache_len=width)
+        cache = _FixedLengthCache(config=model.config, max_cache_len=width)
     except (KeyError, ValueError, AttributeError, NotImplementedError) as error:
         raise UsageError(
             f"{type(model).__name__} has a cache of its own, not one of fixed length: "
             f"{type(error).__name__}: {error}"
         ) from error
+    if dtype == "fp8":
+        from ndcheck_kernels.models.caches.fp8 import keep_fp8
+
+        try:
+            keep_fp8(cache, model.dtype)
+        except ValueError as error:
+            raise UsageError(
+                f"--kv-cache-dtype fp8: {type(model).__name__} has more than keys and values of "
+                f"every token to keep ({error}): leave it out"
+            ) from error
+    return cache
 
 
 class _FixedLengthCache(transformers.StaticCache):

@@ -1,10 +1,11 @@
-"""Which device to run on."""
+"""Which device to run on, and how a model's layers run there."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from ndcheck.errors import UsageError
 
@@ -39,6 +40,19 @@ def own_device(device: torch.device) -> torch.device:
             "--device cpu: with --tp transformers takes the GPUs; hide them: CUDA_VISIBLE_DEVICES="
         )
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+
+
+def fused_layers(model: Any, device: torch.device) -> AbstractContextManager[object]:
+    """Inside of which the invariant arm's decoder layers run fused, where the device has that."""
+    if device.type == "cuda":
+        from ndcheck_kernels.models.decoder import fused_layers
+
+        return fused_layers(model)
+    if device.type == "cpu":
+        from ndcheck_kernels.models.direct_layers import direct_layers
+
+        return direct_layers(model)
+    return nullcontext()
 
 
 def product_tables(arms: Sequence[str], device: torch.device) -> str | None:

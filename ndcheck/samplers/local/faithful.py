@@ -4,7 +4,7 @@ The right logits are those of `generate()` on a prompt alone. The same tokens al
 batches: alone and padded, with the prompt whole, in chunks or on a prefix, then token by token.
 Where stock kernels differ from the right logits by more than rounding, the model's own code makes
 the difference (positions that follow padding, say). That is not nondeterminism, so the property is
-left out or refused, with the reason.
+left out or refused, with the reason. An arm that computes a model in code of its own may mend it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import random
 import re
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,12 +147,20 @@ def rope_switch(config: Any) -> tuple[str, int] | None:
     return min(switches, key=lambda switch: switch[1], default=None)
 
 
-def examine(model: Any, device: torch.device, paths: Sequence[Path] = PATHS) -> Examination:
+def examine(
+    model: Any,
+    device: torch.device,
+    paths: Sequence[Path] = PATHS,
+    arm: Callable[[], AbstractContextManager[object]] | None = None,
+) -> Examination:
     """What is to be said of these paths through a model, and of whether it is a decoder.
 
     In fp32 where the memory holds the weights once more, else in the model's own dtype, where
-    only what is far off shows.
+    only what is far off shows. A run's only ``arm`` is asked about the paths that stock code
+    failed: its batches against the plain pass of stock code.
     """
+    if arm is not None:
+        return _mend(model, device, paths, arm)
     findings = _SEEN.get(model)
     bases = dict.fromkeys(base for path in paths for base in _bases(path))
     wanted = [p for p in bases if findings is None or p not in findings.reasons]
@@ -172,8 +180,37 @@ def examine(model: Any, device: torch.device, paths: Sequence[Path] = PATHS) -> 
     return findings
 
 
+def _mend(
+    model: Any,
+    device: torch.device,
+    paths: Sequence[Path],
+    arm: Callable[[], AbstractContextManager[object]],
+) -> Examination:
+    """Take back the reasons against paths that are right inside ``arm``."""
+    findings = examine(model, device, paths)
+    bases = dict.fromkeys(base for path in paths for base in _bases(path))
+    failed = [path for path in bases if findings.reasons[path] is not None]
+    if failed and not findings.reasons[ALONE]:
+        mended = Examination(model.dtype)
+        with warnings.catch_warnings(), _in_float32(model, device) as mended.dtype:
+            warnings.simplefilter("ignore")
+            _Examination(model, device, mended, arm).look(failed)
+        for path in failed:
+            if path in mended.differences and mended.reasons[path] is None:
+                findings.reasons[path] = None
+                findings.differences[path] = mended.differences[path]
+    return findings
+
+
 class _Examination:
-    def __init__(self, model: Any, device: torch.device, findings: Examination) -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        findings: Examination,
+        arm: Callable[[], AbstractContextManager[object]] | None = None,
+    ) -> None:
+        self._arm = arm
         self._model = model
         self._name = type(model).__name__
         self._config = model.config.get_text_config(decoder=True)
@@ -197,7 +234,8 @@ class _Examination:
             forced = self._filler[: self._n_steps] if generated is None else generated[1]
             tokens = [*self._prompt, *forced]
             plain = self._plain(tokens)
-            right = plain if generated is None else generated[0]
+            # Stock code that decodes otherwise than it prefills is right in its plain pass alone.
+            right = plain if generated is None or self._arm else generated[0]
             other_end = self._plain([*tokens[:-1], self._other])
             other_start = self._plain([self._other, *tokens[1:]])
         except UsageError as error:
@@ -252,7 +290,8 @@ class _Examination:
     def _decode(self, path: Path, forced: list[int]) -> Tensor:
         is_padded, cache_state = path
         rows = [self._prompt, self._filler] if is_padded else [self._prompt]
-        with self._refusing(f"a batch ({_name(path)})"):
+        arm = self._arm or nullcontext
+        with self._refusing(f"a batch ({_name(path)})"), arm():
             width = max(map(len, rows)) + len(forced)
             batch = ExactBatch(self._model, self._device, len(rows), width)
             # What another prompt left behind must not show.

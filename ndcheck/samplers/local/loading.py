@@ -25,17 +25,18 @@ from ndcheck.samplers import options
 from ndcheck.samplers.local.checkpoint.adapters import merge_adapter
 from ndcheck.samplers.local.checkpoint.bounds import bounded
 from ndcheck.samplers.local.checkpoint.files import ACCEPTED, CONFIG, check_config, count_elements
+from ndcheck.samplers.local.checkpoint.fp8_layouts import FP8, kept_fp8
 from ndcheck.samplers.local.checkpoint.gguf_file import SUFFIX, read_gguf_head
+from ndcheck.samplers.local.checkpoint.packed import make_layers, stored_layers
 from ndcheck.samplers.local.checkpoint.quantised import (
-    FP8,
     Quantisation,
     check_quantisation,
     forget_quantisation,
-    kept_fp8,
     loading_options,
     prepare_stock,
-    put_fp8_layers,
+    put_layers,
     read_quantisation,
+    stored_by_us,
 )
 from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
 from ndcheck.samplers.local.sharding import (
@@ -156,6 +157,7 @@ def load_model(
         stored = _count_elements(source)
     found = None if source.endswith(SUFFIX) else read_quantisation(config)
     check_quantisation(source, found, spec)
+    options_of_weights = loading_options(config, found, spec)
     if spec.dequantise:
         config = copy.deepcopy(config)
         forget_quantisation(config)
@@ -170,9 +172,13 @@ def load_model(
     if source.endswith(SUFFIX):
         options |= dequantised()
         dtype = DTYPES.get(spec.dtype, config.dtype)
-    options |= loading_options(found, spec)
-    with _one_line_errors(source, "its weights and generation_config.json"), kept_fp8():
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+    options |= options_of_weights
+    packed = stored_by_us(found, spec)
+    if adapter is not None and packed is not None and not spec.dequantise:
+        raise UsageError(f"--adapter {adapter}: it is merged into plain weights: --dequantise")
+    part = "its weights and generation_config.json"
+    with _one_line_errors(source, part), kept_fp8(), stored_layers(packed):
+        model, said = transformers.AutoModelForCausalLM.from_pretrained(
             **_place(source),
             dtype=dtype,
             use_safetensors=True,
@@ -180,7 +186,10 @@ def load_model(
             ignore_mismatched_sizes=True,  # Those are found and refused below, by name.
             **options,
         )
-    _check_loaded(source, model, found)
+    _check_loaded(source, model, said)
+    if packed is not None:
+        with _one_line_errors(source, "its weights"):
+            make_layers(model, device, is_plain=spec.dequantise)
     if adapter is not None:
         model = _add_adapter(model, adapter)
     model = model if spec.tensor_parallel > 1 else model.to(device)
@@ -199,23 +208,29 @@ def _make(
     source: str, config: Any, spec: RunSpec, options: dict[str, Any], device: torch.device
 ) -> Any:
     assert spec.random_weights is not None
-    dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
+    # As if a checkpoint had been stored: in another dtype it is the same model, not other draws.
+    stored = config.dtype or torch.bfloat16
+    dtype = DTYPES.get(spec.dtype, stored)
     # One process draws as `from_config` does, so that a short script has the same weights. Several
-    # draw their shards, so that none ever holds the whole model; FP8 is drawn a matrix at a time.
+    # draw their shards, so that none ever holds the whole model; quantised ones a matrix at a time.
     is_spread = spec.tensor_parallel > 1 or spec.tp_groups is not None
-    is_fp8 = read_quantisation(config) is not None
+    found = read_quantisation(config)
     torch.manual_seed(spec.random_weights)
     with _one_line_errors(source, CONFIG):
-        with torch.device("meta") if is_spread or is_fp8 else device:
-            made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        with torch.device("meta") if is_spread or found else device:
+            made = transformers.AutoModelForCausalLM.from_config(config, dtype=stored, **options)
         shards = {}
         if spec.tensor_parallel > 1:
             made = shard(made, spec.tensor_parallel)
             shards = find_shards(made)
-        if is_fp8:
-            put_fp8_layers(made)
-        if is_spread or is_fp8:
+        if found:
+            put_layers(made, found)
+        if is_spread or found:
             draw_weights(made, spec.random_weights, device, shards)
+    made.config.dtype = dtype
+    for parameter in made.parameters():
+        if parameter.dtype == stored:
+            parameter.data = parameter.data.to(dtype)
     return made.eval()
 
 
@@ -234,7 +249,7 @@ def build_empty(
         )
         found = read_quantisation(config)
         if found is not None and found.is_covered:
-            put_fp8_layers(empty)
+            put_layers(empty, found)
         return empty
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from ndcheck.probe import Prompt
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.batch import ExactBatch
-from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers
+from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers, stock_notes
 from ndcheck.samplers.local.checkpoint.sources import find_source
-from ndcheck.samplers.local.device import choose_device, own_device, product_tables
+from ndcheck.samplers.local.device import choose_device, fused_layers, own_device, product_tables
 from ndcheck.samplers.local.faithful import Examination, examine
 from ndcheck.samplers.local.following import Ranks
 from ndcheck.samplers.local.loading import (
@@ -39,6 +40,7 @@ from ndcheck.samplers.local.memory import is_out_of_memory, largest_batch_size
 from ndcheck.samplers.local.prompts import load_prompts
 from ndcheck.samplers.local.refusals import find_refusals, paths_of
 from ndcheck.samplers.local.selection import read_step
+from ndcheck.samplers.local.speculation.draft import DraftSource
 from ndcheck.samplers.local.steps import Completions, DecodeSteps, Stream, warn_uncaptured
 
 MOST_CAPTURED = 8
@@ -58,9 +60,8 @@ class TransformersSampler:
         self._arms = spec.arms
         self._arrivals = spec.arrivals if spec.batching == "continuous" else None
         self._source = source = find_source(spec)
-        self._tp_groups = spec.tp_groups
-        self._probes = {probe.probe_id: probe for probe in spec.probes}
-        self._decoding = spec.decoding
+        self._tp_groups, self._cache_dtype = spec.tp_groups, spec.kv_cache_dtype
+        self._probes, self._decoding = {p.probe_id: p for p in spec.probes}, spec.decoding
         self._device = choose_device(spec.device)
         self._ranks: Ranks | None = None
         if load_weights and spec.tensor_parallel > 1:
@@ -69,23 +70,27 @@ class TransformersSampler:
         config = load_config(source.model, spec)
         self._text_config = config.get_text_config(decoder=True)
         self._prompts = load_prompts(source.tokenizer, spec, self._text_config)
+        drafts = None if spec.draft is None else DraftSource(spec, source, config)
+        self._draft_context = drafts and drafts.context
         self._model: Any = None
+        self._draft: Any = None
         self._findings: Examination | None = None
         self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
-        self._feeds = spec.feeds
-        self._scores, self._widths = "scoring" in spec.axes, spec.widths
+        self._feeds, self._widths, self._scores = spec.feeds, spec.widths, "scoring" in spec.axes
         self._completions = Completions()
-        self._uncaptured: set[Arm] = set()
-        self._begun: set[Arm] = set()
+        self._uncaptured, self._begun = set[Arm](), set[Arm]()
         if load_weights:
             with doing("loading the weights"):
                 self._model = load_model(source.model, config, spec, self._device, source.adapter)
                 self._stop_ids = stop_ids(self._model)
                 self._digest = digest_weights(self._model)
+                self._draft = drafts and drafts.load(self._model, self._device)
             # Of FP8 layers on ranks nothing but the invariant arm can compute a part.
             if not (self._ranks and has_fp8_layers(self._model)):
                 with doing("comparing its batches with generate()"):
-                    self._findings = examine(self._model, self._device, paths_of(spec))
+                    own = partial(self.arm, "invariant", fuse=False)
+                    arm = own if spec.arms == ("invariant",) else None
+                    self._findings = examine(self._model, self._device, paths_of(spec), arm)
             if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
                 from ndcheck_kernels.models.decoder import join_weights
 
@@ -98,13 +103,14 @@ class TransformersSampler:
         # Where both are left out the axis is, which says so itself.
         self.notes = self._prompts.warnings(spec.probes)
         self.notes += tuple(refusals.states.values()) if self.cache_states else ()
+        self.notes += stock_notes(self._model, self._arms) if load_weights else ()
         if (tables := product_tables(self._arms, self._device)) is not None:
             self.notes += (f"products of the invariant arm: {tables}",)
 
     @property
     def context(self) -> int:
-        limit = getattr(self._text_config, "max_position_embeddings", None)
-        return int(limit) if limit else 1 << 20
+        limits = (getattr(self._text_config, "max_position_embeddings", None), self._draft_context)
+        return min((int(limit) for limit in limits if limit), default=1 << 20)
 
     @property
     def model(self) -> Any:
@@ -113,7 +119,8 @@ class TransformersSampler:
 
     def open_batch(self, rows: list[list[int]], max_tokens: int) -> ExactBatch:
         """A batch of these prompts, before its prefill."""
-        batch = ExactBatch(self._model, self._device, len(rows), max(map(len, rows)) + max_tokens)
+        width = max(map(len, rows)) + max_tokens
+        batch = ExactBatch(self._model, self._device, len(rows), width, self._cache_dtype)
         batch.reset(rows)
         return batch
 
@@ -149,6 +156,7 @@ class TransformersSampler:
             "decode_check": self._findings and self._findings.describe(),
             **({} if tables is None else {"product_tables": tables}),
             **({} if self._ranks is None else {"ranks": self._ranks.size}),
+            **({} if self._draft is None else {"draft": digest_weights(self._draft)}),
         }
 
     def changes(self) -> tuple[str, ...]:
@@ -182,8 +190,7 @@ class TransformersSampler:
         def try_rows(n_rows: int) -> None:
             for arm in self._arms:
                 with self.arm(arm, fuse=self._arrivals is None):
-                    batch = ExactBatch(self._model, self._device, n_rows, width)
-                    batch.reset([[0] * n_prompt] * n_rows)
+                    batch = self.open_batch([[0] * n_prompt] * n_rows, width - n_prompt)
                     read_step(batch.compute_prompt("whole"), decoding, None)
 
         n_scored = decoding.max_tokens if self._scores else 1
@@ -214,6 +221,7 @@ class TransformersSampler:
                 margins=stream.margins,
                 row_digests=stream.row_digests,
                 fed=stream.fed,
+                drafted=stream.drafted,
             )
             for nth, stream in enumerate(streams)
         ]
@@ -322,20 +330,23 @@ class TransformersSampler:
         if arm == "stock":
             yield lambda: None
             return
-        import ndcheck_kernels
+        import ndcheck_kernels as kernels
 
+        # A fused layer is one process's, and its products have no parts.
+        fuse = fuse and not self._ranks and not self._tp_groups
         try:
             with (
-                ndcheck_kernels.invariant_model(self._model, self._tp_groups),
-                self._fused_layers(fuse),
-                ndcheck_kernels.invariant_kernels() as scope,
+                kernels.invariant_model(self._model, self._tp_groups),
+                nullcontext() if self._draft is None else kernels.invariant_model(self._draft),
+                fused_layers(self._model, self._device) if fuse else nullcontext(),
+                kernels.invariant_kernels() as scope,
             ):
                 before = scope.fires.total()
                 yield lambda: scope.fires.total() - before
                 missing = scope.missing()
                 if self._ranks is not None:
                     missing += scope.missing(("rank_sum",))
-        except ndcheck_kernels.UncoveredOpError as error:
+        except kernels.UncoveredOpError as error:
             raise BackendError(
                 f"invariant arm: {first_line(error)} Without this arm: --kernels stock"
             ) from error
@@ -344,20 +355,6 @@ class TransformersSampler:
                 f"invariant arm: no {' or '.join(missing)} ran in a batch-invariant kernel, so it "
                 "would have measured stock: use --kernels stock"
             )
-
-    def _fused_layers(self, fuse: bool) -> AbstractContextManager[object]:
-        # A fused layer is one process's, and its products have no parts.
-        if not fuse or self._ranks or self._tp_groups:
-            return nullcontext()
-        if self._device.type == "cuda":
-            from ndcheck_kernels.models.decoder import fused_layers
-
-            return fused_layers(self._model)
-        if self._device.type == "cpu":
-            from ndcheck_kernels.models.direct_layers import direct_layers
-
-            return direct_layers(self._model)
-        return nullcontext()
 
     def _decode(
         self, trial: Trial, rows: list[list[int]], slots: tuple[int, ...], decoding: Decoding
@@ -369,9 +366,13 @@ class TransformersSampler:
             batch.reset(rows)
             logits = batch.prefill(load.decoded.cache_state, load.decoded.cut)
             prefill_calls = len(batch.row_counts)
-            streams = steps.run(logits, slots, self._stop_ids, None if load.is_fed else trial.fault)
-            if load.is_fed or (self._feeds and load.cache_state == "whole" and not trial.fault):
-                self._completions.keep(key, steps.decoded(self._stop_ids))
+            fault = None if load.is_fed else trial.fault
+            if load.drafts:
+                streams = steps.speculate(logits, self._draft, load, slots, self._stop_ids, fault)
+            else:
+                streams = steps.run(logits, slots, self._stop_ids, fault)
+                if load.is_fed or (self._feeds and load.cache_state == "whole" and not fault):
+                    self._completions.keep(key, steps.decoded(self._stop_ids))
         if load.is_fed:
             batch.reset(rows)
             decoded = self._completions[key]
@@ -391,7 +392,7 @@ class TransformersSampler:
         if steps is None:
             while len(self._captured) >= MOST_CAPTURED:
                 del self._captured[next(iter(self._captured))]
-            batch = ExactBatch(self._model, self._device, len(rows), width)
+            batch = self.open_batch(rows, decoding.max_tokens)
             steps = DecodeSteps(batch, decoding, captures=arm not in self._uncaptured)
         if steps.batch.can_be_captured:
             self._captured[key] = steps  # Last in, as the most recently used.

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from ndcheck.errors import UsageError
-from ndcheck.samplers.local.checkpoint.quantised import draw_fp8, is_fp8_layer
+from ndcheck.samplers.local.checkpoint.quantised import draw_layer
 
 
 def distributed_config(n_ranks: int) -> Any:
@@ -59,7 +59,7 @@ def draw_weights(
 ) -> None:
     """Give a model on the meta device the weights that its class draws, from ``seed``.
 
-    FP8 layers, which a class does not draw, are normal with its usual deviation, and quantised. A
+    Quantised layers, which a class does not draw, are normal with its usual deviation, rounded. A
     module's draws depend on the seed and its path alone, so they are the same however many ranks
     share the model, and no more than one module is ever there as a whole. ``shards``: how
     parameters are cut whose layer was replaced after the plan was applied; their scales are cut so.
@@ -87,12 +87,11 @@ def _draw(
             if tensor is not None:
                 zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
                 is_parameter = tensors is module._parameters
-                tensors[name] = torch.nn.Parameter(zeros) if is_parameter else zeros
+                trains = is_parameter and tensor.is_floating_point()
+                tensors[name] = torch.nn.Parameter(zeros, trains) if is_parameter else zeros
     digest = hashlib.blake2b(f"{seed}{path}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest) >> 1)
-    if is_fp8_layer(module):
-        draw_fp8(module, std)
-    else:
+    if not draw_layer(module, std):
         init(module)
     for name, parameter in planned.items():
         cut = shards.get(f"{path}.{name.removesuffix('_scale_inv')}"[1:], parameter)

@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ndcheck.errors import TrialError
-from ndcheck.records import Arm, Decoding, Fault, Fed, FinishReason, Load
+from ndcheck.records import Arm, Decoding, Drafted, Fault, Fed, FinishReason, Load
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.memory import is_out_of_memory
 from ndcheck.samplers.local.selection import gumbel_noise, plant_in_logits, read_step
+from ndcheck.samplers.local.speculation.draft import Drafter
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Stream:
     row_digests: tuple[str, ...]
     finish_reason: FinishReason
     fed: Fed | None = None
+    drafted: Drafted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +99,8 @@ class DecodeSteps:
             torch.zeros(shape, dtype=torch.float32, device=device),
             torch.zeros(shape, dtype=torch.int64, device=device),
         )
-        self._n_done = self._n_looked_at = 0
-        self._slots: Sequence[int] = ()
-        self._has_ended: NDArray[np.bool_] = np.zeros(0, dtype=bool)
+        self._n_done = 0
+        self._begin(())
         self._noise: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured_fires: Counter[str] = Counter()
@@ -111,9 +112,7 @@ class DecodeSteps:
 
         Raises TrialError where a probe row's logits hold NaN.
         """
-        self._position.zero_()
-        self._slots, self._n_looked_at = slots, 0
-        self._has_ended = np.zeros(len(slots), dtype=bool)
+        self._begin(slots)
         self._draw_noise(0, logits.shape[-1])
         self._record(self._plant(logits, 0, fault))
         n_done = 1
@@ -150,8 +149,7 @@ class DecodeSteps:
 
         Raises TrialError where a probe row's logits hold NaN.
         """
-        self._position.zero_()
-        self._slots = slots
+        self._begin(slots)
         n_done = 0
         token_ids = torch.from_numpy(decoded.logs[0]).to(self.batch.device)  # [T, B]
         for logits in self.batch.feed(token_ids[:-1].T, load):
@@ -167,6 +165,52 @@ class DecodeSteps:
             )
             for slot in slots
         ]
+
+    def speculate(
+        self,
+        logits: Tensor,
+        draft_model: Any,
+        load: Load,
+        slots: Sequence[int],
+        stop_ids: set[int],
+        fault: Fault | None,
+    ) -> list[Stream]:
+        """Decode on as `run` does, in passes that verify what ``draft_model`` proposes.
+
+        All rows keep step: a pass goes on from the last token that every probe row accepts, and
+        fillers take what is proposed. Raises UsageError where the model computes something else
+        in such passes, and TrialError where a probe row's logits hold NaN.
+        """
+        self.batch.require_faithful("chunked")
+        draft = Drafter(draft_model, self.batch)
+        self._begin(slots)
+        self._record(self._plant(logits, 0, fault))
+        n_done, most = 1, self._decoding.max_tokens
+        proposed, accepted = [], []
+        while n_done < most and not self._has_ended(n_done, stop_ids):
+            n_columns, n_proposed = self.batch.n_filled, min(load.width, most - n_done) - 1
+            fed = torch.stack(draft.propose(self._next_ids, n_proposed), dim=1)
+            verified = self.batch.forward(fed, n_proposed + 1)
+            self._position.fill_(n_done)
+            for nth, of_position in enumerate(verified.unbind(1)):
+                self._record(self._plant(of_position, n_done + nth, fault))
+            chosen = self._log[0][n_done : n_done + n_proposed].T
+            agrees = (chosen == fed[:, 1:])[list(slots)].all(dim=0)
+            n_accepted = int(agrees.cumprod(dim=0).sum())
+            self._next_ids.copy_(self._log[0][n_done + n_accepted])
+            for batch in (self.batch, draft.batch):
+                batch.rewind(n_columns + 1 + n_accepted)
+            n_done += 1 + n_accepted
+            proposed.append(n_proposed)
+            accepted.append(n_accepted)
+        drafted = Drafted(tuple(proposed), tuple(accepted))
+        streams = self._streams(n_done, slots, stop_ids)
+        return [replace(stream, drafted=drafted) for stream in streams]
+
+    def _begin(self, slots: Sequence[int]) -> None:
+        self._position.zero_()
+        self._slots, self._n_looked_at = slots, 0
+        self._is_stopped = np.zeros(len(slots), dtype=bool)
 
     def _step(self, position: int, fault: Fault | None = None) -> None:
         self._record(self._plant(self.batch.step(self._next_ids), position, fault))
@@ -233,12 +277,17 @@ class DecodeSteps:
             self._noise.copy_(noise)
 
     def _is_over(self, n_done: int, stop_ids: set[int]) -> bool:
-        if not stop_ids or (self.batch.device.type == "cuda" and n_done % STEPS_BETWEEN_CHECKS):
+        if self.batch.device.type == "cuda" and n_done % STEPS_BETWEEN_CHECKS:
+            return False
+        return self._has_ended(n_done, stop_ids)
+
+    def _has_ended(self, n_done: int, stop_ids: set[int]) -> bool:
+        if not stop_ids:
             return False
         token_ids = self._log[0][self._n_looked_at : n_done].cpu().numpy()[:, list(self._slots)]
         self._n_looked_at = n_done
-        self._has_ended |= (token_ids[..., None] == list(stop_ids)).any(axis=(0, 2))
-        return bool(self._has_ended.all())
+        self._is_stopped |= (token_ids[..., None] == list(stop_ids)).any(axis=(0, 2))
+        return bool(self._is_stopped.all())
 
     def _streams(self, n_done: int, slots: Sequence[int], stop_ids: set[int]) -> list[Stream]:
         logs = self._read_logs(n_done)

@@ -77,6 +77,7 @@ class EngineBackend(Backend):
         "batching": "with --engine vllm a trial is one exact batch; measure its continuous "
         "batching with `vllm serve` and --endpoint",
         "device": "with --engine vllm choose by CUDA_VISIBLE_DEVICES",
+        "kv_cache_dtype": "with --engine vllm give --engine-arg kv_cache_dtype=fp8 instead",
         "attn": "with --engine vllm give --engine-arg attention_backend=NAME instead",
     }
 

@@ -15,8 +15,10 @@ import torch
 from ndcheck_kernels.cuda.products import borrowed
 from ndcheck_kernels.engines import layers
 from ndcheck_kernels.engines.seams import seams
+from ndcheck_kernels.ops.block_fp8 import dequantise, quantise_rows, quantise_weight
 
 HIDDEN, INTER, VOCABULARY, EXPERTS, TOP_K = 32, 48, 64, 4, 2
+FP8_INTER = 128  # Gates and values have blocks of their own.
 
 
 class LinearMethod:
@@ -81,17 +83,52 @@ class RoutedExperts(torch.nn.Module):
             weight = torch.randn(EXPERTS, *shape).to(torch.float16)
             setattr(self, name, torch.nn.Parameter(weight, requires_grad=False))
 
+    def prepared(self, x):
+        return {"hidden_states": x, "a1q_scale": None}
+
     def forward(self, x):
         output = torch.empty_like(x)
         index = torch.arange(len(x) * TOP_K, dtype=torch.int32).view(-1, TOP_K) % EXPERTS
         self.quant_method.moe_kernel.fused_experts.apply(
-            output=output, hidden_states=x, w1=self.w13_weight, w2=self.w2_weight,
+            output=output, **self.prepared(x), w1=self.w13_weight, w2=self.w2_weight,
             topk_weights=torch.full(index.shape, 0.5), topk_ids=index, activation=self.activation,
-            global_num_experts=EXPERTS, expert_map=None, a1q_scale=None, a2_scale=None,
+            global_num_experts=EXPERTS, expert_map=None, a2_scale=None,
             workspace13=None, workspace2=None, expert_tokens_meta=None,
             apply_router_weight_on_input=False,
         )  # fmt: skip
         return output
+
+
+class Fp8Layer(Layer):
+    """One whose weight is FP8 in blocks, as `Fp8LinearMethod` leaves it."""
+
+    def __init__(self, quant_method, n, k, dtype=torch.float16):
+        super().__init__(quant_method, n, k, dtype)
+        self.orig_dtype = dtype
+        codes, scales = quantise_weight(self.weight * 0.1)
+        self.weight = torch.nn.Parameter(codes, requires_grad=False)
+        self.weight_scale_inv = torch.nn.Parameter(scales, requires_grad=False)
+
+
+class Fp8Experts(RoutedExperts):
+    def __init__(self, experts_class):
+        super().__init__(experts_class)
+        self.orig_dtype = torch.float16
+        self.quant_method.__class__ = type("Fp8MoEMethod", (), {})
+        own = self.quant_method.moe_kernel.fused_experts
+        own.quant_dtype, own.block_shape = torch.float8_e4m3fn, [128, 128]
+        for name, shape in (
+            ("w13", (2 * FP8_INTER, HIDDEN)),
+            ("w2", (HIDDEN, FP8_INTER)),
+        ):
+            codes, scales = quantise_weight(torch.randn(EXPERTS, *shape) * 0.1)
+            setattr(self, f"{name}_weight", torch.nn.Parameter(codes, requires_grad=False))
+            setattr(own, f"{name.replace('13', '1')}_scale", scales)
+
+    def prepared(self, x):
+        """As vLLM hands rows to its experts: codes, and a scale for every 128 columns."""
+        codes, scales = quantise_rows(x)
+        return {"hidden_states": codes, "a1q_scale": scales.contiguous()}
 
 
 def named(name, base=Layer):
@@ -144,6 +181,14 @@ class Vllm:
                 calls.append("experts")
                 output.copy_(hidden_states)
 
+        class Fp8LinearMethod:
+            weight_block_size = (128, 128)
+
+            def apply(self, layer, x, bias=None):
+                calls.append("fp8_linear")
+                weight = dequantise(layer.weight, layer.weight_scale_inv, x.dtype)
+                return torch.nn.functional.linear(x, weight, bias)
+
         class Worker:
             def __init__(self, model, config):
                 self.model_runner = SimpleNamespace(get_model=lambda: model)
@@ -161,6 +206,7 @@ class Vllm:
             name = seam.name.partition(".")[0]
             setattr(self.modules[seam.module], name, own[name])
         self.Worker, self.TritonExperts = Worker, TritonExperts
+        self.Fp8LinearMethod = Fp8LinearMethod
 
     def start(self):
         """What every worker calls first, by the name that its module has then."""
@@ -197,6 +243,12 @@ class Vllm:
 
         model.__class__ = type(name, (torch.nn.Module,), {"forward": forward})
         return model
+
+    def fp8_model(self):
+        """With a linear layer and experts in FP8."""
+        layer = named("QKVParallelLinear", Fp8Layer)(self.Fp8LinearMethod(), HIDDEN, HIDDEN)
+        experts = type("RoutedExperts", (Fp8Experts,), {})(self.TritonExperts)
+        return self.model(qkv_proj=layer, experts=experts)
 
     def worker(self, model):
         return self.Worker(model, make())

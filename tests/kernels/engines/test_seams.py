@@ -33,6 +33,7 @@ CLASSES = {
     f"{LAYERS}/fused_moe/routed_experts.py": ("RoutedExperts",),
     f"{LAYERS}/fused_moe/unquantized_fused_moe_method.py": ("UnquantizedFusedMoEMethod",),
     f"{LAYERS}/fused_moe/router/gate_linear.py": LINEAR[:1],
+    f"{LAYERS}/quantization/fp8.py": ("Fp8LinearMethod", "Fp8MoEMethod"),
     "vllm/model_executor/models/utils.py": ("PPMissingLayer",),
     **{
         f"vllm/model_executor/models/{name}.py": (kind,)
@@ -42,6 +43,15 @@ CLASSES = {
     },
 }
 """Classes that the audit tells layers by, where each is."""
+ATTRIBUTES = {
+    f"{LAYERS}/quantization/fp8.py": (
+        *("self.weight_block_size", "layer.orig_dtype", '"weight_scale_inv"'),
+    ),
+    f"{LAYERS}/fused_moe/modular_kernel.py": (
+        *("def quant_dtype", "def block_shape", "def w1_scale", "def w2_scale"),
+    ),
+}
+"""What FP8 layers are known to hold, where each is written."""
 OWN_USES = ("linear_batch_invariant", "init_batch_invariance", "_log_softmax_batch_invariant")
 
 
@@ -60,6 +70,10 @@ def read(source, release):
         "classes": {
             path: [name for name in names if name in names_of(source / path)]
             for path, names in CLASSES.items()
+        },
+        "attributes": {
+            path: [name for name in names if name in (source / path).read_text()]
+            for path, names in ATTRIBUTES.items()
         },
         "users": {name: users(source, name) for name in OWN_USES},
         "attention": [name for name in ATTENTION if is_backend(source, name)],
@@ -124,6 +138,12 @@ def test_the_plugins_list_is_what_the_sources_said(record, release):
 @pytest.mark.parametrize("release", RELEASES)
 def test_every_class_that_the_audit_knows_is_there(record, release):
     assert record[release]["classes"] == {path: list(names) for path, names in CLASSES.items()}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_fp8_layers_hold_what_our_products_take(record, release):
+    expected = {path: list(names) for path, names in ATTRIBUTES.items()}
+    assert record[release]["attributes"] == expected
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -27,6 +27,8 @@ def empty_cache(tmp_path, monkeypatch):
         cublaslt.library()
     except cublaslt.UnavailableError as error:
         pytest.skip(str(error))
+    yield
+    proofs.forget()  # What a test planted here is no proof for the tests after it.
 
 
 @pytest.fixture(params=SHAPES, ids=lambda s: "x".join(map(str, s)))
@@ -138,7 +140,7 @@ def test_threads_borrow_together_and_stock_keeps_its_settings(operands, monkeypa
     want = matmul.linear(x, w)
     flags = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     borrow(monkeypatch, w)
-    seen, start = {}, threading.Barrier(3)
+    seen, start = {}, threading.Barrier(3, timeout=60)
 
     def ours(name):
         with torch.cuda.stream(torch.cuda.Stream()), invariant_kernels():
@@ -154,12 +156,13 @@ def test_threads_borrow_together_and_stock_keeps_its_settings(operands, monkeypa
         torch.cuda.current_stream().synchronize()
 
     torch.cuda.synchronize()
-    threads = [threading.Thread(target=ours, args=(name,)) for name in ("first", "second")]
-    threads.append(threading.Thread(target=stock))
+    jobs = ((ours, ("first",)), (ours, ("second",)), (stock, ()))
+    threads = [threading.Thread(target=job, args=args, daemon=True) for job, args in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(timeout=60)
+        assert not thread.is_alive()
     torch.cuda.synchronize()
     for name in ("first", "second"):
         assert [i for i, y in enumerate(seen[name]) if not torch.equal(y, want)] == [], name

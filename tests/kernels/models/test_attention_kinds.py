@@ -23,6 +23,7 @@ SLOPES = torch.tensor([0.5, 0.25, 0.0625, 0.00390625])
 KINDS = {
     "sinks": {"sinks": SINKS},
     "alibi": {"slopes": SLOPES},
+    "rounded alibi": {"slopes": SLOPES, "bias_dtype": torch.bfloat16},
     "all": {"softcap": 5.0, "sinks": SINKS, "slopes": SLOPES},
 }
 # Of query and key, and of value.
@@ -102,19 +103,20 @@ def test_queries_that_see_nothing_give_zeros_beside_a_sink():
 def test_alibi_that_counts_padding_is_caught():
     """The planted fault: positions counted from the padded column 0, so rounded elsewhere."""
     q, k, v = make_row(torch.bfloat16)
-    whole = run(q, k, v, spans(0, 0, LENGTH, 0), slopes=SLOPES)
+    kind = KINDS["rounded alibi"]
+    whole = run(q, k, v, spans(0, 0, LENGTH, 0), **kind)
     keys, values = (torch.nn.functional.pad(t, (0, 0, 77, 0)) for t in (k, v))
     faulty_spans = spans(77, 0, LENGTH, 0)
     faulty_spans[..., 0] = 0
-    assert not torch.equal(run(q, keys, values, faulty_spans, slopes=SLOPES), whole)
+    assert not torch.equal(run(q, keys, values, faulty_spans, **kind), whole)
 
 
 def test_spans_as_start_end_and_window():
     # Rows with padding, with none, and of a sliding cache that dropped the first 30 tokens.
     rows = [spans(5, 0, 60, 40), spans(0, 5, 65, 40), spans(0, 30, 90, 40) - 30]
     rows[2][..., 1].clamp_(min=0)
-    start, end, window = as_causal(torch.cat(rows))
-    assert (start.tolist(), end.tolist(), window) == ([5, 0, -30], [65, 65, 60], 40)
+    start, end, *kind = as_causal(torch.cat(rows))
+    assert (start.tolist(), end.tolist(), kind) == ([5, 0, -30], [65, 65, 60], [40, False])
     whole = torch.cat([spans(5, 0, 20, 40), spans(0, 5, 25, 0)])
     assert as_causal(whole)[2] is None
     decode = torch.tensor([[[-30, 0, 40]], [[-3, 0, 40]]])
@@ -124,10 +126,26 @@ def test_spans_as_start_end_and_window():
 
 
 @pytest.mark.parametrize(
+    ("first", "dropped"), [(0, 0), (17, 0), (48, 0), (59, 0), (48, 30), (59, 30)]
+)
+def test_spans_as_chunks(first, dropped):
+    """Whatever length is read from them, it hides the same keys as chunks of 16 tokens do."""
+    place = torch.arange(first, 60)
+    rows = [
+        torch.stack([torch.full_like(place, left), place // 16 * 16 + left, place + 1 + left], -1)
+        for left in ([0, 7] if not dropped else [-dropped])
+    ]
+    start, _, window, chunked = as_causal(torch.stack(rows).int())
+    assert start.tolist() == [int(row[0, 0]) for row in rows]
+    begin = place // window * window if chunked else (place + 1 - window).clamp(min=0)
+    assert torch.equal(begin, place // 16 * 16)
+
+
+@pytest.mark.parametrize(
     "odd",
     [
         [[0, 0, 1], [0, 0, 3]],  # sees a later key
-        [[0, 1, 3], [0, 1, 4]],  # windows of two sizes
+        [[0, 1, 3], [0, 1, 4]],  # windows of two sizes, or a chunk of 1 that has 2 keys
         [[0, 0, 3], [1, 1, 4]],  # two first tokens
     ],
 )

@@ -10,7 +10,7 @@ import ndcheck_kernels
 from bench.models import families, support
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck_kernels import UncoveredOpError, invariant_kernels
-from ndcheck_kernels.models import attention
+from ndcheck_kernels.models import attention, own_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 NAMES = list(families.FAMILIES)
@@ -109,7 +109,15 @@ def test_the_model_has_its_own_ways_again():
     assert (model.config._attn_implementation, model.config._experts_implementation) == own
 
 
-@pytest.mark.parametrize("family", ["BLOOM (ALiBi)", "Qwen3.5 (hybrid)"])
+OWN_ATTENTION = ("BLOOM (ALiBi)", "MPT (ALiBi)", "Falcon (ALiBi)", "Falcon", "GPT-J")
+MIXERS = (
+    *("Mamba", "Falcon-Mamba", "Mamba-2", "Nemotron-H (hybrid)", "Granite 4 (hybrid, MoE)"),
+    *("Falcon-H1 (hybrid)", "Bamba (hybrid)", "Zamba 2 (hybrid)", "Jamba (hybrid, MoE)"),
+    "LFM2 (hybrid)",
+)
+
+
+@pytest.mark.parametrize("family", [*OWN_ATTENTION, "Qwen3.5 (hybrid)", *MIXERS])
 def test_replaced_modules_are_stock_outside_the_scope(family):
     model, ids = families.build_model(family), torch.arange(3, 40)[None]
     with torch.no_grad():
@@ -120,6 +128,44 @@ def test_replaced_modules_are_stock_outside_the_scope(family):
     assert torch.equal(before, after)
     assert torch.allclose(inside, before, atol=1e-3)
     assert not torch.equal(inside, before)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 16, 20, 112])
+def test_alibi_has_the_slopes_of_each_model(heads):
+    from transformers.models.bloom import modeling_bloom
+    from transformers.models.mpt import modeling_mpt
+
+    ones = torch.ones(1, 3, dtype=torch.int64)
+    bloom = modeling_bloom.build_alibi_tensor(ones, heads, torch.float32)[:, 0, 1]
+    torch.testing.assert_close(
+        own_attention.alibi_slopes(heads, torch.device("cpu")), bloom, rtol=1e-6, atol=0
+    )
+    steps = modeling_mpt.build_mpt_alibi_tensor(heads, 3).diff(dim=-1)[:, 0, 0]
+    torch.testing.assert_close(
+        own_attention.mpt_slopes(heads, torch.device("cpu")), steps, rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize(("rope", "most"), [("longrope", 512), ("dynamic", 511)])
+def test_frequencies_that_follow_the_longest_row_are_refused(rope, most):
+    """The control: token 8 has other angles in a batch with token 599."""
+    if rope == "longrope":
+        model = families.build_model("Phi-3 (long rope)")
+    else:
+        config = families.build_model("Qwen3").config
+        config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    refusal = rf"rotary frequencies .* beyond {most} positions"
+    with torch.inference_mode(), ndcheck_kernels.invariant_model(model), invariant_kernels():
+        model(torch.arange(most)[None])
+        with pytest.raises(UncoveredOpError, match=refusal):
+            model(torch.arange(most + 1)[None])
+    short, long = (
+        model.model.rotary_emb(torch.ones(1), torch.tensor([places]))[0]
+        for places in ([0, 8], [0, 8, 599])
+    )
+    assert not torch.equal(short[0, 1], long[0, 1])
 
 
 def assert_refused(model, match):
@@ -166,7 +212,7 @@ def test_other_linear_attention_is_refused_by_name():
 
 
 @pytest.mark.parametrize("cache_state", ["whole", "chunked", "prefix"])
-@pytest.mark.parametrize("family", ["OLMo 3", "Llama 4", "Qwen3.5 (hybrid)"])
+@pytest.mark.parametrize("family", ["OLMo 3", "Llama 4", "Qwen3.5 (hybrid)", *MIXERS])
 def test_padded_rows_over_windows_and_states(family, cache_state):
     """Prefixes longer than the window, shorter than it, and none at all; 0 is the padding token."""
     model = families.build_model(family)
@@ -178,11 +224,11 @@ def test_padded_rows_over_windows_and_states(family, cache_state):
     ):
         beside = ExactBatch(model, torch.device("cpu"), len(rows), max(map(len, rows)) + 3)
         beside.reset(rows)
-        together = [beside.prefill(cache_state)]
+        together = [beside.compute_prompt(cache_state)]
         tokens = together[0].argmax(-1)
         together.append(beside.step(tokens))
         for slot, row in enumerate(rows):
             alone = ExactBatch(model, torch.device("cpu"), 1, len(row) + 3)
             alone.reset([row])
-            assert torch.equal(alone.prefill("whole")[0], together[0][slot])
+            assert torch.equal(alone.compute_prompt("whole")[0], together[0][slot])
             assert torch.equal(alone.step(tokens[slot : slot + 1])[0], together[1][slot])

@@ -226,7 +226,9 @@ def test_eager_attention_is_reported_as_a_missing_override(models):
 
 def test_a_convolution_is_refused_by_module():
     torch.manual_seed(0)
-    config = transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1)
-    model = transformers.MambaForCausalLM(config).eval()
-    with invariant_kernels(), pytest.raises(UncoveredOpError, match=r"layers\.0\.mixer"):
-        model(torch.tensor([PROBE[:5]]) % 64)
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, lru_width=16
+    )
+    model = transformers.RecurrentGemmaForCausalLM(config).eval()
+    with invariant_kernels(), pytest.raises(UncoveredOpError, match=r"layers\.0\.temporal_block"):
+        model(torch.tensor([PROBE[:5]]) % 64, use_cache=False)

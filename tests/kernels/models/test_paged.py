@@ -9,7 +9,7 @@ import torch
 
 from ndcheck_kernels import UnsupportedCallError, invariant_kernels
 from ndcheck_kernels.models.attention import register_attention
-from ndcheck_kernels.models.paged import paged_attention
+from ndcheck_kernels.models.caches.paged import paged_attention
 from ndcheck_kernels.ops.attention import attention_op
 from ndcheck_kernels.ops.library import NAME
 

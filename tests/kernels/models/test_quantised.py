@@ -8,6 +8,7 @@ import transformers
 
 import ndcheck_kernels
 from ndcheck_kernels import UncoveredOpError, invariant_kernels
+from ndcheck_kernels.ops import row_fp8
 from ndcheck_kernels.ops.block_fp8 import dequantise
 
 SIZES = {
@@ -43,7 +44,7 @@ def logits(model, rows, dtype=torch.bfloat16):
     with ndcheck_kernels.invariant_model(model), invariant_kernels() as scope, torch.no_grad():
         out = model(ids, attention_mask=mask, position_ids=positions).logits[:, -1]
     assert not scope.missing()
-    assert scope.fires["block_fp8_linear"]
+    assert scope.fires["block_fp8_linear"] or scope.fires["row_fp8_linear"]
     return out, scope
 
 
@@ -60,16 +61,43 @@ def test_a_row_has_its_bits_in_any_company(family, dtype, build):
     assert scope.fires["block_fp8_grouped"] == (4 if family == "Qwen3-MoE" else 0)
 
 
+@pytest.mark.parametrize("scheme", ["dynamic", "static"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_numbers_are_those_of_the_dequantised_weights_within_the_format(family, build):
+def test_a_row_of_one_scale_has_its_bits_in_any_company(family, scheme, build):
+    model = build(family, weight_block_size=None, activation_scheme=scheme)
+    probe, others = list(range(3, 20)), [[1, 2, 3], list(range(40)), [5] * 17]
+    alone, scope = logits(model, [probe])
+    together = logits(model, [others[0], probe, *others[1:], probe])[0]
+    assert torch.equal(together[1], alone[0])
+    assert torch.equal(together[4], alone[0])
+    assert not torch.equal(logits(model, [[*probe[:-1], 33]])[0], alone)
+    assert scope.fires["row_fp8_grouped"] == (4 if family == "Qwen3-MoE" else 0)
+    assert not scope.fires["block_fp8_linear"]
+
+
+LAYOUTS = [
+    {},
+    {"weight_block_size": None},
+    {"weight_block_size": None, "activation_scheme": "static"},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["blocks", "one scale", "static"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_numbers_are_those_of_the_dequantised_weights_within_the_format(family, layout, build):
     """The reference is transformers' own model in float64, whose rows are not quantised."""
-    model = build(family, torch.float32)
+    model = build(family, torch.float32, **layout)
     plain = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float64)
     plain.set_experts_implementation("eager")
     stored = dict(model.named_parameters())
     for name, parameter in plain.named_parameters():
         scales = stored.get(f"{name}_scale_inv")
-        value = stored[name] if scales is None else dequantise(stored[name], scales, torch.float32)
+        value = stored[name]
+        if scales is not None and layout:
+            flat = scales.reshape(-1) if value.dim() == 2 else scales.reshape(len(value), -1)
+            value = row_fp8.dequantise(value, flat, torch.float32)
+        elif scales is not None:
+            value = dequantise(value, scales, torch.float32)
         parameter.data = value.double()
     ids = list(range(3, 20))
     with torch.no_grad():
@@ -96,7 +124,6 @@ def test_the_model_has_its_own_layers_again(build):
     ("options", "reason"),
     [
         ({"weight_block_size": (64, 128)}, "weight: blocks of 64 x 128, where 128 x 128"),
-        ({"weight_block_size": None}, "weight: one scale a tensor"),
         (
             {"activation_scheme": "static"},
             "weight: its rows are quantised by a scale from",

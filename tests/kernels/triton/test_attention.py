@@ -11,10 +11,15 @@ SMALL = AttentionConfig(32, 32, TILE, TILE, 4, 1, 16, short_splits=2)  # many in
 ON_GPU = torch.cuda.is_available()
 PLAIN = causal.Kind()
 SINKS = torch.tensor([-1.0, 2.0, 0.5, 6.0])
+SLOPES = torch.tensor([0.5, 0.0625, 0.03125, 2**-1.5])
 KINDS = {
     "window": causal.Kind(window=37),
     "sinks": causal.Kind(sinks=SINKS),
     "all": causal.Kind(scale=0.3, window=50, softcap=3.0, sinks=SINKS),
+    "chunks": causal.Kind(window=37, chunked=True),
+    "alibi": causal.Kind(slopes=SLOPES),
+    "rounded alibi": causal.Kind(slopes=SLOPES, bias_dtype=torch.float16),
+    "all, in chunks": causal.Kind(window=50, chunked=True, softcap=3.0, sinks=SINKS, slopes=SLOPES),
 }
 
 
@@ -26,11 +31,18 @@ def exact(q, k, v, starts, lengths, kind=PLAIN):
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
         position = int(lengths[b]) - q.shape[2] + i
         if position >= int(starts[b]):
-            first = max(int(starts[b]), position + 1 - (kind.window or position + 1), 0)
+            start, window = int(starts[b]), kind.window or position + 1
+            first = max(start, position + 1 - window, 0)
+            if kind.chunked:
+                first = start + (position - start) // window * window
             keys, values = (t[b, h // group, first : position + 1].double() for t in (k, v))
             scores = keys @ q[b, h, i].double() * scale
             if kind.softcap:
                 scores = kind.softcap * torch.tanh(scores / kind.softcap)
+            if kind.slopes is not None:
+                places = torch.arange(first - start, position + 1 - start, device=q.device)
+                bias = kind.slopes[h].to(q.device) * places
+                scores = scores + bias.to(kind.bias_dtype or torch.float32).double()
             sink = -torch.inf if kind.sinks is None else float(kind.sinks[h])
             scores = torch.cat([scores, torch.full_like(scores[:1], sink)])
             out[b, h, i] = torch.softmax(scores, 0)[:-1] @ values
@@ -50,8 +62,9 @@ def operands(dtype, device):
 
 
 def launch(q, k, v, starts=None, lengths=None, *, kind=PLAIN, config=SMALL, parallel=False):
-    if kind.sinks is not None:
-        kind = replace(kind, sinks=kind.sinks.to(q.device))
+    for name in ("sinks", "slopes"):
+        if getattr(kind, name) is not None:
+            kind = replace(kind, **{name: getattr(kind, name).to(q.device)})
     return causal._launch(q, k, v, starts, lengths, kind, config, parallel=parallel)
 
 
@@ -136,6 +149,7 @@ def test_what_it_cannot_do_is_refused(device):
 KINDS_OF_DTYPES = [
     *((name, torch.float16) for name in KINDS),
     ("all", torch.float32),
+    ("alibi", torch.float32),
     *(
         pytest.param(name, torch.float32, marks=[] if ON_GPU else pytest.mark.slow)
         for name in ("window", "sinks")
@@ -150,7 +164,11 @@ def test_kinds_are_accurate_and_the_same_in_any_slice(operands, name, dtype):
     q, k, v, starts, lengths = operands
     want = exact(*operands, kind)
     whole = launch(*operands, kind=kind)
-    assert (whole.double() - want).norm() / want.norm() < 4 * torch.finfo(dtype).eps
+    # A score of s has an error of s * eps(float32), which the exponential passes on.
+    budget = 4 * torch.finfo(dtype).eps
+    if kind.slopes is not None:
+        budget += float(kind.slopes.max()) * k.shape[2] * torch.finfo(torch.float32).eps
+    assert (whole.double() - want).norm() / want.norm() < budget
     for first, last in ((0, 20), (19, 20)):
         part = q[:, :, first:last], k, v, starts, lengths - 20 + last
         for parallel in (False, True):

@@ -11,6 +11,7 @@ import transformers
 from ndcheck_kernels import invariant_kernels, register_attention
 from ndcheck_kernels.cuda.attention.qkv import qkv
 from ndcheck_kernels.models import decoder, experts
+from ndcheck_kernels.models.caches.fp8 import keep_fp8
 from ndcheck_kernels.models.decoder import fused_layers
 
 FAMILIES = {
@@ -121,6 +122,29 @@ def test_a_row_has_the_same_bits_in_any_company(family, dtype, make_model) -> No
     assert not torch.equal(changed, alone[:1])
 
 
+def test_a_row_has_the_same_bits_over_an_fp8_cache(make_model, monkeypatch) -> None:
+    model, plain = make_model("qwen3"), transformers.StaticCache
+    with invariant_kernels(), fused_layers(model):
+        over_floats = logits_of(model, [PROBE], steps=[4])[0]
+
+    def narrow(**options):
+        cache = plain(**options)
+        keep_fp8(cache, model.dtype)
+        caches.append(cache)
+        return cache
+
+    caches: list[transformers.StaticCache] = []
+    monkeypatch.setattr(transformers, "StaticCache", narrow)
+    with invariant_kernels(), fused_layers(model):
+        alone = logits_of(model, [PROBE], steps=[4])[0]
+        assert torch.equal(logits_of(model, [*OTHERS, PROBE], steps=[4])[-1], alone)
+        assert torch.equal(logits_of(model, [PROBE, OTHERS[0]], 5, [4])[0], alone)
+    kept = {layer.keys.dtype for cache in caches for layer in cache.layers}
+    assert kept == {torch.float8_e4m3fn}
+    difference = (alone - over_floats).norm() / over_floats.norm()
+    assert 2.0**-12 < difference < 2.0**-3  # Keys and values are rounded by a 32nd on average.
+
+
 def test_the_model_is_as_before_when_the_block_ends(make_model) -> None:
     model = make_model("qwen3")
     names = [name for name, _ in model.named_parameters()]
@@ -139,6 +163,12 @@ def test_other_models_and_windows_are_left_alone(make_model) -> None:
     model = make_model("qwen3")
     model.model.layers[1].self_attn.sliding_window = 8
     with fused_layers(model) as n_layers:
+        assert n_layers == 0
+    mistral = make_model("mistral")  # Its attention has no attribute for it.
+    with fused_layers(mistral) as n_layers:
+        assert n_layers > 0
+    mistral.config.sliding_window = 8
+    with fused_layers(mistral) as n_layers:
         assert n_layers == 0
 
 

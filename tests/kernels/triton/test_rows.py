@@ -27,9 +27,10 @@ OPS = {
     "logsumexp": (lambda x, w: softmax.logsumexp(x), lambda x, w: x.logsumexp(-1)),
     "sum": (lambda x, w: reductions.sum(x, -1), lambda x, w: x.sum(-1)),
     "mean": (lambda x, w: reductions.mean(x, -1), lambda x, w: x.mean(-1)),
+    "cumsum": (lambda x, w: reductions.cumsum(x, -1), lambda x, w: x.cumsum(-1)),
     "silu_mul": (lambda x, w: silu_mul.silu_mul(x, w.expand_as(x)), lambda x, w: F.silu(x) * w),
 }
-LONG = ("softmax", "log_softmax", "logsumexp", "sum", "mean")
+LONG = ("softmax", "log_softmax", "logsumexp", "sum", "mean", "cumsum")
 LONG_N = 40000
 
 
@@ -89,6 +90,21 @@ def test_fusing_the_residual_costs_no_bits(dtype, device, wide):
     y, h = rms_norm.add_rms_norm(x, residual, w)
     assert torch.equal(h, x + residual)
     assert torch.equal(y, rms_norm.rms_norm(x + residual, w))
+
+
+def test_a_running_sum_does_not_follow_the_length(dtype, device, wide):
+    x = wide(3, 2500, dtype=dtype, device=device)
+    whole = reductions.cumsum(x, -1)
+    for n in (1, 2, 1023, 1024, 1025, 2048, 2499):
+        assert torch.equal(reductions.cumsum(x[:, :n], -1), whole[:, :n])
+
+
+def test_running_sums_follow_torch_in_dimension_and_dtype(device):
+    x = torch.randn(3, 4, 5, device=device)
+    for dim in (0, 1, -1):
+        torch.testing.assert_close(reductions.cumsum(x, dim), x.cumsum(dim))
+    half = reductions.cumsum(x.half(), 1, torch.float32)
+    torch.testing.assert_close(half, x.half().cumsum(1, dtype=torch.float32))
 
 
 def test_dimensions_and_keepdim_follow_torch(device):

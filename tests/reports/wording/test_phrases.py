@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ndcheck.records import Endpoint
+from ndcheck.records import Decoding, Endpoint
 from ndcheck.reports.figures import gather
 from ndcheck.reports.html.page import html_report
 from ndcheck.reports.markdown import markdown_report
@@ -134,3 +134,28 @@ def test_a_server_that_fails_gets_its_own_remedy(failing, server, remedy) -> Non
     found = remedies(replace(failing, run=run), DEFAULTS, "", 100)
     assert any(remedy in each.reason for each in found)
     assert not any("--kernels" in " ".join(each.command) for each in found)
+
+
+def test_completions_fed_again_are_none_of_the_samples_asked_for(measured) -> None:
+    """A short prompt alone has few loads: that they are used up is said, however much is fed."""
+    spec = replace(
+        DEFAULTS,
+        decoding=Decoding(8),
+        batch_sizes=(1,),
+        axes=("cache", "width", "scoring"),
+        n_samples=40,
+        arms=("stock",),
+    )
+    found = measured(spec=spec)
+    (probe,) = found.summary.probes
+    generated = [x for x in probe.loads if x.axis not in ("width", "scoring") and x.width == 1]
+    n_generated = sum(load.n_samples for load in generated)
+    n_fed = sum(load.n_samples for load in probe.loads) - n_generated
+    assert 0 < n_generated < 40
+    assert n_fed > 0
+    said = phrases.shortfall(replace(found.run, stop_reason=None), found.summary)
+    assert said is not None
+    assert said.startswith(f"{n_generated} of 40 samples taken: ")
+    only_fed = replace(spec, axes=("width", "scoring"), n_samples=4)
+    enough = measured(spec=only_fed)
+    assert phrases.shortfall(enough.run, enough.summary) is None

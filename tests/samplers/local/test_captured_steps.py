@@ -6,6 +6,7 @@ With every attention both are the tokens of `generate()`, and what cannot be cap
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,9 +32,13 @@ def sampler_spec(directory):
     return replace(DEFAULTS, model=str(directory), device="cuda", random_weights=0)
 
 
-@pytest.fixture(scope="module")
-def sampler(qwen3_shape):
-    return TransformersSampler(sampler_spec(qwen3_shape))
+HYBRID_SHAPE = Path(__file__).parents[3] / "kernels" / "bench" / "shapes" / "tiny-hybrid"
+
+
+@pytest.fixture(scope="module", params=["attention", "hybrid"])
+def sampler(request, qwen3_shape):
+    shape = qwen3_shape if request.param == "attention" else HYBRID_SHAPE
+    return TransformersSampler(sampler_spec(shape))
 
 
 def run(sampler, arm, load, decoding):
@@ -57,6 +62,7 @@ def test_captured_and_uncaptured_steps_agree(sampler, monkeypatch, arm, temperat
     captured = [run(sampler, arm, load, decoding) for load in LOADS]
     again = [run(sampler, arm, load, decoding) for load in LOADS]
     assert sampler._captured
+    assert not sampler._uncaptured
     sampler._captured.clear()
     monkeypatch.setattr(ExactBatch, "can_be_captured", False)
     plain = [run(sampler, arm, load, decoding) for load in LOADS]
@@ -142,6 +148,7 @@ def test_an_op_that_cannot_be_captured_runs_uncaptured(qwen3_shape, monkeypatch,
     assert run(sampler, "invariant", Load(1), decoding)
 
 
+@pytest.mark.parametrize("sampler", ["attention"], indirect=True)
 def test_the_invariant_arm_is_and_stock_is_not_invariant(sampler):
     spec = replace(
         DEFAULTS,

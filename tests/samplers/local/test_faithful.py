@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -258,6 +259,40 @@ def test_a_lost_mask_is_seen(monkeypatch, family):
     found = faithful.examine(make(family), CPU)
     assert found.reason((True, "whole"))
     assert not found.reason((False, "whole"))
+
+
+@pytest.mark.parametrize("family", ["Mamba", "FalconMamba", "Jamba", "Zamba2"])
+def test_what_an_arm_of_its_own_mends_is_not_refused(family):
+    """The control: the same models by their own code, and by an arm that changes nothing."""
+    from ndcheck.samplers.local import faithful
+    from ndcheck_kernels import invariant_kernels, invariant_model
+
+    model = make(family)
+
+    @contextmanager
+    def invariant():
+        with invariant_model(model), invariant_kernels():
+            yield
+
+    for arm in (None, nullcontext):
+        found = faithful.examine(model, CPU, arm=arm)
+        assert found.reason((False, "chunked")), arm
+    found = faithful.examine(model, CPU, arm=invariant)
+    assert not any(map(found.reason, faithful.PATHS)), found.describe()
+
+
+@pytest.mark.parametrize("family", ["Bamba", "Lfm2", "Qwen3Next"])
+def test_a_column_of_padding_is_no_token(family):
+    """A pass of one column is a step to recurrent layers, which know no padding there."""
+    model = make(family)
+    batch = ExactBatch(model, CPU, 2, len(FILLER))
+    batch.reset([PROMPT, FILLER])
+    alone = ExactBatch(model, CPU, 1, len(PROMPT))
+    alone.reset([PROMPT])
+    with torch.inference_mode():
+        right = alone.compute_prompt("whole")[0]
+        found = batch.compute_prompt("chunked", cut=1)[0]
+    assert (found - right).abs().max() < 0.001 * right.std()
 
 
 SOUND = [family for family in FAMILIES if family not in REFUSED]

@@ -320,6 +320,9 @@ def test_random_weights_follow_their_seed_and_need_a_config_only(tmp_path):
     assert one.describe() == same.describe()
     assert one.describe()["digest"] != other.describe()["digest"]
     assert sample(one, Load(1))[0].token_ids == sample(same, Load(1))[0].token_ids
+    in_bf16 = TransformersSampler(replace(spec, random_weights=1, dtype="bf16"))._model
+    for weight, rounded in zip(one._model.parameters(), in_bf16.parameters(), strict=True):
+        assert torch.equal(weight.bfloat16(), rounded)  # One model, whatever it computes in.
     transformers.AutoConfig.from_pretrained(tmp_path, vocab_size=300).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="vocab_size is 300"):
         TransformersSampler(replace(spec, random_weights=1))

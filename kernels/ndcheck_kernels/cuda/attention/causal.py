@@ -1,9 +1,10 @@
 """Causal attention with one arithmetic for prefill, chunked prefill and decode.
 
-Computes: softmax(q k^T * scale, capped if asked) v per query head, each query seeing the keys from
-    its row's first token, or the last `window` of them, up to its own position; a sink is one more
-    score without a value; fp32 accumulation, probabilities rounded to the dtype before they meet
-    v, one rounding at the end. A query before its row's first token gives zeros.
+Computes: softmax(q k^T * scale, capped if asked, plus ALiBi's slope * place) v per query head, each
+    query seeing the keys from its row's first token, or from its chunk's, or the last `window` of
+    them, up to its own position; a sink is one more score without a value; fp32 accumulation,
+    probabilities rounded to the dtype before they meet v, one rounding at the end. A query
+    before its row's first token gives zeros.
 Reduction order: keys are cut into splits counted from the row's own first token: SHORT of SPLIT
     tokens each, then of four times SPLIT; a split is cut into blocks of BLOCK_KV. Inside a split
     blocks are taken in ascending order with a running maximum; within a block the tensor cores add
@@ -13,7 +14,8 @@ Reduction order: keys are cut into splits counted from the row's own first token
 Depends on: head_dim, dtype, architecture, and the row's own tokens. Not on padding, neighbours, the
     length of the cache, how many queries come at once, or whether splits run in parallel (few
     queries) or in sequence (many).
-Dtypes: bfloat16, float16, float32 (IEEE, no TF32). head_dim up to 256; v may have another.
+Dtypes: bfloat16, float16, float32 (IEEE, no TF32); keys and values also float8_e4m3fn, which are
+    widened to the queries' dtype, exactly. head_dim up to 256; v may have another.
 Not claimed: gradients, dropout, other masks; a row with infinities in its own later tokens, or in
     earlier ones that a window hides.
 """
@@ -25,6 +27,7 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.attention.decode import _decode_kernel, _merge_kernel
@@ -37,20 +40,23 @@ from ndcheck_kernels.cuda.dependent_launch import pdl
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
     starts: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
-    scale: float | None = None, window: int | None = None, softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
+    scale: float | None = None, window: int | None = None, chunked: bool = False,
+    softcap: float = 0.0, sinks: torch.Tensor | None = None, slopes: torch.Tensor | None = None,
+    bias_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention of q [B, H, L, D] over k [B, KV heads, T, D] and v [B, KV heads, T, DV].
 
     Row b's own tokens are keys starts[b] to lengths[b] (0 and T by default; left padding lies
     before, unused cache behind) and its L queries are the last of them. Each sees the last `window`
-    keys up to its own; a sliding cache that has dropped earlier ones has a negative start. Scores
-    s become softcap * tanh(s / softcap). `sinks` [H] are scores without a value. The result is
-    [B, H, L, DV], a view of [B, L, H, DV].
+    keys up to its own, or if `chunked` those of its own chunk of `window` keys; a sliding cache
+    that has dropped earlier ones has a negative start. Scores s become softcap * tanh(s / softcap).
+    `sinks` [H] are scores without a value; `slopes` [H] times a key's place in its row, rounded to
+    `bias_dtype` if given, is added to its scores. The result is [B, H, L, DV], a view of
+    [B, L, H, DV].
     """
     config = attention_config(q.shape[-1], q.element_size(), device.capability(q.device))
     rows = q.shape[1] // max(k.shape[1], 1) * q.shape[2]
-    kind = Kind(scale, window, softcap, sinks)
+    kind = Kind(scale, window, softcap, sinks, chunked, slopes, bias_dtype)
     return _launch(q, k, v, starts, lengths, kind, config, parallel=rows <= config.max_rows)
 
 
@@ -69,13 +75,25 @@ class Kind:
     window: int | None = None
     softcap: float = 0.0
     sinks: torch.Tensor | None = None
+    chunked: bool = False
+    slopes: torch.Tensor | None = None
+    bias_dtype: torch.dtype | None = None
+
+
+_BIAS = {
+    None: tl.float32,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 def _launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None,
     lengths: torch.Tensor | None, kind: Kind, config: AttentionConfig, *, parallel: bool,
 ) -> torch.Tensor:  # fmt: skip
-    device.require_float("attention", q, k, v)
+    is_narrow = k.dtype == v.dtype == torch.float8_e4m3fn
+    device.require_float("attention", q, *(() if is_narrow else (k, v)))
     batch, heads, q_length, dim = q.shape
     kv_heads, kv_length, dim_v = v.shape[1:]
     if k.shape != (batch, kv_heads, kv_length, dim) or len(v) != batch or heads % kv_heads:
@@ -83,7 +101,7 @@ def _launch(
         raise ValueError(f"attention of {shapes}")
     if not 1 <= max(dim, dim_v) <= 256:
         raise ValueError(f"attention has no head_dim {max(dim, dim_v)}, only up to 256")
-    if not q.dtype == k.dtype == v.dtype:
+    if not is_narrow and not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"attention of {q.dtype} over {k.dtype}, {v.dtype}")
     o = torch.empty((batch, q_length, heads, dim_v), dtype=q.dtype, device=q.device).transpose(1, 2)
     if o.numel() == 0:
@@ -98,17 +116,22 @@ def _launch(
     # A pointer that is not read stands in for what is not given.
     given = [q if t is None else t for t in limits]
     sinks = q if kind.sinks is None else kind.sinks.contiguous()
+    slopes = q if kind.slopes is None else kind.slopes.float().contiguous()
     block_v = max(16, triton.next_power_of_2(dim_v))
     shared = {
         "HAS_STARTS": starts is not None, "HAS_LENGTHS": lengths is not None,
-        "HAS_SINKS": kind.sinks is not None, "WINDOWED": window > 0, "GROUP": group,
-        "DIM_V": dim_v, "DV": block_v, "SPLIT": config.split, "SHORT": config.short_splits,
-        "enable_fp_fusion": False, **pdl(q.device),
+        "HAS_SINKS": kind.sinks is not None, "WINDOWED": window > 0, "CHUNKED": kind.chunked,
+        "GROUP": group, "DIM_V": dim_v, "DV": block_v, "SPLIT": config.split,
+        "SHORT": config.short_splits, "enable_fp_fusion": False, **pdl(q.device),
     }  # fmt: skip
-    scores = {"CAPPED": kind.softcap > 0, "DIM": dim, "D": max(16, triton.next_power_of_2(dim))}
+    scores = {
+        "CAPPED": kind.softcap > 0, "DIM": dim, "D": max(16, triton.next_power_of_2(dim)),
+        "BIAS": None if kind.slopes is None else _BIAS[kind.bias_dtype],
+    }  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     if not parallel:
-        if not window and not kind.softcap and _has_hopper_kernel(q.device):
+        is_plain = not window and not kind.softcap and kind.slopes is None
+        if is_plain and _has_hopper_kernel(q.device):
             from ndcheck_kernels.cuda.attention.prefill_hopper import can_prefill, prefill
 
             if can_prefill(q, k, v):
@@ -116,7 +139,7 @@ def _launch(
                 return o
         tile = config.prefill(q_length)
         _prefill_kernel[(heads, triton.cdiv(q_length, tile.block_q), batch)](
-            q, k, v, o, *given, sinks, scale, cap, window, q_length, kv_length, *strides,
+            q, k, v, o, *given, sinks, slopes, scale, cap, window, q_length, kv_length, *strides,
             *o.stride()[:3], BLOCK_Q=tile.block_q, BLOCK_KV=config.block_kv,
             num_warps=tile.warps, num_stages=tile.stages, **scores, **shared,
         )  # fmt: skip
@@ -130,7 +153,7 @@ def _launch(
         m, den = torch.empty((2, batch, kv_heads, splits, group * q_length), device=q.device)
         acc = torch.empty((*m.shape, block_v), device=q.device)
     _decode_kernel[(splits, kv_heads, batch)](
-        q, k, v, m, den, acc, o, *given, sinks, scale, cap, window, q_length, kv_length,
+        q, k, v, m, den, acc, o, *given, sinks, slopes, scale, cap, window, q_length, kv_length,
         *strides, *o.stride()[:3], WHOLE=splits == 1,
         ROWS=max(16, triton.next_power_of_2(group * q_length)), BLOCK_KV=config.block_kv,
         num_warps=config.decode_warps, num_stages=config.decode_stages, **scores, **shared,

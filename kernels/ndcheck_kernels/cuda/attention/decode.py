@@ -7,6 +7,7 @@ import triton.language as tl
 
 from ndcheck_kernels.cuda.attention.splits import (
     attend_range,
+    first_seen,
     first_seen_split,
     merge,
     row_bounds,
@@ -20,14 +21,14 @@ from ndcheck_kernels.cuda.dependent_launch import follow
 @triton.jit
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, m_ptr, den_ptr, acc_ptr, o_ptr, starts_ptr, lengths_ptr, sinks_ptr,
-    scale, cap, window, q_length, kv_length, stride_qb, stride_qh, stride_qm,
+    slopes_ptr, scale, cap, window, q_length, kv_length, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
     WHOLE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_SINKS: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, GROUP: tl.constexpr,
-    DIM: tl.constexpr, D: tl.constexpr, DIM_V: tl.constexpr, DV: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_SINKS: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr,
+    BIAS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+    DIM_V: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, BLOCK_KV: tl.constexpr,
+    SPLIT: tl.constexpr, SHORT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Splits in parallel: one program per split, with all queries of one key head in its rows.
 
@@ -38,12 +39,12 @@ def _decode_kernel(
     place, kv_head = tl.program_id(0), tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     start, end = row_bounds(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
-    split = place + first_seen_split(start, end, q_length, window, SPLIT, SHORT, WINDOWED)
+    split = place + first_seen_split(start, end, q_length, window, SPLIT, SHORT, WINDOWED, CHUNKED)
     first = start + split_start(split, SPLIT, SHORT)
     last = tl.minimum(start + split_start(split + 1, SPLIT, SHORT), end)
     if (first < end) | WHOLE:
         if WINDOWED:
-            hidden = tl.maximum(end - q_length - window + 1 - first, 0)
+            hidden = tl.maximum(first_seen(end - q_length, start, window, CHUNKED) - first, 0)
             first += hidden // BLOCK_KV * BLOCK_KV
         rows = tl.arange(0, ROWS)
         offs_d = tl.arange(0, D)
@@ -56,11 +57,14 @@ def _decode_kernel(
         q = tl.load(q_ptrs, mask_q[:, None] & (offs_d < DIM)[None, :], other=0.0)  # [ROWS, D]
         k_ptr += batch * stride_kb + kv_head * stride_kh
         v_ptr += batch * stride_vb + kv_head * stride_vh
+        slopes = tl.zeros((ROWS,), dtype=tl.float32)
+        if BIAS is not None:
+            slopes = tl.load(slopes_ptr + head, mask_q, other=0.0)
         m, den, acc = attend_range(
-            q, k_ptr, v_ptr, first, last, end, positions,
+            q, k_ptr, v_ptr, slopes, first, last, start, end, positions,
             tl.full((ROWS,), float("-inf"), dtype=tl.float32), tl.zeros((ROWS,), dtype=tl.float32),
             tl.zeros((ROWS, DV), dtype=tl.float32), scale, cap, window, stride_kn, stride_vn,
-            BLOCK_KV, DIM, D, DIM_V, DV, True, CAPPED, WINDOWED,
+            BLOCK_KV, DIM, D, DIM_V, DV, True, CAPPED, WINDOWED, CHUNKED, BIAS,
         )  # fmt: skip
         if WHOLE:
             if HAS_SINKS:
@@ -84,8 +88,8 @@ def _merge_kernel(
     m_ptr, den_ptr, acc_ptr, o_ptr, starts_ptr, lengths_ptr, sinks_ptr, window, q_length,
     kv_length, splits, stride_ob, stride_oh, stride_om,
     HAS_STARTS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SINKS: tl.constexpr,
-    WINDOWED: tl.constexpr, GROUP: tl.constexpr, DIM_V: tl.constexpr, DV: tl.constexpr,
-    SPLIT: tl.constexpr, SHORT: tl.constexpr, PDL: tl.constexpr,
+    WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, GROUP: tl.constexpr, DIM_V: tl.constexpr,
+    DV: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The splits that `_decode_kernel` left, merged for one query of one head."""
     follow(PDL)
@@ -98,7 +102,7 @@ def _merge_kernel(
     tot_m, tot_den = start_total(sinks_ptr, head, 1, HAS_SINKS)
     tot = tl.zeros((1, DV), dtype=tl.float32)
     part = (batch * tl.num_programs(1) + kv_head) * splits * GROUP * q_length + row
-    first = first_seen_split(start, end, q_length, window, SPLIT, SHORT, WINDOWED)
+    first = first_seen_split(start, end, q_length, window, SPLIT, SHORT, WINDOWED, CHUNKED)
     count = split_count(end - start, SPLIT, SHORT) - first
     for place in tl.range(count, loop_unroll_factor=8):
         offs = part + place * GROUP * q_length + one

@@ -321,6 +321,7 @@ def can_prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Can this kernel read these? The copy engine wants strides and addresses in 16 bytes."""
     return (
         q.dtype in (torch.bfloat16, torch.float16)
+        and k.dtype == q.dtype
         and q.shape[3] in (64, 128)
         and v.shape[3] in (64, 128)
         and all(

@@ -6,7 +6,8 @@ Computes: each head of q and k, RMS-normalised over the head where there are wei
 Reduction order: the sum of squares of a head is one `tl.sum` over its row of a tile of
     gcd(MOST_HEADS, heads, kv_heads) heads.
 Depends on: head_dim, the numbers of heads, dtype, architecture, Triton version.
-Dtypes: bfloat16, float16, float32; cos, sin and the weights may have another of them.
+Dtypes: bfloat16, float16, float32; cos, sin and the weights may have another of them; the cache
+    also float8_e4m3fn: what is rounded to x's dtype is then bounded by 448 and rounded again.
 Not claimed: gradients; interleaved or partial rotary; the bits of the unfused form, which rounds
     after every step.
 """
@@ -32,7 +33,7 @@ def _qkv_kernel(
     x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_ptr, v_ptr, offset_ptr, eps,
     LENGTH, stride_x, stride_cb, stride_cl, stride_kb, stride_kh,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-    HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+    HAS_NORM: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """TILE heads of one token, all of them of q, of k, or of v."""
     follow(PDL)
@@ -62,7 +63,11 @@ def _qkv_kernel(
         place = batch * stride_kb + kv_head * stride_kh + column * D + offs
         # One store: of two, Triton up to 3.8 moves the layout of one into the other's branch.
         cache_ptr = k_ptr if first < HEADS + KV_HEADS else v_ptr
-        tl.store(cache_ptr + place, y)
+        if NARROW:
+            bounded = tl.clamp(y.to(tl.float32), -448.0, 448.0, tl.PropagateNan.ALL)
+            tl.store(cache_ptr + place, bounded.to(k_ptr.dtype.element_ty))
+        else:
+            tl.store(cache_ptr + place, y)
 
 
 def qkv(
@@ -75,7 +80,9 @@ def qkv(
     cos, sin [B or 1, L, D]; keys, values [B, H_kv, columns, D], contiguous; offset an int64 scalar
     on the device.
     """
-    device.require_float("qkv", x, cos, sin, keys, values, q_weight, k_weight)
+    is_narrow = keys.dtype == values.dtype == torch.float8_e4m3fn
+    device.require_float("qkv", x, cos, sin, q_weight, k_weight)
+    device.require_float("qkv", *(() if is_narrow else (keys, values)))
     (batch, length, width), (kv_heads, _, dim) = x.shape, keys.shape[1:]
     heads = width // dim - 2 * kv_heads
     if dim not in HEAD_DIMS or cos.shape[-1] != dim or sin.shape != cos.shape or heads <= 0:
@@ -92,7 +99,7 @@ def qkv(
             rows if k_weight is None else k_weight, q, keys, values, offset, eps, length,
             rows.stride(0), cos.stride(0), cos.stride(1), keys.stride(0), keys.stride(1),
             HEADS=heads, KV_HEADS=kv_heads, D=dim, TILE=tile,
-            HAS_NORM=q_weight is not None, num_warps=min(4, tile), enable_fp_fusion=True,
-            **pdl(x.device),
+            HAS_NORM=q_weight is not None, NARROW=is_narrow, num_warps=min(4, tile),
+            enable_fp_fusion=True, **pdl(x.device),
         )  # fmt: skip
     return q.transpose(1, 2)

@@ -42,13 +42,23 @@ def split_of(token, SPLIT: tl.constexpr, SHORT: tl.constexpr):
 
 
 @triton.jit
+def first_seen(position, start, window, CHUNKED: tl.constexpr):
+    """The first key that a query at `position` sees, by its window or by its chunk."""
+    if CHUNKED:
+        return start + (position - start) // window * window
+    return position - window + 1
+
+
+@triton.jit
 def first_seen_split(
-    start, end, q_length, window, SPLIT: tl.constexpr, SHORT: tl.constexpr, WINDOWED: tl.constexpr
-):
+    start, end, q_length, window, SPLIT: tl.constexpr, SHORT: tl.constexpr, WINDOWED: tl.constexpr,
+    CHUNKED: tl.constexpr,
+):  # fmt: skip
     """The first split that any of the last `q_length` queries sees something of."""
     first = 0
     if WINDOWED:
-        first = split_of(tl.maximum(end - q_length - window + 1 - start, 0), SPLIT, SHORT)
+        seen = first_seen(end - q_length, start, window, CHUNKED)
+        first = split_of(tl.maximum(seen - start, 0), SPLIT, SHORT)
     return first
 
 
@@ -81,12 +91,20 @@ def scaled_up(top, scale):
 
 
 @triton.jit
-def attend(q, k, v, mask, m, den, acc, scale, cap, MASKED: tl.constexpr, CAPPED: tl.constexpr):
-    """One block of keys: q [Q, D], k [KV, D], v [KV, DV], mask [Q, KV]; m, den [Q]; acc [Q, DV]."""
+def attend(
+    q, k, v, mask, bias, m, den, acc, scale, cap, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+    BIASED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: q [Q, D], k [KV, D], v [KV, DV]; mask [Q, KV], bias [Q or 1, KV]; m,
+    den [Q]; acc [Q, DV].
+    """
     scores = tl.dot(q, k.T, input_precision="ieee")  # [Q, KV]
     if CAPPED:
         # cap * tanh, whose scale then holds the factors of its exponential.
         scores = cap - 2.0 * cap / (tl.exp2(scores * scale) + 1.0)
+        scale = 1.0
+    if BIASED:
+        scores = tl.fma(scores, scale, bias * LOG2_E)
         scale = 1.0
     if MASKED:
         scores = tl.where(mask, scores, float("-inf"))
@@ -132,17 +150,28 @@ def start_total(sinks_ptr, head, ROWS: tl.constexpr, HAS_SINKS: tl.constexpr):
 
 @triton.jit
 def attend_range(
-    q, k_ptr, v_ptr, first, last, end, positions, m, den, acc, scale, cap, window, stride_kn,
-    stride_vn, BLOCK_KV: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, DIM_V: tl.constexpr,
-    DV: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
+    q, k_ptr, v_ptr, slopes, first, last, start, end, positions, m, den, acc, scale, cap, window,
+    stride_kn, stride_vn, BLOCK_KV: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+    DIM_V: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of keys from `first` to `last`; MASKED where a query might not see them all."""
+    """The blocks of keys from `first` to `last`; MASKED where a query might not see them all.
+
+    BIAS is the dtype that slopes [Q or 1] times a key's place is rounded to, or None.
+    """
     for n in range(first, last, BLOCK_KV):
-        k = load_kv(k_ptr, n, end, stride_kn, BLOCK_KV, DIM, D, MASKED)
-        v = load_kv(v_ptr, n, end, stride_vn, BLOCK_KV, DIM_V, DV, MASKED)
+        # Codes of an FP8 cache are numbers of every dtype here.
+        k = load_kv(k_ptr, n, end, stride_kn, BLOCK_KV, DIM, D, MASKED).to(q.dtype)
+        v = load_kv(v_ptr, n, end, stride_vn, BLOCK_KV, DIM_V, DV, MASKED).to(q.dtype)
         columns = n + tl.arange(0, BLOCK_KV)[None, :]
         mask = columns <= positions[:, None]
         if WINDOWED:
-            mask &= columns > positions[:, None] - window
-        m, den, acc = attend(q, k, v, mask, m, den, acc, scale, cap, MASKED, CAPPED)
+            mask &= columns >= first_seen(positions[:, None], start, window, CHUNKED)
+        bias = 0.0
+        if BIAS is not None:
+            bias = slopes[:, None] * (columns - start).to(tl.float32)
+            bias = bias.to(BIAS).to(tl.float32)
+        m, den, acc = attend(
+            q, k, v, mask, bias, m, den, acc, scale, cap, MASKED, CAPPED, BIAS is not None
+        )
     return m, den, acc

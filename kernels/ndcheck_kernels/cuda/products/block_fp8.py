@@ -241,13 +241,20 @@ def _require(
     codes: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
 ) -> None:
     """Raises ValueError for what TMA cannot read, or the device cannot multiply."""
+    require_readable(codes, weight)
+    if scales.stride(-1) != 1:
+        raise ValueError("FP8 operands must lie row by row")
+    if len(row_scales) > 1 and row_scales.stride(0) != 1:
+        raise ValueError("the scales of a block of K must be contiguous")
+
+
+def require_readable(codes: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raises ValueError for codes that TMA cannot read, or the device cannot multiply."""
     if device.capability(codes.device) < FIRST_CAPABILITY:
         raise ValueError("products of FP8 need compute capability 9.0 or newer")
-    if not (weight.stride(-1) == scales.stride(-1) == 1 and codes.is_contiguous()):
+    if not (weight.stride(-1) == 1 and codes.is_contiguous()):
         raise ValueError("FP8 operands must lie row by row")
     if weight.dim() == 3 and weight.stride(0) != weight.shape[1] * weight.stride(1):
         raise ValueError("the weights of one expert must follow those of the one before it")
-    if len(row_scales) > 1 and row_scales.stride(0) != 1:
-        raise ValueError("the scales of a block of K must be contiguous")
     if codes.shape[1] % 16 or weight.stride(-2) % 16 or (codes.data_ptr() | weight.data_ptr()) % 16:
         raise ValueError(f"FP8 rows of {codes.shape[1]}: they must be multiples of 16 bytes")

@@ -1,7 +1,10 @@
 """Rows as e4m3 codes with a scale for every 128 columns: as they are, after RMSNorm or a gate.
 
-Computes: what `ops.block_fp8` says of a row; the quotients are IEEE divisions. After RMSNorm or
-    silu(gate) * up, of the row that `rms_norm` and `silu_mul` would have rounded to its dtype.
+Or with one scale for the whole row, as it is.
+
+Computes: what `ops.block_fp8` or `ops.row_fp8` says of a row; the quotients are IEEE
+    divisions. After RMSNorm or silu(gate) * up, of the row that `rms_norm` and `silu_mul` would
+    have rounded to its dtype.
 Reduction order: a maximum has none; RMSNorm's is that of `rms_norm`.
 Depends on: the row, dtype, architecture, Triton version.
 Dtypes: bfloat16, float16, float32 to float8_e4m3fn and float32.
@@ -18,6 +21,7 @@ from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.configs import row_tile
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
 from ndcheck_kernels.ops.block_fp8 import BLOCK
+from ndcheck_kernels.ops.row_fp8 import UNBOUNDED
 
 Quantised = tuple[torch.Tensor, torch.Tensor]
 """Codes [M, K] and scales [M, K / 128], one column of scales after the other in memory."""
@@ -56,6 +60,27 @@ def _quantise_kernel(
     quotients, scale = _quantise(x)
     tl.store(codes_ptr + row * K + offs_k, quotients.to(codes_ptr.dtype.element_ty), mask)
     tl.store(scales_ptr + block * stride_sb + row, scale, block * 128 < K)
+
+
+@triton.jit
+def _quantise_whole_kernel(
+    x_ptr, given_ptr, codes_ptr, scales_ptr, K, bound, stride_xm, stride_given,
+    IS_GIVEN: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    follow(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, COLUMNS)
+    x = tl.load(x_ptr + row * stride_xm + offs_k, offs_k < K, other=0.0).to(tl.float32)
+    if IS_GIVEN:
+        scale = tl.load(given_ptr + row * stride_given)
+    else:
+        scale = tl.div_rn(tl.minimum(tl.max(tl.abs(x), axis=0), bound), 448.0)
+    scale = tl.maximum(scale, 2.0**-126)
+    quotients = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    quotients = tl.clamp(quotients, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    codes_ptrs = codes_ptr + row * K + offs_k
+    tl.store(codes_ptrs, quotients.to(codes_ptr.dtype.element_ty), offs_k < K)
+    tl.store(scales_ptr + row, scale)
 
 
 @triton.jit(do_not_specialize=["M", "stride_sb"])
@@ -106,6 +131,24 @@ def rms_norm_quantise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Quan
             rows, weight_row, codes, scales, m, k, rows.stride(0), scales.stride(1), eps,
             ROWS=tile.rows, COLUMNS=columns, num_warps=tile.warps, enable_fp_fusion=True,
             **pdl(x.device),
+        )  # fmt: skip
+    return codes, scales
+
+
+def quantise_whole_rows(
+    rows: torch.Tensor, given: torch.Tensor | None = None, bound: float = UNBOUNDED
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows [M, K] -> codes [M, K] and scales [M], as `ops.row_fp8` says; given [M]; K to 65536."""
+    device.require_float("quantise_whole_rows", rows)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    (m, k), tile = rows.shape, row_tile(rows.shape[1])
+    codes = torch.empty((m, k), dtype=torch.float8_e4m3fn, device=rows.device)
+    scales = torch.empty(m, dtype=torch.float32, device=rows.device)
+    if codes.numel():
+        _quantise_whole_kernel[(m,)](
+            rows, scales if given is None else given, codes, scales, k, bound, rows.stride(0),
+            0 if given is None else given.stride(0), IS_GIVEN=given is not None,
+            COLUMNS=tile.block, num_warps=tile.warps, **pdl(rows.device),
         )  # fmt: skip
     return codes, scales
 

@@ -1,10 +1,12 @@
-"""sum and mean over any dimensions.
+"""sum and mean over any dimensions, and running sums.
 
-Computes: sum(x) and sum(x) / count in fp32 with one rounding at the end.
+Computes: sum(x) and sum(x) / count, and the sum of each element and those before it, in fp32 with
+    one rounding at the end.
 Reduction order: the reduced dimensions are flattened to N. A row is cut into CHUNK elements; a
     chunk is one tile of `row_tile(CHUNK or N)` added by one `tl.sum`; the chunks' fp32 sums are
-    reduced the same way until one is left.
-Depends on: N, dtype, architecture, Triton version.
+    reduced the same way until one is left. A running sum is one `tl.cumsum` over each RUN elements,
+    added to the `tl.sum` of those before it, taken RUN by RUN.
+Depends on: N (a running sum: only its place), dtype, architecture, Triton version.
 Dtypes: bfloat16, float16, float32; `dtype` chooses the output's among them.
 Not claimed: gradients.
 """
@@ -23,6 +25,7 @@ from ndcheck_kernels.cuda.configs import row_tile
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
 
 CHUNK = 16384
+RUN = 1024
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -46,6 +49,34 @@ def _sum_kernel(
     y = tl.sum(x, axis=1, keep_dims=True) / count  # [ROWS, 1]
     y_ptrs = y_ptr + offs_m * chunks + tl.program_id(1)
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), offs_m < M)
+
+
+@triton.jit
+def _cumsum_kernel(x_ptr, y_ptr, N, stride_xm, RUN: tl.constexpr, PDL: tl.constexpr):
+    follow(PDL)
+    m = tl.program_id(0).to(tl.int64)
+    total = 0.0
+    for first in range(0, N, RUN):
+        offs = first + tl.arange(0, RUN)
+        x = tl.load(x_ptr + m * stride_xm + offs, offs < N, other=0.0).to(tl.float32)
+        y = total + tl.cumsum(x, 0)
+        tl.store(y_ptr + m * N + offs, y.to(y_ptr.dtype.element_ty), offs < N)
+        total += tl.sum(x, 0)
+
+
+def cumsum(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Running sums along a dimension, in x's shape."""
+    x = x if dtype is None else x.to(dtype)
+    device.require_float("cumsum", x)
+    if x.numel() == 0 or x.dim() == 0:
+        return x.clone()
+    rows = device.aligned_rows(x.movedim(dim, -1))
+    y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    _cumsum_kernel[(len(rows),)](
+        rows, y, rows.shape[1], rows.stride(0), RUN=RUN, num_warps=4, enable_fp_fusion=True,
+        **pdl(x.device),
+    )  # fmt: skip
+    return y.view(x.movedim(dim, -1).shape).movedim(-1, dim)
 
 
 def sum(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -27,12 +28,10 @@ BLOCKS = {
 }
 LAYOUTS = {
     "static rows": {**BLOCKS, "activation_scheme": "static"},
-    "one scale": {**BLOCKS, "weight_block_size": None},
     "other blocks": {**BLOCKS, "weight_block_size": [64, 64]},
     "powers of two": {**BLOCKS, "scale_fmt": "ue8m0"},
-    "mxfp4": {"quant_method": "mxfp4"},
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True},
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
+    "gptq": {"quant_method": "gptq", "bits": 3, "group_size": 128, "sym": True},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     "bitsandbytes 4 bit": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     "bitsandbytes 8 bit": {"quant_method": "bitsandbytes", "load_in_8bit": True},
@@ -40,11 +39,10 @@ LAYOUTS = {
 }
 NAMES = {
     "static rows": r"FP8 in blocks of \[128, 128\], static rows",
-    "one scale": "FP8 with one scale a tensor",
     "other blocks": r"FP8 in blocks of \[64, 64\]",
     "powers of two": r"FP8 in blocks of \[128, 128\], dynamic rows, ue8m0 scales",
-    "gptq": "gptq of 4 bits",
-    "awq": "awq of 4 bits",
+    "gptq": "gptq with settings that are not known",
+    "awq": "awq of 4 bits, version gemv",
 }
 
 
@@ -126,7 +124,7 @@ def test_other_layouts_are_refused_by_name(layout, tiny_models, tmp_path):
     said = str(caught.value)
     assert "no batch-invariant kernel reads" in said
     assert "--kernels stock runs it as transformers does" in said
-    is_made_plain = LAYOUTS[layout]["quant_method"] in ("fp8", "mxfp4")
+    is_made_plain = LAYOUTS[layout]["quant_method"] == "fp8"
     assert ("--dequantise computes it as bf16" in said) == is_made_plain
     if not is_made_plain:
         with pytest.raises(UsageError, match="no plain weights can be made"):
@@ -180,7 +178,7 @@ def test_static_fp8_with_one_scale_is_dequantised(tiny_models, tmp_path):
         assert torch.equal(sampler.model.get_parameter(name), tensor)
 
 
-def test_mxfp4_is_dequantised(tiny_models, tmp_path):
+def test_mxfp4_has_the_bits_of_its_plain_weights(tiny_models, tmp_path):
     """Two e2m1 numbers a byte, the lower half first, a power of two for each 32 (OCP MX 1.0)."""
     config = transformers.GptOssConfig(
         vocab_size=300, hidden_size=64, intermediate_size=32, num_hidden_layers=1, head_dim=16,
@@ -210,7 +208,26 @@ def test_mxfp4_is_dequantised(tiny_models, tmp_path):
     sampler = open_sampler(replace(SPEC, model=str(directory), dequantise=True))
     for name, tensor in expected.items():
         assert torch.equal(sampler.model.get_parameter(name), tensor)
-    assert set(sampled(sampler, "invariant", 3)) == set(sampled(sampler, "invariant", 1))
+    packed = open_sampler(replace(SPEC, model=str(directory)))
+    experts = packed.model.model.layers[0].mlp.experts
+    assert experts.down_proj_blocks.dtype == torch.uint8
+    assert "stock arm: torch's products" in packed.notes[-1]
+    for arm, batch_size in product(("stock", "invariant"), (1, 3)):
+        assert sampled(packed, arm, batch_size) == sampled(sampler, arm, batch_size)
+    assert set(sampled(packed, "invariant", 3)) == set(sampled(packed, "invariant", 1))
+    experts.down_proj_blocks[:, 5, 0] ^= 7  # The control: other codes are seen.
+    assert sampled(packed, "invariant", 1) != sampled(sampler, "invariant", 1)
+    spec = replace(SPEC, model=str(directory), arms=("invariant",))
+    one, same, other = (open_sampler(replace(spec, random_weights=n)) for n in (1, 1, 2))
+    assert one.describe()["digest"] == same.describe()["digest"] != other.describe()["digest"]
+    plain = one.model.model.layers[0].mlp.experts.gate_up_proj
+    assert plain.float().std().item() == pytest.approx(config.initializer_range, rel=0.1)
+
+
+def test_mxfp4_of_other_models_is_refused(tiny_models, tmp_path):
+    directory = copy_of(tiny_models["qwen3"], tmp_path / "model", {"quant_method": "mxfp4"})
+    with pytest.raises(UsageError, match="it has no experts that are read from mxfp4"):
+        open_sampler(replace(SPEC, model=str(directory)))
 
 
 def test_ranks_share_random_fp8_in_the_invariant_arm_only(fp8):

@@ -1,0 +1,173 @@
+"""What FP8 with one scale a row, and an FP8 key-value cache, need a GPU for, in one command.
+
+    PYTHONPATH=$PWD:$PWD/kernels python -m bench.fp8.rows OUT_DIR [--seconds 150]
+
+The tests of both; bits of every schedule, with a control; products beside torch._scaled_mm by rows;
+properties and step of an 8B by channels, and properties of an FP8 8B over an FP8 cache. Each part
+writes what it has, and a part that fails is named at the end. With --tiny: the properties on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench.fp8.measure import REPOSITORY, measure_properties, measure_steps
+from bench.fp8.products import SHAPES, runs
+from bench.table import Table
+from ndcheck_kernels.ops.row_fp8 import quantise_weight
+
+TESTS = (
+    "tests/kernels/triton/fp8/test_row_fp8.py",
+    "tests/kernels/triton/fp8/test_fp8_cache.py",
+    "tests/kernels/triton/test_decoder.py::test_a_row_has_the_same_bits_over_an_fp8_cache",
+)
+BATCHES = (1, 16, 64, 1024)
+
+
+def run_tests(out: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"),
+        *("--confcutdir=tests/kernels", *TESTS),
+    ]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=100
+    )
+    (out / "row_tests.txt").write_text(done.stdout, encoding="utf-8")
+    print(done.stdout[-2500:], flush=True)
+    if done.returncode:
+        raise RuntimeError("tests failed")
+
+
+def compare_schedules(out: Path) -> None:
+    """Every row of 600 has the bits of the first schedule, in any number of rows; of K backwards
+    it has not.
+    """
+    from ndcheck_kernels.cuda.products import row_fp8
+    from ndcheck_kernels.cuda.products.block_fp8 import selectable_configs
+    from ndcheck_kernels.cuda.rows.quantise import quantise_whole_rows
+
+    configs, differing = selectable_configs(90), []
+    table = Table(out / "row_fp8_bits.csv", echo=False)
+    for n, k in ((1024, 512), (1008, 4096), (384, 12288)):
+        half = torch.randn(600, k // 2, device="cuda")
+        w, order = torch.randn(n, k // 2, device="cuda"), torch.randperm(k, device="cuda")
+        weight, scales = quantise_weight(torch.cat([w, -w], 1)[:, order].contiguous(), n)
+        codes, rows = quantise_whole_rows(torch.cat([half, half], 1)[:, order].bfloat16())
+        launch = partial(row_fp8._launch, addend=None, dtype=torch.float32)
+        expected = launch(codes, rows, weight, scales, config=configs[0])
+        for config in configs:
+            same = all(
+                torch.equal(
+                    launch(codes[a : a + m].contiguous(), rows[a : a + m], weight, scales,
+                           config=config), expected[a : a + m])
+                for a, m in ((0, 600), (7, 1), (100, 17), (5, 129), (299, 300))
+            )  # fmt: skip
+            table.add(n=n, k=k, config=str(config), equal=same)
+            differing += [] if same else [f"{n}x{k} {config}"]
+        backwards = (codes.flip(1).contiguous(), rows, weight.flip(1).contiguous(), scales)
+        if torch.equal(launch(*backwards, config=configs[0]), expected):
+            differing.append(f"{n}x{k}: the control, K backwards, has the same bits")
+    print("\n".join(differing) or "every shipped schedule: one bit class", flush=True)
+    if differing:
+        raise RuntimeError(f"{len(differing)} schedules or controls differ")
+
+
+def compare_products(out: Path) -> None:
+    from ndcheck_kernels.cuda.products.row_fp8 import row_fp8_matmul
+    from ndcheck_kernels.cuda.rows.quantise import quantise_whole_rows
+    from ndcheck_kernels.measure.timing import copies, medians_us
+
+    def quantised(x: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
+        return row_fp8_matmul(*quantise_whole_rows(x), *weight)
+
+    def stock(
+        codes: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
+    ) -> torch.Tensor:
+        by_row, by_output = rows[:, None], scales[None]
+        return torch._scaled_mm(codes, weight.t(), by_row, by_output, out_dtype=torch.bfloat16)
+
+    table, ratios = Table(out / "row_fp8.csv", echo=False), []
+    for shape, (n, k) in SHAPES.items():
+        held = [
+            quantise_weight(torch.randn(n, k, device="cuda") * 0.02, n)
+            for _ in range(copies(n * k))
+        ]
+        for m in BATCHES:
+            x = torch.randn(m, k, device="cuda").bfloat16()
+            codes = quantise_whole_rows(x)
+            if reason := runs(partial(stock, *codes, *held[0])):
+                raise RuntimeError(f"torch._scaled_mm by rows: {reason}")
+            us = medians_us({
+                "ours": [partial(row_fp8_matmul, *codes, *each) for each in held],
+                "quantised": [partial(quantised, x, *each) for each in held],
+                "stock": [partial(stock, *codes, *each) for each in held],
+            })  # fmt: skip
+            ratio = us["stock"] / us["ours"]
+            ratios.append(ratio)
+            far = (row_fp8_matmul(*codes, *held[0]) - stock(*codes, *held[0])).abs().max().item()
+            table.add(
+                shape=shape, n=n, k=k, m=m, us=us["ours"], quantised_us=us["quantised"],
+                stock_us=us["stock"], ratio=ratio, largest_difference=far,
+            )  # fmt: skip
+            print(shape, m, *(f"{value:.2f}" for value in (*us.values(), ratio, far)), flush=True)
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    print(f"beside torch._scaled_mm: geometric mean {mean:.3f}, least {min(ratios):.3f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=150, help="when to stop")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, on CPU")
+    options = parser.parse_args()
+    out, started = options.out, time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    narrow = ("--kv-cache-dtype", "fp8")
+    parts: list[tuple[str, Callable[[], None]]] = [
+        ("tests", lambda: run_tests(out)),
+        ("bits", lambda: compare_schedules(out)),
+        ("products", lambda: compare_products(out)),
+        ("8B by channels", lambda: measure_properties(
+            out, "qwen3-8b-fp8-channel", "1,2,8", 60, 16)),
+        ("FP8 8B over an FP8 cache", lambda: measure_properties(
+            out, "qwen3-8b-fp8", "1,2,8", 60, 16, *narrow)),
+        ("step of the 8B by channels", lambda: measure_steps(
+            out, "qwen3-8b-fp8-channel", (1, 32))),
+    ]  # fmt: skip
+    if options.tiny:
+        parts = [
+            ("by channels", lambda: measure_properties(out, "tiny-fp8-channel", "1,2", 24, 4)),
+            ("over an FP8 cache", lambda: measure_properties(
+                out, "tiny-fp8", "1,2", 24, 4, *narrow)),
+        ]  # fmt: skip
+    failed = []
+    for name, call in parts:
+        if time.monotonic() - started > options.seconds:
+            print(f"-- {name}: no time left", flush=True)
+            continue
+        print(f"-- {name} ({time.monotonic() - started:.0f} s)", flush=True)
+        try:
+            call()
+        except Exception:
+            failed.append(name)
+            traceback.print_exc(limit=6)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    print(f"{time.monotonic() - started:.0f} s; failed: {', '.join(failed) or 'nothing'}")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

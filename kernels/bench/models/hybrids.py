@@ -1,0 +1,178 @@
+"""A hybrid of attention and recurrent layers: verdicts, decode step and prefill of both arms.
+
+    PYTHONPATH=kernels python -m bench.models.hybrids OUT_DIR [--shape nemotron-h-8b] [--whole]
+
+First the times of the recurrence alone; then with four layers of each kind the verdict on every
+property, over a few loads of short prompts, in both arms (the stock arm is the control), and the
+times of a captured decode step and of a prefill. With `--whole` the times of all layers too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.models.decode import SHAPES, step_ms
+from bench.models.support import QUICK, run_loads
+from bench.table import Table
+from ndcheck.records import AXES, Arm, Decoding, Probe, RunSpec
+from ndcheck.request import DEFAULTS
+from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck_kernels.cuda.recurrent.gated_delta import gated_delta_rule
+from ndcheck_kernels.cuda.recurrent.selective_scan import selective_scan
+from ndcheck_kernels.measure.timing import elapsed_us, medians_us
+
+ARMS: tuple[Arm, ...] = ("invariant", "stock")
+BATCHES = (1, 8, 64)
+PREFILLS = ((1, 512), (1, 2048), (8, 512), (8, 2048))
+LAYERS_OF_A_KIND = 4
+REPEATS = 3
+
+
+@contextmanager
+def few_layers(shape: Path) -> Iterator[Path]:
+    """A directory with the shape's config, of LAYERS_OF_A_KIND layers of each kind."""
+    config = json.loads((shape / "config.json").read_text())
+    if "hybrid_override_pattern" in config:  # Nemotron-H: a scan, attention or an MLP.
+        pattern = config["hybrid_override_pattern"] = "M*-" * LAYERS_OF_A_KIND
+        config["num_hidden_layers"] = len(pattern)
+    else:
+        del config["full_attention_interval"]
+        config["layer_types"] = ["linear_attention", "full_attention"] * LAYERS_OF_A_KIND
+        config["num_hidden_layers"] = len(config["layer_types"])
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(config))
+        yield Path(directory)
+
+
+def open_spec(model: Path) -> RunSpec:
+    return replace(
+        DEFAULTS,
+        model=str(model),
+        random_weights=0,
+        probes=(Probe("p1", QUICK.prompt),),
+        decoding=Decoding(QUICK.max_tokens),
+        batch_sizes=(1, 3, 8),
+        axes=AXES,
+        mode="mixed",
+        n_samples=QUICK.n_samples,
+        arms=ARMS,
+    )
+
+
+def prefill_ms(sampler: TransformersSampler, arm: Arm, n_rows: int, n_tokens: int) -> float:
+    """Median of REPEATS, after one that compiles."""
+    rows = [[(7 * i + j) % 4096 for j in range(n_tokens)] for i in range(n_rows)]
+    with torch.inference_mode(), sampler.arm(arm):
+        batch = ExactBatch(sampler.model, sampler._device, n_rows, n_tokens + 1)
+        times = []
+        for _ in range(REPEATS + 1):
+            batch.reset(rows)
+            times.append(elapsed_us(lambda: batch.compute_prompt("whole"), sampler._device.type))
+    return statistics.median(times[1:]) / 1000
+
+
+def scan_us(config: Any, n_rows: int, n_tokens: int) -> float:
+    """Of the selective scan alone, over a projection that x, B and C are views of."""
+    heads, features = config.mamba_num_heads, config.mamba_head_dim
+    groups, states = config.n_groups, config.ssm_state_size
+
+    def launch() -> Callable[[], object]:
+        joined = torch.randn(
+            n_rows, n_tokens, heads * features + 2 * groups * states, device="cuda"
+        ).bfloat16()
+        x, b, c = joined.split([heads * features, groups * states, groups * states], -1)
+        b, c = (v.unflatten(-1, (groups, states)) for v in (b, c))
+        dt = torch.rand(n_rows, n_tokens, heads, device="cuda")
+        state = torch.zeros(n_rows, heads, features, states, device="cuda")
+        x, decays = x.unflatten(-1, (heads, features)), -dt[0, 0]
+        return lambda: selective_scan(x, dt, decays, b, c, decays, state)
+
+    return medians_us({"": [launch()]})[""]
+
+
+def recurrence_us(config: object, n_rows: int, n_tokens: int) -> float:
+    """Of the gated delta rule alone, over a projection that q, k and v are views of."""
+    key_heads, heads, d, d_v = (
+        getattr(config, f"linear_{name}")
+        for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+    )
+    here = {"device": "cuda", "dtype": torch.bfloat16}
+
+    def launch() -> Callable[[], object]:
+        joined = torch.randn(n_rows, n_tokens, 2 * key_heads * d + heads * d_v, **here)
+        q, k, v = joined.split([key_heads * d, key_heads * d, heads * d_v], -1)
+        decay = -torch.rand(n_rows, n_tokens, heads, device="cuda")
+        state = torch.zeros(n_rows, heads, d, d_v, device="cuda")
+        shaped = [x.unflatten(-1, (-1, size)) for x, size in ((q, d), (k, d), (v, d_v))]
+        return lambda: gated_delta_rule(*shaped, decay, decay.exp(), state, True)
+
+    return medians_us({"": [launch()]})[""]
+
+
+def measure_times(sampler: TransformersSampler, name: str, table: Table) -> None:
+    cells = [("decode", n, 1) for n in BATCHES] + [("prefill", *sizes) for sizes in PREFILLS]
+    for what, n_rows, n_tokens in cells:
+        try:
+            ours, stock = (
+                step_ms(sampler, arm, n_rows)
+                if what == "decode"
+                else prefill_ms(sampler, arm, n_rows, n_tokens)
+                for arm in ARMS
+            )
+        except RuntimeError as error:  # Out of memory, or not captured: the others still tell.
+            print(name, what, n_rows, n_tokens, str(error).splitlines()[0], flush=True)
+            continue
+        table.add(
+            model=name, what=what, rows=n_rows, tokens=n_tokens, invariant_ms=ours,
+            stock_ms=stock, slowdown=ours / stock,
+        )  # fmt: skip
+        if sampler._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shape", default="qwen3.5-9b")
+    parser.add_argument("--whole", action="store_true")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    shape = SHAPES / options.shape
+    times = Table(options.out / "times.csv", echo=True)
+    with few_layers(shape) as directory:
+        spec = open_spec(directory)
+        sampler = TransformersSampler(spec)
+    name = f"{options.shape}, {LAYERS_OF_A_KIND} layers of each kind"
+    if sampler._device.type == "cuda":
+        recurrences = Table(options.out / "recurrence.csv", echo=True)
+        for n_rows, n_tokens in (*((n, 1) for n in BATCHES), *PREFILLS):
+            config = sampler.model.config
+            has_scan = hasattr(config, "mamba_num_heads")
+            us = (scan_us if has_scan else recurrence_us)(config, n_rows, n_tokens)
+            what = "selective scan" if has_scan else "gated delta rule"
+            recurrences.add(what=what, rows=n_rows, tokens=n_tokens, us=us)
+    with tempfile.TemporaryDirectory() as scratch:
+        verdicts = run_loads(sampler, spec, Path(scratch) / "run")
+    (options.out / "verdicts.json").write_text(json.dumps(verdicts, indent=1))
+    for arm, outcome in verdicts.items():
+        print(name, arm, json.dumps(outcome), flush=True)
+    measure_times(sampler, name, times)
+    if options.whole:
+        del sampler
+        measure_times(TransformersSampler(open_spec(shape)), options.shape, times)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""FP8 models and their products."""

@@ -1,0 +1,106 @@
+"""Everything that 4-bit models need a GPU for, in one command, the most important figures first.
+
+    PYTHONPATH=$PWD:$PWD/kernels python -m bench.weight_only.measure OUT_DIR [--seconds 150]
+
+Bits of every schedule; products beside torch's of bf16 and of 4 bits; the 4-bit 8B's captured
+decode step beside its floor; its properties; the step of bf16; the GPU tests of the kernels; the
+fastest schedules, as long as time is left. Each part writes what it has, and a part that fails is
+named at the end. With --tiny: the model parts on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench.fp8.measure import REPOSITORY, measure_properties, measure_steps
+
+TESTS = "tests/kernels/triton/packed"
+
+
+def compare_products(out: Path) -> None:
+    from bench.weight_only import products
+
+    found = products.find_differences(out)
+    print("\n".join(found) or "every shipped schedule: the bits of plain weights", flush=True)
+    products.bench(out)
+    if found:
+        raise RuntimeError(f"{len(found)} schedules or controls differ")
+
+
+def run_tests(out: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "--confcutdir=tests/kernels", TESTS],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    (out / "tests.txt").write_text(done.stdout, encoding="utf-8")
+    print(done.stdout[-2500:], flush=True)
+    if done.returncode:
+        raise RuntimeError("tests failed")
+
+
+def tune_products(out: Path, until: float) -> None:
+    from bench.weight_only import products
+
+    for _ in products.tune(out):
+        if time.monotonic() > until:
+            break
+    found = products.find_differences(out, tuple(products.SCHEDULES))
+    print(
+        "\n".join(found) or "every schedule that was tried: the bits of plain weights", flush=True
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=150, help="when to stop")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, on CPU")
+    options = parser.parse_args()
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    until = started + options.seconds
+    shape, batches, loads = "qwen3-8b-w4a16", (1, 8, 32, 128), "1,2,8,32"
+    parts: list[tuple[str, Callable[[], None]]] = [
+        ("products", lambda: compare_products(out)),
+        ("8B step", lambda: measure_steps(out, shape, batches)),
+        ("8B properties", lambda: measure_properties(out, shape, loads, 100, 32)),
+        ("8B step in bf16", lambda: measure_steps(out, "qwen3-8b", batches)),
+        ("tests", lambda: run_tests(out)),
+        ("schedules", lambda: tune_products(out, until)),
+    ]
+    if options.tiny:
+        parts = [
+            ("step", lambda: measure_steps(out, "tiny-w4a16", (1, 2))),
+            ("properties", lambda: measure_properties(out, "tiny-w4a16", "1,2", 24, 4)),
+        ]
+    failed = []
+    for name, call in parts:
+        if time.monotonic() > until:
+            print(f"-- {name}: no time left", flush=True)
+            continue
+        print(f"-- {name} ({time.monotonic() - started:.0f} s)", flush=True)
+        try:
+            call()
+        except Exception:
+            failed.append(name)
+            traceback.print_exc(limit=6)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    print(f"{time.monotonic() - started:.0f} s; failed: {', '.join(failed) or 'nothing'}")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""FP8 weights with a scale a tensor or an output on CPU, as `ops.row_fp8` says.
+
+Reduction order inside a block: none, as in `cpu.block_fp8`.
+"""
+
+from itertools import pairwise
+
+import torch
+
+from ndcheck_kernels.ops.block_fp8 import BLOCK
+from ndcheck_kernels.ops.row_fp8 import UNBOUNDED, quantise_rows, register_row_fp8
+
+
+def _linear(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    given: torch.Tensor | None,
+    bound: float,
+) -> torch.Tensor:
+    codes, row_scales = quantise_rows(rows, given, bound)
+    total = torch.zeros(len(rows), len(weight))
+    for left, right in zip(codes.split(BLOCK, 1), weight.split(BLOCK, 1), strict=True):
+        total = total + (left.double() @ right.double().t()).float()
+    by_output = scales.repeat_interleave(len(weight) // len(scales))
+    total = total * (row_scales[:, None] * by_output)
+    if bias is not None:
+        total = total + bias.float()
+    return total.to(rows.dtype)
+
+
+def _grouped(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    ends: torch.Tensor,
+    given: torch.Tensor | None,
+) -> torch.Tensor:
+    out = rows.new_zeros(len(rows), weight.shape[1])
+    for group, (start, stop) in enumerate(pairwise([0, *ends.tolist()])):
+        if start < stop:
+            own = None if given is None else given[start:stop]
+            part = _linear(rows[start:stop], weight[group], scales[group], None, own, UNBOUNDED)
+            out[start:stop] = part
+    return out
+
+
+register_row_fp8("cpu", _linear, _grouped)

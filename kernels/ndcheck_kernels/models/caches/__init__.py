@@ -1,0 +1,1 @@
+"""What models keep of earlier tokens, where transformers keeps it in another way than columns."""
