@@ -15,6 +15,8 @@ import typer
 # long. What is about threads sets their number itself. OpenMP reads these with the import of torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The hub's client reads it when it is first imported, and else asks for half a minute.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
@@ -29,12 +31,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 FAMILIES = ("qwen3", "llama", "gemma3")
 
 LONGEST = (
-    *("triton/test_compile.py", "triton/test_decoder.py", "cli/test_explain.py"),
-    *("local/test_tensor_parallel.py", "tests/test_action.py", "models/test_families.py"),
+    *("local/test_tensor_parallel.py", "triton/test_compile.py", "triton/test_decoder.py"),
+    *("cli/test_explain.py", "tests/test_action.py", "models/test_families.py"),
     *("triton/test_attention.py", "builtin/test_model.py", "tests/test_reference.py"),
     *("run/test_engine.py", "triton/test_fp8_decoder.py"),
 )
-"""Files that take half a minute or more of one core."""
+"""Files that take half a minute or more of one core, those that take most first."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,7 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
+    places = {
+        path: next(
+            (n for n, end in enumerate(LONGEST) if path.as_posix().endswith(end)), len(LONGEST)
+        )
+        for path in {item.path for item in items}
+    }
+    items.sort(key=lambda item: places[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -73,7 +73,10 @@ def attention(  # noqa: PLR0913 - the op's own arguments
         if begin is not None:
             hidden |= column < begin[:, part, None]
         result = _attend(rows, keys, values, hidden, heads // kv_heads, softcap, sinks, bias)
-        out[:, :, part] = result.view(batch, heads, -1, value.shape[-1])
+        result = result.view(batch, heads, -1, value.shape[-1])
+        if turn >= queries:
+            return result.to(query.dtype)
+        out[:, :, part] = result
     return out
 
 
@@ -91,7 +94,8 @@ def _attend(
     splits * SPLIT]; sinks [H]; bias [B, H, splits * SPLIT].
     """
     splits = [slice(s, s + SPLIT) for s in range(0, keys.shape[1], SPLIT)]
-    scores = torch.cat([bmm(rows, keys[:, s].transpose(1, 2)) for s in splits], -1)
+    parts = [bmm(rows, keys[:, s].transpose(1, 2)) for s in splits]
+    scores = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     if softcap:
         scores = pointwise(aten.tanh.default, scores / softcap) * softcap
     batch, queries, columns = hidden.shape
@@ -125,7 +129,9 @@ def _grid(spans: torch.Tensor, queries: int) -> tuple[torch.Tensor | None, torch
     if spans.shape[-1] == 2:
         rows = spans[:, 0].tolist()
         stops = [max(end - start, 0) for start, end in rows]
-        end = torch.tensor(stops)[:, None] - torch.arange(queries - 1, -1, -1)
+        end = torch.tensor(stops)[:, None]
+        if queries > 1:
+            end = end - torch.arange(queries - 1, -1, -1)
         used = [(start, 0, stop) for (start, _), stop in zip(rows, stops, strict=True)]
         return None, end, used
     origins, begin, end = spans.long().unbind(-1)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 
+from ndcheck_kernels.cpu.reductions import sum_rows
 from ndcheck_kernels.models.attention import Spans
 from ndcheck_kernels.ops.attention import attention_op
 from ndcheck_kernels.scope import registry
@@ -136,7 +137,7 @@ def _forward(
         try:
             with _disable_current_modes():
                 return _direct(
-                    partial(_call, scope),
+                    scope,
                     layer,
                     hidden_states,
                     attention_mask.plain()[:, 0],
@@ -157,7 +158,7 @@ def _forward(
 
 
 def _direct(
-    call: Call,
+    scope: Scope,
     layer: Any,
     hidden: torch.Tensor,
     spans: torch.Tensor,
@@ -166,20 +167,21 @@ def _direct(
 ) -> torch.Tensor:
     """hidden [B, L, N]; spans as `ops.attention` takes them; angles (cos, sin), each [B, L, D]."""
     own, mlp = layer.self_attn, layer.mlp
-    rows = _norm(call, hidden, layer.input_layernorm)
+    call = partial(_call, scope)
+    rows = _norm(scope, hidden, layer.input_layernorm)
     by_head = (*hidden.shape[:-1], -1, own.head_dim)
     query, key, value = (
         _linear(call, rows, p).view(by_head) for p in (own.q_proj, own.k_proj, own.v_proj)
     )
     if hasattr(own, "q_norm"):
-        query, key = _norm(call, query, own.q_norm), _norm(call, key, own.k_norm)
+        query, key = _norm(scope, query, own.q_norm), _norm(scope, key, own.k_norm)
     cos, sin = (angle[:, None] for angle in angles)
     query, key = (_rotate(x.transpose(1, 2), cos, sin) for x in (query, key))
     keys, values = cache.update(key, value.transpose(1, 2), own.layer_idx)
     out = call(attention_op, query, keys, values, spans, own.scaling)
     out = out.transpose(1, 2).reshape(*hidden.shape[:-1], -1)
     hidden = hidden + _linear(call, out, own.o_proj)
-    rows = _norm(call, hidden, layer.post_attention_layernorm)
+    rows = _norm(scope, hidden, layer.post_attention_layernorm)
     gate = call(aten.silu.default, _linear(call, rows, mlp.gate_proj))
     return hidden + _linear(call, gate * _linear(call, rows, mlp.up_proj), mlp.down_proj)
 
@@ -188,11 +190,13 @@ def _linear(call: Call, x: torch.Tensor, module: torch.nn.Linear) -> torch.Tenso
     return call(aten.linear.default, x, module.weight, module.bias)
 
 
-def _norm(call: Call, x: torch.Tensor, module: Any) -> torch.Tensor:
-    wide = x.float()
-    variance = call(aten.mean.dim, wide * wide, [-1], True)
-    wide = wide * call(aten.rsqrt.default, variance + module.variance_epsilon)
-    result: torch.Tensor = module.weight * wide.to(x.dtype)
+def _norm(scope: Scope, x: torch.Tensor, module: Any) -> torch.Tensor:
+    scope.fires["mean"] += 1
+    scope.fires["rsqrt"] += 1
+    rows = x.float().reshape(-1, x.shape[-1])
+    variance = sum_rows(rows * rows).div_(rows.shape[-1])
+    rows = rows * variance.add_(module.variance_epsilon).sqrt_().reciprocal_()
+    result: torch.Tensor = module.weight * rows.to(x.dtype).view(x.shape)
     return result
 
 
@@ -203,7 +207,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 def _call(scope: Scope, op: OpOverload, *args: Any) -> torch.Tensor:
     """What the mode does with a call that torch must not compute."""
-    implementation, name = registry.resolved.get((op, "cpu")) or registry.find(op, "cpu")
+    implementation, name = registry.resolved.get((op._op, "cpu")) or registry.find(op, "cpu")
     if implementation is None:
         raise UnsupportedCallError("nothing is registered for it")
     scope.fires[name] += 1

@@ -66,7 +66,7 @@ class _InvariantMode(TorchDispatchMode):
             return func._op(*args, **kwargs)
         device, floating = _where_and_what(args, kwargs)
         try:
-            known = registry.resolved.get((func, device))
+            known = registry.resolved.get((func._op, device))
             implementation, name = known or registry.find(func, device)
             if floating is None:
                 result = func(*args, **kwargs)

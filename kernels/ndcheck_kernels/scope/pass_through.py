@@ -54,7 +54,7 @@ _known: dict[Callable[..., Any], Any] = {}
 
 def is_exact(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether torch may compute this call itself, whatever the device."""
-    # By what torch made in C++: an overload is hashed by a call to Python.
+    # As in `registry.resolved`.
     known = _known.get(op._op, _UNSEEN)
     if known is _UNSEEN:
         known = _known[op._op] = _is_exact(op)

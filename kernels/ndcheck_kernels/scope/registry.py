@@ -21,7 +21,8 @@ DEVICE_MODULES = {"cpu": "ndcheck_kernels.cpu", "cuda": "ndcheck_kernels.cuda"}
 
 _implementations: dict[str, dict[OpOverload, Implementation]] = {}
 _pointwise: dict[str, Implementation] = {}
-resolved: dict[tuple[OpOverload, str], tuple[Implementation | None, str]] = {}
+# By what torch made in C++: an overload is hashed by a call to Python.
+resolved: dict[tuple[Callable[..., Any], str], tuple[Implementation | None, str]] = {}
 
 
 def implements(*ops: OpOverload, device: str) -> Callable[[Implementation], Implementation]:
@@ -80,7 +81,7 @@ def _name(op: OpOverload) -> str:
 def find(op: OpOverload, device: str) -> tuple[Implementation | None, str]:
     found = _resolve(op, device), _name(op)
     # Not before: loading implementations empties the cache.
-    resolved[op, device] = found
+    resolved[op._op, device] = found
     return found
 
 

@@ -361,7 +361,7 @@ class TransformersSampler:
     ) -> tuple[list[Stream], Witness]:
         steps = self._steps_for(trial.arm, rows, decoding)
         load, batch = trial.load, steps.batch
-        key = (trial.arm, decoding, tuple(map(tuple, rows)))
+        key = (trial.arm, decoding, tuple(map(tuple, rows)), slots)
         if not load.is_fed or key not in self._completions:
             batch.reset(rows)
             logits = batch.prefill(load.decoded.cache_state, load.decoded.cut)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +26,16 @@ class Reading(NamedTuple):
     digests: Tensor
 
 
-def read_step(logits_B_V: Tensor, decoding: Decoding, noise: Tensor | None) -> Reading:
+def read_step(
+    logits_B_V: Tensor,
+    decoding: Decoding,
+    noise: Tensor | None,
+    rows: Sequence[int] | None = None,
+) -> Reading:
     """Choose every row's token and read the rest off its logits.
+
+    On a CPU, where that takes longer than the choice, off those of ``rows`` alone, if given; other
+    rows have NaN and 0 for it.
 
     ``noise`` [V] (fp64) comes from `gumbel_noise` where a temperature asks for a draw. A row's
     reading cannot depend on the rows beside it: comparisons and digests are exact in any order,
@@ -40,18 +50,32 @@ def read_step(logits_B_V: Tensor, decoding: Decoding, noise: Tensor | None) -> R
         chosen = logits_B_V.gather(-1, token_ids[:, None])[:, 0].float()
         return Reading(token_ids, margins, chosen - sums, digests)
     token_ids = choose_tokens(logits_B_V, decoding.temperature, noise)
+    if rows is None or len(rows) == len(logits_B_V):
+        return Reading(token_ids, *_read_rows(logits_B_V, token_ids))
+    index = torch.tensor(rows)
+    found = _read_rows(logits_B_V[index], token_ids[index])
+    blanks = (torch.full(token_ids.shape, torch.nan) for _ in range(2))
+    for values, part in zip(whole := (*blanks, torch.zeros_like(token_ids)), found, strict=True):
+        values[index] = part
+    return Reading(token_ids, *whole)
+
+
+def _read_rows(logits_B_V: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Margins, log-probabilities and digests of a `Reading`, on a CPU."""
     wide = logits_B_V.float()
     logprobs = log_softmax(wide).gather(-1, token_ids[:, None])[:, 0]
-    return Reading(token_ids, _margins(wide.numpy()), logprobs, _digest_rows(logits_B_V))
+    return _margins(wide.numpy()), logprobs, _digest_rows(logits_B_V)
 
 
 def _margins(logits_B_V: np.ndarray) -> Tensor:
     rows, first = np.arange(len(logits_B_V)), logits_B_V.argmax(-1)
-    others = logits_B_V.copy()
-    others[rows, first] = -np.inf
+    top = logits_B_V[rows, first]
+    logits_B_V[rows, first] = -np.inf
     # NaN counts as the largest, so a row that holds it has it here.
     with np.errstate(invalid="ignore"):
-        return torch.from_numpy(logits_B_V[rows, first] - others.max(-1))
+        margins = top - logits_B_V.max(-1)
+    logits_B_V[rows, first] = top  # Of fp32 logits it is the model's own memory.
+    return torch.from_numpy(margins)
 
 
 def log_softmax(logits_B_V: Tensor) -> Tensor:
@@ -101,19 +125,21 @@ def _digest_rows(logits_B_V: Tensor) -> Tensor:
         logits_B_V.element_size() == 4
     ]
     bits = logits_B_V.contiguous().view(width).cpu().numpy().view(dtype).astype(np.uint32)
-    index = np.arange(bits.shape[-1], dtype=np.uint32) * np.uint32(0x9E3779B1)
-    high, low = (_mixed_sums(bits ^ (index + np.uint32(s))) for s in (0, 0x7F4A7C15))
-    return torch.from_numpy((high << np.uint64(32) | low).view(np.int64))
-
-
-def _mixed_sums(h: np.ndarray) -> np.ndarray:
-    """[B, V] to [B], in place."""
+    h = bits ^ _salts(bits.shape[-1])  # [2, B, V]
     h ^= h >> np.uint32(16)
     h *= np.uint32(0x85EBCA6B)
     h ^= h >> np.uint32(13)
     h *= np.uint32(0xC2B2AE35)
     h ^= h >> np.uint32(16)
-    return np.asarray(h.sum(axis=-1, dtype=np.uint32), np.uint64)
+    high, low = h.sum(axis=-1, dtype=np.uint32).astype(np.uint64)
+    return torch.from_numpy((high << np.uint64(32) | low).view(np.int64))
+
+
+@lru_cache(maxsize=1)
+def _salts(n_vocabulary: int) -> np.ndarray:
+    """[2, 1, V]: a number of its own for each place, for either half of a digest."""
+    index = np.arange(n_vocabulary, dtype=np.uint32) * np.uint32(0x9E3779B1)
+    return np.stack((index, index + np.uint32(0x7F4A7C15)))[:, None]
 
 
 def plant_in_logits(

@@ -42,8 +42,8 @@ MOST_DECODED = 32
 """Batches whose completions are kept."""
 Logs = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
 """Token ids, margins, log-probabilities and digests, each [T, B], in the order of `Reading`."""
-Batch = tuple[Arm, Decoding, tuple[tuple[int, ...], ...]]
-"""What decides it: the arm, how tokens are drawn, and the token ids of all prompts."""
+Batch = tuple[Arm, Decoding, tuple[tuple[int, ...], ...], tuple[int, ...]]
+"""What decides it: the arm, how tokens are drawn, the token ids of all prompts; and its slots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,7 @@ class DecodeSteps:
             torch.zeros(shape, dtype=torch.int64, device=device),
         )
         self._n_done = 0
+        self._begin(())
         self._noise: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured_fires: Counter[str] = Counter()
@@ -111,11 +112,11 @@ class DecodeSteps:
 
         Raises TrialError where a probe row's logits hold NaN.
         """
-        self._position.zero_()
+        self._begin(slots)
         self._draw_noise(0, logits.shape[-1])
         self._record(self._plant(logits, 0, fault))
         n_done = 1
-        while n_done < self._decoding.max_tokens and not self._is_over(n_done, slots, stop_ids):
+        while n_done < self._decoding.max_tokens and not self._is_over(n_done, stop_ids):
             self._draw_noise(n_done, logits.shape[-1])
             has_fault = fault is not None and n_done in (fault.latent_at, fault.fork_at)
             # The first step stays uncaptured: it compiles what the capture needs.
@@ -126,7 +127,10 @@ class DecodeSteps:
         return self._streams(n_done, slots, stop_ids)
 
     def decoded(self, stop_ids: set[int]) -> Decoded:
-        """What every row generated in the last `run`, as far as that went."""
+        """What every row generated in the last `run`, as far as that went.
+
+        On a CPU nothing but token ids is known of rows other than its slots.
+        """
         logs = self._read_logs(self._n_done)
         is_stop = np.isin(logs[0], list(stop_ids))
         ends = np.where(is_stop.any(axis=0), is_stop.argmax(axis=0) + 1, self._n_done)
@@ -145,7 +149,7 @@ class DecodeSteps:
 
         Raises TrialError where a probe row's logits hold NaN.
         """
-        self._position.zero_()
+        self._begin(slots)
         n_done = 0
         token_ids = torch.from_numpy(decoded.logs[0]).to(self.batch.device)  # [T, B]
         for logits in self.batch.feed(token_ids[:-1].T, load):
@@ -179,11 +183,11 @@ class DecodeSteps:
         """
         self.batch.require_faithful("chunked")
         draft = Drafter(draft_model, self.batch)
-        self._position.zero_()
+        self._begin(slots)
         self._record(self._plant(logits, 0, fault))
         n_done, most = 1, self._decoding.max_tokens
         proposed, accepted = [], []
-        while n_done < most and not self._has_ended(n_done, slots, stop_ids):
+        while n_done < most and not self._has_ended(n_done, stop_ids):
             n_columns, n_proposed = self.batch.n_filled, min(load.width, most - n_done) - 1
             fed = torch.stack(draft.propose(self._next_ids, n_proposed), dim=1)
             verified = self.batch.forward(fed, n_proposed + 1)
@@ -203,6 +207,11 @@ class DecodeSteps:
         streams = self._streams(n_done, slots, stop_ids)
         return [replace(stream, drafted=drafted) for stream in streams]
 
+    def _begin(self, slots: Sequence[int]) -> None:
+        self._position.zero_()
+        self._slots, self._n_looked_at = slots, 0
+        self._is_stopped = np.zeros(len(slots), dtype=bool)
+
     def _step(self, position: int, fault: Fault | None = None) -> None:
         self._record(self._plant(self.batch.step(self._next_ids), position, fault))
 
@@ -210,7 +219,7 @@ class DecodeSteps:
         return plant_in_logits(logits, position, fault, self._decoding, self._noise)
 
     def _record(self, logits: Tensor) -> None:
-        reading = read_step(logits, self._decoding, self._noise)
+        reading = read_step(logits, self._decoding, self._noise, self._slots)
         for log, values in zip(self._log, reading, strict=True):
             log.index_copy_(0, self._position, values[None])
         self._next_ids.copy_(reading.token_ids)
@@ -267,16 +276,18 @@ class DecodeSteps:
         else:
             self._noise.copy_(noise)
 
-    def _is_over(self, n_done: int, slots: Sequence[int], stop_ids: set[int]) -> bool:
+    def _is_over(self, n_done: int, stop_ids: set[int]) -> bool:
         if self.batch.device.type == "cuda" and n_done % STEPS_BETWEEN_CHECKS:
             return False
-        return self._has_ended(n_done, slots, stop_ids)
+        return self._has_ended(n_done, stop_ids)
 
-    def _has_ended(self, n_done: int, slots: Sequence[int], stop_ids: set[int]) -> bool:
+    def _has_ended(self, n_done: int, stop_ids: set[int]) -> bool:
         if not stop_ids:
             return False
-        token_ids = self._log[0][:n_done].cpu().numpy()[:, list(slots)]
-        return bool(np.isin(token_ids, list(stop_ids)).any(axis=0).all())
+        token_ids = self._log[0][self._n_looked_at : n_done].cpu().numpy()[:, list(self._slots)]
+        self._n_looked_at = n_done
+        self._is_stopped |= (token_ids[..., None] == list(stop_ids)).any(axis=(0, 2))
+        return bool(self._is_stopped.all())
 
     def _streams(self, n_done: int, slots: Sequence[int], stop_ids: set[int]) -> list[Stream]:
         logs = self._read_logs(n_done)

@@ -238,13 +238,13 @@ def test_no_plot_is_written_through_a_link(ndcheck_here, tmp_path):
     assert list((tmp_path / "outside").iterdir()) == []
 
 
-def test_a_script_is_not_written_through_a_link(ndcheck, tmp_path):
+def test_a_script_is_not_written_through_a_link(ndcheck_here, tmp_path):
     """`shrink` leaves one in the run's directory, and runs it."""
     options = ("--loads", "1,4", "-n", "20", "--max-tokens", "12", "--kernels", "stock", "-q")
-    ndcheck("run", *options, "--out", "run")
+    ndcheck_here("run", *options, "--out", "run")
     (tmp_path / "outside").write_text("mine")
     (tmp_path / "run" / "repro.py").symlink_to(tmp_path / "outside")
-    ndcheck("shrink", "--run", "run")
+    ndcheck_here("shrink", "--run", "run")
     assert (tmp_path / "outside").read_text() == "mine"
 
 

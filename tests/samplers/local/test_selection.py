@@ -104,6 +104,22 @@ def test_a_reading_holds_the_logprob_and_the_digest_of_the_row():
     assert reading.digests.tolist() == [digest_row(row) for row in logits]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_nobody_asks_for_get_a_token_and_no_more(dtype):
+    logits = random_logits(dtype=dtype)
+    before = logits.clone()
+    whole, part = read_step(logits, GREEDY, None), read_step(logits, GREEDY, None, (3, 9))
+    others = [row for row in range(len(logits)) if row not in (3, 9)]
+    for of_all, of_two in zip(whole, part, strict=True):
+        assert of_two.dtype == of_all.dtype
+        assert torch.equal(of_two[[3, 9]], of_all[[3, 9]])
+    assert torch.equal(part.token_ids, whole.token_ids)
+    assert part.margins[others].isnan().all()
+    assert part.logprobs[others].isnan().all()
+    assert not part.digests[others].any()
+    assert torch.equal(logits, before)
+
+
 def test_nan_shows_in_the_margin_of_its_row_only():
     logits = random_logits(3)
     logits[1, 7] = torch.nan

@@ -228,8 +228,7 @@ def test_model_identity(samplers):
         ({"attention": "warp"}, "warp"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(tiny_models, monkeypatch, changed, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_what_cannot_be_used_is_one_line(tiny_models, changed, message):
     spec = replace(DEFAULTS, **{"model": str(tiny_models["qwen3"]), **changed})
     with pytest.raises(UsageError, match=message) as caught:
         TransformersSampler(spec)
