@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from ndcheck.reports.tables import properties_table, sample_tables
 
 import ndcheck
 from ndcheck.cli.app import run_command_line
@@ -20,6 +19,7 @@ from ndcheck.findings import read_findings
 from ndcheck.judging.verdict import probe_doubts
 from ndcheck.records import ALONE, Decoding, Drafted, Environment, Fault, Load, Probe, Run, Trial
 from ndcheck.reports.document import make_document
+from ndcheck.reports.exports.tables import properties_table, sample_tables
 from ndcheck.request import DEFAULTS, make_spec
 from ndcheck.runner import fit_spec, plan, run_trials
 from ndcheck.samplers.local.sampler import TransformersSampler
