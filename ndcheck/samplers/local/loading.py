@@ -208,13 +208,15 @@ def _make(
     source: str, config: Any, spec: RunSpec, options: dict[str, Any], device: torch.device
 ) -> Any:
     assert spec.random_weights is not None
+    found = read_quantisation(config)
     # As if a checkpoint had been stored: in another dtype it is the same model, not other draws.
     stored = config.dtype or torch.bfloat16
     dtype = DTYPES.get(spec.dtype, stored)
+    if found:  # Codes are drawn in float32, and their scales stay in it.
+        stored = dtype
     # One process draws as `from_config` does, so that a short script has the same weights. Several
     # draw their shards, so that none ever holds the whole model; quantised ones a matrix at a time.
     is_spread = spec.tensor_parallel > 1 or spec.tp_groups is not None
-    found = read_quantisation(config)
     torch.manual_seed(spec.random_weights)
     with _one_line_errors(source, CONFIG):
         with torch.device("meta") if is_spread or found else device:
@@ -227,10 +229,11 @@ def _make(
             put_layers(made, found)
         if is_spread or found:
             draw_weights(made, spec.random_weights, device, shards)
-    made.config.dtype = dtype
-    for parameter in made.parameters():
-        if parameter.dtype == stored:
-            parameter.data = parameter.data.to(dtype)
+    if stored != dtype:
+        made.config.dtype = dtype
+        for parameter in made.parameters():
+            if parameter.dtype == stored:
+                parameter.data = parameter.data.to(dtype)
     return made.eval()
 
 
