@@ -15,14 +15,13 @@ import os
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from bench.models.decode import SHAPES, experts_chosen, floor_ms, step_ms
+from bench.parts import Part, run_parts
 from bench.table import Table
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.sampler import TransformersSampler
@@ -133,9 +132,8 @@ def main() -> int:
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    until = started + options.seconds
-    parts: list[tuple[str, Callable[[], None]]] = [
+    until = time.monotonic() + options.seconds
+    parts: list[Part] = [
         ("products", lambda: compare_products(out)),
         ("8B step", lambda: measure_steps(out, "qwen3-8b-fp8", (1, 8, 32, 128))),
         ("8B properties", lambda: measure_properties(out, "qwen3-8b-fp8", "1,2,8,32", 150, 32)),
@@ -155,21 +153,7 @@ def main() -> int:
                 ("properties", lambda shape=shape: measure_properties(out, shape, "1,2", 24, 4)),
             )
         ]
-    failed = []
-    for name, call in parts:
-        if time.monotonic() > until:
-            print(f"-- {name}: no time left", flush=True)
-            continue
-        print(f"-- {name} ({time.monotonic() - started:.0f} s)", flush=True)
-        try:
-            call()
-        except Exception:
-            failed.append(name)
-            traceback.print_exc(limit=6)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    print(f"{time.monotonic() - started:.0f} s; failed: {', '.join(failed) or 'nothing'}")
-    return bool(failed)
+    return run_parts(parts, options.seconds)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ import argparse
 import math
 import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +20,7 @@ import torch
 
 from bench.fp8.measure import REPOSITORY, measure_properties, measure_steps
 from bench.fp8.products import SHAPES, runs
+from bench.parts import Part, run_parts
 from bench.table import Table
 from ndcheck_kernels.ops.row_fp8 import quantise_weight
 
@@ -132,10 +130,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=150, help="when to stop")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on CPU")
     options = parser.parse_args()
-    out, started = options.out, time.monotonic()
+    out = options.out
     out.mkdir(parents=True, exist_ok=True)
     narrow = ("--kv-cache-dtype", "fp8")
-    parts: list[tuple[str, Callable[[], None]]] = [
+    parts: list[Part] = [
         ("tests", lambda: run_tests(out)),
         ("bits", lambda: compare_schedules(out)),
         ("products", lambda: compare_products(out)),
@@ -152,21 +150,7 @@ def main() -> int:
             ("over an FP8 cache", lambda: measure_properties(
                 out, "tiny-fp8", "1,2", 24, 4, *narrow)),
         ]  # fmt: skip
-    failed = []
-    for name, call in parts:
-        if time.monotonic() - started > options.seconds:
-            print(f"-- {name}: no time left", flush=True)
-            continue
-        print(f"-- {name} ({time.monotonic() - started:.0f} s)", flush=True)
-        try:
-            call()
-        except Exception:
-            failed.append(name)
-            traceback.print_exc(limit=6)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    print(f"{time.monotonic() - started:.0f} s; failed: {', '.join(failed) or 'nothing'}")
-    return bool(failed)
+    return run_parts(parts, options.seconds)
 
 
 if __name__ == "__main__":

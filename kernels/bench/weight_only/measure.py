@@ -14,13 +14,10 @@ import argparse
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from bench.fp8.measure import REPOSITORY, measure_properties, measure_steps
+from bench.parts import Part, run_parts
 
 TESTS = "tests/kernels/triton/packed"
 
@@ -69,10 +66,9 @@ def main() -> int:
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    until = started + options.seconds
+    until = time.monotonic() + options.seconds
     shape, batches, loads = "qwen3-8b-w4a16", (1, 8, 32, 128), "1,2,8,32"
-    parts: list[tuple[str, Callable[[], None]]] = [
+    parts: list[Part] = [
         ("products", lambda: compare_products(out)),
         ("8B step", lambda: measure_steps(out, shape, batches)),
         ("8B properties", lambda: measure_properties(out, shape, loads, 100, 32)),
@@ -85,21 +81,7 @@ def main() -> int:
             ("step", lambda: measure_steps(out, "tiny-w4a16", (1, 2))),
             ("properties", lambda: measure_properties(out, "tiny-w4a16", "1,2", 24, 4)),
         ]
-    failed = []
-    for name, call in parts:
-        if time.monotonic() > until:
-            print(f"-- {name}: no time left", flush=True)
-            continue
-        print(f"-- {name} ({time.monotonic() - started:.0f} s)", flush=True)
-        try:
-            call()
-        except Exception:
-            failed.append(name)
-            traceback.print_exc(limit=6)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    print(f"{time.monotonic() - started:.0f} s; failed: {', '.join(failed) or 'nothing'}")
-    return bool(failed)
+    return run_parts(parts, options.seconds)
 
 
 if __name__ == "__main__":
