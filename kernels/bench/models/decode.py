@@ -48,6 +48,7 @@ def open_steps(sampler: TransformersSampler, batch_size: int) -> DecodeSteps:
     )
     steps = DecodeSteps(batch, decoding)
     batch.reset(rows)
+    steps._begin(range(batch_size))
     steps._record(batch.prefill("whole"))
     return steps
 

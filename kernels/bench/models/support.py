@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -150,8 +151,9 @@ def measure_all(
         yield from map(row_of, models)
         return
     # Not forked: CUDA does not outlive a fork.
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap_unordered(row_of, models, chunksize=1)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed(pool.submit(row_of, model) for model in models):
+            yield done.result()
 
 
 def quiet() -> None:
