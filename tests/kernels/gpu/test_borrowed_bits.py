@@ -149,6 +149,7 @@ def test_threads_borrow_together_and_stock_keeps_its_settings(operands, monkeypa
             torch.cuda.current_stream().synchronize()
 
     def stock():
+        torch.cuda.set_device(x.device)  # Else cuBLAS warns that the thread has no context.
         alone = x @ w.t()  # In this thread: cuBLAS has a handle for each.
         start.wait()
         seen["stock"] = [x @ w.t() for _ in range(50)]
