@@ -32,8 +32,9 @@ import ndcheck
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
 SMALL = {"NDCHECK_SAMPLES": "24", "NDCHECK_MAX_TOKENS": "16"}
-ELSEWHERE = ("Qwen/", "--engine vllm", "torchrun", "kernels bench")
-"""What takes a download, another machine, or minutes of timing: refused, or not run."""
+ELSEWHERE = ("Qwen/", "--engine vllm", "torchrun", "kernels bench", "prove --tune", "bisect")
+"""What takes a download, other machines, or minutes of timing: refused, or not run."""
+SCORES = '{"prompt_ids": [1, 2], "completion_ids": [3, 4], "logprobs": [-0.5, -0.25]}\n'
 SHOWS = frozenset({0, 1, 3})
 """It did its work, whatever it found."""
 GUESSES = {
@@ -105,12 +106,14 @@ def shown(readme: str, server: str) -> Iterator[Command]:
     for line in dict.fromkeys(line for line in lines if line.startswith(("ndcheck ", "torchrun "))):
         typed = line.replace("--run DIR", "--run first").replace("--resume DIR", "--resume first")
         typed = typed.replace(" DIR", " first").replace(" A B", " first first")
+        typed = typed.replace(" RUN", " first")
         typed = typed.replace("http://127.0.0.1:8000/v1 --model NAME", f"{server} --model mock")
         if typed == "ndcheck run --endpoint":
             typed += f" {server} --model mock"
         typed += " linear --rows 1-4" * (typed == "ndcheck order")
         typed += " first first" * (typed == "ndcheck compare")
         typed += " ndcheck-runs" * (typed == "ndcheck runs")
+        typed += " manifest.json" * (typed == "ndcheck kernels manifest")
         right = frozenset({2, 4}) if any(name in line for name in ELSEWHERE) else SHOWS
         yield Command("README", line, typed, right)
 
@@ -188,6 +191,8 @@ def main() -> int:
     ):
         write_gate_config(readme, directory)
         shutil.copy(ROOT / "README.md", directory)
+        for scores in ("rollouts.jsonl", "trainer.jsonl"):
+            (directory / scores).write_text(SCORES)
         first = directory / "first"
         if options.first is None:
             run("ndcheck run --out first", directory, {})
