@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -24,3 +26,23 @@ class Table:
         self.file.flush()
         if self.echo:
             print(*rounded.values(), flush=True)
+
+
+def print_means(table: Table, columns: tuple[str, ...]) -> None:
+    """The geometric mean and the least of columns of ratios, over all rows and those of few."""
+    for column in columns:
+        for name, most in (("all", math.inf), ("M <= 16", 16)):
+            kept = (r for r in table.rows if r[column] and int(str(r["m"])) <= most)
+            ratios = [float(str(r[column])) for r in kept]
+            if ratios:
+                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                print(f"{column}, {name}: geometric mean {mean:.3f}, least {min(ratios):.3f}")
+
+
+def add_ranked(table: Table, shape: str, m: int, us: Mapping[str, float], chosen: str) -> None:
+    """Times of schedules, the fastest first, each beside that of the ``chosen`` one."""
+    chosen_us = us.get(chosen, "")
+    for config, each in sorted(us.items(), key=lambda item: item[1]):
+        table.add(shape=shape, m=m, us=each, chosen_us=chosen_us, config=config)
+    best = min(us, key=us.__getitem__)
+    print(f"{shape} {m}: {us[best]:.2f} us {best}; shipped {chosen_us}", flush=True)

@@ -9,7 +9,6 @@ one scale a row of each operand, which is less work; both of rows that are quant
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench.table import Table
+from bench.table import Table, add_ranked, print_means
 from ndcheck_kernels.cuda.products import block_fp8
 from ndcheck_kernels.cuda.products.block_fp8 import BlockFp8Config, block_fp8_matmul
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
@@ -151,12 +150,7 @@ def bench(out: Path, batches: tuple[int, ...] = BATCHES) -> None:
             )  # fmt: skip
             print(*(f"{v:.3f}" if isinstance(v, float) else v for v in table.rows[-1].values()),
                   flush=True)  # fmt: skip
-    for column in ("ratio", "by_row_ratio"):
-        for name, most in (("all", max(batches)), ("M <= 16", 16)):
-            ratios = [float(r[column]) for r in table.rows if r[column] and int(r["m"]) <= most]
-            if ratios:
-                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-                print(f"{column}, {name}: geometric mean {mean:.3f}, least {min(ratios):.3f}")
+    print_means(table, ("ratio", "by_row_ratio"))
     print(refused, flush=True)
 
 
@@ -179,11 +173,7 @@ def tune(out: Path) -> Iterator[None]:
             ]
             for config in tried
         })  # fmt: skip
-        chosen = us.get(str(block_fp8.product_config(m, n, 90)))
-        for config, each in sorted(us.items(), key=lambda item: item[1]):
-            table.add(shape=shape, m=m, us=each, chosen_us=chosen or "", config=config)
-        best = min(us, key=us.__getitem__)
-        print(f"{shape} {m}: {us[best]:.2f} us {best}; shipped {chosen}", flush=True)
+        add_ranked(table, shape, m, us, str(block_fp8.product_config(m, n, 90)))
         yield
 
 

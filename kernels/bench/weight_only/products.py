@@ -8,7 +8,6 @@ the same groups.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.fp8.products import SHAPES, runs
-from bench.table import Table
+from bench.table import Table, add_ranked, print_means
 from ndcheck_kernels.cuda.products import weight_only
 from ndcheck_kernels.cuda.products.matmul import matmul
 from ndcheck_kernels.cuda.products.weight_only import WeightOnlyConfig, weight_only_matmul
@@ -31,8 +30,8 @@ BATCHES = (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
 SCHEDULES = [
     WeightOnlyConfig(m, n, warps, stages)
     for m, n, warps in (
-        *((16, 32, 4), (16, 32, 2), (16, 64, 4), (16, 64, 8), (16, 128, 4), (16, 128, 8)),
-        *((32, 32, 4), (32, 64, 4), (32, 128, 8), (64, 64, 4), (64, 64, 8), (64, 128, 8)),
+        *((16, 64, 4), (16, 64, 8), (16, 128, 4), (16, 128, 8)),
+        *((32, 64, 4), (32, 128, 8), (64, 64, 4), (64, 64, 8), (64, 128, 8)),
         *((128, 64, 4), (128, 64, 8), (128, 128, 8)),
     )
     for stages in (2, 3, 4, 6, 8)
@@ -122,12 +121,7 @@ def bench(out: Path, batches: tuple[int, ...] = BATCHES) -> None:
             )  # fmt: skip
             print(*(f"{v:.3f}" if isinstance(v, float) else v for v in table.rows[-1].values()),
                   flush=True)  # fmt: skip
-    for column in ("ratio", "int4_ratio"):
-        for name, most in (("all", max(batches)), ("M <= 16", 16)):
-            ratios = [float(r[column]) for r in table.rows if r[column] and int(r["m"]) <= most]
-            if ratios:
-                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-                print(f"{column}, {name}: geometric mean {mean:.3f}, least {min(ratios):.3f}")
+    print_means(table, ("ratio", "int4_ratio"))
     print(refused, flush=True)
 
 
@@ -142,11 +136,7 @@ def tune(out: Path) -> Iterator[None]:
             str(config): [partial(weight_only._launch, x, w, None, config) for w in held]
             for config in tried
         })  # fmt: skip
-        chosen = us.get(str(weight_only.product_config(m)), "")
-        for config, each in sorted(us.items(), key=lambda item: item[1]):
-            table.add(shape=shape, m=m, us=each, chosen_us=chosen, config=config)
-        best = min(us, key=us.__getitem__)
-        print(f"{shape} {m}: {us[best]:.2f} us {best}; shipped {chosen}", flush=True)
+        add_ranked(table, shape, m, us, str(weight_only.product_config(m)))
         yield
 
 
