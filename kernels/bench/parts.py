@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+REPOSITORY = Path(__file__).parents[2]
 Part = tuple[str, Callable[[], None]]
 """Its name, and what measures it, writes what it has and raises where something is wrong."""
 
@@ -30,3 +34,18 @@ def run_parts(parts: list[Part], seconds: float) -> int:
             torch.cuda.empty_cache()
     print(f"{time.monotonic() - started:.0f} s; failed: {', '.join(failed) or 'nothing'}")
     return int(bool(failed))
+
+
+def run_tests(log: Path, tests: tuple[str, ...], timeout_s: float = 120) -> None:
+    """Run kernels' tests, what they say into ``log``. Raises RuntimeError where one failed."""
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"),
+        *("--confcutdir=tests/kernels", *tests),
+    ]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=timeout_s
+    )
+    log.write_text(done.stdout, encoding="utf-8")
+    print(done.stdout[-2500:], flush=True)
+    if done.returncode:
+        raise RuntimeError("tests failed")

@@ -21,13 +21,17 @@ from pathlib import Path
 import torch
 
 from bench.models.decode import SHAPES, experts_chosen, floor_ms, step_ms
-from bench.parts import Part, run_parts
+from bench.parts import REPOSITORY, Part, run_parts, run_tests
 from bench.table import Table
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck_kernels.measure.timing import copy_gb_per_s, mm_tflop_per_s
 
-REPOSITORY = Path(__file__).parents[3]
+TESTS = (
+    "tests/kernels/triton/fp8/test_block_fp8.py",
+    "tests/kernels/triton/test_fp8_decoder.py",
+    "tests/kernels/gpu/test_block_fp8_bits.py",
+)
 
 
 def open_model(shape: str) -> TransformersSampler:
@@ -95,23 +99,6 @@ def compare_products(out: Path) -> None:
         raise RuntimeError(f"{len(found)} schedules or controls differ")
 
 
-def run_tests(out: Path) -> None:
-    tests = [
-        "tests/kernels/triton/fp8/test_block_fp8.py",
-        "tests/kernels/triton/test_fp8_decoder.py",
-        "tests/kernels/gpu/test_block_fp8_bits.py",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider",
-         "--confcutdir=tests/kernels", *tests],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    (out / "tests.txt").write_text(done.stdout, encoding="utf-8")
-    print(done.stdout[-2500:], flush=True)
-    if done.returncode:
-        raise RuntimeError("tests failed")
-
-
 def tune_products(out: Path, until: float) -> None:
     from bench.fp8 import products
 
@@ -138,7 +125,7 @@ def main() -> int:
         ("8B step", lambda: measure_steps(out, "qwen3-8b-fp8", (1, 8, 32, 128))),
         ("8B properties", lambda: measure_properties(out, "qwen3-8b-fp8", "1,2,8,32", 150, 32)),
         ("30B-A3B", lambda: measure_steps(out, "qwen3-30b-a3b-fp8", (1, 64))),
-        ("tests", lambda: run_tests(out)),
+        ("tests", lambda: run_tests(out / "tests.txt", TESTS)),
         ("30B-A3B properties", lambda: measure_properties(
             out, "qwen3-30b-a3b-fp8", "1,2,8", 40, 16)),
         ("8B step in bf16", lambda: measure_steps(out, "qwen3-8b", (1, 8, 32, 128))),

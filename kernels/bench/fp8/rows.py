@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.fp8.measure import REPOSITORY, measure_properties, measure_steps
+from bench.fp8.measure import measure_properties, measure_steps
 from bench.fp8.products import SHAPES, runs
-from bench.parts import Part, run_parts
+from bench.parts import Part, run_parts, run_tests
 from bench.table import Table
 from ndcheck_kernels.ops.row_fp8 import quantise_weight
 
@@ -30,20 +29,6 @@ TESTS = (
     "tests/kernels/triton/test_decoder.py::test_a_row_has_the_same_bits_over_an_fp8_cache",
 )
 BATCHES = (1, 16, 64, 1024)
-
-
-def run_tests(out: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"),
-        *("--confcutdir=tests/kernels", *TESTS),
-    ]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=100
-    )
-    (out / "row_tests.txt").write_text(done.stdout, encoding="utf-8")
-    print(done.stdout[-2500:], flush=True)
-    if done.returncode:
-        raise RuntimeError("tests failed")
 
 
 def compare_schedules(out: Path) -> None:
@@ -134,7 +119,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     narrow = ("--kv-cache-dtype", "fp8")
     parts: list[Part] = [
-        ("tests", lambda: run_tests(out)),
+        ("tests", lambda: run_tests(out / "row_tests.txt", TESTS, 100)),
         ("bits", lambda: compare_schedules(out)),
         ("products", lambda: compare_products(out)),
         ("8B by channels", lambda: measure_properties(

@@ -11,15 +11,14 @@ named at the end. With --tiny: the model parts on a CPU.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from bench.fp8.measure import REPOSITORY, measure_properties, measure_steps
-from bench.parts import Part, run_parts
+from bench.fp8.measure import measure_properties, measure_steps
+from bench.parts import Part, run_parts, run_tests
 
-TESTS = "tests/kernels/triton/packed"
+TESTS = ("tests/kernels/triton/packed",)
 
 
 def compare_products(out: Path) -> None:
@@ -30,18 +29,6 @@ def compare_products(out: Path) -> None:
     products.bench(out)
     if found:
         raise RuntimeError(f"{len(found)} schedules or controls differ")
-
-
-def run_tests(out: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "--confcutdir=tests/kernels", TESTS],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    (out / "tests.txt").write_text(done.stdout, encoding="utf-8")
-    print(done.stdout[-2500:], flush=True)
-    if done.returncode:
-        raise RuntimeError("tests failed")
 
 
 def tune_products(out: Path, until: float) -> None:
@@ -73,7 +60,7 @@ def main() -> int:
         ("8B step", lambda: measure_steps(out, shape, batches)),
         ("8B properties", lambda: measure_properties(out, shape, loads, 100, 32)),
         ("8B step in bf16", lambda: measure_steps(out, "qwen3-8b", batches)),
-        ("tests", lambda: run_tests(out)),
+        ("tests", lambda: run_tests(out / "tests.txt", TESTS)),
         ("schedules", lambda: tune_products(out, until)),
     ]
     if options.tiny:

@@ -4,10 +4,9 @@ Reduction order inside a block: none. The products of e4m3 codes are multiples o
     2**18, so that float64 holds every sum of 128 of them exactly; it is rounded to float32 once.
 """
 
-from itertools import pairwise
-
 import torch
 
+from ndcheck_kernels.cpu.products import groups_with_rows
 from ndcheck_kernels.ops.block_fp8 import BLOCK, quantise_rows, register_block_fp8
 
 
@@ -40,9 +39,8 @@ def _grouped(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     out = rows.new_zeros(len(rows), weight.shape[1], dtype=dtype)
-    for group, (start, stop) in enumerate(pairwise([0, *ends.tolist()])):
-        if start < stop:
-            out[start:stop] = _linear(rows[start:stop], weight[group], scales[group], None, dtype)
+    for group, part in groups_with_rows(ends):
+        out[part] = _linear(rows[part], weight[group], scales[group], None, dtype)
     return out
 
 

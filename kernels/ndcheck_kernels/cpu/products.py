@@ -12,6 +12,7 @@ Not claimed: invariance in N or K. A product whose *columns* or reduced dimensio
     batch (eager attention over padded keys) is not invariant, only its rows are.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
 
@@ -146,11 +147,16 @@ def _grouped_mm(
     a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, out_dtype: torch.dtype | None
 ) -> torch.Tensor:
     out = a.new_zeros(a.shape[0], b.shape[-1], dtype=out_dtype)
-    starts = [0, *offs.tolist()]
-    for group, (start, stop) in enumerate(pairwise(starts)):
-        if start < stop:
-            out[start:stop] = mm(a[start:stop], b[group])
+    for group, rows in groups_with_rows(offs):
+        out[rows] = mm(a[rows], b[group])
     return out
+
+
+def groups_with_rows(ends: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """The groups that have any rows, and which: ``ends`` [E] are where each group's rows end."""
+    for group, (start, stop) in enumerate(pairwise([0, *ends.tolist()])):
+        if start < stop:
+            yield group, slice(start, stop)
 
 
 register_grouped_product("cpu", _grouped_mm)

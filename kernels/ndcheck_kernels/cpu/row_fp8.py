@@ -3,10 +3,9 @@
 Reduction order inside a block: none, as in `cpu.block_fp8`.
 """
 
-from itertools import pairwise
-
 import torch
 
+from ndcheck_kernels.cpu.products import groups_with_rows
 from ndcheck_kernels.ops.block_fp8 import BLOCK
 from ndcheck_kernels.ops.row_fp8 import UNBOUNDED, quantise_rows, register_row_fp8
 
@@ -38,11 +37,9 @@ def _grouped(
     given: torch.Tensor | None,
 ) -> torch.Tensor:
     out = rows.new_zeros(len(rows), weight.shape[1])
-    for group, (start, stop) in enumerate(pairwise([0, *ends.tolist()])):
-        if start < stop:
-            own = None if given is None else given[start:stop]
-            part = _linear(rows[start:stop], weight[group], scales[group], None, own, UNBOUNDED)
-            out[start:stop] = part
+    for group, part in groups_with_rows(ends):
+        own = None if given is None else given[part]
+        out[part] = _linear(rows[part], weight[group], scales[group], None, own, UNBOUNDED)
     return out
 
 

@@ -1,10 +1,8 @@
 """Weights of 4 and 8 bits on CPU: dequantised for each product, which is that of plain weights."""
 
-from itertools import pairwise
-
 import torch
 
-from ndcheck_kernels.cpu.products import addmm, mm
+from ndcheck_kernels.cpu.products import addmm, groups_with_rows, mm
 from ndcheck_kernels.ops import mxfp4
 from ndcheck_kernels.ops.weight_only import Packed, dequantise, register_weight_only
 
@@ -21,11 +19,10 @@ def _experts(
     rows: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
     out = rows.new_zeros(len(rows), blocks.shape[1])
-    for expert, (start, stop) in enumerate(pairwise([0, *ends.tolist()])):
-        if start < stop:
-            weight = mxfp4.dequantise(blocks[expert], scales[expert], rows.dtype)
-            # As the plain model has it: the order may follow how a weight lies in memory.
-            out[start:stop] = mm(rows[start:stop], weight.t().contiguous())
+    for expert, part in groups_with_rows(ends):
+        weight = mxfp4.dequantise(blocks[expert], scales[expert], rows.dtype)
+        # As the plain model has it: the order may follow how a weight lies in memory.
+        out[part] = mm(rows[part], weight.t().contiguous())
     return out
 
 
