@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from contextlib import closing
 from dataclasses import replace
 
 import pytest
 import torch
 
-from ndcheck.findings import read_findings
-from ndcheck.records import ALONE, Decoding, Environment, Fault, Load, Probe, Run, Trial
+from ndcheck.records import ALONE, Decoding, Fault, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import fit_spec, plan, run_trials
+from ndcheck.runner import fit_spec
 from ndcheck.samplers.local.sampler import TransformersSampler
-from ndcheck.storage.run_directory import RunDirectory
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 N_TOKENS = 18
@@ -57,29 +53,6 @@ def passes_of(sampler, load):
     return seen
 
 
-def wide(monkeypatch, sampler, change):
-    """Let ``change`` move the logits [B, positions, V] of every pass, by its columns."""
-    forward = sampler.model.forward
-
-    def moved(*arguments, **options):
-        output = forward(*arguments, **options)
-        output.logits = change(output.logits, options["input_ids"].shape[1])
-        return output
-
-    moved.__signature__ = inspect.signature(forward)
-    monkeypatch.setattr(sampler.model, "forward", moved)
-
-
-def measure(sampler, path, spec=SPEC):
-    trials = plan(spec, sampler)
-    run = Run("r", "0", spec, Environment(), "", n_trials_planned=len(trials))
-    with closing(RunDirectory.create(path, run)) as directory:
-        run_trials(trials, sampler, directory)
-    findings = read_findings(path)
-    (probe,), (verdict,) = findings.summary.probes, findings.judgement.probes
-    return findings, probe, verdict
-
-
 def failing(verdict):
     return {axis for axis, judged in verdict.axes.items() if judged.outcome == "FAIL"}
 
@@ -114,7 +87,7 @@ def test_the_passes_have_the_columns_asked_for(sampler):
     assert passes_of(sampler, chunked) == [n_prompt + 10, 7]
 
 
-def test_another_token_ends_the_sample_and_all_are_counted(monkeypatch, sampler):
+def test_another_token_ends_the_sample_and_all_are_counted(sampler, wide):
     """From four columns on, the last column of a pass has its logits turned round."""
     (decoded,) = sample(sampler, ALONE)
 
@@ -123,7 +96,7 @@ def test_another_token_ends_the_sample_and_all_are_counted(monkeypatch, sampler)
             return logits
         return torch.cat((logits[:, :-1], -logits[:, -1:]), dim=1)
 
-    wide(monkeypatch, sampler, turn)
+    wide(sampler, turn)
     (fed,) = sample(sampler, Load(1, width=4))
     # The first token comes from the prompt; then each fourth is another.
     assert fed.token_ids[:4] == decoded.token_ids[:4]
@@ -137,7 +110,7 @@ def test_another_token_ends_the_sample_and_all_are_counted(monkeypatch, sampler)
     assert (fed.token_ids, fed.fed.n_other_bits) == (decoded.token_ids, 0)
 
 
-def test_widths_fall_into_the_classes_that_were_planted(monkeypatch, sampler, tmp_path):
+def test_widths_fall_into_the_classes_that_were_planted(sampler, tmp_path, measure, wide):
     classes = {2: 1.0, 3: 1.0, 4: 1.0, 5: 1.5, 8: 1.5, 16: 2.0}
 
     def stretch(logits, n_columns):
@@ -147,7 +120,7 @@ def test_widths_fall_into_the_classes_that_were_planted(monkeypatch, sampler, tm
     clean, probe, _ = measure(sampler, tmp_path / "clean", spec)
     assert clean.judgement.verdict.outcome == "PASS", clean.judgement.verdict.reasons
     assert dict(width(probe).tokens.width_classes)[1] == ((1, 2, 3, 4, 5, 8, 16),)
-    wide(monkeypatch, sampler, stretch)
+    wide(sampler, stretch)
     _, probe, verdict = measure(sampler, tmp_path / "planted", spec)
     assert failing(verdict) == {"width"}
     alone, others = dict(width(probe).tokens.width_classes)[1], width(probe).tokens
@@ -162,13 +135,13 @@ def width(probe):
     return next(finding for finding in probe.axes if finding.axis == "width")
 
 
-def test_a_fault_of_long_passes_is_laid_to_scoring(monkeypatch, sampler, tmp_path):
+def test_a_fault_of_long_passes_is_laid_to_scoring(sampler, tmp_path, measure, wide):
     n_prompt = sampler.count_tokens(PROBE.prompt)
 
     def stretch(logits, n_columns):
         return logits * (1.5 if n_columns > max(16, n_prompt) else 1.0)
 
-    wide(monkeypatch, sampler, stretch)
+    wide(sampler, stretch)
     _, _, verdict = measure(sampler, tmp_path / "run")
     assert failing(verdict) == {"scoring"}
 

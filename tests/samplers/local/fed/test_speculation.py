@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -17,14 +15,13 @@ from ndcheck.errors import UsageError
 from ndcheck.explain.failing import find_failure
 from ndcheck.findings import read_findings
 from ndcheck.judging.verdict import probe_doubts
-from ndcheck.records import ALONE, Decoding, Drafted, Environment, Fault, Load, Probe, Run, Trial
+from ndcheck.records import ALONE, Decoding, Drafted, Fault, Load, Probe, Trial
 from ndcheck.reports.document import make_document
 from ndcheck.reports.exports.tables import properties_table, sample_tables
 from ndcheck.request import DEFAULTS, make_spec
-from ndcheck.runner import fit_spec, plan, run_trials
+from ndcheck.runner import fit_spec
 from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.samplers.local.speculation import draft
-from ndcheck.storage.run_directory import RunDirectory
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 N_TOKENS = 18
@@ -151,35 +148,26 @@ def test_a_planted_fault_shows_where_it_is(open_sampler):
     assert [at for at, is_other in enumerate(differs[:10]) if is_other] == [4, 9]
 
 
-def measure(sampler, path, spec=SPEC):
-    trials = plan(spec, sampler)
-    run = Run("r", "0", spec, Environment(), "", n_trials_planned=len(trials))
-    with closing(RunDirectory.create(path, run)) as directory:
-        run_trials(trials, sampler, directory)
-    findings = read_findings(path)
-    (probe,), (verdict,) = findings.summary.probes, findings.judgement.probes
-    return findings, probe, verdict
-
-
 def width(probe):
     return next(finding for finding in probe.axes if finding.axis == "width")
 
 
-def turn_last(monkeypatch, sampler, least):
+@pytest.fixture
+def turn_last(wide):
     """In passes of ``least`` columns or more, the last column's logits are turned round."""
-    forward = sampler.model.forward
 
-    def moved(*arguments, **options):
-        output, n_columns = forward(*arguments, **options), options["input_ids"].shape[1]
-        if least <= n_columns <= 16:
-            output.logits = torch.cat((output.logits[:, :-1], -output.logits[:, -1:]), dim=1)
-        return output
+    def spoil(sampler, least):
+        def turn(logits, n_columns):
+            if not least <= n_columns <= 16:
+                return logits
+            return torch.cat((logits[:, :-1], -logits[:, -1:]), dim=1)
 
-    moved.__signature__ = inspect.signature(forward)
-    monkeypatch.setattr(sampler.model, "forward", moved)
+        wide(sampler, turn)
+
+    return spoil
 
 
-def test_a_clean_run_passes_with_its_acceptance_everywhere(open_sampler, tmp_path):
+def test_a_clean_run_passes_with_its_acceptance_everywhere(open_sampler, tmp_path, measure):
     findings, probe, verdict = measure(open_sampler("layers:2"), tmp_path / "run")
     assert verdict.verdict.outcome == "PASS", verdict.verdict.reasons
     assert probe.control.controls_draft
@@ -209,9 +197,9 @@ def test_a_clean_run_passes_with_its_acceptance_everywhere(open_sampler, tmp_pat
     assert set(map(tuple, lengths)) == {(4, 4, 4, 1)}
 
 
-def test_a_fault_of_wide_passes_fails_from_its_width_on(monkeypatch, open_sampler, tmp_path):
+def test_a_fault_of_wide_passes_fails_from_its_width_on(open_sampler, tmp_path, measure, turn_last):
     sampler = open_sampler("layers:2")
-    turn_last(monkeypatch, sampler, 5)
+    turn_last(sampler, 5)
     findings, probe, verdict = measure(sampler, tmp_path / "run")
     assert verdict.verdict.outcome == "FAIL"
     axis = width(probe)
@@ -231,7 +219,9 @@ def test_a_fault_of_wide_passes_fails_from_its_width_on(monkeypatch, open_sample
     assert find_failure(tmp_path / "run", drafted.sample_id).sample == drafted
 
 
-def test_a_draft_of_which_nothing_is_accepted_is_no_evidence(monkeypatch, open_sampler, tmp_path):
+def test_a_draft_of_which_nothing_is_accepted_is_no_evidence(
+    monkeypatch, open_sampler, tmp_path, measure
+):
     monkeypatch.setattr(draft, "lowest_argmax", lambda logits: logits.argmin(-1))
     _, probe, verdict = measure(open_sampler("layers:2"), tmp_path / "run")
     axis = width(probe)
@@ -240,7 +230,7 @@ def test_a_draft_of_which_nothing_is_accepted_is_no_evidence(monkeypatch, open_s
     assert any(r.startswith("draft: 0 of ") for r in verdict.verdict.reasons)
 
 
-def test_a_draft_that_proposes_nothing_is_no_evidence(monkeypatch, open_sampler, tmp_path):
+def test_a_draft_that_proposes_nothing_is_no_evidence(monkeypatch, open_sampler, tmp_path, measure):
     """Every completion ends with its first token, so that no pass follows."""
     sampler = open_sampler("layers:2")
     (decoded,) = sample(sampler, ALONE)
@@ -309,7 +299,7 @@ def test_a_completion_too_short_to_draft_is_refused(open_sampler):
         fit_spec(replace(SPEC, axes=DEFAULTS.axes, decoding=Decoding(2)), open_sampler("layers:2"))
 
 
-def test_what_a_file_says_of_a_draft_is_held_to_its_load(open_sampler, tmp_path):
+def test_what_a_file_says_of_a_draft_is_held_to_its_load(open_sampler, tmp_path, measure):
     measure(open_sampler("layers:2"), tmp_path / "run")
     file = tmp_path / "run" / "samples.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
