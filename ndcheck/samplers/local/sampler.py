@@ -91,7 +91,7 @@ class TransformersSampler:
                     own = partial(self.arm, "invariant", fuse=False)
                     arm = own if spec.arms == ("invariant",) else None
                     self._findings = examine(self._model, self._device, paths_of(spec), arm)
-            if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
+            if "invariant" in spec.arms and self._device.type == "cuda":
                 from ndcheck_kernels.models.decoder import join_weights
 
                 join_weights(self._model)
@@ -332,8 +332,6 @@ class TransformersSampler:
             return
         import ndcheck_kernels as kernels
 
-        # A fused layer is one process's, and its products have no parts.
-        fuse = fuse and not self._ranks and not self._tp_groups
         try:
             with (
                 kernels.invariant_model(self._model, self._tp_groups),
