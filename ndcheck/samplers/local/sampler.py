@@ -85,7 +85,7 @@ class TransformersSampler:
                 self._stop_ids = stop_ids(self._model)
                 self._digest = digest_weights(self._model)
                 self._draft = drafts and drafts.load(self._model, self._device)
-            # Of FP8 layers on ranks nothing but the invariant arm can compute a part.
+            # Of FP8 layers on ranks stock goes through one expert after the other.
             if not (self._ranks and has_fp8_layers(self._model)):
                 with doing("comparing its batches with generate()"):
                     own = partial(self.arm, "invariant", fuse=False)
@@ -390,6 +390,8 @@ class TransformersSampler:
         if steps is None:
             while len(self._captured) >= MOST_CAPTURED:
                 del self._captured[next(iter(self._captured))]
+            if self._ranks is not None:
+                self._ranks.make_room(self._captured, len(rows) * width)
             batch = self.open_batch(rows, decoding.max_tokens)
             steps = DecodeSteps(batch, decoding, captures=arm not in self._uncaptured)
         if steps.batch.can_be_captured:

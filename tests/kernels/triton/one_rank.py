@@ -29,7 +29,7 @@ STEP = 4
 def make_model(folder, n_ranks):
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     if n_ranks > 1:
         model = shard(model, n_ranks)
     shards = find_shards(model)

@@ -1,10 +1,11 @@
 """Parts of a sum, which ranks or groups of K give, added in one order and rounded once.
 
-Computes: the sum of P parts, plus an addend if given, rounded to the addend's dtype.
+Computes: the sum of P parts, plus an addend if given, in fp32; rounded to the dtype of the addend,
+    or of the parts.
 Reduction order: that of `ops.collectives.add_pairwise`: neighbours first, then neighbouring pairs;
     the addend last.
 Depends on: P.
-Dtypes: parts and sums without an addend float32; the addend bfloat16, float16 or float32.
+Dtypes: bfloat16, float16, float32; the addend may have another of them.
 Not claimed: P that is no power of two; gradients.
 """
 
@@ -23,7 +24,7 @@ _BLOCK = 1024
 def _branch(parts_ptrs, stride, mask, FIRST: tl.constexpr, PARTS: tl.constexpr):
     """The sum of PARTS parts from the FIRST on."""
     if PARTS == 1:
-        total = tl.load(parts_ptrs + FIRST * stride, mask, other=0.0)
+        total = tl.load(parts_ptrs + FIRST * stride, mask, other=0.0).to(tl.float32)
     else:
         HALF: tl.constexpr = PARTS // 2
         left = _branch(parts_ptrs, stride, mask, FIRST, HALF)
@@ -45,14 +46,13 @@ def _add_parts_kernel(
 
 
 def add_parts(parts: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
-    """parts [P, M, N], addend [M, N] -> [M, N]. Raises ValueError for other shapes or dtypes."""
+    """parts [P, M, N], addend [M, N] -> [M, N]. Raises ValueError for other shapes, or P."""
     n_parts, *shape = parts.shape
-    if parts.dtype != torch.float32 or n_parts < 1 or n_parts & (n_parts - 1):
-        raise ValueError(f"add_parts of {n_parts} parts of {parts.dtype}")
-    if addend is not None:
-        device.require_float("add_parts", addend)
-        if list(addend.shape) != shape:
-            raise ValueError(f"add_parts cannot add {tuple(addend.shape)} to {tuple(shape)}")
+    device.require_float("add_parts", parts, addend)
+    if n_parts < 1 or n_parts & (n_parts - 1):
+        raise ValueError(f"add_parts of {n_parts} parts: it takes a power of two")
+    if addend is not None and list(addend.shape) != shape:
+        raise ValueError(f"add_parts cannot add {tuple(addend.shape)} to {tuple(shape)}")
     out = torch.empty(shape, dtype=(parts if addend is None else addend).dtype, device=parts.device)
     if out.numel():
         # No launch that starts early: what comes before may be a collective.
