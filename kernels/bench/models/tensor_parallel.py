@@ -48,6 +48,8 @@ PROMPT_COLUMNS = 32
 STUDY = "the study: 80 unique of 1000, the first 102 tokens in common, then 992 and 8"
 GRACE_S = 45
 """What the ranks get to end when they are told to: rank 0 waits 10 s, torchrun 30 s."""
+LEAST_S = 30
+"""With less time nothing is begun."""
 # Half of the heads, features and experts of a block are whole blocks of 128 on four ranks, too.
 TINY = {
     LARGE: {
@@ -168,7 +170,7 @@ class Session:
 def measure(run: Run, session: Session) -> Path | None:
     """Measure, or go on with what is there: the run's directory, or None where time was over.
 
-    Raises SystemExit where it fails, or does not fit into the GPUs' memory.
+    Raises RuntimeError where it fails, or does not fit into the GPUs' memory.
     """
     path = session.work / run.folder
     if (path / "run.json").exists():
@@ -195,21 +197,21 @@ def measure(run: Run, session: Session) -> Path | None:
     if code is None:
         print(f"{run.folder}: cut; the next call goes on with it", flush=True)
         return None
-    raise SystemExit(f"{run.folder} did not finish (exit code {code}); run this again")
+    raise RuntimeError(f"{run.folder} did not finish (exit code {code})")
 
 
 def check_memory(run: Run, model: Path) -> None:
-    """Print what each GPU needs; raise SystemExit where one has less."""
+    """Print what each GPU needs; raise RuntimeError where one has less."""
     n_columns = run.n_tokens + PROMPT_COLUMNS
     needed = rank_memory(model, run.n_ranks, run.most_rows, n_columns, is_bf16=run.is_bf16)
     print(f"{run.folder}, on each of {run.n_ranks}: {needed}", flush=True)
     if not torch.cuda.is_available():
         return
     if (n_gpus := torch.cuda.device_count()) < run.n_ranks:
-        raise SystemExit(f"{run.folder} needs {run.n_ranks} GPUs, and here are {n_gpus}")
+        raise RuntimeError(f"{run.folder} needs {run.n_ranks} GPUs, and here are {n_gpus}")
     there = min(torch.cuda.mem_get_info(i)[1] for i in range(run.n_ranks))
     if needed.most > there:
-        raise SystemExit(
+        raise RuntimeError(
             f"{run.folder} needs {needed.most / 1e9:.0f} GB on each of {run.n_ranks} GPUs, and one "
             f"has {there / 1e9:.0f} GB: give more of them (--tp)"
         )
@@ -226,7 +228,7 @@ def measure_steps(session: Session) -> None:
     ]
     for shape, n_ranks, g, sizes in ways:
         table = session.work / f"steps-{shape}-tp{n_ranks}{f'-groups{g}' if g else ''}.csv"
-        if table.exists() or session.left_s() < 30:
+        if table.exists() or session.left_s() < LEAST_S:
             continue
         print(f"-- {table.stem}: {session.left_s():.0f} s left", flush=True)
         arguments = ["bench.models.rank_steps", str(session.model(shape)), "--batches", sizes]
@@ -273,7 +275,7 @@ def main() -> int:
     parser.add_argument("--parts", default="long,ladder,8b,steps")
     parser.add_argument("--tp", type=int, default=2, choices=(2, 4), help="GPUs (default: 2)")
     parser.add_argument("--groups", type=int, default=8, help="for --tp-groups (default: 8)")
-    parser.add_argument("--seconds", type=float, default=540, help="for this call (default: 540)")
+    parser.add_argument("--seconds", type=float, default=500, help="for this call (default: 500)")
     parser.add_argument("--bf16", action="store_true", help="the 235B's weights dequantised")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on CPU")
     options = parser.parse_args()
@@ -283,20 +285,34 @@ def main() -> int:
     session = Session(options)
     names = ("run", "arm", "samples", "unique", "common", "tok/s", "slowdown")
     print("  ".join(f"{name:>9}" for name in names), f"\n({STUDY})", flush=True)
+    paths, failed = measure_parts(parts, session)
+    is_same = compare_bits({run: path for run, path in paths.items() if run.shape == SMALL})
+    large = [bits(path) for run, path in paths.items() if run.shape == LARGE]
+    is_right = is_same and all(len(found) == 1 for found in large)
+    return 4 if failed else int(not is_right) if session.left_s() > 0 else 3
+
+
+def measure_parts(parts: list[str], session: Session) -> tuple[dict[Run, Path], list[str]]:
+    """What was measured in time, each run's lines printed; and which runs failed."""
     paths: dict[Run, Path] = {}
+    failed = []
     for part in parts:
         if part == "steps":
             measure_steps(session)
-        for run in () if part == "steps" else runs_of(part, options):
-            path = measure(run, session) if session.left_s() > 30 else None
+            continue
+        for run in runs_of(part, session.options):
+            try:
+                path = measure(run, session) if session.left_s() > LEAST_S else None
+            except RuntimeError as error:  # The other parts may still work.
+                print(error, flush=True)
+                failed.append(run.folder)
+                continue
             if path is None:
-                return 3
+                continue
             paths[run] = path
             for row in rows(path):
                 print("  ".join(f"{cell:>9}" for cell in (run.folder, *row)), flush=True)
-    is_same = compare_bits({run: path for run, path in paths.items() if run.shape == SMALL})
-    large = [bits(path) for run, path in paths.items() if run.shape == LARGE]
-    return 0 if is_same and all(len(found) == 1 for found in large) else 1
+    return paths, failed
 
 
 if __name__ == "__main__":
