@@ -217,8 +217,8 @@ def check_memory(run: Run, model: Path) -> None:
         )
 
 
-def measure_steps(session: Session) -> None:
-    """Captured steps, of every way to spread a shape that still has time."""
+def measure_steps(session: Session) -> list[str]:
+    """Captured steps, of every way to spread a shape; returns those that had no time, or failed."""
     n, groups = session.options.tp, session.options.groups
     batches = "1,4" if session.options.tiny else "1,8,32,64,128,256"
     ways = [
@@ -226,15 +226,25 @@ def measure_steps(session: Session) -> None:
         *((SMALL, 1, g, batches) for g in (None, groups)),
         (LARGE, n, None, batches.removesuffix(",256")),
     ]
+    left = []
     for shape, n_ranks, g, sizes in ways:
         table = session.work / f"steps-{shape}-tp{n_ranks}{f'-groups{g}' if g else ''}.csv"
-        if table.exists() or session.left_s() < LEAST_S:
+        if table.exists():
             continue
-        print(f"-- {table.stem}: {session.left_s():.0f} s left", flush=True)
-        arguments = ["bench.models.rank_steps", str(session.model(shape)), "--batches", sizes]
-        arguments += ["--out", str(table), "--tp", str(n_ranks)]
-        session.run([*arguments, *(["--tp-groups", str(g)] if g else [])], n_ranks)
-        session.pack()
+        code = None
+        if session.left_s() > LEAST_S:
+            print(f"-- {table.stem}: {session.left_s():.0f} s left", flush=True)
+            # What was cut is no whole table, so it is measured anew.
+            part = table.with_suffix(".part")
+            arguments = ["bench.models.rank_steps", str(session.model(shape)), "--batches", sizes]
+            arguments += ["--out", str(part), "--tp", str(n_ranks)]
+            code = session.run([*arguments, *(["--tp-groups", str(g)] if g else [])], n_ranks)
+            if code == 0:
+                part.replace(table)
+            session.pack()
+        if code != 0:
+            left.append(table.stem)
+    return left
 
 
 def rows(path: Path) -> Iterator[tuple[str, ...]]:
@@ -285,20 +295,24 @@ def main() -> int:
     session = Session(options)
     names = ("run", "arm", "samples", "unique", "common", "tok/s", "slowdown")
     print("  ".join(f"{name:>9}" for name in names), f"\n({STUDY})", flush=True)
-    paths, failed = measure_parts(parts, session)
+    paths, failed, left = measure_parts(parts, session)
     is_same = compare_bits({run: path for run, path in paths.items() if run.shape == SMALL})
     large = [bits(path) for run, path in paths.items() if run.shape == LARGE]
     is_right = is_same and all(len(found) == 1 for found in large)
-    return 4 if failed else int(not is_right) if session.left_s() > 0 else 3
+    print(f"failed: {', '.join(failed) or 'nothing'}; for the next call: {', '.join(left) or '-'}")
+    return 4 if failed else 1 if not is_right else 3 if left else 0
 
 
-def measure_parts(parts: list[str], session: Session) -> tuple[dict[Run, Path], list[str]]:
-    """What was measured in time, each run's lines printed; and which runs failed."""
+def measure_parts(
+    parts: list[str], session: Session
+) -> tuple[dict[Run, Path], list[str], list[str]]:
+    """What was measured, each run's lines printed; which runs failed, and which had no time."""
     paths: dict[Run, Path] = {}
-    failed = []
+    failed: list[str] = []
+    left: list[str] = []
     for part in parts:
         if part == "steps":
-            measure_steps(session)
+            left += measure_steps(session)
             continue
         for run in runs_of(part, session.options):
             try:
@@ -308,6 +322,7 @@ def measure_parts(parts: list[str], session: Session) -> tuple[dict[Run, Path], 
                 failed.append(run.folder)
                 continue
             if path is None:
+                left.append(run.folder)
                 continue
             paths[run] = path
             for row in rows(path):
