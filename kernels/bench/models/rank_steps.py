@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--batches", default="1,8,32,64,128,256")
     options = parser.parse_args()
     spec = make_spec(
-        model=options.model, random_weights=0, axes="batch-size", loads="1",
+        model=options.model, random_weights=0, axes="batch-size", loads=options.batches,
         kernels="invariant" if options.tp_groups else "stock,invariant",
         tp=options.tp, tp_groups=options.tp_groups,
     )  # fmt: skip
