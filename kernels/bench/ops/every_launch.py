@@ -34,6 +34,7 @@ from ndcheck_kernels.cuda.products import (
 )
 from ndcheck_kernels.cuda.recurrent import gated_delta, selective_scan, short_convolution
 from ndcheck_kernels.cuda.rows import (
+    composed_norm,
     layer_norm,
     logits,
     quantise,
@@ -241,6 +242,12 @@ def rows(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch
             yield f"rms_norm {n}", lambda x=x, w=w: rms_norm.rms_norm(x, w)
             yield f"rms_norm {n} alone", lambda x=x: rms_norm.rms_norm(x)
             yield f"add_rms_norm {n}", lambda x=x, w=w: rms_norm.add_rms_norm(x, x, w)
+        if n <= reductions.CHUNK:
+            for way in composed_norm.Weighting:
+                yield (
+                    f"composed_norm {n} {way.name}",
+                    lambda x=x, w=w, way=way: composed_norm.composed_norm(x, w, 1e-6, way),
+                )
             yield f"layer_norm {n}", lambda x=x, w=w: layer_norm.layer_norm(x, w, w)
             yield f"layer_norm {n} alone", lambda x=x: layer_norm.layer_norm(x)
         for op in (softmax.softmax, softmax.log_softmax, softmax.logsumexp):
