@@ -242,14 +242,14 @@ def rows(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch
             yield f"rms_norm {n}", lambda x=x, w=w: rms_norm.rms_norm(x, w)
             yield f"rms_norm {n} alone", lambda x=x: rms_norm.rms_norm(x)
             yield f"add_rms_norm {n}", lambda x=x, w=w: rms_norm.add_rms_norm(x, x, w)
+            yield f"layer_norm {n}", lambda x=x, w=w: layer_norm.layer_norm(x, w, w)
+            yield f"layer_norm {n} alone", lambda x=x: layer_norm.layer_norm(x)
         if n <= reductions.CHUNK:
             for way in composed_norm.Weighting:
                 yield (
                     f"composed_norm {n} {way.name}",
                     lambda x=x, w=w, way=way: composed_norm.composed_norm(x, w, 1e-6, way),
                 )
-            yield f"layer_norm {n}", lambda x=x, w=w: layer_norm.layer_norm(x, w, w)
-            yield f"layer_norm {n} alone", lambda x=x: layer_norm.layer_norm(x)
         for op in (softmax.softmax, softmax.log_softmax, softmax.logsumexp):
             yield f"{op.__name__} {n}", lambda op=op, x=x: op(x)
         yield f"sum {n}", lambda x=x: reductions.sum(x, -1)

@@ -38,7 +38,7 @@ def composed_norms(model: torch.nn.Module) -> Iterator[int]:
             _known[module] = _weighting(module)
         weighting = _known[module]
         if weighting is not None:
-            module.forward = partial(_forward, module, weighting)  # type: ignore[method-assign]
+            module.forward = partial(_forward, module, weighting)
             replaced.append(module)
     try:
         yield len(replaced)
@@ -111,7 +111,7 @@ def _forward(
 def _composed(
     module: Any, weighting: Weighting, hidden_states: torch.Tensor, *gate: torch.Tensor
 ) -> torch.Tensor:
-    with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+    with torch._C._DisableTorchDispatch():
         y = composed_norm(hidden_states, module.weight, _epsilon(module), weighting)
         if gate:
             y = (y * torch.nn.functional.silu(gate[0].float())).to(y.dtype)
