@@ -39,6 +39,7 @@ from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck_kernels.cuda.recurrent.gated_delta import gated_delta_rule
 from ndcheck_kernels.cuda.recurrent.selective_scan import selective_scan
 from ndcheck_kernels.measure.timing import elapsed_us, medians_us
+from ndcheck_kernels.models.norms import composed_norms
 
 ARMS: tuple[Arm, ...] = ("invariant", "stock")
 BATCHES = (1, 8, 64)
@@ -206,8 +207,14 @@ def main() -> None:
             return TransformersSampler(spec)
 
         if options.profile:
+            if torch.cuda.is_available():
+                with composed_norms(few().model) as n_norms:
+                    print(f"{n_norms} RMSNorm modules are one launch each", flush=True)
             for arm in ARMS:
-                print(write_host_profile(out / f"host-{arm}.txt", few(), arm, *PREFILLS[0]))
+                print(
+                    write_host_profile(out / f"host-{arm}.txt", few(), arm, *PREFILLS[0]),
+                    flush=True,
+                )
             return
         earlier = read_rows(out / "times.csv")
         times = Table(out / "times.csv", echo=True)

@@ -24,7 +24,10 @@ from ndcheck_kernels.scope.state import active_scope
 _TRIED_ROWS = 64
 _EPSILONS = ("variance_epsilon", "eps")
 
-_known: weakref.WeakKeyDictionary[torch.nn.Module, Weighting | None] = weakref.WeakKeyDictionary()
+_Here = tuple[torch.device, torch.dtype]
+_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[_Here, Weighting | None]]
+_known = weakref.WeakKeyDictionary()
+"""By module what was found of it where it was, in the dtype that it had: a model may be moved."""
 
 
 @contextmanager
@@ -34,11 +37,11 @@ def composed_norms(model: torch.nn.Module) -> Iterator[int]:
     for module in model.modules():
         if not _may_fit(module):
             continue
-        if module not in _known:
-            _known[module] = _weighting(module)
-        weighting = _known[module]
-        if weighting is not None:
-            module.forward = partial(_forward, module, weighting)
+        known, here = _known.setdefault(module, {}), _here(module)
+        if here not in known:
+            known[here] = _weighting(module)
+        if (weighting := known[here]) is not None:
+            module.forward = partial(_forward, module, weighting, here)
             replaced.append(module)
     try:
         yield len(replaced)
@@ -60,6 +63,10 @@ def _may_fit(module: Any) -> bool:
     )
 
 
+def _here(module: Any) -> _Here:
+    return module.weight.device, module.weight.dtype
+
+
 def _epsilon(module: Any) -> float:
     return next(float(getattr(module, name)) for name in _EPSILONS if hasattr(module, name))
 
@@ -75,14 +82,16 @@ def _weighting(module: Any) -> Weighting | None:
     # Epsilon tells in small rows alone.
     rows *= torch.randint(-16, 1, (*rows.shape[:2], 1), **here).exp2()
     rows = rows.to(weight.dtype)
+    # Weights of a new model are all one, and hide how they are rounded.
+    drawn = torch.randn(weight.shape, **here).to(weight.dtype)
     given = [rows]
     if _is_gated(module):
         given.append(rows.flip(-1).contiguous())
     try:
         with quiet_compiler(), invariant_kernels():
-            own = module(*given)
+            own = torch.func.functional_call(module, {"weight": drawn}, tuple(given))
             for weighting in Weighting:
-                got = _composed(module, weighting, *given)
+                got = _composed(drawn, _epsilon(module), weighting, *given)
                 if own.dtype == got.dtype and torch.equal(own, got):
                     return weighting
     except (TypeError, ValueError, UncoveredOpError):
@@ -98,21 +107,26 @@ def _is_gated(module: Any) -> bool:
 
 
 def _forward(
-    module: Any, weighting: Weighting, hidden_states: torch.Tensor, *gate: torch.Tensor
+    module: Any, weighting: Weighting, here: _Here, *given: torch.Tensor, **named: Any
 ) -> torch.Tensor:
     scope = active_scope()
-    if scope is None or hidden_states.dtype != module.weight.dtype:
+    is_as_tried = not named and len(given) == 1 + _is_gated(module) and _here(module) == here
+    if scope is None or not is_as_tried or (given[0].device, given[0].dtype) != here:
         own: Callable[..., torch.Tensor] = type(module).forward
-        return own(module, hidden_states, *gate)
+        return own(module, *given, **named)
     scope.fires.update(("mean", "rsqrt"))
-    return _composed(module, weighting, hidden_states, *gate)
+    return _composed(module.weight, _epsilon(module), weighting, *given)
 
 
 def _composed(
-    module: Any, weighting: Weighting, hidden_states: torch.Tensor, *gate: torch.Tensor
+    weight: torch.Tensor,
+    epsilon: float,
+    weighting: Weighting,
+    hidden_states: torch.Tensor,
+    *gate: torch.Tensor,
 ) -> torch.Tensor:
     with torch._C._DisableTorchDispatch():
-        y = composed_norm(hidden_states, module.weight, _epsilon(module), weighting)
+        y = composed_norm(hidden_states, weight, epsilon, weighting)
         if gate:
             y = (y * torch.nn.functional.silu(gate[0].float())).to(y.dtype)
     return y

@@ -80,3 +80,19 @@ def test_outside_of_a_scope_a_module_computes_as_ever(dtype, device, wide):
     with composed_norms(module) as replaced:
         assert replaced == 1
         assert torch.equal(module(x), own)
+
+
+def test_a_module_in_another_dtype_is_looked_at_again(device):
+    """In float32 all ways to round the weighted row are one."""
+    module = make(NemotronHRMSNorm, 128, torch.float32, device)
+    with composed_norms(module) as replaced:
+        assert replaced == 1
+    module.half()
+    x = torch.randn(64, 128, device=device).half()
+    with torch.inference_mode(), invariant_kernels():
+        own = module(x)
+        with composed_norms(module) as replaced:
+            assert replaced == 1
+            assert torch.equal(module(x), own)
+            module.float()
+            assert module(x.float()).dtype == torch.float32
