@@ -159,7 +159,8 @@ def block_fp8_matmul(
 
     L2 is asked for ``following``, a weight that is read soon, after kernels that read little.
     """
-    config = product_config(len(codes), *weight.shape, device.capability(codes.device))
+    capability = device.capability(codes.device)
+    config = product_config(len(codes), len(weight), weight.shape[1], capability)
     return _launch(codes, row_scales, weight, scales, addend, dtype, config, following)
 
 
@@ -198,7 +199,8 @@ def grouped_block_fp8_matmul(
     """codes [P, K] in order of groups, weight [E, N, K], scales [E, N / 128, K / 128], ends [E]
     int32 -> [P, N].
     """
-    config = grouped_config(len(codes), *weight.shape[:2], device.capability(codes.device))
+    capability = device.capability(codes.device)
+    config = grouped_config(len(codes), len(weight), weight.shape[1], capability)
     return _launch_grouped(codes, row_scales, weight, scales, ends, dtype, config)
 
 

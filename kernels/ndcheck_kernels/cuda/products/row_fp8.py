@@ -134,7 +134,8 @@ def row_fp8_matmul(
     """codes [M, K], row_scales [M], weight [N, K], scales [S], each of N / S outputs, addend [N] or
     [M, N] -> [M, N].
     """
-    config = product_config(len(codes), *weight.shape, device.capability(codes.device))
+    capability = device.capability(codes.device)
+    config = product_config(len(codes), len(weight), weight.shape[1], capability)
     return _launch(codes, row_scales, weight, scales, addend, dtype, config)
 
 
@@ -169,7 +170,8 @@ def grouped_row_fp8_matmul(
     """codes [P, K] in order of groups, row_scales [P], weight [E, N, K], scales [E, S], ends [E]
     int32 -> [P, N].
     """
-    config = grouped_config(len(codes), *weight.shape[:2], device.capability(codes.device))
+    capability = device.capability(codes.device)
+    config = grouped_config(len(codes), len(weight), weight.shape[1], capability)
     return _launch_grouped(codes, row_scales, weight, scales, ends, dtype, config)
 
 
