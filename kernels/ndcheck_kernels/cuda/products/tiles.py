@@ -47,9 +47,14 @@ def sum_groups(acc, ptrs, size, mask, group, counter_ptr, GROUPS: tl.constexpr):
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == GROUPS - 1
     if last:
+        # As many at once as registers hold. Those beyond the last add 0, which changes no bit.
+        AT_ONCE: tl.constexpr = 8192 // acc.numel if acc.numel < 8192 else 1
         acc = tl.zeros_like(acc)
-        for g in tl.static_range(GROUPS):
-            acc = acc + tl.load(ptrs + g * size, mask, other=0.0, cache_modifier=".cg")
+        for first in range(0, GROUPS, AT_ONCE):
+            for g in tl.static_range(AT_ONCE):
+                own = mask & (first + g < GROUPS)
+                part = tl.load(ptrs + (first + g) * size, own, other=0.0, cache_modifier=".cg")
+                acc = acc + part
         tl.store(counter_ptr, 0)
     return acc, last
 
