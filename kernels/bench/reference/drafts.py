@@ -28,8 +28,8 @@ OPTIONS = {
     "--max-tokens": "64",
 }
 MODELS = (
-    Measurement("8b", "qwen3-8b", {**OPTIONS, "--draft": "layers:34"}, 150),
-    Measurement("smollm2", None, {**OPTIONS, "--draft": "layers:28"}, 100),
+    Measurement("8b", "qwen3-8b", {**OPTIONS, "--draft": "layers:34"}, 300),
+    Measurement("smollm2", None, {**OPTIONS, "--draft": "layers:28"}, 200),
 )
 COLUMNS = (
     *("arm", "verdict", "draft_proposed", "draft_accepted", "mean_accepted_length"),
