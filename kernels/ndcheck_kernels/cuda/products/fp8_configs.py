@@ -47,7 +47,7 @@ GROUPED: Table = (
     (16, Fp8Config(16, 64, 4, 6, swap=True)),
     (32, Fp8Config(32, 64, 4, 6, swap=True)),
     (64, Fp8Config(64, 64, 4, 4, swap=True)),
-    (_ANY, Fp8Config(128, 128, 8, 3)),
+    (_ANY, Fp8Config(64, 128, 4, 4)),
 )
 
 
