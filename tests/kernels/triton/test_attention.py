@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ndcheck_kernels.cuda.attention import causal
-from ndcheck_kernels.cuda.configs import AttentionConfig, PrefillTile, attention_config
+from ndcheck_kernels.cuda.configs import AttentionConfig, DecodeTile, PrefillTile, attention_config
 
-TILE = PrefillTile(32, 4, 1)
-SMALL = AttentionConfig(32, 32, TILE, TILE, 4, 1, 16, short_splits=2)  # many in a short context
+TILE, DECODE = PrefillTile(32, 4, 1), DecodeTile(4, 1)
+SMALL = AttentionConfig(32, 32, TILE, TILE, DECODE, DECODE, 16, short_splits=2)  # many in a short context
 ON_GPU = torch.cuda.is_available()
 PLAIN = causal.Kind()
 SINKS = torch.tensor([-1.0, 2.0, 0.5, 6.0])
@@ -220,7 +220,7 @@ def test_head_dims(dims, dtype, device):
 
 
 def test_the_host_counts_the_splits_that_the_kernels_walk():
-    config = AttentionConfig(32, 32, TILE, TILE, 4, 1, 16, short_splits=2)
+    config = AttentionConfig(32, 32, TILE, TILE, DECODE, DECODE, 16, short_splits=2)
     starts = [0, 32, 64, 192, 320]
     for tokens in range(1, 320):
         assert config.splits(tokens) == sum(start < tokens for start in starts)

@@ -4,9 +4,10 @@
 Computes: as `attention`, without a window or a cap on the scores.
 Reduction order: that of `attention`: every product, maximum and sum below stands there too, in the
     same order.
-Schedule: a program per SM walks over tiles of 128 queries, those that see most keys first. One warp
-    copies blocks of keys and values to shared memory (TMA); two warpgroups take 64 queries each
-    and take turns, so that one's softmax runs while the tensor cores work for the other.
+Schedule: a program per SM walks over tiles of 128 queries, those that see most keys first, to and
+    fro over the programs, so that all see about as many. One warp copies blocks of keys and values
+    and the next tile's queries to shared memory (TMA); two warpgroups take 64 queries each and
+    take turns, so that one's softmax runs while the tensor cores work for the other.
 Dtypes: bfloat16, float16; head_dim 64 or 128.
 """
 
@@ -34,8 +35,8 @@ _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _BLOCK_Q = gl.constexpr(128)
 _HALF = gl.constexpr(64)  # the queries of one warpgroup
-STAGES = 4
-"""Blocks of keys, and of values, on their way."""
+_STAGED_KEYS = 256
+"""Keys, and values, that have a place in shared memory."""
 
 
 @gluon.jit
@@ -53,8 +54,24 @@ def _own_tokens(
 
 
 @gluon.jit
-def _tile(index, batches, heads, q_blocks):
-    """Head, batch and first query of a tile."""
+def _tile_count(tiles):
+    """How many of all tiles are this program's."""
+    programs = gl.num_programs(0)
+    rounds = tiles // programs
+    return rounds + (_place(rounds) < tiles % programs).to(gl.int32)
+
+
+@gluon.jit
+def _place(turn):
+    """Where this program stands in a round of tiles: every other one goes backwards."""
+    pid = gl.program_id(0)
+    return gl.where(turn % 2 == 0, pid, gl.num_programs(0) - 1 - pid)
+
+
+@gluon.jit
+def _tile(tile, batches, heads, q_blocks):
+    """Head, batch and first query of this program's tile of that number."""
+    index = tile * gl.num_programs(0) + _place(tile)
     rest = index // heads
     return index % heads, rest % batches, (q_blocks - 1 - rest // batches) * _BLOCK_Q
 
@@ -101,9 +118,10 @@ def _merge(m, den, acc, split_m, split_den, split_acc, rows: gl.constexpr):
     fade = gl.exp2(m - safe_m)
     split_fade = gl.exp2(split_m - safe_m)
     den = gl.fma(den, fade, split_den * split_fade)
-    fade = gl.convert_layout(fade, rows)
+    zeros = gl.full_like(acc, 0.0)
+    fade = zeros + gl.convert_layout(fade, rows)[:, None]
     split_fade = gl.convert_layout(split_fade, rows)
-    return new_m, den, acc * fade[:, None] + split_acc * split_fade[:, None]
+    return new_m, den, gl.fma(acc, fade, split_acc * split_fade[:, None])
 
 
 @gluon.jit
@@ -115,14 +133,14 @@ def _load(
 ):  # fmt: skip
     """The warp that copies: queries of each tile, then its keys and values, block by block."""
     block = 0
-    for index in range(gl.program_id(0), batches * heads * q_blocks, gl.num_programs(0)):
-        head, batch, first_q = _tile(index, batches, heads, q_blocks)
+    for tile in range(_tile_count(batches * heads * q_blocks)):
+        head, batch, first_q = _tile(tile, batches, heads, q_blocks)
         start, end = _own_tokens(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
         stop = gl.minimum(end, end - q_length + first_q + _BLOCK_Q)
-        tile = index // gl.num_programs(0)
-        mbarrier.wait(q_empty, (tile & 1) ^ 1)
-        mbarrier.expect(q_full, q_desc.block_type.nbytes)
-        _copy(q_desc, [batch, head, first_q, 0], q_full, q_smem)
+        side = tile & 1
+        mbarrier.wait(q_empty.index(side), ((tile // 2) & 1) ^ 1)
+        mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes)
+        _copy(q_desc, [batch, head, first_q, 0], q_full.index(side), q_smem.index(side))
         for n in range(start, stop, BLOCK_KV):
             stage = block % STAGES
             used = (block // STAGES) & 1
@@ -165,12 +183,11 @@ def _attend(
     v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q = q_smem.reshape([_BLOCK_Q, D]).slice(half * _HALF, _HALF)
     no_scores = gl.zeros([_HALF, BLOCK_KV], gl.float32, s_layout)
     block = 0
     turn = 0
-    for index in range(gl.program_id(0), batches * heads * q_blocks, gl.num_programs(0)):
-        head, batch, first_q = _tile(index, batches, heads, q_blocks)
+    for tile in range(_tile_count(batches * heads * q_blocks)):
+        head, batch, first_q = _tile(tile, batches, heads, q_blocks)
         start, end = _own_tokens(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
         stop = gl.minimum(end, end - q_length + first_q + _BLOCK_Q)
         first_q += half * _HALF
@@ -188,7 +205,9 @@ def _attend(
             sink = gl.load(sinks_ptr + head).to(gl.float32) * _LOG2_E
             tot_m = gl.zeros([_HALF], gl.float32, s_rows) + sink
             tot_den += 1.0
-        mbarrier.wait(q_full, (index // gl.num_programs(0)) & 1)
+        side = tile & 1
+        q = q_smem.index(side).reshape([_BLOCK_Q, D]).slice(half * _HALF, _HALF)
+        mbarrier.wait(q_full.index(side), (tile // 2) & 1)
         if n_blocks > 0:
             stage = block % STAGES
             mbarrier.wait(k_full.index(stage), (block // STAGES) & 1)
@@ -251,7 +270,7 @@ def _attend(
             acc, _ = warpgroup_mma_wait(0, deps=[acc, p])
             mbarrier.arrive(v_empty.index(stage), count=1)
             block += 1
-        mbarrier.arrive(q_empty, count=1)
+        mbarrier.arrive(q_empty.index(side), count=1)
         tot_m, tot_den, tot = _merge(tot_m, tot_den, tot, m, den, acc, o_rows)
         tot_den = gl.convert_layout(tot_den, o_rows)
         o = tot / gl.where(tot_den == 0.0, 1.0, tot_den)[:, None]
@@ -271,24 +290,24 @@ def _prefill_hopper_kernel(
     SHORT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [1, 1, _BLOCK_Q, D], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, _BLOCK_Q, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_KV, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_KV, DV], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=2)
     for half in gl.static_range(2):
+        mbarrier.init(q_full.index(half), count=1)
+        mbarrier.init(q_empty.index(half), count=2)
         mbarrier.init(turns.index(half), count=1)
     fence_async_shared()
     # Gluon forgets that an argument is a constant when tuples are added, so they stand out in full.
@@ -353,7 +372,7 @@ def prefill(
         q_blocks, q_length, kv_length, *o.stride()[:3], HAS_STARTS=starts is not None,
         HAS_LENGTHS=lengths is not None, HAS_SINKS=sinks is not None, GROUP=heads // kv_heads,
         BLOCK_KV=config.block_kv, D=dim, DV=dim_v, SPLIT=config.split, SHORT=config.short_splits,
-        STAGES=STAGES, num_warps=4, enable_fp_fusion=False,
+        STAGES=_STAGED_KEYS // config.block_kv, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
