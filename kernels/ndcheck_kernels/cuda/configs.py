@@ -319,6 +319,6 @@ def attention_config(head_dim: int, itemsize: int, capability: int) -> Attention
         small, few = PrefillTile(32, 4, 1), DecodeTile(4, 1)
         return AttentionConfig(256, 32, small, small, few, few, max_rows=16)
     return AttentionConfig(
-        256, 128, PrefillTile(64, 4, 2), PrefillTile(128, 8, 2), DecodeTile(8, 2),
-        DecodeTile(4, 1, 16), max_rows=64,
+        256, 128, PrefillTile(64, 8, 2), PrefillTile(128, 8, 2), DecodeTile(8, 3),
+        DecodeTile(4, 2, 16), max_rows=64,
     )  # fmt: skip

@@ -7,7 +7,9 @@ from ndcheck_kernels.cuda.attention import causal
 from ndcheck_kernels.cuda.configs import AttentionConfig, DecodeTile, PrefillTile, attention_config
 
 TILE, DECODE = PrefillTile(32, 4, 1), DecodeTile(4, 1)
-SMALL = AttentionConfig(32, 32, TILE, TILE, DECODE, DECODE, 16, short_splits=2)  # many in a short context
+SMALL = AttentionConfig(
+    32, 32, TILE, TILE, DECODE, DECODE, 16, short_splits=2
+)  # many in a short context
 ON_GPU = torch.cuda.is_available()
 PLAIN = causal.Kind()
 SINKS = torch.tensor([-1.0, 2.0, 0.5, 6.0])

@@ -9,7 +9,9 @@ from ndcheck_kernels.cuda.configs import AttentionConfig, DecodeTile, PrefillTil
 from ndcheck_kernels.models.caches.fp8 import as_codes
 
 TILE, DECODE = PrefillTile(32, 4, 1), DecodeTile(4, 1)
-SMALL = AttentionConfig(32, 32, TILE, TILE, DECODE, DECODE, 16, short_splits=2)  # many in a short context
+SMALL = AttentionConfig(
+    32, 32, TILE, TILE, DECODE, DECODE, 16, short_splits=2
+)  # many in a short context
 
 
 def bits(t):
