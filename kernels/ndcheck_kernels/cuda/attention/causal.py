@@ -9,11 +9,11 @@ Reduction order: keys are cut into splits counted from the row's own first token
     tokens each, then of four times SPLIT; a split is cut into blocks of BLOCK_KV. Inside a split
     blocks are taken in ascending order with a running maximum; within a block the tensor cores add
     in ascending order and the denominator is an exact integer sum, in units of 2**-23 of the
-    running maximum. Splits are merged in ascending order, after the sink. A hidden block or split
-    adds exactly nothing, so it may be computed or not.
+    running maximum. Splits are merged in ascending order, after the sink, a fused multiply-add
+    each. A hidden block or split adds exactly nothing, so it may be computed or not.
 Depends on: head_dim, dtype, architecture, and the row's own tokens. Not on padding, neighbours, the
-    length of the cache, how many queries come at once, or whether splits run in parallel (few
-    queries) or in sequence (many).
+    length of the cache, how many queries come at once, or whether splits run in parallel or in
+    sequence (many queries, or few of many rows).
 Dtypes: bfloat16, float16, float32 (IEEE, no TF32); keys and values also float8_e4m3fn, which are
     widened to the queries' dtype, exactly. head_dim up to 256; v may have another.
 Not claimed: gradients, dropout, other masks; a row with infinities in its own later tokens, or in
