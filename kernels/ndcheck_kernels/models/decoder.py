@@ -204,7 +204,9 @@ def _fused(
     own, mlp = layer.self_attn, layer.mlp
     batch, length, width = hidden.shape
     residual = hidden.reshape(-1, width)
-    x = layer._joined_qkv.after_norm(residual, layer.input_layernorm).view(batch, length, -1)
+    # Attention reads little: the output weights arrive meanwhile.
+    x = layer._joined_qkv.after_norm(residual, layer.input_layernorm, layer._output)
+    x = x.view(batch, length, -1)
     keys, values, offset = _columns(cache, own, x)
     q_norm, k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
     query = qkv(
