@@ -39,6 +39,7 @@ from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.models.interface import here
 from ndcheck_kernels.models.mixture import is_mixture, mixture, mixture_fires, mixture_part
+from ndcheck_kernels.models.norms import composed_norms
 from ndcheck_kernels.models.projections import Projection, add_over_ranks, can_join
 from ndcheck_kernels.models.quantised import is_block_fp8
 from ndcheck_kernels.models.tensor_parallel import REPLICATED, Spread, spread_of, styles
@@ -59,7 +60,8 @@ _FIRES = {"attention": 1, "rms_norm": 2, "qkv": 1}
 def fused_layers(model: torch.nn.Module) -> Iterator[int]:
     """Run the model's decoder layers fused; yields how many, 0 where it has others than these.
 
-    Warns, and leaves them as they are, where a kernel that only fused layers need does not compile.
+    Norms outside of such layers become one launch each, in their own bits (`norms`). Warns, and
+    leaves the layers as they are, where a kernel that only fused layers need does not compile.
     """
     layers, spread = join_weights(model), spread_of(model)
     if spread is not None and not _can_spread(model, layers, spread):
@@ -71,7 +73,8 @@ def fused_layers(model: torch.nn.Module) -> Iterator[int]:
     for i, layer in enumerate(layers):
         layer.forward = partial(_forward, layer, i == len(layers) - 1, spread)
     try:
-        yield len(layers)
+        with composed_norms(model):
+            yield len(layers)
     finally:
         for layer in layers:
             del layer.forward  # The class's own shows again.
@@ -239,7 +242,8 @@ def _fused(
     batch, length, width = hidden.shape
     residual = hidden.reshape(-1, width)
     block = _block_width(spread, own.q_proj, own.k_proj, own.v_proj)
-    x = layer._joined_qkv.after_norm(residual, layer.input_layernorm, block)
+    # Attention reads little: the output weights arrive meanwhile.
+    x = layer._joined_qkv.after_norm(residual, layer.input_layernorm, layer._output, block)
     x = x.view(batch, length, -1)
     keys, values, offset = _columns(cache, own, x)
     q_norm, k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
@@ -267,7 +271,7 @@ def _fused(
         scope.fires.update(mixture_fires(mlp, is_part=spread is not None))
     else:
         block = _block_width(spread, mlp.gate_proj, mlp.up_proj)
-        gate_up = layer._joined_gate_up.after_norm(residual, norm, block)
+        gate_up = layer._joined_gate_up.after_norm(residual, norm, width=block)
         if spread is None:
             residual = layer._down.after_gate(gate_up, residual)
         else:
