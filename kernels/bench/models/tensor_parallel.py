@@ -209,7 +209,8 @@ def check_memory(run: Run, model: Path) -> None:
         return
     if (n_gpus := torch.cuda.device_count()) < run.n_ranks:
         raise RuntimeError(f"{run.folder} needs {run.n_ranks} GPUs, and here are {n_gpus}")
-    there = min(torch.cuda.mem_get_info(i)[1] for i in range(run.n_ranks))
+    # Not what is free, for which this process would take some of it.
+    there = min(torch.cuda.get_device_properties(i).total_memory for i in range(run.n_ranks))
     if needed.most > there:
         raise RuntimeError(
             f"{run.folder} needs {needed.most / 1e9:.0f} GB on each of {run.n_ranks} GPUs, and one "

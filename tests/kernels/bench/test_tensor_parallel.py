@@ -1,6 +1,7 @@
 """What the benchmark of several GPUs plans: memory by arithmetic, runs, and what is carried on."""
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,14 +37,17 @@ def test_a_gpu_with_too_little_memory_is_refused(options, monkeypatch):
     (run,) = runs_of("long", options)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (70 * 10**9, 80 * 10**9))
+    sizes = [80 * 10**9, 150 * 10**9]
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda i: SimpleNamespace(total_memory=sizes[i])
+    )
     with pytest.raises(RuntimeError, match=r"needs 135 GB on each of 2 GPUs, and one has 80 GB"):
         check_memory(run, SHAPES / LARGE)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(RuntimeError, match="needs 2 GPUs, and here are 1"):
         check_memory(run, SHAPES / LARGE)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (70 * 10**9, 150 * 10**9))
+    sizes[0] = sizes[1]
     check_memory(run, SHAPES / LARGE)
 
 
