@@ -1,7 +1,7 @@
 """One process of `test_ranks`: what a model computes, unfused and fused, written by rank 0.
 
-Arguments: this folder's conftest.py, a model's folder, into how many groups its sums are cut (0:
-by rank), and the file to write. The kernels run under Triton's interpreter.
+Arguments: conftest.py of the folder above, a model's folder, into how many groups its sums are cut
+(0: by rank), and the file to write. The kernels run under Triton's interpreter.
 """
 
 import gc

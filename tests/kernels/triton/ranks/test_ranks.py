@@ -14,7 +14,7 @@ from ndcheck_kernels.cuda.rows.add_parts import add_parts
 from ndcheck_kernels.ops.collectives import add_pairwise
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
+ROOT = HERE.parents[3]
 SIZES = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "initializer_range": 0.2,
@@ -43,7 +43,7 @@ def compute(name, n_ranks, groups, folder):
     kind(**SIZES | changes).save_pretrained(folder / name)
     out = folder / f"{name}-{n_ranks}-{groups}"
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(n_ranks)]
-    script = [HERE / "one_rank.py", HERE / "conftest.py", folder / name, str(groups), out]
+    script = [HERE / "one_rank.py", HERE.parent / "conftest.py", folder / name, str(groups), out]
     done = subprocess.run(
         [sys.executable, *(launcher if n_ranks > 1 else []), *map(str, script)],
         cwd=ROOT,
