@@ -40,7 +40,14 @@ from pathlib import Path
 from typing import IO
 
 from bench.engines.in_process import environment
-from bench.engines.verdicts import Verdict, exit_code, read_rows, verdicts
+from bench.engines.verdicts import (
+    MOST,
+    MOST_ON_RANKS,
+    Verdict,
+    exit_code,
+    read_rows,
+    verdicts,
+)
 
 ROOT = Path(__file__).parents[3]
 MODES = {"stock": ("0", "0"), "vllm": ("1", "0"), "ndcheck": ("1", "1")}
@@ -286,7 +293,8 @@ def main() -> int:
             mine = run_ndcheck(name, out, site) if name in RUNS else []
             for stage in STAGES.get(name, ()):
                 run_stage(name, stage, out, site, sys.stdout)
-            mine += verdicts(read_rows(out, name))
+            is_spread = any(stage.n_ranks > 1 for stage in STAGES.get(name, ()))
+            mine += verdicts(read_rows(out, name), MOST_ON_RANKS if is_spread else MOST)
             text = "".join(f"{verdict.state:8}  {verdict.text}\n" for verdict in mine)
             (out / f"verdicts-{name}.txt").write_text(text, encoding="utf-8")
             print(text, flush=True)

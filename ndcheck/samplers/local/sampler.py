@@ -85,8 +85,9 @@ class TransformersSampler:
                 self._stop_ids = stop_ids(self._model)
                 self._digest = digest_weights(self._model)
                 self._draft = drafts and drafts.load(self._model, self._device)
-            # Of FP8 layers on ranks stock goes through one expert after the other.
-            if not (self._ranks and has_fp8_layers(self._model)):
+            if self._ranks and has_fp8_layers(self._model):
+                self._uncaptured.add("stock")  # It goes through one expert after the other.
+            else:
                 with doing("comparing its batches with generate()"):
                     own = partial(self.arm, "invariant", fuse=False)
                     arm = own if spec.arms == ("invariant",) else None
