@@ -328,7 +328,7 @@ def measure_parts(
             paths[run] = path
             for row in rows(path):
                 print("  ".join(f"{cell:>9}" for cell in (run.folder, *row)), flush=True)
-    return paths, failed
+    return paths, failed, left
 
 
 if __name__ == "__main__":
