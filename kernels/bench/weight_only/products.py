@@ -8,7 +8,6 @@ the same groups.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import multiprocessing
 import sys
@@ -26,7 +25,12 @@ from bench.fp8.products import SHAPES, runs
 from bench.table import Table, add_ranked, print_means
 from ndcheck_kernels.cuda.products import weight_only
 from ndcheck_kernels.cuda.products.matmul import matmul
-from ndcheck_kernels.cuda.products.weight_only import WeightOnlyConfig, weight_only_matmul
+from ndcheck_kernels.cuda.products.weight_only import (
+    Config,
+    FewRowsConfig,
+    WeightOnlyConfig,
+    weight_only_matmul,
+)
 from ndcheck_kernels.measure.resources import compiling
 from ndcheck_kernels.measure.timing import copies, medians_us
 from ndcheck_kernels.ops.weight_only import Packed, dequantise, pack
@@ -34,36 +38,40 @@ from ndcheck_kernels.ops.weight_only import Packed, dequantise, pack
 GROUP = 128
 FEW = (1, 8, 16)
 BATCHES = (*FEW, 32, 64, 128, 256, 1024, 4096)
-Choice = WeightOnlyConfig | None
-SCHEDULES = [
-    WeightOnlyConfig(*sizes, stages)
-    for sizes, depths in {
-        (16, 64, 128, 4): (6, 8, 12, 16), (16, 64, 256, 4): (3, 4, 6, 8, 12),
-        (16, 64, 512, 4): (2, 3, 4, 6), (16, 128, 256, 8): (3, 4, 6),
-        (32, 64, 128, 4): (4, 8), (32, 64, 256, 4): (3, 4, 6), (32, 128, 256, 8): (3, 4),
-        (64, 64, 128, 4): (3, 5, 8), (64, 64, 256, 4): (3, 4), (64, 128, 128, 8): (3, 5),
-        (128, 64, 128, 4): (3, 4, 5), (128, 128, 128, 8): (3, 4, 5),
-        (256, 128, 64, 8): (3, 4, 6), (256, 128, 128, 8): (2, 3),
-    }.items()
-    for stages in depths
-]  # fmt: skip
+Choice = Config | None
+TILES = {
+    (16, 64, 128, 4): (8, 12), (16, 64, 256, 4): (4, 6, 8, 12), (16, 64, 512, 4): (3, 6),
+    (16, 128, 256, 8): (4,), (32, 64, 128, 4): (8,), (32, 64, 256, 4): (3, 4, 6),
+    (32, 128, 256, 8): (3, 4), (64, 64, 128, 4): (3, 5, 8), (64, 64, 256, 4): (3, 4),
+    (64, 128, 128, 8): (3, 5), (128, 64, 128, 4): (3, 4, 5), (128, 128, 128, 8): (3, 4, 5),
+    (256, 128, 64, 8): (3, 4, 6), (256, 128, 128, 8): (2, 3),
+}  # fmt: skip
+BY_WARPS = {
+    (16, 8, 256, 4): (3, 4, 6, 8, 12), (16, 8, 256, 8): (4, 6), (16, 8, 512, 4): (3, 4, 6),
+    (16, 16, 128, 4): (8,), (16, 16, 256, 2): (4, 8), (16, 16, 256, 4): (3, 4, 6, 8),
+    (32, 8, 256, 4): (3, 4), (32, 16, 256, 4): (3, 4), (32, 16, 256, 8): (3,),
+}  # fmt: skip
+SCHEDULES: list[Config] = [
+    *(WeightOnlyConfig(*sizes, stages) for sizes, depths in TILES.items() for stages in depths),
+    *(FewRowsConfig(*sizes, stages) for sizes, depths in BY_WARPS.items() for stages in depths),
+]
 UNPACKED = "unpacked first"
 
 
-def is_tried(config: WeightOnlyConfig, m: int) -> bool:
+def is_tried(config: Config, m: int) -> bool:
     """Tiles of half the rows, or of no more than a tile of that kind has to have."""
     least = min(max(16, 1 << (m - 1).bit_length()), 256)
     return config.block_m == least or (32 < least == 2 * config.block_m)
 
 
-def compile_all(configs: Sequence[WeightOnlyConfig]) -> None:
+def compile_all(configs: Sequence[Config]) -> None:
     """By other processes, into the cache on disk: one after the other they take minutes."""
     work = [(config, has_addend) for config in configs for has_addend in (False, True)]
     with ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile, *zip(*work, strict=True)))
 
 
-def _compile(config: WeightOnlyConfig, has_addend: bool) -> None:
+def _compile(config: Config, has_addend: bool) -> None:
     x = torch.empty(600, 4096, dtype=torch.bfloat16)
     codes, scales = torch.empty(4096, 2048, dtype=torch.uint8), x[:32].clone()
     with compiling(90):
@@ -90,7 +98,7 @@ def cancelling(n: int, k: int, group: int, bits: int) -> tuple[torch.Tensor, Pac
     return rows, Packed(pack(codes, bits), scales, None, None, bits, k)
 
 
-def find_differences(out: Path, tried: Sequence[WeightOnlyConfig] = ()) -> list[str]:
+def find_differences(out: Path, tried: Sequence[Config] = ()) -> list[str]:
     """Configurations that give other bits than `matmul` with the plain weight; and a control.
 
     Those ``tried`` beside what is shipped multiply weights of the form that tables are made for.
@@ -189,7 +197,7 @@ def tune(out: Path, until: float) -> None:
         if m > 64:
             variants[UNPACKED] = [partial(unpack_and_multiply, x, w) for w in held]
         us = medians_us(variants)
-        add_ranked(table, shape, m, us, str(weight_only.product_config(m, held[0])))
+        add_ranked(table, shape, m, us, str(weight_only.product_config(x, held[0])))
         if m in FEW[:-1]:
             continue
         cells = [m] if m > FEW[-1] else list(FEW)
@@ -210,12 +218,12 @@ def adopt(out: Path, chosen: Mapping[tuple[int, int], Mapping[int, Choice]]) -> 
     """
     table = Table(out / "weight_only_choice.csv")
     for (n, k), by_rows in chosen.items():
-        fused: list[tuple[int, WeightOnlyConfig]] = []
+        fused: list[tuple[int, Config]] = []
         for m, config in by_rows.items():
             if config is None:
                 break
             fused.append((m, config))
-            table.add(n=n, k=k, most_rows=m, **dataclasses.asdict(config))
+            table.add(n=n, k=k, most_rows=m, config=str(config))
         weight_only._MEASURED[n, k] = tuple(fused)
 
 

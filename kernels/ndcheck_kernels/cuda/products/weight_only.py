@@ -25,6 +25,13 @@ from ndcheck_kernels.cuda.configs import PROVEN, chunk_length, k_groups
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
 from ndcheck_kernels.cuda.products.matmul import _fits_tma, matmul
 from ndcheck_kernels.cuda.products.matmul_kernels import _prefetch
+from ndcheck_kernels.cuda.products.pairs import (
+    BF16_MAGIC,
+    BF16_PAIRS,
+    F16_MAGIC,
+    F16_PAIRS,
+    REGISTERS,
+)
 from ndcheck_kernels.cuda.products.tiles import accumulate, offsets, zeros
 from ndcheck_kernels.ops.weight_only import Packed
 
@@ -44,9 +51,22 @@ class WeightOnlyConfig:
     stages: int
 
 
-_Table = tuple[tuple[int, WeightOnlyConfig], ...]  # up to which M a configuration serves
+@dataclass(frozen=True, slots=True)
+class FewRowsConfig:
+    """Schedule of one product by `weight_only_few`."""
 
-_CONFIGS: _Table = (
+    block_m: int
+    per_warp: int
+    """Output features: 8 or 16."""
+    block_k: int
+    warps: int
+    stages: int
+
+
+Config = WeightOnlyConfig | FewRowsConfig
+_Table = tuple[tuple[int, Config], ...]  # up to which M a configuration serves
+
+_CONFIGS: tuple[tuple[int, WeightOnlyConfig], ...] = (
     (16, WeightOnlyConfig(16, 64, 256, 4, 4)),
     (32, WeightOnlyConfig(32, 64, 256, 4, 4)),
     (64, WeightOnlyConfig(64, 64, 128, 4, 5)),
@@ -60,41 +80,35 @@ _MEASURED_FORM = (4, 128)  # bits, and columns of a scale
 _MEASURED: dict[tuple[int, int], _Table] = {}
 
 
-def product_config(m: int, packed: Packed) -> WeightOnlyConfig | None:
+def product_config(x: torch.Tensor, packed: Packed) -> Config | None:
     """None where the weight is to be unpacked before the product."""
-    table = _CONFIGS
+    table: _Table = _CONFIGS
     if (packed.bits, packed.group_size) == _MEASURED_FORM:
         table = _MEASURED.get((len(packed.codes), packed.columns), _CONFIGS)
+    config = _choose(table, len(x))
+    if isinstance(config, FewRowsConfig) and not (
+        device.has_hopper_kernels(x.device)
+        and packed.zeros is None
+        and packed.scales.dtype == x.dtype
+    ):
+        return _choose(_CONFIGS, len(x))
+    return config
+
+
+def _choose(table: _Table, m: int) -> Config | None:
     return next((config for most, config in table if m <= most), None)
 
 
-def selectable_configs(bits: int, group_size: int) -> tuple[WeightOnlyConfig, ...]:
+def selectable_configs(bits: int, group_size: int) -> tuple[Config, ...]:
     """Every configuration that some product of this form can select: what a proof must cover."""
     is_measured = (bits, group_size) == _MEASURED_FORM
     tables = (_CONFIGS, *(_MEASURED.values() if is_measured else ()))
     return tuple(dict.fromkeys(config for table in tables for _, config in table))
 
 
-def _pairs_asm(kind: str, magic: int) -> str:
-    """Two words of 4-bit codes, for each a pair of zeros and a pair of scales -> 8 pairs.
-
-    A code is the last bits of a number whose unit is 1, so that one instruction masks it and makes
-    it that number; all steps but the last one are exact.
-    """
-    lines = [
-        f"shr.u32 t, ${8 + word}, {4 * place}; lop3.b32 t, t, 0x000f000f, {magic:#x}, 0xEA; "
-        f"sub.rn.{kind} t, t, ${10 + word}; mul.rn.{kind} ${4 * word + place}, t, ${12 + word};"
-        for word in range(2)
-        for place in range(4)
-    ]
-    return "{ .reg .b32 t; " + " ".join(lines) + " }"
-
-
-# 128.0 in bfloat16 and 1024.0 in float16, twice.
-_BF16_MAGIC, _F16_MAGIC = tl.constexpr(0x43004300), tl.constexpr(0x64006400)
-_BF16_PAIRS = tl.constexpr(_pairs_asm("bf16x2", _BF16_MAGIC.value))
-_F16_PAIRS = tl.constexpr(_pairs_asm("f16x2", _F16_MAGIC.value))
-_REGISTERS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 6))
+_BF16_PAIRS, _F16_PAIRS = tl.constexpr(BF16_PAIRS), tl.constexpr(F16_PAIRS)
+_BF16_MAGIC, _F16_MAGIC = tl.constexpr(BF16_MAGIC), tl.constexpr(F16_MAGIC)
+_REGISTERS = tl.constexpr(REGISTERS)
 
 
 @triton.jit
@@ -244,9 +258,10 @@ def weight_only_matmul(
     """x [M, K], and [M, N] or [N] to be added -> [M, N]."""
     if not packed.scales.stride(-1) == packed.codes.stride(-1) == 1:
         raise ValueError("codes must lie row by row, and scales group by group")
-    config = product_config(len(x), packed)
-    if config is not None and can_fuse(x, packed):
-        return _launch(x, packed, addend, config)
+    if can_fuse(x, packed):
+        config = product_config(x, packed)
+        if config is not None:
+            return _launch(x, packed, addend, config)
     return matmul(x, unpacked(packed, x.dtype).t(), addend)
 
 
@@ -265,7 +280,7 @@ def can_fuse(x: torch.Tensor, packed: Packed) -> bool:
 
 
 def _launch(
-    x: torch.Tensor, packed: Packed, addend: torch.Tensor | None, config: WeightOnlyConfig
+    x: torch.Tensor, packed: Packed, addend: torch.Tensor | None, config: Config
 ) -> torch.Tensor:
     (m, k), n = x.shape, len(packed.codes)
     if addend is not None and addend.dtype != x.dtype:
@@ -274,6 +289,11 @@ def _launch(
     if y.numel() == 0:
         return y
     c = y if addend is None else addend.expand(m, n)
+    if isinstance(config, FewRowsConfig):
+        from ndcheck_kernels.cuda.products import weight_only_few
+
+        weight_only_few.launch(x, packed, None if addend is None else c, y, config)
+        return y
     words = packed.codes.view(torch.int32)
     by_group = [max(1, config.block_k // packed.group_size), config.block_n]
     middle = packed.scales if packed.zeros is None else packed.zeros  # Stands in for none.
