@@ -80,6 +80,31 @@ def _compile(config: Config, has_addend: bool) -> None:
         )
 
 
+def usable(configs: Sequence[Config]) -> list[Config]:
+    """Those whose kind runs in another process, which a kernel that hangs or faults ends."""
+    found: list[Config] = []
+    for kind in (WeightOnlyConfig, FewRowsConfig):
+        own = [config for config in configs if isinstance(config, kind)]
+        process = multiprocessing.get_context("spawn").Process(target=_launch_each, args=(own,))
+        process.start()
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        if process.exitcode == 0:
+            found += own
+        else:
+            print(f"{kind.__name__} is left out: exit code {process.exitcode}", flush=True)
+    return found
+
+
+def _launch_each(configs: Sequence[Config]) -> None:
+    packed, x = draw(6144, 4096), torch.randn(17, 4096, device="cuda").bfloat16()
+    for config in configs:
+        weight_only._launch(x, packed, None, config)
+        torch.cuda.synchronize()
+
+
 def draw(n: int, k: int, group: int = GROUP, bits: int = 4) -> Packed:
     codes = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8, device="cuda")
     scales = (torch.rand(k // group, n, device="cuda") * 0.004).bfloat16()
@@ -177,7 +202,7 @@ def bench(out: Path, batches: tuple[int, ...] = BATCHES) -> None:
     print(refused, flush=True)
 
 
-def tune(out: Path, until: float) -> None:
+def tune(out: Path, configs: Sequence[Config], until: float) -> None:
     """The fastest schedule of each cell, and from now on what products choose.
 
     Up to 16 rows share one, the best on the whole; cells that no time was left for keep theirs.
@@ -191,7 +216,7 @@ def tune(out: Path, until: float) -> None:
         x = torch.randn(m, k, device="cuda").bfloat16()
         variants = {
             str(config): [partial(weight_only._launch, x, w, None, config) for w in held]
-            for config in SCHEDULES
+            for config in configs
             if is_tried(config, m)
         }
         if m > 64:
@@ -207,7 +232,7 @@ def tune(out: Path, until: float) -> None:
             config = str(row["config"])
             totals[config] = totals.get(config, 0) + math.log(float(str(row["us"])))
         best = min(totals, key=totals.__getitem__)
-        chosen.setdefault((n, k), {})[m] = next((c for c in SCHEDULES if str(c) == best), None)
+        chosen.setdefault((n, k), {})[m] = next((c for c in configs if str(c) == best), None)
     adopt(out, chosen)
 
 
