@@ -9,7 +9,7 @@ import triton
 
 INTERPRETED_CAPABILITY = 90  # the interpreter stands in for the architecture the tables know best
 _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-_COUNTERS = 1 << 20
+_COUNTERS = 1 << 22
 _PER_STREAM = 1 << 13
 
 
