@@ -23,7 +23,6 @@ Not claimed: gradients, dropout, other masks; a row with infinities in its own l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -58,13 +57,6 @@ def attention(
     rows = q.shape[1] // max(k.shape[1], 1) * q.shape[2]
     kind = Kind(scale, window, softcap, sinks, chunked, slopes, bias_dtype)
     return _launch(q, k, v, starts, lengths, kind, config, parallel=rows <= config.max_rows)
-
-
-@cache
-def _has_hopper_kernel(where: torch.device) -> bool:
-    """Gluon's warp specialisation is what the kernel expects from Triton 3.6 on."""
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    return device.on_gpu(where) and device.capability(where) == 90 and version >= (3, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +123,7 @@ def _launch(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     if not parallel:
         is_plain = not window and not kind.softcap and kind.slopes is None
-        if is_plain and _has_hopper_kernel(q.device):
+        if is_plain and device.has_hopper_kernels(q.device):
             from ndcheck_kernels.cuda.attention.prefill_hopper import can_prefill, prefill
 
             if can_prefill(q, k, v):
