@@ -25,8 +25,8 @@ from ndcheck.cli.commands.score import score
 from ndcheck.cli.commands.shrink import shrink
 from ndcheck.cli.commands.trace import trace
 from ndcheck.cli.console import FAILED, run_guarded
-from ndcheck.cli.grouped_help import GroupedCommand
-from ndcheck.cli.hints import with_hint
+from ndcheck.cli.usage.grouped_help import GroupedCommand
+from ndcheck.cli.usage.hints import with_hint
 from ndcheck.errors import NdcheckError, UsageError, doing
 from ndcheck.ranks import may_speak
 
