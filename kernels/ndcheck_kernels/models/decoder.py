@@ -39,9 +39,9 @@ from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.models.interface import here
 from ndcheck_kernels.models.mixture import is_mixture, mixture, mixture_fires, mixture_part
-from ndcheck_kernels.models.rows.norms import composed_norms
 from ndcheck_kernels.models.projections import Projection, add_over_ranks, can_join
 from ndcheck_kernels.models.quantised import is_block_fp8
+from ndcheck_kernels.models.rows.norms import composed_norms
 from ndcheck_kernels.models.tensor_parallel import REPLICATED, Spread, spread_of, styles
 from ndcheck_kernels.models.weight_only import WeightOnlyLinear
 from ndcheck_kernels.scope.refusal import refusal
