@@ -243,13 +243,17 @@ def write_csv(name: str, findings: Findings, file: TextIO) -> None:
 
 def _shown(values: list[Any], kind: str) -> list[Any]:
     """The cells of one column, None where they are empty."""
-    if kind == FLOAT32:
-        texts = np.array(values, np.float32).astype(str).tolist()
-        return [t if math.isfinite(v) else None for t, v in zip(texts, values, strict=True)]
     if kind == INT:
         return values
     if kind == TEXT:
-        return [None if value is None else _csv_text(str(value)) for value in values]
+        shown = {value: None if value is None else _csv_text(str(value)) for value in set(values)}
+        return [shown[value] for value in values]
+    if kind == FLOAT32:
+        # By their bits: most of many rows are NaN, and to print one number takes long.
+        bits, of_row = np.unique(np.array(values, np.float32).view(np.int32), return_inverse=True)
+        kinds = bits.view(np.float32)
+        texts = np.where(np.isfinite(kinds), kinds.astype(str).astype(object), None)
+        return list(texts[of_row])
     return [None if value is None or not math.isfinite(value) else value for value in values]
 
 
