@@ -1,11 +1,12 @@
 """Everything that FP8 models need a GPU for, in one command, the most important figures first.
 
-    PYTHONPATH=$PWD:$PWD/kernels python -m bench.fp8.measure OUT_DIR [--seconds 180]
+    PYTHONPATH=$PWD:$PWD/kernels python -m bench.fp8.measure OUT_DIR [--seconds 150]
 
-Bits of every schedule; products beside torch._scaled_mm; the FP8 8B's captured decode step beside
-its floor, and its five properties; memory and step of a 30B-A3B; the GPU tests of the kernels; the
-fastest schedules, as long as time is left. Each part writes what it has, and a part that fails is
-named at the end. With --tiny: the model parts on a CPU.
+Bits of every schedule; the fastest of them by shape and number of rows, which serve all that
+follows; products beside torch._scaled_mm; the FP8 8B's captured decode step beside its floor, what
+it spends its time on, and its five properties; memory and step of a 30B-A3B; the GPU tests of the
+kernels. Each part writes what it has, and a part that fails is named at the end. With --tiny: the
+model parts on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from bench.models.decode import SHAPES, experts_chosen, floor_ms, step_ms
+from bench.models.decode import SHAPES, experts_chosen, floor_ms, profile, step_ms
 from bench.parts import REPOSITORY, Part, run_parts, run_tests
 from bench.table import Table
 from ndcheck.request import DEFAULTS
@@ -39,8 +40,13 @@ def open_model(shape: str) -> TransformersSampler:
     return TransformersSampler(replace(spec, axes=("batch-size",)))
 
 
-def measure_steps(out: Path, shape: str, batches: tuple[int, ...]) -> None:
-    """Captured steps of the invariant arm, its floor, and the memory that the weights take."""
+def measure_steps(
+    out: Path, shape: str, batches: tuple[int, ...], profiled: int | None = None
+) -> None:
+    """Captured steps of the invariant arm, its floor, and the memory that the weights take.
+
+    Prints what a step of ``profiled`` rows spends its time on.
+    """
     started, device = time.monotonic(), "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -61,6 +67,8 @@ def measure_steps(out: Path, shape: str, batches: tuple[int, ...]) -> None:
             copy_gb_per_s=bandwidth, mm_tflop_per_s=rate,
         )  # fmt: skip
     table.file.close()
+    if profiled is not None:
+        profile(sampler, "invariant", profiled)
 
 
 def experts_in(sampler: TransformersSampler, batch: int) -> float | None:
@@ -89,24 +97,43 @@ def measure_properties(
         raise RuntimeError(f"ndcheck run ended with {done.returncode}")
 
 
-def compare_products(out: Path) -> None:
+def compare_schedules(out: Path) -> None:
     from bench.fp8 import products
 
-    found = products.find_differences(out)
-    print("\n".join(found) or "every shipped schedule: one bit class", flush=True)
-    products.bench(out)
+    configs = products.every_schedule()
+    found = products.find_differences(out, configs)
+    print("\n".join(found) or f"{len(configs)} schedules: one bit class", flush=True)
     if found:
         raise RuntimeError(f"{len(found)} schedules or controls differ")
 
 
-def tune_products(out: Path, until: float) -> None:
+def gpu_parts(out: Path) -> list[Part]:
     from bench.fp8 import products
 
-    for _ in products.tune(out):
-        if time.monotonic() > until:
-            break
-    found = products.find_differences(out, tuple(products.SCHEDULES))
-    print("\n".join(found) or "every schedule that was tried: one bit class", flush=True)
+    return [
+        ("compiling", products.compile_schedules),
+        ("bits", lambda: compare_schedules(out)),
+        ("schedules", lambda: products.tune(out)),
+        ("products", lambda: products.bench(out)),
+        ("8B step", lambda: measure_steps(out, "qwen3-8b-fp8", (1, 8, 32, 128), profiled=1)),
+        ("8B properties", lambda: measure_properties(out, "qwen3-8b-fp8", "1,2,8,32", 150, 32)),
+        ("30B-A3B", lambda: measure_steps(out, "qwen3-30b-a3b-fp8", (1, 64))),
+        ("tests", lambda: run_tests(out / "tests.txt", TESTS)),
+        ("30B-A3B properties", lambda: measure_properties(
+            out, "qwen3-30b-a3b-fp8", "1,2,8", 40, 16)),
+        ("8B step in bf16", lambda: measure_steps(out, "qwen3-8b", (1, 8, 32, 128))),
+    ]  # fmt: skip
+
+
+def tiny_parts(out: Path) -> list[Part]:
+    return [
+        (f"{shape} {name}", call)
+        for shape in ("tiny-fp8", "tiny-moe-fp8")
+        for name, call in (
+            ("step", lambda shape=shape: measure_steps(out, shape, (1, 2))),
+            ("properties", lambda shape=shape: measure_properties(out, shape, "1,2", 24, 4)),
+        )
+    ]
 
 
 def main() -> int:
@@ -114,32 +141,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=180, help="when to stop")
+    parser.add_argument("--seconds", type=float, default=150, help="when to stop")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on CPU")
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + options.seconds
-    parts: list[Part] = [
-        ("products", lambda: compare_products(out)),
-        ("8B step", lambda: measure_steps(out, "qwen3-8b-fp8", (1, 8, 32, 128))),
-        ("8B properties", lambda: measure_properties(out, "qwen3-8b-fp8", "1,2,8,32", 150, 32)),
-        ("30B-A3B", lambda: measure_steps(out, "qwen3-30b-a3b-fp8", (1, 64))),
-        ("tests", lambda: run_tests(out / "tests.txt", TESTS)),
-        ("30B-A3B properties", lambda: measure_properties(
-            out, "qwen3-30b-a3b-fp8", "1,2,8", 40, 16)),
-        ("8B step in bf16", lambda: measure_steps(out, "qwen3-8b", (1, 8, 32, 128))),
-        ("schedules", lambda: tune_products(out, until)),
-    ]  # fmt: skip
-    if options.tiny:
-        parts = [
-            (f"{shape} {name}", call)
-            for shape in ("tiny-fp8", "tiny-moe-fp8")
-            for name, call in (
-                ("step", lambda shape=shape: measure_steps(out, shape, (1, 2))),
-                ("properties", lambda shape=shape: measure_properties(out, shape, "1,2", 24, 4)),
-            )
-        ]
+    parts = tiny_parts(out) if options.tiny else gpu_parts(out)
     return run_parts(parts, options.seconds)
 
 

@@ -4,22 +4,26 @@
 
 `stock` is torch._scaled_mm with the same blocks where it has them for these operands, `by_row` with
 one scale a row of each operand, which is less work; both of rows that are quantised already.
-`quantised` is ours with the quantisation of its rows, as an unfused layer runs it.
+`quantised` is ours with the quantisation of its rows, as an unfused layer runs it. Schedules are
+the shipped ones, or in `bench.fp8.measure` the fastest of those tried before.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from bench.table import Table, add_ranked, print_means
-from ndcheck_kernels.cuda.products import block_fp8
-from ndcheck_kernels.cuda.products.block_fp8 import BlockFp8Config, block_fp8_matmul
+from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.products import block_fp8, fp8_configs
+from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
+from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.measure.timing import copies, medians_us
 from ndcheck_kernels.ops.block_fp8 import quantise_weight
@@ -31,32 +35,56 @@ SHAPES = {
     "down 8B": (4096, 12288),
 }
 BATCHES = (1, 8, 16, 64, 256, 1024, 4096)
+SERVES = {1: 4, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 1024: 1024, 4096: 1 << 62}
+"""Numbers of rows at which schedules are tried, and up to which the fastest one serves."""
 SCHEDULES = [
-    BlockFp8Config(m, n, warps, stages, swap)
-    for (m, n, warps, swap), stages in product(
-        [
-            *((16, 64, 4, True), (32, 64, 4, True), (64, 64, 4, True), (64, 32, 4, False)),
-            *((128, 64, 4, True), (64, 128, 4, False), (128, 128, 8, False)),
-        ],
-        (3, 4, 6, 10),
+    Fp8Config(*sizes, stages, swap=swap, parallel=parallel)
+    for *sizes, swap, all_stages, can_be_parallel in (
+        (16, 64, 4, True, (4, 6, 10), True),
+        (16, 128, 4, True, (3, 5), True),
+        (32, 64, 4, True, (4, 6), True),
+        (32, 128, 4, True, (4,), True),
+        (64, 64, 4, True, (3, 4, 6), True),
+        (64, 128, 4, False, (3, 4), True),
+        (128, 64, 4, True, (3, 4), False),
+        (128, 128, 8, False, (3, 4), False),
     )
-    if stages * (m + n) * 128 < 225_000
+    for stages, parallel in product(all_stages, (False, True) if can_be_parallel else (False,))
 ]
+
+
+def every_schedule() -> tuple[Fp8Config, ...]:
+    """All that are tried, and all that are shipped."""
+    return tuple(dict.fromkeys((*fp8_configs.selectable_configs(90), *SCHEDULES)))
+
+
+def compile_schedules(processes: int = 14) -> None:
+    """Compile all schedules, in processes that leave them in Triton's cache."""
+    with get_context("spawn").Pool(processes) as pool:
+        pool.map(_compile, every_schedule(), chunksize=1)
+
+
+def _compile(config: Fp8Config) -> None:
+    for k, m, dtype in product((4096, 12288), (1, 129), (torch.bfloat16, torch.float32)):
+        codes = quantise_rows(torch.ones(m, k, device="cuda").bfloat16())
+        weight = quantise_weight(torch.ones(128, k, device="cuda"))
+        block_fp8._launch(*codes, *weight, None, dtype, config)
+    torch.cuda.synchronize()
 
 
 def weights(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return quantise_weight(torch.randn(n, k, device="cuda") * 0.02)
 
 
-def find_differences(out: Path, configs: tuple[BlockFp8Config, ...] = ()) -> list[str]:
+def find_differences(out: Path, configs: tuple[Fp8Config, ...] = ()) -> list[str]:
     """Configurations that give other bits, of operands that cancel; and a control.
 
     Writes a row for each: a configuration passes if every row of 600 has the bits of the first.
     Without ``configs`` all that can be selected are tried.
     """
-    configs = configs or block_fp8.selectable_configs(90)
-    table, differing = Table(out / "block_fp8_bits.csv"), []
-    for n, k in ((1024, 512), (1008, 4096), (384, 12288)):
+    configs = configs or fp8_configs.selectable_configs(90)
+    table, differing = Table(out / "block_fp8_bits.csv", echo=False), []
+    for n, k in ((1024, 4096), (1008, 3984), (384, 12288)):
         half = torch.randn(600, k // 2, device="cuda")
         half *= torch.randint(-5, 6, half.shape, device="cuda").exp2()
         order = torch.randperm(k, device="cuda")
@@ -65,7 +93,7 @@ def find_differences(out: Path, configs: tuple[BlockFp8Config, ...] = ()) -> lis
             *quantise_rows(torch.cat([half, half], 1)[:, order].bfloat16()),
             *quantise_weight(torch.cat([w, -w], 1)[:, order]),
         )
-        expected = some_rows(operands, block_fp8.selectable_configs(90)[0], 0, 600)
+        expected = some_rows(operands, fp8_configs.selectable_configs(90)[0], 0, 600)
         for config in configs:
             same = all(
                 torch.equal(some_rows(operands, config, first, count), expected[first:][:count])
@@ -81,7 +109,7 @@ def find_differences(out: Path, configs: tuple[BlockFp8Config, ...] = ()) -> lis
 
 
 def some_rows(
-    operands: tuple[torch.Tensor, ...], config: BlockFp8Config, first: int, count: int
+    operands: tuple[torch.Tensor, ...], config: Fp8Config, first: int, count: int
 ) -> torch.Tensor:
     """The product of ``count`` rows, in float32."""
     codes, row_scales, weight, scales = operands
@@ -158,23 +186,36 @@ def _quantised(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> t
     return block_fp8_matmul(*quantise_rows(x), weight, scales)
 
 
-def tune(out: Path) -> Iterator[None]:
-    """The fastest schedule of each cell, a cell at a time: the caller stops where time is up."""
+def tune(out: Path) -> None:
+    """Try the schedules of each shape by number of rows, and serve with the fastest from then on.
+
+    Prints them as `fp8_configs.MEASURED`.
+    """
     table = Table(out / "block_fp8_schedules.csv", echo=False)
-    for m, (shape, (n, k)) in product(BATCHES, SHAPES.items()):
-        held = [weights(n, k) for _ in range(copies(n * k))]
-        codes = quantise_rows(torch.randn(m, k, device="cuda").bfloat16())
-        tried = [c for c in SCHEDULES if (m > c.block_m // 4 or c.block_m <= 64) and (
-            m <= 8 * c.block_m)]  # fmt: skip
-        us = medians_us({
-            str(config): [
-                partial(block_fp8._launch, *codes, *each, None, torch.bfloat16, config)
-                for each in held
-            ]
-            for config in tried
-        })  # fmt: skip
-        add_ranked(table, shape, m, us, str(block_fp8.product_config(m, n, 90)))
-        yield
+    for shape, (n, k) in SHAPES.items():
+        held, fastest = [weights(n, k) for _ in range(copies(n * k))], []
+        for m, most in SERVES.items():
+            codes = quantise_rows(torch.randn(m, k, device="cuda").bfloat16())
+            us = medians_us({
+                str(config): [
+                    partial(block_fp8._launch, *codes, *each, None, torch.bfloat16, config)
+                    for each in held
+                ]
+                for config in SCHEDULES if is_worth_trying(config, m, n)
+            })  # fmt: skip
+            add_ranked(table, shape, m, us, str(fp8_configs.product_config(m, n, k, 90)))
+            best = min(us, key=us.__getitem__)
+            fastest.append((most, next(c for c in SCHEDULES if str(c) == best)))
+            device._pools.clear()  # Its graphs are gone, and with them what their counters counted.
+        fp8_configs.MEASURED[n, k] = tuple(fastest)
+    print(f"MEASURED = {fp8_configs.MEASURED}", flush=True)
+
+
+def is_worth_trying(config: Fp8Config, m: int, n: int) -> bool:
+    """Not tiles that are mostly empty, nor many programs that leave their sums to others."""
+    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    fits = config.block_m >= 64 if m > 64 else config.block_m == max(16, m)
+    return fits and not (config.parallel and m > 64 and tiles > 264)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
 """A hybrid of attention and recurrent layers: verdicts, decode step and prefill of both arms.
 
-    PYTHONPATH=kernels python -m bench.models.hybrids OUT_DIR [--shape nemotron-h-8b] [--whole]
+    PYTHONPATH=kernels python -m bench.models.hybrids OUT_DIR [--shape nemotron-h-8b]
+        [--whole | --profile]
 
 First the times of the recurrence alone; then with four layers of each kind the verdict on every
 property, over a few loads of short prompts, in both arms (the stock arm is the control), and the
-times of a captured decode step and of a prefill. With `--whole` the times of all layers too.
+times of a captured decode step and of a prefill. With `--whole` the times of all layers too. What
+OUT_DIR holds already is not measured again, so a run cut short goes on.
+
+With `--profile` only where the host spends a prefill of 1 x 512 (`host_profile`).
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import statistics
 import sys
@@ -17,12 +22,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.models.decode import SHAPES, step_ms
+from bench.models.host_profile import write_host_profile
 from bench.models.support import QUICK, run_loads
 from bench.table import Table
 from ndcheck.records import AXES, Arm, Decoding, Probe, RunSpec
@@ -32,6 +39,7 @@ from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck_kernels.cuda.recurrent.gated_delta import gated_delta_rule
 from ndcheck_kernels.cuda.recurrent.selective_scan import selective_scan
 from ndcheck_kernels.measure.timing import elapsed_us, medians_us
+from ndcheck_kernels.models.norms import composed_norms
 
 ARMS: tuple[Arm, ...] = ("invariant", "stock")
 BATCHES = (1, 8, 64)
@@ -121,25 +129,64 @@ def recurrence_us(config: object, n_rows: int, n_tokens: int) -> float:
     return medians_us({"": [launch()]})[""]
 
 
-def measure_times(sampler: TransformersSampler, name: str, table: Table) -> None:
+def arm_ms(
+    sampler: TransformersSampler, arm: Arm, what: str, n_rows: int, n_tokens: int
+) -> tuple[float | None, str]:
+    """The time, or None and why there is none: the other arm's tells by itself."""
+    try:
+        if what == "decode":
+            return step_ms(sampler, arm, n_rows), ""
+        return prefill_ms(sampler, arm, n_rows, n_tokens), ""
+    except RuntimeError as error:  # Out of memory, or not captured.
+        return None, f"{arm}: {str(error).splitlines()[0]}"
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """What an earlier run has left, to go on from."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def measure_times(open_sampler: Callable[[], TransformersSampler], name: str, table: Table) -> None:
     cells = [("decode", n, 1) for n in BATCHES] + [("prefill", *sizes) for sizes in PREFILLS]
-    for what, n_rows, n_tokens in cells:
-        try:
-            ours, stock = (
-                step_ms(sampler, arm, n_rows)
-                if what == "decode"
-                else prefill_ms(sampler, arm, n_rows, n_tokens)
-                for arm in ARMS
-            )
-        except RuntimeError as error:  # Out of memory, or not captured: the others still tell.
-            print(name, what, n_rows, n_tokens, str(error).splitlines()[0], flush=True)
-            continue
+    known = {(row["model"], row["what"], int(str(row["rows"])), int(str(row["tokens"])))
+             for row in table.rows}  # fmt: skip
+    wanted = [cell for cell in cells if (name, *cell) not in known]
+    if not wanted:
+        return
+    sampler = open_sampler()
+    for cell in wanted:
+        ms, notes = {}, []
+        for arm in ARMS:
+            ms[arm], note = arm_ms(sampler, arm, *cell)
+            notes += [note] if note else []
+            if sampler._device.type == "cuda":
+                torch.cuda.empty_cache()
+        ours, stock = (ms[arm] for arm in ARMS)
+        what, n_rows, n_tokens = cell
         table.add(
-            model=name, what=what, rows=n_rows, tokens=n_tokens, invariant_ms=ours,
-            stock_ms=stock, slowdown=ours / stock,
+            model=name, what=what, rows=n_rows, tokens=n_tokens, invariant_ms=ours, stock_ms=stock,
+            slowdown=None if ours is None or stock is None else ours / stock,
+            note="; ".join(notes),
         )  # fmt: skip
-        if sampler._device.type == "cuda":
-            torch.cuda.empty_cache()
+
+
+def measure_recurrences(config: Any, table: Table) -> None:
+    has_scan = hasattr(config, "mamba_num_heads")
+    for n_rows, n_tokens in (*((n, 1) for n in BATCHES), *PREFILLS):
+        us = (scan_us if has_scan else recurrence_us)(config, n_rows, n_tokens)
+        what = "selective scan" if has_scan else "gated delta rule"
+        table.add(what=what, rows=n_rows, tokens=n_tokens, us=us)
+
+
+def measure_verdicts(sampler: TransformersSampler, spec: RunSpec, name: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        verdicts = run_loads(sampler, spec, Path(scratch) / "run")
+    path.write_text(json.dumps(verdicts, indent=1))
+    for arm, outcome in verdicts.items():
+        print(name, arm, json.dumps(outcome), flush=True)
 
 
 def main() -> None:
@@ -147,31 +194,42 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", default="qwen3.5-9b")
     parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    shape = SHAPES / options.shape
-    times = Table(options.out / "times.csv", echo=True)
+    out, shape = options.out, SHAPES / options.shape
+    out.mkdir(parents=True, exist_ok=True)
+    name = f"{options.shape}, {LAYERS_OF_A_KIND} layers of each kind"
     with few_layers(shape) as directory:
         spec = open_spec(directory)
-        sampler = TransformersSampler(spec)
-    name = f"{options.shape}, {LAYERS_OF_A_KIND} layers of each kind"
-    if sampler._device.type == "cuda":
-        recurrences = Table(options.out / "recurrence.csv", echo=True)
-        for n_rows, n_tokens in (*((n, 1) for n in BATCHES), *PREFILLS):
-            config = sampler.model.config
-            has_scan = hasattr(config, "mamba_num_heads")
-            us = (scan_us if has_scan else recurrence_us)(config, n_rows, n_tokens)
-            what = "selective scan" if has_scan else "gated delta rule"
-            recurrences.add(what=what, rows=n_rows, tokens=n_tokens, us=us)
-    with tempfile.TemporaryDirectory() as scratch:
-        verdicts = run_loads(sampler, spec, Path(scratch) / "run")
-    (options.out / "verdicts.json").write_text(json.dumps(verdicts, indent=1))
-    for arm, outcome in verdicts.items():
-        print(name, arm, json.dumps(outcome), flush=True)
-    measure_times(sampler, name, times)
+
+        @cache
+        def few() -> TransformersSampler:
+            return TransformersSampler(spec)
+
+        if options.profile:
+            if torch.cuda.is_available():
+                with composed_norms(few().model) as n_norms:
+                    print(f"{n_norms} RMSNorm modules are one launch each", flush=True)
+            for arm in ARMS:
+                print(
+                    write_host_profile(out / f"host-{arm}.txt", few(), arm, *PREFILLS[0]),
+                    flush=True,
+                )
+            return
+        earlier = read_rows(out / "times.csv")
+        times = Table(out / "times.csv", echo=True)
+        for row in earlier:
+            times.add(**{**row, "note": row.get("note", "")})
+        if torch.cuda.is_available() and len(read_rows(out / "recurrence.csv")) < len(
+            BATCHES + PREFILLS
+        ):
+            measure_recurrences(few().model.config, Table(out / "recurrence.csv", echo=True))
+        if not (out / "verdicts.json").exists():
+            measure_verdicts(few(), spec, name, out / "verdicts.json")
+        measure_times(few, name, times)
+        few.cache_clear()
     if options.whole:
-        del sampler
-        measure_times(TransformersSampler(open_spec(shape)), options.shape, times)
+        measure_times(lambda: TransformersSampler(open_spec(shape)), options.shape, times)
 
 
 if __name__ == "__main__":

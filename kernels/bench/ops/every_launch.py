@@ -26,6 +26,7 @@ from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
 from ndcheck_kernels.cuda.products import (
     block_fp8,
+    fp8_configs,
     grouped_matmul,
     matmul,
     mxfp4,
@@ -34,6 +35,7 @@ from ndcheck_kernels.cuda.products import (
 )
 from ndcheck_kernels.cuda.recurrent import gated_delta, selective_scan, short_convolution
 from ndcheck_kernels.cuda.rows import (
+    composed_norm,
     layer_norm,
     logits,
     quantise,
@@ -131,15 +133,22 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
         "quantise_whole_rows by a scale",
         lambda: quantise.quantise_whole_rows(x, torch.empty(600)),
     )
-    codes, row_scales = torch.empty(600, 2048, dtype=torch.float8_e4m3fn), torch.empty(16, 600).t()
-    weight = torch.empty(16, 1536, 2048, dtype=torch.float8_e4m3fn)
-    scales, ends = torch.empty(16, 12, 16), torch.empty(16, dtype=torch.int32)
-    for config in block_fp8.selectable_configs(capability):
+    k = 12288  # Of many K-groups.
+    codes, row_scales = torch.empty(600, k, dtype=torch.float8_e4m3fn), torch.empty(96, 600).t()
+    weight = torch.empty(16, 1536, k, dtype=torch.float8_e4m3fn)
+    scales, ends = torch.empty(16, 12, 96), torch.empty(16, dtype=torch.int32)
+    for config in fp8_configs.selectable_configs(capability):
         for c in (None, torch.empty(600, 1536, dtype=dtype)):
             yield (
                 f"block_fp8 {config}",
                 lambda c=c, config=config: block_fp8._launch(
                     codes, row_scales, weight[0], scales[0], c, dtype, config
+                ),
+            )
+            yield (
+                f"block_fp8 of few rows {config}",
+                lambda c=c, config=config: block_fp8._launch(
+                    codes[:8], row_scales[:8], weight[0], scales[0], c, dtype, config, weight[1]
                 ),
             )
             yield (
@@ -243,6 +252,12 @@ def rows(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch
             yield f"add_rms_norm {n}", lambda x=x, w=w: rms_norm.add_rms_norm(x, x, w)
             yield f"layer_norm {n}", lambda x=x, w=w: layer_norm.layer_norm(x, w, w)
             yield f"layer_norm {n} alone", lambda x=x: layer_norm.layer_norm(x)
+        if n <= reductions.CHUNK:
+            for way in composed_norm.Weighting:
+                yield (
+                    f"composed_norm {n} {way.name}",
+                    lambda x=x, w=w, way=way: composed_norm.composed_norm(x, w, 1e-6, way),
+                )
         for op in (softmax.softmax, softmax.log_softmax, softmax.logsumexp):
             yield f"{op.__name__} {n}", lambda op=op, x=x: op(x)
         yield f"sum {n}", lambda x=x: reductions.sum(x, -1)

@@ -28,8 +28,8 @@ OPTIONS = {
     "--max-tokens": "64",
 }
 MODELS = (
-    Measurement("8b", "qwen3-8b", {**OPTIONS, "--draft": "layers:34"}, 150),
-    Measurement("smollm2", None, {**OPTIONS, "--draft": "layers:28"}, 100),
+    Measurement("8b", "qwen3-8b", {**OPTIONS, "--draft": "layers:34"}, 300),
+    Measurement("smollm2", None, {**OPTIONS, "--draft": "layers:28"}, 200),
 )
 COLUMNS = (
     *("arm", "verdict", "draft_proposed", "draft_accepted", "mean_accepted_length"),
@@ -54,12 +54,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--smollm2", metavar="MODEL", help="a directory or a GGUF file of it")
+    names = [model.folder for model in MODELS]
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU")
     options = parser.parse_args()
     out, passed = options.out.resolve(), True
     out.mkdir(parents=True, exist_ok=True)
     for model in MODELS:
-        if model.shape is None and options.smollm2 is None:
+        is_missing = model.shape is None and options.smollm2 is None
+        if is_missing or model.folder not in options.models:
             continue
         if options.tiny:
             model = dataclasses.replace(model, options={**model.options, "--draft": "layers:1"})

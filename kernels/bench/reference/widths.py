@@ -29,7 +29,7 @@ OPTIONS = {
 }
 MODELS = (
     Measurement("8b", "qwen3-8b", OPTIONS, 200),
-    Measurement("smollm2", None, {**OPTIONS, "--chat": "", "--max-tokens": "200"}, 120),
+    Measurement("smollm2", None, {**OPTIONS, "--chat": "", "--max-tokens": "200"}, 300),
     Measurement("moe", "qwen3-30b-a3b", OPTIONS, 240),
 )
 STEP = 33
@@ -71,7 +71,7 @@ def trace(out: Path, *, tiny: bool) -> None:
         *("--widths", "2,3,4,5,8,16,32", "--no-swaps", "--json", "--quiet"),
         *(("--device", "cpu") if tiny else ()),
     ]
-    done = subprocess.run(command, cwd=ROOT, check=True, timeout=120, stdout=subprocess.PIPE)
+    done = subprocess.run(command, cwd=ROOT, check=True, timeout=300, stdout=subprocess.PIPE)
     document = json.loads(done.stdout)
     for step in document["steps"]:
         del step["loads"]  # Every op of every layer: its groups say the same in short.

@@ -4,10 +4,12 @@ Reduction order inside a block: none. The products of e4m3 codes are multiples o
     2**18, so that float64 holds every sum of 128 of them exactly; it is rounded to float32 once.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from ndcheck_kernels.cpu.products import groups_with_rows
-from ndcheck_kernels.ops.block_fp8 import BLOCK, quantise_rows, register_block_fp8
+from ndcheck_kernels.ops.block_fp8 import BLOCK, GROUP, quantise_rows, register_block_fp8
 
 
 def _linear(
@@ -18,14 +20,13 @@ def _linear(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     codes, row_scales = quantise_rows(rows)
-    total = torch.zeros(len(rows), len(weight))
     by_column = scales.repeat_interleave(BLOCK, 0)[: len(weight)]
-    for block, (left, right) in enumerate(
-        zip(codes.split(BLOCK, 1), weight.split(BLOCK, 1), strict=True)
-    ):
-        products = (left.double() @ right.double().t()).float()
+
+    def add(total: torch.Tensor, block: int, products: torch.Tensor) -> torch.Tensor:
         factors = row_scales[:, block, None] * by_column[:, block]
-        total = fused_multiply_add(products, factors, total)
+        return fused_multiply_add(products, factors, total)
+
+    total = sum_by_groups(codes, weight, add)
     if bias is not None:
         total = total + bias.float()
     return total.to(dtype)
@@ -42,6 +43,23 @@ def _grouped(
     for group, part in groups_with_rows(ends):
         out[part] = _linear(rows[part], weight[group], scales[group], None, dtype)
     return out
+
+
+def sum_by_groups(
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    add: Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The sum [M, N] of the blocks of K, which enter that of their group by ``add``."""
+    total = torch.zeros(len(codes), len(weight))
+    part = torch.zeros_like(total)
+    for block, (left, right) in enumerate(
+        zip(codes.split(BLOCK, 1), weight.split(BLOCK, 1), strict=True)
+    ):
+        part = add(part, block, (left.double() @ right.double().t()).float())
+        if (block + 1) * BLOCK % GROUP == 0:
+            total, part = total + part, torch.zeros_like(total)
+    return total + part
 
 
 def fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

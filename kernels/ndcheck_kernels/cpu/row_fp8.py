@@ -5,8 +5,8 @@ Reduction order inside a block: none, as in `cpu.block_fp8`.
 
 import torch
 
+from ndcheck_kernels.cpu.block_fp8 import sum_by_groups
 from ndcheck_kernels.cpu.products import groups_with_rows
-from ndcheck_kernels.ops.block_fp8 import BLOCK
 from ndcheck_kernels.ops.row_fp8 import UNBOUNDED, quantise_rows, register_row_fp8
 
 
@@ -19,9 +19,7 @@ def _linear(
     bound: float,
 ) -> torch.Tensor:
     codes, row_scales = quantise_rows(rows, given, bound)
-    total = torch.zeros(len(rows), len(weight))
-    for left, right in zip(codes.split(BLOCK, 1), weight.split(BLOCK, 1), strict=True):
-        total = total + (left.double() @ right.double().t()).float()
+    total = sum_by_groups(codes, weight, lambda part, _, products: part + products)
     by_output = scales.repeat_interleave(len(weight) // len(scales))
     total = total * (row_scales[:, None] * by_output)
     if bias is not None:

@@ -8,7 +8,7 @@ import torch
 import triton
 
 INTERPRETED_CAPABILITY = 90  # the interpreter stands in for the architecture the tables know best
-_COUNTERS = 1 << 20
+_COUNTERS = 1 << 22
 _PER_STREAM = 1 << 13
 
 

@@ -17,6 +17,7 @@ from ndcheck_kernels.models import (
     gated_delta,
     own_attention,
     quantised,
+    rotary,
     state_space,
     tensor_parallel,
 )
@@ -47,6 +48,7 @@ def invariant_model(model: Any, groups: int | None = None) -> Iterator[None]:
     own_attention.replace_attention(model)
     gated_delta.replace_recurrences(model)
     state_space.replace_mixers(model)
+    rotary.replace_rotary(model)
     own = model.config._attn_implementation, model.config._experts_implementation
     try:
         _set(model, NAME, NAME)

@@ -127,8 +127,9 @@ def _mask_maker(
         end = q_offset + q_length - kv_offset
         untouched = mask_function is causal and kv_offset == 0
         if untouched and _has_no_gaps(attention_mask, first, q_offset + q_length):
-            spans = torch.stack([origin, torch.zeros_like(origin) + end], -1)
-            return spans[:, None, None].int().as_subclass(Spans)
+            # Starts in a row, and ends: kernels read them without a copy for each layer.
+            spans = torch.stack([origin, torch.zeros_like(origin) + end]).int().t()
+            return spans[:, None, None].as_subclass(Spans)
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         visible = sdpa_mask(
             batch_size=batch_size,

@@ -34,6 +34,7 @@ from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.models.caches.argument import given_cache
 from ndcheck_kernels.models.mixture import is_mixture, mixture, mixture_fires
+from ndcheck_kernels.models.norms import composed_norms
 from ndcheck_kernels.models.projections import Projection, can_join
 from ndcheck_kernels.models.quantised import is_block_fp8
 from ndcheck_kernels.models.weight_only import WeightOnlyLinear
@@ -53,7 +54,8 @@ _FIRES = {"attention": 1, "rms_norm": 2, "qkv": 1}
 def fused_layers(model: torch.nn.Module) -> Iterator[int]:
     """Run the model's decoder layers fused; yields how many, 0 where it has others than these.
 
-    Warns, and leaves them as they are, where a kernel that only fused layers need does not compile.
+    Norms outside of such layers become one launch each, in their own bits (`norms`). Warns, and
+    leaves the layers as they are, where a kernel that only fused layers need does not compile.
     """
     layers = join_weights(model)
     reason = next(filter(None, map(_compile_failure, layers)), None)
@@ -63,7 +65,8 @@ def fused_layers(model: torch.nn.Module) -> Iterator[int]:
     for i, layer in enumerate(layers):
         layer.forward = partial(_forward, layer, i == len(layers) - 1)
     try:
-        yield len(layers)
+        with composed_norms(model):
+            yield len(layers)
     finally:
         for layer in layers:
             del layer.forward  # The class's own shows again.
@@ -204,7 +207,9 @@ def _fused(
     own, mlp = layer.self_attn, layer.mlp
     batch, length, width = hidden.shape
     residual = hidden.reshape(-1, width)
-    x = layer._joined_qkv.after_norm(residual, layer.input_layernorm).view(batch, length, -1)
+    # Attention reads little: the output weights arrive meanwhile.
+    x = layer._joined_qkv.after_norm(residual, layer.input_layernorm, layer._output)
+    x = x.view(batch, length, -1)
     keys, values, offset = _columns(cache, own, x)
     q_norm, k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
     query = qkv(

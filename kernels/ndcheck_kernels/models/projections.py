@@ -74,12 +74,17 @@ class Projection:
             return self._plain(rows, addend)
         return self._of_codes(quantise_rows(rows), rows.dtype, addend)
 
-    def after_norm(self, rows: torch.Tensor, norm: Any) -> torch.Tensor:
-        """Of the rows [M, K] as transformers' RMSNorm module leaves them."""
+    def after_norm(
+        self, rows: torch.Tensor, norm: Any, following: Projection | None = None
+    ) -> torch.Tensor:
+        """Of the rows [M, K] as transformers' RMSNorm module leaves them.
+
+        ``following`` reads its weight next, but not at once.
+        """
         if self.scales is None:
             return self._plain(rms_norm(rows, norm.weight, norm.variance_epsilon), None)
         codes = rms_norm_quantise(rows, norm.weight, norm.variance_epsilon)
-        return self._of_codes(codes, rows.dtype, None)
+        return self._of_codes(codes, rows.dtype, None, following)
 
     def after_gate(self, gate_up: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
         """Of silu(gate) * up, from gate_up [M, 2 K]."""
@@ -95,12 +100,18 @@ class Projection:
         return matmul(rows, self.weight.t(), added)
 
     def _of_codes(
-        self, quantised: Quantised, dtype: torch.dtype, addend: torch.Tensor | None
+        self,
+        quantised: Quantised,
+        dtype: torch.dtype,
+        addend: torch.Tensor | None,
+        following: Projection | None = None,
     ) -> torch.Tensor:
         assert self.scales is not None and not isinstance(self.weight, Packed)  # noqa: PT018
+        after = None if following is None or following.scales is None else following.weight
+        assert not isinstance(after, Packed)
         return block_fp8_matmul(
             *quantised, self.weight, self.scales, self.bias if addend is None else addend,
-            dtype=dtype,
+            dtype=dtype, following=after,
         )  # fmt: skip
 
 

@@ -4,8 +4,9 @@ Computes: for a row x and an output n, with the blocks b of 128 columns of K,
     round(sum over b of p[b] * (s[b] * t[n // 128, b]), + bias[n]),
     where s[b] = max(max |x| over b / 448, 2**-126) is the row's scale, p[b] the sum over b of
     (x / s[b], rounded to e4m3) * (the weight's e4m3 code), and t the weight's scales.
-Reduction order: blocks in ascending order, from 0. A block enters the float32 sum by one fused
-    multiply-add, whose factor s * t is rounded first; then the bias; one rounding at the end. The
+Reduction order: K is cut into groups of 1024 columns. In a group, blocks in ascending order, from
+    0: a block enters the float32 sum by one fused multiply-add, whose factor s * t is rounded
+    first. Groups are added in ascending order, from 0; then the bias; one rounding at the end. The
     order inside a block is the device's.
 Depends on: K, and the row and the weights of one output. Nothing of the batch enters a scale.
 Dtypes: rows bfloat16, float16 or float32; weights float8_e4m3fn; weights' scales float32.
@@ -23,6 +24,8 @@ from ndcheck_kernels.scope.refusal import UnsupportedCallError
 from ndcheck_kernels.scope.registry import implements
 
 BLOCK = 128
+GROUP = 1024
+"""Columns of K that are summed apart, so that few rows can be multiplied by the whole chip."""
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 

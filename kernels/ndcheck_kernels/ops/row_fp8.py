@@ -5,8 +5,9 @@ Computes: for a row x and an output n, with the blocks b of 128 columns of K,
     where p[b] is the sum over b of (x / s, bounded by 448, rounded to e4m3) * (the weight's e4m3
     code), t the weight's scales, and s the row's scale: max(a, 2**-126), a being the given scale of
     a calibration or, without one, min(max |x|, bound) / 448.
-Reduction order: blocks in ascending order from 0, each added in float32; then times s * t, which is
-    rounded first; then the bias; one rounding at the end. The order inside a block is the device's.
+Reduction order: in a group of 1024 columns, blocks in ascending order from 0, each added in
+    float32; groups likewise; then times s * t, which is rounded first; then the bias; one rounding
+    at the end. The order inside a block is the device's.
 Depends on: K, and the row and the weights of one output. Nothing of the batch enters a scale.
 Dtypes: rows bfloat16, float16 or float32; weights float8_e4m3fn; scales float32.
 Not claimed: anything where s * t leaves float32's range; equal bits on other devices.

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 
 _MOVES = """
 cat stack hstack vstack clone contiguous copy copy_ _to_copy lift lift_fresh lift_fresh_copy
-detach_ empty empty_like empty_strided empty_permuted zeros zeros_like ones ones_like full
+detach_ type_as empty empty_like empty_strided empty_permuted zeros zeros_like ones ones_like full
 full_like new_empty new_empty_strided new_zeros new_ones new_full arange linspace scalar_tensor
 eye tril_indices triu_indices fill fill_ zero_ resize_ embedding index index_select gather
 take_along_dim index_copy index_copy_ masked_scatter masked_scatter_ masked_select index_fill

@@ -252,8 +252,11 @@ def _shown(values: list[Any], kind: str) -> list[Any]:
         # By their bits: most of many rows are NaN, and to print one number takes long.
         bits, of_row = np.unique(np.array(values, np.float32).view(np.int32), return_inverse=True)
         kinds = bits.view(np.float32)
-        texts = np.where(np.isfinite(kinds), kinds.astype(str).astype(object), None)
-        return list(texts[of_row])
+        texts = [
+            t if math.isfinite(x) else None
+            for t, x in zip(kinds.astype(str).tolist(), kinds, strict=True)
+        ]
+        return [texts[i] for i in of_row.tolist()]
     return [None if value is None or not math.isfinite(value) else value for value in values]
 
 

@@ -122,11 +122,24 @@ def test_fused_multiply_add_passes_infinities_and_nan():
     assert got[[2, 3]].isnan().all()
 
 
+def test_groups_of_1024_columns_are_summed_apart():
+    """Whoever has the columns of one group gets its sum; added in float32, they are the product."""
+    torch.manual_seed(0)
+    weight, scales = weights(96, 3 * 1024 + 400)
+    rows = torch.randn(7, weight.shape[1])
+    parts = [
+        product(rows[:, k : k + 1024], weight[:, k : k + 1024], scales[:, k // 128 :][:, :8])
+        for k in range(0, weight.shape[1], 1024)
+    ]
+    assert torch.equal(product(rows, weight, scales), parts[0] + parts[1] + parts[2] + parts[3])
+    assert not torch.equal(sum(parts), sum(reversed(parts)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_has_its_bits_in_any_company(dtype):
     torch.manual_seed(0)
-    weight, scales = weights(160, 390)
-    rows = torch.randn(40, 390).to(dtype)
+    weight, scales = weights(160, 1158)
+    rows = torch.randn(40, 1158).to(dtype)
     bias = torch.randn(160).to(dtype)
     alone = product(rows[:1], weight, scales, bias)
     for m in (2, 3, 16, 17, 40):

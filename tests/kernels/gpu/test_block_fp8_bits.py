@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.fp8 import products as bench
-from ndcheck_kernels.cuda.products import block_fp8
+from ndcheck_kernels.cuda.products import block_fp8, fp8_configs
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.ops.block_fp8 import dequantise, quantise_weight
 
@@ -30,11 +30,11 @@ def test_products_are_near_those_of_the_codes(n, k):
 
 def test_groups_have_the_bits_of_single_products():
     torch.manual_seed(0)
-    weight, scales = quantise_weight(torch.randn(5, 640, 512, device="cuda"))
-    codes, row_scales = quantise_rows(torch.randn(700, 512, device="cuda").bfloat16())
+    weight, scales = quantise_weight(torch.randn(5, 640, 2064, device="cuda"))
+    codes, row_scales = quantise_rows(torch.randn(700, 2064, device="cuda").bfloat16())
     ends = torch.tensor([3, 3, 90, 91, 700], dtype=torch.int32, device="cuda")
     starts = [0, *ends.tolist()[:-1]]
-    for config in block_fp8.selectable_configs(90):
+    for config in fp8_configs.selectable_configs(90):
         got = block_fp8._launch_grouped(
             codes, row_scales, weight, scales, ends, torch.float32, config
         )

@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ndcheck_kernels.cuda.dependent_launch import follow
-from ndcheck_kernels.cuda.products.tiles import accumulate, offsets, zeros
+from ndcheck_kernels.cuda.products.tiles import accumulate, offsets, sum_groups, zeros
 
 
 @triton.jit
@@ -78,28 +78,6 @@ def _store(
 
 
 @triton.jit
-def _sum_groups(
-    acc, partial_ptr, group, counter_ptr, M, N, first_m,
-    first_n, GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr,
-):  # fmt: skip
-    """Leave this group's part; whoever comes last adds them all, in ascending order."""
-    offs_m, offs_n = offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
-    mask = (offs_m < M) & (offs_n < N)
-    ptrs = partial_ptr + offs_m * N + offs_n
-    size = M.to(tl.int64) * N
-    tl.store(ptrs + group * size, acc, mask)
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == GROUPS - 1
-    if last:
-        acc = zeros(BLOCK_M, BLOCK_N, SWAP)
-        for g in tl.static_range(GROUPS):
-            acc = acc + tl.load(ptrs + g * size, mask, other=0.0, cache_modifier=".cg")
-        tl.store(counter_ptr, 0)
-    return acc, last
-
-
-@triton.jit
 def _prefetch(w_ptr, first_n, first_k, N, K, stride_wn, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Ask L2 for the first weights of a tile: a hint, so it need not wait for earlier kernels."""
     offs_n = tl.minimum(first_n.to(tl.int64) + tl.arange(0, ROWS), N - 1)[:, None]
@@ -150,9 +128,10 @@ def _matmul_tile_kernel(
             extra_tot = extra_tot + extra
     last = True
     if PARALLEL:
-        tot, last = _sum_groups(
-            tot, partial_ptr, group, counter_ptr + tile, M, N, first_m, first_n, GROUPS,
-            BLOCK_M, BLOCK_N, SWAP,
+        offs_m, offs_n = offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
+        tot, last = sum_groups(
+            tot, partial_ptr + offs_m * N + offs_n, M.to(tl.int64) * N,
+            (offs_m < M) & (offs_n < N), group, counter_ptr + tile, GROUPS,
         )  # fmt: skip
     if last:
         _store(

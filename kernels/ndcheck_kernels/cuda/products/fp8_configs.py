@@ -1,0 +1,104 @@
+"""Schedules of FP8 products: none changes bits, so all may follow the number of rows.
+
+Frozen from times on an H200 (`bench.fp8.measure`), by [N, K] where a shape was tuned by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ndcheck_kernels.cuda.configs import PROVEN
+from ndcheck_kernels.ops.block_fp8 import GROUP
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Config:
+    """Schedule of one product; a step of K is a block of scales."""
+
+    block_m: int
+    block_n: int
+    """At most 128, and a divisor of it: a tile has one column of the weights' blocks."""
+    warps: int
+    stages: int
+    swap: bool = False
+    """As in `MatmulConfig`: one operand has at least 64 rows, so that all tiles use wgmma."""
+    parallel: bool = False
+    """One program per K-group (else one program walks them in sequence)."""
+
+
+_ONE_FOR_ALL = Fp8Config(64, 64, 4, 4)
+Table = tuple[tuple[int, Fp8Config], ...]  # up to which M a configuration serves
+_ANY = 1 << 62
+
+_DEFAULT: Table = (
+    (16, Fp8Config(16, 64, 4, 6, swap=True)),
+    (32, Fp8Config(32, 64, 4, 6, swap=True)),
+    (64, Fp8Config(64, 64, 4, 4, swap=True)),
+    (_ANY, Fp8Config(64, 128, 4, 4)),
+)
+_FEWEST_TILES = 264
+"""Fewer leave multiprocessors without a second tile: K-groups run in parallel."""
+
+MEASURED: dict[tuple[int, int], Table] = {}
+"""Where another choice than the default was faster, by (N, K)."""
+
+# Up to which mean number of rows in a group of rows.
+GROUPED: Table = (
+    (16, Fp8Config(16, 64, 4, 6, swap=True)),
+    (32, Fp8Config(32, 64, 4, 6, swap=True)),
+    (64, Fp8Config(64, 64, 4, 4, swap=True)),
+    (_ANY, Fp8Config(64, 128, 4, 4)),
+)
+
+
+def k_groups(k: int) -> int:
+    return -(-k // GROUP)
+
+
+def product_config(m: int, n: int, k: int, capability: int) -> Fp8Config:
+    if capability not in PROVEN:
+        return _ONE_FOR_ALL
+    if (n, k) in MEASURED:
+        return _choose(MEASURED[n, k], m)
+    return _fill(_choose(_DEFAULT, m), -(-m // _choose(_DEFAULT, m).block_m), n)
+
+
+def grouped_config(rows: int, groups: int, n: int, capability: int) -> Fp8Config:
+    """Of rows in so many groups with weights of their own, each [N, K]."""
+    if capability not in PROVEN:
+        return _ONE_FOR_ALL
+    config = next(config for mean, config in GROUPED if rows <= mean * groups)
+    return _fill(config, min(rows, groups), n)
+
+
+def _choose(table: Table, m: int) -> Fp8Config:
+    return next(config for most, config in table if m <= most)
+
+
+def _fill(config: Fp8Config, tiles_m: int, n: int) -> Fp8Config:
+    return replace(config, parallel=tiles_m * -(-n // config.block_n) < _FEWEST_TILES)
+
+
+def selectable_configs(capability: int) -> tuple[Fp8Config, ...]:
+    """Every configuration that some shape can select: what a proof must cover."""
+    if capability not in PROVEN:
+        return (_ONE_FOR_ALL,)
+    either = (
+        replace(config, parallel=parallel)
+        for _, config in (*_DEFAULT, *GROUPED)
+        for parallel in (False, True)
+    )
+    measured = (config for table in MEASURED.values() for _, config in table)
+    return tuple(dict.fromkeys((*either, *measured)))
+
+
+__all__ = [
+    "GROUPED",
+    "MEASURED",
+    "Fp8Config",
+    "Table",
+    "grouped_config",
+    "k_groups",
+    "product_config",
+    "selectable_configs",
+]
