@@ -327,7 +327,7 @@ def _cache_argument(model: Any) -> str:
         return cache_argument(model.forward)
     except ValueError as error:
         raise UsageError(
-            f"{type(model).__name__}: the state that it decodes from cannot be controlled: {error}"
+            f"{type(model).__name__} {error}, so the state that it decodes from is out of control"
         ) from error
 
 

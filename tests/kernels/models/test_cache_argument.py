@@ -45,7 +45,7 @@ def test_a_model_that_takes_none_is_refused_by_name():
         def forward(self, input_ids):
             return input_ids
 
-    with pytest.raises(UsageError, match=r"^Stateless: .* takes none of cache, past_key_values"):
+    with pytest.raises(UsageError, match=r"^Stateless takes none of cache, past_key_values"):
         ExactBatch(Stateless(1, 1), torch.device("cpu"), 1, 4)
 
 

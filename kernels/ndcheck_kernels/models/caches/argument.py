@@ -14,7 +14,7 @@ def cache_argument(forward: Callable[..., Any]) -> str:
     for name in _NAMES:
         if name in accepted:
             return name
-    raise ValueError(f"it takes none of {', '.join(_NAMES)}")
+    raise ValueError(f"takes none of {', '.join(_NAMES)}")
 
 
 def given_cache(kwargs: dict[str, Any]) -> Any:
