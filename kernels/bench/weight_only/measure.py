@@ -2,10 +2,10 @@
 
     PYTHONPATH=$PWD:$PWD/kernels python -m bench.weight_only.measure OUT_DIR [--seconds 150]
 
-Bits of every schedule; products beside torch's of bf16 and of 4 bits; the 4-bit 8B's captured
-decode step beside its floor; its properties; the step of bf16; the GPU tests of the kernels; the
-fastest schedules, as long as time is left. Each part writes what it has, and a part that fails is
-named at the end. With --tiny: the model parts on a CPU.
+Bits of every schedule that is shipped or tried; the fastest of those tried, which the rest of the
+run uses; products beside torch's of bf16 and of 4 bits; the 4-bit 8B's captured decode step beside
+its floor; its properties; the step of bf16; the GPU tests of the kernels. Each part writes what it
+has, and a part that fails is named at the end. With --tiny: the model parts on a CPU.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ from bench.parts import Part, run_parts, run_tests
 TESTS = ("tests/kernels/triton/packed",)
 
 
-def compare_products(out: Path) -> None:
+def check_and_tune(out: Path, until: float) -> None:
     from bench.weight_only import products
 
-    found = products.find_differences(out)
-    print("\n".join(found) or "every shipped schedule: the bits of plain weights", flush=True)
-    products.bench(out)
+    started = time.monotonic()
+    products.compile_all(products.SCHEDULES)
+    usable = products.usable(products.SCHEDULES)
+    print(f"{len(usable)} schedules run, {time.monotonic() - started:.0f} s", flush=True)
+    found = products.find_differences(out, usable)
+    print("\n".join(found) or "every schedule: the bits of plain weights", flush=True)
+    right = [config for config in usable if not any(str(config) in line for line in found)]
+    products.tune(out, right, until)
     if found:
         raise RuntimeError(f"{len(found)} schedules or controls differ")
 
 
-def tune_products(out: Path, until: float) -> None:
+def compare_products(out: Path) -> None:
     from bench.weight_only import products
 
-    for _ in products.tune(out):
-        if time.monotonic() > until:
-            break
-    found = products.find_differences(out, tuple(products.SCHEDULES))
-    print(
-        "\n".join(found) or "every schedule that was tried: the bits of plain weights", flush=True
-    )
+    products.bench(out)
 
 
 def main() -> int:
@@ -56,12 +55,12 @@ def main() -> int:
     until = time.monotonic() + options.seconds
     shape, batches, loads = "qwen3-8b-w4a16", (1, 8, 32, 128), "1,2,8,32"
     parts: list[Part] = [
+        ("bits and schedules", lambda: check_and_tune(out, until - 0.5 * options.seconds)),
         ("products", lambda: compare_products(out)),
         ("8B step", lambda: measure_steps(out, shape, batches)),
         ("8B properties", lambda: measure_properties(out, shape, loads, 100, 32)),
         ("8B step in bf16", lambda: measure_steps(out, "qwen3-8b", batches)),
         ("tests", lambda: run_tests(out / "tests.txt", TESTS)),
-        ("schedules", lambda: tune_products(out, until)),
     ]
     if options.tiny:
         parts = [

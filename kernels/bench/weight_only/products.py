@@ -8,8 +8,12 @@ the same groups.
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -21,22 +25,84 @@ from bench.fp8.products import SHAPES, runs
 from bench.table import Table, add_ranked, print_means
 from ndcheck_kernels.cuda.products import weight_only
 from ndcheck_kernels.cuda.products.matmul import matmul
-from ndcheck_kernels.cuda.products.weight_only import WeightOnlyConfig, weight_only_matmul
+from ndcheck_kernels.cuda.products.weight_only import (
+    Config,
+    FewRowsConfig,
+    WeightOnlyConfig,
+    weight_only_matmul,
+)
+from ndcheck_kernels.measure.resources import compiling
 from ndcheck_kernels.measure.timing import copies, medians_us
-from ndcheck_kernels.ops.weight_only import Packed, pack
+from ndcheck_kernels.ops.weight_only import Packed, dequantise, pack
 
 GROUP = 128
-BATCHES = (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
-SCHEDULES = [
-    WeightOnlyConfig(m, n, warps, stages)
-    for m, n, warps in (
-        *((16, 64, 4), (16, 64, 8), (16, 128, 4), (16, 128, 8)),
-        *((32, 64, 4), (32, 128, 8), (64, 64, 4), (64, 64, 8), (64, 128, 8)),
-        *((128, 64, 4), (128, 64, 8), (128, 128, 8)),
-    )
-    for stages in (2, 3, 4, 6, 8)
-    if stages * (512 * m + 128 * n) < 215_000 and (stages > 2 or m == 128)
+FEW = (1, 8, 16)
+BATCHES = (*FEW, 32, 64, 128, 256, 1024, 4096)
+Choice = Config | None
+TILES = {
+    (16, 64, 128, 4): (8, 12), (16, 64, 256, 4): (4, 6, 8, 12), (16, 64, 512, 4): (3, 6),
+    (16, 128, 256, 8): (4,), (32, 64, 128, 4): (8,), (32, 64, 256, 4): (3, 4, 6),
+    (32, 128, 256, 8): (3, 4), (64, 64, 128, 4): (3, 5, 8), (64, 64, 256, 4): (3, 4),
+    (64, 128, 128, 8): (3, 5), (128, 64, 128, 4): (3, 4, 5), (128, 128, 128, 8): (3, 4, 5),
+    (256, 128, 64, 8): (3, 4, 6), (256, 128, 128, 8): (2, 3),
+}  # fmt: skip
+BY_WARPS = {
+    (16, 8, 256, 4): (3, 4, 6, 8, 12), (16, 8, 256, 8): (4, 6), (16, 8, 512, 4): (3, 4, 6),
+    (16, 16, 128, 4): (8,), (16, 16, 256, 2): (4, 8), (16, 16, 256, 4): (3, 4, 6, 8),
+    (32, 8, 256, 4): (3, 4), (32, 16, 256, 4): (3, 4), (32, 16, 256, 8): (3,),
+}  # fmt: skip
+SCHEDULES: list[Config] = [
+    *(WeightOnlyConfig(*sizes, stages) for sizes, depths in TILES.items() for stages in depths),
+    *(FewRowsConfig(*sizes, stages) for sizes, depths in BY_WARPS.items() for stages in depths),
 ]
+UNPACKED = "unpacked first"
+
+
+def is_tried(config: Config, m: int) -> bool:
+    """Tiles of half the rows, or of no more than a tile of that kind has to have."""
+    least = min(max(16, 1 << (m - 1).bit_length()), 256)
+    return config.block_m == least or (32 < least == 2 * config.block_m)
+
+
+def compile_all(configs: Sequence[Config]) -> None:
+    """By other processes, into the cache on disk: one after the other they take minutes."""
+    work = [(config, has_addend) for config in configs for has_addend in (False, True)]
+    with ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, *zip(*work, strict=True)))
+
+
+def _compile(config: Config, has_addend: bool) -> None:
+    x = torch.empty(600, 4096, dtype=torch.bfloat16)
+    codes, scales = torch.empty(4096, 2048, dtype=torch.uint8), x[:32].clone()
+    with compiling(90):
+        weight_only._launch(
+            x, Packed(codes, scales, None, None, 4, 4096), x if has_addend else None, config
+        )
+
+
+def usable(configs: Sequence[Config]) -> list[Config]:
+    """Those whose kind runs in another process, which a kernel that hangs or faults ends."""
+    found: list[Config] = []
+    for kind in (WeightOnlyConfig, FewRowsConfig):
+        own = [config for config in configs if isinstance(config, kind)]
+        process = multiprocessing.get_context("spawn").Process(target=_launch_each, args=(own,))
+        process.start()
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        if process.exitcode == 0:
+            found += own
+        else:
+            print(f"{kind.__name__} is left out: exit code {process.exitcode}", flush=True)
+    return found
+
+
+def _launch_each(configs: Sequence[Config]) -> None:
+    packed, x = draw(6144, 4096), torch.randn(17, 4096, device="cuda").bfloat16()
+    for config in configs:
+        weight_only._launch(x, packed, None, config)
+        torch.cuda.synchronize()
 
 
 def draw(n: int, k: int, group: int = GROUP, bits: int = 4) -> Packed:
@@ -57,28 +123,39 @@ def cancelling(n: int, k: int, group: int, bits: int) -> tuple[torch.Tensor, Pac
     return rows, Packed(pack(codes, bits), scales, None, None, bits, k)
 
 
-def find_differences(out: Path, configs: tuple[WeightOnlyConfig, ...] = ()) -> list[str]:
-    """Configurations that give other bits than `matmul` with the plain weight; and a control."""
-    configs = configs or weight_only.selectable_configs()
+def find_differences(out: Path, tried: Sequence[Config] = ()) -> list[str]:
+    """Configurations that give other bits than `matmul` with the plain weight; and a control.
+
+    Those ``tried`` beside what is shipped multiply weights of the form that tables are made for.
+    """
     table, differing = Table(out / "weight_only_bits.csv", echo=False), []
-    shapes = ((6144, 4096, 128, 4), (1024, 12288, 32, 4), (1000, 512, 512, 8), (384, 4096, 64, 8))
+    shapes = (
+        *((6144, 4096, 128, 4), (2304, 12288, 128, 4), (1024, 12288, 32, 4)),
+        *((1000, 512, 512, 8), (384, 4096, 64, 8)),
+    )
     for n, k, group, bits in shapes:
         rows, packed = cancelling(n, k, group, bits)
         plain = weight_only.unpacked(packed, torch.bfloat16)
+        if not torch.equal(plain, dequantise(packed, torch.bfloat16)):
+            differing.append(f"{n}x{k} of {bits} bits: the weight as unpacked")
+        expected = matmul(rows, plain.t())
+        configs = list(weight_only.selectable_configs(bits, group))
+        if n > 2048:  # K in one group, as in the products that are tuned.
+            configs += [config for config in tried if config not in configs]
         for config, m in product(configs, (1, 16, 17, 64, 128, 600)):
-            expected = matmul(rows[:m], plain.t())
-            same = torch.equal(weight_only._launch(rows[:m], packed, None, config), expected)
+            got = weight_only._launch(rows[:m], packed, None, config)
+            same = torch.equal(got, expected[:m])
             table.add(n=n, k=k, group=group, bits=bits, m=m, config=str(config), equal=same)
             if not same:
                 differing.append(f"{n}x{k} of {bits} bits, {m} rows: {config}")
         order = torch.randperm(k, device="cuda")
         shuffled = matmul(rows[:, order].contiguous(), plain[:, order].contiguous().t())
-        if torch.equal(shuffled, matmul(rows, plain.t())):
+        if torch.equal(shuffled, expected):
             differing.append(f"{n}x{k}: the control, K in another order, has the same bits")
         differing += [
             f"{n}x{k} of {bits} bits, {m} rows: as shipped"
             for m in (1, 128, 129, 600)
-            if not torch.equal(weight_only_matmul(rows[:m], packed), matmul(rows[:m], plain.t()))
+            if not torch.equal(weight_only_matmul(rows[:m], packed), expected[:m])
         ]
     return differing
 
@@ -125,19 +202,58 @@ def bench(out: Path, batches: tuple[int, ...] = BATCHES) -> None:
     print(refused, flush=True)
 
 
-def tune(out: Path) -> Iterator[None]:
-    """The fastest schedule of each cell, a cell at a time: the caller stops where time is up."""
+def tune(out: Path, configs: Sequence[Config], until: float) -> None:
+    """The fastest schedule of each cell, and from now on what products choose.
+
+    Up to 16 rows share one, the best on the whole; cells that no time was left for keep theirs.
+    """
     table = Table(out / "weight_only_schedules.csv", echo=False)
-    for m, (shape, (n, k)) in product((1, 16, 64, 128, 32), SHAPES.items()):
+    chosen: dict[tuple[int, int], dict[int, Choice]] = {}
+    for m, (shape, (n, k)) in product((*FEW, 32, 64, 128, 256, 512, 1024), SHAPES.items()):
+        if time.monotonic() > until:
+            break
         held = [draw(n, k) for _ in range(copies(n * k / 2))]
         x = torch.randn(m, k, device="cuda").bfloat16()
-        tried = [c for c in SCHEDULES if c.block_m == max(m, 16)]
-        us = medians_us({
+        variants = {
             str(config): [partial(weight_only._launch, x, w, None, config) for w in held]
-            for config in tried
-        })  # fmt: skip
-        add_ranked(table, shape, m, us, str(weight_only.product_config(m)))
-        yield
+            for config in configs
+            if is_tried(config, m)
+        }
+        if m > 64:
+            variants[UNPACKED] = [partial(unpack_and_multiply, x, w) for w in held]
+        us = medians_us(variants)
+        add_ranked(table, shape, m, us, str(weight_only.product_config(x, held[0])))
+        if m in FEW[:-1]:
+            continue
+        cells = [m] if m > FEW[-1] else list(FEW)
+        rows = [row for row in table.rows if row["shape"] == shape and row["m"] in cells]
+        totals: dict[str, float] = {}
+        for row in rows:
+            config = str(row["config"])
+            totals[config] = totals.get(config, 0) + math.log(float(str(row["us"])))
+        best = min(totals, key=totals.__getitem__)
+        chosen.setdefault((n, k), {})[m] = next((c for c in configs if str(c) == best), None)
+    adopt(out, chosen)
+
+
+def adopt(out: Path, chosen: Mapping[tuple[int, int], Mapping[int, Choice]]) -> None:
+    """Write what a frozen table of these choices says, and use it.
+
+    It ends where a weight is to be unpacked first.
+    """
+    table = Table(out / "weight_only_choice.csv")
+    for (n, k), by_rows in chosen.items():
+        fused: list[tuple[int, Config]] = []
+        for m, config in by_rows.items():
+            if config is None:
+                break
+            fused.append((m, config))
+            table.add(n=n, k=k, most_rows=m, config=str(config))
+        weight_only._MEASURED[n, k] = tuple(fused)
+
+
+def unpack_and_multiply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    return matmul(x, weight_only.unpacked(packed, x.dtype).t())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 import triton
 
 INTERPRETED_CAPABILITY = 90  # the interpreter stands in for the architecture the tables know best
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 _COUNTERS = 1 << 22
 _PER_STREAM = 1 << 13
 
@@ -34,6 +35,11 @@ def capability(device: torch.device) -> int:
         f"the Triton kernels need a CUDA tensor, not one on {device}: use ndcheck_kernels.cpu, "
         "or set TRITON_INTERPRET=1 before the first import to run them slowly without a GPU"
     )
+
+
+def has_hopper_kernels(device: torch.device) -> bool:
+    """Those that are scheduled by hand, in Gluon, as Triton has it from 3.6 on."""
+    return on_gpu(device) and capability(device) == 90 and _TRITON >= (3, 6)
 
 
 @cache

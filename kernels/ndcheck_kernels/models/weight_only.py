@@ -14,12 +14,11 @@ import torch.nn.functional as F
 
 from ndcheck_kernels.ops import mxfp4
 from ndcheck_kernels.ops.weight_only import (
-    HALF,
-    RUN,
     Packed,
     dequantise,
     linear_op,
     quantise,
+    stored_width,
 )
 from ndcheck_kernels.scope.state import active_scope
 
@@ -73,10 +72,9 @@ class WeightOnlyLinear(torch.nn.Module):
     ) -> WeightOnlyLinear:
         """A layer for weights of the size of ``like``, on its device, with any numbers."""
         device, (n, k) = like.weight.device, like.weight.shape
-        width = k if bits == 8 else -(-k // RUN) * HALF
         groups = (k // group_size, n)
         packed = Packed(
-            torch.empty(n, width, dtype=torch.uint8, device=device),
+            torch.empty(n, stored_width(k, bits), dtype=torch.uint8, device=device),
             torch.empty(groups, dtype=like.weight.dtype, device=device),
             None if is_symmetric else torch.empty(groups, dtype=torch.int16, device=device),
             None, bits, k,

@@ -24,10 +24,14 @@ from ndcheck_kernels.ops.library import declare
 from ndcheck_kernels.scope.refusal import UnsupportedCallError
 from ndcheck_kernels.scope.registry import implements
 
-HALF = 128
-RUN = 2 * HALF
-"""A byte of 4-bit codes holds columns k, in its low half, and k + HALF of a run of RUN columns, so
-that a tile of bytes gives two tiles of neighbouring columns. Filled up with zeros to whole runs."""
+RUN_BYTES = 32
+"""Codes lie in runs of so many bytes, each in the order in which a tensor core reads its columns.
+
+Column k of a run is, by its bits from the highest, (h, s, u, q1, q0, e), without s for 8 bits. Its
+code is in the 32-bit word (q1, q0, h) of the run, there at place (e, s, u) from the lowest: a lane
+of a tensor core's operand holds columns 2 q and 2 q + 1, and those 8 on, for every 16. Filled up
+with zeros to whole runs.
+"""
 BITS = (4, 8)
 _SCALES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -43,11 +47,11 @@ class Packed:
     """A weight [N, K] of integers with a scale a group."""
 
     codes: torch.Tensor
-    """uint8, [N, K] of 8 bits, or [N, K / 2] of 4 as `pack` lays them out."""
+    """uint8, [N, `stored_width(K, bits)`], as `pack` lays them out."""
     scales: torch.Tensor
     """[G, N]."""
     zeros: torch.Tensor | None
-    """[G, N] int16; None where all are the middle of the codes, 2**(bits - 1)."""
+    """[G, N] int16, 0 to 2**bits; None where all are the middle of the codes, 2**(bits - 1)."""
     group_of: torch.Tensor | None
     """[K] int32, each column's group; None where groups are runs of K / G columns."""
     bits: int
@@ -76,10 +80,9 @@ class Packed:
                 f"{tuple(self.scales.shape)}"
             )
         n, width = self.codes.shape
-        stored = self.columns if self.bits == 8 else -(-self.columns // RUN) * HALF
         n_groups, by_row = self.scales.shape
         is_even = self.group_of is not None or (n_groups and self.columns % n_groups == 0)
-        if width != stored or by_row != n or not is_even:
+        if width != stored_width(self.columns, self.bits) or by_row != n or not is_even:
             raise UnsupportedCallError(
                 f"codes {tuple(self.codes.shape)} with scales {tuple(self.scales.shape)} for "
                 f"{self.columns} columns"
@@ -88,22 +91,28 @@ class Packed:
             raise UnsupportedCallError(f"groups of {tuple(self.group_of.shape)} columns")
 
 
+def stored_width(columns: int, bits: int) -> int:
+    """Bytes of a row of so many codes."""
+    return -(-columns * bits // (8 * RUN_BYTES)) * RUN_BYTES
+
+
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """codes [N, K] below 2**bits -> uint8, two columns a byte of 4 bits."""
-    codes = codes.to(torch.uint8)
-    if bits == 8:
-        return codes.contiguous()
-    runs = torch.nn.functional.pad(codes, (0, -codes.shape[1] % RUN))
-    halves = runs.view(len(codes), -1, 2, HALF)
-    return (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
+    """codes [N, K] below 2**bits -> uint8, [N, `stored_width(K, bits)`]."""
+    missing = stored_width(codes.shape[1], bits) * 8 // bits - codes.shape[1]
+    runs = torch.nn.functional.pad(codes.to(torch.uint8), (0, missing))
+    stored = runs.view(len(codes), -1, 2, 8 // bits, 2, 4, 2).permute(0, 1, 5, 2, 6, 3, 4)
+    if bits == 4:
+        stored = stored[..., 0] | stored[..., 1] << 4
+    return stored.flatten(1).contiguous()
 
 
 def unpack(packed: Packed) -> torch.Tensor:
     """The codes, uint8 [N, K]."""
-    if packed.bits == 8:
-        return packed.codes
-    halves = packed.codes.view(len(packed.codes), -1, 1, HALF)
-    return torch.cat((halves & 15, halves >> 4), 2).flatten(1)[:, : packed.columns]
+    codes = packed.codes
+    if packed.bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), -1)
+    runs = codes.view(len(codes), -1, 4, 2, 2, 8 // packed.bits, 2).permute(0, 1, 3, 5, 6, 2, 4)
+    return runs.flatten(1)[:, : packed.columns]
 
 
 def dequantise(packed: Packed, dtype: torch.dtype) -> torch.Tensor:

@@ -62,11 +62,21 @@ def test_codes_are_unpacked_as_they_were(data, bits):
     assert torch.equal(ops.unpack(packed), codes)
 
 
-def test_the_bytes_are_as_described():
-    codes = torch.arange(256)[None] % 16
-    codes[0, 128:] = 15 - codes[0, 128:]
-    expected = [k % 16 | (15 - k % 16) << 4 for k in range(128)]
-    assert pack(codes, 4).tolist() == [expected]
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_lane_has_its_columns_in_its_words(bits):
+    """Operand A of m64k16 in PTX: lane q of four holds columns 2 q, 2 q + 1, 2 q + 8, 2 q + 9."""
+    columns = 2 * 256 // bits
+    for k in range(columns):
+        codes = torch.zeros(1, columns, dtype=torch.uint8)
+        codes[0, k] = 5
+        words = pack(codes, bits).view(torch.int32)[0].tolist()
+        (place,) = (i for i, word in enumerate(words) if word)
+        run, lane, half = place // 8, place // 2 % 4, place % 2
+        step, within = divmod(k, 16)
+        assert lane == within % 8 // 2
+        assert (run, half) == divmod(step // (8 // bits), 2)
+        nth = within // 8 if bits == 8 else 2 * (step % 2) + within // 8
+        assert words[place] == 5 << bits * nth + 16 * (k % 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.attention import causal
 from ndcheck_kernels.cuda.configs import attention_config
 
@@ -12,7 +13,7 @@ hopper = pytest.importorskip("ndcheck_kernels.cuda.attention.prefill_hopper")
 DEVICE = torch.device("cuda", 0)
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or not causal._has_hopper_kernel(DEVICE),
+    not torch.cuda.is_available() or not device.has_hopper_kernels(DEVICE),
     reason="needs compute capability 9.0 and Triton 3.6",
 )
 
@@ -31,7 +32,7 @@ def both(q, k, v, **options):
         patch.setattr(hopper, "prefill", lambda *args: calls.append(own(*args)))
         new = causal.attention(q, k, v, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(causal, "_has_hopper_kernel", lambda _: False)
+        patch.setattr(device, "has_hopper_kernels", lambda _: False)
         old = causal.attention(q, k, v, **options)
     assert len(calls) == 1
     return new, old

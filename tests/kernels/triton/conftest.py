@@ -1,6 +1,7 @@
 """These tests run on the GPU where there is one, and under Triton's interpreter elsewhere."""
 
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,6 +43,51 @@ if not torch.cuda.is_available():
         return interpreter.TensorHandle(codes, target.scalar)
 
     interpreter.InterpreterBuilder.create_fp_to_fp = fp_to_fp
+
+    def inline_asm(self, asm, constraints, operands, types, is_pure, pack):
+        """As the hardware runs PTX on registers of 32 bits, by the few instructions that are used.
+
+        Elements that lie side by side in the last dimension are packed, as they are on a GPU.
+        """
+        n_results = constraints.count("=")
+        registers = {
+            f"${n_results + pack * i + j}": operand.data.reshape(-1, pack)[:, j].astype(np.int32)
+            for i, operand in enumerate(operands)
+            for j in range(pack)
+        }
+        lines = asm.strip("{} ").removeprefix(".reg .b32 t; ").strip("; ").split(";")
+        for opcode, line in (line.split(maxsplit=1) for line in lines):
+            target, *sources = (part.strip() for part in line.split(","))
+            values = [registers[s] if s in registers else int(s, 0) for s in sources]
+            registers[target] = INSTRUCTIONS[opcode](*values)
+        shape = operands[0].data.shape
+        results = [registers[f"${i}"].view(np.int16).reshape(shape) for i in range(n_results)]
+        handles = [
+            interpreter.TensorHandle(result, each.scalar)
+            for result, each in zip(results, types, strict=True)
+        ]
+        return SimpleNamespace(get_result=handles.__getitem__)
+
+    def by_halves(op, dtype):
+        def run(*registers):
+            halves = (torch.from_numpy(r.copy()).view(dtype) for r in registers)
+            return op(*halves).view(torch.int32).numpy()
+
+        return run
+
+    def and_or(a, mask, base, table):
+        assert table == 0xEA
+        return a & np.int32(mask) | np.int32(base)
+
+    INSTRUCTIONS = {
+        "shr.u32": lambda a, by: (a.view(np.uint32) >> np.uint32(by)).view(np.int32),
+        "lop3.b32": and_or,
+        "sub.rn.bf16x2": by_halves(torch.sub, torch.bfloat16),
+        "mul.rn.bf16x2": by_halves(torch.mul, torch.bfloat16),
+        "sub.rn.f16x2": by_halves(torch.sub, torch.float16),
+        "mul.rn.f16x2": by_halves(torch.mul, torch.float16),
+    }
+    interpreter.InterpreterBuilder.create_inline_asm = inline_asm
 
     BUILTINS: dict[object, list[str]] = {}
 

@@ -40,6 +40,22 @@ def on(made, device):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("magnitude", [8, 11], ids=["bfloat16", "float16"])
+def test_pairs_of_small_numbers_have_the_bits_of_float32(magnitude):
+    """Every code, zero and scale: only the last step of the arithmetic of pairs rounds."""
+    dtype = {8: torch.bfloat16, 11: torch.float16}[magnitude]
+    scales = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    scales = scales[scales.isfinite()]
+    base = 2.0 ** (magnitude - 1)
+    for zero in range(17):
+        codes = torch.arange(16)[:, None]
+        exact = (codes - zero).float()
+        small = (base + codes).to(dtype) - torch.tensor(base + zero, dtype=dtype)
+        assert torch.equal(small.float(), exact)
+        got, expected = small * scales, (exact * scales.float()).to(dtype)
+        assert torch.equal(got.view(torch.int16), expected.view(torch.int16))
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_weights_are_unpacked_as_on_the_cpu(form, dtype, device):
     made = packed(48, *form, device=device)
@@ -59,12 +75,14 @@ def test_any_columns_and_groups_are_unpacked(k, bits, dtype, device):
         assert torch.equal(kernels.weight_only_matmul(rows, on(each, device)), plain)
 
 
-@pytest.mark.parametrize("config", kernels.selectable_configs(), ids=str)
+@pytest.mark.parametrize("config", kernels.selectable_configs(4, 128), ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_products_have_the_bits_of_plain_weights(form, config, device):
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16], ids=str)
+def test_products_have_the_bits_of_plain_weights(scales, form, config, device):
+    """Scales of the rows' dtype and others are multiplied by different instructions."""
     dtypes = [torch.float16, *([torch.bfloat16] if IS_GPU else [])]
     for dtype in dtypes:
-        made = packed(72, *form, device=device)
+        made = packed(72, *form, device=device, scales=scales)
         rows = torch.randn(19, form[1], dtype=dtype, device=device)
         assert kernels.can_fuse(rows, made)
         weight = dequantise(on(made, "cpu"), dtype).to(device)
