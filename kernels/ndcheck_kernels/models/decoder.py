@@ -37,6 +37,7 @@ from ndcheck_kernels.cuda.rows.quantise import (
 )
 from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
+from ndcheck_kernels.models.caches.argument import given_cache
 from ndcheck_kernels.models.interface import here
 from ndcheck_kernels.models.mixture import is_mixture, mixture, mixture_fires, mixture_part
 from ndcheck_kernels.models.projections import Projection, add_over_ranks, can_join
@@ -200,8 +201,7 @@ def _forward(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    past_key_values: Any,
-    **_: Any,
+    **others: Any,
 ) -> torch.Tensor:
     scope = active_scope()
     if scope is None:
@@ -222,7 +222,7 @@ def _forward(
             hidden_states,
             spans,
             position_embeddings,
-            past_key_values,
+            given_cache(others),
             scope,
         )
 
