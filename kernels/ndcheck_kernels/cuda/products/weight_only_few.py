@@ -27,8 +27,9 @@ from ndcheck_kernels.cuda.products.pairs import BF16_PAIRS, REGISTERS
 from ndcheck_kernels.cuda.products.weight_only import FewRowsConfig
 from ndcheck_kernels.ops.weight_only import Packed
 
-# Renamed in Triton 3.9.
+# Both renamed by Triton 3.9.
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 _PAIRS, _REGISTERS = gl.constexpr(BF16_PAIRS), gl.constexpr(REGISTERS)
 
@@ -72,7 +73,7 @@ def _weight_only_few_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    _barrier()
     if PDL:
         gdc_launch_dependents()
     steps = K // BLOCK_K
@@ -94,7 +95,7 @@ def _weight_only_few_kernel(
         stage = step % STAGES
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         # All warps have read what the next copies write over: the stage of the step before.
-        gl.thread_barrier()
+        _barrier()
         asked = step + STAGES - 1
         _ask(
             asked, first_n, codes_desc, s_desc, w_smem, s_smem, x_bytes, ready, asked < steps,
