@@ -11,7 +11,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm, Qwen3_5
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.models.norms import composed_norms
+from ndcheck_kernels.models.rows.norms import composed_norms
 
 pytestmark = pytest.mark.usefixtures("cuda_registrations")
 
