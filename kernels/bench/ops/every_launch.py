@@ -190,6 +190,8 @@ def integers(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[La
         if capability not in configs.PROVEN or dtype.itemsize != 2:
             continue
         for config in weight_only.selectable_configs(bits, group):
+            if not weight_only.is_for(config, x, packed):
+                continue
             yield (
                 f"weight_only {bits} bits in groups of {group} {config}",
                 lambda packed=packed, config=config: weight_only._launch(x, packed, addend, config),

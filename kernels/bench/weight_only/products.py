@@ -139,12 +139,16 @@ def find_differences(out: Path, tried: Sequence[Config] = ()) -> list[str]:
         if not torch.equal(plain, dequantise(packed, torch.bfloat16)):
             differing.append(f"{n}x{k} of {bits} bits: the weight as unpacked")
         expected = matmul(rows, plain.t())
+        varied = draw(n, k, group, bits)  # Whose scales differ from group to group.
+        expected_of_varied = matmul(rows, weight_only.unpacked(varied, torch.bfloat16).t())
         configs = list(weight_only.selectable_configs(bits, group))
         if n > 2048:  # K in one group, as in the products that are tuned.
             configs += [config for config in tried if config not in configs]
         for config, m in product(configs, (1, 16, 17, 64, 128, 600)):
             got = weight_only._launch(rows[:m], packed, None, config)
+            got_of_varied = weight_only._launch(rows[:m], varied, None, config)
             same = torch.equal(got, expected[:m])
+            same &= torch.equal(got_of_varied, expected_of_varied[:m])
             table.add(n=n, k=k, group=group, bits=bits, m=m, config=str(config), equal=same)
             if not same:
                 differing.append(f"{n}x{k} of {bits} bits, {m} rows: {config}")

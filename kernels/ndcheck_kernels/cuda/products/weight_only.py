@@ -75,9 +75,47 @@ _CONFIGS: tuple[tuple[int, WeightOnlyConfig], ...] = (
 )
 """Beyond the last, unpacking the weight once costs less than unpacking it for each tile of rows."""
 
+_BY_WARPS = FewRowsConfig(16, 16, 128, 4, 8)
+
 _MEASURED_FORM = (4, 128)  # bits, and columns of a scale
-# Where another choice was faster on an H200 for weights of that form, by (N, K).
-_MEASURED: dict[tuple[int, int], _Table] = {}
+# What was fastest on an H200 for weights of that form, by (N, K), in results/weight_only.
+_MEASURED: dict[tuple[int, int], _Table] = {
+    (6144, 4096): (
+        (16, WeightOnlyConfig(16, 64, 256, 4, 8)),
+        (32, WeightOnlyConfig(32, 64, 256, 4, 6)),
+        (64, WeightOnlyConfig(64, 64, 256, 4, 4)),
+        (128, WeightOnlyConfig(64, 64, 256, 4, 3)),
+        (256, WeightOnlyConfig(128, 64, 128, 4, 3)),
+        (512, WeightOnlyConfig(128, 128, 128, 8, 3)),
+    ),
+    (4096, 4096): (
+        (16, _BY_WARPS),
+        (32, WeightOnlyConfig(32, 64, 256, 4, 6)),
+        (64, WeightOnlyConfig(32, 64, 256, 4, 6)),
+        (128, WeightOnlyConfig(64, 64, 256, 4, 4)),
+        (256, WeightOnlyConfig(128, 64, 128, 4, 4)),
+        (512, WeightOnlyConfig(128, 64, 128, 4, 3)),
+        (1024, WeightOnlyConfig(128, 128, 128, 8, 3)),
+    ),
+    (24576, 4096): (
+        (16, _BY_WARPS),
+        (32, WeightOnlyConfig(32, 64, 256, 4, 3)),
+        (64, WeightOnlyConfig(64, 64, 128, 4, 3)),
+        (128, WeightOnlyConfig(128, 128, 128, 8, 3)),
+        (256, WeightOnlyConfig(128, 64, 128, 4, 3)),
+        (512, WeightOnlyConfig(128, 128, 128, 8, 3)),
+        (1024, WeightOnlyConfig(128, 128, 128, 8, 3)),
+    ),
+    (4096, 12288): (
+        (16, _BY_WARPS),
+        (32, WeightOnlyConfig(32, 64, 256, 4, 3)),
+        (64, WeightOnlyConfig(32, 64, 256, 4, 6)),
+        (128, WeightOnlyConfig(64, 64, 256, 4, 4)),
+        (256, WeightOnlyConfig(128, 64, 128, 4, 4)),
+        (512, WeightOnlyConfig(128, 64, 128, 4, 3)),
+        (1024, WeightOnlyConfig(128, 128, 128, 8, 3)),
+    ),
+}
 
 
 def product_config(x: torch.Tensor, packed: Packed) -> Config | None:
@@ -86,13 +124,18 @@ def product_config(x: torch.Tensor, packed: Packed) -> Config | None:
     if (packed.bits, packed.group_size) == _MEASURED_FORM:
         table = _MEASURED.get((len(packed.codes), packed.columns), _CONFIGS)
     config = _choose(table, len(x))
-    if isinstance(config, FewRowsConfig) and not (
+    return config if config is None or is_for(config, x, packed) else _choose(_CONFIGS, len(x))
+
+
+def is_for(config: Config, x: torch.Tensor, packed: Packed) -> bool:
+    """Whether a configuration can multiply these, given that a tile `can_fuse` them."""
+    return isinstance(config, WeightOnlyConfig) or (
         device.has_hopper_kernels(x.device)
+        and packed.bits == 4
+        and packed.group_size % config.block_k == 0
         and packed.zeros is None
-        and packed.scales.dtype == x.dtype
-    ):
-        return _choose(_CONFIGS, len(x))
-    return config
+        and packed.scales.dtype == x.dtype == torch.bfloat16
+    )
 
 
 def _choose(table: _Table, m: int) -> Config | None:

@@ -6,10 +6,12 @@ Reduction order: that of `matmul` where it has one K-group: ascending k, 16 colu
 Schedule: each warp unpacks the weights of 8 or 16 output features and multiplies them by mma.sync,
     whose operand they are, so that twice as many warps share the work as wgmma lets. Weights are
     asked for before the kernel that writes the rows has ended.
-Dtypes: bfloat16, float16.
+Dtypes: bfloat16.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -21,15 +23,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ndcheck_kernels.cuda.dependent_launch import pdl
-from ndcheck_kernels.cuda.products.pairs import BF16_PAIRS, F16_PAIRS, REGISTERS
+from ndcheck_kernels.cuda.products.pairs import BF16_PAIRS, REGISTERS
 from ndcheck_kernels.cuda.products.weight_only import FewRowsConfig
 from ndcheck_kernels.ops.weight_only import Packed
 
-# Renamed in Triton 3.9.
+# Both renamed by Triton 3.9.
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
-_BF16_PAIRS, _F16_PAIRS = gl.constexpr(BF16_PAIRS), gl.constexpr(F16_PAIRS)
-_REGISTERS = gl.constexpr(REGISTERS)
+_PAIRS, _REGISTERS = gl.constexpr(BF16_PAIRS), gl.constexpr(REGISTERS)
 
 
 @gluon.jit
@@ -52,17 +54,15 @@ def _weight_only_few_kernel(
     x_desc, codes_desc, s_desc, c_ptr, y_ptr, M, N, K, stride_cm, stride_cn, stride_ym,
     HAS_C: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, WORDS: gl.constexpr,
-    SCALES: gl.constexpr, IS_BF16: gl.constexpr, PDL: gl.constexpr,
+    SCALES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """WORDS and SCALES: how words [BLOCK_N, W] and scales [BLOCK_N, G, W / G] lie in registers."""
+    """WORDS and SCALES: how words [BLOCK_N, W] and scales [G, BLOCK_N, W / G] lie in registers."""
     DTYPE: gl.constexpr = x_desc.dtype
     W: gl.constexpr = BLOCK_K // 8
     G: gl.constexpr = s_desc.block_type.shape[0]
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, WARPS], [16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    ASM: gl.constexpr = _BF16_PAIRS if IS_BF16 else _F16_PAIRS
-    MIDDLE: gl.constexpr = 0x43084308 if IS_BF16 else 0x64086408
     num_m = gl.cdiv(M, BLOCK_M)
     first_m = (gl.program_id(0) % num_m) * BLOCK_M
     first_n = (gl.program_id(0) // num_m) * BLOCK_N
@@ -73,7 +73,7 @@ def _weight_only_few_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    _barrier()
     if PDL:
         gdc_launch_dependents()
     steps = K // BLOCK_K
@@ -90,12 +90,12 @@ def _weight_only_few_kernel(
             x_desc, [first_m, i * BLOCK_K], ready.index(i), x_smem.index(i), pred=i < steps
         )  # fmt: skip
     acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, MMA)
-    zero = gl.full([BLOCK_N, W], MIDDLE, gl.int32, WORDS)
+    zero = gl.full([BLOCK_N, W], 0x43084308, gl.int32, WORDS)  # 136.0 twice: that of code 8
     for step in range(steps):
         stage = step % STAGES
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         # All warps have read what the next copies write over: the stage of the step before.
-        gl.thread_barrier()
+        _barrier()
         asked = step + STAGES - 1
         _ask(
             asked, first_n, codes_desc, s_desc, w_smem, s_smem, x_bytes, ready, asked < steps,
@@ -107,12 +107,14 @@ def _weight_only_few_kernel(
             pred=asked < steps,
         )  # fmt: skip
         words = w_smem.index(stage).load(WORDS)
-        scale = s_smem.index(stage).permute([1, 0]).load(gl.SliceLayout(2, SCALES))
+        # Transposed in registers: Triton 3.6 misreads a transposed view of unswizzled memory.
+        scale = s_smem.index(stage).load(gl.SliceLayout(2, SCALES))
         scale = scale.to(gl.uint16, bitcast=True).to(gl.int32) * 0x10001
-        scale = gl.expand_dims(scale, 2).broadcast_to([BLOCK_N, G, W // G])
-        scale = gl.convert_layout(gl.reshape(scale, [BLOCK_N, W]), WORDS, assert_trivial=True)
+        scale = gl.expand_dims(scale, 2).broadcast_to([G, BLOCK_N, W // G])
+        scale = gl.reshape(gl.permute(scale, [1, 0, 2]), [BLOCK_N, W])
+        scale = gl.convert_layout(scale, WORDS, assert_trivial=True)
         p = gl.inline_asm_elementwise(
-            ASM, _REGISTERS, [words, zero, scale],
+            _PAIRS, _REGISTERS, [words, zero, scale],
             dtype=(gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16),
             is_pure=True, pack=2,
         )  # fmt: skip
@@ -149,11 +151,11 @@ def launch(
         HAS_C=addend is not None, GROUP=packed.group_size, BLOCK_M=config.block_m, BLOCK_N=block_n,
         BLOCK_K=config.block_k, WARPS=config.warps, STAGES=config.stages,
         WORDS=_layout(config, (n_words,)), SCALES=_layout(config, (in_block, n_words // in_block)),
-        IS_BF16=x.dtype == torch.bfloat16, num_warps=config.warps, **pdl(y.device),
+        num_warps=config.warps, **pdl(y.device),
     )  # fmt: skip
 
 
-_ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32}
+_ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.int32: gl.int32}
 
 
 def _descriptor(t: torch.Tensor, block: list[int]) -> TensorDescriptor:
@@ -162,24 +164,24 @@ def _descriptor(t: torch.Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def _layout(config: FewRowsConfig, words: tuple[int, ...]) -> gl.DistributedLinearLayout:
-    """Of words [N, *words] in registers, as operand B of m16n8k16 in PTX has their columns.
+    """Of words [N, W] or [G, N, W / G] in registers, as operand B of m16n8k16 has their columns.
 
     A word is (run, lane of four, half of the run) by its bits, as `ops.weight_only` has it.
     """
 
     def at(word: int) -> list[int]:
-        return [0, word] if len(words) == 1 else [0, word // words[1], word % words[1]]
+        return [*(word // words[-1] for _ in words[1:]), 0, word % words[-1]]
 
     def row(n: int) -> list[int]:
-        return [n, *(0 for _ in words)]
+        return [*(0 for _ in words[1:]), n, 0]
 
-    n_words = words[0] if len(words) == 1 else words[0] * words[1]
+    n_words = math.prod(words)
     warps = 8 * config.warps
     registers = [at(1), *(at(1 << i) for i in range(3, n_words.bit_length() - 1))]
     registers += [row(warps)] if config.per_warp == 16 else []
     lanes = [at(2), at(4), row(1), row(2), row(4)]
     of_warps = [row(8 << i) for i in range(config.warps.bit_length() - 1)]
-    shape = [warps * config.per_warp // 8, *words]
+    shape = [*words[:-1], warps * config.per_warp // 8, words[-1]]
     return gl.DistributedLinearLayout(registers, lanes, of_warps, [], shape)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ndcheck_kernels.cuda.configs import k_groups
 from ndcheck_kernels.cuda.products import weight_only as kernels
 from ndcheck_kernels.cuda.products.grouped_matmul import grouped_matmul
 from ndcheck_kernels.cuda.products.matmul import matmul
@@ -75,7 +76,13 @@ def test_any_columns_and_groups_are_unpacked(k, bits, dtype, device):
         assert torch.equal(kernels.weight_only_matmul(rows, on(each, device)), plain)
 
 
-@pytest.mark.parametrize("config", kernels.selectable_configs(4, 128), ids=str)
+def configs():
+    """All of those of tiles on a GPU; in the interpreter, where each takes seconds, the default."""
+    tables = kernels.selectable_configs(4, 128 if IS_GPU else 0)
+    return [each for each in tables if isinstance(each, kernels.WeightOnlyConfig)]
+
+
+@pytest.mark.parametrize("config", configs(), ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16], ids=str)
 def test_products_have_the_bits_of_plain_weights(scales, form, config, device):
@@ -90,6 +97,55 @@ def test_products_have_the_bits_of_plain_weights(scales, form, config, device):
         for addend in (None, bias, torch.randn(19, 72, dtype=dtype, device=device)):
             got = kernels._launch(rows, made, addend, config)
             assert torch.equal(got, matmul(rows, weight.t(), addend))
+
+
+def few_rows():
+    """Each product that the schedule for few rows is selected for, and how many rows at most."""
+    return [
+        (n, k, most, config)
+        for (n, k), table in kernels._MEASURED.items()
+        for most, config in table
+        if isinstance(config, kernels.FewRowsConfig)
+    ]
+
+
+def test_few_rows_are_for_sums_in_one_group_of_columns():
+    """The kernel adds K from end to end, which has `matmul`'s bits only where it does so too."""
+    assert few_rows()
+    for n, k, most, config in few_rows():
+        assert k_groups(n, k, 2, 90) == 1
+        assert k % config.block_k == 0
+        assert most <= 32
+
+
+@pytest.mark.parametrize(
+    ("has_hopper", "change", "is_few"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"rows": 33}, False),
+        (True, {"dtype": torch.float16}, False),
+        (True, {"scales": torch.float16}, False),
+        (True, {"has_zeros": True}, False),
+        (True, {"group": 64}, False),
+    ],
+)
+def test_few_rows_have_a_schedule_of_their_own(has_hopper, change, is_few, monkeypatch):
+    monkeypatch.setattr(kernels.device, "has_hopper_kernels", lambda _: has_hopper)
+    form = {"rows": 1, "dtype": torch.bfloat16, "scales": torch.bfloat16, "group": 128} | change
+    n, k, _, _ = few_rows()[0]
+    rows = torch.empty(form["rows"], k, dtype=form["dtype"], device="meta")
+    scales = torch.empty(k // form["group"], n, dtype=form["scales"], device="meta")
+    zeros = scales.to(torch.int16) if form.get("has_zeros") else None
+    codes = torch.empty(n, k // 2, dtype=torch.uint8, device="meta")
+    chosen = kernels.product_config(rows, Packed(codes, scales, zeros, None, 4, k))
+    assert isinstance(chosen, kernels.FewRowsConfig) == is_few
+    assert chosen is not None
+
+
+@pytest.mark.skipif(IS_GPU, reason="the interpreter")
+def test_the_interpreter_runs_no_schedule_of_hopper():
+    assert not kernels.device.has_hopper_kernels(torch.device("cpu"))
 
 
 def test_a_sum_in_two_parts_has_the_bits_of_plain_weights(device):
