@@ -7,11 +7,11 @@ from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.configs import k_groups
 from ndcheck_kernels.cuda.products import weight_only
 from ndcheck_kernels.cuda.products.matmul import matmul
-from ndcheck_kernels.cuda.products.weight_only import FewRowsConfig, selectable_configs
+from ndcheck_kernels.cuda.products.weight_only import FEW_ROWS
 from ndcheck_kernels.ops.weight_only import Packed, dequantise
 
 DEVICE = torch.device("cuda", 0)
-CONFIGS = [each for each in selectable_configs(4, 128) if isinstance(each, FewRowsConfig)]
+CONFIGS = [FEW_ROWS]
 ROWS = (1, 2, 15, 16, 17, 32, 33, 128, 600)
 
 pytestmark = pytest.mark.skipif(

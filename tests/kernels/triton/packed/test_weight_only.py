@@ -99,23 +99,11 @@ def test_products_have_the_bits_of_plain_weights(scales, form, config, device):
             assert torch.equal(got, matmul(rows, weight.t(), addend))
 
 
-def few_rows():
-    """Each product that the schedule for few rows is selected for, and how many rows at most."""
-    return [
-        (n, k, most, config)
-        for (n, k), table in kernels._MEASURED.items()
-        for most, config in table
-        if isinstance(config, kernels.FewRowsConfig)
-    ]
-
-
 def test_few_rows_are_for_sums_in_one_group_of_columns():
     """The kernel adds K from end to end, which has `matmul`'s bits only where it does so too."""
-    assert few_rows()
-    for n, k, most, config in few_rows():
+    for n, k in kernels._MEASURED:
         assert k_groups(n, k, 2, 90) == 1
-        assert k % config.block_k == 0
-        assert most <= 32
+        assert k % kernels.FEW_ROWS.block_k == 0
 
 
 @pytest.mark.parametrize(
@@ -133,7 +121,9 @@ def test_few_rows_are_for_sums_in_one_group_of_columns():
 def test_few_rows_have_a_schedule_of_their_own(has_hopper, change, is_few, monkeypatch):
     monkeypatch.setattr(kernels.device, "has_hopper_kernels", lambda _: has_hopper)
     form = {"rows": 1, "dtype": torch.bfloat16, "scales": torch.bfloat16, "group": 128} | change
-    n, k, _, _ = few_rows()[0]
+    n, k = 4096, 4096
+    table = ((16, kernels.FEW_ROWS), *kernels._MEASURED[n, k][1:])
+    monkeypatch.setitem(kernels._MEASURED, (n, k), table)
     rows = torch.empty(form["rows"], k, dtype=form["dtype"], device="meta")
     scales = torch.empty(k // form["group"], n, dtype=form["scales"], device="meta")
     zeros = scales.to(torch.int16) if form.get("has_zeros") else None
