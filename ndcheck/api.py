@@ -23,7 +23,7 @@ from ndcheck.reports.wording.reproduction import reproduce_command
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS, add_headers, make_private, make_spec
 from ndcheck.runner import Progress, begin, fit_spec, new_directory, plan, run_trials, slug
-from ndcheck.samplers.base import open_sampler
+from ndcheck.samplers.base import open_for_run
 from ndcheck.samplers.endpoint.private import Private
 from ndcheck.storage.reading import exists
 from ndcheck.storage.run_directory import RUN_FILE, SAMPLES_FILE, NewDirectory, write_failure
@@ -81,7 +81,7 @@ def measure_spec(
         raise UsageError(
             f"tp = {spec.tensor_parallel} takes a process for each rank: use {program(spec)}"
         )
-    with closing(open_sampler(spec, private=private)) as sampler:
+    with closing(open_for_run(spec, private)) as sampler:
         spec = fit_spec(spec, sampler)
         trials = plan(spec, sampler)
         with closing(begin(new, spec, sampler, trials)) as directory:

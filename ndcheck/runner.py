@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 
 from ndcheck import __version__, environment
@@ -19,7 +20,7 @@ from ndcheck.plan.trials import plan_trials
 from ndcheck.records import AXES, Arm, Axis, Environment, Run, RunSpec, RunStatus, Sample, Trial
 from ndcheck.reports.wording import phrases
 from ndcheck.samplers.backends import backend_of
-from ndcheck.samplers.base import Sampler
+from ndcheck.samplers.base import Sampler, WorksAhead
 from ndcheck.samplers.options import DEFAULTS
 from ndcheck.storage.evidence import trial_digests
 from ndcheck.storage.run_directory import NewDirectory, RunDirectory, failed_samples
@@ -222,15 +223,31 @@ def run_trials(
     for sample in finished:
         by_trial.setdefault(sample.trial_id, []).append(sample)
 
+    def with_fault(trial: Trial) -> Trial:
+        if trial.role != "control":
+            return trial
+        fault = plant_fault(reference_lengths.get((trial.arm, trial.probe_id), 0))
+        return replace(trial, fault=fault)
+
+    def begin_next(trial: Trial, following: Trial | None) -> None:
+        if (
+            isinstance(sampler, WorksAhead)
+            and following is not None
+            and following.trial_id not in by_trial
+            # What is known of an arm does not change while the other computes.
+            and following.arm != trial.arm
+        ):
+            probe = probes[following.probe_id]
+            sampler.begin(with_fault(following), probe, run.spec.decoding)
+
     def execute(trials: Sequence[Trial]) -> bool:
         """False if a divergence ended it."""
-        for trial in trials:
+        for trial, following in zip_longest(trials, trials[1:]):
             if trial.trial_id in by_trial:
                 diverged = take_in(by_trial[trial.trial_id])
             else:
-                if trial.role == "control":
-                    fault = plant_fault(reference_lengths.get((trial.arm, trial.probe_id), 0))
-                    trial = replace(trial, fault=fault)
+                trial = with_fault(trial)
+                begin_next(trial, following)
                 trial_started = time.perf_counter()
                 try:
                     with doing(f"sampling trial {trial.trial_id}"):

@@ -34,7 +34,8 @@ LONGEST = (
     *("local/test_tensor_parallel.py", "triton/test_compile.py", "triton/test_decoder.py"),
     *("cli/test_explain.py", "tests/test_action.py", "models/test_families.py"),
     *("triton/test_attention.py", "builtin/test_model.py", "tests/test_reference.py"),
-    *("run/test_engine.py", "triton/test_fp8_decoder.py"),
+    *("run/test_side_by_side.py", "run/test_engine.py", "triton/test_fp8_decoder.py"),
+    "ranks/test_ranks.py",
 )
 """Files that take half a minute or more of one core, those that take most first."""
 

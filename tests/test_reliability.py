@@ -56,4 +56,4 @@ def test_a_newcomers_script_holds_what_the_readme_and_a_screen_show(tmp_path):
         ["ndcheck", "run", "--loads", "2", "-n", "20"]
     ]
     code, said, _ = newcomer.run("echo x | ndcheck rnu", tmp_path, {})
-    assert (code, said) == (2, "ndcheck: No such command 'rnu'. Did you mean 'run'?")
+    assert (code, said) == (2, "ndcheck: No such command 'rnu', did you mean run?")

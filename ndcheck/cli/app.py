@@ -25,7 +25,8 @@ from ndcheck.cli.commands.score import score
 from ndcheck.cli.commands.shrink import shrink
 from ndcheck.cli.commands.trace import trace
 from ndcheck.cli.console import FAILED, run_guarded
-from ndcheck.cli.grouped_help import GroupedCommand
+from ndcheck.cli.usage.grouped_help import GroupedCommand
+from ndcheck.cli.usage.hints import with_hint
 from ndcheck.errors import NdcheckError, UsageError, doing
 from ndcheck.ranks import may_speak
 
@@ -108,7 +109,7 @@ def _run(arguments: list[str]) -> int:
         if not hasattr(error, "format_message"):
             raise
         message = error.format_message() or "give a command; see ndcheck --help"
-        raise UsageError(message) from error
+        raise UsageError(with_hint(message, error, arguments)) from error
     return 0
 
 

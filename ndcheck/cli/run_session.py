@@ -44,6 +44,7 @@ from ndcheck.runner import (
     run_trials,
     slug,
 )
+from ndcheck.samplers import base
 from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.base import Rendered, Sampler, open_sampler
 from ndcheck.samplers.calibration import estimate
@@ -161,7 +162,7 @@ def open_for_run(spec: RunSpec, private: Private, *, quiet: bool) -> Sampler:
     """The run's sampler, and what to know of it on stderr."""
     note(f"{backend_of(spec).opening} {spec.model}", quiet=quiet)
     with ActivityLine(quiet=quiet), doing(f"opening {spec.model}"):
-        sampler = open_sampler(spec, private=private, say=lambda line: note(line, quiet=quiet))
+        sampler = base.open_for_run(spec, private, lambda line: note(line, quiet=quiet))
     for line in sampler.notes:
         note(line, quiet=quiet)
     return sampler

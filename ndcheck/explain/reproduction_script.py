@@ -15,6 +15,7 @@ TIMEOUT_S = 600
 
 _SCRIPT = Template('''\
 """Token $token of row $slot is not the one it gets alone. Found by ndcheck shrink."""
+import inspect
 import torch
 import transformers
 
@@ -24,6 +25,7 @@ $rows
 SLOT, N_TOKENS, LENGTHS = $slot, $n_tokens, $lengths
 torch.set_num_threads($threads)
 $load
+CACHE = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 $functions@torch.inference_mode()
 def complete(rows, slot, lengths):
@@ -38,7 +40,7 @@ $start
         start, end = end, end + parts[0].shape[1]
         position = (columns[start:end] - pads).clamp(min=0)
         logits = model(parts.pop(0), attention_mask=(columns >= pads).long(), position_ids=position,
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                       use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1]
         if not parts:
             parts = [(logits == logits.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)]
             tokens, bits = [*tokens, int(parts[0][slot])], [*bits, logits[slot]]
@@ -59,7 +61,7 @@ def load_prefix(cache, rows, width):
     for row, own in zip(rows, caches):
         ids = torch.tensor([row]).to(model.device)
         model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(len(row))[None]
-              .to(model.device), past_key_values=own, use_cache=True, logits_to_keep=1)
+              .to(model.device), use_cache=True, logits_to_keep=1, **{CACHE: own})
     for n, layers in enumerate(zip(*(own.layers for own in caches))):
         kept = [[state[:, :, :len(row)] for row, x in zip(rows, layers)
                  for state in [getattr(x, kind)]] for kind in ("keys", "values")]
@@ -83,7 +85,7 @@ def feed(rows, slot, completion):
         wanted = min(part.shape[1], max(0, end - width + 1))
         logits = model(part, attention_mask=(columns >= pads).long(), use_cache=True,
                        position_ids=(columns[start:end] - pads).clamp(min=0),
-                       past_key_values=cache, logits_to_keep=max(1, wanted)).logits[slot]
+                       logits_to_keep=max(1, wanted), **{CACHE: cache}).logits[slot]
         bits += list(logits[-wanted:]) if wanted else []
     return [int((row == row.amax()).int().argmax()) for row in bits], bits
 
@@ -131,7 +133,7 @@ def write_script(
     remote: bool,
     random_weights: int | None = None,
 ) -> str:
-    """The script's text: at most 37 lines (54 with a prefix, 60 if fed) and one for each row.
+    """The script's text: at most 39 lines (56 with a prefix, 62 if fed) and one for each row.
 
     ``described`` is the sampler's description of the model, ``source`` where it is loaded from;
     ``random_weights`` is the seed of weights that are not.

@@ -82,6 +82,16 @@ class Backend:
         """The sampler of ``spec``, as `ndcheck.samplers.base.open_sampler` says."""
         raise NotImplementedError
 
+    def runs_side_by_side(self, spec: RunSpec) -> bool:
+        """Whether a run of ``spec`` computes its arms at the same time."""
+        return False
+
+    def open_for_run(
+        self, spec: RunSpec, *, private: Private, say: Callable[[str], None]
+    ) -> Sampler:
+        """As `ndcheck.samplers.base.open_for_run` says."""
+        return self.open(spec, load_weights=True, private=private, say=say)
+
     def unseen(self, spec: RunSpec) -> str | None:
         """Why `trace` and `shrink` cannot look into a run of ``spec``; None: they can."""
         raise NotImplementedError

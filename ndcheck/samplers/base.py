@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ndcheck.probe import Prompt
 from ndcheck.records import FED_AXES, Axis, CacheState, Decoding, Probe, RunSpec, Sample, Trial
@@ -82,6 +82,14 @@ class Sampler(Protocol):
         """Let go of its connections and processes, if it has any; it samples no more."""
 
 
+@runtime_checkable
+class WorksAhead(Protocol):
+    """A sampler that computes one arm while it is asked for a trial of the other."""
+
+    def begin(self, trial: Trial, probe: Probe, decoding: Decoding) -> None:
+        """Begin a trial, if its arm is the one: `sample` is asked for it next but one."""
+
+
 def open_sampler(
     spec: RunSpec,
     *,
@@ -98,3 +106,12 @@ def open_sampler(
     return backend_of(spec).open(
         spec, load_weights=load_weights, private=private or Private(), say=say
     )
+
+
+def open_for_run(
+    spec: RunSpec,
+    private: Private | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Sampler:
+    """`open_sampler` for all trials of a run: it may compute two arms at the same time."""
+    return backend_of(spec).open_for_run(spec, private=private or Private(), say=say)

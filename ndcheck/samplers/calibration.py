@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ndcheck.records import Arm, RunSpec, Trial
+from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.base import Sampler
 
 N_SHORT, N_LONG = 3, 11
@@ -61,16 +62,17 @@ def estimate(
                 continue
             known.append(_measure(spec, trial, sampler, clock))
     measured_s = clock() - began
-    elapsed_s = 0.0
+    elapsed_s = dict.fromkeys(spec.arms, 0.0)
     seen: set[tuple[Arm, int]] = set()
     for trial in trials:
         cost = _between(costs[trial.arm], trial.load.batch_size)
-        elapsed_s += cost.of(spec.decoding.max_tokens)
+        elapsed_s[trial.arm] += cost.of(spec.decoding.max_tokens)
         key = trial.arm, trial.load.batch_size
         if key not in seen:
-            elapsed_s += cost.first_s
+            elapsed_s[trial.arm] += cost.first_s
         seen.add(key)
-    return Estimate(elapsed_s, measured_s, is_least)
+    together = max if backend_of(spec).runs_side_by_side(spec) else sum
+    return Estimate(together(elapsed_s.values()), measured_s, is_least)
 
 
 def _plain(trials: Sequence[Trial], arm: Arm) -> list[Trial]:

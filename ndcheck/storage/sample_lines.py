@@ -45,7 +45,8 @@ def encode_line(sample: Sample) -> bytes:
 
 
 _DIGITS_PER_DIGEST = 16
-_HEXADECIMAL = re.compile(r"(?:[0-9a-f]{8})*")
+_DIGEST = re.compile(r"[0-9a-f]{16}")
+_LOGPROBS = re.compile(r"(?:[0-9a-f]{8})*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,30 +189,27 @@ def _read(part: type[Any], document: Any) -> Any:
 
 def _unpack_logits(logits: _Logits) -> tuple[tuple[float, ...], tuple[str, ...]]:
     """The margins and the digests."""
-    digests = _checked("row_digests", logits.row_digests, _DIGITS_PER_DIGEST)
-    return (
-        tuple(math.inf if margin is None else margin for margin in logits.margins),
-        tuple(
-            digests[at : at + _DIGITS_PER_DIGEST]
-            for at in range(0, len(digests), _DIGITS_PER_DIGEST)
-        ),
-    )
+    margins = tuple(math.inf if margin is None else margin for margin in logits.margins)
+    digests = _DIGEST.findall(logits.row_digests)
+    if len(digests) * _DIGITS_PER_DIGEST != len(logits.row_digests):
+        raise _not_digits("row_digests", _DIGITS_PER_DIGEST)
+    return margins, tuple(digests)
 
 
 def _unpack_logprobs(logprobs: _Logprobs) -> tuple[float, ...]:
-    bits = bytes.fromhex(_checked("logprob_bits", logprobs.logprob_bits, 8))
+    if not _LOGPROBS.fullmatch(logprobs.logprob_bits):
+        raise _not_digits("logprob_bits", 8)
+    bits = bytes.fromhex(logprobs.logprob_bits)
     return struct.unpack(f">{len(bits) // 4}f", bits)
 
 
-def _checked(name: str, text: str, digits: int) -> str:
-    if len(text) % digits or not _HEXADECIMAL.fullmatch(text):
-        raise ValueError(f"{name}: give {digits} hexadecimal digits a token")
-    return text
+def _not_digits(name: str, digits: int) -> ValueError:
+    return ValueError(f"{name}: give {digits} hexadecimal digits a token")
 
 
 def _check_remarks(remarks: _Remarks) -> _Remarks:
     fed = remarks.fed
-    if fed and not all(re.fullmatch(r"[0-9a-f]{16}", d) for d in (fed.digest, fed.decoded_digest)):
+    if fed and not all(map(_DIGEST.fullmatch, (fed.digest, fed.decoded_digest))):
         raise ValueError(f"fed: its digests have {_DIGITS_PER_DIGEST} hexadecimal digits")
     return remarks
 

@@ -182,7 +182,7 @@ def test_a_recorded_divergence_is_traced_shrunk_and_shown(here, tmp_path):
     assert len(found["batch"]["rows"]) < 16
     assert found["script_shows_it"]
     script = tmp_path / "run" / "repro.py"
-    assert len(script.read_text().splitlines()) < 40
+    assert len(script.read_text().splitlines()) < 42
 
 
 def test_demo(here):

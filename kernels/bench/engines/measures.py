@@ -27,6 +27,8 @@ FEWER_ROWS = {"qwen3-30b-a3b": 256}
 STEPS, FEW_STEPS = (1, 8, 32, 64, 128, 256, 512), (1, 8, 64, 256)
 LARGE_STEPS = (576, 768, 1000)
 N_STEPS, N_REPEATS = 32, 3
+SUMS = 73
+"""Over ranks, in a step of 36 layers."""
 COPIES, N_COPY_TOKENS = (1, 1, 2, 4, 8, 16, 32, 64, 128, 256), 150
 PREFILL_ROWS, PREFILL_TOKENS = 16, 1800
 IN_FLIGHT, CLOSED_TOKENS = (1, 16, 64, 256), 64
@@ -40,7 +42,9 @@ COLUMNS = (
 class Measures:
     """One engine and its measures, each a method of its name."""
 
-    def __init__(self, model: str, mode: str, stage: str, out: Path, largest_graph: int) -> None:
+    def __init__(
+        self, model: str, mode: str, stage: str, out: Path, largest_graph: int, n_ranks: int
+    ) -> None:
         import vllm
 
         self.vllm, self.model, self.mode, self.out = vllm, model, mode, out
@@ -59,6 +63,7 @@ class Measures:
             max_num_batched_tokens=8 * rows,
             gpu_memory_utilization=0.1,
             kv_cache_memory_bytes=CACHE_BYTES[model],
+            tensor_parallel_size=n_ranks,
             compilation_config={"cudagraph_capture_sizes": graphs},
         )
         if is_random:
@@ -97,8 +102,8 @@ class Measures:
         return time.perf_counter() - started
 
     def coverage(self) -> str:
-        """The plug-in's table of layers, and what it counted."""
-        (answer,) = self.llm.collective_rpc("ndcheck_coverage")
+        """The plug-in's table of layers, and what it counted, on the first rank."""
+        answer, *_ = self.llm.collective_rpc("ndcheck_coverage")
         about = f"{answer['by']} {answer['version']}, calls {answer['fires']}"
         text = f"{about}\nreason {answer['reason']}\n{answer['table']}\n"
         self.audit.write_text(text, encoding="utf-8")
@@ -203,6 +208,13 @@ class Measures:
                         send()
         return latencies, time.perf_counter() - started
 
+    def collectives(self) -> str:
+        """Microseconds of a sum over all ranks in a CUDA graph, by rows of 4096 numbers."""
+        found, *_ = self.llm.apply_model(all_reduce_us)
+        for rows, us in found.items():
+            self.add("all_reduce_us", batch=rows, value=us)
+        return " ".join(f"{rows}: {us:.1f}" for rows, us in found.items())
+
     def needle(self) -> str:
         """One prompt at random places of batches of random others, as vLLM's own test does.
 
@@ -278,14 +290,19 @@ def trained(model: str) -> str:
 
 
 def fill(model: Any) -> None:
-    """Random weights that follow each parameter's name alone, so that every mode has the same."""
-    import torch
+    """Random weights that follow each parameter's name and rank, so that every mode has the same.
 
+    Ranks hold different ones: the sum of equal halves would be exact.
+    """
+    import torch
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    rank = get_tensor_model_parallel_rank()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data.fill_(1)
             continue
-        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
+        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()) + rank)
         parameter.data.normal_(0, 0.02, generator=generator)
 
 
@@ -294,6 +311,32 @@ def allocation_retries() -> int:
     import torch
 
     return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+
+
+def all_reduce_us(model: Any) -> dict[int, float]:
+    """By rows: what a sum over all ranks takes, among SUMS in a row as vLLM captures them."""
+    import torch
+    from vllm.distributed import tensor_model_parallel_all_reduce
+    from vllm.distributed.parallel_state import graph_capture
+
+    where, found = next(model.parameters()).device, {}
+    for rows in STEPS:
+        x = torch.randn(rows, 4096, device=where, dtype=torch.bfloat16)
+        tensor_model_parallel_all_reduce(x)
+        graph = torch.cuda.CUDAGraph()
+        with graph_capture(where) as context, torch.cuda.graph(graph, stream=context.stream):
+            for _ in range(SUMS):
+                tensor_model_parallel_all_reduce(x)
+        times = []
+        for _ in range(N_REPEATS + 2):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1000 / SUMS)
+        found[rows] = statistics.median(times[2:])
+    return found
 
 
 def host_us(model: Any) -> dict[str, float]:
@@ -321,9 +364,9 @@ def main() -> int:
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What vLLM prints goes to the log.
-    model, mode, stage, out, largest_graph = sys.argv[1:]
+    model, mode, stage, out, largest_graph, n_ranks = sys.argv[1:]
     started = time.perf_counter()
-    measures = Measures(model, mode, stage, Path(out), int(largest_graph))
+    measures = Measures(model, mode, stage, Path(out), int(largest_graph), int(n_ranks))
     print(f"started in {time.perf_counter() - started:.0f} s", file=answers, flush=True)
     for line in sys.stdin:
         try:

@@ -12,6 +12,7 @@ graphs   steps of 576 to 1000 rows where vLLM captures graphs as large, 3 min
 run      `ndcheck run --engine vllm` of SmolLM2-135M-Instruct, 3.5 min
 run8b    the same of the 8B shape, whose random weights are written first, 4 min
 30b      steps and copies of the 30B-A3B shape, 4.5 min
+tp2      the 8B shape on two GPUs: steps, copies, and what a sum over both takes, 7 min
 long     1000 completions of 1000 tokens, 6 min
 
 Weights of shapes are random, of seed 0, filled in after the start. Writes STAGE-MODEL-MODE.csv row
@@ -39,7 +40,14 @@ from pathlib import Path
 from typing import IO
 
 from bench.engines.in_process import environment
-from bench.engines.verdicts import Verdict, exit_code, read_rows, verdicts
+from bench.engines.verdicts import (
+    MOST,
+    MOST_ON_RANKS,
+    Verdict,
+    exit_code,
+    read_rows,
+    verdicts,
+)
 
 ROOT = Path(__file__).parents[3]
 MODES = {"stock": ("0", "0"), "vllm": ("1", "0"), "ndcheck": ("1", "1")}
@@ -56,7 +64,7 @@ RUNS = {
         *("--loads", "1,8,32,64,128", "-n", "500", "--max-tokens", "100"),
     ),
 }
-KNOWN = ("8b", "smollm2", "graphs", "run", "run8b", "30b", "long")
+KNOWN = ("8b", "smollm2", "graphs", "run", "run8b", "30b", "tp2", "long")
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Stage:
     engines: tuple[tuple[str, str], ...]
     measures: tuple[tuple[str, str, tuple[str, ...]], ...]
     largest_graph: int = 512
+    n_ranks: int = 1
 
 
 ALL, BOTH = ("stock", "vllm", "ndcheck"), ("stock", "ndcheck")
@@ -122,6 +131,22 @@ STAGES = {
         ),
         Stage(((EXPERTS, "vllm"),), ((EXPERTS, "few_steps", VLLM),)),
     ),
+    "tp2": (
+        Stage(
+            tuple((DENSE, mode) for mode in ALL),
+            (
+                (DENSE, "coverage", OURS),
+                (DENSE, "step", BOTH),
+                (DENSE, "copies", BOTH),
+                (DENSE, "collectives", ALL),
+                (DENSE, "step", ALL),
+                (DENSE, "copies", VLLM),
+                (DENSE, "prefill", BOTH),
+                (DENSE, "requests", BOTH),
+            ),
+            n_ranks=2,
+        ),
+    ),
     "long": tuple(Stage(((DENSE, mode),), ((DENSE, "long", (mode,)),)) for mode in BOTH),
 }
 
@@ -130,14 +155,14 @@ class Engine:
     """A worker process; `ask` has it measure and waits for its answer."""
 
     def __init__(
-        self, model: str, mode: str, out: Path, stage: str, site: Path, largest_graph: int
+        self, model: str, mode: str, out: Path, name: str, site: Path, stage: Stage
     ) -> None:
         self.model, self.mode = model, mode
         switch, plugin = MODES[mode]
-        command = [sys.executable, "-m", "bench.engines.measures", model, mode, stage, str(out)]
-        command.append(str(largest_graph))
+        command = [sys.executable, "-m", "bench.engines.measures", model, mode, name, str(out)]
+        command += [str(stage.largest_graph), str(stage.n_ranks)]
         paths = (str(site), os.environ.get("PYTHONPATH", ""))
-        with (out / f"{stage}-{model}-{mode}.log").open("wb") as log:
+        with (out / f"{name}-{model}-{mode}.log").open("wb") as log:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -150,6 +175,9 @@ class Engine:
                     "VLLM_BATCH_INVARIANT": switch,
                     "NDCHECK_VLLM": plugin,
                     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                    # Functions of these measures go to the ranks' processes.
+                    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+                    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
                     "VLLM_NO_USAGE_STATS": "1",
                     "TORCHINDUCTOR_COMPILE_THREADS": "3",
                 },
@@ -200,7 +228,7 @@ def run_stage(name: str, stage: Stage, out: Path, site: Path, say: IO[str]) -> N
         print(f"{time.monotonic() - started:6.1f} s  {text}", file=say, flush=True)
 
     started = time.monotonic()
-    engines = {each: Engine(*each, out, name, site, stage.largest_graph) for each in stage.engines}
+    engines = {each: Engine(*each, out, name, site, stage) for each in stage.engines}
     try:
         for (model, mode), engine in list(engines.items()):
             answer = engine.answer(START_S - (time.monotonic() - started))
@@ -265,7 +293,8 @@ def main() -> int:
             mine = run_ndcheck(name, out, site) if name in RUNS else []
             for stage in STAGES.get(name, ()):
                 run_stage(name, stage, out, site, sys.stdout)
-            mine += verdicts(read_rows(out, name))
+            is_spread = any(stage.n_ranks > 1 for stage in STAGES.get(name, ()))
+            mine += verdicts(read_rows(out, name), MOST_ON_RANKS if is_spread else MOST)
             text = "".join(f"{verdict.state:8}  {verdict.text}\n" for verdict in mine)
             (out / f"verdicts-{name}.txt").write_text(text, encoding="utf-8")
             print(text, flush=True)

@@ -36,6 +36,7 @@ from ndcheck.records import Decoding, Load, Probe
 from ndcheck.reports.explain.trace import Explanation, trace_document, trace_lines
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.sampler import digest_weights
+from ndcheck_kernels.models.caches.argument import cache_argument
 
 QWEN3_8B = {
     "vocab_size": 151_936,
@@ -246,12 +247,12 @@ def decode_copies(sampler: RandomModel, sizes: Sizes, out: Path) -> None:
     batch_size, model = sizes.attention_batch, sampler.model
     cache = transformers.DynamicCache(config=model.config)
     ids = torch.tensor([sampler.prompt] * batch_size, device=model.device)
-    rows = []
+    rows, name = [], cache_argument(model.forward)
     with ModulePath(model) as path:
         for step in range(sizes.n_decode):
             mode = FirstUnevenOp(path, batch_size)
             with mode:
-                logits = model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
+                logits = model(ids, use_cache=True, **{name: cache}).logits[:, -1]
             n_logits = sum(not equal_bits(row, logits[0]) for row in logits)
             rows.append([step, N_PROMPT + step, *(mode.first or ("", "", "", "")), n_logits])
             if mode.first:

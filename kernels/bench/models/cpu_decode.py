@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from ndcheck_kernels import invariant_kernels, invariant_model
+from ndcheck_kernels.models.caches.argument import cache_argument
 from ndcheck_kernels.models.direct_layers import direct_layers
 
 ARMS = ("stock", "op by op", "direct")
@@ -89,8 +90,8 @@ def step(
         input_ids=ids[:, :new],
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         logits_to_keep=1,
+        **{cache_argument(model.forward): cache},
     )
 
 

@@ -39,7 +39,7 @@ from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck_kernels.cuda.recurrent.gated_delta import gated_delta_rule
 from ndcheck_kernels.cuda.recurrent.selective_scan import selective_scan
 from ndcheck_kernels.measure.timing import elapsed_us, medians_us
-from ndcheck_kernels.models.norms import composed_norms
+from ndcheck_kernels.models.rows.norms import composed_norms
 
 ARMS: tuple[Arm, ...] = ("invariant", "stock")
 BATCHES = (1, 8, 64)

@@ -35,6 +35,7 @@ from ndcheck_kernels.cuda.products import (
 )
 from ndcheck_kernels.cuda.recurrent import gated_delta, selective_scan, short_convolution
 from ndcheck_kernels.cuda.rows import (
+    add_parts,
     composed_norm,
     layer_norm,
     logits,
@@ -243,6 +244,14 @@ def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[
 
 def rows(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
     everything = extent == "all"
+    for n_parts in (1, 2, 8):
+        parts = torch.empty(n_parts, 5, 4096)
+        addend = torch.empty(5, 4096, dtype=dtype)
+        yield f"add_parts {n_parts}", lambda p=parts, a=addend: add_parts.add_parts(p, a)
+        yield (
+            f"add_parts {n_parts} alone",
+            lambda p=parts, t=dtype: add_parts.add_parts(p.to(t)),
+        )
     for n in {"kinds": (16384, 151936), "figures": (128, 4096, 16384, 151936), "all": WIDTHS}[
         extent
     ]:

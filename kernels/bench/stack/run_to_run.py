@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from bench.table import Table
+from ndcheck_kernels.models.caches.argument import cache_argument
 
 BACKENDS = {
     "default": None,
@@ -51,9 +52,9 @@ def decode(model: Any, rows: int, steps: int) -> torch.Tensor:
     """Logits [steps, rows, vocabulary] of a greedy decode of copies, with a dynamic cache."""
     ids = torch.arange(PROMPT_TOKENS, device=model.device)[None].expand(rows, -1)
     cache = transformers.DynamicCache(config=model.config)
-    seen = []
+    seen, name = [], cache_argument(model.forward)
     for _ in range(steps):
-        logits = model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(ids, use_cache=True, **{name: cache}).logits[:, -1]
         # The first row's choice for all: rows that part stay comparable.
         ids = logits[:1].argmax(-1, keepdim=True).expand(rows, 1)
         seen.append(logits)

@@ -2,13 +2,14 @@
 
 Computes: x @ weight.T + bias, of FP8 weights in blocks of 128 x 128 as `ops.block_fp8` says; the
     same for the output layer; a token's experts, weighted and added; log-softmax over the last
-    dimension.
-Reduction order: that of `cuda.products`, `cuda.experts` and `cuda.rows.softmax`; a bias is added
-    before the one rounding. FP8 experts take their rows as vLLM has quantised them, each by itself.
+    dimension; the sum of what all ranks have, rounded by each of them before.
+Reduction order: that of `cuda.products`, `cuda.experts`, `cuda.rows.softmax` and
+    `cuda.rows.add_parts`; a bias is added before the one rounding. FP8 experts take their rows as
+    vLLM has quantised them, each by itself.
 Depends on: as they do, never on the other tokens of a step.
 Dtypes: bfloat16, float16, float32; weights also float8_e4m3fn.
 Not claimed: other quantised layers: `fp8_refusal`; experts with biases or spread over ranks:
-    `experts_refusal`.
+    `experts_refusal`; ranks that are no power of two, and sums that are scattered over them.
 
 The products are ops of torch's, with a fake implementation, so that torch.compile keeps them as
 they are and a CUDA graph captures the kernels. They are reached through Python functions of this
@@ -29,9 +30,11 @@ from ndcheck_kernels.cuda.experts import route_experts
 from ndcheck_kernels.cuda.products import block_fp8, matmul
 from ndcheck_kernels.cuda.products.grouped_matmul import combine, grouped_matmul
 from ndcheck_kernels.cuda.rows import softmax
+from ndcheck_kernels.cuda.rows.add_parts import add_parts
 from ndcheck_kernels.cuda.rows.quantise import Quantised, quantise_rows, silu_mul_quantise
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.ops.block_fp8 import BLOCK
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
 
 NAME = "ndcheck_engines"
 library = torch.library.Library(NAME, "DEF")
@@ -141,6 +144,28 @@ def fp8_refusal(weight: torch.Tensor, scales: Any, block: Any) -> str | None:
     if not weight.is_contiguous() or not scales.is_contiguous():
         return "weights or scales in a kernel's own layout"
     return None
+
+
+def all_reduce(self: Any, input_: torch.Tensor) -> torch.Tensor:
+    """What `CudaCommunicator.all_reduce` computes; the names are vLLM's.
+
+    Every rank gathers all parts, which NCCL only moves, and adds them in their order.
+    """
+    ranks = self.pynccl_comm
+    if ranks is None or ranks.disabled or input_.dtype not in device.FLOATS:
+        return vllms_own["all_reduce"](self, input_)  # One rank, or integers: exact in any order.
+    fires["all_reduce"] += 1
+    parts = input_.new_empty(self.world_size, *input_.shape)
+    ranks.all_gather(parts, input_.contiguous())
+    return add_parts(parts)
+
+
+def reduce_scatter(self: Any, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """What `CudaCommunicator.reduce_scatter` would leave to NCCL; the names are vLLM's."""
+    raise UnsupportedCallError(
+        "ndcheck: sums that are scattered over ranks have no fixed order: turn sequence and expert "
+        "parallelism off, or set NDCHECK_VLLM=partial"
+    )
 
 
 def log_softmax(input: torch.Tensor, dim: int, _half_to_float: bool) -> torch.Tensor:

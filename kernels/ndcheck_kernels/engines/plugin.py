@@ -5,6 +5,9 @@ both variables ask for it, nothing of vLLM is touched. Else the functions of `se
 when a worker starts its invariant mode, every layer of the loaded model is listed with what
 computes it, and after vLLM's warm-up every covered layer must have run by our ops.
 
+Sums over ranks are ours too: NCCL then moves numbers only, so that where nothing is left to vLLM
+(``strict``) its own invariant mode's settings of NCCL, which slow all collectives, are taken back.
+
 NDCHECK_VLLM is ``1`` or ``strict`` (a layer that nothing covers ends the start), ``partial`` (it is
 left to vLLM and named), ``auto`` (then all is left to vLLM), or ``audit`` (print the table, stop).
 """
@@ -65,6 +68,7 @@ class Plugin:
         self._own = Replacements()
         self._layers: list[Any] = []
         self._left: str | None = None
+        self._kept: tuple[str, ...] = ()
 
     def wait_for_start(self) -> None:
         """Every process loads plug-ins, but only a worker starts the invariant mode."""
@@ -85,7 +89,20 @@ class Plugin:
                 self._give_up(str(error))
         else:
             self._give_up(f"compute capability {major}.{minor} is not among those proven")
+        before = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
         self._own["start"]()
+        if self._mode == "strict" and not self._left:
+            self._free_collectives(before)
+
+    def _free_collectives(self, variables: dict[str, str]) -> None:
+        """Give NCCL the settings from before; from now on no sum over ranks may be its own."""
+        from ndcheck_kernels.engines import layers
+
+        self._own.put(self._places, {"reduce_scatter": layers.reduce_scatter})
+        for name in [name for name in os.environ if name.startswith("NCCL_")]:
+            del os.environ[name]
+        os.environ.update(variables)
+        self._kept = ("all_reduce", "reduce_scatter")
 
     def _replace(self) -> None:
         from ndcheck_kernels.engines import layers
@@ -109,7 +126,8 @@ class Plugin:
             self._confirm()
             return times
 
-        layers.vllms_own["fp8_linear"] = self._places["fp8_linear"].find()[2]
+        for use in ("fp8_linear", "all_reduce"):
+            layers.vllms_own[use] = self._places[use].find()[2]
         self._own.put(
             self._places,
             {
@@ -118,6 +136,7 @@ class Plugin:
                 "log_softmax": log_softmax,
                 "experts": experts,
                 "fp8_linear": layers.fp8_linear,
+                "all_reduce": layers.all_reduce,
                 "load": load,
                 "warm_up": warm_up,
             },
@@ -181,7 +200,7 @@ class Plugin:
 
     def _give_up(self, reason: str) -> None:
         self._left = reason
-        self._own.restore()
+        self._own.restore(but=self._kept)
         _leave(reason)
 
 

@@ -6,6 +6,7 @@ Nothing here imports vLLM. tests/kernels/engines reads the same names out of vLL
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -70,6 +71,7 @@ def seams(release: str) -> dict[str, Seam]:
     mode = f"vllm.model_executor.{folder}.batch_invariant"
     layers = "vllm.model_executor.layers"
     worker = "vllm.v1.worker.gpu_worker"
+    ranks = "vllm.distributed.device_communicators.cuda_communicator"
     linear = ("input", "weight", "bias")
     return {
         "start": Seam(mode, "init_batch_invariance", ()),
@@ -84,6 +86,8 @@ def seams(release: str) -> dict[str, Seam]:
             "Fp8LinearMethod.apply",
             ("self", "layer", "x", "bias"),
         ),
+        "all_reduce": Seam(ranks, "CudaCommunicator.all_reduce", ("self", "input_")),
+        "reduce_scatter": Seam(ranks, "CudaCommunicator.reduce_scatter", ("self", "input_", "dim")),
         "load": Seam(worker, "Worker.load_model", ("self", "load_dummy_weights")),
         "warm_up": Seam(worker, "Worker.compile_or_warm_up_model", ("self",)),
     }
@@ -106,6 +110,7 @@ class Replacements:
             setattr(holder, name, functions[use])
         self._found |= found
 
-    def restore(self) -> None:
-        for holder, name, own in self._found.values():
-            setattr(holder, name, own)
+    def restore(self, but: Collection[str] = ()) -> None:
+        for use, (holder, name, own) in self._found.items():
+            if use not in but:
+                setattr(holder, name, own)

@@ -83,7 +83,7 @@ def _attention_forward(
     scale = width**-0.5 if scaling is None else scaling
     is_causal: bool | None = kwargs.get("is_causal")
     sinks = kwargs.get("s_aux")
-    if kwargs.get("cache") is not None:
+    if "read_index" in kwargs:  # A paged cache's.
 
         def attend(*operands: torch.Tensor) -> torch.Tensor:
             return attention_op(*operands, scale, softcap or 0.0, sinks=sinks)

@@ -8,6 +8,11 @@ are one product, as are gate and up; norms, QK norm with rotary and cache write,
 one launch each; residuals are added where the product before them is rounded. Every launch keeps
 its own contract, so the layer is batch-invariant as they are. Its bits differ from the unfused
 layer's, which rounds more often.
+
+On ranks (`tensor_parallel`) a layer's two sums over all ranks take a collective and a launch more
+each, which a CUDA graph captures as well. With groups, a plain layer's products are those of blocks
+of one width, so that its bits are the same however many ranks there are; a mixture of experts or
+FP8 weights then run unfused.
 """
 
 from __future__ import annotations
@@ -32,10 +37,13 @@ from ndcheck_kernels.cuda.rows.quantise import (
 )
 from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
-from ndcheck_kernels.models.mixture import is_mixture, mixture, mixture_fires
-from ndcheck_kernels.models.norms import composed_norms
-from ndcheck_kernels.models.projections import Projection, can_join
+from ndcheck_kernels.models.caches.argument import given_cache
+from ndcheck_kernels.models.interface import here
+from ndcheck_kernels.models.mixture import is_mixture, mixture, mixture_fires, mixture_part
+from ndcheck_kernels.models.projections import Projection, add_over_ranks, can_join
 from ndcheck_kernels.models.quantised import is_block_fp8
+from ndcheck_kernels.models.rows.norms import composed_norms
+from ndcheck_kernels.models.tensor_parallel import REPLICATED, Spread, spread_of, styles
 from ndcheck_kernels.models.weight_only import WeightOnlyLinear
 from ndcheck_kernels.scope.refusal import refusal
 from ndcheck_kernels.scope.state import Scope, active_scope
@@ -56,13 +64,15 @@ def fused_layers(model: torch.nn.Module) -> Iterator[int]:
     Norms outside of such layers become one launch each, in their own bits (`norms`). Warns, and
     leaves the layers as they are, where a kernel that only fused layers need does not compile.
     """
-    layers = join_weights(model)
+    layers, spread = join_weights(model), spread_of(model)
+    if spread is not None and not _can_spread(model, layers, spread):
+        layers = []
     reason = next(filter(None, map(_compile_failure, layers)), None)
     if reason is not None:
         warnings.warn(f"decoder layers run unfused, which is slower: {reason}", stacklevel=3)
         layers = []
     for i, layer in enumerate(layers):
-        layer.forward = partial(_forward, layer, i == len(layers) - 1)
+        layer.forward = partial(_forward, layer, i == len(layers) - 1, spread)
     try:
         with composed_norms(model):
             yield len(layers)
@@ -77,8 +87,8 @@ _compile_failures: dict[Hashable, str | None] = {}
 def _compile_failure(layer: Any) -> str | None:
     """Why a kernel of the fused layer cannot be compiled; each shape is tried once."""
     own, norm = layer.self_attn, layer.input_layernorm.weight
-    heads, kv_heads = (p.out_features // own.head_dim for p in (own.q_proj, own.k_proj))
-    q_norm = getattr(own, "q_norm", None)
+    heads, kv_heads = (_n_heads(p, own.head_dim) for p in (own.q_proj, own.k_proj))
+    norm, q_norm = here(norm), getattr(own, "q_norm", None)
     is_fp8 = layer._output.scales is not None
     shape = (
         *(norm.device, norm.dtype, norm.numel(), heads, kv_heads, own.head_dim),
@@ -88,7 +98,7 @@ def _compile_failure(layer: Any) -> str | None:
         _compile_failures[shape] = None
         cache = norm.new_zeros(1, kv_heads, 1, own.head_dim)
         angles = norm.new_zeros(1, 1, own.head_dim)
-        weight = None if q_norm is None else q_norm.weight
+        weight = None if q_norm is None else here(q_norm.weight)
         try:
             with quiet_compiler(), _disable_current_modes():
                 rms_norm(norm[None], norm)
@@ -116,7 +126,8 @@ def join_weights(model: torch.nn.Module) -> list[Any]:
     place, so join them before the first capture.
     """
     layers: list[Any] = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
-    if not all(map(_fits, layers)):
+    is_cut = any(hasattr(p, "device_mesh") for p in model.parameters())
+    if not all(map(_fits, layers)) or (is_cut and not _is_cut_as_here(model, layers)):
         return []
     for layer in layers:
         if not hasattr(layer, "_joined_qkv"):
@@ -134,11 +145,8 @@ def _fits(layer: Any) -> bool:
         return False
     own, mlp = layer.self_attn, layer.mlp
     return (
-        not hasattr(
-            getattr(own.o_proj, "weight", None), "device_mesh"
-        )  # Spread over ranks, each with a partial sum.
         # Mistral's attention reads its window from the config.
-        and getattr(own, "sliding_window", getattr(own.config, "sliding_window", None)) is None
+        getattr(own, "sliding_window", getattr(own.config, "sliding_window", None)) is None
         and own.o_proj.bias is None
         and can_join(own.q_proj, own.k_proj, own.v_proj)
         and (is_mixture(mlp) or _is_gated(mlp))
@@ -146,6 +154,30 @@ def _fits(layer: Any) -> bool:
         and layer.input_layernorm.weight.dtype in FLOATS
         and all(_is_covered(p) for p in (own.q_proj, own.o_proj))
     )
+
+
+def _is_cut_as_here(model: torch.nn.Module, layers: list[Any]) -> bool:
+    """Whether the model's plan cuts what a fused layer takes as cut, and nothing else."""
+    style_of = styles(model)
+    for layer in layers:
+        own, mlp = layer.self_attn, layer.mlp
+        wanted = dict.fromkeys((own.q_proj, own.k_proj, own.v_proj), "colwise")
+        wanted[own.o_proj] = "rowwise"
+        if is_mixture(mlp):
+            wanted[mlp.experts] = "moe_tp_experts"
+        else:
+            wanted |= {mlp.gate_proj: "colwise", mlp.up_proj: "colwise", mlp.down_proj: "rowwise"}
+        for module in layer.modules():
+            found = style_of.get(module)
+            if found != wanted.get(module) and (module in wanted or found not in REPLICATED):
+                return False
+    return True
+
+
+def _can_spread(model: torch.nn.Module, layers: list[Any], spread: Spread) -> bool:
+    """Whether the fused layers can be spread so: the same answer however many ranks there are."""
+    is_plain = all(layer._output.op == "linear" and not is_mixture(layer.mlp) for layer in layers)
+    return (is_plain or not spread.is_nested) and _is_cut_as_here(model, layers)
 
 
 def _is_covered(projection: Any) -> bool:
@@ -165,11 +197,11 @@ def _is_gated(mlp: Any) -> bool:
 def _forward(
     layer: Any,
     is_last: bool,
+    spread: Spread | None,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    past_key_values: Any,
-    **_: Any,
+    **others: Any,
 ) -> torch.Tensor:
     scope = active_scope()
     if scope is None:
@@ -186,10 +218,11 @@ def _forward(
         return _fused(
             layer,
             is_last,
+            spread,
             hidden_states,
             spans,
             position_embeddings,
-            past_key_values,
+            given_cache(others),
             scope,
         )
 
@@ -197,6 +230,7 @@ def _forward(
 def _fused(
     layer: Any,
     is_last: bool,
+    spread: Spread | None,
     hidden: torch.Tensor,
     spans: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -207,37 +241,70 @@ def _fused(
     own, mlp = layer.self_attn, layer.mlp
     batch, length, width = hidden.shape
     residual = hidden.reshape(-1, width)
+    block = _block_width(spread, own.q_proj, own.k_proj, own.v_proj)
     # Attention reads little: the output weights arrive meanwhile.
-    x = layer._joined_qkv.after_norm(residual, layer.input_layernorm, layer._output)
+    x = layer._joined_qkv.after_norm(residual, layer.input_layernorm, layer._output, block)
     x = x.view(batch, length, -1)
     keys, values, offset = _columns(cache, own, x)
     q_norm, k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
     query = qkv(
         x, *position_embeddings, keys, values, offset,
-        q_weight=None if q_norm is None else q_norm.weight,
-        k_weight=None if k_norm is None else k_norm.weight,
+        q_weight=None if q_norm is None else here(q_norm.weight),
+        k_weight=None if k_norm is None else here(k_norm.weight),
         eps=0.0 if q_norm is None else q_norm.variance_epsilon,
     )  # fmt: skip
     out = attention(
         query, keys, values, starts=spans[:, 0, 0, 0], lengths=spans[:, 0, 0, 1], scale=own.scaling
     )
     out = out.transpose(1, 2).reshape(batch * length, -1)
-    residual = layer._output(out, residual)
+    if spread is None:
+        residual = layer._output(out, residual)
+    else:
+        residual = add_over_ranks(layer._output.parts(out, spread.n_parts), residual, spread)
     norm = layer.post_attention_layernorm
     if is_mixture(mlp):
-        rows = rms_norm(residual, norm.weight, norm.variance_epsilon)
-        residual = mixture(rows, mlp, residual)
-        scope.fires.update(mixture_fires(mlp))
+        rows = rms_norm(residual, here(norm.weight), norm.variance_epsilon)
+        if spread is None:
+            residual = mixture(rows, mlp, residual)
+        else:
+            residual = add_over_ranks(mixture_part(rows, mlp)[None], residual, spread)
+        scope.fires.update(mixture_fires(mlp, is_part=spread is not None))
     else:
-        gate_up = layer._joined_gate_up.after_norm(residual, norm)
-        residual = layer._down.after_gate(gate_up, residual)
-        scope.fires.update({layer._down.op: 2, "silu_mul": 1})
+        block = _block_width(spread, mlp.gate_proj, mlp.up_proj)
+        gate_up = layer._joined_gate_up.after_norm(residual, norm, width=block)
+        if spread is None:
+            residual = layer._down.after_gate(gate_up, residual)
+        else:
+            parts = layer._down.parts_after_gate(gate_up, spread.n_parts)
+            residual = add_over_ranks(parts, residual, spread)
+        scope.fires.update([layer._joined_gate_up.op, _name(layer._down, spread), "silu_mul"])
     if is_last:
         # Together: one launch, where the cache would make one a layer.
         torch._foreach_add_([c.cumulative_length for c in cache.layers], length)
     scope.fires.update(_FIRES)
-    scope.fires[layer._output.op] += 2
+    scope.fires.update([layer._joined_qkv.op, _name(layer._output, spread)])
+    if spread is not None and spread.n_ranks > 1:
+        scope.fires["rank_sum"] += 2
     return residual.view(batch, length, width)
+
+
+def _block_width(spread: Spread | None, *layers: Any) -> int | None:
+    """How wide one of the blocks is into which groups cut what these layers give together."""
+    if spread is None or not spread.is_nested:
+        return None
+    width: int = sum(layer.out_features for layer in layers) // spread.groups
+    return width
+
+
+def _name(projection: Projection, spread: Spread | None) -> str:
+    return projection.op if spread is None else f"partial_{projection.op}"
+
+
+def _n_heads(projection: Any, head_dim: int) -> int:
+    """Of this rank."""
+    mesh = getattr(getattr(projection, "weight", None), "device_mesh", None)
+    n_ranks = 1 if mesh is None else mesh.size()
+    return int(projection.out_features) // n_ranks // head_dim
 
 
 def _columns(
@@ -248,7 +315,7 @@ def _columns(
     if not hasattr(layer, "cumulative_length"):
         raise TypeError("fused layers write to transformers' StaticCache only")
     if not layer.is_initialized:
-        kv_heads = own.k_proj.out_features // own.head_dim
+        kv_heads = _n_heads(own.k_proj, own.head_dim)
         like = x.new_empty(x.shape[0], kv_heads, 1, own.head_dim)
         layer.lazy_initialization(like, like)
     return layer.keys, layer.values, layer.cumulative_length

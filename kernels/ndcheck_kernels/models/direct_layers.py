@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import (
 
 from ndcheck_kernels.cpu.reductions import sum_rows
 from ndcheck_kernels.models.attention import Spans
+from ndcheck_kernels.models.caches.argument import cache_argument, given_cache
 from ndcheck_kernels.ops.attention import attention_op
 from ndcheck_kernels.scope import registry
 from ndcheck_kernels.scope.mode import invariant_kernels
@@ -99,7 +100,7 @@ def _has_own_bits(model: Any, layer: Any) -> bool:
         (draw(2, 1, weight.numel()), (draw(2, 1, own.head_dim), draw(2, 1, own.head_dim)))
         for _ in range(2)
     ]
-    found = []
+    found, name = [], cache_argument(type(layer).forward)
     for forward in (layer.forward, partial(_forward, layer)):
         cache = StaticCache(config=model.config, max_cache_len=2)
         with invariant_kernels():
@@ -110,7 +111,7 @@ def _has_own_bits(model: Any, layer: Any) -> bool:
                         hidden,
                         attention_mask=spans.as_subclass(Spans),
                         position_embeddings=angles,
-                        past_key_values=cache,
+                        **{name: cache},
                     )
                 )
     return torch.equal(torch.cat(found[:2]), torch.cat(found[2:]))
@@ -121,10 +122,9 @@ def _forward(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    past_key_values: Any = None,
     **others: Any,
 ) -> torch.Tensor:
-    scope = active_scope()
+    scope, cache = active_scope(), given_cache(others)
     # Another mode wants to see the ops.
     is_alone = len(_get_current_dispatch_mode_stack()) == 1
     if (
@@ -132,7 +132,7 @@ def _forward(
         and is_alone
         and isinstance(attention_mask, Spans)
         and position_embeddings is not None
-        and past_key_values is not None
+        and cache is not None
     ):
         try:
             with _disable_current_modes():
@@ -142,7 +142,7 @@ def _forward(
                     hidden_states,
                     attention_mask.plain()[:, 0],
                     position_embeddings,
-                    past_key_values,
+                    cache,
                 )
         except UnsupportedCallError:
             pass  # Met again below, where the mode refuses it by name.
@@ -151,7 +151,6 @@ def _forward(
         hidden_states,
         attention_mask=attention_mask,
         position_embeddings=position_embeddings,
-        past_key_values=past_key_values,
         **others,
     )
     return result

@@ -8,6 +8,9 @@ Reduction order: the weights' as in `cuda.routing`; the products' and the combin
 Depends on: the token and the layer; not on other tokens or on how many chose an expert.
 Dtypes: bfloat16, float16, float32.
 Not claimed: the bits of the unfused layer, which rounds before the residual is added; gradients.
+
+On ranks, each of which has some hidden features of every expert, `mixture_part` is the sum without
+the residual, in fp32 and not rounded.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from ndcheck_kernels.cuda.products.matmul import matmul
 from ndcheck_kernels.cuda.routing import choose
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows, silu_mul_quantise
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
+from ndcheck_kernels.models.interface import here
 from ndcheck_kernels.models.quantised import is_block_fp8
 
 BLOCKS = ("Qwen3MoeSparseMoeBlock",)
@@ -43,36 +47,53 @@ def is_mixture(block: Any) -> bool:
     )
 
 
-def mixture_fires(block: Any) -> dict[str, int]:
+def mixture_fires(block: Any, *, is_part: bool) -> dict[str, int]:
     """What one block computes, as `Scope.fires` counts it."""
-    return _FIRES | {"block_fp8_grouped" if is_block_fp8(block.experts) else "_grouped_mm": 2}
+    is_fp8 = is_block_fp8(block.experts)
+    whole = "block_fp8_grouped" if is_fp8 else "_grouped_mm"
+    if not is_part:
+        return _FIRES | {whole: 2}
+    return _FIRES | {whole: 1, "partial_block_fp8_grouped" if is_fp8 else "partial_grouped": 1}
 
 
 def mixture(rows: torch.Tensor, block: Any, residual: torch.Tensor) -> torch.Tensor:
     """rows and residual [T, H] -> [T, H], for a block that `is_mixture`."""
+    return _mixture(rows, block, residual, rows.dtype)
+
+
+def mixture_part(rows: torch.Tensor, block: Any) -> torch.Tensor:
+    """rows [T, H] -> [T, H] fp32."""
+    return _mixture(rows, block, None, torch.float32)
+
+
+def _mixture(
+    rows: torch.Tensor, block: Any, residual: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     router, own = block.gate, block.experts
-    logits = matmul(rows, router.weight.t())
+    logits = matmul(rows, here(router.weight).t())
     weights, index = choose(logits, router.top_k, router.norm_topk_prob)
     token, _, place, weights, ends = route_experts(index, weights, own.num_experts)
     products = _fp8_products if is_block_fp8(own) else _plain_products
-    return combine(products(own, rows, token, ends), place, weights, residual)
+    return combine(products(own, rows, token, ends, dtype), place, weights, residual)
 
 
 def _plain_products(
-    own: Any, rows: torch.Tensor, token: torch.Tensor, ends: torch.Tensor
+    own: Any, rows: torch.Tensor, token: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    gate, up = grouped_matmul(rows[token], own.gate_up_proj.mT, ends).chunk(2, -1)
-    return grouped_matmul(silu_mul(gate, up), own.down_proj.mT, ends)
+    gate, up = grouped_matmul(rows[token], here(own.gate_up_proj).mT, ends).chunk(2, -1)
+    down = here(own.down_proj).mT
+    out = rows.new_empty(len(token), down.shape[2], dtype=dtype)
+    return grouped_matmul(silu_mul(gate, up), down, ends, out)
 
 
 def _fp8_products(
-    own: Any, rows: torch.Tensor, token: torch.Tensor, ends: torch.Tensor
+    own: Any, rows: torch.Tensor, token: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     codes = quantise_rows(rows, token)
     gate, up = grouped_block_fp8_matmul(
-        *codes, own.gate_up_proj, own.gate_up_proj_scale_inv, ends, dtype=rows.dtype
+        *codes, here(own.gate_up_proj), here(own.gate_up_proj_scale_inv), ends, dtype=rows.dtype
     ).chunk(2, -1)
     codes = silu_mul_quantise(gate, up)
     return grouped_block_fp8_matmul(
-        *codes, own.down_proj, own.down_proj_scale_inv, ends, dtype=rows.dtype
+        *codes, here(own.down_proj), here(own.down_proj_scale_inv), ends, dtype=dtype
     )

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ndcheck_kernels.models.caches.argument import given_cache
 from ndcheck_kernels.ops.attention import attention_op, causal_spans, spans_from_any
 from ndcheck_kernels.scope.refusal import refusal
 from ndcheck_kernels.scope.state import active_scope
@@ -27,7 +28,8 @@ Function = Callable[..., Any]
 
 def is_covered(module: torch.nn.Module) -> bool:
     """Whether a module's own attention is one of those that are replaced."""
-    return type(module).__name__ in _REPLACED and _is_of_transformers(module)
+    name, _ = _REPLACED.get(type(module).__name__, ("", None))
+    return hasattr(module, name) and _is_of_transformers(module)
 
 
 def replace_attention(model: torch.nn.Module) -> None:
@@ -35,7 +37,7 @@ def replace_attention(model: torch.nn.Module) -> None:
     for kind in {type(module) for module in model.modules() if is_covered(module)}:
         name, invariant = _REPLACED[kind.__name__]
         own = getattr(kind, name)
-        if not hasattr(own, "__wrapped__"):
+        if not hasattr(own, "invariant"):
             setattr(kind, name, _choose(own, invariant))
 
 
@@ -49,6 +51,7 @@ def _choose(own: Function, invariant: Function) -> Function:
             raise refusal("attention", dtype, where, "no training, no returned weights")
         return invariant(module, *args, **kwargs)
 
+    forward.invariant = invariant  # type: ignore[attr-defined]
     return forward
 
 
@@ -70,15 +73,14 @@ def _bloom(
     residual: torch.Tensor,
     alibi: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    layer_past: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     if module.pretraining_tp > 1 and module.slow_but_exact:
         where = hidden_states.device.type
         raise refusal("attention", hidden_states.dtype, where, "no tensor-parallel slices")
     query, key, value = module._reshape(module.query_key_value(hidden_states))
-    if layer_past is not None:
-        key, value = layer_past.update(key, value, module.layer_idx)
+    if (cache := given_cache(kwargs)) is not None:
+        key, value = cache.update(key, value, module.layer_idx)
     out = attention_op(
         query, key, value, _spans(attention_mask, query, key), module.inv_norm_factor,
         slopes=alibi_slopes(module.num_heads, query.device), bias_dtype=query.dtype,
@@ -90,7 +92,7 @@ def _mpt(
     module: Any,
     hidden_states: torch.Tensor,
     position_bias: torch.Tensor,
-    past_key_values: Any = None,
+    *,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -99,8 +101,8 @@ def _mpt(
         qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
     heads = qkv.unflatten(2, (3, module.n_heads, module.head_dim))
     query, key, value = heads.permute(2, 0, 3, 1, 4)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, module.layer_idx)
+    if (cache := given_cache(kwargs)) is not None:
+        key, value = cache.update(key, value, module.layer_idx)
     hidden = attention_mask
     out = attention_op(
         query, key, value, _spans(None if hidden is None else ~hidden, query, key),
@@ -114,8 +116,6 @@ def _falcon(
     hidden_states: torch.Tensor,
     alibi: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None = None,
-    layer_past: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     fused = module._split_heads(module.query_key_value(hidden_states))
@@ -123,8 +123,8 @@ def _falcon(
     if alibi is None:
         rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
         query, key = rotate(query, key, *kwargs["position_embeddings"])
-    if layer_past is not None:
-        key, value = layer_past.update(key, value, module.layer_idx)
+    if (cache := given_cache(kwargs)) is not None:
+        key, value = cache.update(key, value, module.layer_idx)
     scale = module.head_dim**-0.5
     bias: dict[str, Any] = {}
     if alibi is not None:
@@ -150,7 +150,8 @@ def _gptj(
     return attention_op(query, key, value, spans, module.head_dim**-0.5), None
 
 
-# By class: the method that is replaced, and what replaces it.
+# By class: the method that is replaced, and what replaces it. Since transformers 5.24 GPT-J has an
+# interface in its place.
 _REPLACED: dict[str, tuple[str, Function]] = {
     "BloomAttention": ("forward", _bloom),
     "MptAttention": ("forward", _mpt),

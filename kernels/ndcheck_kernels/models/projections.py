@@ -3,7 +3,8 @@
 A plain product reads rows of the model's dtype. A block-FP8 one reads codes and scales, which the
 launch before it writes in the rows' place: it costs no launch after RMSNorm or a gate, and one
 after attention. One of integers reads plain rows too. All have the bits of the unfused layer's
-product of the same rows.
+product of the same rows. On ranks the last product before a residual gives parts of sums, which
+`add_over_ranks` adds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
 from ndcheck_kernels.cuda.products.matmul import matmul
 from ndcheck_kernels.cuda.products.weight_only import weight_only_matmul
+from ndcheck_kernels.cuda.rows.add_parts import add_parts
 from ndcheck_kernels.cuda.rows.quantise import (
     Quantised,
     quantise_rows,
@@ -25,8 +27,11 @@ from ndcheck_kernels.cuda.rows.quantise import (
 )
 from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
+from ndcheck_kernels.models.interface import here
 from ndcheck_kernels.models.quantised import is_block_fp8
+from ndcheck_kernels.models.tensor_parallel import Spread
 from ndcheck_kernels.models.weight_only import WeightOnlyLinear
+from ndcheck_kernels.ops.collectives import adds_whole, gather_parts, sum_over_ranks
 from ndcheck_kernels.ops.weight_only import Packed
 
 
@@ -44,7 +49,7 @@ class Projection:
     def of(cls, *layers: Any) -> Projection:
         """Of a linear layer; or of several that meet the same rows, one under the other in memory.
 
-        Their parameters become views of the whole.
+        Their parameters become views of the whole; of layers on ranks it is this rank's part.
         """
         first = layers[0]
         if isinstance(first, WeightOnlyLinear):
@@ -75,15 +80,21 @@ class Projection:
         return self._of_codes(quantise_rows(rows), rows.dtype, addend)
 
     def after_norm(
-        self, rows: torch.Tensor, norm: Any, following: Projection | None = None
+        self,
+        rows: torch.Tensor,
+        norm: Any,
+        following: Projection | None = None,
+        width: int | None = None,
     ) -> torch.Tensor:
         """Of the rows [M, K] as transformers' RMSNorm module leaves them.
 
-        ``following`` reads its weight next, but not at once.
+        ``following`` reads its weight next, but not at once. ``width``: as `matmul` takes it, of a
+        plain weight in blocks of outputs.
         """
+        weight = here(norm.weight)
         if self.scales is None:
-            return self._plain(rms_norm(rows, norm.weight, norm.variance_epsilon), None)
-        codes = rms_norm_quantise(rows, norm.weight, norm.variance_epsilon)
+            return self._plain(rms_norm(rows, weight, norm.variance_epsilon), None, width)
+        codes = rms_norm_quantise(rows, weight, norm.variance_epsilon)
         return self._of_codes(codes, rows.dtype, None, following)
 
     def after_gate(self, gate_up: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
@@ -93,11 +104,38 @@ class Projection:
             return self._plain(silu_mul(gate, up), addend)
         return self._of_codes(silu_mul_quantise(gate, up), gate.dtype, addend)
 
-    def _plain(self, rows: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+    def parts(self, rows: torch.Tensor, n_parts: int) -> torch.Tensor:
+        """rows [M, K here] -> [n_parts, M, N] fp32: of K in parts, what each adds to the sum."""
+        if self.scales is None:
+            return self._plain_parts(rows, n_parts)
+        return self._fp8_part(quantise_rows(rows))
+
+    def parts_after_gate(self, gate_up: torch.Tensor, n_parts: int) -> torch.Tensor:
+        """`parts` of silu(gate) * up, from gate_up [M, 2 K here]."""
+        gate, up = gate_up.chunk(2, -1)
+        if self.scales is None:
+            return self._plain_parts(silu_mul(gate, up), n_parts)
+        return self._fp8_part(silu_mul_quantise(gate, up))
+
+    def _plain_parts(self, rows: torch.Tensor, n_parts: int) -> torch.Tensor:
+        assert not isinstance(self.weight, Packed)
+        out = rows.new_empty(n_parts, len(rows), len(self.weight), dtype=torch.float32)
+        length = rows.shape[1] // n_parts
+        pieces = zip(rows.split(length, 1), self.weight.split(length, 1), out, strict=True)
+        for part, weight, total in pieces:
+            matmul(part, weight.t(), out=total)
+        return out
+
+    def _fp8_part(self, quantised: Quantised) -> torch.Tensor:
+        return self._of_codes(quantised, torch.float32, None)[None]
+
+    def _plain(
+        self, rows: torch.Tensor, addend: torch.Tensor | None, width: int | None = None
+    ) -> torch.Tensor:
         added = self.bias if addend is None else addend
         if isinstance(self.weight, Packed):
             return weight_only_matmul(rows, self.weight, added)
-        return matmul(rows, self.weight.t(), added)
+        return matmul(rows, self.weight.t(), added, width=width)
 
     def _of_codes(
         self,
@@ -115,8 +153,22 @@ class Projection:
         )  # fmt: skip
 
 
+def add_over_ranks(parts: torch.Tensor, residual: torch.Tensor, spread: Spread) -> torch.Tensor:
+    """residual [M, N] plus all ranks' parts, of which ``parts`` [P, M, N] are here; rounded once.
+
+    The order is that of `Spread.sum`.
+    """
+    if spread.n_ranks > 1:
+        own = parts[0] if len(parts) == 1 else add_parts(parts)
+        if adds_whole(own, spread.group):
+            parts = gather_parts(own, spread.group)
+        else:
+            parts = sum_over_ranks(own, spread.group)[None]
+    return add_parts(parts, residual)
+
+
 def _join(layers: tuple[Any, ...], name: str, dim: int = 0) -> torch.Tensor:
-    parts = [getattr(layer, name).data for layer in layers]
+    parts = [here(getattr(layer, name).detach()) for layer in layers]
     if len(parts) == 1:
         return parts[0]
     # Not every torch concatenates FP8.
@@ -124,8 +176,22 @@ def _join(layers: tuple[Any, ...], name: str, dim: int = 0) -> torch.Tensor:
     plain = [p.view(torch.uint8) if dtype.itemsize == 1 else p for p in parts]
     joined = torch.cat(plain, dim).view(dtype)
     for layer, part in zip(layers, joined.split([p.shape[dim] for p in parts], dim), strict=True):
-        getattr(layer, name).data = part
+        _put(layer, name, part)
     return joined
+
+
+def _put(layer: Any, name: str, part: torch.Tensor) -> None:
+    """Let a parameter's memory be ``part``: on ranks, its shard's."""
+    own = getattr(layer, name)
+    if not hasattr(own, "device_mesh"):
+        own.data = part
+        return
+    from torch.distributed.tensor import DTensor
+
+    shard = DTensor.from_local(
+        part, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+    )
+    setattr(layer, name, torch.nn.Parameter(shard, own.requires_grad))
 
 
 def can_join(*layers: Any) -> bool:
@@ -136,7 +202,8 @@ def can_join(*layers: Any) -> bool:
         return True
     kinds = {_kind(layer) for layer in layers}
     if kinds == {"fp8"}:
-        return all(layer.out_features % 128 == 0 for layer in layers[:-1])
+        widths = [(layer.out_features, len(here(layer.weight))) for layer in layers[:-1]]
+        return all(width % 128 == 0 for each in widths for width in each)
     has_own_groups = any(getattr(layer, "group_of", None) is not None for layer in layers)
     return len(kinds) == 1 and not has_own_groups
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ndcheck_kernels.models.caches.argument import given_cache
 from ndcheck_kernels.ops.selective_scan import scan_op
 from ndcheck_kernels.ops.short_convolution import short_convolution_op, short_convolution_step_op
 from ndcheck_kernels.scope.refusal import refusal
@@ -62,12 +63,13 @@ def _choosing(own: Forward, invariant: Forward) -> Forward:
 def _mamba2(
     mixer: Any,
     hidden_states: torch.Tensor,
-    cache_params: Any = None,
+    *,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """[B, T, hidden] -> [B, T, hidden]."""
     _require_rows(mixer, hidden_states, kwargs)
+    cache = given_cache(kwargs)
     hidden = _without_padding(hidden_states, attention_mask)
     if (multiplier := getattr(mixer, "ssm_in_multiplier", None)) is not None:
         hidden = hidden * multiplier
@@ -76,13 +78,13 @@ def _mamba2(
         projected = projected * multipliers
     width, heads = mixer.intermediate_size, mixer.num_heads
     gate, mixed, dt = projected.split([width, mixer.conv_dim, heads], -1)
-    mixed = _convolve(mixer, mixer.conv1d, mixed, cache_params, attention_mask, mixer.activation)
+    mixed = _convolve(mixer, mixer.conv1d, mixed, cache, attention_mask, mixer.activation)
     n_states = (mixer.conv_dim - width) // 2
     x, B, C = mixed.split([width, n_states, n_states], -1)
     dt = F.softplus(dt.float() + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
     x = x.unflatten(-1, (heads, -1))
     B, C = (v.unflatten(-1, (mixer.n_groups, -1)) for v in (B, C))
-    state = _recurrent_state(mixer, cache_params, x, B.shape[-1])
+    state = _recurrent_state(mixer, cache, x, B.shape[-1])
     y = scan_op(x, dt, -torch.exp(mixer.A_log.float()), B, C, mixer.D, state).flatten(2)
     has_norm = not isinstance(mixer.norm, torch.nn.Identity)  # Falcon-H1 may have none.
     y = mixer.norm(y, gate) if has_norm else y * F.silu(gate)
@@ -92,14 +94,15 @@ def _mamba2(
 def _mamba(
     mixer: Any,
     hidden_states: torch.Tensor,
-    cache_params: Any = None,
+    *,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """[B, T, hidden] -> [B, T, hidden]."""
     _require_rows(mixer, hidden_states, kwargs)
+    cache = given_cache(kwargs)
     x, gate = mixer.in_proj(_without_padding(hidden_states, attention_mask)).chunk(2, -1)
-    x = _convolve(mixer, mixer.conv1d, x, cache_params, attention_mask, mixer.activation)
+    x = _convolve(mixer, mixer.conv1d, x, cache, attention_mask, mixer.activation)
     n_states = mixer.ssm_state_size
     dt, B, C = mixer.x_proj(x).split([mixer.time_step_rank, n_states, n_states], -1)
     if hasattr(mixer, "dt_layernorm"):  # Falcon-Mamba and Jamba.
@@ -107,7 +110,7 @@ def _mamba(
     dt = F.linear(dt, mixer.dt_proj.weight).float()
     dt = F.softplus(dt if mixer.dt_proj.bias is None else dt + mixer.dt_proj.bias.float())
     # A channel is a head of one feature, and all of them share one B and one C.
-    state = _recurrent_state(mixer, cache_params, x, n_states)[:, :, None]
+    state = _recurrent_state(mixer, cache, x, n_states)[:, :, None]
     A = -torch.exp(mixer.A_log.float())
     y = scan_op(x[..., None], dt, A, B[:, :, None], C[:, :, None], mixer.D, state)
     return torch.as_tensor(mixer.out_proj(y.squeeze(-1) * F.silu(gate)))
@@ -116,15 +119,16 @@ def _mamba(
 def _short_convolution(
     mixer: Any,
     hidden_states: torch.Tensor,
-    past_key_values: Any = None,
+    *,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """[B, T, hidden] -> [B, T, hidden]."""
     _require_rows(mixer, hidden_states, kwargs)
+    cache = given_cache(kwargs)
     hidden = _without_padding(hidden_states, attention_mask)
     before, after, x = mixer.in_proj(hidden).chunk(3, -1)
-    mixed = _convolve(mixer, mixer.conv, before * x, past_key_values, attention_mask, None)
+    mixed = _convolve(mixer, mixer.conv, before * x, cache, attention_mask, None)
     return torch.as_tensor(mixer.out_proj(after * mixed))
 
 

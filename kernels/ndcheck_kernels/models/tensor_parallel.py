@@ -18,9 +18,12 @@ With `groups`, a power of two, the bits are the same on 1, 2, 4, ... `groups` ra
 
 FP8 weights in blocks are cut between blocks only, so that a row's scales are those of one rank.
 FP8 with one scale a row is refused.
+
+On CUDA, `decoder` runs whole layers in this way, fused.
 """
 
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +53,8 @@ _GATHERED = frozenset({"colwise_gather_output", "colwise_rep"})
 _VOCABULARY = frozenset({"embedding_rowwise", "rowwise"})  # As transformers 5.18 and 5.17 call it.
 # In these a rank's forward needs nothing of another rank. Any other style calls a collective of
 # torch's, which a scope refuses.
-_LOCAL = frozenset({"colwise", "packed_colwise", "replicated_with_grad_allreduce", "replicate"})
+REPLICATED = frozenset({"replicated_with_grad_allreduce", "replicate"})
+_LOCAL = REPLICATED | {"colwise", "packed_colwise"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,11 @@ class Spread:
     is_nested: bool
     """Whether the bits have to be those of other numbers of ranks too."""
 
+    @property
+    def n_parts(self) -> int:
+        """How many of the parts are this rank's."""
+        return self.groups // self.n_ranks
+
     def sum(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """The sum of all ranks' parts, of which ``parts`` are this rank's; fp32 (fp64 for fp64)."""
         own = add_pairwise(parts)
@@ -74,6 +83,14 @@ class Spread:
             return own
         total: torch.Tensor = rank_sum_op(own, self.group)
         return total
+
+
+_spreads: weakref.WeakKeyDictionary[torch.nn.Module, Spread] = weakref.WeakKeyDictionary()
+
+
+def spread_of(model: torch.nn.Module) -> Spread | None:
+    """How `ordered_layers` spreads it now; None outside of that, and for one whole sum."""
+    return _spreads.get(model)
 
 
 @contextmanager
@@ -110,11 +127,13 @@ def _replaced(model: Any, spread: Spread) -> Iterator[None]:
         for path, layer, style in _planned(model)
         if (forward := _ordered(layer, path, style, spread))
     ]
+    _spreads[model] = spread
     try:
         for layer, _, forward in replaced:
             layer.forward = forward
         yield
     finally:
+        del _spreads[model]
         for layer, own, _ in replaced:
             del layer.forward  # The class's own shows again,
             if own is not None:
@@ -123,11 +142,16 @@ def _replaced(model: Any, spread: Spread) -> Iterator[None]:
 
 def _planned(model: Any) -> Iterator[tuple[str, torch.nn.Module, str]]:
     """Path, module and style of every module that the model's plan names."""
-    plan = model.tp_plan
+    plan = getattr(model, "tp_plan", None) or {}
     for path, module in model.named_modules():
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", path))
         if style is not None:
             yield path, module, style
+
+
+def styles(model: torch.nn.Module) -> dict[torch.nn.Module, str]:
+    """The style in which the model's plan cuts a module, of all that it names."""
+    return {module: style for _, module, style in _planned(model)}
 
 
 def _ordered(

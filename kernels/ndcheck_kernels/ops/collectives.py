@@ -21,7 +21,8 @@ from ndcheck_kernels.scope.refusal import UnsupportedCallError
 from ndcheck_kernels.scope.registry import implements
 
 GATHERED_ELEMENTS = 2**16
-"""Up to this size every rank adds all of it, in one round trip; above, each a slice, in two."""
+"""Up to this size every rank adds all of it, in one round trip; above, more than two ranks each add
+a slice, in two: between two, both ways move the same bytes."""
 
 _groups: dict[str, Any] = {}
 
@@ -46,17 +47,16 @@ def add_pairwise(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0]
 
 
-def _rank_sum(part: torch.Tensor, group: str) -> torch.Tensor:
+def sum_over_ranks(part: torch.Tensor, group: str) -> torch.Tensor:
+    """What `rank_sum_op` computes."""
     if part.dtype not in (torch.float32, torch.float64):
         raise UnsupportedCallError(f"ranks add float32 or float64, not {part.dtype}")
     if part.numel() == 0:
         return part
     ranks = _groups[group]
     n_ranks, flat = ranks.size(), part.contiguous().view(-1)
-    if flat.numel() <= GATHERED_ELEMENTS:
-        parts = [torch.empty_like(flat) for _ in range(n_ranks)]
-        torch.distributed.all_gather(parts, flat, group=ranks)
-        return add_pairwise(parts).view(part.shape)
+    if adds_whole(part, group):
+        return add_pairwise(gather_parts(part, group).unbind())
     slices = torch.nn.functional.pad(flat, (0, -flat.numel() % n_ranks)).view(n_ranks, -1)
     received = torch.empty_like(slices)
     torch.distributed.all_to_all_single(received, slices, group=ranks)
@@ -66,13 +66,26 @@ def _rank_sum(part: torch.Tensor, group: str) -> torch.Tensor:
     return total.view(-1)[: flat.numel()].view(part.shape)
 
 
+def adds_whole(part: torch.Tensor, group: str) -> bool:
+    """Whether every rank adds all of a sum of this size."""
+    return _groups[group].size() == 2 or part.numel() <= GATHERED_ELEMENTS
+
+
+def gather_parts(part: torch.Tensor, group: str) -> torch.Tensor:
+    """Every rank's part [...], in the order of the ranks: [ranks, ...]."""
+    ranks = _groups[group]
+    parts = part.new_empty(ranks.size(), *part.shape)
+    gather = getattr(torch.distributed, "all_gather_single", None)
+    gather = gather or torch.distributed.all_gather_into_tensor  # Its name before torch 2.13.
+    gather(parts.view(-1), part.contiguous().view(-1), group=ranks)
+    return parts
+
+
 def _rank_gather(part: torch.Tensor, size: int, group: str) -> torch.Tensor:
     ranks = _groups[group]
     piece = -(-size // ranks.size())
-    part = torch.nn.functional.pad(part, (0, piece - part.shape[-1])).contiguous()
-    pieces = [torch.empty_like(part) for _ in range(ranks.size())]
-    torch.distributed.all_gather(pieces, part, group=ranks)
-    return torch.cat(pieces, -1)[..., :size]
+    part = torch.nn.functional.pad(part, (0, piece - part.shape[-1]))
+    return torch.cat(gather_parts(part, group).unbind(), -1)[..., :size]
 
 
 @contextmanager
@@ -86,5 +99,5 @@ def known_ranks(group: Any) -> Iterator[str]:
 
 
 for _device in ("cpu", "cuda"):
-    implements(rank_sum_op, device=_device)(_rank_sum)
+    implements(rank_sum_op, device=_device)(sum_over_ranks)
     implements(rank_gather_op, device=_device)(_rank_gather)

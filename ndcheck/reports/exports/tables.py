@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 ROWS_PER_TABLE = 20_000
 """Bounds the memory of a large export; the file is the same whatever the number."""
 
-ROWS_AT_ONCE = 256
-"""As many as a processor's cache holds: a column of them is twice as fast to look up."""
+ROWS_AT_ONCE = 1024
+"""Among so many rows of a column equal cells are looked at once."""
 
 _Row = dict[str, Any]
 """A value for each column, by its name."""
@@ -235,21 +236,28 @@ def write_csv(name: str, findings: Findings, file: TextIO) -> None:
     # RFC 4180 ends lines with CR LF.
     writer = csv.writer(file, lineterminator="\r\n")
     writer.writerow(columns)
-    rows = find_rows(findings)
+    rows = map(itemgetter(*columns), find_rows(findings))
     while chunk := list(islice(rows, ROWS_AT_ONCE)):
-        cells = [_shown([row[name] for row in chunk], kind) for name, kind in columns.items()]
+        cells = map(_shown, zip(*chunk, strict=True), columns.values())
         writer.writerows(zip(*cells, strict=True))
 
 
-def _shown(values: list[Any], kind: str) -> list[Any]:
+def _shown(values: Sequence[Any], kind: str) -> Sequence[Any]:
     """The cells of one column, None where they are empty."""
-    if kind == FLOAT32:
-        texts = np.array(values, np.float32).astype(str).tolist()
-        return [t if math.isfinite(v) else None for t, v in zip(texts, values, strict=True)]
     if kind == INT:
         return values
     if kind == TEXT:
-        return [None if value is None else _csv_text(str(value)) for value in values]
+        shown = {value: None if value is None else _csv_text(str(value)) for value in set(values)}
+        return [shown[value] for value in values]
+    if kind == FLOAT32:
+        # By their bits: most of many rows are NaN, and to print one number takes long.
+        bits, of_row = np.unique(np.array(values, np.float32).view(np.int32), return_inverse=True)
+        kinds = bits.view(np.float32)
+        texts = [
+            t if math.isfinite(x) else None
+            for t, x in zip(kinds.astype(str).tolist(), kinds, strict=True)
+        ]
+        return [texts[i] for i in of_row.tolist()]
     return [None if value is None or not math.isfinite(value) else value for value in values]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -47,13 +48,25 @@ def print_score(console: Console, recording: Recording, scored: Scored, judged: 
         ("scored by", scored.title),
         ("control", CONTROLS[scored.control]),
     ):
-        console.print(Text(f"{name:<9}  {visible(words)}"), soft_wrap=True)
+        console.print(Text(_hanging(f"{name:<9}  ", visible(words), console.width)), soft_wrap=True)
     console.print()
     print_without_padding(console, _figures([comparison for comparison, _ in judged]))
     for comparison, _ in judged:
         if comparison.n_differ:
             console.print()
             print_without_padding(console, _by_position(comparison))
+
+
+def _hanging(name: str, words: str, width: int) -> str:
+    """Lines of whole words, so that a path can be taken from the screen."""
+    return textwrap.fill(
+        words,
+        width,
+        initial_indent=name,
+        subsequent_indent=" " * len(name),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _name(comparison: Comparison) -> str:
@@ -73,10 +86,10 @@ def _rows(found: Comparison) -> Iterator[tuple[str, str]]:
     yield "completions", f"{len(found.completions)}, {found.n_distinct} distinct"
     yield "bits equal", _share(n - found.n_differ, n)
     yield "first that differs", _token(found.first_difference)
-    yield "difference, max", f"{_number(found.max_difference)} nats"
-    yield "difference, mean", f"{_number(found.mean_difference)} nats"
-    yield "KL, k1", f"{_number(found.k1_kl)} nats/token"
-    yield "KL, k3", f"{_number(found.k3_kl)} nats/token"
+    yield "max difference, nats", _number(found.max_difference)
+    yield "mean difference, nats", _number(found.mean_difference)
+    yield "KL k1, nats/token", _number(found.k1_kl)
+    yield "KL k3, nats/token", _number(found.k3_kl)
     for percent, ratio in zip(PERCENTILES, found.ratio_percentiles, strict=False):
         yield f"ratio, percentile {percent}", _number(ratio, 4)
     yield f"ratio outside {CLIP[0]}-{CLIP[1]}", _share(found.n_outside_clip, n)
@@ -105,12 +118,19 @@ def _by_position(found: Comparison) -> Table:
 def _table(*names: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for i, name in enumerate(names):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
+        # Where there is no room for both, names fold and numbers do not.
+        is_number = i > 0
+        table.add_column(
+            name,
+            justify="right" if is_number else "left",
+            overflow="fold",
+            no_wrap=is_number,
+        )
     return table
 
 
 def _share(n: int, n_all: int) -> str:
-    return f"{n} of {n_all}" + (f" ({100 * n / n_all:.3g} %)" if n_all else "")
+    return f"{n}/{n_all}" + (f" ({100 * n / n_all:.3g} %)" if n_all else "")
 
 
 def _token(index: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 MOST_BYTES_LOADED = 2 << 30
 """For a plan alone: so many are read in seconds."""
+LEAST_TOKENS_BESIDE, MOST_BYTES_BESIDE = 5000, 1 << 29
+"""Of all completions of an arm, and of the weights of a model of which two are opened."""
 NEEDS_CONTINUOUS = "needs --batching continuous, or a server: give --endpoint"
 
 
@@ -87,6 +90,38 @@ class LocalBackend(Backend):
 
         return TransformersSampler(spec, load_weights=load_weights)
 
+    def open_for_run(
+        self, spec: RunSpec, *, private: Private, say: Callable[[str], None]
+    ) -> TransformersSampler:
+        if not self.runs_side_by_side(spec):
+            return self.open(spec)
+        from ndcheck.samplers.local.beside.sampler import SideBySideSampler
+
+        return SideBySideSampler(spec)
+
+    def runs_side_by_side(self, spec: RunSpec) -> bool:
+        """Each in a process of its own, where that saves more than it takes to start one.
+
+        And where the model is so small that its steps keep one core busy: of a large one they
+        keep all, and no memory has to hold it twice.
+        """
+        n_tokens = len(spec.probes) * spec.n_samples * spec.decoding.max_tokens
+        if (
+            len(spec.arms) < 2
+            or spec.tensor_parallel > 1
+            or not spec.batch_sizes
+            or spec.random_weights is not None
+            or spec.draft is not None
+            or (spec.target_rate is None and n_tokens < LEAST_TOKENS_BESIDE)
+            or not 0 < self._n_bytes(spec) <= MOST_BYTES_BESIDE
+            or len(os.sched_getaffinity(0)) < 2
+        ):
+            return False
+        with doing("importing torch and transformers"):
+            from ndcheck.samplers.local.beside.sampler import has_room
+
+            return has_room(spec, self._n_bytes(spec))
+
     def unseen(self, spec: RunSpec) -> str | None:
         if spec.tensor_parallel > 1:
             return (
@@ -101,21 +136,25 @@ class LocalBackend(Backend):
         return None
 
     def untimed(self, spec: RunSpec) -> str | None:
-        from ndcheck.samplers.local.checkpoint.sources import find_source
-
         if spec.tensor_parallel > 1 or spec.batching == "continuous":
             return "only exact batches in one process are timed"
         if not spec.batch_sizes:
             return None  # Its weights are loaded anyway, to see what fits beside them.
         if spec.random_weights is not None:
             return "no weights are made for a plan"
-        model = Path(find_source(spec).model)
-        files = [model] if model.is_file() else list(model.glob("*.safetensors"))
-        n_bytes = sum(file.stat().st_size for file in files)
-        if not files or n_bytes > MOST_BYTES_LOADED:
-            size = f"{n_bytes / 1e9:.1f} GB of weights" if files else "weights of the hub"
+        n_bytes = self._n_bytes(spec)
+        if not 0 < n_bytes <= MOST_BYTES_LOADED:
+            size = f"{n_bytes / 1e9:.1f} GB of weights" if n_bytes else "weights of the hub"
             return f"{size} are not loaded for a plan"
         return None
+
+    def _n_bytes(self, spec: RunSpec) -> int:
+        """Of the weights' files; 0 where they are not in a directory."""
+        from ndcheck.samplers.local.checkpoint.sources import find_source
+
+        model = Path(find_source(spec).model)
+        files = [model] if model.is_file() else list(model.glob("*.safetensors"))
+        return sum(file.stat().st_size for file in files)
 
     def arrivals(self, spec: RunSpec) -> str | None:
         return None if spec.batching == "exact" else with_clock(spec.arrivals, "step")

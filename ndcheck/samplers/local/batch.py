@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 from ndcheck.errors import UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS
 from ndcheck.records import CacheDtype, CacheState, Load
+from ndcheck_kernels.models.caches.argument import cache_argument
 
 # A state is written in place, or has no length; names, since older releases lack some.
 _COUNTED_ON_THE_DEVICE = (
@@ -47,7 +47,7 @@ class ExactBatch:
         self._next_positions = torch.zeros(n_rows, 1, dtype=torch.int64, device=device)
         self._cache_dtype = cache_dtype
         self.cache = _open_cache(model, width, cache_dtype)
-        self._cache_argument = cache_argument(model)
+        self._cache_argument = _cache_argument(model)
         self._has_states = any(isinstance(x, LinearAttentionLayer) for x in self.cache.layers)
         self._has_columns = any(hasattr(x, "keys") for x in self.cache.layers)
         self.row_counts: list[int] = []
@@ -322,16 +322,13 @@ class _FixedLengthCache(transformers.StaticCache):
         return length.clone() if isinstance(length, Tensor) else length
 
 
-def cache_argument(model: Any) -> str:
-    """The name under which a model takes its cache. Raises UsageError if it takes none known."""
-    accepted = inspect.signature(model.forward).parameters
-    for name in ("past_key_values", "cache_params"):
-        if name in accepted:
-            return name
-    raise UsageError(
-        f"{type(model).__name__} takes neither past_key_values nor cache_params, so the state that "
-        "it decodes from cannot be controlled"
-    )
+def _cache_argument(model: Any) -> str:
+    try:
+        return cache_argument(model.forward)
+    except ValueError as error:
+        raise UsageError(
+            f"{type(model).__name__} {error}, so the state that it decodes from is out of control"
+        ) from error
 
 
 def _pad_left(states: Tensor, n_columns: int) -> Tensor:

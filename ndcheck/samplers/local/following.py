@@ -28,6 +28,8 @@ from torch.distributed.rendezvous import rendezvous
 from ndcheck import ranks
 from ndcheck.errors import BackendError
 from ndcheck.records import Fault, Load, Trial
+from ndcheck.samplers.local.batch import layer_state
+from ndcheck.samplers.local.memory import FILLED, free_bytes
 
 POLL_S = 0.005
 GRACE_S = 10
@@ -64,6 +66,7 @@ class Ranks:
             raise BackendError(f"the ranks cannot meet: {error}") from error
         self._store = PrefixStore("ndcheck", store)
         self._n_announced = 0
+        self._room: int | None = None
         ranks.set_speaker(self._is_first)
         atexit.register(_destroy_group)
         self._end_with_torchrun()
@@ -95,6 +98,33 @@ class Ranks:
                 f"ranks {', '.join(map(str, odd))} generated other tokens than rank 0: the ranks' "
                 "logits differ, so no completion is the model's"
             )
+
+    def _measure_room(self) -> None:
+        """How much memory every rank has left beside the weights, before any batch."""
+        own = torch.tensor([free_bytes(self._device)], device=self._device)
+        others = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(others, own)
+        self._room = int(FILLED * int(min(others)))
+
+    def make_room(self, kept: dict[tuple[Any, int, int], Any], n_columns: int) -> None:
+        """Let go of ``kept`` batches, the oldest first, until one of so many columns fits in.
+
+        ``kept`` are by arm, rows and width. No rank halves a batch that does not fit, and all let
+        go of the same ones, since they go by the same numbers.
+        """
+        if self._room is None:
+            self._measure_room()
+        assert self._room is not None
+        for key in list(kept):
+            sizes = [rows * width for _, rows, width in kept]
+            layers = map(layer_state, kept[key].batch.cache.layers)
+            n_bytes = sum(part.nbytes for layer in layers for part in layer.tensors())
+            if n_bytes / (key[1] * key[2]) * (sum(sizes) + n_columns) <= self._room:
+                return
+            del kept[key]
+            gc.collect()  # A graph keeps its memory as long as it is there.
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def failure(self, error: BaseException) -> BackendError:
         """What to raise for an error after which this rank is out of step with the others."""

@@ -85,13 +85,14 @@ class TransformersSampler:
                 self._stop_ids = stop_ids(self._model)
                 self._digest = digest_weights(self._model)
                 self._draft = drafts and drafts.load(self._model, self._device)
-            # Of FP8 layers on ranks nothing but the invariant arm can compute a part.
-            if not (self._ranks and has_fp8_layers(self._model)):
+            if self._ranks and has_fp8_layers(self._model):
+                self._uncaptured.add("stock")  # It goes through one expert after the other.
+            else:
                 with doing("comparing its batches with generate()"):
                     own = partial(self.arm, "invariant", fuse=False)
                     arm = own if spec.arms == ("invariant",) else None
                     self._findings = examine(self._model, self._device, paths_of(spec), arm)
-            if "invariant" in spec.arms and self._device.type == "cuda" and not self._ranks:
+            if "invariant" in spec.arms and self._device.type == "cuda":
                 from ndcheck_kernels.models.decoder import join_weights
 
                 join_weights(self._model)
@@ -332,8 +333,6 @@ class TransformersSampler:
             return
         import ndcheck_kernels as kernels
 
-        # A fused layer is one process's, and its products have no parts.
-        fuse = fuse and not self._ranks and not self._tp_groups
         try:
             with (
                 kernels.invariant_model(self._model, self._tp_groups),
@@ -392,6 +391,8 @@ class TransformersSampler:
         if steps is None:
             while len(self._captured) >= MOST_CAPTURED:
                 del self._captured[next(iter(self._captured))]
+            if self._ranks is not None:
+                self._ranks.make_room(self._captured, len(rows) * width)
             batch = self.open_batch(rows, decoding.max_tokens)
             steps = DecodeSteps(batch, decoding, captures=arm not in self._uncaptured)
         if steps.batch.can_be_captured:

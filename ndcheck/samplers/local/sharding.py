@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 
-from ndcheck.errors import UsageError
+from ndcheck.errors import UsageError, doing
 from ndcheck.samplers.local.checkpoint.quantised import draw_layer
 
 
@@ -65,39 +66,48 @@ def draw_weights(
     parameters are cut whose layer was replaced after the plan was applied; their scales are cut so.
     """
     std = getattr(model.config.get_text_config(decoder=True), "initializer_range", 0.02)
-    _draw(model, "", model._init_weights, seed, device, std, shards or {})
+    drawing = _Drawing(seed, device, std, shards or {}, sum(p.numel() for p in model.parameters()))
+    drawing.fill(model, "", model._init_weights)
     model.tie_weights()
 
 
-def _draw(
-    module: Any,
-    path: str,
-    init: Callable[[Any], None],
-    seed: int,
-    device: torch.device,
-    std: float,
-    shards: Mapping[str, Any],
-) -> None:
-    for name, child in module.named_children():
-        own = child._init_weights if isinstance(child, transformers.PreTrainedModel) else init
-        _draw(child, f"{path}.{name}", own, seed, device, std, shards)
-    planned = {name: p for name, p in module._parameters.items() if p is not None}
-    for tensors in (module._parameters, module._buffers):
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-                is_parameter = tensors is module._parameters
-                trains = is_parameter and tensor.is_floating_point()
-                tensors[name] = torch.nn.Parameter(zeros, trains) if is_parameter else zeros
-    digest = hashlib.blake2b(f"{seed}{path}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest) >> 1)
-    if not draw_layer(module, std):
-        init(module)
-    for name, parameter in planned.items():
-        cut = shards.get(f"{path}.{name.removesuffix('_scale_inv')}"[1:], parameter)
-        if hasattr(cut, "device_mesh"):
-            whole = module._parameters[name].detach()
-            module._parameters[name] = torch.nn.Parameter(_cut(whole, cut))
+@dataclass(slots=True)
+class _Drawing:
+    seed: int
+    device: torch.device
+    std: float
+    shards: Mapping[str, Any]
+    n_weights: int
+    n_drawn: int = 0
+
+    def fill(self, module: Any, path: str, init: Callable[[Any], None]) -> None:
+        """The module and those below it."""
+        for name, child in module.named_children():
+            own = child._init_weights if isinstance(child, transformers.PreTrainedModel) else init
+            self.fill(child, f"{path}.{name}", own)
+        tenth = 100 * self.n_drawn // max(1, self.n_weights) // 10 * 10
+        with doing(f"drawing {self.n_weights / 1e9:.1f} billion weights: {tenth} % are there"):
+            self._fill_own(module, path, init)
+
+    def _fill_own(self, module: Any, path: str, init: Callable[[Any], None]) -> None:
+        planned = {name: p for name, p in module._parameters.items() if p is not None}
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.device)
+                    is_parameter = tensors is module._parameters
+                    trains = is_parameter and tensor.is_floating_point()
+                    tensors[name] = torch.nn.Parameter(zeros, trains) if is_parameter else zeros
+        digest = hashlib.blake2b(f"{self.seed}{path}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest) >> 1)
+        if not draw_layer(module, self.std):
+            init(module)
+        for name, parameter in planned.items():
+            self.n_drawn += parameter.numel()
+            cut = self.shards.get(f"{path}.{name.removesuffix('_scale_inv')}"[1:], parameter)
+            if hasattr(cut, "device_mesh"):
+                whole = module._parameters[name].detach()
+                module._parameters[name] = torch.nn.Parameter(_cut(whole, cut))
 
 
 def _cut(whole: torch.Tensor, planned: Any) -> torch.Tensor:
@@ -105,8 +115,9 @@ def _cut(whole: torch.Tensor, planned: Any) -> torch.Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = planned.device_mesh, planned.placements
-    here = distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local().clone()
-    return _as_shard(here, planned, whole)
+    plain = whole.view(torch.uint8) if whole.dtype.itemsize == 1 else whole  # Of FP8, as in gather.
+    here = distribute_tensor(plain, mesh, placements, src_data_rank=None).to_local().clone()
+    return _as_shard(here.view(whole.dtype), planned, whole)
 
 
 def _as_shard(here: torch.Tensor, planned: Any, whole: torch.Tensor) -> torch.Tensor:

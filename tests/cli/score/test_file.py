@@ -53,6 +53,21 @@ def test_a_fault_planted_in_every_completion_is_found_there(
     assert [float(row["scored_logprob"]) for row in rows] == expected
 
 
+def test_on_a_narrow_screen_words_and_numbers_stay_whole(
+    ndcheck_here, recorded, write_lines, computer
+):
+    scored = write_lines("scored.jsonl", computer.lines(change=computer.plant))
+    wide, narrow = (
+        ndcheck_here("score", recorded, "--file", scored, env={"COLUMNS": columns}).stdout
+        for columns in ("120", "40")
+    )
+    assert "357/360 (99.2 %)" in narrow
+    shown = [line for line in narrow.splitlines() if str(recorded.parent) not in line]
+    assert max(map(len, shown)) <= 40 < max(map(len, wide.splitlines()))
+    # The same words, wherever the lines end.
+    assert " ".join(narrow.split()[:30]) == " ".join(wide.split()[:30])
+
+
 def test_limits_accept_what_is_within_them(ndcheck_here, recorded, write_lines, computer):
     shifted = write_lines("s.jsonl", computer.lines(change=lambda v: [x - 0.125 for x in v]))
     for options, code, word in (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.engines.verdicts import exit_code, read_rows, verdicts
+from bench.engines.verdicts import MOST_ON_RANKS, exit_code, read_rows, verdicts
 
 KERNELS = Path(__file__).parents[3] / "kernels"
 
@@ -48,6 +48,9 @@ def test_a_step_is_the_median_of_its_turns_against_stocks(ours, state):
     rows = [row("ndcheck", "step_ms", value, 8) for value in (9, ours, 90)]
     rows += [row("stock", "step_ms", value, 8) for value in (10, 10, 10)]
     (found,) = verdicts(rows)
+    assert found.state == state
+    rows = [row("ndcheck", "step_ms", ours + 0.25, 8), row("stock", "step_ms", 10, 8)]
+    (found,) = verdicts(rows, MOST_ON_RANKS)
     assert found.state == state
 
 

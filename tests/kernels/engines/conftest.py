@@ -6,6 +6,7 @@ signatures are those of vLLM's sources, to which `test_seams` holds them.
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -170,6 +171,7 @@ class Vllm:
 
         def init_batch_invariance():
             calls.append("start")
+            os.environ["NCCL_PROTO"] = "Simple"
 
         class TritonExperts:
             quant_dtype = w1_bias = w2_bias = gemm1_clamp_limit = None
@@ -189,6 +191,17 @@ class Vllm:
                 weight = dequantise(layer.weight, layer.weight_scale_inv, x.dtype)
                 return torch.nn.functional.linear(x, weight, bias)
 
+        class CudaCommunicator:
+            world_size, pynccl_comm = 1, None
+
+            def all_reduce(self, input_):
+                calls.append("all_reduce")
+                return input_
+
+            def reduce_scatter(self, input_, dim=-1):
+                calls.append("reduce_scatter")
+                return input_
+
         class Worker:
             def __init__(self, model, config):
                 self.model_runner = SimpleNamespace(get_model=lambda: model)
@@ -206,7 +219,7 @@ class Vllm:
             name = seam.name.partition(".")[0]
             setattr(self.modules[seam.module], name, own[name])
         self.Worker, self.TritonExperts = Worker, TritonExperts
-        self.Fp8LinearMethod = Fp8LinearMethod
+        self.Fp8LinearMethod, self.CudaCommunicator = Fp8LinearMethod, CudaCommunicator
 
     def start(self):
         """What every worker calls first, by the name that its module has then."""
@@ -279,6 +292,7 @@ def make_config():
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     monkeypatch.delenv("NDCHECK_VLLM", raising=False)
+    monkeypatch.setenv("NCCL_PROTO", "LL128")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     yield
     borrowed.settle(False)

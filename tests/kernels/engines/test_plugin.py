@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.testing import assert_close
 from ndcheck_kernels.engines import layers
 from ndcheck_kernels.engines.plugin import CoverageError, register
 from ndcheck_kernels.engines.seams import RELEASES
+from ndcheck_kernels.scope.refusal import UnsupportedCallError
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -99,6 +102,59 @@ def test_experts_that_we_do_not_cover_stay_vllms(begin, name, value):
     vllm.model().layers[0].experts(torch.randn(2, 32).to(torch.float16))
     assert vllm.calls[-1] == "experts"
     assert not layers.fires["experts"]
+
+
+def ranks_of(vllm, parts):
+    """vLLM's communicator of one of so many ranks, whose parts are gathered."""
+    ours = vllm.CudaCommunicator()
+    ours.world_size = len(parts)
+    ours.pynccl_comm = SimpleNamespace(
+        disabled=False, all_gather=lambda out, part: out.copy_(torch.stack(parts))
+    )
+    return ours
+
+
+def test_ranks_are_added_in_their_order(begin):
+    vllm = begin()
+    parts = [torch.randn(3, 70).to(torch.float16) for _ in range(4)]
+    a, b, c, d = (part.float() for part in parts)
+    got = ranks_of(vllm, parts).all_reduce(parts[1])
+    assert torch.equal(got, ((a + b) + (c + d)).half())
+    in_a_row = parts[0]
+    for part in parts[1:]:
+        in_a_row = in_a_row + part
+    assert not torch.equal(got, in_a_row)  # The order and the roundings show on these operands.
+    assert layers.fires["all_reduce"] == 1
+    assert "all_reduce" not in vllm.calls
+    counts = torch.ones(2, dtype=torch.int64)
+    assert ranks_of(vllm, [counts, counts]).all_reduce(counts) is counts
+    assert vllm.CudaCommunicator().all_reduce(parts[0]) is parts[0]
+    assert vllm.calls[-2:] == ["all_reduce", "all_reduce"]  # One rank, or integers.
+
+
+@pytest.mark.parametrize(("mode", "nccl"), [("1", "LL128"), ("partial", "Simple")])
+def test_nccl_is_free_where_it_adds_nothing(begin, mode, nccl):
+    vllm = begin(mode)
+    assert os.environ["NCCL_PROTO"] == nccl
+    x = torch.ones(2)
+    if mode == "partial":
+        assert vllm.CudaCommunicator().reduce_scatter(x) is x
+    else:
+        with pytest.raises(UnsupportedCallError, match="have no fixed order"):
+            vllm.CudaCommunicator().reduce_scatter(x)
+
+
+def test_a_model_that_is_left_to_vllm_keeps_our_sums_over_ranks(begin):
+    """NCCL was set free before the model was known."""
+    vllm = begin()
+    model = vllm.model("UnknownForCausalLM")
+    vllm.worker(model).load_model()
+    model(torch.randn(2, 32).to(torch.float16))
+    assert "linear" in vllm.calls  # The control: the rest is vLLM's own.
+    parts = [torch.randn(3, 70).to(torch.float16) for _ in range(2)]
+    got = ranks_of(vllm, parts).all_reduce(parts[0])
+    assert torch.equal(got, (parts[0].float() + parts[1].float()).half())
+    assert "all_reduce" not in vllm.calls
 
 
 @pytest.mark.parametrize("mode", ["", "0"])

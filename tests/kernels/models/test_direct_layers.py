@@ -8,6 +8,7 @@ import transformers
 
 from ndcheck_kernels import UncoveredOpError, invariant_kernels, invariant_model
 from ndcheck_kernels.models import direct_layers as module
+from ndcheck_kernels.models.caches.argument import cache_argument
 from ndcheck_kernels.models.direct_layers import direct_layers
 
 SIZES = {
@@ -58,8 +59,8 @@ def logits_of(model, pieces=(6, 3, 1)):
             input_ids=ids[:, begin : begin + size],
             attention_mask=mask,
             position_ids=(columns - pads).clamp(min=0),
-            past_key_values=cache,
             logits_to_keep=1,
+            **{cache_argument(model.forward): cache},
         )
         found.append(out.logits[:, -1])
         begin += size

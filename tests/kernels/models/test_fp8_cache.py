@@ -9,6 +9,7 @@ from transformers import StaticCache
 
 import ndcheck_kernels
 from ndcheck_kernels import invariant_kernels
+from ndcheck_kernels.models.caches.argument import cache_argument
 from ndcheck_kernels.models.caches.fp8 import as_codes, keep_fp8
 from ndcheck_kernels.ops.attention import attention_op
 
@@ -97,7 +98,7 @@ def logits(model, rows, chunk, keep=keep_fp8):
             part = slice(start, start + chunk)
             out = model(
                 ids[:, part], attention_mask=mask, position_ids=positions[:, part],
-                past_key_values=cache,
+                **{cache_argument(model.forward): cache},
             )  # fmt: skip
     return out.logits[:, -1]
 
@@ -123,14 +124,14 @@ def test_numbers_are_those_of_rounded_keys_and_values(model):
     ids = torch.tensor([list(range(3, 20))])
     plain = transformers.AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float64)
     plain.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
-    wide = model.float()
+    wide, name = model.float(), cache_argument(model.forward)
     cache = StaticCache(config=CONFIG, max_cache_len=17)
     keep_fp8(cache, torch.float32)
     with torch.no_grad():
-        rounded = plain(ids, past_key_values=Rounding(config=CONFIG, max_cache_len=17))
+        rounded = plain(ids, **{name: Rounding(config=CONFIG, max_cache_len=17)})
         exact = plain(ids, use_cache=False)
         with ndcheck_kernels.invariant_model(wide), invariant_kernels():
-            got = wide(ids, past_key_values=cache)
+            got = wide(ids, **{name: cache})
     error = (got.logits.double() - rounded.logits).norm() / rounded.logits.norm()
     away = (exact.logits - rounded.logits).norm() / rounded.logits.norm()
     # A key next to a tie may round the other way in float32.

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from ndcheck_kernels import UncoveredOpError, invariant_kernels, register_attention
+from ndcheck_kernels.models.caches.argument import cache_argument
 
 DTYPES = [torch.bfloat16, torch.float32]
 COMMON = {
@@ -97,8 +98,8 @@ def greedy_logits(model, prompts, *, static=False, chunk=None):
             input_ids=ids[:, start:end],
             attention_mask=mask[:, :end],
             position_ids=positions[:, start:end],
-            past_key_values=cache,
             logits_to_keep=1,
+            **{cache_argument(model.forward): cache},
         )
         if end >= length:
             logits.append(out.logits[:, -1])

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.models.rotary import judged_once
+from ndcheck_kernels.models.rows.rotary import judged_once
 from ndcheck_kernels.scope import mode
 
 

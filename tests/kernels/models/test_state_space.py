@@ -9,6 +9,7 @@ import transformers
 from bench.models import families
 from ndcheck_kernels import UncoveredOpError, invariant_kernels
 from ndcheck_kernels.models import state_space
+from ndcheck_kernels.models.caches.argument import cache_argument
 
 LENGTH, PADS = 9, 4
 
@@ -33,10 +34,10 @@ def rows(n, width=64):
 
 
 def in_passes(mixer, cache, x, starts, mask=None):
-    out = []
+    out, name = [], cache_argument(mixer.forward)
     for begin, end in zip(starts, [*starts[1:], x.shape[1]], strict=True):
         part = None if mask is None else mask[:, begin:end]
-        out.append(mixer(x[:, begin:end], cache_params=cache, attention_mask=part))
+        out.append(mixer(x[:, begin:end], **{name: cache}, attention_mask=part))
     return torch.cat(out, 1)
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ndcheck_kernels import invariant_kernels, invariant_model
 from ndcheck_kernels.models import attention as model_attention
+from ndcheck_kernels.models.caches.argument import cache_argument
 from ndcheck_kernels.ops import attention
 from ndcheck_kernels.scope import registry
 
@@ -59,7 +60,10 @@ def test_a_decode_step_reads_nothing_back(family, device, sizes, monkeypatch) ->
     def step(ids, first):
         positions = torch.arange(first, first + ids.shape[1], device=device)[None]
         return model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            **{cache_argument(model.forward): cache},
         ).logits[:, -1]
 
     with invariant_model(model), Reads() as reads, invariant_kernels():

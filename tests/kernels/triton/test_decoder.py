@@ -11,6 +11,7 @@ import transformers
 from ndcheck_kernels import invariant_kernels, register_attention
 from ndcheck_kernels.cuda.attention.qkv import qkv
 from ndcheck_kernels.models import decoder, experts
+from ndcheck_kernels.models.caches.argument import cache_argument
 from ndcheck_kernels.models.caches.fp8 import keep_fp8
 from ndcheck_kernels.models.decoder import fused_layers
 
@@ -80,8 +81,8 @@ def logits_of(model, prompts, chunk=None, steps=()):
             input_ids=piece,
             attention_mask=mask,
             position_ids=(columns - pads[:, None]).clamp(min=0),
-            past_key_values=cache,
             logits_to_keep=1,
+            **{cache_argument(model.forward): cache},
         )
         begin += piece.shape[1]
         rows.append(out.logits[:, -1])

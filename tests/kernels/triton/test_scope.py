@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ndcheck_kernels import UncoveredOpError, invariant_kernels, register_attention
 from ndcheck_kernels.measure.reference import attention_reference
+from ndcheck_kernels.models.caches.argument import cache_argument
 from ndcheck_kernels.ops.attention import attention_op, causal_spans
 
 K, N = 96, 40
@@ -130,8 +131,8 @@ def last_logits(model, prompts, device, chunk=None):
             input_ids=ids[:, begin:end],
             attention_mask=mask[:, :end],
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, begin:end],
-            past_key_values=cache,
             logits_to_keep=1,
+            **{cache_argument(model.forward): cache},
         )
     return out.logits[:, -1]
 

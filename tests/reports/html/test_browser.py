@@ -228,6 +228,24 @@ def test_paper_gets_the_branches_open_and_the_screen_gets_them_back(opened, two_
         assert page.pdf().startswith(b"%PDF")
 
 
+def test_paper_has_nothing_to_point_at_or_to_scroll(opened, two_arms) -> None:
+    count = """() => {
+        const shown = (name) => [...document.querySelectorAll(name)]
+            .filter((each) => each.getClientRects().length).length;
+        const scrolls = [...document.querySelectorAll(".scroll, pre")]
+            .filter((each) => each.getClientRects().length)
+            .filter((each) => /auto|scroll/.test(getComputedStyle(each).overflowX)).length;
+        return [shown(".u-value"), shown(".screen"), shown(".u-legend .u-label"), scrolls];
+    }"""
+    with opened(two_arms) as page:
+        on_screen = page.evaluate(count)
+        assert min(on_screen) > 0
+        page.emulate_media(media="print")
+        values, hints, labels, scrolls = page.evaluate(count)
+        assert (values, hints, scrolls) == (0, 0, 0)
+        assert 0 < labels < on_screen[2]
+
+
 def test_without_scripts_verdicts_and_tables_can_be_read(opened, two_arms) -> None:
     with opened(two_arms, java_script_enabled=False) as page:
         text = page.locator("body").inner_text()

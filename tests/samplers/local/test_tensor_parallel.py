@@ -216,12 +216,22 @@ def test_bits_of_fp8_are_those_of_one_process(tmp_path):
     (model / "config.json").write_text(
         json.dumps({**config, "head_dim": 32, "moe_intermediate_size": 256})
     )
-    for n, groups in ((1, 2), (2, 2), (2, None)):
-        tp_groups = ("--tp-groups", groups) if groups else ()
-        measure(n, model, tmp_path / f"{n}-{groups}", "--kernels", "invariant", *tp_groups)
+    for n, groups in ((1, 2), (2, 2)):
+        tp_groups = ("--kernels", "invariant", "--tp-groups", groups)
+        measure(n, model, tmp_path / f"{n}-{groups}", *tp_groups)
+    shown = measure(2, model, tmp_path / "2-None")
+    measure(1, model, tmp_path / "stock", "--kernels", "stock")
     one, two, plain = (bits(tmp_path / name, "invariant") for name in ("1-2", "2-2", "2-None"))
     assert one == two
     assert len(set(one.values())) == len(set(plain.values())) == 1
+    assert "weights dequantised for each of them" in shown
+    # Stock on ranks computes what stock does in one process, in another order.
+    first = [
+        next(s.logprobs[0] for s in SampleReader(tmp_path / name) if s.arm == "stock")
+        for name in ("stock", "2-None")
+    ]
+    assert first[0] == pytest.approx(first[1], abs=0.05)
+    assert bits(tmp_path / "stock", "stock") != bits(tmp_path / "2-None", "stock")
 
 
 def test_four_ranks_have_the_bits_of_one(models, tmp_path):

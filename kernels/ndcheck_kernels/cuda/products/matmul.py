@@ -37,10 +37,13 @@ from ndcheck_kernels.cuda.products import borrowed, matmul_kernels, proofs
 def matmul(
     a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None, *,
     alpha: float = 1.0, beta: float = 1.0, out: torch.Tensor | None = None,
+    width: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """alpha * a @ b + beta * c for [M, K] @ [K, N] or [B, M, K] @ [B, K, N].
 
     ``out`` may be fp32 whatever the operands: the sum as it is, for one that goes on elsewhere.
+    ``width`` gives every column the bits of a product with so many columns, where they are blocks
+    of one width side by side.
     """
     dtype = a.dtype
     is_mixed = b.dtype != dtype or (c is not None and c.dtype != dtype)
@@ -52,7 +55,7 @@ def matmul(
         )
     if a.dim() != b.dim() or a.dim() not in (2, 3) or a.shape[-1] != b.shape[-2]:
         raise ValueError(f"matmul cannot multiply {tuple(a.shape)} by {tuple(b.shape)}")
-    (m, k), n = a.shape[-2:], b.shape[-1]
+    (m, k), n = a.shape[-2:], b.shape[-1] if width is None else width
     size, capability = a.element_size(), device.capability(a.device)
     groups = k_groups(n, k, size, capability)
     config, is_faster_borrowed = proofs.choose(

@@ -7,7 +7,7 @@ Reduction order: that of `reductions.mean` over fp32 squares, which is one `tl.s
 Depends on: N, architecture, Triton version.
 Dtypes: bfloat16, float16, float32; the weight has that of the result. N up to `reductions.CHUNK`.
 Not claimed: gradients; that torch's ops and these instructions agree on every device, so
-    `models.norms` compares the bits of each module before it uses this.
+    `models.rows.norms` compares the bits of each module before it uses this.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def paged_attention(
     kwargs: dict[str, Any],
     attend: Attend,
 ) -> torch.Tensor:
-    """Write the new keys and values to the cache and attend to each request's own: [1, H, T, D].
+    """Attend to each request's own keys and values: [1, H, T, D].
 
     ``kwargs`` are those of transformers' `PagedAttentionArgs`. Raises UnsupportedCallError for a
     sliding window, whose pages do not hold a request from its first token on.
@@ -74,7 +74,9 @@ def _unpack(packed: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 def _update(
     module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cache's keys and values of every request in turn, each [1, H_kv, S, D]."""
+    """The cache's keys and values of every request in turn, new ones written: [1, H_kv, S, D]."""
+    if "cache" not in kwargs:  # Since transformers 5.24 the module has written them itself.
+        return key, value
     update = kwargs["cache"].update
     if "kwargs" in inspect.signature(update).parameters:
         key, value = update(

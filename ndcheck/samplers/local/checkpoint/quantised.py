@@ -2,9 +2,9 @@
 
 FP8 stays FP8, on a CPU too, where transformers would dequantise it unasked: in blocks of 128 x 128,
 or with a scale a tensor or an output. The stock arm is what transformers computes: on CUDA its FP8
-kernels, or torch's scaled product by rows, on a CPU the dequantised weights. Integers of 4 and 8
-bits (`packed`) stay packed, and the stock arm is torch's product with the dequantised weights;
-alone it is transformers' own, where that can load them. Everything else is
+kernels, or torch's scaled product by rows, on a CPU and on ranks (`shared_fp8`) the dequantised
+weights. Integers of 4 and 8 bits (`packed`) stay packed, and the stock arm is torch's product with
+the dequantised weights; alone it is transformers' own, where that can load them. Everything else is
 refused where the invariant arm is asked for, and named.
 """
 
@@ -30,6 +30,7 @@ from ndcheck.samplers.local.checkpoint.packed import (
     put_packed_layers,
     read_packed,
 )
+from ndcheck.samplers.local.checkpoint.shared_fp8 import share_stock_products
 
 _DEQUANTISED_BY = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 """transformers' config whose ``dequantize`` makes plain weights, by the method's name."""
@@ -117,7 +118,7 @@ def check_quantisation(source: str, found: Quantisation | None, spec: RunSpec) -
                 "as bf16 or as FP8 in blocks of 128 x 128"
             )
         return
-    is_drawn = spec.random_weights is not None and spec.arms == ("invariant",)
+    is_drawn = spec.random_weights is not None
     is_shared = found is not None and found.is_covered and found.has_blocks and is_drawn
     is_cut = spec.tensor_parallel > 1 or spec.tp_groups is not None
     if found is not None and found.packed is not None and is_cut:
@@ -125,8 +126,8 @@ def check_quantisation(source: str, found: Quantisation | None, spec: RunSpec) -
         raise UsageError(f"{option}: {found.layout} is not cut into parts: --dequantise")
     if found is not None and spec.tensor_parallel > 1 and not is_shared:
         raise UsageError(
-            f"--tp {spec.tensor_parallel}: ranks share FP8 in blocks of 128 x 128 only, from "
-            "--random-weights and with --kernels invariant; --dequantise shares it as bf16"
+            f"--tp {spec.tensor_parallel}: ranks share FP8 in blocks of 128 x 128 only, and from "
+            "--random-weights; --dequantise shares it as bf16"
         )
     if found is None or found.is_covered:
         return
@@ -224,7 +225,10 @@ def prepare_stock(model: Any, device: torch.device, spec: RunSpec, source: str) 
 
     Raises UsageError where transformers' kernels are asked for and not there.
     """
-    if not has_fp8_layers(model) or spec.tensor_parallel > 1:
+    if not has_fp8_layers(model):
+        return
+    if spec.tensor_parallel > 1:
+        share_stock_products(model, _fp8_layers(model))
         return
     if device.type == "cpu":
         _put_products(model, _dequantised_product)
@@ -263,18 +267,23 @@ def _transformers_reads(method: str) -> bool:
 
 
 def stock_notes(model: Any, arms: tuple[str, ...]) -> tuple[str, ...]:
-    """What the stock arm of a model with packed integers is."""
+    """What the stock arm of a model with packed integers, or with FP8 on ranks, is."""
     from ndcheck_kernels.models.weight_only import is_packed
 
-    if "stock" not in arms or not any(map(is_packed, model.modules())):
+    is_shared = has_fp8_layers(model) and _is_shared(model)
+    if "stock" not in arms or not (is_shared or any(map(is_packed, model.modules()))):
         return ()
     return ("stock arm: torch's products with weights dequantised for each of them",)
 
 
 @contextmanager
 def dequantised_layers(model: Any) -> Iterator[None]:
-    """Compute a model's FP8 layers with plain weights, made of the stored ones for each product."""
-    layers, experts = _fp8_layers(model), model.config._experts_implementation
+    """Compute a model's FP8 layers with plain weights, made of the stored ones for each product.
+
+    On ranks they are computed so anyway.
+    """
+    layers = [] if _is_shared(model) else _fp8_layers(model)
+    experts = model.config._experts_implementation
     own = [dict(layer.__dict__) for layer in layers]
     try:
         if layers:
@@ -290,6 +299,10 @@ def dequantised_layers(model: Any) -> Iterator[None]:
 
 def has_fp8_layers(model: Any) -> bool:
     return bool(_fp8_layers(model))
+
+
+def _is_shared(model: Any) -> bool:
+    return any(hasattr(p, "device_mesh") for p in model.parameters())
 
 
 def _fp8_layers(model: Any) -> list[Any]:

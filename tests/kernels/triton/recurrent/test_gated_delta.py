@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from ndcheck_kernels import invariant_kernels, invariant_model
 from ndcheck_kernels.cuda.recurrent.gated_delta import gated_delta_rule
 from ndcheck_kernels.measure.reference import gated_delta_reference
+from ndcheck_kernels.models.caches.argument import cache_argument
 
 KEY_HEADS, HEADS, D, D_V = 1, 2, 16, 24
 LENGTH = 37
@@ -143,7 +144,7 @@ def test_a_model_gives_a_padded_row_the_bits_it_has_alone(model, device):
                 model(
                     input_ids=tokens[:, begin:end], attention_mask=mask[:, :end],
                     position_ids=positions[None, begin:end].expand(len(tokens), -1),
-                    past_key_values=cache, use_cache=True,
+                    use_cache=True, **{cache_argument(model.forward): cache},
                 ).logits[-1]
             )  # fmt: skip
             begin = end

@@ -230,10 +230,10 @@ def test_mxfp4_of_other_models_is_refused(tiny_models, tmp_path):
         open_sampler(replace(SPEC, model=str(directory)))
 
 
-def test_ranks_share_random_fp8_in_the_invariant_arm_only(fp8):
+def test_ranks_share_fp8_that_is_drawn_only(fp8):
     found = read_quantisation(transformers.AutoConfig.from_pretrained(fp8("qwen3")))
     spec = replace(SPEC, tensor_parallel=2)
-    for changed in ({}, {"arms": ("invariant",)}, {"random_weights": 0}):
+    for changed in ({}, {"arms": ("invariant",)}):
         with pytest.raises(UsageError, match="--tp 2: ranks share FP8 in blocks of 128 x 128 only"):
             check_quantisation("m", found, replace(spec, **changed))
-    check_quantisation("m", found, replace(spec, arms=("invariant",), random_weights=0))
+    check_quantisation("m", found, replace(spec, random_weights=0))

@@ -6,14 +6,12 @@ import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.nemotron_h.modeling_nemotron_h import (
-    NemotronHRMSNorm,
-    NemotronHRMSNormGated,
-)
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm, Qwen3_5RMSNormGated
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from ndcheck_kernels import invariant_kernels
-from ndcheck_kernels.models.norms import composed_norms
+from ndcheck_kernels.models.rows.norms import composed_norms
 
 pytestmark = pytest.mark.usefixtures("cuda_registrations")
 
@@ -34,7 +32,7 @@ class LateRMSNorm(torch.nn.Module):
         return self.weight * (x.float() / root).to(x.dtype)
 
 
-class GroupedRMSNormGated(NemotronHRMSNormGated):
+class GroupedRMSNormGated(Zamba2RMSNormGated):
     def __init__(self, n):
         super().__init__(n, group_size=n // 4)
 

@@ -1,0 +1,1 @@
+"""What help and usage errors say of a command line."""

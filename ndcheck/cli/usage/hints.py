@@ -1,0 +1,63 @@
+"""What a usage error leaves out: the command or the option that was meant."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ndcheck.errors import did_you_mean
+
+MEANT = {
+    "diff": "compare",
+    "explain": "trace",
+    "list": "runs",
+    "ls": "runs",
+    "measure": "run",
+    "minimize": "shrink",
+    "show": "report",
+    "version": "--version",
+}
+"""What other tools call it."""
+
+
+def with_hint(message: str, error: Any, arguments: Sequence[str]) -> str:
+    """The message of one of typer's usage errors, in one line with what to give instead."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    if context is None:
+        return message
+    unknown = re.match(r"No such command '(.*?)'", message, re.DOTALL)
+    if unknown is not None:
+        return f"{unknown[0]}{_other_command(unknown[1], context)}"
+    is_extra = message.startswith("Got unexpected extra argument")
+    known = {name for each in context.command.params for name in each.opts}
+    after = [*arguments, ""][list(arguments).index(context.info_name) + 1 :][0]
+    if "--run" in known and after[:1] not in ("", "-") and (is_extra or parameter is not None):
+        return f"{message.rstrip('.')}: give --run {shlex.quote(after)}"
+    if is_extra:
+        usage = " ".join((context.command_path, *context.command.collect_usage_pieces(context)))
+        return f"{message}; usage: {usage}"
+    if parameter is not None and message.startswith("Missing") and parameter.help:
+        return f"{message.rstrip('.')}: {parameter.help}"
+    return message
+
+
+def _other_command(name: str, context: Any) -> str:
+    """The command of another place, of another tool, or the nearest; else all that there are."""
+    root = context.find_root()
+    wanted = MEANT.get(name, name.replace("_", "-"))
+    if wanted == "--version":
+        return f", did you mean {root.info_name} --version?"
+    for place in (context.command_path, root.info_name):
+        for path in _paths(root.command, root.info_name):
+            if path.startswith(f"{place} ") and path.endswith(f" {wanted}"):
+                return f", did you mean {path}?"
+    here = context.command.commands
+    return did_you_mean(name, here) or f": there are {', '.join(here)}"
+
+
+def _paths(command: Any, path: str) -> Iterator[str]:
+    for name, each in getattr(command, "commands", {}).items():
+        yield f"{path} {name}"
+        yield from _paths(each, f"{path} {name}")

@@ -1,0 +1,1 @@
+"""Two arms at the same time, each in a process of its own."""
