@@ -17,10 +17,10 @@ from ndcheck_kernels.models import (
     gated_delta,
     own_attention,
     quantised,
-    rotary,
     state_space,
     tensor_parallel,
 )
+from ndcheck_kernels.models.rows import rotary
 from ndcheck_kernels.ops.attention import is_capturing
 from ndcheck_kernels.ops.library import NAME
 from ndcheck_kernels.scope.refusal import UncoveredOpError
