@@ -6,24 +6,22 @@ import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
 
 
 class Table:
     def __init__(self, path: Path, *, echo: bool = True) -> None:
-        self.file: TextIO = path.open("w", newline="", encoding="utf-8")
-        self.writer: csv.DictWriter[str] | None = None
-        self.echo = echo
+        self.path, self.echo = path, echo
+        path.write_text("", encoding="utf-8")
         self.rows: list[dict[str, object]] = []
 
     def add(self, **row: object) -> None:
-        if self.writer is None:
-            self.writer = csv.DictWriter(self.file, fieldnames=list(row))
-            self.writer.writeheader()
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list((self.rows or [row])[0]))
+            if not self.rows:
+                writer.writeheader()
+            writer.writerow(rounded)
         self.rows.append(row)
-        self.writer.writerow(rounded)
-        self.file.flush()
         if self.echo:
             print(*rounded.values(), flush=True)
 

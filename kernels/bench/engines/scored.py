@@ -154,7 +154,6 @@ def measure(out: Path, *, is_tiny: bool, with_vllm: bool) -> int:
     )
     table, wrong = Table(out / "scores.csv"), []
     with ExitStack() as stack:
-        stack.enter_context(table.file)
         sampler = stack.enter_context(closing(TransformersSampler(spec)))
         recorded = record(sampler, "ndcheck", out)
         exact = stack.enter_context(

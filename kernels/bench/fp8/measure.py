@@ -41,11 +41,11 @@ def open_model(shape: str) -> TransformersSampler:
 
 
 def measure_steps(
-    out: Path, shape: str, batches: tuple[int, ...], profiled: int | None = None
+    out: Path, shape: str, batches: tuple[int, ...], profiled: tuple[int, ...] = ()
 ) -> None:
     """Captured steps of the invariant arm, its floor, and the memory that the weights take.
 
-    Prints what a step of ``profiled`` rows spends its time on.
+    Prints what steps of ``profiled`` rows spend their time on.
     """
     started, device = time.monotonic(), "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -66,9 +66,8 @@ def measure_steps(
             invariant_ms=ours, over_floor=ours / floor, weights_gb=weights, peak_gb=peak,
             copy_gb_per_s=bandwidth, mm_tflop_per_s=rate,
         )  # fmt: skip
-    table.file.close()
-    if profiled is not None:
-        profile(sampler, "invariant", profiled)
+    for batch in profiled:
+        profile(sampler, "invariant", batch)
 
 
 def experts_in(sampler: TransformersSampler, batch: int) -> float | None:
@@ -115,7 +114,7 @@ def gpu_parts(out: Path) -> list[Part]:
         ("bits", lambda: compare_schedules(out)),
         ("schedules", lambda: products.tune(out)),
         ("products", lambda: products.bench(out)),
-        ("8B step", lambda: measure_steps(out, "qwen3-8b-fp8", (1, 8, 32, 128), profiled=1)),
+        ("8B step", lambda: measure_steps(out, "qwen3-8b-fp8", (1, 8, 32, 128), profiled=(1, 128))),
         ("8B properties", lambda: measure_properties(out, "qwen3-8b-fp8", "1,2,8,32", 150, 32)),
         ("30B-A3B", lambda: measure_steps(out, "qwen3-30b-a3b-fp8", (1, 64))),
         ("tests", lambda: run_tests(out / "tests.txt", TESTS)),

@@ -42,8 +42,9 @@ SCHEDULES = [
     for *sizes, swap, all_stages, can_be_parallel in (
         (16, 64, 4, True, (4, 6, 10), True),
         (16, 128, 4, True, (3, 5), True),
-        (32, 64, 4, True, (4, 6), True),
+        (32, 64, 4, True, (4, 6, 8), True),
         (32, 128, 4, True, (4,), True),
+        (64, 32, 4, False, (6, 8), True),
         (64, 64, 4, True, (3, 4, 6), True),
         (64, 128, 4, False, (3, 4), True),
         (128, 64, 4, True, (3, 4), False),

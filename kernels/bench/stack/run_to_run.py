@@ -163,8 +163,6 @@ def main(out: Path, seconds: float = 60, *, tiny: bool = False) -> None:
     tables = Table(out / "decodes.csv"), Table(out / "ops.csv", echo=False)
     decodes(tables[0], model, rows, steps, started + 0.6 * seconds)
     ops(tables[1], model, rows[:2], steps, started + 0.9 * seconds)
-    for table in tables:
-        table.file.close()
     print(f"done after {time.monotonic() - started:.0f} s")
 
 

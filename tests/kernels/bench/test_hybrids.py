@@ -13,16 +13,12 @@ class Sampler:
 
 @pytest.fixture
 def table(tmp_path):
-    made = Table(tmp_path / "times.csv", echo=False)
-    yield made
-    made.file.close()
+    return Table(tmp_path / "times.csv", echo=False)
 
 
 @pytest.fixture
 def other_table(tmp_path):
-    made = Table(tmp_path / "other.csv", echo=False)
-    yield made
-    made.file.close()
+    return Table(tmp_path / "other.csv", echo=False)
 
 
 def test_the_time_of_one_arm_is_kept_where_the_other_has_none(tmp_path, table, monkeypatch):

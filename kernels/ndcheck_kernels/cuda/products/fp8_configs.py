@@ -1,6 +1,6 @@
 """Schedules of FP8 products: none changes bits, so all may follow the number of rows.
 
-Frozen from times on an H200 (`bench.fp8.measure`), by [N, K] where a shape was tuned by itself.
+Frozen from times on an H200 (results/fp8/block_fp8_schedules.csv, by `bench.fp8.measure`).
 """
 
 from __future__ import annotations
@@ -39,8 +39,40 @@ _DEFAULT: Table = (
 _FEWEST_TILES = 264
 """Fewer leave multiprocessors without a second tile: K-groups run in parallel."""
 
-MEASURED: dict[tuple[int, int], Table] = {}
-"""Where another choice than the default was faster, by (N, K)."""
+MEASURED: dict[tuple[int, int], Table] = {
+    (6144, 4096): (
+        (4, Fp8Config(16, 64, 4, 6, swap=True, parallel=True)),
+        (16, Fp8Config(16, 64, 4, 6, swap=True)),
+        (32, Fp8Config(32, 64, 4, 6, swap=True, parallel=True)),
+        (64, Fp8Config(64, 64, 4, 4, swap=True, parallel=True)),
+        (128, Fp8Config(64, 64, 4, 6, swap=True)),
+        (_ANY, Fp8Config(64, 128, 4, 3)),
+    ),
+    (4096, 4096): (
+        (16, Fp8Config(16, 128, 4, 5, swap=True, parallel=True)),
+        (32, Fp8Config(32, 64, 4, 4, swap=True, parallel=True)),
+        (64, Fp8Config(64, 64, 4, 6, swap=True, parallel=True)),
+        (128, Fp8Config(64, 128, 4, 4, parallel=True)),
+        (256, Fp8Config(64, 128, 4, 4)),
+        (_ANY, Fp8Config(64, 128, 4, 3)),
+    ),
+    (24576, 4096): (
+        (16, Fp8Config(16, 64, 4, 6, swap=True)),
+        (32, Fp8Config(32, 64, 4, 6, swap=True)),
+        (64, Fp8Config(64, 64, 4, 4, swap=True)),
+        (128, Fp8Config(64, 128, 4, 4)),
+        (_ANY, Fp8Config(64, 128, 4, 3)),
+    ),
+    (4096, 12288): (
+        (4, Fp8Config(16, 128, 4, 3, swap=True, parallel=True)),
+        (16, Fp8Config(16, 64, 4, 4, swap=True, parallel=True)),
+        (32, Fp8Config(32, 64, 4, 4, swap=True, parallel=True)),
+        (64, Fp8Config(64, 64, 4, 4, swap=True, parallel=True)),
+        (256, Fp8Config(64, 128, 4, 4)),
+        (_ANY, Fp8Config(64, 128, 4, 3)),
+    ),
+}
+"""The fastest by (N, K), of the shapes of a dense 8B."""
 
 # Up to which mean number of rows in a group of rows.
 GROUPED: Table = (
