@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
+import sys
 
 import pytest
 import torch
@@ -187,6 +189,9 @@ def test_a_file_is_read_whatever_module_has_its_name(here, tmp_path):
     options = ("--rows", "1-2", "--terms", "8", "-q")
     code, out, err = here("order", "--fn", "json.py:in_order", *options)
     assert (code, out[:5]) == (0, "FIXED"), out + err
+    # Nor does anything that is imported later take the file for the module.
+    found = importlib.machinery.PathFinder.find_spec("json", sys.path)
+    assert found.origin != str(tmp_path / "json.py")
 
 
 def test_a_failing_prefix_is_shrunk_and_shown(here, tmp_path):

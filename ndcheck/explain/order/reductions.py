@@ -154,7 +154,10 @@ def _load_module(name: str) -> Any:
     if spec is None or spec.loader is None:
         raise ImportError(f"{name} is no module")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(file.parent))  # What the file imports may lie beside it.
+    # What the file imports may lie beside it; behind all that is installed, so that a file named
+    # like a module of the library is not taken for it by what is imported later.
+    if (folder := str(file.parent)) not in sys.path:
+        sys.path.append(folder)
     spec.loader.exec_module(module)
     return module
 

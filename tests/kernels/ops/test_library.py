@@ -46,7 +46,7 @@ CALLS = {
     "row_fp8_grouped": (row_fp8.grouped_op, (*BY_EXPERT[:2], torch.ones(2, 1), ENDS)),
     "weight_only_linear": (
         weight_only.linear_op,
-        (ROWS, WEIGHT.to(torch.uint8), torch.ones(1, 3), None, None, 8),
+        (ROWS, weight_only.pack(WEIGHT, 8), torch.ones(1, 3), None, None, 8),
     ),
     "mxfp4_grouped": (
         mxfp4.grouped_op,
