@@ -138,7 +138,11 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
     codes, row_scales = torch.empty(600, k, dtype=torch.float8_e4m3fn), torch.empty(96, 600).t()
     weight = torch.empty(16, 1536, k, dtype=torch.float8_e4m3fn)
     scales, ends = torch.empty(16, 12, 96), torch.empty(16, dtype=torch.int32)
-    for config in fp8_configs.selectable_configs(capability):
+    selectable = fp8_configs.selectable_configs(capability)
+    if extent == "kinds":
+        by_size = sorted(selectable, key=lambda c: (c.block_m * c.block_n, c.stages))
+        selectable = tuple({(c.swap, c.parallel): c for c in by_size}.values())
+    for config in selectable:
         for c in (None, torch.empty(600, 1536, dtype=dtype)):
             yield (
                 f"block_fp8 {config}",
@@ -190,7 +194,10 @@ def integers(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[La
         )
         if capability not in configs.PROVEN or dtype.itemsize != 2:
             continue
-        for config in weight_only.selectable_configs(bits, group):
+        selectable = weight_only.selectable_configs(bits, group)
+        if extent == "kinds":  # Beside the smallest the one that needs the most.
+            selectable = tuple(dict.fromkeys((selectable[0], selectable[-1])))
+        for config in selectable:
             if not weight_only.is_for(config, x, packed):
                 continue
             yield (
