@@ -66,7 +66,8 @@ def assert_fused(found):
 
 
 @on_cpu
-@pytest.mark.parametrize("n_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_ranks", [2, 4])
 def test_groups_give_fused_layers_the_same_bits_on_any_ranks(n_ranks, tmp_path):
     one, several = (compute("dense", n, 4, tmp_path) for n in (1, n_ranks))
     for found in (one, several):
