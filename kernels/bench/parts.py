@@ -6,8 +6,11 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,3 +52,12 @@ def run_tests(log: Path, tests: tuple[str, ...], timeout_s: float = 120) -> None
     print(done.stdout[-2500:], flush=True)
     if done.returncode:
         raise RuntimeError("tests failed")
+
+
+def compile_each(compile_one: Callable[..., None], *arguments: Iterable[Any]) -> None:
+    """Call it for all arguments in other processes, which leave kernels in Triton's cache on disk.
+
+    One after the other they take minutes. Raises what a call raises, or where a process dies.
+    """
+    with ProcessPoolExecutor(14, get_context("spawn")) as pool:
+        list(pool.map(compile_one, *arguments))

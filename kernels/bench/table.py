@@ -26,6 +26,14 @@ class Table:
             print(*rounded.values(), flush=True)
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """A CSV file's rows; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def print_means(table: Table, columns: tuple[str, ...]) -> None:
     """The geometric mean and the least of columns of ratios, over all rows and those of few."""
     for column in columns:

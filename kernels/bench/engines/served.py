@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.reference.experiment import keep_files
-from bench.reference.summary import rows_of
+from bench.table import rows_of
 
 ROOT = Path(__file__).parents[3]
 SHAPE = "kernels/bench/shapes/qwen3-1.4b"

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from bench.parts import compile_each
 from bench.table import Table, add_ranked, print_means
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.products import block_fp8, fp8_configs
@@ -59,10 +59,8 @@ def every_schedule() -> tuple[Fp8Config, ...]:
     return tuple(dict.fromkeys((*fp8_configs.selectable_configs(90), *SCHEDULES)))
 
 
-def compile_schedules(processes: int = 14) -> None:
-    """Compile all schedules, in processes that leave them in Triton's cache."""
-    with get_context("spawn").Pool(processes) as pool:
-        pool.map(_compile, every_schedule(), chunksize=1)
+def compile_schedules() -> None:
+    compile_each(_compile, every_schedule())
 
 
 def _compile(config: Fp8Config) -> None:

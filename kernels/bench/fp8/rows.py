@@ -10,7 +10,6 @@ writes what it has, and a part that fails is named at the end. With --tiny: the 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from bench.fp8.measure import measure_properties, measure_steps
 from bench.fp8.products import SHAPES, runs
 from bench.parts import Part, run_parts, run_tests
-from bench.table import Table
+from bench.table import Table, print_means
 from ndcheck_kernels.ops.row_fp8 import quantise_weight
 
 TESTS = (
@@ -79,7 +78,7 @@ def compare_products(out: Path) -> None:
         by_row, by_output = rows[:, None], scales[None]
         return torch._scaled_mm(codes, weight.t(), by_row, by_output, out_dtype=torch.bfloat16)
 
-    table, ratios = Table(out / "row_fp8.csv", echo=False), []
+    table = Table(out / "row_fp8.csv", echo=False)
     for shape, (n, k) in SHAPES.items():
         held = [
             quantise_weight(torch.randn(n, k, device="cuda") * 0.02, n)
@@ -96,15 +95,13 @@ def compare_products(out: Path) -> None:
                 "stock": [partial(stock, *codes, *each) for each in held],
             })  # fmt: skip
             ratio = us["stock"] / us["ours"]
-            ratios.append(ratio)
             far = (row_fp8_matmul(*codes, *held[0]) - stock(*codes, *held[0])).abs().max().item()
             table.add(
                 shape=shape, n=n, k=k, m=m, us=us["ours"], quantised_us=us["quantised"],
                 stock_us=us["stock"], ratio=ratio, largest_difference=far,
             )  # fmt: skip
             print(shape, m, *(f"{value:.2f}" for value in (*us.values(), ratio, far)), flush=True)
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    print(f"beside torch._scaled_mm: geometric mean {mean:.3f}, least {min(ratios):.3f}")
+    print_means(table, ("ratio",))
 
 
 def main() -> int:

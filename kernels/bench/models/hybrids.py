@@ -14,7 +14,6 @@ With `--profile` only where the host spends a prefill of 1 x 512 (`host_profile`
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import sys
@@ -31,7 +30,7 @@ import torch
 from bench.models.decode import SHAPES, step_ms
 from bench.models.host_profile import write_host_profile
 from bench.models.support import QUICK, run_loads
-from bench.table import Table
+from bench.table import Table, rows_of
 from ndcheck.records import AXES, Arm, Decoding, Probe, RunSpec
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.batch import ExactBatch
@@ -141,14 +140,6 @@ def arm_ms(
         return None, f"{arm}: {str(error).splitlines()[0]}"
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """What an earlier run has left, to go on from."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def measure_times(open_sampler: Callable[[], TransformersSampler], name: str, table: Table) -> None:
     cells = [("decode", n, 1) for n in BATCHES] + [("prefill", *sizes) for sizes in PREFILLS]
     known = {(row["model"], row["what"], int(str(row["rows"])), int(str(row["tokens"])))
@@ -216,11 +207,11 @@ def main() -> None:
                     flush=True,
                 )
             return
-        earlier = read_rows(out / "times.csv")
+        earlier = rows_of(out / "times.csv")
         times = Table(out / "times.csv", echo=True)
         for row in earlier:
             times.add(**{**row, "note": row.get("note", "")})
-        if torch.cuda.is_available() and len(read_rows(out / "recurrence.csv")) < len(
+        if torch.cuda.is_available() and len(rows_of(out / "recurrence.csv")) < len(
             BATCHES + PREFILLS
         ):
             measure_recurrences(few().model.config, Table(out / "recurrence.csv", echo=True))

@@ -24,7 +24,8 @@ import time
 from pathlib import Path
 
 from bench.reference.experiment import FINISHED, PROMPT, ROOT, TINY, keep_files
-from bench.reference.summary import rows_of, summarise
+from bench.reference.summary import summarise
+from bench.table import rows_of
 
 WIDE, NARROW = "1,2,4,8,16,32,64,128,256", "1,2,4,8,16,32"
 ALL = ("--chat", "--prompt", PROMPT, "-n", "1000", "--max-tokens", "200")

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.reference.summary import rows_of, summarise
+from bench.reference.summary import summarise
+from bench.table import rows_of
 
 ROOT = Path(__file__).parents[3]
 SHAPES = "kernels/bench/shapes"

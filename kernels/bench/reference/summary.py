@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.table import rows_of
 from ndcheck.reports.plots import COLOURS, DPI, MARKERS, SETTINGS, STYLES
 
 BEGIN, END = "<!-- measured -->\n", "<!-- end of measured -->\n"
@@ -21,14 +21,6 @@ MEASURED = (
     "s, reference apart", "to stock",
 )  # fmt: skip
 DECODED = ("batch", "experts", "floor, ms", "invariant", "stock", "to floor", "to stock")
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """A CSV file's rows; none where there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def summarise(out: Path, folders: Sequence[str]) -> None:

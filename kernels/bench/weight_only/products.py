@@ -13,7 +13,6 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.fp8.products import SHAPES, runs
+from bench.parts import compile_each
 from bench.table import Table, add_ranked, print_means
 from ndcheck_kernels.cuda.products import weight_only
 from ndcheck_kernels.cuda.products.matmul import matmul
@@ -65,10 +65,7 @@ def is_tried(config: Config, m: int) -> bool:
 
 
 def compile_all(configs: Sequence[Config]) -> None:
-    """By other processes, into the cache on disk: one after the other they take minutes."""
-    work = [(config, has_addend) for config in configs for has_addend in (False, True)]
-    with ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile, *zip(*work, strict=True)))
+    compile_each(_compile, *zip(*product(configs, (False, True)), strict=True))
 
 
 def _compile(config: Config, has_addend: bool) -> None:

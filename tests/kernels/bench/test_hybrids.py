@@ -3,7 +3,7 @@
 import pytest
 
 from bench.models import hybrids
-from bench.table import Table
+from bench.table import Table, rows_of
 
 
 class Sampler:
@@ -32,7 +32,7 @@ def test_the_time_of_one_arm_is_kept_where_the_other_has_none(tmp_path, table, m
     hybrids.measure_times(Sampler, "a", table)
     rows = {
         (row["what"], int(row["rows"]), int(row["tokens"])): row
-        for row in hybrids.read_rows(tmp_path / "times.csv")
+        for row in rows_of(tmp_path / "times.csv")
     }
     assert len(rows) == len(hybrids.BATCHES) + len(hybrids.PREFILLS)
     alone = rows["prefill", 8, 2048]
@@ -51,12 +51,12 @@ def test_what_is_known_is_not_measured_again(tmp_path, table, other_table, monke
     monkeypatch.setattr(hybrids, "arm_ms", arm_ms)
     hybrids.measure_times(Sampler, "a", table)
     measured.clear()
-    rows = hybrids.read_rows(tmp_path / "times.csv")
+    rows = rows_of(tmp_path / "times.csv")
     for row in rows[:-1]:  # The last cell was not reached.
         other_table.add(**row)
     hybrids.measure_times(Sampler, "a", other_table)
     assert measured == [(arm, "prefill", *hybrids.PREFILLS[-1]) for arm in hybrids.ARMS]
-    assert hybrids.read_rows(tmp_path / "other.csv") == rows
+    assert rows_of(tmp_path / "other.csv") == rows
 
     def never():
         raise AssertionError("nothing is missing")
