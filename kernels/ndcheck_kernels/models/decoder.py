@@ -43,7 +43,7 @@ from ndcheck_kernels.models.mixture import is_mixture, mixture, mixture_fires, m
 from ndcheck_kernels.models.projections import Projection, add_over_ranks, can_join
 from ndcheck_kernels.models.quantised import is_block_fp8
 from ndcheck_kernels.models.rows.norms import composed_norms
-from ndcheck_kernels.models.tensor_parallel import REPLICATED, Spread, spread_of, styles
+from ndcheck_kernels.models.tensor_parallel import REPLICATED, Spread, is_shared, spread_of, styles
 from ndcheck_kernels.models.weight_only import WeightOnlyLinear
 from ndcheck_kernels.scope.refusal import refusal
 from ndcheck_kernels.scope.state import Scope, active_scope
@@ -126,8 +126,7 @@ def join_weights(model: torch.nn.Module) -> list[Any]:
     place, so join them before the first capture.
     """
     layers: list[Any] = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
-    is_cut = any(hasattr(p, "device_mesh") for p in model.parameters())
-    if not all(map(_fits, layers)) or (is_cut and not _is_cut_as_here(model, layers)):
+    if not all(map(_fits, layers)) or (is_shared(model) and not _is_cut_as_here(model, layers)):
         return []
     for layer in layers:
         if not hasattr(layer, "_joined_qkv"):

@@ -149,6 +149,11 @@ def _planned(model: Any) -> Iterator[tuple[str, torch.nn.Module, str]]:
             yield path, module, style
 
 
+def is_shared(model: torch.nn.Module) -> bool:
+    """Whether ranks share it, each with a part of some parameters."""
+    return any(hasattr(p, "device_mesh") for p in model.parameters())
+
+
 def styles(model: torch.nn.Module) -> dict[torch.nn.Module, str]:
     """The style in which the model's plan cuts a module, of all that it names."""
     return {module: style for _, module, style in _planned(model)}

@@ -27,10 +27,10 @@ class Fp8Config:
 
 
 _ONE_FOR_ALL = Fp8Config(64, 64, 4, 4)
-Table = tuple[tuple[int, Fp8Config], ...]  # up to which M a configuration serves
+_Table = tuple[tuple[int, Fp8Config], ...]  # up to which M a configuration serves
 _ANY = 1 << 62
 
-_DEFAULT: Table = (
+DEFAULT: _Table = (
     (16, Fp8Config(16, 64, 4, 6, swap=True)),
     (32, Fp8Config(32, 64, 4, 6, swap=True)),
     (64, Fp8Config(64, 64, 4, 4, swap=True)),
@@ -39,7 +39,7 @@ _DEFAULT: Table = (
 _FEWEST_TILES = 264
 """Fewer leave multiprocessors without a second tile: K-groups run in parallel."""
 
-MEASURED: dict[tuple[int, int], Table] = {
+MEASURED: dict[tuple[int, int], _Table] = {
     (6144, 4096): (
         (4, Fp8Config(16, 64, 4, 6, swap=True, parallel=True)),
         (16, Fp8Config(16, 64, 4, 6, swap=True)),
@@ -74,14 +74,6 @@ MEASURED: dict[tuple[int, int], Table] = {
 }
 """The fastest by (N, K), of the shapes of a dense 8B."""
 
-# Up to which mean number of rows in a group of rows.
-GROUPED: Table = (
-    (16, Fp8Config(16, 64, 4, 6, swap=True)),
-    (32, Fp8Config(32, 64, 4, 6, swap=True)),
-    (64, Fp8Config(64, 64, 4, 4, swap=True)),
-    (_ANY, Fp8Config(64, 128, 4, 4)),
-)
-
 
 def k_groups(k: int) -> int:
     return -(-k // GROUP)
@@ -92,18 +84,17 @@ def product_config(m: int, n: int, k: int, capability: int) -> Fp8Config:
         return _ONE_FOR_ALL
     if (n, k) in MEASURED:
         return _choose(MEASURED[n, k], m)
-    return _fill(_choose(_DEFAULT, m), -(-m // _choose(_DEFAULT, m).block_m), n)
+    return _fill(_choose(DEFAULT, m), -(-m // _choose(DEFAULT, m).block_m), n)
 
 
 def grouped_config(rows: int, groups: int, n: int, capability: int) -> Fp8Config:
-    """Of rows in so many groups with weights of their own, each [N, K]."""
+    """Of rows in so many groups with weights of their own, each [N, K]: by their mean number."""
     if capability not in PROVEN:
         return _ONE_FOR_ALL
-    config = next(config for mean, config in GROUPED if rows <= mean * groups)
-    return _fill(config, min(rows, groups), n)
+    return _fill(_choose(DEFAULT, -(-rows // groups)), min(rows, groups), n)
 
 
-def _choose(table: Table, m: int) -> Fp8Config:
+def _choose(table: _Table, m: int) -> Fp8Config:
     return next(config for most, config in table if m <= most)
 
 
@@ -116,19 +107,16 @@ def selectable_configs(capability: int) -> tuple[Fp8Config, ...]:
     if capability not in PROVEN:
         return (_ONE_FOR_ALL,)
     either = (
-        replace(config, parallel=parallel)
-        for _, config in (*_DEFAULT, *GROUPED)
-        for parallel in (False, True)
+        replace(config, parallel=parallel) for _, config in DEFAULT for parallel in (False, True)
     )
     measured = (config for table in MEASURED.values() for _, config in table)
     return tuple(dict.fromkeys((*either, *measured)))
 
 
 __all__ = [
-    "GROUPED",
+    "DEFAULT",
     "MEASURED",
     "Fp8Config",
-    "Table",
     "grouped_config",
     "k_groups",
     "product_config",

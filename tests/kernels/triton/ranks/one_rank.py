@@ -19,6 +19,7 @@ conftest.loader.exec_module(importlib.util.module_from_spec(conftest))
 from ndcheck.samplers.local.checkpoint.quantised import put_layers, read_quantisation  # noqa: E402
 from ndcheck.samplers.local.sharding import draw_weights, find_shards, shard  # noqa: E402
 from ndcheck_kernels import invariant_kernels, invariant_model  # noqa: E402
+from ndcheck_kernels.models.caches.argument import cache_argument  # noqa: E402
 from ndcheck_kernels.models.decoder import fused_layers  # noqa: E402
 from ndcheck_kernels.scope import registry  # noqa: E402
 
@@ -54,8 +55,8 @@ def logits_of(model, prompts):
             input_ids=ids,
             attention_mask=mask,
             position_ids=(columns - pads[:, None]).clamp(min=0),
-            past_key_values=cache,
             logits_to_keep=1,
+            **{cache_argument(model.forward): cache},
         )
         begin += ids.shape[1]
         rows.append(out.logits[:, -1])
