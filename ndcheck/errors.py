@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -57,3 +58,10 @@ def did_you_mean(name: str, accepted: Iterable[str]) -> str:
     """``", did you mean NAME?"`` for the nearest accepted name, or nothing if none is near."""
     near = difflib.get_close_matches(name, list(accepted), n=1)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def how_it_ended(exit_code: int) -> str:
+    """How a process did, whose ``exit_code`` is negative where a signal killed it."""
+    if exit_code < 0:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    return f"ended with {exit_code}"

@@ -14,7 +14,6 @@ from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 from ndcheck.errors import UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS
 from ndcheck.records import CacheDtype, CacheState, Load
-from ndcheck_kernels.models.caches.argument import cache_argument
 
 # A state is written in place, or has no length; names, since older releases lack some.
 _COUNTED_ON_THE_DEVICE = (
@@ -323,6 +322,8 @@ class _FixedLengthCache(transformers.StaticCache):
 
 
 def _cache_argument(model: Any) -> str:
+    from ndcheck_kernels.models.caches.argument import cache_argument
+
     try:
         return cache_argument(model.forward)
     except ValueError as error:

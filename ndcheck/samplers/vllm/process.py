@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ndcheck.errors import BackendError, TrialError, UsageError
+from ndcheck.errors import BackendError, TrialError, UsageError, how_it_ended
 from ndcheck.records import Arm, InvariantBy
 
 VARIABLES = {
@@ -123,9 +123,7 @@ class Worker:
         return line
 
     def _death(self) -> BackendError:
-        code = self._process.wait()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        return self._failure(how)
+        return self._failure(how_it_ended(self._process.wait()))
 
     def _failure(self, how: str) -> BackendError:
         self._has_failed = True

@@ -8,13 +8,12 @@ it answers is taken in the order of the plan, by the one process that writes the
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import subprocess
 import sys
 from contextlib import nullcontext, suppress
 from typing import Any
 
-from ndcheck.errors import BackendError, doing
+from ndcheck.errors import BackendError, doing, how_it_ended
 from ndcheck.records import Arm, Decoding, Probe, RunSpec, Sample, Trial
 from ndcheck.samplers.local.device import choose_device
 from ndcheck.samplers.local.memory import free_bytes
@@ -141,5 +140,4 @@ class _Worker:
             code = self._process.wait(ENDING_S)
         except subprocess.TimeoutExpired:
             return BackendError(f"the process of the {self.arm} arm closed its connection")
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        return BackendError(f"the process of the {self.arm} arm {how}")
+        return BackendError(f"the process of the {self.arm} arm {how_it_ended(code)}")

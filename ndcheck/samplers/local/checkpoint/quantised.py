@@ -268,10 +268,11 @@ def _transformers_reads(method: str) -> bool:
 
 def stock_notes(model: Any, arms: tuple[str, ...]) -> tuple[str, ...]:
     """What the stock arm of a model with packed integers, or with FP8 on ranks, is."""
+    from ndcheck_kernels.models.tensor_parallel import is_shared
     from ndcheck_kernels.models.weight_only import is_packed
 
-    is_shared = has_fp8_layers(model) and _is_shared(model)
-    if "stock" not in arms or not (is_shared or any(map(is_packed, model.modules()))):
+    is_spread = has_fp8_layers(model) and is_shared(model)
+    if "stock" not in arms or not (is_spread or any(map(is_packed, model.modules()))):
         return ()
     return ("stock arm: torch's products with weights dequantised for each of them",)
 
@@ -282,7 +283,9 @@ def dequantised_layers(model: Any) -> Iterator[None]:
 
     On ranks they are computed so anyway.
     """
-    layers = [] if _is_shared(model) else _fp8_layers(model)
+    from ndcheck_kernels.models.tensor_parallel import is_shared
+
+    layers = [] if is_shared(model) else _fp8_layers(model)
     experts = model.config._experts_implementation
     own = [dict(layer.__dict__) for layer in layers]
     try:
@@ -299,10 +302,6 @@ def dequantised_layers(model: Any) -> Iterator[None]:
 
 def has_fp8_layers(model: Any) -> bool:
     return bool(_fp8_layers(model))
-
-
-def _is_shared(model: Any) -> bool:
-    return any(hasattr(p, "device_mesh") for p in model.parameters())
 
 
 def _fp8_layers(model: Any) -> list[Any]:
