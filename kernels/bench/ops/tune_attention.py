@@ -1,8 +1,8 @@
 """Times classes of attention, and schedules within them, against SDPA's fastest backend.
 
-Three minutes, most of them for compiling; the cells that matter most come first.
+Three minutes for both kinds, most of them for compiling; the cells that matter most come first.
 
-PYTHONPATH=kernels python -m bench.ops.tune_attention OUT_DIR
+PYTHONPATH=kernels python -m bench.ops.tune_attention OUT_DIR [decode|prefill]
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ def _time(
     print(kind, batch, context, f"{best_us:.1f} us", ratios, flush=True)
 
 
-def tune(out: Path) -> None:
-    table = Table(out / "tune_attention.csv", echo=False)
+def tune(out: Path, *kinds: str) -> None:
+    kinds = kinds or ("decode", "prefill")
     tiles = {str(tile): replace(SHIPPED, few=tile, many=tile) for tile in TILES}
-    for batch, context in PREFILL:
-        _time(table, "prefill", batch, context, CLASSES)
-    for batch, context in DECODE:
-        _time(table, "decode", batch, context, CLASSES | tiles)
+    for kind in kinds:
+        table = Table(out / f"tune_attention_{kind}.csv", echo=False)
+        for batch, context in DECODE if kind == "decode" else PREFILL:
+            _time(table, kind, batch, context, CLASSES | tiles if kind == "decode" else CLASSES)
 
 
 if __name__ == "__main__":
-    tune(Path(sys.argv[1]))
+    tune(Path(sys.argv[1]), *sys.argv[2:])

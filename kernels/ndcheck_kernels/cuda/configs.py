@@ -299,11 +299,13 @@ class AttentionConfig:
     def prefill(self, q_length: int) -> PrefillTile:
         return self.short if q_length < 4096 else self.long
 
-    def decode(self, splits: int, pairs: int, sms: int) -> tuple[DecodeTile, int]:
-        """The tile for `splits` of each of `pairs` of rows and key heads, and how many a program
-        takes in sequence.
+    def decode(self, rows: int, splits: int, pairs: int, sms: int) -> tuple[DecodeTile, int]:
+        """The tile for `rows` of queries over `splits` of each of `pairs` of sequences and key
+        heads, and how many a program takes in order.
         """
         tile = self.many if splits * pairs > sms else self.few
+        if rows > 32:  # Their probabilities pass through shared memory, which loads then lack.
+            tile = replace(tile, stages=min(tile.stages, 2))
         programs = max(1, -(-tile.per_sm * sms // pairs))
         return tile, -(-splits // min(splits, programs))
 
@@ -315,6 +317,7 @@ class AttentionConfig:
 
 
 def attention_config(head_dim: int, itemsize: int, capability: int) -> AttentionConfig:
+    """For heads whose keys or values, whichever are wider, have `head_dim` columns."""
     if itemsize == 4 or head_dim > 128 or capability not in PROVEN:
         small, few = PrefillTile(32, 4, 1), DecodeTile(4, 1)
         return AttentionConfig(256, 32, small, small, few, few, max_rows=16)

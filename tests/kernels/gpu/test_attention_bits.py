@@ -91,7 +91,7 @@ def test_however_many_splits_a_program_takes_bits_are_the_same(operands, batch):
         for tile in (config.few, config.many, DecodeTile(4, 1), DecodeTile(8, 2)):
             tile = replace(tile, per_sm=per_sm)
             other = replace(config, few=tile, many=tile)
-            runs.add(other.decode(other.splits(LENGTH), 8 * batch, sms)[1])
+            runs.add(other.decode(4, other.splits(LENGTH), 8 * batch, sms)[1])
             for _ in range(3):  # whoever comes last
                 got = causal._launch(
                     q[:, :, -1:], k, v, None, None, causal.Kind(), other, parallel=True

@@ -104,7 +104,7 @@ def test_however_many_splits_a_program_takes_bits_are_the_same(operands, name):
     for programs in (1, 2, splits):
         tile = replace(DECODE, per_sm=programs * 4 // sms)
         config = replace(SMALL, few=tile, many=tile)
-        runs.add(config.decode(splits, 4, sms)[1])
+        runs.add(config.decode(2, splits, 4, sms)[1])
         assert torch.equal(launch(*last, kind=kind, config=config, parallel=True), want), programs
     assert runs == {1, 2, splits}
 
@@ -265,7 +265,7 @@ def test_the_programs_of_a_decode_step_have_every_split_once():
     for per_sm, splits, pairs in itertools.product((1, 3, 16), (1, 2, 5, 44), (1, 8, 132, 4096)):
         tile = DecodeTile(4, 2, per_sm)
         config = replace(SMALL, many=tile)
-        used, run = config.decode(splits, pairs, 132)
+        used, run = config.decode(4, splits, pairs, 132)
         assert used == (tile if splits * pairs > 132 else config.few)
         programs = -(-splits // run)
         assert 1 <= run <= splits

@@ -69,6 +69,18 @@ def test_shipped_configurations_fit_the_chip(capability, extent):
         assert any("HGMMA" in kernel["instructions"] for kernel in kernels), "no wgmma"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+def test_attention_of_every_head_dim_and_dtype_fits_the_chip(capability):
+    from ndcheck_kernels.measure.resources import SHARED_LIMIT
+
+    document = compile_in_a_process(capability, "all", "attentions")
+    assert document["failures"] == []
+    assert len(document["kernels"]) > 50
+    for kernel in document["kernels"]:
+        assert kernel["shared_bytes"] <= SHARED_LIMIT[capability], kernel
+
+
 def test_importing_the_package_imports_no_triton():
     code = "import sys, ndcheck_kernels; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
