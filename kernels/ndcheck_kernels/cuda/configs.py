@@ -304,8 +304,8 @@ class AttentionConfig:
         heads, and how many a program takes in order.
         """
         tile = self.many if splits * pairs > sms else self.few
-        if rows > 32:  # Their probabilities pass through shared memory, which loads then lack.
-            tile = replace(tile, stages=min(tile.stages, 2))
+        if rows > 16:  # Four warps lack registers for them, and three stages shared memory.
+            tile = replace(tile, warps=8, stages=2)
         programs = max(1, -(-tile.per_sm * sms // pairs))
         return tile, -(-splits // min(splits, programs))
 
