@@ -34,6 +34,8 @@ from ndcheck_kernels.cuda.attention.prefill import _prefill_kernel
 from ndcheck_kernels.cuda.attention.splits import LOG2_E
 from ndcheck_kernels.cuda.configs import AttentionConfig, attention_config
 from ndcheck_kernels.cuda.dependent_launch import pdl
+from ndcheck_kernels.cuda.rows.quantise import Quantised, empty, quantise_rows
+from ndcheck_kernels.ops.block_fp8 import BLOCK
 
 
 def attention(
@@ -59,6 +61,24 @@ def attention(
     return _launch(q, k, v, starts, lengths, kind, config, parallel=rows <= config.max_rows)
 
 
+def quantised_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, starts: torch.Tensor,
+    lengths: torch.Tensor, scale: float,
+) -> Quantised:  # fmt: skip
+    """What `quantise_rows` makes of `attention`'s rows [B L, H DV], few of them in its launch."""
+    config = attention_config(q.shape[-1], q.element_size(), device.capability(q.device))
+    (batch, heads, length, _), (kv_heads, _, dim_v) = q.shape, v.shape[1:]
+    if dim_v == BLOCK and heads // kv_heads * length <= config.max_rows:
+        codes, scales = empty(batch * length, heads * dim_v, q.device)
+        _launch(
+            q, k, v, starts, lengths, Kind(scale), config, parallel=True,
+            codes=codes.view(batch, length, heads, dim_v).transpose(1, 2), scales=scales,
+        )  # fmt: skip
+        return codes, scales
+    out = attention(q, k, v, starts=starts, lengths=lengths, scale=scale)
+    return quantise_rows(out.transpose(1, 2).reshape(batch * length, -1))
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """What a model's attention does to the scores."""
@@ -72,7 +92,7 @@ class Kind:
     bias_dtype: torch.dtype | None = None
 
 
-_BIAS = {
+_TRITON = {
     None: tl.float32,
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -83,7 +103,9 @@ _BIAS = {
 def _launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None,
     lengths: torch.Tensor | None, kind: Kind, config: AttentionConfig, *, parallel: bool,
+    codes: torch.Tensor | None = None, scales: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
+    """Into ``codes`` [B, H, L, 128], if given, and ``scales`` [B L, H], few queries only."""
     is_narrow = k.dtype == v.dtype == torch.float8_e4m3fn
     device.require_float("attention", q, *(() if is_narrow else (k, v)))
     batch, heads, q_length, dim = q.shape
@@ -95,7 +117,10 @@ def _launch(
         raise ValueError(f"attention has no head_dim {max(dim, dim_v)}, only up to 256")
     if not is_narrow and not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"attention of {q.dtype} over {k.dtype}, {v.dtype}")
-    o = torch.empty((batch, q_length, heads, dim_v), dtype=q.dtype, device=q.device).transpose(1, 2)
+    o = codes
+    if o is None:
+        o = torch.empty((batch, q_length, heads, dim_v), dtype=q.dtype, device=q.device)
+        o = o.transpose(1, 2)
     if o.numel() == 0:
         return o
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
@@ -118,7 +143,7 @@ def _launch(
     }  # fmt: skip
     scores = {
         "CAPPED": kind.softcap > 0, "DIM": dim, "D": max(16, triton.next_power_of_2(dim)),
-        "BIAS": None if kind.slopes is None else _BIAS[kind.bias_dtype],
+        "BIAS": None if kind.slopes is None else _TRITON[kind.bias_dtype],
     }  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     if not parallel:
@@ -144,15 +169,18 @@ def _launch(
     if splits > 1:
         m, den = torch.empty((2, batch, kv_heads, splits, group * q_length), device=q.device)
         acc = torch.empty((*m.shape, block_v), device=q.device)
+    result = (o, o if scales is None else scales)
+    codes_of = None if codes is None else _TRITON[q.dtype]
     _decode_kernel[(splits, kv_heads, batch)](
-        q, k, v, m, den, acc, o, *given, sinks, slopes, scale, cap, window, q_length, kv_length,
-        *strides, *o.stride()[:3], WHOLE=splits == 1,
+        q, k, v, m, den, acc, *result, *given, sinks, slopes, scale, cap, window, q_length,
+        kv_length, *strides, *o.stride()[:3], WHOLE=splits == 1,
         ROWS=max(16, triton.next_power_of_2(group * q_length)), BLOCK_KV=config.block_kv,
-        num_warps=config.decode_warps, num_stages=config.decode_stages, **scores, **shared,
+        CODES_OF=codes_of, num_warps=config.decode_warps, num_stages=config.decode_stages,
+        **scores, **shared,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(group * q_length, kv_heads, batch)](
-            m, den, acc, o, *given, sinks, window, q_length, kv_length, splits, *o.stride()[:3],
-            num_warps=1, **shared,
+            m, den, acc, *result, *given, sinks, window, q_length, kv_length, splits,
+            *o.stride()[:3], CODES_OF=codes_of, num_warps=1, **shared,
         )  # fmt: skip
     return o

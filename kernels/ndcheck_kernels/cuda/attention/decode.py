@@ -16,19 +16,29 @@ from ndcheck_kernels.cuda.attention.splits import (
     start_total,
 )
 from ndcheck_kernels.cuda.dependent_launch import follow
+from ndcheck_kernels.cuda.rows.quantise import quantise_blocks
+
+
+@triton.jit
+def _store(o, o_ptrs, scale_ptrs, mask_q, mask_v, CODES_OF: tl.constexpr):
+    """o [Q, DV], or if CODES_OF is a dtype its codes after it was rounded to that, and scales."""
+    if CODES_OF is not None:
+        o, scale = quantise_blocks(o.to(CODES_OF).to(tl.float32))
+        tl.store(scale_ptrs, scale, mask_q)
+    tl.store(o_ptrs, o.to(o_ptrs.dtype.element_ty), mask_q & mask_v)
 
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, m_ptr, den_ptr, acc_ptr, o_ptr, starts_ptr, lengths_ptr, sinks_ptr,
-    slopes_ptr, scale, cap, window, q_length, kv_length, stride_qb, stride_qh, stride_qm,
+    q_ptr, k_ptr, v_ptr, m_ptr, den_ptr, acc_ptr, o_ptr, o_scale_ptr, starts_ptr, lengths_ptr,
+    sinks_ptr, slopes_ptr, scale, cap, window, q_length, kv_length, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
     WHOLE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_SINKS: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr,
     BIAS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
     DIM_V: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, BLOCK_KV: tl.constexpr,
-    SPLIT: tl.constexpr, SHORT: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, SHORT: tl.constexpr, CODES_OF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Splits in parallel: one program per split, with all queries of one key head in its rows.
 
@@ -73,8 +83,11 @@ def _decode_kernel(
             o = acc / tl.where(den == 0.0, 1.0, den)[:, None]
             o_ptrs = o_ptr + batch * stride_ob + head[:, None] * stride_oh
             o_ptrs += (rows % q_length)[:, None] * stride_om + offs_v[None, :]
-            mask_o = mask_q[:, None] & (offs_v < DIM_V)[None, :]
-            tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask_o)
+            o_row = head * tl.num_programs(2) * q_length + batch * q_length + rows % q_length
+            _store(
+                o, o_ptrs, o_scale_ptr + o_row[:, None], mask_q[:, None],
+                (offs_v < DIM_V)[None, :], CODES_OF,
+            )  # fmt: skip
         else:
             part = (batch * tl.num_programs(1) + kv_head) * tl.num_programs(0) + place
             offs = part * GROUP * q_length + rows
@@ -85,11 +98,12 @@ def _decode_kernel(
 
 @triton.jit
 def _merge_kernel(
-    m_ptr, den_ptr, acc_ptr, o_ptr, starts_ptr, lengths_ptr, sinks_ptr, window, q_length,
-    kv_length, splits, stride_ob, stride_oh, stride_om,
+    m_ptr, den_ptr, acc_ptr, o_ptr, o_scale_ptr, starts_ptr, lengths_ptr, sinks_ptr, window,
+    q_length, kv_length, splits, stride_ob, stride_oh, stride_om,
     HAS_STARTS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SINKS: tl.constexpr,
     WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, GROUP: tl.constexpr, DIM_V: tl.constexpr,
-    DV: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr, PDL: tl.constexpr,
+    DV: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr, CODES_OF: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The splits that `_decode_kernel` left, merged for one query of one head."""
     follow(PDL)
@@ -112,4 +126,6 @@ def _merge_kernel(
     o = tot / tl.where(tot_den == 0.0, 1.0, tot_den)[:, None]
     o_ptr += batch * stride_ob + head * stride_oh
     o_ptrs = o_ptr + (row % q_length) * stride_om + one[:, None] + offs_v
-    tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), offs_v < DIM_V)
+    o_row = head * tl.num_programs(2) * q_length + batch * q_length + row % q_length
+    mask_q = one[:, None] == 0
+    _store(o, o_ptrs, o_scale_ptr + o_row + one[:, None], mask_q, offs_v < DIM_V, CODES_OF)
