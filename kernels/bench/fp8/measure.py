@@ -25,6 +25,7 @@ from bench.parts import REPOSITORY, Part, run_parts, run_tests
 from bench.table import Table
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config
 from ndcheck_kernels.measure.timing import copy_gb_per_s, mm_tflop_per_s
 
 TESTS = (
@@ -95,11 +96,12 @@ def measure_properties(
         raise RuntimeError(f"ndcheck run ended with {done.returncode}")
 
 
-def compare_schedules(out: Path) -> None:
+def compare_schedules(out: Path, configs: tuple[Fp8Config, ...] = ()) -> None:
+    """Of these schedules, or of all that are shipped."""
     from bench.fp8 import products
 
-    found = products.find_differences(out)
-    print("\n".join(found) or "every shipped schedule: one bit class", flush=True)
+    found = products.find_differences(out, configs)
+    print("\n".join(found) or "all schedules: one bit class", flush=True)
     if found:
         raise RuntimeError(f"{len(found)} schedules or controls differ")
 

@@ -18,7 +18,7 @@ def same(left, right):
     )
 
 
-@pytest.mark.parametrize("ahead", [1024, 256])
+@pytest.mark.parametrize("ahead", [1024, 512])
 def test_gates_of_an_8b(monkeypatch, ahead):
     torch.manual_seed(0)
     (n, k), most = (24576, 4096), 128
@@ -28,7 +28,7 @@ def test_gates_of_an_8b(monkeypatch, ahead):
     weight = quantise_weight(torch.randn(n, k, device="cuda") * 0.02)
     rows = torch.randn(most, k, device="cuda").bfloat16() * 4
     rows[3] = 0
-    for m in (1, 5, 16, 17, 32, 64, 128):
+    for m in (1, 5, 16, 17, 32, 128):
         codes = quantise_rows(rows[:m])
         product = block_fp8.block_fp8_matmul(*codes, *weight)
         apart = silu_mul_quantise(*product.chunk(2, -1))

@@ -1,6 +1,7 @@
 """FP8 weights in blocks of 128 x 128 times quantised rows, alone and in groups (experts).
 
-Computes: sum over blocks b of K of p[b] * (s[b] * t[b]), plus an addend, as `ops.block_fp8` says.
+Computes: sum over blocks b of K of p[b] * (s[b] * t[b]), plus an addend, as `ops.block_fp8` says;
+    if gated, what `silu_mul_quantise` makes of the rounded sums.
 Reduction order: p[b] is accumulated by the tensor cores in ascending k from zero, 32 columns an
     instruction; in a group of 1024 columns, blocks in ascending order from 0, one fused
     multiply-add each; groups in ascending order from 0; the addend last; one rounding at the end.
