@@ -141,6 +141,15 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
         "quantise_whole_rows by a scale",
         lambda: quantise.quantise_whole_rows(x, torch.empty(600)),
     )
+    q = torch.empty(2, 32, 1, 128, dtype=dtype)
+    for columns in (200, 2000):
+        cache, limits = q.new_empty(2, 8, columns, 128), torch.empty(2, dtype=torch.int32)
+        yield (
+            f"quantised_attention over {columns}",
+            lambda cache=cache, limits=limits: causal.quantised_attention(
+                q, cache, cache, starts=limits, lengths=limits, scale=1.0
+            ),
+        )
     k = 12288  # Of many K-groups.
     codes, row_scales = torch.empty(600, k, dtype=torch.float8_e4m3fn), torch.empty(96, 600).t()
     weight = torch.empty(16, 1536, k, dtype=torch.float8_e4m3fn)
@@ -168,6 +177,20 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
                 f"row_fp8 {config}",
                 lambda c=c, config=config: row_fp8._launch(
                     codes, row_scales[:, 0], weight[0], scales[0], c, dtype, config
+                ),
+            )
+        if not config.parallel:
+            yield (
+                f"gated block_fp8 {config}",
+                lambda config=config: block_fp8._launch(
+                    codes[:32],
+                    row_scales[:32],
+                    weight[0],
+                    scales[0],
+                    None,
+                    dtype,
+                    config,
+                    gated=quantise.empty(32, 768, codes.device),
                 ),
             )
         yield (

@@ -12,7 +12,7 @@ from .test_decoder import OTHERS, PROBE, logits_of
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128, "initializer_range": 0.1,
 }  # fmt: skip
 MIXTURE = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
 CONFIGS = {

@@ -34,6 +34,8 @@ from ndcheck_kernels.cuda.attention.prefill import _prefill_kernel
 from ndcheck_kernels.cuda.attention.splits import LOG2_E
 from ndcheck_kernels.cuda.configs import AttentionConfig, attention_config
 from ndcheck_kernels.cuda.dependent_launch import pdl
+from ndcheck_kernels.cuda.rows.quantise import Quantised, empty, quantise_rows
+from ndcheck_kernels.ops.block_fp8 import BLOCK
 
 
 def attention(
@@ -60,6 +62,24 @@ def attention(
     return _launch(q, k, v, starts, lengths, kind, config, parallel=rows <= config.max_rows)
 
 
+def quantised_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, starts: torch.Tensor,
+    lengths: torch.Tensor, scale: float,
+) -> Quantised:  # fmt: skip
+    """What `quantise_rows` makes of `attention`'s rows [B L, H DV], few of them in its launch."""
+    (batch, heads, length, dim), (kv_heads, _, dim_v) = q.shape, v.shape[1:]
+    config = attention_config(max(dim, dim_v), q.element_size(), device.capability(q.device))
+    if dim_v == BLOCK and heads // kv_heads * length <= config.max_rows:
+        codes, scales = empty(batch * length, heads * dim_v, q.device)
+        _launch(
+            q, k, v, starts, lengths, Kind(scale), config, parallel=True,
+            codes=codes.view(batch, length, heads, dim_v).transpose(1, 2), scales=scales,
+        )  # fmt: skip
+        return codes, scales
+    out = attention(q, k, v, starts=starts, lengths=lengths, scale=scale)
+    return quantise_rows(out.transpose(1, 2).reshape(batch * length, -1))
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """What a model's attention does to the scores."""
@@ -73,7 +93,7 @@ class Kind:
     bias_dtype: torch.dtype | None = None
 
 
-_BIAS = {
+_TRITON = {
     None: tl.float32,
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -84,7 +104,9 @@ _BIAS = {
 def _launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None,
     lengths: torch.Tensor | None, kind: Kind, config: AttentionConfig, *, parallel: bool,
+    codes: torch.Tensor | None = None, scales: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
+    """Into ``codes`` [B, H, L, 128], if given, and ``scales`` [B L, H], few queries only."""
     is_narrow = k.dtype == v.dtype == torch.float8_e4m3fn
     device.require_float("attention", q, *(() if is_narrow else (k, v)))
     batch, heads, q_length, dim = q.shape
@@ -96,7 +118,10 @@ def _launch(
         raise ValueError(f"attention has no head_dim {max(dim, dim_v)}, only up to 256")
     if not is_narrow and not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"attention of {q.dtype} over {k.dtype}, {v.dtype}")
-    o = torch.empty((batch, q_length, heads, dim_v), dtype=q.dtype, device=q.device).transpose(1, 2)
+    o = codes
+    if o is None:
+        o = torch.empty((batch, q_length, heads, dim_v), dtype=q.dtype, device=q.device)
+        o = o.transpose(1, 2)
     if o.numel() == 0:
         return o
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
@@ -119,7 +144,7 @@ def _launch(
     }  # fmt: skip
     scores = {
         "CAPPED": kind.softcap > 0, "DIM": dim, "D": max(16, triton.next_power_of_2(dim)),
-        "BIAS": None if kind.slopes is None else _BIAS[kind.bias_dtype],
+        "BIAS": None if kind.slopes is None else _TRITON[kind.bias_dtype],
     }  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     if not parallel:
@@ -151,9 +176,10 @@ def _launch(
         counter = device.counters(pairs, q.device)
     kept = triton.next_power_of_2(rows)
     _decode_kernel[(triton.cdiv(splits, run), kv_heads, batch)](
-        q, k, v, m, den, acc, counter, o, *given, sinks, slopes, scale, cap, window, q_length,
-        kv_length, splits, run, *strides, *o.stride()[:3], WHOLE=run >= splits,
-        ROWS=max(16, kept), KEPT=kept, BLOCK_KV=config.block_kv, num_warps=decode.warps,
+        q, k, v, m, den, acc, counter, o, o if scales is None else scales, *given, sinks, slopes,
+        scale, cap, window, q_length, kv_length, splits, run, *strides, *o.stride()[:3],
+        WHOLE=run >= splits, ROWS=max(16, kept), KEPT=kept, BLOCK_KV=config.block_kv,
+        CODES_OF=None if codes is None else _TRITON[q.dtype], num_warps=decode.warps,
         num_stages=decode.stages, **scores, **shared,
     )  # fmt: skip
     return o

@@ -17,6 +17,7 @@ from ndcheck_kernels.cuda.attention.splits import (
     start_total,
 )
 from ndcheck_kernels.cuda.dependent_launch import follow
+from ndcheck_kernels.cuda.rows.quantise import quantise_blocks
 
 
 @triton.jit
@@ -57,28 +58,34 @@ def _merge_parts(
 
 @triton.jit
 def _store_result(
-    o_ptr, den, acc, kept, first_head, q_length, stride_oh, stride_om, ROWS: tl.constexpr,
-    DIM_V: tl.constexpr, DV: tl.constexpr,
+    o_ptr, o_scale_ptr, den, acc, kept, first_head, q_length, stride_oh, stride_om, stride_sh,
+    ROWS: tl.constexpr, DIM_V: tl.constexpr, DV: tl.constexpr, CODES_OF: tl.constexpr,
 ):  # fmt: skip
+    """The result, or if CODES_OF is a dtype its codes after it was rounded to that, and scales."""
     rows = tl.arange(0, ROWS)
     offs_v = tl.arange(0, DV)
+    head, query = first_head + rows // q_length, rows % q_length
+    is_kept = (rows < kept)[:, None]
     o = acc / tl.where(den == 0.0, 1.0, den)[:, None]
-    o_ptrs = o_ptr + (first_head + rows // q_length)[:, None] * stride_oh
-    o_ptrs += (rows % q_length)[:, None] * stride_om + offs_v[None, :]
-    tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), (rows < kept)[:, None] & (offs_v < DIM_V))
+    if CODES_OF is not None:
+        o, scale = quantise_blocks(o.to(CODES_OF).to(tl.float32))
+        tl.store(o_scale_ptr + (head * stride_sh + query)[:, None], scale, is_kept)
+    o_ptrs = o_ptr + head[:, None] * stride_oh + query[:, None] * stride_om + offs_v[None, :]
+    tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), is_kept & (offs_v < DIM_V))
 
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, m_ptr, den_ptr, acc_ptr, counter_ptr, o_ptr, starts_ptr, lengths_ptr,
-    sinks_ptr, slopes_ptr, scale, cap, window, q_length, kv_length, splits, run,
+    q_ptr, k_ptr, v_ptr, m_ptr, den_ptr, acc_ptr, counter_ptr, o_ptr, o_scale_ptr, starts_ptr,
+    lengths_ptr, sinks_ptr, slopes_ptr, scale, cap, window, q_length, kv_length, splits, run,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
     WHOLE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_SINKS: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr,
     BIAS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
     DIM_V: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr,
-    BLOCK_KV: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_KV: tl.constexpr, SPLIT: tl.constexpr, SHORT: tl.constexpr, CODES_OF: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Splits in parallel: `run` of them per program, with all queries of one key head in its rows.
 
@@ -114,6 +121,8 @@ def _decode_kernel(
         k_ptr += batch * stride_kb + kv_head * stride_kh
         v_ptr += batch * stride_vb + kv_head * stride_vh
         o_ptr += batch * stride_ob
+        o_scale_ptr += batch * q_length
+        stride_sh = tl.num_programs(2) * q_length
         slopes = tl.zeros((ROWS,), dtype=tl.float32)
         if BIAS is not None:
             slopes = tl.load(slopes_ptr + head, mask_q, other=0.0)
@@ -146,8 +155,8 @@ def _decode_kernel(
         if WHOLE:
             tot_m, tot_den, tot = merge(tot_m, tot_den, tot, m, den, acc)
             _store_result(
-                o_ptr, tot_den, tot, kept, first_head, q_length, stride_oh, stride_om, ROWS, DIM_V,
-                DV,
+                o_ptr, o_scale_ptr, tot_den, tot, kept, first_head, q_length, stride_oh, stride_om,
+                stride_sh, ROWS, DIM_V, DV, CODES_OF,
             )  # fmt: skip
         else:
             _store_part(m_ptr, den_ptr, acc_ptr, part, m, den, acc, kept, ROWS, DV)
@@ -159,6 +168,6 @@ def _decode_kernel(
                     q_length, HAS_SINKS, KEPT, DV,
                 )  # fmt: skip
                 _store_result(
-                    o_ptr, all_den, all_acc, kept, first_head, q_length, stride_oh, stride_om, KEPT,
-                    DIM_V, DV,
+                    o_ptr, o_scale_ptr, all_den, all_acc, kept, first_head, q_length, stride_oh,
+                    stride_om, stride_sh, KEPT, DIM_V, DV, CODES_OF,
                 )  # fmt: skip
