@@ -252,7 +252,7 @@ class StoredLinear(torch.nn.Module):
 
         bits, stored = self.scheme.bits, dict(self.named_parameters())
         for name, shape in self._shapes.items():
-            # Before 5.20 or so transformers looks at no shape of a quantised checkpoint.
+            # transformers 5.17 looks at no shape of a quantised checkpoint.
             if stored[name].shape != shape:
                 found = tuple(stored[name].shape)
                 raise ValueError(f"{name} of {found} has another shape than {shape}")
