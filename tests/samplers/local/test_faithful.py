@@ -17,7 +17,7 @@ from ndcheck.errors import UsageError
 from ndcheck.records import AXES
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import fit_spec
-from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.local.sampler import TransformersSampler
 
 N_STEPS = 4
