@@ -140,7 +140,7 @@ class Session:
 
     def run(self, arguments: list[str], n_ranks: int) -> int | None:
         """The exit code of a module on ``n_ranks`` ranks, or None where its time was over."""
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(n_ranks)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
         command = [sys.executable, *(launcher if n_ranks > 1 else []), "-m", *arguments]
         # torchrun would set it for several ranks, and threads must not differ between sizes.
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

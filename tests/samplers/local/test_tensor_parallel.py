@@ -67,7 +67,7 @@ def environment():
 
 
 def command(n_ranks, *arguments):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(n_ranks)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
     return [sys.executable, *(launcher if n_ranks > 1 else []), *map(str, arguments)]
 
 

@@ -42,7 +42,7 @@ def compute(name, n_ranks, groups, folder):
     kind, changes = CONFIGS[name]
     kind(**SIZES | changes).save_pretrained(folder / name)
     out = folder / f"{name}-{n_ranks}-{groups}"
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(n_ranks)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
     script = [HERE / "one_rank.py", HERE.parent / "conftest.py", folder / name, str(groups), out]
     done = subprocess.run(
         [sys.executable, *(launcher if n_ranks > 1 else []), *map(str, script)],
