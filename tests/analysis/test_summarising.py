@@ -339,6 +339,7 @@ def test_a_probe_among_others_is_summarised_as_by_itself(build, runs):
         for probe in alone.probes:
             other = together[probe.arm, name]
             assert list(map(str, other.completions)) == list(map(str, probe.completions))
-            assert replace(other, completions=(), tree=None) == replace(
-                probe, completions=(), tree=None
+            assert other.metrics == probe.metrics
+            assert replace(other, completions=(), find_tree=None, measure=None) == replace(
+                probe, completions=(), find_tree=None, measure=None
             )
