@@ -355,7 +355,7 @@ class SampleColumns:
     max_abs_dlogprob: NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Summary:
     """All probes and arms of a run."""
 
@@ -365,3 +365,12 @@ class Summary:
     """Fisher's exact test, two-sided, on diverged draws: stock against invariant."""
     references: Mapping[tuple[Arm, str], int] = field(default_factory=dict)
     """The trial that gave the reference, by arm and probe id; absent where none did."""
+
+    @cached_property
+    def arms(self) -> frozenset[Arm]:
+        """Those of the probes."""
+        return frozenset(probe.arm for probe in self.probes)
+
+    @cached_property
+    def probe_ids(self) -> frozenset[str]:
+        return frozenset(probe.probe_id for probe in self.probes)

@@ -72,10 +72,10 @@ class Interner:
 
     def token_texts(self, start: int, stop: int) -> list[str]:
         """Decoded tokens at positions of ``tokens``."""
-        return [
-            self._other_texts.get(position, self._texts[token])
-            for position, token in enumerate(self._tokens[start:stop], start)
-        ]
+        texts = list(map(self._texts.__getitem__, self._tokens[start:stop]))
+        if not self._other_texts:
+            return texts
+        return [self._other_texts.get(at, text) for at, text in enumerate(texts, start)]
 
     def _append(self, sample: Sample, content: bytes, margins: NDArray[np.float32]) -> None:
         start = len(self._tokens)

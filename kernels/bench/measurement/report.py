@@ -31,7 +31,8 @@ from ndcheck.samplers.scripted.sampler import ScriptedSampler
 
 N_PROMPTS, N_SAMPLES, N_TOKENS = 10_000, 10, 16
 VOCABULARY = tuple(f" {word}" for word in ("the", "of", "größer", "\n", "“so”", "=", "1", "apples"))
-N_REPEATS = 1
+N_REPEATS = 3
+ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 Columns = tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...], tuple[str, ...]]
 
@@ -113,13 +114,10 @@ def report(folder: Path) -> tuple[float, float]:
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
-ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-
-
 def main(arguments: Sequence[str]) -> None:
     root, n_prompts = Path(arguments[0]), int(arguments[1]) if arguments[1:] else N_PROMPTS
     root.mkdir(parents=True, exist_ok=True)
-    print(f"{platform.processor()}, Python {platform.python_version()}, NumPy {np.__version__}")
+    print(f"Python {platform.python_version()}, NumPy {np.__version__}")
     for kernels in ("stock", "stock,invariant"):
         folder = root / kernels.replace(",", "-")
         if not folder.exists():
