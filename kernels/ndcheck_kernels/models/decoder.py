@@ -1,7 +1,7 @@
 """Decoder layers of the Llama shape as ten launches each, for the invariant arm on CUDA.
 
-With a mixture of experts in the MLP's place, fourteen (`mixture`); with FP8 weights in blocks one
-more, which quantises what attention gives (`projections`).
+With a mixture of experts in the MLP's place, fourteen (`mixture`). With FP8 weights in blocks they
+are nine for few rows, as what attention and the gates give is quantised where it arises.
 
 A transformers decoder layer is some sixty small kernels, most of them elementwise. Here q, k and v
 are one product, as are gate and up; norms, QK norm with rotary and cache write, and silu * up are
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ndcheck_kernels.cuda.attention.causal import attention
+from ndcheck_kernels.cuda.attention.causal import attention, quantised_attention
 from ndcheck_kernels.cuda.attention.qkv import HEAD_DIMS, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure, quiet_compiler
 from ndcheck_kernels.cuda.device import FLOATS
@@ -252,14 +252,17 @@ def _fused(
         k_weight=None if k_norm is None else here(k_norm.weight),
         eps=0.0 if q_norm is None else q_norm.variance_epsilon,
     )  # fmt: skip
-    out = attention(
-        query, keys, values, starts=spans[:, 0, 0, 0], lengths=spans[:, 0, 0, 1], scale=own.scaling
-    )
-    out = out.transpose(1, 2).reshape(batch * length, -1)
-    if spread is None:
-        residual = layer._output(out, residual)
+    seen = {"starts": spans[:, 0, 0, 0], "lengths": spans[:, 0, 0, 1], "scale": own.scaling}
+    if spread is None and layer._output.scales is not None:
+        codes = quantised_attention(query, keys, values, **seen)
+        residual = layer._output.of_codes(codes, residual.dtype, residual)
     else:
-        residual = add_over_ranks(layer._output.parts(out, spread.n_parts), residual, spread)
+        out = attention(query, keys, values, **seen)
+        out = out.transpose(1, 2).reshape(batch * length, -1)
+        if spread is None:
+            residual = layer._output(out, residual)
+        else:
+            residual = add_over_ranks(layer._output.parts(out, spread.n_parts), residual, spread)
     norm = layer.post_attention_layernorm
     if is_mixture(mlp):
         rows = rms_norm(residual, here(norm.weight), norm.variance_epsilon)
@@ -269,13 +272,7 @@ def _fused(
             residual = add_over_ranks(mixture_part(rows, mlp)[None], residual, spread)
         scope.fires.update(mixture_fires(mlp, is_part=spread is not None))
     else:
-        block = _block_width(spread, mlp.gate_proj, mlp.up_proj)
-        gate_up = layer._joined_gate_up.after_norm(residual, norm, width=block)
-        if spread is None:
-            residual = layer._down.after_gate(gate_up, residual)
-        else:
-            parts = layer._down.parts_after_gate(gate_up, spread.n_parts)
-            residual = add_over_ranks(parts, residual, spread)
+        residual = _mlp(layer, residual, norm, spread)
         scope.fires.update([layer._joined_gate_up.op, _name(layer._down, spread), "silu_mul"])
     if is_last:
         # Together: one launch, where the cache would make one a layer.
@@ -285,6 +282,18 @@ def _fused(
     if spread is not None and spread.n_ranks > 1:
         scope.fires["rank_sum"] += 2
     return residual.view(batch, length, width)
+
+
+def _mlp(layer: Any, residual: torch.Tensor, norm: Any, spread: Spread | None) -> torch.Tensor:
+    """residual [M, N], to which the gated layers of its norm are added."""
+    first, down = layer._joined_gate_up, layer._down
+    if spread is None and first.scales is not None and down.scales is not None:
+        return down.of_codes(first.gated_after_norm(residual, norm), residual.dtype, residual)
+    block = _block_width(spread, layer.mlp.gate_proj, layer.mlp.up_proj)
+    gate_up = first.after_norm(residual, norm, width=block)
+    if spread is None:
+        return down.after_gate(gate_up, residual)
+    return add_over_ranks(down.parts_after_gate(gate_up, spread.n_parts), residual, spread)
 
 
 def _block_width(spread: Spread | None, *layers: Any) -> int | None:

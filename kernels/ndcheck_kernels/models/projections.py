@@ -1,8 +1,8 @@
 """Linear layers of fused decoder layers: a weight, plain or quantised, and what goes before it.
 
 A plain product reads rows of the model's dtype. A block-FP8 one reads codes and scales, which the
-launch before it writes in the rows' place: it costs no launch after RMSNorm or a gate, and one
-after attention. One of integers reads plain rows too. All have the bits of the unfused layer's
+launch before it writes in the rows' place: RMSNorm, attention, or for few rows the product that
+gives the gates. One of integers reads plain rows too. All have the bits of the unfused layer's
 product of the same rows. On ranks the last product before a residual gives parts of sums, which
 `add_over_ranks` adds.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
+from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul, gated_block_fp8_matmul
 from ndcheck_kernels.cuda.products.matmul import matmul
 from ndcheck_kernels.cuda.products.weight_only import weight_only_matmul
 from ndcheck_kernels.cuda.rows.add_parts import add_parts
@@ -77,7 +77,7 @@ class Projection:
         """rows [M, K], addend [M, N] in the bias's place -> [M, N]."""
         if self.scales is None:
             return self._plain(rows, addend)
-        return self._of_codes(quantise_rows(rows), rows.dtype, addend)
+        return self.of_codes(quantise_rows(rows), rows.dtype, addend)
 
     def after_norm(
         self,
@@ -95,14 +95,20 @@ class Projection:
         if self.scales is None:
             return self._plain(rms_norm(rows, weight, norm.variance_epsilon), None, width)
         codes = rms_norm_quantise(rows, weight, norm.variance_epsilon)
-        return self._of_codes(codes, rows.dtype, None, following)
+        return self.of_codes(codes, rows.dtype, None, following)
+
+    def gated_after_norm(self, rows: torch.Tensor, norm: Any) -> Quantised:
+        """Codes of silu(gate) * up, of FP8 gates and values as `after_norm` would give them."""
+        assert self.scales is not None and not isinstance(self.weight, Packed)  # noqa: PT018
+        codes = rms_norm_quantise(rows, here(norm.weight), norm.variance_epsilon)
+        return gated_block_fp8_matmul(*codes, self.weight, self.scales, dtype=rows.dtype)
 
     def after_gate(self, gate_up: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
         """Of silu(gate) * up, from gate_up [M, 2 K]."""
         gate, up = gate_up.chunk(2, -1)
         if self.scales is None:
             return self._plain(silu_mul(gate, up), addend)
-        return self._of_codes(silu_mul_quantise(gate, up), gate.dtype, addend)
+        return self.of_codes(silu_mul_quantise(gate, up), gate.dtype, addend)
 
     def parts(self, rows: torch.Tensor, n_parts: int) -> torch.Tensor:
         """rows [M, K here] -> [n_parts, M, N] fp32: of K in parts, what each adds to the sum."""
@@ -127,7 +133,7 @@ class Projection:
         return out
 
     def _fp8_part(self, quantised: Quantised) -> torch.Tensor:
-        return self._of_codes(quantised, torch.float32, None)[None]
+        return self.of_codes(quantised, torch.float32, None)[None]
 
     def _plain(
         self, rows: torch.Tensor, addend: torch.Tensor | None, width: int | None = None
@@ -137,13 +143,14 @@ class Projection:
             return weight_only_matmul(rows, self.weight, added)
         return matmul(rows, self.weight.t(), added, width=width)
 
-    def _of_codes(
+    def of_codes(
         self,
         quantised: Quantised,
         dtype: torch.dtype,
         addend: torch.Tensor | None,
         following: Projection | None = None,
     ) -> torch.Tensor:
+        """Of FP8 weights: codes [M, K] and scales [M, K / 128] -> [M, N]."""
         assert self.scales is not None and not isinstance(self.weight, Packed)  # noqa: PT018
         after = None if following is None or following.scales is None else following.weight
         assert not isinstance(after, Packed)

@@ -24,6 +24,8 @@ class Fp8Config:
     """As in `MatmulConfig`: one operand has at least 64 rows, so that all tiles use wgmma."""
     parallel: bool = False
     """One program per K-group (else one program walks them in sequence)."""
+    ahead: int = 1024
+    """Columns of its weights for which a program asks L2 before it may read rows."""
 
 
 _ONE_FOR_ALL = Fp8Config(64, 64, 4, 4)

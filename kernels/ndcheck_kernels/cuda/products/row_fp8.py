@@ -70,7 +70,7 @@ def _row_fp8_kernel(
     if PDL:
         gdc_launch_dependents()
         if PREFETCH:
-            prefetch_codes(w_ptr, first_n, first_k, N, K, stride_wn, BLOCK_N)
+            prefetch_codes(w_ptr, first_n, first_k, N, K, stride_wn, BLOCK_N, PREFETCH)
         gdc_wait()
     offs_m, offs_n = offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
     acc = _sum_codes(
@@ -157,8 +157,8 @@ def _launch(
         weight, row_scales.contiguous(), scales.contiguous(), c, y, *shared, m, n, k,
         n // len(scales), weight.stride(0), *c.stride(), y.stride(0), PARTS=parts, WALK=walk,
         HAS_C=addend is not None, SWAP=config.swap, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PREFETCH=m <= MOST_PREFETCHED, num_warps=config.warps, num_stages=config.stages,
-        enable_fp_fusion=False, **pdl(y.device),
+        PREFETCH=config.ahead if m <= MOST_PREFETCHED else 0, num_warps=config.warps,
+        num_stages=config.stages, enable_fp_fusion=False, **pdl(y.device),
     )  # fmt: skip
     return y
 

@@ -60,14 +60,17 @@ def sum_groups(acc, ptrs, size, mask, group, counter_ptr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def prefetch_codes(w_ptr, first_n, first_k, N, K, stride_wn, ROWS: tl.constexpr):
-    """Ask L2 for the first 1024 columns of a tile of 1-byte weights, before they may be used.
+def prefetch_codes(
+    w_ptr, first_n, first_k, N, K, stride_wn, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Ask L2 for the first columns of a tile of 1-byte weights, before they may be used.
 
     K and the stride are multiples of 16. A hint, so it need not wait for earlier kernels.
     """
     offs_n = tl.minimum(first_n.to(tl.int64) + tl.arange(0, ROWS), N - 1)[:, None]
-    offs_k = tl.minimum(first_k + tl.arange(0, 2) * 512, K - 16)[None, :]
-    _ask_l2(w_ptr + offs_n * stride_wn + offs_k, tl.minimum(K - offs_k, 512))
+    HALF: tl.constexpr = COLUMNS // 2
+    offs_k = tl.minimum(first_k + tl.arange(0, 2) * HALF, K - 16)[None, :]
+    _ask_l2(w_ptr + offs_n * stride_wn + offs_k, tl.minimum(K - offs_k, HALF))
 
 
 @triton.jit
