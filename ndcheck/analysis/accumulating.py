@@ -297,12 +297,11 @@ class Group:
         trial = self._trial
         if trial is None or trial.trial_id != sample.trial_id:
             trial = self._trial = self._read_trial(sample)
-        witness = sample.witness
-        if witness.connection:
+        if sample.witness.connection:
             self.serving = self.serving or Serving()
             self.serving.add(sample)
-        achieved = -1 if witness.achieved_batch_size is None else witness.achieved_batch_size
-        own = index, sample.slot, achieved, sample.elapsed_s
+        achieved = sample.witness.achieved_batch_size
+        own = index, sample.slot, -1 if achieved is None else achieved, sample.elapsed_s
         is_plain = sample.fed is None and sample.drafted is None
         wide = trial.width if is_plain else _wide_columns(sample)
         if sample.error is not None or trial.is_control:
