@@ -23,7 +23,6 @@ from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.products import block_fp8, fp8_configs
 from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
 from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config
-from ndcheck_kernels.cuda.rows import quantise
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.measure.timing import copies, medians_us
 from ndcheck_kernels.ops.block_fp8 import quantise_weight
@@ -38,11 +37,6 @@ BATCHES = (1, 8, 16, 64, 256, 1024, 4096)
 SERVES = {1: 4, 128: 128, 16: 16, 32: 32, 64: 64, 256: 256, 1024: 1024, 4096: 1 << 62}
 """Numbers of rows at which schedules are tried, and up to which the fastest one serves."""
 SCHEDULES = [
-    *(
-        Fp8Config(*sizes, stages, swap=True, parallel=True, ahead=ahead)
-        for *sizes, stages in ((16, 64, 4, 4), (16, 64, 4, 6), (16, 128, 4, 3), (16, 128, 4, 5))
-        for ahead in (256, 512)
-    ),
     *(
         Fp8Config(*sizes, stages, swap=swap, parallel=parallel)
         for *sizes, swap, all_stages, can_be_parallel in (
@@ -85,9 +79,6 @@ def _compile(config: Fp8Config) -> None:
             (torch.float32, None),
         ):
             launch(addend=addend, dtype=dtype)
-        launch(addend=None, dtype=rows.dtype, following=operands[2])
-        if not config.parallel:
-            launch(addend=None, dtype=rows.dtype, gated=quantise.empty(m, 128, rows.device))
     torch.cuda.synchronize()
 
 

@@ -2,10 +2,9 @@
 
     PYTHONPATH=$PWD:$PWD/kernels python -m bench.fp8.step OUT_DIR [--seconds 100]
 
-`apart` quantises what attention and the gates give in launches of its own, `attention` what the
-gates give only, `shipped` is the step as it is; the others change a schedule of `shipped`. Writes
-`forms.csv`, all forms twice; then compares bits of all schedules and times products alone by each
-(`products.tune`) for as long as time is left.
+`apart` quantises what attention gives in a launch of its own, `shipped` is the step as it is; the
+others change a schedule of it. Writes `forms.csv`, all forms twice; then compares bits of all
+schedules and times products alone by each (`products.tune`) for as long as time is left.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,11 +25,11 @@ from bench.models.decode import step_ms
 from bench.parts import compile_each, run_parts, run_tests
 from bench.table import Table
 from ndcheck_kernels.cuda.attention.causal import attention, quantised_attention
-from ndcheck_kernels.cuda.products import block_fp8, fp8_configs
-from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul, gated_block_fp8_matmul
+from ndcheck_kernels.cuda.products import fp8_configs
+from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
 from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config
-from ndcheck_kernels.cuda.rows.quantise import Quantised, quantise_rows, silu_mul_quantise
-from ndcheck_kernels.models import decoder, projections
+from ndcheck_kernels.cuda.rows.quantise import Quantised, quantise_rows
+from ndcheck_kernels.models import decoder
 
 TESTS = ("tests/kernels/gpu/test_fp8_fused_bits.py",)
 QKV, OUT, GATE_UP, DOWN = products.SHAPES.values()
@@ -44,23 +42,7 @@ def attention_apart(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **seen: A
     return quantise_rows(out.transpose(1, 2).reshape(q.shape[0] * q.shape[2], -1))
 
 
-def gates_apart(*operands: torch.Tensor, dtype: torch.dtype) -> Quantised:
-    return silu_mul_quantise(*block_fp8_matmul(*operands, dtype=dtype).chunk(2, -1))
-
-
 ATTENTION: Change = (decoder, "quantised_attention", attention_apart)
-GATES: Change = (projections, "gated_block_fp8_matmul", gates_apart)
-
-
-def ahead(columns: int, *shapes: tuple[int, int]) -> Change:
-    """L2 is asked for so many columns of a program's weights before it may read rows."""
-    tables = {
-        shape: tuple(
-            (most, replace(config, ahead=columns)) for most, config in fp8_configs.MEASURED[shape]
-        )
-        for shape in shapes
-    }
-    return fp8_configs, "MEASURED", fp8_configs.MEASURED | tables
 
 
 def one_schedule(config: Fp8Config, *shapes: tuple[int, int]) -> Change:
@@ -68,28 +50,10 @@ def one_schedule(config: Fp8Config, *shapes: tuple[int, int]) -> Change:
     return fp8_configs, "MEASURED", fp8_configs.MEASURED | tables
 
 
-FEW: dict[str, tuple[Change, ...]] = {
-    "apart": (ATTENTION, GATES),
-    "attention": (GATES,),
-    "shipped": (),
-    **{f"down {n} ahead": (ahead(n, DOWN),) for n in (512, 256)},
-    "all 512 ahead": (ahead(512, QKV, OUT, GATE_UP, DOWN),),
-    "none ahead": ((block_fp8, "MOST_PREFETCHED", 0),),
-}
-DEEP = (Fp8Config(64, 128, 4, 8), Fp8Config(64, 64, 4, 12, swap=True), Fp8Config(64, 32, 4, 12))
-"""More of the weights on their way: of down at 128 rows, 4 stages took less time than 3."""
-MANY: dict[str, tuple[Change, ...]] = {
-    "apart": (ATTENTION, GATES),
-    "shipped": (),
-    "gates of 128 rows": ((block_fp8, "MOST_GATED", 128),),
-    "down 256 ahead": (ahead(256, DOWN),),
-    "none ahead": ((block_fp8, "MOST_PREFETCHED", 0),),
-    **{
-        f"down {c.block_m} x {c.block_n}, {c.stages} stages": (one_schedule(c, DOWN),) for c in DEEP
-    },
+FEW: dict[str, tuple[Change, ...]] = {"apart": (ATTENTION,), "shipped": ()}
+MANY = FEW | {
+    "gate_up 64 x 128, 6 stages": (one_schedule(Fp8Config(64, 128, 4, 6), GATE_UP),),
     "qkv, o, down 64 x 32": (one_schedule(Fp8Config(64, 32, 4, 8), QKV, OUT, DOWN),),
-    "qkv, o 64 x 128, 6 stages": (one_schedule(Fp8Config(64, 128, 4, 6), QKV, OUT),),
-    "qkv, o 64 x 64, 12 stages": (one_schedule(DEEP[1], QKV, OUT),),
 }
 FORMS = {1: FEW, 128: MANY, 8: FEW, 32: FEW}
 
@@ -121,10 +85,7 @@ def _compile(batch: int, name: str) -> None:
             weight = products.weights(n, k)
             codes = quantise_rows(torch.ones(batch, k, device="cuda").bfloat16())
             addend = torch.ones(batch, n, device="cuda").bfloat16() if n == k or k > n else None
-            following = weight[0] if (n, k) == QKV else None
-            block_fp8_matmul(*codes, *weight, addend, following=following)
-            if (n, k) == GATE_UP:
-                gated_block_fp8_matmul(*codes, *weight)
+            block_fp8_matmul(*codes, *weight, addend)
     torch.cuda.synchronize()
 
 

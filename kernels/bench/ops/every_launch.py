@@ -179,20 +179,6 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
                     codes, row_scales[:, 0], weight[0], scales[0], c, dtype, config
                 ),
             )
-        if not config.parallel:
-            yield (
-                f"gated block_fp8 {config}",
-                lambda config=config: block_fp8._launch(
-                    codes[:32],
-                    row_scales[:32],
-                    weight[0],
-                    scales[0],
-                    None,
-                    dtype,
-                    config,
-                    gated=quantise.empty(32, 768, codes.device),
-                ),
-            )
         yield (
             f"grouped block_fp8 {config}",
             lambda config=config: block_fp8._launch_grouped(

@@ -1,7 +1,7 @@
 """Decoder layers of the Llama shape as ten launches each, for the invariant arm on CUDA.
 
-With a mixture of experts in the MLP's place, fourteen (`mixture`). With FP8 weights in blocks they
-are nine for few rows, as what attention and the gates give is quantised where it arises.
+With a mixture of experts in the MLP's place, fourteen (`mixture`). With FP8 weights in blocks many
+rows need one more, which quantises what attention gives.
 
 A transformers decoder layer is some sixty small kernels, most of them elementwise. Here q, k and v
 are one product, as are gate and up; norms, QK norm with rotary and cache write, and silu * up are
@@ -241,8 +241,7 @@ def _fused(
     batch, length, width = hidden.shape
     residual = hidden.reshape(-1, width)
     block = _block_width(spread, own.q_proj, own.k_proj, own.v_proj)
-    # Attention reads little: the output weights arrive meanwhile.
-    x = layer._joined_qkv.after_norm(residual, layer.input_layernorm, layer._output, block)
+    x = layer._joined_qkv.after_norm(residual, layer.input_layernorm, block)
     x = x.view(batch, length, -1)
     keys, values, offset = _columns(cache, own, x)
     q_norm, k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
@@ -272,7 +271,13 @@ def _fused(
             residual = add_over_ranks(mixture_part(rows, mlp)[None], residual, spread)
         scope.fires.update(mixture_fires(mlp, is_part=spread is not None))
     else:
-        residual = _mlp(layer, residual, norm, spread)
+        block = _block_width(spread, mlp.gate_proj, mlp.up_proj)
+        gate_up = layer._joined_gate_up.after_norm(residual, norm, block)
+        if spread is None:
+            residual = layer._down.after_gate(gate_up, residual)
+        else:
+            parts = layer._down.parts_after_gate(gate_up, spread.n_parts)
+            residual = add_over_ranks(parts, residual, spread)
         scope.fires.update([layer._joined_gate_up.op, _name(layer._down, spread), "silu_mul"])
     if is_last:
         # Together: one launch, where the cache would make one a layer.
@@ -282,18 +287,6 @@ def _fused(
     if spread is not None and spread.n_ranks > 1:
         scope.fires["rank_sum"] += 2
     return residual.view(batch, length, width)
-
-
-def _mlp(layer: Any, residual: torch.Tensor, norm: Any, spread: Spread | None) -> torch.Tensor:
-    """residual [M, N], to which the gated layers of its norm are added."""
-    first, down = layer._joined_gate_up, layer._down
-    if spread is None and first.scales is not None and down.scales is not None:
-        return down.of_codes(first.gated_after_norm(residual, norm), residual.dtype, residual)
-    block = _block_width(spread, layer.mlp.gate_proj, layer.mlp.up_proj)
-    gate_up = first.after_norm(residual, norm, width=block)
-    if spread is None:
-        return down.after_gate(gate_up, residual)
-    return add_over_ranks(down.parts_after_gate(gate_up, spread.n_parts), residual, spread)
 
 
 def _block_width(spread: Spread | None, *layers: Any) -> int | None:

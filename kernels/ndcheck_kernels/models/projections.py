@@ -1,10 +1,9 @@
 """Linear layers of fused decoder layers: a weight, plain or quantised, and what goes before it.
 
 A plain product reads rows of the model's dtype. A block-FP8 one reads codes and scales, which the
-launch before it writes in the rows' place: RMSNorm, attention, or for few rows the product that
-gives the gates. One of integers reads plain rows too. All have the bits of the unfused layer's
-product of the same rows. On ranks the last product before a residual gives parts of sums, which
-`add_over_ranks` adds.
+launch before it writes in the rows' place: RMSNorm, a gate, or for few rows attention. One of
+integers reads plain rows too. All have the bits of the unfused layer's product of the same rows. On
+ranks the last product before a residual gives parts of sums, which `add_over_ranks` adds.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul, gated_block_fp8_matmul
+from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
 from ndcheck_kernels.cuda.products.matmul import matmul
 from ndcheck_kernels.cuda.products.weight_only import weight_only_matmul
 from ndcheck_kernels.cuda.rows.add_parts import add_parts
@@ -79,29 +78,16 @@ class Projection:
             return self._plain(rows, addend)
         return self.of_codes(quantise_rows(rows), rows.dtype, addend)
 
-    def after_norm(
-        self,
-        rows: torch.Tensor,
-        norm: Any,
-        following: Projection | None = None,
-        width: int | None = None,
-    ) -> torch.Tensor:
+    def after_norm(self, rows: torch.Tensor, norm: Any, width: int | None = None) -> torch.Tensor:
         """Of the rows [M, K] as transformers' RMSNorm module leaves them.
 
-        ``following`` reads its weight next, but not at once. ``width``: as `matmul` takes it, of a
-        plain weight in blocks of outputs.
+        ``width``: as `matmul` takes it, of a plain weight in blocks of outputs.
         """
         weight = here(norm.weight)
         if self.scales is None:
             return self._plain(rms_norm(rows, weight, norm.variance_epsilon), None, width)
         codes = rms_norm_quantise(rows, weight, norm.variance_epsilon)
-        return self.of_codes(codes, rows.dtype, None, following)
-
-    def gated_after_norm(self, rows: torch.Tensor, norm: Any) -> Quantised:
-        """Codes of silu(gate) * up, of FP8 gates and values as `after_norm` would give them."""
-        assert self.scales is not None and not isinstance(self.weight, Packed)  # noqa: PT018
-        codes = rms_norm_quantise(rows, here(norm.weight), norm.variance_epsilon)
-        return gated_block_fp8_matmul(*codes, self.weight, self.scales, dtype=rows.dtype)
+        return self.of_codes(codes, rows.dtype, None)
 
     def after_gate(self, gate_up: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
         """Of silu(gate) * up, from gate_up [M, 2 K]."""
@@ -144,20 +130,12 @@ class Projection:
         return matmul(rows, self.weight.t(), added, width=width)
 
     def of_codes(
-        self,
-        quantised: Quantised,
-        dtype: torch.dtype,
-        addend: torch.Tensor | None,
-        following: Projection | None = None,
+        self, quantised: Quantised, dtype: torch.dtype, addend: torch.Tensor | None
     ) -> torch.Tensor:
         """Of FP8 weights: codes [M, K] and scales [M, K / 128] -> [M, N]."""
         assert self.scales is not None and not isinstance(self.weight, Packed)  # noqa: PT018
-        after = None if following is None or following.scales is None else following.weight
-        assert not isinstance(after, Packed)
-        return block_fp8_matmul(
-            *quantised, self.weight, self.scales, self.bias if addend is None else addend,
-            dtype=dtype, following=after,
-        )  # fmt: skip
+        added = self.bias if addend is None else addend
+        return block_fp8_matmul(*quantised, self.weight, self.scales, added, dtype=dtype)
 
 
 def add_over_ranks(parts: torch.Tensor, residual: torch.Tensor, spread: Spread) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """FP8 weights in blocks of 128 x 128 times quantised rows, alone and in groups (experts).
 
-Computes: sum over blocks b of K of p[b] * (s[b] * t[b]), plus an addend, as `ops.block_fp8` says;
-    if gated, what `silu_mul_quantise` makes of the rounded sums.
+Computes: sum over blocks b of K of p[b] * (s[b] * t[b]), plus an addend, as `ops.block_fp8` says.
 Reduction order: p[b] is accumulated by the tensor cores in ascending k from zero, 32 columns an
     instruction; in a group of 1024 columns, blocks in ascending order from 0, one fused
     multiply-add each; groups in ascending order from 0; the addend last; one rounding at the end.
@@ -19,7 +18,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ndcheck_kernels.cuda import device
@@ -31,30 +29,10 @@ from ndcheck_kernels.cuda.products.fp8_configs import (
     product_config,
 )
 from ndcheck_kernels.cuda.products.grouped_matmul import _find_rows
-from ndcheck_kernels.cuda.products.tiles import (
-    accumulate,
-    offsets,
-    prefetch_codes,
-    prefetch_share,
-    sum_groups,
-    zeros,
-)
-from ndcheck_kernels.cuda.rows.quantise import (
-    Quantised,
-    empty,
-    quantise_blocks,
-    silu_mul_quantise,
-)
-from ndcheck_kernels.cuda.rows.silu_mul import silu_times
+from ndcheck_kernels.cuda.products.tiles import accumulate, offsets, sum_groups, zeros
 from ndcheck_kernels.ops.block_fp8 import BLOCK
 
 FIRST_CAPABILITY = 90
-MOST_PREFETCHED = 128
-"""Rows up to which reading the weights takes the time."""
-MOST_BYTES_AHEAD = 24 << 20
-"""Half of L2."""
-MOST_GATED = 32
-"""Rows up to which whoever comes last costs less than a launch."""
 
 
 @triton.jit
@@ -88,53 +66,25 @@ def _sum_blocks(
     return tot + acc
 
 
-@triton.jit
-def _quantise_gated(
-    y_ptr, codes_ptr, scales_ptr, first_m, block, M, HALF, stride_ym, BLOCK_M: tl.constexpr
-):
-    """As `silu_mul_quantise`: one block of a tile's rows, whose y others have written as well."""
-    offs_k = block * 128 + tl.arange(0, 128)[None, :]
-    for m in range(first_m, tl.minimum(first_m + BLOCK_M, M), 16):
-        offs_m = (m + tl.arange(0, 16)[:, None]).to(tl.int64)
-        mask, y_ptrs = offs_m < M, y_ptr + offs_m * stride_ym + offs_k
-        gate = tl.load(y_ptrs, mask, other=0.0, cache_modifier=".cg")
-        up = tl.load(y_ptrs + HALF, mask, other=0.0, cache_modifier=".cg")
-        x = silu_times(gate, up).to(gate.dtype).to(tl.float32)
-        quotients, scale = quantise_blocks(x)
-        codes = quotients.to(codes_ptr.dtype.element_ty)
-        tl.store(codes_ptr + offs_m * HALF + offs_k, codes, mask)
-        tl.store(scales_ptr + block * M + offs_m, scale, mask)
-
-
 @triton.jit(do_not_specialize=["M", "stride_sb"])
 def _block_fp8_kernel(
-    x_desc, w_desc, w_ptr, s_ptr, t_ptr, c_ptr, y_ptr, partial_ptr, counter_ptr, next_ptr,
-    codes_ptr, scales_ptr, M, N, K, next_bytes, stride_wn, stride_sb, stride_tn, stride_cm,
-    stride_cn, stride_ym, PARTS: tl.constexpr, WALK: tl.constexpr, HAS_C: tl.constexpr,
-    HAS_NEXT: tl.constexpr, GATED: tl.constexpr, SWAP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    x_desc, w_desc, s_ptr, t_ptr, c_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K,
+    stride_sb, stride_tn, stride_cm, stride_cn, stride_ym, PARTS: tl.constexpr, WALK: tl.constexpr,
+    HAS_C: tl.constexpr, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """PARTS: programs of a tile, each with a K-group, or one that may WALK over several.
-
-    GATED: the last of the tiles with a block's gates and values quantises it; PARTS is then 1.
-    """
+    """PARTS: programs of a tile, each with a K-group, or one that may WALK over several."""
+    follow(PDL)
     tile, group = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     num_m = tl.cdiv(M, BLOCK_M)
     first_m, first_n = (tile % num_m) * BLOCK_M, (tile // num_m) * BLOCK_N
     first_k = group * 1024
     last_k = tl.minimum(K, first_k + 1024) if PARTS > 1 else K
-    if PDL:
-        gdc_launch_dependents()
-        if PREFETCH:
-            prefetch_codes(w_ptr, first_n, first_k, N, K, stride_wn, BLOCK_N, PREFETCH)
-        gdc_wait()
     offs_m, offs_n = offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
     acc = _sum_blocks(
         x_desc, w_desc, s_ptr + offs_m, t_ptr + (first_n // 128).to(tl.int64) * stride_tn, first_m,
         first_n, first_k, last_k, offs_m < M, stride_sb, WALK, BLOCK_M, BLOCK_N, SWAP,
     )  # fmt: skip
-    if HAS_NEXT & PDL:
-        prefetch_share(next_ptr, next_bytes)
     mask = (offs_m < M) & (offs_n < N)
     last = True
     if PARTS > 1:
@@ -147,15 +97,6 @@ def _block_fp8_kernel(
             c = tl.load(c_ptr + offs_m * stride_cm + offs_n * stride_cn, mask, other=0.0)
             acc += c.to(tl.float32)
         tl.store(y_ptr + offs_m * stride_ym + offs_n, acc.to(y_ptr.dtype.element_ty), mask)
-    if GATED:
-        tl.debug_barrier()
-        block, count_ptr = first_n % (N // 2) // 128, counter_ptr + (tile % num_m) * (N // 256)
-        before = tl.atomic_add(count_ptr + block, 1, sem="acq_rel")
-        if before == 256 // BLOCK_N - 1:
-            _quantise_gated(
-                y_ptr, codes_ptr, scales_ptr, first_m, block, M, N // 2, stride_ym, BLOCK_M
-            )
-            tl.store(count_ptr + block, 0)
 
 
 @triton.jit(do_not_specialize=["M", "stride_sb"])
@@ -192,41 +133,18 @@ def _grouped_block_fp8_kernel(
 def block_fp8_matmul(
     codes: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor,
     addend: torch.Tensor | None = None, *, dtype: torch.dtype = torch.bfloat16,
-    following: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """codes [M, K], row_scales [M, K / 128] of stride (1, any), weight [N, K], scales
     [N / 128, K / 128], addend [N] or [M, N] -> [M, N].
-
-    L2 is asked for ``following``, a weight that is read soon, after kernels that read little.
     """
     capability = device.capability(codes.device)
     config = product_config(len(codes), len(weight), weight.shape[1], capability)
-    return _launch(codes, row_scales, weight, scales, addend, dtype, config, following)
-
-
-def gated_block_fp8_matmul(
-    codes: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, *,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Quantised:  # fmt: skip
-    """`silu_mul_quantise` of `block_fp8_matmul`, gates first; of few rows in the product's launch.
-
-    What of the gates and values is rounded to ``dtype`` is so in either way.
-    """
-    (m, k), n = codes.shape, len(weight)
-    config = product_config(m, n, k, device.capability(codes.device))
-    operands = (codes, row_scales, weight, scales)
-    is_whole = k_groups(k) == 1 or not config.parallel
-    if 0 < m <= MOST_GATED and n % (2 * BLOCK) == 0 and is_whole:
-        gated = empty(m, n // 2, codes.device)
-        _launch(*operands, None, dtype, config, gated=gated)
-        return gated
-    return silu_mul_quantise(*_launch(*operands, None, dtype, config).chunk(2, -1))
+    return _launch(codes, row_scales, weight, scales, addend, dtype, config)
 
 
 def _launch(
     codes: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor,
     addend: torch.Tensor | None, dtype: torch.dtype, config: Fp8Config,
-    following: torch.Tensor | None = None, gated: Quantised | None = None,
 ) -> torch.Tensor:  # fmt: skip
     (m, k), n = codes.shape, weight.shape[0]
     _require(codes, row_scales, weight, scales)
@@ -236,20 +154,12 @@ def _launch(
     c = y if addend is None else addend.expand(m, n)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     parts, walk, *shared = split(config, k, y, tiles)
-    if gated is not None:
-        n_blocks = triton.cdiv(m, config.block_m) * (n // (2 * BLOCK))
-        shared = [y, device.counters(n_blocks, y.device)]
-    is_asked_for = following is not None and m <= MOST_PREFETCHED and following.is_contiguous()
-    after = following if following is not None and is_asked_for else weight
     _block_fp8_kernel[(tiles * parts,)](
         TensorDescriptor.from_tensor(codes, [config.block_m, BLOCK]),
         TensorDescriptor.from_tensor(weight, [config.block_n, BLOCK]),
-        weight, row_scales, scales, c, y, *shared, after, *(gated or (y, y)), m, n, k,
-        min(after.nbytes, MOST_BYTES_AHEAD), weight.stride(0), row_scales.stride(1),
-        scales.stride(0), *c.stride(), y.stride(0), PARTS=parts, WALK=walk,
-        HAS_C=addend is not None, HAS_NEXT=is_asked_for, GATED=gated is not None,
-        SWAP=config.swap, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PREFETCH=config.ahead if m <= MOST_PREFETCHED else 0, num_warps=config.warps,
+        row_scales, scales, c, y, *shared, m, n, k, row_scales.stride(1), scales.stride(0),
+        *c.stride(), y.stride(0), PARTS=parts, WALK=walk, HAS_C=addend is not None,
+        SWAP=config.swap, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps,
         num_stages=config.stages, enable_fp_fusion=False, **pdl(y.device),
     )  # fmt: skip
     return y

@@ -24,8 +24,6 @@ class Fp8Config:
     """As in `MatmulConfig`: one operand has at least 64 rows, so that all tiles use wgmma."""
     parallel: bool = False
     """One program per K-group (else one program walks them in sequence)."""
-    ahead: int = 1024
-    """Columns of its weights for which a program asks L2 before it may read rows."""
 
 
 _ONE_FOR_ALL = Fp8Config(64, 64, 4, 4)
@@ -47,14 +45,14 @@ MEASURED: dict[tuple[int, int], _Table] = {
         (16, Fp8Config(16, 64, 4, 6, swap=True)),
         (32, Fp8Config(32, 64, 4, 6, swap=True, parallel=True)),
         (64, Fp8Config(64, 64, 4, 4, swap=True, parallel=True)),
-        (128, Fp8Config(64, 64, 4, 6, swap=True)),
+        (128, Fp8Config(64, 128, 4, 6)),
         (_ANY, Fp8Config(64, 128, 4, 3)),
     ),
     (4096, 4096): (
         (16, Fp8Config(16, 128, 4, 5, swap=True, parallel=True)),
         (32, Fp8Config(32, 64, 4, 4, swap=True, parallel=True)),
         (64, Fp8Config(64, 64, 4, 6, swap=True, parallel=True)),
-        (128, Fp8Config(64, 128, 4, 4, parallel=True)),
+        (128, Fp8Config(64, 128, 4, 6)),
         (256, Fp8Config(64, 128, 4, 4)),
         (_ANY, Fp8Config(64, 128, 4, 3)),
     ),
@@ -70,6 +68,7 @@ MEASURED: dict[tuple[int, int], _Table] = {
         (16, Fp8Config(16, 64, 4, 4, swap=True, parallel=True)),
         (32, Fp8Config(32, 64, 4, 4, swap=True, parallel=True)),
         (64, Fp8Config(64, 64, 4, 4, swap=True, parallel=True)),
+        (128, Fp8Config(64, 128, 4, 8)),
         (256, Fp8Config(64, 128, 4, 4)),
         (_ANY, Fp8Config(64, 128, 4, 3)),
     ),

@@ -85,43 +85,6 @@ def test_products_in_groups_are_those_of_each_group(config, dtype, device):
         assert torch.equal(bits(got[part]), bits(alone))
 
 
-@pytest.mark.parametrize("block_n", [64, 128])
-@pytest.mark.parametrize("m", [1, 16, 35])
-def test_gates_are_quantised_by_the_last_of_their_tiles(m, block_n, dtype, device, monkeypatch):
-    """In the product's launch or in one of its own: the same bits."""
-    weight, scales = weights(512, 256, device=device)
-    operands = (*quantise.quantise_rows(torch.randn(m, 256).to(dtype).to(device)), weight, scales)
-    config = fp8_configs.Fp8Config(16, block_n, 4, 3, swap=True)
-    monkeypatch.setattr(kernels, "product_config", lambda *_: config)
-    apart = quantise.silu_mul_quantise(
-        *kernels._launch(*operands, None, dtype, config).chunk(2, -1)
-    )
-    launched, launch = [], kernels._launch
-    monkeypatch.setattr(kernels, "_launch", lambda *a, **k: launched.append(k) or launch(*a, **k))
-    monkeypatch.setattr(kernels, "MOST_GATED", 64)
-    for _ in range(2):  # The second one finds the counters as the first one left them.
-        codes, row_scales = kernels.gated_block_fp8_matmul(*operands, dtype=dtype)
-        assert torch.equal(bits(codes), bits(apart[0]))
-        assert torch.equal(row_scales, apart[1])
-    assert all("gated" in each for each in launched)
-    swapped = operands[0], operands[1], weight.roll(256, 0).contiguous(), scales.roll(2, 0)
-    other, _ = kernels.gated_block_fp8_matmul(*swapped, dtype=dtype)
-    assert not torch.equal(bits(other), bits(codes))
-
-
-def test_many_rows_are_quantised_in_a_launch_of_their_own(dtype, device):
-    weight, scales = weights(256, 128, device=device)
-    rows = torch.randn(kernels.MOST_GATED + 1, 128).to(dtype).to(device)
-    codes, row_scales = kernels.gated_block_fp8_matmul(
-        *quantise.quantise_rows(rows), weight, scales, dtype=dtype
-    )
-    few = kernels.gated_block_fp8_matmul(
-        *quantise.quantise_rows(rows[:3]), weight, scales, dtype=dtype
-    )
-    assert torch.equal(bits(codes[:3]), bits(few[0]))
-    assert torch.equal(row_scales[:3], few[1])
-
-
 def test_a_row_has_its_bits_in_any_company(device, batch_sizes, assert_batch_invariant):
     weight, scales = weights(160, 384, device=device)
     rows = torch.randn(max(batch_sizes) + 1, 384, dtype=torch.float16, device=device)
