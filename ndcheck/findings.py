@@ -74,6 +74,10 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
+            if not gc.get_freeze_count():
+                # Counted as old, they are not all searched as soon as searching goes on.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

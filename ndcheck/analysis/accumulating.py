@@ -1,15 +1,15 @@
 """One pass over a stream of samples: a row of numbers for each, and a group for each probe and arm.
 
 The rows (about 100 bytes each), the distinct completions and what the probe gave alone are all that
-is kept. The reference is the commonest completion of the probe alone, which is known at the end: if
-it is not the first, whose bits the others were compared with, the stream is read once more.
+is kept. The reference is the commonest completion of the probe alone, which is known at the end: of
+probes where it is not the first, whose bits the others were compared with, all is read once more.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple, get_args
 
@@ -20,27 +20,29 @@ from ndcheck.analysis.divergence import (
     Reference,
     Stream,
     first_divergence,
+    is_caught,
     latent_divergence,
     read_stream,
 )
-from ndcheck.analysis.metrics import LogprobSums
+from ndcheck.analysis.metrics import Deviation, LogprobSums
 from ndcheck.analysis.serving import Serving
+from ndcheck.analysis.statistics import is_settled
 from ndcheck.analysis.unique import Interner
-from ndcheck.records import Arm, Axis, CacheState, Fault, Purpose, RunSpec, Sample
+from ndcheck.records import ALONE, Arm, Axis, CacheState, Purpose, RunSpec, Sample
 
-CONTENTS_KEPT = 16
+CONTENTS_KEPT = 64
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 OUTCOME = np.dtype(
     [
         ("index", np.int64),  # place in the stream
+        ("slot", np.int32),
+        ("achieved", np.int32),  # batch size that ran; -1: unknown
+        ("elapsed_s", np.float64),  # of the trial
         ("group", np.int32),
         ("trial", np.int64),
         ("baseline", np.int64),  # -1: none
         ("purpose", np.int8),  # index in PURPOSES
-        ("slot", np.int32),
-        ("achieved", np.int32),  # batch size that ran; -1: unknown
-        ("elapsed_s", np.float64),  # of the trial
         ("batch_size", np.int32),
         ("kind", np.int32),  # number of its LoadKind in the group
         ("load", np.int64),  # equal for equal loads
@@ -87,59 +89,90 @@ def collect(samples: Iterable[Sample], spec: RunSpec) -> tuple[NDArray[np.void],
     """
     if isinstance(samples, Iterator):
         samples = list(samples)
-    rows, groups = _collect(samples, spec, {})
+    groups, contents = Groups(), Contents()
+    for probe in spec.probes:
+        for arm in spec.arms:
+            groups[arm, probe.probe_id] = Group(len(groups), contents)
+    rows = _collect(_all(samples, groups, contents), groups.values())
     completions = rows["completion"][np.argsort(rows["group"], kind="stable")]
     ends = np.cumsum(np.bincount(rows["group"], minlength=len(groups)))
-    commonest = {
-        key: group.commonest_alone(own)
-        for (key, group), own in zip(groups.items(), np.split(completions, ends[:-1]), strict=True)
-    }
-    chosen = {key: sample for key, sample in commonest.items() if sample is not None}
-    if any(not groups[key].starts_from(sample) for key, sample in chosen.items()):
-        rows, groups = _collect(samples, spec, chosen)
+    again, contents = Groups(), Contents()
+    for (key, group), own in zip(groups.items(), np.split(completions, ends[:-1]), strict=True):
+        commonest = group.commonest_alone(own)
+        if commonest is not None and not group.starts_from(commonest):
+            again[key] = Group(group.number, contents)
+            again[key].set_reference(commonest)
+    if again:
+        stays = ~np.isin(rows["group"], [group.number for group in again.values()])
+        rows = np.concatenate((rows[stays], _collect(_those_of(samples, again), again.values())))
+        groups |= again
     order = np.lexsort((rows["slot"], rows["trial"], rows["completion"] < 0, rows["group"]))
     return rows[order], groups
 
 
-def _collect(
-    samples: Iterable[Sample], spec: RunSpec, references: Mapping[tuple[Arm, str], Sample]
-) -> tuple[NDArray[np.void], Groups]:
-    """One pass, in the order of the stream; without a reference given, the first alone is it."""
-    groups: Groups = {}
-    for probe in spec.probes:
-        for arm in spec.arms:
-            groups[arm, probe.probe_id] = Group(len(groups))
-    for key, sample in references.items():
-        groups.setdefault(key, Group(len(groups))).set_reference(sample)
-    # Log-probabilities of minus infinity are legal; their differences are NaN.
-    with np.errstate(invalid="ignore", over="ignore"):
-        return np.fromiter(_read(samples, groups), OUTCOME), groups
+Numbered = Iterator[tuple[int, "Group", Sample]]
+"""A sample's place in the stream, its group, and the sample."""
 
 
-def _read(samples: Iterable[Sample], groups: Groups) -> Iterator[tuple[Any, ...]]:
+def _all(samples: Iterable[Sample], groups: Groups, contents: Contents) -> Numbered:
+    """The groups that are not there yet are added."""
     for index, sample in enumerate(samples):
         key = sample.arm, sample.probe_id
-        group = groups.get(key) or groups.setdefault(key, Group(len(groups)))
-        yield from group.read(index, sample)
-    for group in groups.values():
+        yield index, groups.get(key) or groups.setdefault(key, Group(len(groups), contents)), sample
+
+
+def _those_of(samples: Iterable[Sample], groups: Groups) -> Numbered:
+    for index, sample in enumerate(samples):
+        group = groups.get((sample.arm, sample.probe_id))
+        if group is not None:
+            yield index, group, sample
+
+
+# Log-probabilities of minus infinity are legal; their differences are NaN.
+@np.errstate(invalid="ignore", over="ignore")
+def _collect(samples: Numbered, groups: Iterable[Group]) -> NDArray[np.void]:
+    """One pass; where no reference is set, the first sample alone is it."""
+    return np.fromiter(_read(samples, groups), OUTCOME)
+
+
+def _read(samples: Numbered, groups: Iterable[Group]) -> Iterator[tuple[Any, ...]]:
+    for index, group, sample in samples:
+        if group.reference is None:
+            yield from group.read_first(index, sample)
+        else:
+            yield group.read(index, sample)
+    for group in groups:
         yield from group.read_waiting()
+
+
+class _Trial(NamedTuple):
+    """What the samples of a trial have in common; ``columns`` are group to load of OUTCOME."""
+
+    trial_id: int
+    is_control: bool
+    is_alone: bool
+    columns: tuple[int, ...]
+    width: tuple[int, ...]
+    """The columns from ``width`` on of a sample that was neither fed nor drafted."""
 
 
 class _Content(NamedTuple):
     """What the tokens and bits of a sample are in its group.
 
-    ``parts`` are kept so that their identities are not given to others. ``n_shared`` tokens are
-    the reference's; ``latent`` is as in OUTCOME, of other samples than the reference;
-    ``are_equal``: all log-probabilities are the reference's.
+    ``parts`` are kept so that their identities are not given to others. ``latent`` is as in
+    OUTCOME, of other samples than the reference.
     """
 
     parts: tuple[tuple[Any, ...], ...]
     stream: Stream
     number: int
     bits: tuple[int, int]
-    n_shared: int
     latent: int
-    are_equal: bool
+    deviation: Deviation | None
+
+
+Contents = dict[tuple[int, ...], _Content]
+"""Of the samples read last, by the number of their group and the identity of what they hold."""
 
 
 class Group:
@@ -148,14 +181,15 @@ class Group:
     The probe alone comes first in a run; samples before it wait, so that any order gives the same.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, contents: Contents) -> None:
         self.number = number
+        self._contents = contents
         self.interner = Interner()
         self.first_divergences = array("i")
         """From the reference, by completion in order of arrival; -1: none."""
         self.reference: Reference | None = None
         self.logprob_sums: LogprobSums | None = None
-        self._controls: dict[int, list[tuple[Sample, Stream]]] = {}
+        self._controls: defaultdict[int, list[tuple[Sample, Stream]]] = defaultdict(list)
         """By trial: judged at the end, when what they are compared with is there."""
         self._wide_streams: dict[int, Stream] = {}
         """By trial, of loads alone that are no plain decoding: what their controls compare with."""
@@ -167,25 +201,21 @@ class Group:
         self.serving: Serving | None = None
         """Of the answers of a server, and where requests arrive at random."""
         self._waiting: list[tuple[int, Sample]] = []
-        self._contents: dict[tuple[int, ...], _Content] = {}
-        """Of a few samples, by the identity of what they hold."""
-        self._trial: int | None = None
-        self._load_columns: tuple[int, ...] = ()
+        self._trial: _Trial | None = None
 
-    def read(self, index: int, sample: Sample) -> Iterator[tuple[Any, ...]]:
+    def read_first(self, index: int, sample: Sample) -> Iterator[tuple[Any, ...]]:
         """OUTCOME rows of this sample and of those that waited for it; none if it has to wait."""
-        if self.reference is None and sample.is_reference:
-            self.set_reference(sample)
-            yield from self.read_waiting()
-        if self.reference is None:
+        if not sample.is_reference:
             self._waiting.append((index, sample))
-        else:
-            yield self._outcome(index, sample)
+            return
+        self.set_reference(sample)
+        yield from self.read_waiting()
+        yield self.read(index, sample)
 
     def read_waiting(self) -> Iterator[tuple[Any, ...]]:
         waiting, self._waiting = self._waiting, []
         for index, sample in waiting:
-            yield self._outcome(index, sample)
+            yield self.read(index, sample)
 
     def set_reference(self, sample: Sample) -> None:
         """Compare all that follow with this one; only before any other is read."""
@@ -262,84 +292,81 @@ class Group:
             self.first_divergences.append(-1 if at is None else at)
         return number
 
-    def _outcome(self, index: int, sample: Sample) -> tuple[Any, ...]:
-        if sample.trial_id != self._trial:
-            self._trial = sample.trial_id
-            self._load_columns = self._read_load(sample)
+    def read(self, index: int, sample: Sample) -> tuple[Any, ...]:
+        """The sample's OUTCOME row."""
+        trial = self._trial
+        if trial is None or trial.trial_id != sample.trial_id:
+            trial = self._trial = self._read_trial(sample)
         if sample.witness.connection:
             self.serving = self.serving or Serving()
             self.serving.add(sample)
         achieved = sample.witness.achieved_batch_size
-        origin = (
-            index,
-            self.number,
-            sample.trial_id,
-            -1 if sample.baseline is None else sample.baseline,
-            PURPOSES.index(sample.purpose),
-            sample.slot,
-            -1 if achieved is None else achieved,
-            sample.elapsed_s,
-            *self._load_columns,
-        )
-        fed = _wide_columns(sample)
-        if sample.error is not None:
-            return (*origin, -1, -1, np.nan, 0, 0, *fed)
-        if sample.role == "control":
-            self._controls.setdefault(sample.trial_id, []).append((sample, read_stream(sample)))
-            return (*origin, -1, -1, np.nan, 0, 0, *fed)
+        own = index, sample.slot, -1 if achieved is None else achieved, sample.elapsed_s
+        is_plain = sample.fed is None and sample.drafted is None
+        wide = trial.width if is_plain else _wide_columns(sample)
+        if sample.error is not None or trial.is_control:
+            if sample.error is None:
+                self._controls[sample.trial_id].append((sample, read_stream(sample)))
+            return (*own, *trial.columns, -1, -1, np.nan, 0, 0, *wide)
         content = self._read_content(sample)
         if not sample.load.is_decoded and sample.load.batch_size == 1:
             self._wide_streams.setdefault(sample.trial_id, content.stream)
-        number, bits = content.number, content.bits
-        if sample.is_reference:
-            self._alone[number, *bits] += 1
-            self._alone_trials.add(sample.trial_id)
-            first = self._alone_samples.setdefault((number, *bits), sample)
-            if sample.trial_id < first.trial_id:
-                self._alone_samples[number, *bits] = sample
-        return (*origin, number, *self._compare(sample, content), *bits, *fed)
+        if trial.is_alone:
+            self._count_alone(sample, (content.number, *content.bits))
+        latent, dlogprob, sums = -1, np.nan, self.logprob_sums
+        is_other = self.reference is None or self.reference.trial_id != sample.trial_id
+        if is_other and sums is not None and content.deviation is not None:
+            latent, dlogprob = content.latent, sums.add(content.deviation)
+        return (*own, *trial.columns, content.number, latent, dlogprob, *content.bits, *wide)
 
-    def _read_load(self, sample: Sample) -> tuple[int, int, int]:
-        """The columns ``batch_size``, ``kind`` and ``load``."""
-        load = sample.load
+    def _count_alone(self, sample: Sample, kind: tuple[int, int, int]) -> None:
+        self._alone[kind] += 1
+        self._alone_trials.add(sample.trial_id)
+        first = self._alone_samples.setdefault(kind, sample)
+        if sample.trial_id < first.trial_id:
+            self._alone_samples[kind] = sample
+
+    def _read_trial(self, sample: Sample) -> _Trial:
+        load, purpose = sample.load, sample.purpose
         slot = load.slots[0] if len(load.slots) == 1 else None
         kind = LoadKind(
-            *(sample.purpose, load.batch_size, slot, load.cache_state),
+            *(purpose, load.batch_size, slot, load.cache_state),
             *(load.width, load.scores, load.drafts),
         )
-        return load.batch_size, self.kinds.setdefault(kind, len(self.kinds)), hash(load)
+        columns = (
+            self.number,
+            sample.trial_id,
+            -1 if sample.baseline is None else sample.baseline,
+            PURPOSES.index(purpose),
+            load.batch_size,
+            self.kinds.setdefault(kind, len(self.kinds)),
+            hash(load),
+        )
+        is_control = purpose == "control"
+        is_alone = not is_control and load == ALONE
+        return _Trial(sample.trial_id, is_control, is_alone, columns, (load.width, *[0] * 8))
 
     def _read_content(self, sample: Sample) -> _Content:
         """Samples that a reader found alike hold the same objects: they are looked at once."""
         parts = (sample.token_ids, sample.logprobs, sample.margins, sample.row_digests)
-        key = tuple(map(id, parts))
+        key = (self.number, *map(id, parts))
         content = self._contents.get(key)
         if content is None:
             stream = read_stream(sample)
             number = self._intern(sample, stream)
             at = self.first_divergences[number]
             n_shared = at if at >= 0 else len(stream.token_ids)
-            latent = None
-            if self.reference is not None:
+            latent = deviation = None
+            if self.reference is not None and self.logprob_sums is not None:
                 latent = latent_divergence(self.reference.stream, stream, n_shared)
+                deviation = self.logprob_sums.compare(stream.logprobs, n_shared)
             bits = _fingerprint(stream.logprobs), _fingerprint(stream.row_digests)
             latent_at = -1 if latent is None else latent
-            are_equal = self.logprob_sums is not None and self.logprob_sums.equals(stream.logprobs)
-            content = _Content(parts, stream, number, bits, n_shared, latent_at, are_equal)
+            content = _Content(parts, stream, number, bits, latent_at, deviation)
             if len(self._contents) == CONTENTS_KEPT:
                 self._contents.clear()
             self._contents[key] = content
         return content
-
-    def _compare(self, sample: Sample, content: _Content) -> tuple[int, float]:
-        """The columns ``latent`` and ``dlogprob``."""
-        if self.reference is None or self.logprob_sums is None:
-            return -1, np.nan
-        if sample.trial_id == self.reference.trial_id:
-            return -1, np.nan
-        return content.latent, self.logprob_sums.add(
-            content.stream.logprobs, content.n_shared, are_equal=content.are_equal
-        )
 
     def _catches(self, sample: Sample, stream: Stream) -> bool:
         """Without a fault, or without what it is compared with, nothing shows."""
@@ -366,26 +393,6 @@ def _wide_columns(sample: Sample) -> tuple[int, ...]:
         return width, 0, 0, 0, 0, 0, *counts
     digests = (int(digest or "0", 16) for digest in (fed.digest, fed.decoded_digest))
     return width, fed.n_tokens, fed.n_other_bits, fed.n_other_tokens, *digests, *counts
-
-
-def is_settled(most: Any, next_most: Any, total: Any) -> Any:
-    """Is the commonest of several completions, by its counts, more than chance?
-
-    A sign test at two standard deviations of the most frequent one against the next; arrays too.
-    """
-    return (next_most == 0) | ((most - next_most) ** 2 >= 4 * total)
-
-
-def is_caught(fault: Fault, baseline: Stream, stream: Stream) -> bool:
-    """Does the planted fault show exactly where it was planted, and nothing before it?"""
-    if first_divergence(baseline.token_ids, stream.token_ids) != fault.fork_at:
-        return False
-    has_bits = (len(baseline.logprobs) and len(stream.logprobs)) or (
-        len(baseline.row_digests) and len(stream.row_digests)
-    )
-    latent = latent_divergence(baseline, stream, fault.fork_at)
-    expected = fault.latent_at if fault.latent_at < fault.fork_at else None
-    return latent == expected if has_bits else True
 
 
 def _fingerprint(bits: NDArray[Any]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ndcheck.records import Sample
+from ndcheck.records import Fault, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,19 @@ def latent_divergence(a: Stream, b: Stream, n_shared: int) -> int | None:
         (a.row_digests, b.row_digests),
     ):
         n = min(first, len(bits_a), len(bits_b))
-        at = first_divergence(bits_a[:n], bits_b[:n])
-        first = first if at is None else at
+        if bits_a[:n].tobytes() != bits_b[:n].tobytes():
+            at = first_divergence(bits_a[:n], bits_b[:n])
+            first = first if at is None else at
     return first if first < n_shared else None
+
+
+def is_caught(fault: Fault, baseline: Stream, stream: Stream) -> bool:
+    """Does the planted fault show exactly where it was planted, and nothing before it?"""
+    if first_divergence(baseline.token_ids, stream.token_ids) != fault.fork_at:
+        return False
+    has_bits = (len(baseline.logprobs) and len(stream.logprobs)) or (
+        len(baseline.row_digests) and len(stream.row_digests)
+    )
+    latent = latent_divergence(baseline, stream, fault.fork_at)
+    expected = fault.latent_at if fault.latent_at < fault.fork_at else None
+    return latent == expected if has_bits else True

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from statistics import median
 from typing import Any, get_args
 
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from ndcheck.analysis.accumulating import PURPOSES, LoadKind
 from ndcheck.analysis.answers import Answers
 from ndcheck.analysis.summary import LoadFinding
-from ndcheck.analysis.trials import Trials, number_distinct
+from ndcheck.analysis.trials import Trials, number_distinct, sum_parts
 from ndcheck.records import CacheState
 
 CACHE_STATES: tuple[CacheState, ...] = get_args(CacheState)
@@ -44,6 +46,7 @@ def find_loads(
     ]
 
 
+@lru_cache(1024)
 def _place(kind: LoadKind) -> tuple[int, ...]:
     slot = -1 if kind.slot is None else kind.slot
     state = CACHE_STATES.index(kind.cache_state)
@@ -122,7 +125,8 @@ def _tabulate(
     shows_bits = (trials.rows["latent"] >= 0) & trials.latent[trials.of_row]
     is_witnessed = trials.rows["achieved"] >= 0
     in_order = np.argsort(of_trial, kind="stable")
-    ends = np.searchsorted(of_trial[in_order], np.arange(1, n_kinds))
+    ends = np.searchsorted(of_trial[in_order], np.arange(n_kinds + 1)).tolist()
+    ids = trials.ids[in_order].tolist()
     rows: Sequence[NDArray[np.void]] = ()
     if with_rows:
         rows_in_order = np.argsort(of_row, kind="stable")
@@ -135,10 +139,8 @@ def _tabulate(
         latent=np.bincount(of_trial[trials.latent], minlength=n_kinds).tolist(),
         first_latent=least(trials.rows["latent"][shows_bits], of_row[shows_bits]),
         achieved_min=least(trials.rows["achieved"][is_witnessed], of_row[is_witnessed]),
-        elapsed_s=[
-            float(each.sum()) for each in np.split(trials.elapsed_s[in_order], ends)[:n_kinds]
-        ],
-        trial_ids=[each.tolist() for each in np.split(trials.ids[in_order], ends)[:n_kinds]],
+        elapsed_s=sum_parts(trials.elapsed_s[in_order], of_trial[in_order], n_kinds),
+        trial_ids=[ids[start:end] for start, end in pairwise(ends)],
         failed=_by_kind(number(errors), errors["trial"]),
         divergences=_by_kind(of_trial[trials.diverged], trials.divergence[trials.diverged]),
         n_samples=np.bincount(of_row, minlength=n_kinds).tolist(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,44 +12,54 @@ from ndcheck.analysis.summary import Metrics
 from ndcheck.analysis.unique import Completions
 
 
+class Deviation(NamedTuple):
+    """How log-probabilities deviate from the reference's over ``n_tokens`` shared ones.
+
+    ``largest`` is the largest absolute difference, NaN without a shared token. ``terms`` have shape
+    [4, n_tokens], as `LogprobSums` adds them up; None where nothing deviates.
+    """
+
+    n_tokens: int
+    largest: float
+    terms: NDArray[np.float64] | None
+
+
 class LogprobSums:
     """Running sums over the tokens that samples share with the reference, itself left out."""
 
     def __init__(self, reference: NDArray[np.float32]) -> None:
         """``reference`` holds the log-probabilities of its chosen tokens, shape [T], in nats."""
         self._reference = reference.astype(np.float64)
+        self._bits = reference.tobytes() if np.isfinite(reference).all() else None
         # By position, over samples. Deviations from the reference give equal samples exactly no
         # spread; rho is the sample's probability over the reference's.
-        self._log_rho, self._k3, self._rho_minus_1, self._squares = np.zeros((4, len(reference)))
+        self._sums = np.zeros((4, len(reference)))
+        self._log_rho, self._k3, self._rho_minus_1, self._squares = self._sums
         self._n_tokens = self._n_samples = 0
 
-    def equals(self, logprobs: NDArray[np.float32]) -> bool:
-        """Are they the reference's, all of them finite?"""
-        return bool(np.isfinite(logprobs).all()) and np.array_equal(logprobs, self._reference)
-
-    def add(
-        self, logprobs: NDArray[np.float32], n_shared: int, *, are_equal: bool = False
-    ) -> float:
-        """Count one sample; returns its largest absolute difference, NaN without a shared token.
-
-        ``are_equal`` is what `equals` says of it, which spares the looking.
-        """
+    def compare(self, logprobs: NDArray[np.float32], n_shared: int) -> Deviation:
+        """What `add` counts of each sample with these ``logprobs``."""
         n = min(n_shared, len(logprobs), len(self._reference))
         if not n:
-            return np.nan
-        self._n_tokens += n
-        self._n_samples += 1
-        if are_equal:
-            return 0.0
+            return Deviation(0, np.nan, None)
+        if logprobs.tobytes() == self._bits:
+            return Deviation(n, 0.0, None)
         log_rho = logprobs[:n] - self._reference[:n]
         largest = float(np.abs(log_rho).max())
-        if largest:
-            rho_minus_1 = np.expm1(log_rho)
-            self._log_rho[:n] += log_rho
-            self._k3[:n] += rho_minus_1 - log_rho
-            self._rho_minus_1[:n] += rho_minus_1
-            self._squares[:n] += rho_minus_1 * rho_minus_1
-        return largest
+        if not largest:
+            return Deviation(n, largest, None)
+        rho_minus_1 = np.expm1(log_rho)
+        terms = np.stack((log_rho, rho_minus_1 - log_rho, rho_minus_1, rho_minus_1 * rho_minus_1))
+        return Deviation(n, largest, terms)
+
+    def add(self, deviation: Deviation) -> float:
+        """Count one sample; returns its largest absolute difference."""
+        if deviation.n_tokens:
+            self._n_tokens += deviation.n_tokens
+            self._n_samples += 1
+        if deviation.terms is not None:
+            self._sums[:, : deviation.n_tokens] += deviation.terms
+        return deviation.largest
 
     def k1_kl(self) -> float | None:
         """`statistics.k1_kl` over the shared tokens of all samples."""

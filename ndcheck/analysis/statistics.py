@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,3 +102,11 @@ def k3_kl(reference: Logprobs, sample: Logprobs) -> float:
     """The same by the k3 estimator, rho - 1 - ln rho: never negative, of lower variance."""
     log_rho = sample.astype(np.float64) - reference
     return float((np.expm1(log_rho) - log_rho).mean())
+
+
+def is_settled(most: Any, next_most: Any, total: Any) -> Any:
+    """Is the commonest of several completions, by its counts, more than chance?
+
+    A sign test at two standard deviations of the most frequent one against the next; arrays too.
+    """
+    return (next_most == 0) | ((most - next_most) ** 2 >= 4 * total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -41,6 +42,7 @@ from ndcheck.analysis.trials import (
     joined,
     number_distinct,
     purpose_code,
+    sum_parts,
 )
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import ALONE, ARMS, Arm, RunSpec, Sample
@@ -146,8 +148,10 @@ class _Counts:
     n_errors: list[int]
     n_novel: list[int]
     """Trials with a completion that no other trial had."""
+    elapsed_s: list[float]
     n_generated: list[int]
     """Tokens that were generated one by one."""
+    generated_s: list[float]
     n_unique_bits: list[int]
     slowdowns: dict[int, float]
 
@@ -194,7 +198,11 @@ def _count(
         without_batch=trials.per_group(compared & ~(trials.column("achieved") > 0)).tolist(),
         n_errors=np.bincount(errors["group"], minlength=n_groups).tolist(),
         n_novel=trials.per_group(novel).tolist(),
+        elapsed_s=sum_parts(trials.elapsed_s, trials.group, n_groups),
         n_generated=n_generated.astype(np.int64).tolist(),
+        generated_s=sum_parts(
+            trials.elapsed_s[trials.is_decoded], trials.group[trials.is_decoded], n_groups
+        ),
         n_unique_bits=count_bit_patterns(trials).tolist(),
         slowdowns=_slowdowns(trials, groups),
     )
@@ -210,10 +218,9 @@ def _summarise_probe(
     counts: _Counts,
     spec: RunSpec,
 ) -> ProbeSummary:
-    (arm, probe_id), i, trials = key, group.number, counts.trials
+    (arm, probe_id), i = key, group.number
     own = slice(counts.first_trial[i], counts.first_trial[i + 1])
-    tree = build_tree(completions)
-    common_prefix = tree.position if tree else int(completions.lengths.max(initial=0))
+    common_prefix = _common_prefix(completions)
     draw: Draw = "load" if counts.by_load[i] else "trial"
     n_draws, n_diverged = counts.n_draws[i], counts.diverged_draws[i]
     low, high = clopper_pearson(n_diverged, n_draws, spec.confidence)
@@ -221,8 +228,7 @@ def _summarise_probe(
     serving = _serving(group, spec)
     # Whom an open loop brings together is judged over all of its trials.
     is_open = serving is not None and not spec.sets_batch_size
-    elapsed_s = float(trials.elapsed_s[own].sum())
-    generated_s = float(trials.elapsed_s[own][trials.is_decoded[own]].sum())
+    generated_s = counts.generated_s[i]
     return ProbeSummary(
         arm=arm,
         probe_id=probe_id,
@@ -230,7 +236,7 @@ def _summarise_probe(
         n_samples=completions.n_samples,
         n_errors=counts.n_errors[i],
         n_unique=len(completions),
-        modal_count=int(completions.counts.max(initial=0)),
+        modal_count=int(completions.counts[0]) if completions else 0,
         common_prefix_tokens=common_prefix,
         diverged_trials=counts.diverged_trials[i],
         latent_trials=counts.latent_trials[i],
@@ -241,7 +247,7 @@ def _summarise_probe(
         unseen_mass=unseen_mass,
         chao1=n_kinds,
         unwitnessed_trials=(counts.without_batch if is_open else counts.unwitnessed)[i],
-        elapsed_s=elapsed_s,
+        elapsed_s=counts.elapsed_s[i],
         tokens_per_s=counts.n_generated[i] / generated_s if generated_s else None,
         slowdown_vs_stock=counts.slowdowns.get(i),
         completions=completions,
@@ -251,8 +257,9 @@ def _summarise_probe(
             *(len(group.controls), sum(group.controls.values())),
             *(group.controlled, group.controls_draft),
         ),
-        tree=tree,
-        metrics=measure(
+        find_tree=partial(build_tree, completions),
+        measure=partial(
+            measure,
             completions,
             common_prefix,
             group.logprob_sums,
@@ -268,6 +275,17 @@ def _summarise_probe(
             None if answers is None else _judge_answers(answers, completions, counts, own, draw)
         ),
     )
+
+
+def _common_prefix(completions: Completions) -> int:
+    """How many tokens all completions begin with."""
+    if len(completions) < 2:
+        return int(completions.lengths.max(initial=0))
+    if completions.reference is not None:
+        # All others part from the reference, and the first to do so from all of them.
+        return int(np.delete(completions.first_divergences, completions.reference).min())
+    tree = build_tree(completions)
+    return tree.position if tree else 0
 
 
 def _serving(group: Group, spec: RunSpec) -> ServingFinding | None:

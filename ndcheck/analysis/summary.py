@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -258,7 +259,7 @@ class Metrics:
     """First divergences per decode step at risk."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ProbeSummary:
     """One probe in one arm; controls count in ``control`` only, failed samples in ``n_errors``.
 
@@ -302,8 +303,8 @@ class ProbeSummary:
     axes: tuple[AxisFinding, ...]
     loads: tuple[LoadFinding, ...]
     control: ControlFinding
-    tree: Fork | None
-    metrics: Metrics
+    find_tree: Callable[[], Fork | None] = field(repr=False)
+    measure: Callable[[], Metrics] = field(repr=False)
     draw: Draw
     n_draws: int
     diverged_draws: int
@@ -313,6 +314,15 @@ class ProbeSummary:
     """Of a server's answers; None where the model ran in this process."""
     answers: AnswerFinding | None = None
     """None where none were asked for, or finding them takes too long."""
+
+    # Of thousands of prompts the reports show these of the worst alone.
+    @cached_property
+    def tree(self) -> Fork | None:
+        return self.find_tree()
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return self.measure()
 
     @property
     def has_diverged(self) -> bool:
@@ -345,7 +355,7 @@ class SampleColumns:
     max_abs_dlogprob: NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Summary:
     """All probes and arms of a run."""
 
@@ -355,3 +365,12 @@ class Summary:
     """Fisher's exact test, two-sided, on diverged draws: stock against invariant."""
     references: Mapping[tuple[Arm, str], int] = field(default_factory=dict)
     """The trial that gave the reference, by arm and probe id; absent where none did."""
+
+    @cached_property
+    def arms(self) -> frozenset[Arm]:
+        """Those of the probes."""
+        return frozenset(probe.arm for probe in self.probes)
+
+    @cached_property
+    def probe_ids(self) -> frozenset[str]:
+        return frozenset(probe.probe_id for probe in self.probes)

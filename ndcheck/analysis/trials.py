@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ndcheck.analysis.accumulating import PURPOSES, is_settled
+from ndcheck.analysis.accumulating import PURPOSES
+from ndcheck.analysis.statistics import is_settled
 from ndcheck.analysis.unique import Completions
 from ndcheck.records import Axis, Purpose
 
 NO_DIVERGENCE = np.iinfo(np.int32).max
 NO_TRIAL = -1
+N_ADDED_IN_PAIRS = 8
 VARIED_AXES: tuple[Axis, ...] = ("slot", "neighbours", "cache", "width", "scoring")
 """Those whose trials are no baselines, so that only `plan_confirmations` repeats them."""
 
@@ -195,6 +197,18 @@ def group_trials(
 def joined(arrays: Sequence[NDArray[Any]], kind: type[Any]) -> NDArray[Any]:
     """All end to end."""
     return np.concatenate((*arrays, np.array([], kind)))
+
+
+def sum_parts(values: NDArray[np.float64], parts: NDArray[np.int64], n_parts: int) -> list[float]:
+    """The sum of the values of each part; ``parts`` numbers that of each value, ascending.
+
+    Bit for bit as NumPy adds the values of a part up by themselves: from eight on, in pairs.
+    """
+    sums: list[float] = np.bincount(parts, values, n_parts).tolist()
+    ends = np.searchsorted(parts, np.arange(n_parts + 1))
+    for part in np.flatnonzero(np.diff(ends) >= N_ADDED_IN_PAIRS).tolist():
+        sums[part] = float(values[ends[part] : ends[part + 1]].sum())
+    return sums
 
 
 def count_bit_patterns(trials: Trials) -> NDArray[np.int64]:

@@ -72,10 +72,10 @@ class Interner:
 
     def token_texts(self, start: int, stop: int) -> list[str]:
         """Decoded tokens at positions of ``tokens``."""
-        return [
-            self._other_texts.get(position, self._texts[token])
-            for position, token in enumerate(self._tokens[start:stop], start)
-        ]
+        texts = list(map(self._texts.__getitem__, self._tokens[start:stop]))
+        if not self._other_texts:
+            return texts
+        return [self._other_texts.get(at, text) for at, text in enumerate(texts, start)]
 
     def _append(self, sample: Sample, content: bytes, margins: NDArray[np.float32]) -> None:
         start = len(self._tokens)
@@ -117,8 +117,7 @@ class Completions(Sequence[Completion]):
         interner.forget()
         self._interner = interner
         self._numbers = np.argsort(-counts, kind="stable")
-        margins = reference.stream.margins if reference else np.array([], np.float32)
-        self._reference_margins = np.where(np.isfinite(margins), margins, np.nan)
+        self._known_margins = reference.stream.margins if reference else np.array([], np.float32)
         self.ranks = np.argsort(self._numbers)
         """Index in this sequence by the interner's number."""
         self.reference = int(self.ranks[reference.number]) if reference else None
@@ -171,9 +170,9 @@ class Completions(Sequence[Completion]):
     def reference_margins(self, positions: NDArray[np.integer]) -> NDArray[np.float32]:
         """The reference's margin at each position; NaN where unknown, or the position is -1."""
         margins = np.full(len(positions), np.nan, np.float32)
-        known = (positions >= 0) & (positions < len(self._reference_margins))
-        margins[known] = self._reference_margins[positions[known]]
-        return margins
+        known = (positions >= 0) & (positions < len(self._known_margins))
+        margins[known] = self._known_margins[positions[known]]
+        return np.where(np.isfinite(margins), margins, np.float32(np.nan))
 
     def _build(self, index: int) -> Completion:
         at = divergent_token = reference_token = margin = None
@@ -181,8 +180,9 @@ class Completions(Sequence[Completion]):
             at = int(self.first_divergences[index])
             divergent_token = "".join(self.token_texts(index, at, at + 1))
             reference_token = "".join(self.token_texts(self.reference, at, at + 1))
-            known = self.reference_margins(np.array([at]))
-            margin = None if np.isnan(known[0]) else float(known[0])
+            margins = self._known_margins
+            is_known = at < len(margins) and np.isfinite(margins[at])
+            margin = float(margins[at]) if is_known else None
         token_ids = self.token_ids(index)
         return Completion(
             completion_id=index + 1,

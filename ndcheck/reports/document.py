@@ -61,7 +61,10 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any]:
 
 
 def _probe(probe: ProbeSummary, verdict: ProbeVerdict) -> dict[str, Any]:
-    nested = ("completions", "axes", "loads", "control", "tree", "metrics", "serving", "answers")
+    nested = {
+        *("completions", "axes", "loads", "control", "find_tree", "measure"),
+        *("serving", "answers"),
+    }
     scalars = {
         field.name: getattr(probe, field.name)
         for field in dataclasses.fields(probe)

@@ -12,7 +12,6 @@ from ndcheck.findings import Findings
 from ndcheck.records import RunSpec
 from ndcheck.reports.exports.tables import CSV_FILES, write_csv
 from ndcheck.reports.figures import gather
-from ndcheck.reports.html.page import html_report
 from ndcheck.reports.markdown import markdown_report
 from ndcheck.reports.untrusted import csv_text
 from ndcheck.reports.wording import phrases
@@ -58,6 +57,9 @@ def _write(
     if html or plots:
         figures = gather(findings)
     if html:
+        # Few ask for a page, and what fills its template takes longer to import than a small run.
+        from ndcheck.reports.html.page import html_report
+
         texts["report.html"] = html_report(findings, figures, defaults)
     if plots:
         from ndcheck.reports.plots import plot_files

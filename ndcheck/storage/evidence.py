@@ -30,7 +30,8 @@ class Ledger:
         self._trials: dict[int, Planned] = {}
         self._n_samples: dict[int, int] = {}
         self._seen: set[int] = set()
-        self._loads: dict[Load, str | None] = {}
+        self._possible_load: Load | None = None
+        """That of the last sample, most often the same object as the next one's."""
 
     def refuse(self, sample: Sample) -> str | None:
         """Why a sample is no evidence of this run, or None, and then it is counted."""
@@ -50,10 +51,10 @@ class Ledger:
             return f"the run has no probe {sample.probe_id!r}"
         if sample.slot not in load.slots:
             return f"slot {sample.slot} is none of its load's"
-        if load not in self._loads:
-            self._loads[load] = _contradicts_its_rows(load)
-        if reason := self._loads[load]:
-            return reason
+        if load is not self._possible_load:
+            if reason := _contradicts_its_rows(load):
+                return reason
+            self._possible_load = load
         if sample.error is not None and n_tokens:
             return "it has tokens and an error"
         if len(sample.token_texts) != n_tokens:
@@ -123,6 +124,7 @@ class Ledger:
         return tuple(found)
 
 
+@lru_cache(1024)
 def _contradicts_its_rows(load: Load) -> str | None:
     rows = sorted(set(load.slots))
     if len(rows) < len(load.slots) or rows[-1] >= load.batch_size:

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from ndcheck.records import Arm, Drafted, Fault, Fed, FinishReason, Load, Purpose, Sample, Witness
 from ndcheck.storage.ranges import Count, NotNegative, RawText, Seed
@@ -104,11 +104,8 @@ class _Logprobs:
 
 _FIRST_KEYS = tuple(
     f',"{name}":'.encode("ascii")
-    for name in (
-        "token_ids", "finish_reason", "margins", "fault",
-        "batch_size", "achieved_batch_size", "logprob_bits",
-    )
-)  # fmt: skip
+    for name in ("token_ids", "finish_reason", "margins", "fault", "logprob_bits")
+)
 """In a line that `encode_line` wrote, its parts begin with these."""
 _HEADING = re.compile(
     rb'"sample_id":(0|[1-9]\d{,17}),"trial_id":(0|[1-9]\d{,17}),(.+),("axis":.+),'
@@ -128,7 +125,11 @@ def decode_line(line: bytes | None) -> Sample:
     except ValueError:
         # Another version's or program's, or a damaged one: read as a whole, it is told which.
         document = parse_json(line.decode("utf-8"))
-    return _join(*(_read(part, document) for part in _KEYS_OF))
+    numbers, whose, purpose, ending, tokens, logits, *rest, logprobs = (
+        _read(part, document) for part in _KEYS_OF
+    )
+    values = dataclasses.astuple(numbers)
+    return _join(values, whose, purpose, ending, tokens, logits, tuple(rest), logprobs)
 
 
 def _decode_parts(line: bytes) -> Sample:
@@ -144,29 +145,41 @@ def _decode_parts(line: bytes) -> Sample:
         end = line.index(key, start)
         found.append(line[start:end])
         start = end + 1
-    heading, tokens, ending, logits, remarks, load, witness = found
+    heading, tokens, ending, logits, rest = found
     begins, ends = _HEADING.fullmatch(heading), _ENDING.fullmatch(ending)
     if begins is None or ends is None:
         raise ValueError("its numbers are written otherwise")
     sample_id, trial_id, whose, purpose, baseline, slot = begins.groups()
     finish_reason, elapsed_s = ends.groups()
+    numbers = (
+        int(sample_id),
+        int(trial_id),
+        None if baseline == b"null" else int(baseline),
+        int(slot),
+        float(elapsed_s),
+    )
     return _join(
-        _Numbers(
-            int(sample_id),
-            int(trial_id),
-            None if baseline == b"null" else int(baseline),
-            int(slot),
-            float(elapsed_s),
-        ),
+        numbers,
         _kept_part(_Whose, whose),
         _kept_part(_Purpose, purpose),
         _kept_part(_Ending, finish_reason),
         _kept_part(_Tokens, tokens),
         _kept_part(_Logits, logits),
-        _kept_part(_Remarks, remarks),
-        _kept_part(Load, load),
-        _kept_part(Witness, witness),
+        _kept_rest(rest),
         _kept_part(_Logprobs, line[start:-2]),
+    )
+
+
+_Rest = tuple[_Remarks, Load, Witness]
+
+
+@lru_cache(_N_KEPT)
+def _kept_rest(text: bytes) -> _Rest:
+    load, witness = text.index(b',"batch_size":'), text.index(b',"achieved_batch_size":')
+    return (
+        _kept_part(_Remarks, text[:load]),
+        _kept_part(Load, text[load + 1 : witness]),
+        _kept_part(Witness, text[witness + 1 :]),
     )
 
 
@@ -189,7 +202,9 @@ def _read(part: type[Any], document: Any) -> Any:
 
 def _unpack_logits(logits: _Logits) -> tuple[tuple[float, ...], tuple[str, ...]]:
     """The margins and the digests."""
-    margins = tuple(math.inf if margin is None else margin for margin in logits.margins)
+    margins = cast("tuple[float, ...]", logits.margins)
+    if None in logits.margins:
+        margins = tuple(math.inf if margin is None else margin for margin in logits.margins)
     digests = _DIGEST.findall(logits.row_digests)
     if len(digests) * _DIGITS_PER_DIGEST != len(logits.row_digests):
         raise _not_digits("row_digests", _DIGITS_PER_DIGEST)
@@ -236,32 +251,32 @@ _KEYS_OF = {
 }
 
 
-def _join(  # noqa: PLR0913 - one for each part
-    numbers: _Numbers,
+def _join(
+    numbers: tuple[Any, ...],
     whose: _Whose,
     purpose: _Purpose,
     ending: _Ending,
     tokens: _Tokens,
     logits: tuple[tuple[float, ...], tuple[str, ...]],
-    remarks: _Remarks,
-    load: Load,
-    witness: Witness,
+    rest: _Rest,
     logprobs: tuple[float, ...],
 ) -> Sample:
+    sample_id, trial_id, baseline, slot, elapsed_s = numbers
+    remarks, load, witness = rest
     return Sample(
-        numbers.sample_id,
-        numbers.trial_id,
+        sample_id,
+        trial_id,
         whose.arm,
         whose.probe_id,
         purpose.axis,
-        numbers.baseline,
+        baseline,
         load,
-        numbers.slot,
+        slot,
         witness,
         tokens.token_ids,
         tokens.token_texts,
         ending.finish_reason,
-        numbers.elapsed_s,
+        elapsed_s,
         logprobs,
         *logits,
         remarks.fault,

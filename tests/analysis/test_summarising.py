@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ndcheck.analysis.statistics import clopper_pearson
 from ndcheck.analysis.summarising import summarise
+from ndcheck.analysis.trials import sum_parts
 from ndcheck.records import AXES, Load, Probe
 
 # What is counted
@@ -339,6 +340,14 @@ def test_a_probe_among_others_is_summarised_as_by_itself(build, runs):
         for probe in alone.probes:
             other = together[probe.arm, name]
             assert list(map(str, other.completions)) == list(map(str, probe.completions))
-            assert replace(other, completions=(), tree=None) == replace(
-                probe, completions=(), tree=None
+            assert other.metrics == probe.metrics
+            assert replace(other, completions=(), find_tree=None, measure=None) == replace(
+                probe, completions=(), find_tree=None, measure=None
             )
+
+
+@given(st.lists(st.lists(st.floats(0, 1e6), max_size=40), min_size=1, max_size=8))
+def test_parts_are_summed_as_numpy_sums_them_alone(parts):
+    numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    values = np.array([value for part in parts for value in part])
+    assert sum_parts(values, numbers, len(parts)) == [float(np.sum(part)) for part in parts]

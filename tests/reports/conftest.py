@@ -204,8 +204,10 @@ def probe_summary(
         axes=tuple(axes),
         loads=tuple(loads),
         control=ControlFinding(3, 3, ("width", "scoring")) if measured else ControlFinding(0, 0),
-        tree=tree,
-        metrics=Metrics(0.0, None, 102.0 if diverged else None, 0.0123, 1.5e-06, 2.0e-07, 1.2e-04),
+        find_tree=lambda: tree,
+        measure=lambda: Metrics(
+            0.0, None, 102.0 if diverged else None, 0.0123, 1.5e-06, 2.0e-07, 1.2e-04
+        ),
         draw="load",
         n_draws=n if measured else 0,
         diverged_draws=diverged,

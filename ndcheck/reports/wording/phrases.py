@@ -108,9 +108,9 @@ def shortfall(run: Run, summary: Summary) -> str | None:
 def subject(probe: ProbeSummary, summary: Summary) -> str:
     """What tells this arm and probe from the others in the run; empty if it is the only one."""
     parts: list[str] = []
-    if any(other.arm != probe.arm for other in summary.probes):
+    if not summary.arms <= {probe.arm}:
         parts.append(probe.arm)
-    if any(other.probe_id != probe.probe_id for other in summary.probes):
+    if not summary.probe_ids <= {probe.probe_id}:
         parts.append(visible(probe.probe_id))
     return " ".join(parts)
 

@@ -59,7 +59,9 @@ def test_a_completion_that_ends_at_the_fork(hostile) -> None:
             replace(probe.tree.branches[1], token_id=None, continuation="", completion_ids=(2,)),
         ),
     )
-    lines = tree_lines(replace(probe, completions=completions, tree=tree, n_samples=2), 60, 5)
+    lines = tree_lines(
+        replace(probe, completions=completions, find_tree=lambda: tree, n_samples=2), 60, 5
+    )
     assert lines == [
         "1 token in common: 'a'",
         "at token 2:",
