@@ -45,12 +45,8 @@ ALONE: Path = (False, "whole")
 IN_PASSES: Path = (False, "chunked")
 """Several tokens over what the cache holds: a chunk of a prompt, and of a completion too."""
 PATHS: tuple[Path, ...] = (
-    ALONE,
-    (False, "chunked"),
-    (False, "prefix"),
-    (True, "whole"),
-    (True, "chunked"),
-    (True, "prefix"),
+    *(ALONE, IN_PASSES, (False, "prefix")),
+    *((True, "whole"), (True, "chunked"), (True, "prefix")),
 )
 
 
@@ -105,7 +101,7 @@ def require_faithful(
     reason = rope_reason(config, lengths, n_new, cache_state)
     if reason is None:
         path = (min(lengths) < max(lengths), cache_state)
-        # This thread's own: `is_in_torch_dispatch_mode` stays True once two threads had overlapped.
+        # `is_in_torch_dispatch_mode` stays True once two threads' modes overlapped.
         if _get_current_dispatch_mode() is None:
             examine(model, device, [path])
         findings = _SEEN.get(model)

@@ -1,4 +1,3 @@
-# (both: Gluon types the arguments of jit functions)
 """Prefill attention scheduled for Hopper by hand: the bits of `prefill`, sooner.
 
 Computes: as `attention`, without a window or a cap on the scores.
@@ -28,13 +27,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.attention.hopper_tiles import BLOCK_Q, tile_at, tile_count
 from ndcheck_kernels.cuda.configs import AttentionConfig
 
 # Renamed in Triton 3.9.
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
-_BLOCK_Q = gl.constexpr(128)
 _HALF = gl.constexpr(64)  # the queries of one warpgroup
 _STAGED_KEYS = 256
 """Keys, and values, that have a place in shared memory."""
@@ -52,29 +51,6 @@ def _own_tokens(
     if HAS_LENGTHS:
         end = gl.load(lengths_ptr + batch)
     return start, end
-
-
-@gluon.jit
-def _tile_count(tiles):
-    """How many of all tiles are this program's."""
-    programs = gl.num_programs(0)
-    rounds = tiles // programs
-    return rounds + (_place(rounds) < tiles % programs).to(gl.int32)
-
-
-@gluon.jit
-def _place(turn):
-    """Where this program stands in a round of tiles: every other one goes backwards."""
-    pid = gl.program_id(0)
-    return gl.where(turn % 2 == 0, pid, gl.num_programs(0) - 1 - pid)
-
-
-@gluon.jit
-def _tile(tile, batches, heads, q_blocks):
-    """Head, batch and first query of this program's tile of that number."""
-    index = tile * gl.num_programs(0) + _place(tile)
-    rest = index // heads
-    return index % heads, rest % batches, (q_blocks - 1 - rest // batches) * _BLOCK_Q
 
 
 @gluon.jit
@@ -147,10 +123,10 @@ def _load(
 ):  # fmt: skip
     """The warp that copies: queries of each tile, then its keys and values, block by block."""
     block = 0
-    for tile in range(_tile_count(batches * heads * q_blocks)):
-        head, batch, first_q = _tile(tile, batches, heads, q_blocks)
+    for tile in range(tile_count(batches * heads * q_blocks)):
+        head, batch, first_q = tile_at(tile, batches, heads, q_blocks)
         start, end = _own_tokens(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
-        stop = gl.minimum(end, end - q_length + first_q + _BLOCK_Q)
+        stop = gl.minimum(end, end - q_length + first_q + BLOCK_Q)
         mbarrier.wait(q_empty, (tile & 1) ^ 1)
         mbarrier.expect(q_full, q_desc.block_type.nbytes)
         _copy(q_desc, [batch, head, first_q, 0], q_full, q_smem)
@@ -198,13 +174,13 @@ def _attend(
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     no_scores = gl.zeros([_HALF, BLOCK_KV], gl.float32, s_layout)
-    q = q_smem.reshape([_BLOCK_Q, D]).slice(half * _HALF, _HALF)
+    q = q_smem.reshape([BLOCK_Q, D]).slice(half * _HALF, _HALF)
     block = 0
     turn = 0
-    for tile in range(_tile_count(batches * heads * q_blocks)):
-        head, batch, first_q = _tile(tile, batches, heads, q_blocks)
+    for tile in range(tile_count(batches * heads * q_blocks)):
+        head, batch, first_q = tile_at(tile, batches, heads, q_blocks)
         start, end = _own_tokens(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
-        stop = gl.minimum(end, end - q_length + first_q + _BLOCK_Q)
+        stop = gl.minimum(end, end - q_length + first_q + BLOCK_Q)
         first_q += half * _HALF
         first_position = end - q_length + first_q
         positions = first_position + gl.arange(0, _HALF, s_rows)
@@ -307,7 +283,7 @@ def _prefill_hopper_kernel(
     SHORT: gl.constexpr, STAGES: gl.constexpr, TOTAL: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [1, 1, _BLOCK_Q, D], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_Q, D], q_desc.layout)
     tot_0 = gl.allocate_shared_memory(gl.float32, [_HALF, DV], TOTAL)
     tot_1 = gl.allocate_shared_memory(gl.float32, [_HALF, DV], TOTAL)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_KV, D], k_desc.layout)
@@ -382,10 +358,10 @@ def prefill(
     """
     batch, heads, q_length, dim = q.shape
     kv_heads, kv_length, dim_v = v.shape[1:]
-    q_blocks = triton.cdiv(q_length, _BLOCK_Q.value)
+    q_blocks = triton.cdiv(q_length, BLOCK_Q.value)
     programs = min(device.sm_count(q.device), batch * heads * q_blocks)
     _prefill_hopper_kernel[(programs,)](
-        _descriptor(q, _BLOCK_Q.value), _descriptor(k, config.block_kv),
+        _descriptor(q, BLOCK_Q.value), _descriptor(k, config.block_kv),
         _descriptor(v, config.block_kv), o, q if sinks is None else sinks.contiguous(),
         q if starts is None else starts, q if lengths is None else lengths, scale, batch, heads,
         q_blocks, q_length, kv_length, *o.stride()[:3], HAS_STARTS=starts is not None,
