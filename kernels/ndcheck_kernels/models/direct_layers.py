@@ -3,7 +3,8 @@
 A transformers decoder layer is some ninety ops, and the mode judges each of them, which on a small
 model takes longer than the arithmetic. Here a layer calls the implementations that the mode would
 have chosen, and torch itself for what is exact, in the layer's own order: so in its own bits, which
-are compared before a model's layers are replaced.
+are compared before a model's layers are replaced. What elements or rows of queries and keys go
+through alike is called once for both, and the norm behind the layers is theirs.
 """
 
 from __future__ import annotations
