@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -20,23 +21,35 @@ Part = tuple[str, Callable[[], None]]
 
 
 def run_parts(parts: list[Part], seconds: float) -> int:
-    """Start each part within so many seconds; 1 where one failed, which is named, else 0."""
+    """Each part, as far as so many seconds go; 1 where one failed or was cut short, which is named.
+
+    A program that a part runs ends with it.
+    """
     failed, started = [], time.monotonic()
+    signal.signal(signal.SIGALRM, _end_part)
     for name, call in parts:
         elapsed_s = time.monotonic() - started
-        if elapsed_s > seconds:
+        if elapsed_s >= seconds:
             print(f"-- {name}: no time left", flush=True)
             continue
         print(f"-- {name} ({elapsed_s:.0f} s)", flush=True)
+        signal.setitimer(signal.ITIMER_REAL, seconds - elapsed_s)
         try:
             call()
+        except TimeoutError:
+            failed.append(f"{name} (cut short)")
         except Exception:
             failed.append(name)
             traceback.print_exc(limit=6)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     print(f"{time.monotonic() - started:.0f} s; failed: {', '.join(failed) or 'nothing'}")
     return int(bool(failed))
+
+
+def _end_part(*_: object) -> None:
+    raise TimeoutError
 
 
 def run_tests(log: Path, tests: tuple[str, ...], timeout_s: float = 120) -> None:
@@ -60,4 +73,8 @@ def compile_each(compile_one: Callable[..., None], *arguments: Iterable[Any]) ->
     One after the other they take minutes. Raises what a call raises, or where a process dies.
     """
     with ProcessPoolExecutor(14, get_context("spawn")) as pool:
-        list(pool.map(compile_one, *arguments))
+        try:
+            list(pool.map(compile_one, *arguments))
+        except TimeoutError:
+            pool.shutdown(cancel_futures=True)
+            raise

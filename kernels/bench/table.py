@@ -11,6 +11,7 @@ from pathlib import Path
 class Table:
     def __init__(self, path: Path, *, echo: bool = True) -> None:
         self.path, self.echo = path, echo
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("", encoding="utf-8")
         self.rows: list[dict[str, object]] = []
 

@@ -2,11 +2,10 @@
 
     PYTHONPATH=$PWD:$PWD/kernels python -m bench.fp8.measure OUT_DIR [--seconds 150]
 
-Bits of every schedule; the fastest of them by shape and number of rows, which serve all that
-follows; products beside torch._scaled_mm; the FP8 8B's captured decode step beside its floor, what
-it spends its time on, and its five properties; memory and step of a 30B-A3B; the GPU tests of the
-kernels. Each part writes what it has, and a part that fails is named at the end. With --tiny: the
-model parts on a CPU.
+The FP8 8B's captured decode step beside its floor; products beside torch._scaled_mm, few rows
+first; bits of every schedule that is shipped; memory and step of a 30B-A3B; properties of the 8B;
+the GPU tests of the kernels; what a step spends its time on. Each part writes what it has, and one
+that fails or is cut short is named at the end. With --tiny: the model parts on a CPU.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from bench.parts import REPOSITORY, Part, run_parts, run_tests
 from bench.table import Table
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config
 from ndcheck_kernels.measure.timing import copy_gb_per_s, mm_tflop_per_s
 
 TESTS = (
@@ -96,12 +96,12 @@ def measure_properties(
         raise RuntimeError(f"ndcheck run ended with {done.returncode}")
 
 
-def compare_schedules(out: Path) -> None:
+def compare_schedules(out: Path, configs: tuple[Fp8Config, ...] = ()) -> None:
+    """Of these schedules, or of all that are shipped."""
     from bench.fp8 import products
 
-    configs = products.every_schedule()
     found = products.find_differences(out, configs)
-    print("\n".join(found) or f"{len(configs)} schedules: one bit class", flush=True)
+    print("\n".join(found) or "all schedules: one bit class", flush=True)
     if found:
         raise RuntimeError(f"{len(found)} schedules or controls differ")
 
@@ -109,19 +109,17 @@ def compare_schedules(out: Path) -> None:
 def gpu_parts(out: Path) -> list[Part]:
     from bench.fp8 import products
 
+    dense, mixture = "qwen3-8b-fp8", "qwen3-30b-a3b-fp8"
     return [
-        ("compiling", products.compile_schedules),
-        ("bits", lambda: compare_schedules(out)),
-        ("schedules", lambda: products.tune(out)),
+        ("compiling", products.compile_shipped),
+        ("8B step", lambda: measure_steps(out, dense, (1, 8, 32, 128))),
         ("products", lambda: products.bench(out)),
-        ("8B step", lambda: measure_steps(out, "qwen3-8b-fp8", (1, 8, 32, 128), profiled=(1, 128))),
-        ("8B properties", lambda: measure_properties(out, "qwen3-8b-fp8", "1,2,8,32", 150, 32)),
-        ("30B-A3B", lambda: measure_steps(out, "qwen3-30b-a3b-fp8", (1, 64))),
+        ("bits", lambda: compare_schedules(out)),
+        ("30B-A3B", lambda: measure_steps(out, mixture, (1, 64))),
+        ("8B properties", lambda: measure_properties(out, dense, "1,2,8", 60, 16)),
+        ("30B-A3B properties", lambda: measure_properties(out, mixture, "1,2,8", 40, 16)),
         ("tests", lambda: run_tests(out / "tests.txt", TESTS)),
-        ("30B-A3B properties", lambda: measure_properties(
-            out, "qwen3-30b-a3b-fp8", "1,2,8", 40, 16)),
-        ("8B step in bf16", lambda: measure_steps(out, "qwen3-8b", (1, 8, 32, 128))),
-    ]  # fmt: skip
+    ]
 
 
 def tiny_parts(out: Path) -> list[Part]:

@@ -4,8 +4,7 @@
 
 `stock` is torch._scaled_mm with the same blocks where it has them for these operands, `by_row` with
 one scale a row of each operand, which is less work; both of rows that are quantised already.
-`quantised` is ours with the quantisation of its rows, as an unfused layer runs it. Schedules are
-the shipped ones, or in `bench.fp8.measure` the fastest of those tried before.
+`quantised` is ours with the quantisation of its rows, as an unfused layer runs it.
 """
 
 from __future__ import annotations
@@ -35,22 +34,24 @@ SHAPES = {
     "down 8B": (4096, 12288),
 }
 BATCHES = (1, 8, 16, 64, 256, 1024, 4096)
-SERVES = {1: 4, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 1024: 1024, 4096: 1 << 62}
+SERVES = {1: 4, 128: 128, 16: 16, 32: 32, 64: 64, 256: 256, 1024: 1024, 4096: 1 << 62}
 """Numbers of rows at which schedules are tried, and up to which the fastest one serves."""
 SCHEDULES = [
-    Fp8Config(*sizes, stages, swap=swap, parallel=parallel)
-    for *sizes, swap, all_stages, can_be_parallel in (
-        (16, 64, 4, True, (4, 6, 10), True),
-        (16, 128, 4, True, (3, 5), True),
-        (32, 64, 4, True, (4, 6, 8), True),
-        (32, 128, 4, True, (4,), True),
-        (64, 32, 4, False, (6, 8), True),
-        (64, 64, 4, True, (3, 4, 6), True),
-        (64, 128, 4, False, (3, 4), True),
-        (128, 64, 4, True, (3, 4), False),
-        (128, 128, 8, False, (3, 4), False),
-    )
-    for stages, parallel in product(all_stages, (False, True) if can_be_parallel else (False,))
+    *(
+        Fp8Config(*sizes, stages, swap=swap, parallel=parallel)
+        for *sizes, swap, all_stages, can_be_parallel in (
+            (16, 64, 4, True, (4, 6, 10), True),
+            (16, 128, 4, True, (3, 5), True),
+            (32, 64, 4, True, (4, 6, 8), True),
+            (32, 128, 4, True, (4,), True),
+            (64, 32, 4, False, (6, 8, 12), True),
+            (64, 64, 4, True, (3, 4, 6, 12), True),
+            (64, 128, 4, False, (3, 4, 6, 8), True),
+            (128, 64, 4, True, (3, 4), False),
+            (128, 128, 8, False, (3, 4), False),
+        )
+        for stages, parallel in product(all_stages, (False, True) if can_be_parallel else (False,))
+    ),
 ]
 
 
@@ -59,15 +60,25 @@ def every_schedule() -> tuple[Fp8Config, ...]:
     return tuple(dict.fromkeys((*fp8_configs.selectable_configs(90), *SCHEDULES)))
 
 
+def compile_shipped() -> None:
+    compile_each(_compile, fp8_configs.selectable_configs(90))
+
+
 def compile_schedules() -> None:
     compile_each(_compile, every_schedule())
 
 
 def _compile(config: Fp8Config) -> None:
-    for k, m, dtype in product((4096, 12288), (1, 129), (torch.bfloat16, torch.float32)):
-        codes = quantise_rows(torch.ones(m, k, device="cuda").bfloat16())
-        weight = quantise_weight(torch.ones(128, k, device="cuda"))
-        block_fp8._launch(*codes, *weight, None, dtype, config)
+    for k, m in product((4096, 12288), (1, 129)):
+        rows = torch.ones(m, k, device="cuda").bfloat16()
+        operands = (*quantise_rows(rows), *quantise_weight(torch.ones(256, k, device="cuda")))
+        launch = partial(block_fp8._launch, *operands, config=config)
+        for dtype, addend in (
+            (rows.dtype, None),
+            (rows.dtype, rows[:, :256]),
+            (torch.float32, None),
+        ):
+            launch(addend=addend, dtype=dtype)
     torch.cuda.synchronize()
 
 
@@ -146,39 +157,49 @@ def runs(call: Callable[[], object]) -> str:
 
 
 def bench(out: Path, batches: tuple[int, ...] = BATCHES) -> None:
+    """Few rows of every shape first, and the means of what there is after each number of rows."""
     table, refused = Table(out / "block_fp8.csv", echo=False), ""
-    for shape, (n, k) in SHAPES.items():
-        held = [weights(n, k) for _ in range(copies(n * k))]
-        for m in batches:
-            x = torch.randn(m, k, device="cuda").bfloat16()
-            codes = quantise_rows(x)
-            variants = {
-                "ours": [partial(block_fp8_matmul, *codes, *each) for each in held],
-                "quantised": [partial(_quantised, x, *each) for each in held],
-            }
-            for name, call in (("stock", stock), ("by_row", by_row(m, n))):
-                if reason := runs(partial(call, *codes, *held[0])):
-                    refused = f"{name}: {reason}"
-                else:
-                    variants[name] = [partial(call, *codes, *each) for each in held]
-            us = medians_us(variants)
-            error = (
-                (_quantised(x, *held[0]) - stock(*codes, *held[0])).abs().max().item()
-                if ("stock" in variants)
-                else ""
-            )
-            table.add(
-                shape=shape, n=n, k=k, m=m, us=us["ours"], quantised_us=us["quantised"],
-                stock_us=us.get("stock", ""), by_row_us=us.get("by_row", ""),
-                ratio=us["stock"] / us["ours"] if "stock" in us else "",
-                by_row_ratio=us["by_row"] / us["ours"] if "by_row" in us else "",
-                tflop_per_s=2 * m * n * k / us["ours"] / 1e6,
-                gb_per_s=(n * k + m * k + 2 * m * n) / us["ours"] / 1e3, largest_difference=error,
-            )  # fmt: skip
-            print(*(f"{v:.3f}" if isinstance(v, float) else v for v in table.rows[-1].values()),
-                  flush=True)  # fmt: skip
-    print_means(table, ("ratio", "by_row_ratio"))
+    for m in batches:
+        for shape, (n, k) in SHAPES.items():
+            held = [weights(n, k) for _ in range(copies(n * k))]
+            refused = _compare(table, shape, m, held) or refused
+        print_means(table, ("ratio", "by_row_ratio"))
     print(refused, flush=True)
+
+
+def _compare(
+    table: Table, shape: str, m: int, held: list[tuple[torch.Tensor, torch.Tensor]]
+) -> str:
+    """Add a row of times; says what torch refused."""
+    refused, (n, k) = "", held[0][0].shape
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    codes = quantise_rows(x)
+    variants = {
+        "ours": [partial(block_fp8_matmul, *codes, *each) for each in held],
+        "quantised": [partial(_quantised, x, *each) for each in held],
+    }
+    for name, call in (("stock", stock), ("by_row", by_row(m, n))):
+        if reason := runs(partial(call, *codes, *held[0])):
+            refused = f"{name}: {reason}"
+        else:
+            variants[name] = [partial(call, *codes, *each) for each in held]
+    us = medians_us(variants)
+    error = (
+        (_quantised(x, *held[0]) - stock(*codes, *held[0])).abs().max().item()
+        if ("stock" in variants)
+        else ""
+    )
+    table.add(
+        shape=shape, n=n, k=k, m=m, us=us["ours"], quantised_us=us["quantised"],
+        stock_us=us.get("stock", ""), by_row_us=us.get("by_row", ""),
+        ratio=us["stock"] / us["ours"] if "stock" in us else "",
+        by_row_ratio=us["by_row"] / us["ours"] if "by_row" in us else "",
+        tflop_per_s=2 * m * n * k / us["ours"] / 1e6,
+        gb_per_s=(n * k + m * k + 2 * m * n) / us["ours"] / 1e3, largest_difference=error,
+    )  # fmt: skip
+    print(*(f"{v:.3f}" if isinstance(v, float) else v for v in table.rows[-1].values()),
+          flush=True)  # fmt: skip
+    return refused
 
 
 def _quantised(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -186,28 +207,25 @@ def _quantised(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> t
 
 
 def tune(out: Path) -> None:
-    """Try the schedules of each shape by number of rows, and serve with the fastest from then on.
-
-    Prints them as `fp8_configs.MEASURED`.
-    """
+    """Try the schedules of each shape by number of rows; prints the fastest as `MEASURED`."""
     table = Table(out / "block_fp8_schedules.csv", echo=False)
-    for shape, (n, k) in SHAPES.items():
-        held, fastest = [weights(n, k) for _ in range(copies(n * k))], []
-        for m, most in SERVES.items():
-            codes = quantise_rows(torch.randn(m, k, device="cuda").bfloat16())
-            us = medians_us({
-                str(config): [
-                    partial(block_fp8._launch, *codes, *each, None, torch.bfloat16, config)
-                    for each in held
-                ]
-                for config in SCHEDULES if is_worth_trying(config, m, n)
-            })  # fmt: skip
-            add_ranked(table, shape, m, us, str(fp8_configs.product_config(m, n, k, 90)))
-            best = min(us, key=us.__getitem__)
-            fastest.append((most, next(c for c in SCHEDULES if str(c) == best)))
-            device._pools.clear()  # Its graphs are gone, and with them what their counters counted.
-        fp8_configs.MEASURED[n, k] = tuple(fastest)
-    print(f"MEASURED = {fp8_configs.MEASURED}", flush=True)
+    fastest: dict[tuple[int, int], dict[int, str]] = {}
+    for (m, most), (shape, (n, k)) in product(SERVES.items(), SHAPES.items()):
+        held = [weights(n, k) for _ in range(copies(n * k))]
+        codes = quantise_rows(torch.randn(m, k, device="cuda").bfloat16())
+        us = medians_us({
+            str(config): [
+                partial(block_fp8._launch, *codes, *each, None, torch.bfloat16, config)
+                for each in held
+            ]
+            for config in SCHEDULES if is_worth_trying(config, m, n)
+        })  # fmt: skip
+        add_ranked(table, shape, m, us, str(fp8_configs.product_config(m, n, k, 90)))
+        fastest.setdefault((n, k), {})[most] = min(us, key=us.__getitem__)
+        print(shape, m, fastest[n, k][most], flush=True)
+        device._pools.clear()  # Its graphs are gone, and with them what their counters counted.
+    measured = {each: sorted(by_rows.items()) for each, by_rows in fastest.items()}
+    print(f"MEASURED = {measured}", flush=True)
 
 
 def is_worth_trying(config: Fp8Config, m: int, n: int) -> bool:

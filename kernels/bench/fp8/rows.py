@@ -2,9 +2,10 @@
 
     PYTHONPATH=$PWD:$PWD/kernels python -m bench.fp8.rows OUT_DIR [--seconds 150]
 
-The tests of both; bits of every schedule, with a control; products beside torch._scaled_mm by rows;
-properties and step of an 8B by channels, and properties of an FP8 8B over an FP8 cache. Each part
-writes what it has, and a part that fails is named at the end. With --tiny: the properties on a CPU.
+Bits of every schedule, with a control; products beside torch._scaled_mm by rows; step and
+properties of an 8B by channels; properties of an FP8 8B over an FP8 cache; the tests of both. Each
+part writes what it has, and one that fails or is cut short is named at the end. With --tiny: the
+properties on a CPU.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from bench.fp8.measure import measure_properties, measure_steps
 from bench.fp8.products import SHAPES, runs
-from bench.parts import Part, run_parts, run_tests
+from bench.parts import Part, compile_each, run_parts, run_tests
 from bench.table import Table, print_means
+from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config
 from ndcheck_kernels.ops.row_fp8 import quantise_weight
 
 TESTS = (
@@ -28,6 +31,23 @@ TESTS = (
     "tests/kernels/triton/test_decoder.py::test_a_row_has_the_same_bits_over_an_fp8_cache",
 )
 BATCHES = (1, 16, 64, 1024)
+
+
+def compile_shipped() -> None:
+    from ndcheck_kernels.cuda.products.fp8_configs import selectable_configs
+
+    compile_each(_compile, selectable_configs(90))
+
+
+def _compile(config: Fp8Config) -> None:
+    from ndcheck_kernels.cuda.products import row_fp8
+    from ndcheck_kernels.cuda.rows.quantise import quantise_whole_rows
+
+    for k, m, dtype in product((512, 4096, 12288), (1, 129), (torch.bfloat16, torch.float32)):
+        weight = quantise_weight(torch.ones(256, k, device="cuda"), 256)
+        codes = quantise_whole_rows(torch.ones(m, k, device="cuda").bfloat16())
+        row_fp8._launch(*codes, *weight, None, dtype, config)
+    torch.cuda.synchronize()
 
 
 def compare_schedules(out: Path) -> None:
@@ -116,15 +136,16 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     narrow = ("--kv-cache-dtype", "fp8")
     parts: list[Part] = [
-        ("tests", lambda: run_tests(out / "row_tests.txt", TESTS, 100)),
+        ("compiling", compile_shipped),
         ("bits", lambda: compare_schedules(out)),
         ("products", lambda: compare_products(out)),
+        ("step of the 8B by channels", lambda: measure_steps(
+            out, "qwen3-8b-fp8-channel", (1, 32))),
         ("8B by channels", lambda: measure_properties(
             out, "qwen3-8b-fp8-channel", "1,2,8", 60, 16)),
         ("FP8 8B over an FP8 cache", lambda: measure_properties(
             out, "qwen3-8b-fp8", "1,2,8", 60, 16, *narrow)),
-        ("step of the 8B by channels", lambda: measure_steps(
-            out, "qwen3-8b-fp8-channel", (1, 32))),
+        ("tests", lambda: run_tests(out / "row_tests.txt", TESTS)),
     ]  # fmt: skip
     if options.tiny:
         parts = [

@@ -15,7 +15,7 @@ DECODE = tuple(
     for context in (128, 1024, 4096, 32768)
     if batch * context <= 64 * 32768  # 256 x 32k would need 34 GB of keys and values
 )
-PREFILL = ((1, 128), (1, 512), (1, 2048), (1, 8192), (1, 32768), (4, 2048), (16, 1024))
+PREFILL = ((1, 2048), (4, 2048), (1, 8192), (1, 32768), (16, 1024), (1, 512), (1, 128))
 
 
 def operands(
@@ -35,7 +35,7 @@ def operands(
 
 def problems() -> Iterator[tuple[str, int, int, int]]:
     """kind, batch, queries, context."""
-    for batch, context in DECODE:
-        yield "decode", batch, 1, context
     for batch, context in PREFILL:
         yield "prefill", batch, context, context
+    for batch, context in DECODE:
+        yield "decode", batch, 1, context

@@ -1,8 +1,9 @@
 """Compiles every kernel in every configuration that the tables can select, without a GPU.
 
-    PYTHONPATH=kernels python -m bench.ops.every_launch ARCHITECTURE [kinds|all]
+    PYTHONPATH=kernels python -m bench.ops.every_launch ARCHITECTURE [kinds|all [SOURCE]]
 
-ARCHITECTURE is a compute capability, such as 90, or AMD's name, such as gfx942.
+ARCHITECTURE is a compute capability, such as 90, or AMD's name, such as gfx942; SOURCE a function
+below, such as attentions, whose launches alone are compiled.
 
 Prints JSON: what each compiled kernel uses, and one line for each launch that does not compile.
 Alone, the shapes of the README's figures in bfloat16, in minutes; with `kinds` every kernel once, a
@@ -13,6 +14,7 @@ that the launchers accept, which takes many minutes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -53,17 +55,22 @@ Extent = Literal["kinds", "figures", "all"]
 Schedule = tuple[configs.MatmulConfig, int]  # and into how many groups it cuts K
 FP8_CAPABILITY = 89
 """From which Triton has e4m3 numbers."""
-HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
+HEAD_DIMS = (
+    *((dim, dim) for dim in (16, 32, 64, 80, 96, 128, 192, 256)),
+    *((64, 128), (128, 64), (192, 128), (64, 256), (128, 256)),
+)
+"""Of keys and of values."""
 WIDTHS = (100, 128, 4096, 16384, 65536, 151936)
 
 
-def launches(capability: int, extent: Extent) -> Iterator[Launch]:
+def launches(capability: int, extent: Extent, only: str | None = None) -> Iterator[Launch]:
     """A name and a call for each; tensors are allocated and never read."""
     for dtype in device.FLOATS if extent == "all" else device.FLOATS[:1]:
         for source in (
             *(products, experts, fp8, integers, attentions, rows, decoder, recurrences),
         ):
-            yield from source(capability, dtype, extent)
+            if only in (None, source.__name__):
+                yield from source(capability, dtype, extent)
 
 
 def largest_of_each_kind(choices: Iterable[Schedule]) -> list[Schedule]:
@@ -134,6 +141,15 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
         "quantise_whole_rows by a scale",
         lambda: quantise.quantise_whole_rows(x, torch.empty(600)),
     )
+    q = torch.empty(2, 32, 1, 128, dtype=dtype)
+    for columns in (200, 2000):
+        cache, limits = q.new_empty(2, 8, columns, 128), torch.empty(2, dtype=torch.int32)
+        yield (
+            f"quantised_attention over {columns}",
+            lambda cache=cache, limits=limits: causal.quantised_attention(
+                q, cache, cache, starts=limits, lengths=limits, scale=1.0
+            ),
+        )
     k = 12288  # Of many K-groups.
     codes, row_scales = torch.empty(600, k, dtype=torch.float8_e4m3fn), torch.empty(96, 600).t()
     weight = torch.empty(16, 1536, k, dtype=torch.float8_e4m3fn)
@@ -207,48 +223,40 @@ def integers(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[La
 
 
 def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
-    everything = extent == "all"
-    sinks = torch.empty(8, dtype=dtype)
-    for dim in HEAD_DIMS if everything else (64, 128):
-        q, k = (torch.empty(1, h, 512, dim, dtype=dtype) for h in (8, 2))
-        long = torch.empty(1, 8, 8192, dim, dtype=dtype)
-        if capability >= FP8_CAPABILITY:
-            narrow = k.to(torch.float8_e4m3fn)
-            for name, query in (("prefill", q), ("decode", q[:, :, :1])):
+    """Four query heads to a key head: with 16, 32 and 64 rows of queries all tiles of a decode step
+    are met, with one row of a batch or a hundred both schedules.
+    """
+    cache_dtypes = (dtype, torch.float8_e4m3fn)[: 2 if capability >= FP8_CAPABILITY else 1]
+    dims = {"kinds": ((128, 128),), "figures": ((64, 64), (128, 128)), "all": HEAD_DIMS}[extent]
+    for dim, dim_v in dims:
+        config = configs.attention_config(max(dim, dim_v), dtype.itemsize, capability)
+        most = config.max_rows // 4
+        sizes = {  # batch, queries, context
+            "kinds": ((1, 8192, 512), (1, most, 512)),
+            "figures": ((1, 512, 512), (1, 8192, 512), (1, 1, 512), (1, most, 512)),
+            "all": (
+                *((1, 512, 512), (1, 8192, 512)),
+                *itertools.product((1, 100), {1, most // 2, most}, (128, 512)),
+            ),
+        }[extent]
+        for cache_dtype, (batch, queries, context) in itertools.product(cache_dtypes, sizes):
+            q = torch.empty(batch, 8, queries, dim, dtype=dtype)
+            k, v = (torch.empty(batch, 2, context, n, dtype=cache_dtype) for n in (dim, dim_v))
+            sinks, bounds = torch.empty(8, dtype=dtype), torch.empty(batch, dtype=torch.int64)
+            kinds = {
+                "with padding": {"starts": bounds, "lengths": bounds, "sinks": sinks},
+                "with a window": {"window": 128, "softcap": 50.0, "starts": bounds, "sinks": sinks},
+                "in chunks": {
+                    "window": 128, "chunked": True, "slopes": torch.empty(8),
+                    "bias_dtype": torch.bfloat16,
+                },
+            }  # fmt: skip
+            for kind, options in kinds.items():
+                shapes = f"{tuple(q.shape)} over {tuple(k.shape)}, {dim_v} {cache_dtype}"
                 yield (
-                    f"{name} {dim} over FP8",
-                    lambda q=query, k=narrow: causal.attention(q, k, k),
+                    f"attention {kind}: {shapes}",
+                    lambda q=q, k=k, v=v, options=options: causal.attention(q, k, v, **options),
                 )
-        for name, query in (("prefill", q), ("long prefill", long), ("decode", q[:, :, :1])):
-            if everything or dim == 128:
-                yield f"{name} {dim}", lambda q=query, k=k: causal.attention(q, k, k)
-            if everything or (dim == 128 and name == "prefill"):
-                # Without a window Hopper has a kernel of its own.
-                yield (
-                    f"{name} {dim} with padding",
-                    lambda q=query, k=k: causal.attention(
-                        q, k, k, starts=torch.empty(1, dtype=torch.int64),
-                        lengths=torch.empty(1, dtype=torch.int64), sinks=sinks,
-                    ),
-                )  # fmt: skip
-            if not everything and (dim == 128 or name == "long prefill"):
-                continue
-            yield (
-                f"{name} {dim} with everything",
-                lambda q=query, k=k: causal.attention(
-                    q, k, k, starts=torch.empty(1, dtype=torch.int64),
-                    lengths=torch.empty(1, dtype=torch.int64), window=128, softcap=50.0,
-                    sinks=sinks,
-                ),
-            )  # fmt: skip
-            if everything or name == "prefill":
-                yield (
-                    f"{name} {dim} in chunks, with ALiBi",
-                    lambda q=query, k=k: causal.attention(
-                        q, k, k, window=128, chunked=True, slopes=torch.empty(8),
-                        bias_dtype=torch.bfloat16,
-                    ),
-                )  # fmt: skip
 
 
 def rows(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
@@ -351,12 +359,14 @@ def recurrences(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator
         )
 
 
-def compile_all(architecture: int | str, extent: Extent = "figures") -> dict[str, object]:
+def compile_all(
+    architecture: int | str, extent: Extent = "figures", only: str | None = None
+) -> dict[str, object]:
     """What every kernel uses, and what does not compile and why."""
     failures, used = [], []
     capability = architecture if isinstance(architecture, int) else 0
     with resources.compiling(architecture) as kernels:
-        for name, launch in launches(capability, extent):
+        for name, launch in launches(capability, extent, only):
             try:
                 launch()
             except Exception as error:

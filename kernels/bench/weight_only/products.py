@@ -71,10 +71,10 @@ def compile_all(configs: Sequence[Config]) -> None:
 def _compile(config: Config, has_addend: bool) -> None:
     x = torch.empty(600, 4096, dtype=torch.bfloat16)
     codes, scales = torch.empty(4096, 2048, dtype=torch.uint8), x[:32].clone()
-    with compiling(90):
-        weight_only._launch(
-            x, Packed(codes, scales, None, None, 4, 4096), x if has_addend else None, config
-        )
+    packed = Packed(codes, scales, None, None, 4, 4096)
+    for rows in (x, x[:8]):
+        with compiling(90):
+            weight_only._launch(rows, packed, rows if has_addend else None, config)
 
 
 def usable(configs: Sequence[Config]) -> list[Config]:
@@ -161,46 +161,45 @@ def find_differences(out: Path, tried: Sequence[Config] = ()) -> list[str]:
     return differing
 
 
-def torch_int4(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Operands of torch's own product: another layout, the same bytes."""
+def torch_int4(n: int, k: int) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """Operands of torch's own product, with the group: another layout, the same bytes."""
     codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
     scales = torch.rand(k // GROUP, n, 2, device="cuda").bfloat16()
-    return torch._convert_weight_to_int4pack(codes, 8), scales
+    return torch._convert_weight_to_int4pack(codes, 8), GROUP, scales
 
 
 def bench(out: Path, batches: tuple[int, ...] = BATCHES) -> None:
+    """Few rows of every shape first, and the means of what there is after each number of rows."""
     table, refused = Table(out / "weight_only.csv", echo=False), ""
-    for shape, (n, k) in SHAPES.items():
-        held = [draw(n, k) for _ in range(copies(n * k / 2))]
-        plain = [weight_only.unpacked(w, torch.bfloat16) for w in held[: copies(2 * n * k)]]
-        theirs = []
-        if not (refused := runs(lambda n=n, k=k: torch_int4(n, k)) or refused):
-            theirs = [torch_int4(n, k) for _ in held]
-        for m in batches:
-            x = torch.randn(m, k, device="cuda").bfloat16()
-            variants = {
-                "ours": [partial(weight_only_matmul, x, w) for w in held],
-                "stock": [partial(F.linear, x, w) for w in plain],
-            }
-            if theirs and not (
-                refused := runs(
-                    partial(torch._weight_int4pack_mm, x, theirs[0][0], GROUP, theirs[0][1])
-                )
-            ):
-                variants["torch_int4"] = [
-                    partial(torch._weight_int4pack_mm, x, w, GROUP, s) for w, s in theirs
-                ]
-            us = medians_us(variants)
-            table.add(
-                shape=shape, n=n, k=k, m=m, us=us["ours"], stock_us=us["stock"],
-                torch_int4_us=us.get("torch_int4", ""), ratio=us["stock"] / us["ours"],
-                int4_ratio=us["torch_int4"] / us["ours"] if "torch_int4" in us else "",
-                gb_per_s=(n * k / 2 + 2 * n * k / GROUP + 2 * m * (n + k)) / us["ours"] / 1e3,
-            )  # fmt: skip
-            print(*(f"{v:.3f}" if isinstance(v, float) else v for v in table.rows[-1].values()),
-                  flush=True)  # fmt: skip
-    print_means(table, ("ratio", "int4_ratio"))
+    for m in batches:
+        for shape, (n, k) in SHAPES.items():
+            refused = _compare(table, shape, n, k, m) or refused
+        print_means(table, ("ratio", "int4_ratio"))
     print(refused, flush=True)
+
+
+def _compare(table: Table, shape: str, n: int, k: int, m: int) -> str:
+    """Add a row of times; says what torch refused."""
+    held = [draw(n, k) for _ in range(copies(n * k / 2))]
+    plain = [weight_only.unpacked(w, torch.bfloat16) for w in held[: copies(2 * n * k)]]
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    variants = {
+        "ours": [partial(weight_only_matmul, x, w) for w in held],
+        "stock": [partial(F.linear, x, w) for w in plain],
+    }
+    if not (refused := runs(lambda: torch._weight_int4pack_mm(x, *torch_int4(n, k)))):
+        theirs = [torch_int4(n, k) for _ in held]
+        variants["torch_int4"] = [partial(torch._weight_int4pack_mm, x, *each) for each in theirs]
+    us = medians_us(variants)
+    table.add(
+        shape=shape, n=n, k=k, m=m, us=us["ours"], stock_us=us["stock"],
+        torch_int4_us=us.get("torch_int4", ""), ratio=us["stock"] / us["ours"],
+        int4_ratio=us["torch_int4"] / us["ours"] if "torch_int4" in us else "",
+        gb_per_s=(n * k / 2 + 2 * n * k / GROUP + 2 * m * (n + k)) / us["ours"] / 1e3,
+    )  # fmt: skip
+    print(*(f"{v:.3f}" if isinstance(v, float) else v for v in table.rows[-1].values()),
+          flush=True)  # fmt: skip
+    return refused
 
 
 def tune(out: Path, configs: Sequence[Config], until: float) -> None:

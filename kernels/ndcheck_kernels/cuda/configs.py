@@ -272,15 +272,24 @@ class PrefillTile:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeTile:
+    warps: int
+    stages: int
+    per_sm: int = 1 << 30
+    """As long as so many programs per multiprocessor remain, one takes several splits."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """`split` and `block_kv` fix the bits; the rest is schedule."""
+    """`split`, `block_kv` and `short_splits` fix the bits; the rest is schedule."""
 
     split: int
     block_kv: int
     short: PrefillTile
     long: PrefillTile
-    decode_warps: int
-    decode_stages: int
+    few: DecodeTile
+    many: DecodeTile
+    """Where there are more splits in all than multiprocessors."""
     max_rows: int
     """Up to this many queries per key head, splits run in parallel."""
 
@@ -290,6 +299,16 @@ class AttentionConfig:
     def prefill(self, q_length: int) -> PrefillTile:
         return self.short if q_length < 4096 else self.long
 
+    def decode(self, rows: int, splits: int, pairs: int, sms: int) -> tuple[DecodeTile, int]:
+        """The tile for `rows` of queries over `splits` of each of `pairs` of sequences and key
+        heads, and how many a program takes in order.
+        """
+        tile = self.many if splits * pairs > sms else self.few
+        if rows > 16:  # Four warps lack registers for them, and three stages shared memory.
+            tile = replace(tile, warps=8, stages=2)
+        programs = max(1, -(-tile.per_sm * sms // pairs))
+        return tile, -(-splits // min(splits, programs))
+
     def splits(self, tokens: int) -> int:
         long = tokens - self.short_splits * self.split
         if long <= 0:
@@ -298,9 +317,11 @@ class AttentionConfig:
 
 
 def attention_config(head_dim: int, itemsize: int, capability: int) -> AttentionConfig:
+    """For heads whose keys or values, whichever are wider, have `head_dim` columns."""
     if itemsize == 4 or head_dim > 128 or capability not in PROVEN:
-        small = PrefillTile(32, 4, 1)
-        return AttentionConfig(256, 32, small, small, 4, 1, max_rows=16)
+        small, few = PrefillTile(32, 4, 1), DecodeTile(4, 1)
+        return AttentionConfig(256, 32, small, small, few, few, max_rows=16)
     return AttentionConfig(
-        256, 64, PrefillTile(64, 4, 2), PrefillTile(128, 8, 3), 4, 3, max_rows=64
-    )
+        256, 128, PrefillTile(64, 8, 2), PrefillTile(128, 8, 2), DecodeTile(8, 3),
+        DecodeTile(4, 2, 16), max_rows=64,
+    )  # fmt: skip

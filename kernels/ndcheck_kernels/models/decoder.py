@@ -1,7 +1,7 @@
 """Decoder layers of the Llama shape as ten launches each, for the invariant arm on CUDA.
 
-With a mixture of experts in the MLP's place, fourteen (`mixture`); with FP8 weights in blocks one
-more, which quantises what attention gives (`projections`).
+With a mixture of experts in the MLP's place, fourteen (`mixture`). With FP8 weights in blocks many
+rows need one more, which quantises what attention gives.
 
 A transformers decoder layer is some sixty small kernels, most of them elementwise. Here q, k and v
 are one product, as are gate and up; norms, QK norm with rotary and cache write, and silu * up are
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ndcheck_kernels.cuda.attention.causal import attention
+from ndcheck_kernels.cuda.attention.causal import attention, quantised_attention
 from ndcheck_kernels.cuda.attention.qkv import HEAD_DIMS, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure, quiet_compiler
 from ndcheck_kernels.cuda.device import FLOATS
@@ -241,8 +241,7 @@ def _fused(
     batch, length, width = hidden.shape
     residual = hidden.reshape(-1, width)
     block = _block_width(spread, own.q_proj, own.k_proj, own.v_proj)
-    # Attention reads little: the output weights arrive meanwhile.
-    x = layer._joined_qkv.after_norm(residual, layer.input_layernorm, layer._output, block)
+    x = layer._joined_qkv.after_norm(residual, layer.input_layernorm, block)
     x = x.view(batch, length, -1)
     keys, values, offset = _columns(cache, own, x)
     q_norm, k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
@@ -252,14 +251,17 @@ def _fused(
         k_weight=None if k_norm is None else here(k_norm.weight),
         eps=0.0 if q_norm is None else q_norm.variance_epsilon,
     )  # fmt: skip
-    out = attention(
-        query, keys, values, starts=spans[:, 0, 0, 0], lengths=spans[:, 0, 0, 1], scale=own.scaling
-    )
-    out = out.transpose(1, 2).reshape(batch * length, -1)
-    if spread is None:
-        residual = layer._output(out, residual)
+    seen = {"starts": spans[:, 0, 0, 0], "lengths": spans[:, 0, 0, 1], "scale": own.scaling}
+    if spread is None and layer._output.scales is not None:
+        codes = quantised_attention(query, keys, values, **seen)
+        residual = layer._output.of_codes(codes, residual.dtype, residual)
     else:
-        residual = add_over_ranks(layer._output.parts(out, spread.n_parts), residual, spread)
+        out = attention(query, keys, values, **seen)
+        out = out.transpose(1, 2).reshape(batch * length, -1)
+        if spread is None:
+            residual = layer._output(out, residual)
+        else:
+            residual = add_over_ranks(layer._output.parts(out, spread.n_parts), residual, spread)
     norm = layer.post_attention_layernorm
     if is_mixture(mlp):
         rows = rms_norm(residual, here(norm.weight), norm.variance_epsilon)
@@ -270,7 +272,7 @@ def _fused(
         scope.fires.update(mixture_fires(mlp, is_part=spread is not None))
     else:
         block = _block_width(spread, mlp.gate_proj, mlp.up_proj)
-        gate_up = layer._joined_gate_up.after_norm(residual, norm, width=block)
+        gate_up = layer._joined_gate_up.after_norm(residual, norm, block)
         if spread is None:
             residual = layer._down.after_gate(gate_up, residual)
         else:

@@ -1,10 +1,9 @@
 """Linear layers of fused decoder layers: a weight, plain or quantised, and what goes before it.
 
 A plain product reads rows of the model's dtype. A block-FP8 one reads codes and scales, which the
-launch before it writes in the rows' place: it costs no launch after RMSNorm or a gate, and one
-after attention. One of integers reads plain rows too. All have the bits of the unfused layer's
-product of the same rows. On ranks the last product before a residual gives parts of sums, which
-`add_over_ranks` adds.
+launch before it writes in the rows' place: RMSNorm, a gate, or for few rows attention. One of
+integers reads plain rows too. All have the bits of the unfused layer's product of the same rows. On
+ranks the last product before a residual gives parts of sums, which `add_over_ranks` adds.
 """
 
 from __future__ import annotations
@@ -77,32 +76,25 @@ class Projection:
         """rows [M, K], addend [M, N] in the bias's place -> [M, N]."""
         if self.scales is None:
             return self._plain(rows, addend)
-        return self._of_codes(quantise_rows(rows), rows.dtype, addend)
+        return self.of_codes(quantise_rows(rows), rows.dtype, addend)
 
-    def after_norm(
-        self,
-        rows: torch.Tensor,
-        norm: Any,
-        following: Projection | None = None,
-        width: int | None = None,
-    ) -> torch.Tensor:
+    def after_norm(self, rows: torch.Tensor, norm: Any, width: int | None = None) -> torch.Tensor:
         """Of the rows [M, K] as transformers' RMSNorm module leaves them.
 
-        ``following`` reads its weight next, but not at once. ``width``: as `matmul` takes it, of a
-        plain weight in blocks of outputs.
+        ``width``: as `matmul` takes it, of a plain weight in blocks of outputs.
         """
         weight = here(norm.weight)
         if self.scales is None:
             return self._plain(rms_norm(rows, weight, norm.variance_epsilon), None, width)
         codes = rms_norm_quantise(rows, weight, norm.variance_epsilon)
-        return self._of_codes(codes, rows.dtype, None, following)
+        return self.of_codes(codes, rows.dtype, None)
 
     def after_gate(self, gate_up: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
         """Of silu(gate) * up, from gate_up [M, 2 K]."""
         gate, up = gate_up.chunk(2, -1)
         if self.scales is None:
             return self._plain(silu_mul(gate, up), addend)
-        return self._of_codes(silu_mul_quantise(gate, up), gate.dtype, addend)
+        return self.of_codes(silu_mul_quantise(gate, up), gate.dtype, addend)
 
     def parts(self, rows: torch.Tensor, n_parts: int) -> torch.Tensor:
         """rows [M, K here] -> [n_parts, M, N] fp32: of K in parts, what each adds to the sum."""
@@ -127,7 +119,7 @@ class Projection:
         return out
 
     def _fp8_part(self, quantised: Quantised) -> torch.Tensor:
-        return self._of_codes(quantised, torch.float32, None)[None]
+        return self.of_codes(quantised, torch.float32, None)[None]
 
     def _plain(
         self, rows: torch.Tensor, addend: torch.Tensor | None, width: int | None = None
@@ -137,20 +129,13 @@ class Projection:
             return weight_only_matmul(rows, self.weight, added)
         return matmul(rows, self.weight.t(), added, width=width)
 
-    def _of_codes(
-        self,
-        quantised: Quantised,
-        dtype: torch.dtype,
-        addend: torch.Tensor | None,
-        following: Projection | None = None,
+    def of_codes(
+        self, quantised: Quantised, dtype: torch.dtype, addend: torch.Tensor | None
     ) -> torch.Tensor:
+        """Of FP8 weights: codes [M, K] and scales [M, K / 128] -> [M, N]."""
         assert self.scales is not None and not isinstance(self.weight, Packed)  # noqa: PT018
-        after = None if following is None or following.scales is None else following.weight
-        assert not isinstance(after, Packed)
-        return block_fp8_matmul(
-            *quantised, self.weight, self.scales, self.bias if addend is None else addend,
-            dtype=dtype, following=after,
-        )  # fmt: skip
+        added = self.bias if addend is None else addend
+        return block_fp8_matmul(*quantised, self.weight, self.scales, added, dtype=dtype)
 
 
 def add_over_ranks(parts: torch.Tensor, residual: torch.Tensor, spread: Spread) -> torch.Tensor:

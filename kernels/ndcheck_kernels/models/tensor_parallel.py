@@ -246,8 +246,9 @@ def _run_experts(
     if is_block_fp8(layer):
         gate_up_scales = here(layer.gate_up_proj_scale_inv).split(width // block_fp8.BLOCK, 1)
         down_scales = here(layer.down_proj_scale_inv).split(length // block_fp8.BLOCK, 2)
+        # CUDA's kernel reads experts that follow one another; a rank's whole share does.
         hidden = [
-            block_fp8.grouped_op(rows, block, scales, ends)
+            block_fp8.grouped_op(rows, block.contiguous(), scales, ends)
             for block, scales in zip(blocks, gate_up_scales, strict=True)
         ]
         parts = layer._apply_gate(torch.cat(hidden, -1)).split(length, -1)

@@ -31,7 +31,8 @@ def choose_device(name: str) -> torch.device:
 def own_device(device: torch.device) -> torch.device:
     """This rank's, by its number on the machine.
 
-    Raises UsageError for the CPU beside a GPU, which transformers takes for its ranks.
+    Raises UsageError for the CPU beside a GPU, which transformers takes for its ranks, and on every
+    rank of a machine that has fewer GPUs than ranks.
     """
     import torch
 
@@ -39,7 +40,16 @@ def own_device(device: torch.device) -> torch.device:
         raise UsageError(
             "--device cpu: with --tp transformers takes the GPUs; hide them: CUDA_VISIBLE_DEVICES="
         )
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+    if device.type != "cuda":
+        return device
+    own, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", own + 1))
+    if n_here > n_gpus:
+        raise UsageError(
+            f"--tp: {n_here} ranks on this machine take a GPU each, and it has {n_gpus}; "
+            "ranks on the CPU hide them: CUDA_VISIBLE_DEVICES="
+        )
+    return torch.device("cuda", own)
 
 
 def choose_threads(begun_with: object, n_processes: int) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ndcheck.errors import UsageError
 from ndcheck.records import CacheState
@@ -105,7 +105,8 @@ def require_faithful(
     reason = rope_reason(config, lengths, n_new, cache_state)
     if reason is None:
         path = (min(lengths) < max(lengths), cache_state)
-        if not is_in_torch_dispatch_mode():
+        # This thread's own: `is_in_torch_dispatch_mode` stays True once two threads had overlapped.
+        if _get_current_dispatch_mode() is None:
             examine(model, device, [path])
         findings = _SEEN.get(model)
         reason = findings.reason(path) if findings is not None else None
@@ -242,7 +243,7 @@ class _Examination:
             findings.reasons.update(dict.fromkeys(PATHS, str(error)))
             return False
         findings.sensitivity = _difference(other_start, plain, findings.dtype)
-        if _difference(other_end[:-1], plain[:-1], findings.dtype) > TOLERANCE_16_BIT:
+        if _difference(other_end[:-1], plain[:-1], findings.dtype) > findings.tolerance:
             findings.reasons.update(dict.fromkeys(PATHS, self._bidirectional()))
             return True
         for path in paths:

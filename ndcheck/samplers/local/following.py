@@ -106,20 +106,20 @@ class Ranks:
         dist.all_gather(others, own)
         self._room = int(FILLED * int(min(others)))
 
-    def make_room(self, kept: dict[tuple[Any, int, int], Any], n_columns: int) -> None:
+    def make_room(self, kept: dict[tuple[Any, Any, int, int], Any], n_columns: int) -> None:
         """Let go of ``kept`` batches, the oldest first, until one of so many columns fits in.
 
-        ``kept`` are by arm, rows and width. No rank halves a batch that does not fit, and all let
-        go of the same ones, since they go by the same numbers.
+        ``kept`` are by arm, decoding, rows and width. No rank halves a batch that does not fit, and
+        all let go of the same ones, since they go by the same numbers.
         """
         if self._room is None:
             self._measure_room()
         assert self._room is not None
         for key in list(kept):
-            sizes = [rows * width for _, rows, width in kept]
+            sizes = [rows * width for _, _, rows, width in kept]
             layers = map(layer_state, kept[key].batch.cache.layers)
             n_bytes = sum(part.nbytes for layer in layers for part in layer.tensors())
-            if n_bytes / (key[1] * key[2]) * (sum(sizes) + n_columns) <= self._room:
+            if n_bytes / (key[2] * key[3]) * (sum(sizes) + n_columns) <= self._room:
                 return
             del kept[key]
             gc.collect()  # A graph keeps its memory as long as it is there.

@@ -76,7 +76,7 @@ class TransformersSampler:
         self._model: Any = None
         self._draft: Any = None
         self._findings: Examination | None = None
-        self._captured: dict[tuple[Arm, int, int], DecodeSteps] = {}
+        self._captured: dict[tuple[Arm, Decoding, int, int], DecodeSteps] = {}
         self._feeds, self._widths, self._scores = spec.feeds, spec.widths, "scoring" in spec.axes
         self._completions = Completions()
         self._uncaptured, self._begun = set[Arm](), set[Arm]()
@@ -388,7 +388,7 @@ class TransformersSampler:
     def _steps_for(self, arm: Arm, rows: list[list[int]], decoding: Decoding) -> DecodeSteps:
         """The decode steps for a batch of this shape: on CUDA those captured before, if kept."""
         width = max(map(len, rows)) + decoding.max_tokens
-        key = (arm, len(rows), width)
+        key = (arm, decoding, len(rows), width)
         steps = self._captured.pop(key, None)
         if steps is None:
             while len(self._captured) >= MOST_CAPTURED:

@@ -17,7 +17,8 @@ OPTIONS = ("--engine", "vllm", "--prompt", PROMPT, "--loads", "1,4", "-n", "40")
 @pytest.fixture
 def with_fake(monkeypatch, environment):
     def plant(fault):
-        environment.update({"PYTHONPATH": str(FAKE), "FAKE_VLLM": fault})
+        places = filter(None, (str(FAKE), environment.get("PYTHONPATH")))
+        environment.update({"PYTHONPATH": os.pathsep.join(places), "FAKE_VLLM": fault})
 
     return plant
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ndcheck_kernels.cuda.attention import causal
-from ndcheck_kernels.cuda.configs import attention_config
+from ndcheck_kernels.cuda.configs import DecodeTile, attention_config
 
 LENGTH = 5500  # past the splits that grow longer
 
@@ -78,6 +78,26 @@ def test_decode_is_the_same_in_any_batch(operands, batch):
         ends[row] = LENGTH
         got = causal.attention(mixed, keys, values, lengths=ends)
         assert torch.equal(got[row], alone[0]), row
+
+
+@pytest.mark.parametrize("batch", [1, 40])
+def test_however_many_splits_a_program_takes_bits_are_the_same(operands, batch):
+    q, k, v = (t[:1].expand(batch, -1, -1, -1) for t in operands)
+    config = attention_config(128, 2, 90)
+    want = causal.attention(q[:1], k[:1], v[:1])[:, :, -1:].expand(batch, -1, -1, -1)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    runs = set()
+    for per_sm in (1, 2, 4, 16, 1000):
+        for tile in (config.few, config.many, DecodeTile(4, 1), DecodeTile(8, 2)):
+            tile = replace(tile, per_sm=per_sm)
+            other = replace(config, few=tile, many=tile)
+            runs.add(other.decode(4, other.splits(LENGTH), 8 * batch, sms)[1])
+            for _ in range(3):  # whoever comes last
+                got = causal._launch(
+                    q[:, :, -1:], k, v, None, None, causal.Kind(), other, parallel=True
+                )
+                assert torch.equal(got, want), (per_sm, tile)
+    assert len(runs) > 1
 
 
 def test_both_tiles_of_queries_agree(operands):

@@ -1,13 +1,17 @@
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
+from ndcheck_kernels.cuda import device as device_facts
 from ndcheck_kernels.cuda.attention import causal
-from ndcheck_kernels.cuda.configs import AttentionConfig, PrefillTile, attention_config
+from ndcheck_kernels.cuda.configs import AttentionConfig, DecodeTile, PrefillTile, attention_config
 
-TILE = PrefillTile(32, 4, 1)
-SMALL = AttentionConfig(32, 32, TILE, TILE, 4, 1, 16, short_splits=2)  # many in a short context
+TILE, DECODE = PrefillTile(32, 4, 1), DecodeTile(4, 1)
+SMALL = AttentionConfig(
+    32, 32, TILE, TILE, DECODE, DECODE, 16, short_splits=2
+)  # many in a short context
 ON_GPU = torch.cuda.is_available()
 PLAIN = causal.Kind()
 SINKS = torch.tensor([-1.0, 2.0, 0.5, 6.0])
@@ -87,6 +91,37 @@ def test_prefill_chunks_and_decode_agree(operands):
             ends = lengths - q.shape[2] + last
             got = launch(q[:, :, first:last], k, v, starts, ends, parallel=parallel)
             assert torch.equal(got, whole[:, :, first:last])
+
+
+@pytest.mark.parametrize("name", [None, "window", "sinks"])
+def test_however_many_splits_a_program_takes_bits_are_the_same(operands, name):
+    q, k, v, starts, lengths = operands
+    kind = PLAIN if name is None else KINDS[name]
+    last = q[:, :, -1:], k, v, starts, lengths
+    want = launch(q, k, v, starts, lengths, kind=kind)[:, :, -1:]
+    sms, splits = device_facts.sm_count(q.device), SMALL.splits(k.shape[2])
+    runs = set()
+    for programs in (1, 2, splits):
+        tile = replace(DECODE, per_sm=programs * 4 // sms)
+        config = replace(SMALL, few=tile, many=tile)
+        runs.add(config.decode(2, splits, 4, sms)[1])
+        assert torch.equal(launch(*last, kind=kind, config=config, parallel=True), want), programs
+    assert runs == {1, 2, splits}
+
+
+def test_a_row_without_tokens_gives_zeros_and_counters_end_at_zero(operands, monkeypatch):
+    q, k, v, starts, lengths = operands
+    taken = []
+    own = device_facts.counters
+    monkeypatch.setattr(device_facts, "counters", lambda *a: taken.append(own(*a)) or taken[-1])
+    want = launch(q[:1, :, -1:], k[:1], v[:1], parallel=True)
+    starts, lengths = starts.clone(), lengths.clone()
+    starts[1] = lengths[1] = 60
+    got = launch(q[:, :, -1:], k, v, starts, lengths, parallel=True)
+    assert torch.equal(got[:1], want)
+    assert torch.equal(got[1], torch.zeros_like(got[1]))
+    assert len(taken) == 2
+    assert not any(t[: 2 * k.shape[1]].any() for t in taken)
 
 
 def test_padding_and_neighbours_change_nothing(operands):
@@ -220,7 +255,18 @@ def test_head_dims(dims, dtype, device):
 
 
 def test_the_host_counts_the_splits_that_the_kernels_walk():
-    config = AttentionConfig(32, 32, TILE, TILE, 4, 1, 16, short_splits=2)
+    config = AttentionConfig(32, 32, TILE, TILE, DECODE, DECODE, 16, short_splits=2)
     starts = [0, 32, 64, 192, 320]
     for tokens in range(1, 320):
         assert config.splits(tokens) == sum(start < tokens for start in starts)
+
+
+def test_the_programs_of_a_decode_step_have_every_split_once():
+    for per_sm, splits, pairs in itertools.product((1, 3, 16), (1, 2, 5, 44), (1, 8, 132, 4096)):
+        tile = DecodeTile(4, 2, per_sm)
+        config = replace(SMALL, many=tile)
+        used, run = config.decode(4, splits, pairs, 132)
+        assert used == (tile if splits * pairs > 132 else config.few)
+        programs = -(-splits // run)
+        assert 1 <= run <= splits
+        assert programs * pairs >= min(splits * pairs, per_sm * 132) / 2

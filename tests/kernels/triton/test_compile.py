@@ -24,9 +24,11 @@ TENSOR_CORES = {
     "gfx942": {"v_mfma_f32_32x32x8_bf16", "v_mfma_f32_16x16x16_bf16"},
     "gfx950": {"v_mfma_f32_32x32x16_bf16", "v_mfma_f32_16x16x32_bf16"},
 }
-# Triton 3.9 spills a little where 3.6, which made the GPU figures, does not.
-# 88 bytes are those of an FP8 cache, 64 of any other.
-SPILLED = {("_prefill_kernel", c): n for c, n in ((90, 88), (89, 16), (120, 16))}
+# Triton 3.9 spills more than 3.6, which made the GPU figures. Most of all spills the tile of 128
+# queries over an FP8 cache, in chunks with ALiBi; without Hopper's own kernel 3.6 spills 256 there.
+SPILLED = {("_prefill_kernel", c): n for c, n in ((90, 304), (89, 16), (120, 16))}
+SPILLED["_decode_kernel", 90] = 24  # 64 rows in chunks with ALiBi
+SPILLED["_prefill_hopper_kernel", 90] = 280
 DOTS = ("_matmul", "_grouped", "_block_fp8", "_weight_only", "_prefill", "_decode")
 
 
@@ -66,6 +68,18 @@ def test_shipped_configurations_fit_the_chip(capability, extent):
     if capability == 90:
         assert any("UTMALDG" in kernel["instructions"] for kernel in kernels), "no TMA"
         assert any("HGMMA" in kernel["instructions"] for kernel in kernels), "no wgmma"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+def test_attention_of_every_head_dim_and_dtype_fits_the_chip(capability):
+    from ndcheck_kernels.measure.resources import SHARED_LIMIT
+
+    document = compile_in_a_process(capability, "all", "attentions")
+    assert document["failures"] == []
+    assert len(document["kernels"]) > 50
+    for kernel in document["kernels"]:
+        assert kernel["shared_bytes"] <= SHARED_LIMIT[capability], kernel
 
 
 def test_importing_the_package_imports_no_triton():

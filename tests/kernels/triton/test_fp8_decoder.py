@@ -12,7 +12,7 @@ from .test_decoder import OTHERS, PROBE, logits_of
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128, "initializer_range": 0.1,
 }  # fmt: skip
 MIXTURE = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
 CONFIGS = {
@@ -67,9 +67,11 @@ def test_fused_fp8_layers(family, make_model):
     assert fires["block_fp8_linear"] > 0
     assert torch.equal(together, alone)
     assert torch.equal(fused[0], alone)
-    # A fused layer rounds less often, so codes next to a tie go the other way, by a 16th.
-    assert (fused - plain).norm() / plain.norm() < 2.0**-3
-    assert (fused[0] - fused[1]).norm() / plain.norm() > 2.0**-1
+    # A fused layer rounds less often, so codes next to a tie go the other way, by a 16th, and an
+    # expert that was chosen by a hair may be another. Two prompts differ by far more.
+    scale = plain.float().norm()
+    changed, between = ((a - b).float().norm() / scale for a, b in ((fused, plain), fused))
+    assert changed < min(2.0**-2, between / 3), (changed, between)
 
 
 def test_weights_whose_blocks_would_span_two_are_not_joined(make_model):

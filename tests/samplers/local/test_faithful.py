@@ -10,12 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from torch.utils import _python_dispatch
+from transformers.models.roformer import modeling_roformer
 
 from ndcheck.errors import UsageError
 from ndcheck.records import AXES
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import fit_spec
-from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.local.sampler import TransformersSampler
 
 N_STEPS = 4
@@ -188,6 +190,9 @@ REFUSED = {
 }
 """What these models' own code computes otherwise; Zamba2 clamps a time step in prefill alone, and
 chunks show it. No other may be refused."""
+if not hasattr(modeling_roformer, "create_causal_mask"):
+    # In transformers 5.17 its decoder sees later tokens.
+    REFUSED["RoFormer"] = {"whole"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -315,13 +320,20 @@ def test_sound_models_are_not_accused(monkeypatch, family, dtype, memory):
     assert before == [(p.dtype, p.data_ptr()) for p in model.parameters()]
 
 
-@pytest.mark.parametrize("changed", [{}, {"is_decoder": False}])
+@pytest.mark.parametrize("changed", [{}, {"is_decoder": False}, {"initializer_range": 0.02}])
 def test_what_sees_later_tokens_is_no_decoder(changed):
-    config = transformers.BertConfig(**COMMON, **changed)
+    config = transformers.BertConfig(**{**COMMON, **changed})
     config.is_decoder = False
     model = transformers.BertLMHeadModel(config).eval()
     with pytest.raises(UsageError, match="BertLMHeadModel lets a token see those after it"):
         decode(model, False, "whole", [])
+
+
+def test_the_modes_of_other_threads_hide_no_model(monkeypatch):
+    """Torch has one flag for all threads, which stays set once two had modes at the same time."""
+    monkeypatch.setattr(_python_dispatch, "_is_in_torch_dispatch_mode", True)
+    with pytest.raises(UsageError, match="BartForCausalLM computes something else"):
+        decode(make("Bart"), True, "whole", [])
 
 
 def test_flex_attention_reads_the_length_before_the_step():

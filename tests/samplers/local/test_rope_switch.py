@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -62,11 +63,12 @@ def test_a_rope_that_follows_the_longest_row_is_explained_not_accused(tmp_path):
     assert len(ids[0]) + 4 <= 18
     long_row = [ids[0] * 5]
     n = len(long_row[0])
-    padded = torch.tensor([[0] * (n - len(ids[0])) + ids[0], long_row[0]])
-    mask = torch.tensor([[0] * (n - len(ids[0])) + [1] * len(ids[0]), [1] * n])
+    tensor = partial(torch.tensor, device=short.device)
+    padded = tensor([[0] * (n - len(ids[0])) + ids[0], long_row[0]])
+    mask = tensor([[0] * (n - len(ids[0])) + [1] * len(ids[0]), [1] * n])
     at = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        alone = short(torch.tensor(ids)).logits[0, -1]
+        alone = short(tensor(ids)).logits[0, -1]
         beside = short(padded, attention_mask=mask, position_ids=at).logits[0, -1]
     assert (alone - beside).abs().max() > 0.01 * alone.std()
 

@@ -17,6 +17,7 @@ from ndcheck.samplers.local.sampler import TransformersSampler
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 N_TOKENS = 10
+GREEDY = Decoding(N_TOKENS)
 LOADS = [Load(1), Load(3, (0, 1, 2)), Load(3, (1,), (30, 4), 7)]
 
 
@@ -85,9 +86,9 @@ def sampler(tiny_models):
     return TransformersSampler(replace(DEFAULTS, model=str(tiny_models["qwen3"])))
 
 
-def run(sampler, load):
+def run(sampler, load, decoding=GREEDY):
     trial = Trial(0, "stock", "p1", "slot", load, 0)
-    samples = sampler.sample(trial, PROBE, Decoding(N_TOKENS))
+    samples = sampler.sample(trial, PROBE, decoding)
     return [(s.token_ids, s.row_digests, s.witness) for s in samples]
 
 
@@ -97,6 +98,18 @@ def test_replayed_steps_are_the_steps(sampler, played, monkeypatch):
     sampler._captured.clear()
     monkeypatch.setattr(ExactBatch, "can_be_captured", False)
     assert captured == [run(sampler, load) for load in (*LOADS, *LOADS)]
+
+
+def test_what_was_captured_draws_for_no_other_decoding(sampler, played, monkeypatch):
+    """A batch of the same shape, kept from another seed, temperature or length."""
+    decodings = [Decoding(N_TOKENS, *drawn) for drawn in ((), (1.0, 1), (1.0, 2))]
+    asked = [(Load(2, (0,), (40,)), decoding) for decoding in decodings]
+    asked.append((Load(2, (0,), (39,)), Decoding(N_TOKENS + 1)))
+    captured = [run(sampler, *each) for each in asked]
+    sampler._captured.clear()
+    monkeypatch.setattr(ExactBatch, "can_be_captured", False)
+    assert captured == [run(sampler, *each) for each in asked]
+    assert len({tokens for ((tokens, *_),) in captured[:3]}) == 3
 
 
 @pytest.mark.parametrize("ends_broken", [False, True])

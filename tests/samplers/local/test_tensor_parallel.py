@@ -17,6 +17,7 @@ import transformers
 from ndcheck import ranks, request
 from ndcheck.cli.app import run_command_line
 from ndcheck.errors import UsageError
+from ndcheck.samplers.local.device import own_device
 from ndcheck.samplers.local.sharding import check_heads
 from ndcheck.storage.run_directory import SampleReader, read_run
 from ndcheck_kernels.models.tensor_parallel import ordered_layers
@@ -61,7 +62,8 @@ def models(tmp_path_factory):
 def environment():
     ours = ("NDCHECK_", "TRITON_INTERPRET")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return {**kept, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    ours = {"COLUMNS": "80", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**kept, **ours, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def command(n_ranks, *arguments):
@@ -80,11 +82,11 @@ def launch(n_ranks, *arguments):
     )
 
 
-def measure(n_ranks, model, out, *options):
+def measure(n_ranks, model, out, *options, device="cpu"):
     """What it prints, where there are ranks; one needs no process of its own."""
     arguments = ("run", "--model", model, *LOADS, *options, "--out", out)
     if n_ranks == 1:
-        run_command_line([*map(str, arguments)])
+        run_command_line([*map(str, arguments), "--device", device])
         said = ""
     else:
         done = launch(n_ranks, "-m", "ndcheck", *arguments, "--tp", n_ranks)
@@ -234,6 +236,22 @@ def test_bits_of_fp8_are_those_of_one_process(tmp_path):
     assert bits(tmp_path / "stock", "stock") != bits(tmp_path / "2-None", "stock")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_computes_experts_of_fp8_in_parts(tmp_path):
+    """One process: its sums, in parts or whole, are those of the same numbers."""
+    config = json.loads((SHAPES / "tiny-moe-fp8" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "head_dim": 32, "moe_intermediate_size": 256})
+    )
+    found = []
+    for name, groups in (("parts", ("--tp-groups", "2")), ("whole", ())):
+        measure(1, tmp_path, tmp_path / name, "--kernels", "invariant", *groups, device="cuda")
+        assert len(set(bits(tmp_path / name, "invariant").values())) == 1
+        found.append(next(iter(SampleReader(tmp_path / name))).logprobs[0])
+    assert found[0] == pytest.approx(found[1], abs=0.05)
+
+
 def test_four_ranks_have_the_bits_of_one(models, tmp_path):
     for n in (1, 4):
         measure(n, models / "dense", tmp_path / str(n), "--tp-groups", "4")
@@ -323,6 +341,18 @@ def test_the_processes_must_be_those_asked_for(monkeypatch):
     assert (ranks.rank(), ranks.n_ranks(), ranks.may_speak()) == (1, 2, False)
     with pytest.raises(UsageError, match="torchrun started 2 processes and the run wants 1"):
         ranks.check_ranks(request.make_spec())
+
+
+def test_each_rank_needs_a_gpu_of_its_own(monkeypatch):
+    """Said by every rank, so rank 0 says it: another one's message would be lost."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        with pytest.raises(UsageError, match=r"--tp: 2 ranks on this machine .* it has 1; [^\n]*$"):
+            own_device(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert own_device(torch.device("cuda")) == torch.device("cuda", 1)
 
 
 def test_a_key_value_head_is_not_cut(models):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,8 @@ def open_fake(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # logs that outlive a failure
     monkeypatch.syspath_prepend(str(FAKE))
-    monkeypatch.setenv("PYTHONPATH", str(FAKE))
+    # Beside what it holds: ndcheck itself may be found by it.
+    monkeypatch.setenv("PYTHONPATH", str(FAKE), prepend=os.pathsep)
     samplers = []
 
     def open_it(spec, fault="clean"):

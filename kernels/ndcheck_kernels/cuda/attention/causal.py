@@ -9,11 +9,11 @@ Reduction order: keys are cut into splits counted from the row's own first token
     tokens each, then of four times SPLIT; a split is cut into blocks of BLOCK_KV. Inside a split
     blocks are taken in ascending order with a running maximum; within a block the tensor cores add
     in ascending order and the denominator is an exact integer sum, in units of 2**-23 of the
-    running maximum. Splits are merged in ascending order, after the sink. A hidden block or split
-    adds exactly nothing, so it may be computed or not.
-Depends on: head_dim, dtype, architecture, and the row's own tokens. Not on padding, neighbours, the
-    length of the cache, how many queries come at once, or whether splits run in parallel (few
-    queries) or in sequence (many).
+    running maximum. Splits are merged in ascending order, after the sink, a fused multiply-add
+    each. A hidden block or split adds exactly nothing, so it may be computed or not.
+Depends on: the wider head_dim, dtype, architecture, and the row's own tokens. Not on padding,
+    neighbours, the length of the cache, how many queries come at once, or whether splits run in
+    parallel or in sequence (many queries, or few of many rows).
 Dtypes: bfloat16, float16, float32 (IEEE, no TF32); keys and values also float8_e4m3fn, which are
     widened to the queries' dtype, exactly. head_dim up to 256; v may have another.
 Not claimed: gradients, dropout, other masks; a row with infinities in its own later tokens, or in
@@ -29,11 +29,13 @@ import triton
 import triton.language as tl
 
 from ndcheck_kernels.cuda import device
-from ndcheck_kernels.cuda.attention.decode import _decode_kernel, _merge_kernel
+from ndcheck_kernels.cuda.attention.decode import _decode_kernel
 from ndcheck_kernels.cuda.attention.prefill import _prefill_kernel
 from ndcheck_kernels.cuda.attention.splits import LOG2_E
 from ndcheck_kernels.cuda.configs import AttentionConfig, attention_config
 from ndcheck_kernels.cuda.dependent_launch import pdl
+from ndcheck_kernels.cuda.rows.quantise import Quantised, empty, quantise_rows
+from ndcheck_kernels.ops.block_fp8 import BLOCK
 
 
 def attention(
@@ -53,10 +55,29 @@ def attention(
     `bias_dtype` if given, is added to its scores. The result is [B, H, L, DV], a view of
     [B, L, H, DV].
     """
-    config = attention_config(q.shape[-1], q.element_size(), device.capability(q.device))
+    widest = max(q.shape[-1], v.shape[-1])
+    config = attention_config(widest, q.element_size(), device.capability(q.device))
     rows = q.shape[1] // max(k.shape[1], 1) * q.shape[2]
     kind = Kind(scale, window, softcap, sinks, chunked, slopes, bias_dtype)
     return _launch(q, k, v, starts, lengths, kind, config, parallel=rows <= config.max_rows)
+
+
+def quantised_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, starts: torch.Tensor,
+    lengths: torch.Tensor, scale: float,
+) -> Quantised:  # fmt: skip
+    """What `quantise_rows` makes of `attention`'s rows [B L, H DV], few of them in its launch."""
+    (batch, heads, length, dim), (kv_heads, _, dim_v) = q.shape, v.shape[1:]
+    config = attention_config(max(dim, dim_v), q.element_size(), device.capability(q.device))
+    if dim_v == BLOCK and heads // kv_heads * length <= config.max_rows:
+        codes, scales = empty(batch * length, heads * dim_v, q.device)
+        _launch(
+            q, k, v, starts, lengths, Kind(scale), config, parallel=True,
+            codes=codes.view(batch, length, heads, dim_v).transpose(1, 2), scales=scales,
+        )  # fmt: skip
+        return codes, scales
+    out = attention(q, k, v, starts=starts, lengths=lengths, scale=scale)
+    return quantise_rows(out.transpose(1, 2).reshape(batch * length, -1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +93,7 @@ class Kind:
     bias_dtype: torch.dtype | None = None
 
 
-_BIAS = {
+_TRITON = {
     None: tl.float32,
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -83,7 +104,9 @@ _BIAS = {
 def _launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None,
     lengths: torch.Tensor | None, kind: Kind, config: AttentionConfig, *, parallel: bool,
+    codes: torch.Tensor | None = None, scales: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
+    """Into ``codes`` [B, H, L, 128], if given, and ``scales`` [B L, H], few queries only."""
     is_narrow = k.dtype == v.dtype == torch.float8_e4m3fn
     device.require_float("attention", q, *(() if is_narrow else (k, v)))
     batch, heads, q_length, dim = q.shape
@@ -95,7 +118,10 @@ def _launch(
         raise ValueError(f"attention has no head_dim {max(dim, dim_v)}, only up to 256")
     if not is_narrow and not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"attention of {q.dtype} over {k.dtype}, {v.dtype}")
-    o = torch.empty((batch, q_length, heads, dim_v), dtype=q.dtype, device=q.device).transpose(1, 2)
+    o = codes
+    if o is None:
+        o = torch.empty((batch, q_length, heads, dim_v), dtype=q.dtype, device=q.device)
+        o = o.transpose(1, 2)
     if o.numel() == 0:
         return o
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
@@ -118,7 +144,7 @@ def _launch(
     }  # fmt: skip
     scores = {
         "CAPPED": kind.softcap > 0, "DIM": dim, "D": max(16, triton.next_power_of_2(dim)),
-        "BIAS": None if kind.slopes is None else _BIAS[kind.bias_dtype],
+        "BIAS": None if kind.slopes is None else _TRITON[kind.bias_dtype],
     }  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     if not parallel:
@@ -140,19 +166,20 @@ def _launch(
     if window:
         # Where tokens were dropped, the first split that is seen may begin before column 0.
         splits = min(splits + 1, (window + q_length - 2) // config.split + 2)
-    m = den = acc = o  # stand in where nothing is left in parts
-    if splits > 1:
-        m, den = torch.empty((2, batch, kv_heads, splits, group * q_length), device=q.device)
+    splits = max(splits, 1)
+    rows, pairs = group * q_length, batch * kv_heads
+    decode, run = config.decode(rows, splits, pairs, device.sm_count(q.device))
+    m = den = acc = counter = o  # stand in where nothing is left in parts
+    if run < splits:
+        m, den = torch.empty((2, batch, kv_heads, splits, rows), device=q.device)
         acc = torch.empty((*m.shape, block_v), device=q.device)
-    _decode_kernel[(splits, kv_heads, batch)](
-        q, k, v, m, den, acc, o, *given, sinks, slopes, scale, cap, window, q_length, kv_length,
-        *strides, *o.stride()[:3], WHOLE=splits == 1,
-        ROWS=max(16, triton.next_power_of_2(group * q_length)), BLOCK_KV=config.block_kv,
-        num_warps=config.decode_warps, num_stages=config.decode_stages, **scores, **shared,
+        counter = device.counters(pairs, q.device)
+    kept = triton.next_power_of_2(rows)
+    _decode_kernel[(triton.cdiv(splits, run), kv_heads, batch)](
+        q, k, v, m, den, acc, counter, o, o if scales is None else scales, *given, sinks, slopes,
+        scale, cap, window, q_length, kv_length, splits, run, *strides, *o.stride()[:3],
+        WHOLE=run >= splits, ROWS=max(16, kept), KEPT=kept, BLOCK_KV=config.block_kv,
+        CODES_OF=None if codes is None else _TRITON[q.dtype], num_warps=decode.warps,
+        num_stages=decode.stages, **scores, **shared,
     )  # fmt: skip
-    if splits > 1:
-        _merge_kernel[(group * q_length, kv_heads, batch)](
-            m, den, acc, o, *given, sinks, window, q_length, kv_length, splits, *o.stride()[:3],
-            num_warps=1, **shared,
-        )  # fmt: skip
     return o

@@ -4,9 +4,11 @@
 Computes: as `attention`, without a window or a cap on the scores.
 Reduction order: that of `attention`: every product, maximum and sum below stands there too, in the
     same order.
-Schedule: a program per SM walks over tiles of 128 queries, those that see most keys first. One warp
-    copies blocks of keys and values to shared memory (TMA); two warpgroups take 64 queries each
-    and take turns, so that one's softmax runs while the tensor cores work for the other.
+Schedule: a program per SM walks over tiles of 128 queries, those that see most keys first, to and
+    fro over the programs, so that all see about as many. One warp copies blocks of keys and values
+    and the next tile's queries to shared memory (TMA); two warpgroups take 64 queries each and
+    take turns, so that one's softmax runs while the tensor cores work for the other. The total of
+    the splits before waits in shared memory: registers have room for one accumulator.
 Dtypes: bfloat16, float16; head_dim 64 or 128.
 """
 
@@ -34,8 +36,8 @@ _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _BLOCK_Q = gl.constexpr(128)
 _HALF = gl.constexpr(64)  # the queries of one warpgroup
-STAGES = 4
-"""Blocks of keys, and of values, on their way."""
+_STAGED_KEYS = 256
+"""Keys, and values, that have a place in shared memory."""
 
 
 @gluon.jit
@@ -53,8 +55,24 @@ def _own_tokens(
 
 
 @gluon.jit
-def _tile(index, batches, heads, q_blocks):
-    """Head, batch and first query of a tile."""
+def _tile_count(tiles):
+    """How many of all tiles are this program's."""
+    programs = gl.num_programs(0)
+    rounds = tiles // programs
+    return rounds + (_place(rounds) < tiles % programs).to(gl.int32)
+
+
+@gluon.jit
+def _place(turn):
+    """Where this program stands in a round of tiles: every other one goes backwards."""
+    pid = gl.program_id(0)
+    return gl.where(turn % 2 == 0, pid, gl.num_programs(0) - 1 - pid)
+
+
+@gluon.jit
+def _tile(tile, batches, heads, q_blocks):
+    """Head, batch and first query of this program's tile of that number."""
+    index = tile * gl.num_programs(0) + _place(tile)
     rest = index // heads
     return index % heads, rest % batches, (q_blocks - 1 - rest // batches) * _BLOCK_Q
 
@@ -94,6 +112,19 @@ def _softmax(scores, first, positions, m, den, scale, MASKED: gl.constexpr, layo
 
 
 @gluon.jit
+def _finished(den):
+    """The denominators as they are, not before all probabilities are there.
+
+    The assembler puts what waits for the tensor cores before as much as it can, but not before a
+    trap (no denominator is near -6e18): a softmax must not wait for the product that it hides.
+    """
+    return gl.inline_asm_elementwise(
+        "{.reg .pred p; setp.eq.s32 p, $1, 0xdeadbeef; @p trap; mov.b32 $0, $1;}", "=r,r", [den],
+        dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _merge(m, den, acc, split_m, split_den, split_acc, rows: gl.constexpr):
     """Add a split to the total of those before it."""
     new_m = gl.maximum(m, split_m)
@@ -101,9 +132,10 @@ def _merge(m, den, acc, split_m, split_den, split_acc, rows: gl.constexpr):
     fade = gl.exp2(m - safe_m)
     split_fade = gl.exp2(split_m - safe_m)
     den = gl.fma(den, fade, split_den * split_fade)
-    fade = gl.convert_layout(fade, rows)
+    zeros = gl.full_like(acc, 0.0)
+    fade = zeros + gl.convert_layout(fade, rows)[:, None]
     split_fade = gl.convert_layout(split_fade, rows)
-    return new_m, den, acc * fade[:, None] + split_acc * split_fade[:, None]
+    return new_m, den, gl.fma(acc, fade, split_acc * split_fade[:, None])
 
 
 @gluon.jit
@@ -115,11 +147,10 @@ def _load(
 ):  # fmt: skip
     """The warp that copies: queries of each tile, then its keys and values, block by block."""
     block = 0
-    for index in range(gl.program_id(0), batches * heads * q_blocks, gl.num_programs(0)):
-        head, batch, first_q = _tile(index, batches, heads, q_blocks)
+    for tile in range(_tile_count(batches * heads * q_blocks)):
+        head, batch, first_q = _tile(tile, batches, heads, q_blocks)
         start, end = _own_tokens(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
         stop = gl.minimum(end, end - q_length + first_q + _BLOCK_Q)
-        tile = index // gl.num_programs(0)
         mbarrier.wait(q_empty, (tile & 1) ^ 1)
         mbarrier.expect(q_full, q_desc.block_type.nbytes)
         _copy(q_desc, [batch, head, first_q, 0], q_full, q_smem)
@@ -147,9 +178,10 @@ def _forget_unused(v, first, end, layout: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    half: gl.constexpr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    turns, o_ptr, sinks_ptr, starts_ptr, lengths_ptr, batches, heads, q_blocks, q_length, kv_length,
-    scale, stride_ob, stride_oh, stride_om, HAS_STARTS: gl.constexpr, HAS_LENGTHS: gl.constexpr,
+    half: gl.constexpr, q_smem, k_smem, v_smem, tot_smem, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, turns, o_ptr, sinks_ptr, starts_ptr, lengths_ptr, batches, heads, q_blocks, q_length,
+    kv_length, scale, stride_ob, stride_oh, stride_om, HAS_STARTS: gl.constexpr,
+    HAS_LENGTHS: gl.constexpr,
     HAS_SINKS: gl.constexpr, BLOCK_KV: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     SPLIT: gl.constexpr, SHORT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -165,12 +197,12 @@ def _attend(
     v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q = q_smem.reshape([_BLOCK_Q, D]).slice(half * _HALF, _HALF)
     no_scores = gl.zeros([_HALF, BLOCK_KV], gl.float32, s_layout)
+    q = q_smem.reshape([_BLOCK_Q, D]).slice(half * _HALF, _HALF)
     block = 0
     turn = 0
-    for index in range(gl.program_id(0), batches * heads * q_blocks, gl.num_programs(0)):
-        head, batch, first_q = _tile(index, batches, heads, q_blocks)
+    for tile in range(_tile_count(batches * heads * q_blocks)):
+        head, batch, first_q = _tile(tile, batches, heads, q_blocks)
         start, end = _own_tokens(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
         stop = gl.minimum(end, end - q_length + first_q + _BLOCK_Q)
         first_q += half * _HALF
@@ -183,12 +215,12 @@ def _attend(
         acc = gl.zeros([_HALF, DV], gl.float32, o_layout)
         tot_m = m
         tot_den = den
-        tot = acc
+        tot_smem.store(acc)
         if HAS_SINKS:
             sink = gl.load(sinks_ptr + head).to(gl.float32) * _LOG2_E
             tot_m = gl.zeros([_HALF], gl.float32, s_rows) + sink
             tot_den += 1.0
-        mbarrier.wait(q_full, (index // gl.num_programs(0)) & 1)
+        mbarrier.wait(q_full, tile & 1)
         if n_blocks > 0:
             stage = block % STAGES
             mbarrier.wait(k_full.index(stage), (block // STAGES) & 1)
@@ -229,16 +261,19 @@ def _attend(
                     new_p, m, den, fade = _softmax(
                         scores, n, positions, m, den, scale, masked == 1, s_layout
                     )
-                    acc, _ = warpgroup_mma_wait(0, deps=[flying, p])
+                    new_p = gl.convert_layout(new_p.to(dtype), p_layout)
+                    den = _finished(den)
+                    acc, _, p = warpgroup_mma_wait(0, deps=[flying, p, new_p])
                     mbarrier.arrive(v_empty.index(last), count=1)
                     if opens:
                         tot_m, tot_den, tot = _merge(
-                            tot_m, tot_den, tot, split_m, split_den, acc, o_rows
+                            tot_m, tot_den, tot_smem.load(o_layout), split_m, split_den, acc, o_rows
                         )
+                        tot_smem.store(tot)
                         acc = gl.zeros([_HALF, DV], gl.float32, o_layout)
                     else:
                         acc = acc * gl.convert_layout(fade, o_rows)[:, None]
-                    p = gl.convert_layout(new_p.to(dtype), p_layout)
+            mbarrier.arrive(q_empty, count=1)  # No product of this tile reads queries any more.
             stage = block % STAGES
             mbarrier.wait(v_full.index(stage), (block // STAGES) & 1)
             v = v_smem.index(stage).reshape([BLOCK_KV, DV])
@@ -251,8 +286,9 @@ def _attend(
             acc, _ = warpgroup_mma_wait(0, deps=[acc, p])
             mbarrier.arrive(v_empty.index(stage), count=1)
             block += 1
-        mbarrier.arrive(q_empty, count=1)
-        tot_m, tot_den, tot = _merge(tot_m, tot_den, tot, m, den, acc, o_rows)
+        else:
+            mbarrier.arrive(q_empty, count=1)
+        tot_m, tot_den, tot = _merge(tot_m, tot_den, tot_smem.load(o_layout), m, den, acc, o_rows)
         tot_den = gl.convert_layout(tot_den, o_rows)
         o = tot / gl.where(tot_den == 0.0, 1.0, tot_den)[:, None]
         offs_q = first_q + gl.arange(0, _HALF, o_rows)
@@ -268,10 +304,12 @@ def _prefill_hopper_kernel(
     q_blocks, q_length, kv_length, stride_ob, stride_oh, stride_om, HAS_STARTS: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, HAS_SINKS: gl.constexpr, GROUP: gl.constexpr,
     BLOCK_KV: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, SPLIT: gl.constexpr,
-    SHORT: gl.constexpr, STAGES: gl.constexpr,
+    SHORT: gl.constexpr, STAGES: gl.constexpr, TOTAL: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [1, 1, _BLOCK_Q, D], q_desc.layout)
+    tot_0 = gl.allocate_shared_memory(gl.float32, [_HALF, DV], TOTAL)
+    tot_1 = gl.allocate_shared_memory(gl.float32, [_HALF, DV], TOTAL)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_KV, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_KV, DV], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -295,15 +333,15 @@ def _prefill_hopper_kernel(
     gl.warp_specialize(
         [
             (_attend, (
-                gl.constexpr(0), q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turns, o_ptr, sinks_ptr, starts_ptr, lengths_ptr, batches, heads, q_blocks,
-                q_length, kv_length, scale, stride_ob, stride_oh, stride_om, HAS_STARTS,
+                gl.constexpr(0), q_smem, k_smem, v_smem, tot_0, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, turns, o_ptr, sinks_ptr, starts_ptr, lengths_ptr, batches, heads,
+                q_blocks, q_length, kv_length, scale, stride_ob, stride_oh, stride_om, HAS_STARTS,
                 HAS_LENGTHS, HAS_SINKS, BLOCK_KV, D, DV, SPLIT, SHORT, STAGES,
             )),
             (_attend, (
-                gl.constexpr(1), q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turns, o_ptr, sinks_ptr, starts_ptr, lengths_ptr, batches, heads, q_blocks,
-                q_length, kv_length, scale, stride_ob, stride_oh, stride_om, HAS_STARTS,
+                gl.constexpr(1), q_smem, k_smem, v_smem, tot_1, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, turns, o_ptr, sinks_ptr, starts_ptr, lengths_ptr, batches, heads,
+                q_blocks, q_length, kv_length, scale, stride_ob, stride_oh, stride_om, HAS_STARTS,
                 HAS_LENGTHS, HAS_SINKS, BLOCK_KV, D, DV, SPLIT, SHORT, STAGES,
             )),
             (_load, (
@@ -353,8 +391,18 @@ def prefill(
         q_blocks, q_length, kv_length, *o.stride()[:3], HAS_STARTS=starts is not None,
         HAS_LENGTHS=lengths is not None, HAS_SINKS=sinks is not None, GROUP=heads // kv_heads,
         BLOCK_KV=config.block_kv, D=dim, DV=dim_v, SPLIT=config.split, SHORT=config.short_splits,
-        STAGES=STAGES, num_warps=4, enable_fp_fusion=False,
+        STAGES=_STAGED_KEYS // config.block_kv, TOTAL=_own_places(dim_v), num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _own_places(columns: int) -> gl.SharedLinearLayout:
+    """Of [64, columns]: what one thread holds of a product in four adjacent places, so that each of
+    its accesses takes 16 bytes, and a warp's are adjacent.
+    """
+    far = [[0, 1 << bit] for bit in range(3, columns.bit_length() - 1)]
+    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.SharedLinearLayout([[0, 1], [8, 0], *lanes, [16, 0], [32, 0], *far])
 
 
 def _descriptor(t: torch.Tensor, rows: int) -> TensorDescriptor:

@@ -42,6 +42,13 @@ def split_of(token, SPLIT: tl.constexpr, SHORT: tl.constexpr):
 
 
 @triton.jit
+def opens_split(token, SPLIT: tl.constexpr, SHORT: tl.constexpr):
+    """Is a token, counted from the row's first, the first of its split?"""
+    long = token - SHORT * SPLIT
+    return tl.where(long < 0, token % SPLIT, long % (4 * SPLIT)) == 0
+
+
+@triton.jit
 def first_seen(position, start, window, CHUNKED: tl.constexpr):
     """The first key that a query at `position` sees, by its window or by its chunk."""
     if CHUNKED:
@@ -132,7 +139,7 @@ def merge(m, den, acc, split_m, split_den, split_acc):
     fade = tl.exp2(m - safe_m)
     split_fade = tl.exp2(split_m - safe_m)
     den = tl.fma(den, fade, split_den * split_fade)
-    acc = acc * fade[:, None] + split_acc * split_fade[:, None]
+    acc = tl.fma(acc, fade[:, None], split_acc * split_fade[:, None])
     return new_m, den, acc
 
 
@@ -149,29 +156,42 @@ def start_total(sinks_ptr, head, ROWS: tl.constexpr, HAS_SINKS: tl.constexpr):
 
 
 @triton.jit
+def attend_block(
+    q, k_ptr, v_ptr, slopes, n, start, end, positions, m, den, acc, scale, cap, window, stride_kn,
+    stride_vn, BLOCK_KV: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, DIM_V: tl.constexpr,
+    DV: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
+    CHUNKED: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """The block of keys from `n` on; MASKED where a query might not see them all.
+
+    BIAS is the dtype that slopes [Q or 1] times a key's place is rounded to, or None.
+    """
+    # Codes of an FP8 cache are numbers of every dtype here.
+    k = load_kv(k_ptr, n, end, stride_kn, BLOCK_KV, DIM, D, MASKED).to(q.dtype)
+    v = load_kv(v_ptr, n, end, stride_vn, BLOCK_KV, DIM_V, DV, MASKED).to(q.dtype)
+    columns = n + tl.arange(0, BLOCK_KV)[None, :]
+    mask = columns <= positions[:, None]
+    if WINDOWED:
+        mask &= columns >= first_seen(positions[:, None], start, window, CHUNKED)
+    bias = 0.0
+    if BIAS is not None:
+        bias = slopes[:, None] * (columns - start).to(tl.float32)
+        bias = bias.to(BIAS).to(tl.float32)
+    return attend(q, k, v, mask, bias, m, den, acc, scale, cap, MASKED, CAPPED, BIAS is not None)
+
+
+@triton.jit
 def attend_range(
     q, k_ptr, v_ptr, slopes, first, last, start, end, positions, m, den, acc, scale, cap, window,
     stride_kn, stride_vn, BLOCK_KV: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
     DIM_V: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
     WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of keys from `first` to `last`; MASKED where a query might not see them all.
-
-    BIAS is the dtype that slopes [Q or 1] times a key's place is rounded to, or None.
-    """
+    """The blocks of keys of one split, from `first` to `last`."""
     for n in range(first, last, BLOCK_KV):
-        # Codes of an FP8 cache are numbers of every dtype here.
-        k = load_kv(k_ptr, n, end, stride_kn, BLOCK_KV, DIM, D, MASKED).to(q.dtype)
-        v = load_kv(v_ptr, n, end, stride_vn, BLOCK_KV, DIM_V, DV, MASKED).to(q.dtype)
-        columns = n + tl.arange(0, BLOCK_KV)[None, :]
-        mask = columns <= positions[:, None]
-        if WINDOWED:
-            mask &= columns >= first_seen(positions[:, None], start, window, CHUNKED)
-        bias = 0.0
-        if BIAS is not None:
-            bias = slopes[:, None] * (columns - start).to(tl.float32)
-            bias = bias.to(BIAS).to(tl.float32)
-        m, den, acc = attend(
-            q, k, v, mask, bias, m, den, acc, scale, cap, MASKED, CAPPED, BIAS is not None
-        )
+        m, den, acc = attend_block(
+            q, k_ptr, v_ptr, slopes, n, start, end, positions, m, den, acc, scale, cap, window,
+            stride_kn, stride_vn, BLOCK_KV, DIM, D, DIM_V, DV, MASKED, CAPPED, WINDOWED, CHUNKED,
+            BIAS,
+        )  # fmt: skip
     return m, den, acc

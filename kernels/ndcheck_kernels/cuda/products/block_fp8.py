@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ndcheck_kernels.cuda import device
@@ -30,21 +29,10 @@ from ndcheck_kernels.cuda.products.fp8_configs import (
     product_config,
 )
 from ndcheck_kernels.cuda.products.grouped_matmul import _find_rows
-from ndcheck_kernels.cuda.products.tiles import (
-    accumulate,
-    offsets,
-    prefetch_codes,
-    prefetch_share,
-    sum_groups,
-    zeros,
-)
+from ndcheck_kernels.cuda.products.tiles import accumulate, offsets, sum_groups, zeros
 from ndcheck_kernels.ops.block_fp8 import BLOCK
 
 FIRST_CAPABILITY = 90
-MOST_PREFETCHED = 128
-"""Rows up to which reading the weights takes the time."""
-MOST_BYTES_AHEAD = 24 << 20
-"""Half of L2."""
 
 
 @triton.jit
@@ -80,30 +68,23 @@ def _sum_blocks(
 
 @triton.jit(do_not_specialize=["M", "stride_sb"])
 def _block_fp8_kernel(
-    x_desc, w_desc, w_ptr, s_ptr, t_ptr, c_ptr, y_ptr, partial_ptr, counter_ptr, next_ptr, M, N, K,
-    next_bytes, stride_wn, stride_sb, stride_tn, stride_cm, stride_cn, stride_ym,
-    PARTS: tl.constexpr, WALK: tl.constexpr, HAS_C: tl.constexpr, HAS_NEXT: tl.constexpr,
-    SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PREFETCH: tl.constexpr,
+    x_desc, w_desc, s_ptr, t_ptr, c_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K,
+    stride_sb, stride_tn, stride_cm, stride_cn, stride_ym, PARTS: tl.constexpr, WALK: tl.constexpr,
+    HAS_C: tl.constexpr, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """PARTS: programs of a tile, each with a K-group, or one that may WALK over several."""
+    follow(PDL)
     tile, group = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     num_m = tl.cdiv(M, BLOCK_M)
     first_m, first_n = (tile % num_m) * BLOCK_M, (tile // num_m) * BLOCK_N
     first_k = group * 1024
     last_k = tl.minimum(K, first_k + 1024) if PARTS > 1 else K
-    if PDL:
-        gdc_launch_dependents()
-        if PREFETCH:
-            prefetch_codes(w_ptr, first_n, first_k, N, K, stride_wn, BLOCK_N)
-        gdc_wait()
     offs_m, offs_n = offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
     acc = _sum_blocks(
         x_desc, w_desc, s_ptr + offs_m, t_ptr + (first_n // 128).to(tl.int64) * stride_tn, first_m,
         first_n, first_k, last_k, offs_m < M, stride_sb, WALK, BLOCK_M, BLOCK_N, SWAP,
     )  # fmt: skip
-    if HAS_NEXT & PDL:
-        prefetch_share(next_ptr, next_bytes)
     mask = (offs_m < M) & (offs_n < N)
     last = True
     if PARTS > 1:
@@ -152,22 +133,18 @@ def _grouped_block_fp8_kernel(
 def block_fp8_matmul(
     codes: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor,
     addend: torch.Tensor | None = None, *, dtype: torch.dtype = torch.bfloat16,
-    following: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """codes [M, K], row_scales [M, K / 128] of stride (1, any), weight [N, K], scales
     [N / 128, K / 128], addend [N] or [M, N] -> [M, N].
-
-    L2 is asked for ``following``, a weight that is read soon, after kernels that read little.
     """
     capability = device.capability(codes.device)
     config = product_config(len(codes), len(weight), weight.shape[1], capability)
-    return _launch(codes, row_scales, weight, scales, addend, dtype, config, following)
+    return _launch(codes, row_scales, weight, scales, addend, dtype, config)
 
 
 def _launch(
     codes: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor,
     addend: torch.Tensor | None, dtype: torch.dtype, config: Fp8Config,
-    following: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     (m, k), n = codes.shape, weight.shape[0]
     _require(codes, row_scales, weight, scales)
@@ -177,16 +154,12 @@ def _launch(
     c = y if addend is None else addend.expand(m, n)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     parts, walk, *shared = split(config, k, y, tiles)
-    is_asked_for = following is not None and m <= MOST_PREFETCHED and following.is_contiguous()
-    after = following if following is not None and is_asked_for else weight
     _block_fp8_kernel[(tiles * parts,)](
         TensorDescriptor.from_tensor(codes, [config.block_m, BLOCK]),
         TensorDescriptor.from_tensor(weight, [config.block_n, BLOCK]),
-        weight, row_scales, scales, c, y, *shared, after, m, n, k,
-        min(after.nbytes, MOST_BYTES_AHEAD), weight.stride(0), row_scales.stride(1),
-        scales.stride(0), *c.stride(), y.stride(0), PARTS=parts, WALK=walk,
-        HAS_C=addend is not None, HAS_NEXT=is_asked_for, SWAP=config.swap, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, PREFETCH=m <= MOST_PREFETCHED, num_warps=config.warps,
+        row_scales, scales, c, y, *shared, m, n, k, row_scales.stride(1), scales.stride(0),
+        *c.stride(), y.stride(0), PARTS=parts, WALK=walk, HAS_C=addend is not None,
+        SWAP=config.swap, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps,
         num_stages=config.stages, enable_fp_fusion=False, **pdl(y.device),
     )  # fmt: skip
     return y

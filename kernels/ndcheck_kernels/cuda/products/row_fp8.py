@@ -14,18 +14,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
-from ndcheck_kernels.cuda.products.block_fp8 import MOST_PREFETCHED, require_readable, split
+from ndcheck_kernels.cuda.products.block_fp8 import require_readable, split
 from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config, grouped_config, product_config
 from ndcheck_kernels.cuda.products.grouped_matmul import _find_rows
 from ndcheck_kernels.cuda.products.tiles import (
     accumulate,
     offsets,
-    prefetch_codes,
     sum_groups,
     zeros,
 )
@@ -56,22 +54,17 @@ def _sum_codes(
 
 @triton.jit(do_not_specialize=["M", "span"])
 def _row_fp8_kernel(
-    x_desc, w_desc, w_ptr, s_ptr, t_ptr, c_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K, span,
-    stride_wn, stride_cm, stride_cn, stride_ym, PARTS: tl.constexpr, WALK: tl.constexpr,
-    HAS_C: tl.constexpr, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    x_desc, w_desc, s_ptr, t_ptr, c_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K, span,
+    stride_cm, stride_cn, stride_ym, PARTS: tl.constexpr, WALK: tl.constexpr, HAS_C: tl.constexpr,
+    SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """PARTS: programs of a tile, each with a K-group, or one that may WALK over several."""
+    follow(PDL)
     tile, group = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     num_m = tl.cdiv(M, BLOCK_M)
     first_m, first_n = (tile % num_m) * BLOCK_M, (tile // num_m) * BLOCK_N
     first_k = group * 1024
     last_k = tl.minimum(K, first_k + 1024) if PARTS > 1 else K
-    if PDL:
-        gdc_launch_dependents()
-        if PREFETCH:
-            prefetch_codes(w_ptr, first_n, first_k, N, K, stride_wn, BLOCK_N)
-        gdc_wait()
     offs_m, offs_n = offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
     acc = _sum_codes(
         x_desc, w_desc, first_m, first_n, first_k, last_k, WALK, BLOCK_M, BLOCK_N, SWAP
@@ -154,11 +147,10 @@ def _launch(
     _row_fp8_kernel[(tiles * parts,)](
         TensorDescriptor.from_tensor(codes, [config.block_m, BLOCK]),
         TensorDescriptor.from_tensor(weight, [config.block_n, BLOCK]),
-        weight, row_scales.contiguous(), scales.contiguous(), c, y, *shared, m, n, k,
-        n // len(scales), weight.stride(0), *c.stride(), y.stride(0), PARTS=parts, WALK=walk,
-        HAS_C=addend is not None, SWAP=config.swap, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PREFETCH=m <= MOST_PREFETCHED, num_warps=config.warps, num_stages=config.stages,
-        enable_fp_fusion=False, **pdl(y.device),
+        row_scales.contiguous(), scales.contiguous(), c, y, *shared, m, n, k, n // len(scales),
+        *c.stride(), y.stride(0), PARTS=parts, WALK=walk, HAS_C=addend is not None,
+        SWAP=config.swap, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps,
+        num_stages=config.stages, enable_fp_fusion=False, **pdl(y.device),
     )  # fmt: skip
     return y
 

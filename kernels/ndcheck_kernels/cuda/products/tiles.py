@@ -57,32 +57,3 @@ def sum_groups(acc, ptrs, size, mask, group, counter_ptr, GROUPS: tl.constexpr):
                 acc = acc + part
         tl.store(counter_ptr, 0)
     return acc, last
-
-
-@triton.jit
-def prefetch_codes(w_ptr, first_n, first_k, N, K, stride_wn, ROWS: tl.constexpr):
-    """Ask L2 for the first 1024 columns of a tile of 1-byte weights, before they may be used.
-
-    K and the stride are multiples of 16. A hint, so it need not wait for earlier kernels.
-    """
-    offs_n = tl.minimum(first_n.to(tl.int64) + tl.arange(0, ROWS), N - 1)[:, None]
-    offs_k = tl.minimum(first_k + tl.arange(0, 2) * 512, K - 16)[None, :]
-    _ask_l2(w_ptr + offs_n * stride_wn + offs_k, tl.minimum(K - offs_k, 512))
-
-
-@triton.jit
-def prefetch_share(ptr, n_bytes):
-    """Ask L2 for this program's share of what the next product reads; n_bytes a multiple of 16."""
-    each = tl.cdiv(n_bytes, tl.num_programs(0) * 2048) * 16
-    first = (tl.program_id(0) * 128 + tl.arange(0, 128)) * each
-    first = tl.minimum(first, n_bytes - 16)
-    _ask_l2(ptr + first, tl.minimum(n_bytes - first, each))
-
-
-@triton.jit
-def _ask_l2(ptrs, size):
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
-        [ptrs.to(tl.int64), tl.broadcast_to(size, ptrs.shape)], dtype=tl.int32, is_pure=False,
-        pack=1,
-    )  # fmt: skip

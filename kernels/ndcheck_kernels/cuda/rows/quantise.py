@@ -20,6 +20,7 @@ import triton.language as tl
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.configs import row_tile
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
+from ndcheck_kernels.cuda.rows.silu_mul import silu_times
 from ndcheck_kernels.ops.block_fp8 import BLOCK
 from ndcheck_kernels.ops.row_fp8 import UNBOUNDED
 
@@ -31,7 +32,7 @@ _BLOCKS = 8
 
 
 @triton.jit
-def _quantise(x):
+def quantise_blocks(x):
     """[..., 128] float32 -> quotients in the range of e4m3, and scales [..., 1]."""
     largest = tl.max(tl.abs(x), axis=-1, keep_dims=True)
     scale = tl.maximum(tl.div_rn(largest, tl.full(largest.shape, 448.0, tl.float32)), 2.0**-126)
@@ -55,9 +56,8 @@ def _quantise_kernel(
     x = loaded.to(tl.float32)
     if HAS_UP:
         up = tl.load(up_ptr + source * stride_um + offs_k, mask, other=0.0)
-        silu = (x / (1.0 + tl.exp(-x))).to(loaded.dtype)
-        x = (silu.to(tl.float32) * up.to(tl.float32)).to(loaded.dtype).to(tl.float32)
-    quotients, scale = _quantise(x)
+        x = silu_times(loaded, up).to(loaded.dtype).to(tl.float32)
+    quotients, scale = quantise_blocks(x)
     tl.store(codes_ptr + row * K + offs_k, quotients.to(codes_ptr.dtype.element_ty), mask)
     tl.store(scales_ptr + block * stride_sb + row, scale, block * 128 < K)
 
@@ -97,7 +97,7 @@ def _rms_norm_quantise_kernel(
     y = x * tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / K + eps)
     y *= tl.load(weight_ptr + offs_k, offs_k < K, other=0.0).to(tl.float32)
     y = y.to(loaded.dtype).to(tl.float32)
-    quotients, scale = _quantise(tl.reshape(y, (ROWS, COLUMNS // 128, 128)))
+    quotients, scale = quantise_blocks(tl.reshape(y, (ROWS, COLUMNS // 128, 128)))
     codes = tl.reshape(quotients, (ROWS, COLUMNS)).to(codes_ptr.dtype.element_ty)
     tl.store(codes_ptr + offs_m * K + offs_k, codes, mask)
     block = tl.arange(0, COLUMNS // 128)[None, :]
@@ -124,7 +124,7 @@ def rms_norm_quantise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Quan
     device.require_float("rms_norm_quantise", x, weight)
     rows, weight_row = device.aligned_rows(x), device.aligned_rows(weight)
     (m, k), tile = rows.shape, row_tile(rows.shape[1])
-    codes, scales = _empty(m, k, x.device)
+    codes, scales = empty(m, k, x.device)
     columns = max(tile.block, BLOCK)
     if m:
         _rms_norm_quantise_kernel[(triton.cdiv(m, tile.rows),)](
@@ -158,7 +158,7 @@ def _launch(x: torch.Tensor, up: torch.Tensor | None, place: torch.Tensor | None
     if up is not None and up.stride(1) != 1:
         up = up.contiguous()
     m, k = len(x) if place is None else len(place), x.shape[1]
-    codes, scales = _empty(m, k, x.device)
+    codes, scales = empty(m, k, x.device)
     if codes.numel():
         _quantise_kernel[(m, triton.cdiv(k, _BLOCKS * BLOCK))](
             x, x if up is None else up, codes if place is None else place, codes, scales, k,
@@ -169,6 +169,6 @@ def _launch(x: torch.Tensor, up: torch.Tensor | None, place: torch.Tensor | None
     return codes, scales
 
 
-def _empty(m: int, k: int, where: torch.device) -> Quantised:
+def empty(m: int, k: int, where: torch.device) -> Quantised:
     codes = torch.empty((m, k), dtype=torch.float8_e4m3fn, device=where)
     return codes, torch.empty((triton.cdiv(k, BLOCK), m), dtype=torch.float32, device=where).t()

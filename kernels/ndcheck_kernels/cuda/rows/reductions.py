@@ -51,7 +51,8 @@ def _sum_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), offs_m < M)
 
 
-@triton.jit
+# Known to be divisible, they would change the layout, and with it the order within a run.
+@triton.jit(do_not_specialize=["N", "stride_xm"])
 def _cumsum_kernel(x_ptr, y_ptr, N, stride_xm, RUN: tl.constexpr, PDL: tl.constexpr):
     follow(PDL)
     m = tl.program_id(0).to(tl.int64)

@@ -18,6 +18,14 @@ from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
 
 
+@triton.jit
+def silu_times(gate, up):
+    """As the module says, in fp32 before the last rounding; both of one dtype."""
+    x = gate.to(tl.float32)
+    silu = (x / (1.0 + tl.exp(-x))).to(gate.dtype)
+    return silu.to(tl.float32) * up.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _silu_mul_kernel(
     gate_ptr, up_ptr, y_ptr, M, N, stride_gm, stride_um, BLOCK: tl.constexpr, PDL: tl.constexpr
@@ -28,9 +36,7 @@ def _silu_mul_kernel(
     mask = offs_n < N
     gate = tl.load(gate_ptr + row * stride_gm + offs_n, mask, other=0.0)
     up = tl.load(up_ptr + row * stride_um + offs_n, mask, other=0.0)
-    x = gate.to(tl.float32)
-    silu = (x / (1.0 + tl.exp(-x))).to(gate.dtype)
-    y = silu.to(tl.float32) * up.to(tl.float32)
+    y = silu_times(gate, up)
     tl.store(y_ptr + row * N + offs_n, y.to(y_ptr.dtype.element_ty), mask)
 
 

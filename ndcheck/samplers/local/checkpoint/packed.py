@@ -240,6 +240,7 @@ class StoredLinear(torch.nn.Module):
         for name, (shape, dtype) in fields.items():
             tensor = torch.empty(shape, dtype=dtype, device="meta")
             self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        self._shapes = {name: shape for name, (shape, _) in fields.items()}
         self.register_parameter("bias", linear.bias)
 
     def packed(self, dtype: torch.dtype) -> Any:
@@ -250,6 +251,11 @@ class StoredLinear(torch.nn.Module):
         from ndcheck_kernels.ops.weight_only import Packed, pack
 
         bits, stored = self.scheme.bits, dict(self.named_parameters())
+        for name, shape in self._shapes.items():
+            # transformers 5.17 looks at no shape of a quantised checkpoint.
+            if stored[name].shape != shape:
+                found = tuple(stored[name].shape)
+                raise ValueError(f"{name} of {found} has another shape than {shape}")
         zeros: torch.Tensor | None
         if self.layout.method == COMPRESSED:
             codes, scales, zeros = self._read_compressed(stored)

@@ -5,11 +5,13 @@ import torch
 
 from ndcheck_kernels.cuda.attention import causal
 from ndcheck_kernels.cuda.attention.qkv import qkv
-from ndcheck_kernels.cuda.configs import AttentionConfig, PrefillTile
+from ndcheck_kernels.cuda.configs import AttentionConfig, DecodeTile, PrefillTile
 from ndcheck_kernels.models.caches.fp8 import as_codes
 
-TILE = PrefillTile(32, 4, 1)
-SMALL = AttentionConfig(32, 32, TILE, TILE, 4, 1, 16, short_splits=2)  # many in a short context
+TILE, DECODE = PrefillTile(32, 4, 1), DecodeTile(4, 1)
+SMALL = AttentionConfig(
+    32, 32, TILE, TILE, DECODE, DECODE, 16, short_splits=2
+)  # many in a short context
 
 
 def bits(t):
