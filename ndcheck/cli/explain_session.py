@@ -16,7 +16,7 @@ from ndcheck import request
 from ndcheck.cli.console import note
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import UsageError, did_you_mean
-from ndcheck.records import ARMS, Arm, Load, RunSpec
+from ndcheck.records import ARMS, Arm, Load, Run, RunSpec
 from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.options import short_dtype
 from ndcheck.storage.explanation import save_explanation
@@ -159,7 +159,7 @@ def trace_run(
         f"{failure.position + 1}, bits from token {failure.bits_position + 1} on",
         quiet=quiet,
     )
-    sampler = _open(spec, quiet=quiet)
+    sampler = _open(spec, failure.run, quiet=quiet)
     # Where the bits begin to differ, an op is to blame; where the tokens part, perhaps none is.
     # A prefill in parts has no pass to compare, but the cache that it left is there from step 1 on.
     first = 0 if sample.load.cache_state == "whole" else 1
@@ -274,7 +274,7 @@ def shrink(
     source = find_source(spec)
     if source.adapter is not None or source.model.endswith(SUFFIX):
         raise UsageError("shrink makes scripts of models in safetensors: save this as one, merged")
-    sampler = _open(spec, quiet=quiet)
+    sampler = _open(spec, failure.run, quiet=quiet)
 
     def show(n_tests: int, best: Batch) -> None:
         rows, tokens = best.size
@@ -320,14 +320,21 @@ def _check_visible(spec: RunSpec) -> None:
         raise UsageError(reason)
 
 
-def _open(spec: RunSpec, *, quiet: bool) -> TransformersSampler:
-    """Raises UsageError for a model whose ops cannot be seen."""
+def _open(spec: RunSpec, run: Run | None = None, *, quiet: bool) -> TransformersSampler:
+    """With as many threads as ``run`` had. Raises UsageError for a model with ops out of sight."""
     from ndcheck.samplers.local.backend import LocalBackend
 
     _check_visible(spec)
     note(f"loading {spec.model}", quiet=quiet)
     # What a draft proposed is fed, not proposed again.
-    return LocalBackend().open(replace(spec, draft=None))
+    sampler = LocalBackend().open(replace(spec, draft=None))
+    if run is not None:
+        import torch
+
+        from ndcheck.samplers.local.device import choose_threads
+
+        torch.set_num_threads(choose_threads(run.environment.numeric_flags.get("threads"), 1))
+    return sampler
 
 
 def one_arm(text: str) -> Arm:

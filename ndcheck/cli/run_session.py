@@ -123,7 +123,11 @@ def resume(
     if directory.run.spec != spec:
         directory.close()
         raise UsageError(f"--resume {path}: its run.json was changed meanwhile")
-    with closing(directory), closing(open_for_run(spec, private, quiet=quiet)) as sampler:
+    n_threads = directory.run.environment.numeric_flags.get("threads")
+    with (
+        closing(directory),
+        closing(open_for_run(spec, private, n_threads, quiet=quiet)) as sampler,
+    ):
         here = capture(spec, sampler)
         changed = environment.differences(directory.run.environment, here)
         if changed:
@@ -158,11 +162,13 @@ def follow(spec: RunSpec) -> int:
     return 0
 
 
-def open_for_run(spec: RunSpec, private: Private, *, quiet: bool) -> Sampler:
+def open_for_run(
+    spec: RunSpec, private: Private, n_threads: object = None, *, quiet: bool
+) -> Sampler:
     """The run's sampler, and what to know of it on stderr."""
     note(f"{backend_of(spec).opening} {spec.model}", quiet=quiet)
     with ActivityLine(quiet=quiet), doing(f"opening {spec.model}"):
-        sampler = base.open_for_run(spec, private, lambda line: note(line, quiet=quiet))
+        sampler = base.open_for_run(spec, private, lambda line: note(line, quiet=quiet), n_threads)
     for line in sampler.notes:
         note(line, quiet=quiet)
     return sampler

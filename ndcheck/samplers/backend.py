@@ -87,7 +87,12 @@ class Backend:
         return False
 
     def open_for_run(
-        self, spec: RunSpec, *, private: Private, say: Callable[[str], None]
+        self,
+        spec: RunSpec,
+        *,
+        private: Private,
+        say: Callable[[str], None],
+        n_threads: object = None,
     ) -> Sampler:
         """As `ndcheck.samplers.base.open_for_run` says."""
         return self.open(spec, load_weights=True, private=private, say=say)

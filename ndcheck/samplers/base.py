@@ -112,6 +112,13 @@ def open_for_run(
     spec: RunSpec,
     private: Private | None = None,
     say: Callable[[str], None] = lambda line: None,
+    n_threads: object = None,
 ) -> Sampler:
-    """`open_sampler` for all trials of a run: it may compute two arms at the same time."""
-    return backend_of(spec).open_for_run(spec, private=private or Private(), say=say)
+    """`open_sampler` for all trials of a run: it may compute two arms at the same time.
+
+    ``n_threads`` is what a run's record names, with which it goes on where that can be; until the
+    sampler is closed this process may compute with fewer than its own.
+    """
+    return backend_of(spec).open_for_run(
+        spec, private=private or Private(), say=say, n_threads=n_threads
+    )

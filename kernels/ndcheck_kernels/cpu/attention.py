@@ -15,6 +15,8 @@ Dtypes: float64, float32, bfloat16, float16.
 Not claimed: equal results if the row itself holds infinite or NaN values after the query.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from ndcheck_kernels.cpu.pointwise import pointwise
@@ -26,12 +28,24 @@ from ndcheck_kernels.scope.registry import implements
 
 aten = torch.ops.aten
 
-Used = list[tuple[int, int, int]]
-
 SPLIT = 128
 # Scores held at a time: queries beyond that are computed in turns, which no result depends on.
 _SCORES = 2**20
 _NEVER = 2**31  # The first key of a query that sees none.
+
+
+class Grid(NamedTuple):
+    """Where each query's keys begin and end, [B, Q], in columns counted from the row's shift: its
+    first token, or SPLITs later if none of the row's queries sees those; ``begin`` None is 0.
+
+    ``used`` is (shift, first, stop) by row: the columns that any of its queries sees.
+    """
+
+    begin: torch.Tensor | None
+    end: torch.Tensor
+    used: list[tuple[int, int, int]]
+    n_splits: int
+    is_uniform: bool
 
 
 @implements(attention_op, device="cpu")
@@ -47,24 +61,39 @@ def attention(  # noqa: PLR0913 - the op's own arguments
     bias_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """[B, H, Q, D] x [B, H_kv, KV, D] -> [B, H, Q, D_v]; the rest as in `ops.attention`."""
+    grid = make_grid(spans, query.shape[2])
+    return attention_on(grid, query, key, value, spans, scale, softcap, sinks, slopes, bias_dtype)
+
+
+def attention_on(  # noqa: PLR0913 - the op's own arguments
+    grid: Grid,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+    bias_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`attention`, where the spans' grid is known: all layers of a pass have the same."""
     batch, heads, queries, width = query.shape
-    kv_heads = key.shape[1]
-    out = query.new_zeros(batch, heads, queries, value.shape[-1])
-    begin, end, used = _grid(spans, queries)
-    splits = -(-max((stop for _, _, stop in used), default=0) // SPLIT)
-    if splits == 0 or out.numel() == 0:
-        return out
+    kv_heads, n_columns = key.shape[1], grid.n_splits * SPLIT
+    out_shape = batch, heads, queries, value.shape[-1]
+    if n_columns == 0 or 0 in out_shape:
+        return query.new_zeros(out_shape)
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys = _on_grid(key, used, splits, compute)
-    values = _on_grid(value, used, splits, compute)
-    column = torch.arange(splits * SPLIT)
+    keys, values = (_on_grid(cache, grid, compute) for cache in (key, value))
+    column, begin, end = torch.arange(n_columns), grid.begin, grid.end
     bias = None
     if slopes is not None:
-        shifts = torch.tensor([[shift] for shift, _, _ in used])
+        shifts = torch.tensor([[shift] for shift, _, _ in grid.used])
         positions = shifts - spans[:, :1, 0] + column
         bias = slopes[:, None] * positions[:, None]
         bias = bias.to(bias_dtype or bias.dtype).to(compute)
-    turn = max(1, _SCORES // (batch * heads * splits * SPLIT))
+    turn = max(1, _SCORES // (batch * heads * n_columns))
+    results = []
     for first in range(0, queries, turn):
         part = slice(first, first + turn)
         rows = query[:, :, part].to(compute) * scale
@@ -73,11 +102,8 @@ def attention(  # noqa: PLR0913 - the op's own arguments
         if begin is not None:
             hidden |= column < begin[:, part, None]
         result = _attend(rows, keys, values, hidden, heads // kv_heads, softcap, sinks, bias)
-        result = result.view(batch, heads, -1, value.shape[-1])
-        if turn >= queries:
-            return result.to(query.dtype)
-        out[:, :, part] = result
-    return out
+        results.append(result.view(batch, heads, -1, value.shape[-1]).to(query.dtype))
+    return results[0] if len(results) == 1 else torch.cat(results, 2)
 
 
 def _attend(
@@ -121,11 +147,16 @@ def _attend(
     return acc / total.clamp_(min=1)
 
 
-def _grid(spans: torch.Tensor, queries: int) -> tuple[torch.Tensor | None, torch.Tensor, Used]:
-    """Where each query's keys begin and end, [B, Q], and `_on_grid`'s `used`; begin None is 0.
+def make_grid(spans: torch.Tensor, queries: int) -> Grid:
+    """Of spans as `ops.attention` has them. Raises UnsupportedCallError for what it has not."""
+    begin, end, used = _columns(spans, queries)
+    n_splits = -(-max((stop for _, _, stop in used), default=0) // SPLIT)
+    return Grid(begin, end, used, n_splits, all(row == used[0] for row in used))
 
-    Columns are counted from a row's shift: its first token, or SPLITs later if none sees those.
-    """
+
+def _columns(
+    spans: torch.Tensor, queries: int
+) -> tuple[torch.Tensor | None, torch.Tensor, list[tuple[int, int, int]]]:
     if spans.shape[-1] == 2:
         rows = spans[:, 0].tolist()
         stops = [max(end - start, 0) for start, end in rows]
@@ -146,25 +177,24 @@ def _grid(spans: torch.Tensor, queries: int) -> tuple[torch.Tensor | None, torch
     return begin, end, [(shift, first, stop) for shift, first, stop in used]
 
 
-def _on_grid(cache: torch.Tensor, used: Used, splits: int, dtype: torch.dtype) -> torch.Tensor:
+def _on_grid(cache: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
     """[B, H, KV, D] -> [B * H, splits * SPLIT, D]: each row's used keys, counted from its shift.
 
-    `used` is (shift, first, stop) by row. Other columns are 0: a hidden key may hold anything, and
-    0 * NaN is not 0.
+    Other columns are 0: a hidden key may hold anything, and 0 * NaN is not 0.
     """
     batch, heads, _, width = cache.shape
-    shape = batch, heads, splits * SPLIT, width
-    if all(row == used[0] for row in used):
-        shift, first, stop = used[0]
-        grid = cache.new_empty(shape, dtype=dtype)
-        grid[:, :, :first] = 0
-        grid[:, :, first:stop] = cache[:, :, first + shift : stop + shift]
-        grid[:, :, stop:] = 0
-        return grid.flatten(0, 1)
-    grid = cache.new_zeros(shape, dtype=dtype)
-    for i, (shift, first, stop) in enumerate(used):
-        grid[i, :, first:stop] = cache[i, :, first + shift : stop + shift]
-    return grid.flatten(0, 1)
+    shape = batch, heads, grid.n_splits * SPLIT, width
+    if grid.is_uniform:
+        shift, first, stop = grid.used[0]
+        placed = cache.new_empty(shape, dtype=dtype)
+        placed[:, :, :first] = 0
+        placed[:, :, first:stop] = cache[:, :, first + shift : stop + shift]
+        placed[:, :, stop:] = 0
+        return placed.flatten(0, 1)
+    placed = cache.new_zeros(shape, dtype=dtype)
+    for i, (shift, first, stop) in enumerate(grid.used):
+        placed[i, :, first:stop] = cache[i, :, first + shift : stop + shift]
+    return placed.flatten(0, 1)
 
 
 register_sdpa("cpu", attention)

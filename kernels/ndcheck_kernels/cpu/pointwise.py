@@ -36,7 +36,8 @@ def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise UnsupportedCallError("complex arithmetic rounds several times")
     if len(args) == 1 and not kwargs:  # By far the most common: skip the bookkeeping.
         (x,) = args
-        return _map_elements((op, x.dtype), op, [x], x.shape)
+        # By what torch made in C++: an overload is hashed, and called, in Python.
+        return _map_elements((op._op, x.dtype), op._op, [x], x.shape)
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     if any(isinstance(v, torch.Tensor) for v in kwargs.values()):
         raise UnsupportedCallError("tensors as keyword arguments")

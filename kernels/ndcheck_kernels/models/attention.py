@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ndcheck_kernels.models.caches.paged import paged_attention
-from ndcheck_kernels.models.interface import require_scope
+from ndcheck_kernels.models.interface import past_the_mode, require_scope
 from ndcheck_kernels.ops.attention import (
     attention_op,
     causal_spans,
@@ -120,16 +120,18 @@ def _mask_maker(
         device: torch.device | str = "cpu",
         **kwargs: Any,
     ) -> torch.Tensor:
-        first = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        if attention_mask is not None:
-            first = attention_mask.int().argmax(-1)
-        origin = first - kv_offset
-        end = q_offset + q_length - kv_offset
-        untouched = mask_function is causal and kv_offset == 0
-        if untouched and _has_no_gaps(attention_mask, first, q_offset + q_length):
-            # Starts in a row, and ends: kernels read them without a copy for each layer.
-            spans = torch.stack([origin, torch.zeros_like(origin) + end]).int().t()
-            return spans[:, None, None].as_subclass(Spans)
+        # Integers, whose arithmetic is exact in any order: the mode would judge each op of it.
+        with past_the_mode():
+            first = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            if attention_mask is not None:
+                first = attention_mask.int().argmax(-1)
+            origin = first - kv_offset
+            end = q_offset + q_length - kv_offset
+            untouched = mask_function is causal and kv_offset == 0
+            if untouched and _has_no_gaps(attention_mask, first, q_offset + q_length):
+                # Starts in a row, and ends: kernels read them without a copy for each layer.
+                spans = torch.stack([origin, torch.zeros_like(origin) + end]).int().t()
+                return spans[:, None, None].as_subclass(Spans)
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         visible = sdpa_mask(
             batch_size=batch_size,

@@ -1,6 +1,9 @@
 """What the models' parts share: the refusal outside of a scope, a rank's part of a parameter."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ndcheck_kernels.ops.library import NAME
 from ndcheck_kernels.scope.state import active_scope
@@ -13,6 +16,19 @@ def require_scope(kind: str, stock: str) -> None:
             f"{kind}_implementation='{NAME}' only runs inside ndcheck_kernels.invariant_kernels(); "
             f"for stock kernels call model.set_{kind}_implementation('{stock}')"
         )
+
+
+def is_seen_by_the_mode_alone() -> bool:
+    """Whether ops go through the scope's dispatch mode and no other, which wants to see them."""
+    return active_scope() is not None and len(_get_current_dispatch_mode_stack()) == 1
+
+
+def past_the_mode() -> AbstractContextManager[object]:
+    """For ops that the mode would pass to torch, all of them: inside of it, it does not judge them.
+
+    Where another mode wants to see the ops, or there is none, nothing changes.
+    """
+    return torch._C._DisableTorchDispatch() if is_seen_by_the_mode_alone() else nullcontext()
 
 
 def here(parameter: torch.Tensor) -> torch.Tensor:

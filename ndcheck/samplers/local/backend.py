@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -91,13 +92,26 @@ class LocalBackend(Backend):
         return TransformersSampler(spec, load_weights=load_weights)
 
     def open_for_run(
-        self, spec: RunSpec, *, private: Private, say: Callable[[str], None]
+        self,
+        spec: RunSpec,
+        *,
+        private: Private,
+        say: Callable[[str], None],
+        n_threads: object = None,
     ) -> TransformersSampler:
-        if not self.runs_side_by_side(spec):
+        is_beside = self.runs_side_by_side(spec)
+        if not is_beside and n_threads is None:
             return self.open(spec)
-        from ndcheck.samplers.local.beside.sampler import SideBySideSampler
+        with doing("importing torch and transformers"):
+            from ndcheck.samplers.local.beside.sampler import SideBySideSampler
+            from ndcheck.samplers.local.device import choose_threads, computing_with
 
-        return SideBySideSampler(spec)
+        with ExitStack() as stack:
+            n_threads = choose_threads(n_threads, 2 if is_beside else 1)
+            stack.enter_context(computing_with(n_threads))
+            sampler = SideBySideSampler(spec) if is_beside else self.open(spec)
+            sampler.at_close = stack.pop_all()
+        return sampler
 
     def runs_side_by_side(self, spec: RunSpec) -> bool:
         """Each in a process of its own, where that saves more than it takes to start one.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ndcheck.errors import UsageError
@@ -50,6 +50,35 @@ def own_device(device: torch.device) -> torch.device:
             "ranks on the CPU hide them: CUDA_VISIBLE_DEVICES="
         )
     return torch.device("cuda", own)
+
+
+def choose_threads(begun_with: object, n_processes: int) -> int:
+    """Threads for each of the processes that compute side by side: a share of the cores.
+
+    Where OMP_NUM_THREADS or MKL_NUM_THREADS says how many, each has as many. ``begun_with`` are
+    those that a run's record names: where this process has so many, what it goes on with.
+    """
+    import torch
+
+    here = torch.get_num_threads()
+    if type(begun_with) is int and 0 < begun_with <= here:
+        return begun_with
+    if n_processes == 1 or os.environ.keys() & {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:
+        return here
+    return min(here, max(1, len(os.sched_getaffinity(0)) // n_processes))
+
+
+@contextmanager
+def computing_with(n_threads: int) -> Iterator[None]:
+    """Compute with so many threads in this process, and afterwards with as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def fused_layers(model: Any, device: torch.device) -> AbstractContextManager[object]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -57,6 +57,7 @@ class TransformersSampler:
     interleaves_arms = True
 
     def __init__(self, spec: RunSpec, *, load_weights: bool = True) -> None:
+        self.at_close = ExitStack()
         self._arms = spec.arms
         self._arrivals = spec.arrivals if spec.batching == "continuous" else None
         self._source = source = find_source(spec)
@@ -164,6 +165,7 @@ class TransformersSampler:
         return ()
 
     def close(self) -> None:
+        self.at_close.close()
         if self._ranks is not None:
             # NCCL lets no group end before the graphs that use it.
             self._captured.clear()

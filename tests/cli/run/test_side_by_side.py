@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import ndcheck
 from ndcheck.errors import BackendError
@@ -25,6 +26,7 @@ from ndcheck.samplers.local import backend
 from ndcheck.samplers.local.backend import LocalBackend
 from ndcheck.samplers.local.beside import sampler as beside_sampler
 from ndcheck.samplers.local.beside.sampler import SideBySideSampler
+from ndcheck.samplers.local.device import choose_threads
 from ndcheck.samplers.local.sampler import TransformersSampler
 
 OPTIONS = {
@@ -133,6 +135,71 @@ def test_ctrl_c_ends_the_process_and_two_complete_the_run(
     done = ndcheck_here("run", "--resume", "run")
     assert "the arms run side by side, each in a process of its own" in done.stderr
     assert evidence(tmp_path / "run") == evidence(one_after_the_other.path)
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """As many as the cores that `beside` sees, and nobody said how many."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_each_arm_has_its_share_of_the_cores_and_keeps_it_in_one_process(
+    one_after_the_other, beside, two_threads, workers, monkeypatch, ndcheck_here, tmp_path
+):
+    sent, n_threads = [], set()
+    send = beside_sampler._Worker._send
+    monkeypatch.setattr(
+        beside_sampler._Worker, "_send", lambda *args: (sent.append(args[1]), send(*args))
+    )
+
+    def interrupt(progress):
+        n_threads.add(torch.get_num_threads())
+        if progress.n_done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ndcheck.measure(out=tmp_path / "run", on_progress=interrupt, **OPTIONS)
+    assert n_threads == {1}
+    assert sent[0][1] == 1
+    assert torch.get_num_threads() == 2
+    begun = evidence(tmp_path / "run")[1]
+    assert begun["environment"]["numeric_flags"]["threads"] == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    ndcheck_here("run", "--resume", "run")
+    assert len(workers) == 1
+    assert torch.get_num_threads() == 2
+    samples, run = evidence(tmp_path / "run")
+    assert run["environment"] == begun["environment"]
+    assert samples == evidence(one_after_the_other.path)[0]
+    # The control: begun in one process, it would have had both cores.
+    kept = ndcheck.measure(out=tmp_path / "other", **OPTIONS).record.environment
+    assert kept.numeric_flags["threads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "begun_with", "n_processes", "chosen"),
+    [
+        ({}, None, 1, 2),
+        ({}, None, 2, 1),
+        ({"OMP_NUM_THREADS": "2"}, None, 2, 2),
+        ({"MKL_NUM_THREADS": "2"}, None, 2, 2),
+        # A run goes on as it began, if this process can.
+        ({}, 1, 1, 1),
+        ({}, 2, 2, 2),
+        *(({}, other, 2, 1) for other in (3, 0, -1, "2", True, None)),
+    ],
+)
+def test_threads_are_a_share_unless_somebody_said_how_many(
+    said, begun_with, n_processes, chosen, beside, two_threads, monkeypatch
+):
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert choose_threads(begun_with, n_processes) == chosen
 
 
 def test_the_process_ends_with_its_parent(tmp_path):

@@ -77,11 +77,19 @@ def test_direct_layers_have_the_bits_of_transformers_own(family, dtype, make_mod
             n_fires = scope.fires.copy()
         with direct_layers(model) as n_layers, invariant_kernels() as scope:
             assert n_layers == 2
+            assert "forward" in vars(model.model.norm)
             assert torch.equal(logits_of(model), own)
     assert {"linear", "attention", "mean", "rsqrt", "silu"} <= set(scope.fires)
     # As many, but for what a layer does with one op fewer: its squares are products at once.
     assert n_fires - scope.fires == {"pow": n_fires["pow"] - scope.fires["pow"]}
-    assert "forward" not in vars(model.model.layers[0])
+    assert "forward" not in {**vars(model.model.layers[0]), **vars(model.model.norm)}
+
+
+def test_heads_with_norms_of_their_own_epsilon_are_left_alone(make_model):
+    model = make_model("Qwen3")
+    model.model.layers[1].self_attn.k_norm.variance_epsilon = 1e-3
+    with invariant_model(model), direct_layers(model) as n_layers:
+        assert n_layers == 0
 
 
 @pytest.mark.parametrize("fault", ["_rotate", "_norm"])

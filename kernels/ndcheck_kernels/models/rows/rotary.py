@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ndcheck_kernels.models.interface import is_seen_by_the_mode_alone
 from ndcheck_kernels.scope.pass_through import is_exact
-from ndcheck_kernels.scope.state import active_scope
 
 _NAME = "apply_rotary_pos_emb"
 
@@ -40,8 +40,7 @@ def judged_once(own: Function) -> Function:
 
     @functools.wraps(own)
     def rotate(*args: Any, **kwargs: Any) -> Any:
-        # Another mode wants to see the ops.
-        if active_scope() is None or len(_get_current_dispatch_mode_stack()) != 1:
+        if not is_seen_by_the_mode_alone():
             return own(*args, **kwargs)
         key = (*map(_kind, args), *kwargs, *map(_kind, kwargs.values()))
         passes = _UNKNOWN not in key and judged.get(key)

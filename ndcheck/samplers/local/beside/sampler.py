@@ -1,8 +1,8 @@
 """Two arms at the same time: a small model's step keeps one core busy, whatever the others do.
 
 The second arm runs in a process of its own, with as many threads as the first, so both give the
-bits that they give one after the other. It gets its next trial while the first arm computes; what
-it answers is taken in the order of the plan, by the one process that writes the run.
+bits that they give one after the other with so many. It gets its next trial while the first arm
+computes; what it answers is taken in the order of the plan, by the one process that writes the run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import subprocess
 import sys
 from contextlib import nullcontext, suppress
 from typing import Any
+
+import torch
 
 from ndcheck.errors import BackendError, doing, how_it_ended
 from ndcheck.records import Arm, Decoding, Probe, RunSpec, Sample, Trial
@@ -44,7 +46,7 @@ class SideBySideSampler(TransformersSampler):
             with doing(f"waiting for the process of the {self._worker.arm} arm"):
                 why_not = self._worker.why_unusable(self._digest)
         except BaseException:
-            self.close()
+            self._worker.close()
             raise
         how = "side by side, each in a process of its own"
         if why_not is not None:
@@ -70,6 +72,7 @@ class SideBySideSampler(TransformersSampler):
 
     def close(self) -> None:
         self._worker.close()
+        super().close()
 
 
 class _Worker:
@@ -93,7 +96,7 @@ class _Worker:
         )
         theirs.close()
         with suppress(BackendError):  # If it is dead, nothing will come back either.
-            self._send(spec)
+            self._send((spec, torch.get_num_threads()))
 
     def why_unusable(self, digest: str) -> str | None:
         """Wait until the model is open there; why it cannot be used, or None."""

@@ -18,17 +18,22 @@ from ndcheck.errors import BackendError
 def main() -> None:
     """Answer each message on the connection whose descriptor is the argument.
 
-    The first holds the spec, and is answered by the digest of the weights; the others hold what
-    `Sampler.sample` takes, and are answered by its samples. An exception is an answer too.
+    The first holds the spec and the number of threads, and is answered by the digest of the
+    weights; the others hold what `Sampler.sample` takes, and are answered by its samples. An
+    exception is an answer too.
     """
     connection = Connection(int(sys.argv[1]))
     messages = queue.SimpleQueue[Any]()
     threading.Thread(target=_read, args=(connection, messages), daemon=True).start()
     try:
         with _silence():
+            import torch
+
             from ndcheck.samplers.local.sampler import TransformersSampler
 
-            sampler = TransformersSampler(messages.get())
+            spec, n_threads = messages.get()
+            torch.set_num_threads(n_threads)
+            sampler = TransformersSampler(spec)
             digest = sampler.describe()["digest"]
     except Exception as error:
         connection.send_bytes(_pickled(error))
