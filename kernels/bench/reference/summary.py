@@ -125,7 +125,8 @@ def pictures(out: Path, folders: Sequence[str]) -> str:
                 for name, what in PICTURES.items()
                 if (out / folder / name).is_file()
             ]
-    for folder, path in (("moe-decode", "moe-decode"), ("decode", "../decode")):
+    steps = (("moe-decode", "moe-decode"), ("decode", "../decode"))
+    for folder, path in steps if (out / "moe-decode").is_dir() else ():
         if (out / path / DECODE_PLOT).is_file():
             lines.append(f"![{folder}: decode step by batch size]({path}/{DECODE_PLOT})")
     return "\n\n".join(lines)
