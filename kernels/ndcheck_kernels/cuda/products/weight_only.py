@@ -76,8 +76,6 @@ _CONFIGS: tuple[tuple[int, WeightOnlyConfig], ...] = (
 """Beyond the last, unpacking the weight once costs less than unpacking it for each tile of rows."""
 
 FEW_ROWS = FewRowsConfig(16, 16, 128, 4, 8)
-"""Was fastest up to 16 rows of three shapes. In no table yet: its bits were seen on a GPU only
-where all groups of an output feature have one scale."""
 
 _MEASURED_FORM = (4, 128)  # bits, and columns of a scale
 # What was fastest on an H200 for weights of that form, by (N, K), in results/weight_only.
@@ -91,7 +89,7 @@ _MEASURED: dict[tuple[int, int], _Table] = {
         (512, WeightOnlyConfig(128, 128, 128, 8, 3)),
     ),
     (4096, 4096): (
-        (16, WeightOnlyConfig(16, 64, 256, 4, 8)),
+        (16, FEW_ROWS),
         (32, WeightOnlyConfig(32, 64, 256, 4, 6)),
         (64, WeightOnlyConfig(32, 64, 256, 4, 6)),
         (128, WeightOnlyConfig(64, 64, 256, 4, 4)),
@@ -100,7 +98,7 @@ _MEASURED: dict[tuple[int, int], _Table] = {
         (1024, WeightOnlyConfig(128, 128, 128, 8, 3)),
     ),
     (24576, 4096): (
-        (16, WeightOnlyConfig(16, 64, 256, 4, 4)),
+        (16, FEW_ROWS),
         (32, WeightOnlyConfig(32, 64, 256, 4, 3)),
         (64, WeightOnlyConfig(64, 64, 128, 4, 3)),
         (128, WeightOnlyConfig(128, 128, 128, 8, 3)),
@@ -109,7 +107,7 @@ _MEASURED: dict[tuple[int, int], _Table] = {
         (1024, WeightOnlyConfig(128, 128, 128, 8, 3)),
     ),
     (4096, 12288): (
-        (16, WeightOnlyConfig(16, 64, 256, 4, 4)),
+        (16, FEW_ROWS),
         (32, WeightOnlyConfig(32, 64, 256, 4, 3)),
         (64, WeightOnlyConfig(32, 64, 256, 4, 6)),
         (128, WeightOnlyConfig(64, 64, 256, 4, 4)),
