@@ -166,13 +166,6 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
                     codes, row_scales, weight[0], scales[0], c, dtype, config
                 ),
             )
-            few = None if c is None else c[:8]
-            yield (
-                f"block_fp8 of few rows {config}",
-                lambda c=few, config=config: block_fp8._launch(
-                    codes[:8], row_scales[:8], weight[0], scales[0], c, dtype, config, weight[1]
-                ),
-            )
             yield (
                 f"row_fp8 {config}",
                 lambda c=c, config=config: row_fp8._launch(

@@ -58,12 +58,11 @@ class TransformersSampler:
 
     def __init__(self, spec: RunSpec, *, load_weights: bool = True) -> None:
         self.at_close = ExitStack()
-        self._arms = spec.arms
+        self._arms, self._device = spec.arms, choose_device(spec.device)
         self._arrivals = spec.arrivals if spec.batching == "continuous" else None
         self._source = source = find_source(spec)
         self._tp_groups, self._cache_dtype = spec.tp_groups, spec.kv_cache_dtype
         self._probes, self._decoding = {p.probe_id: p for p in spec.probes}, spec.decoding
-        self._device = choose_device(spec.device)
         self._ranks: Ranks | None = None
         if load_weights and spec.tensor_parallel > 1:
             self._device = own_device(self._device)
@@ -78,8 +77,7 @@ class TransformersSampler:
         self._findings: Examination | None = None
         self._captured: dict[tuple[Arm, Decoding, int, int], DecodeSteps] = {}
         self._feeds, self._widths, self._scores = spec.feeds, spec.widths, "scoring" in spec.axes
-        self._completions = Completions()
-        self._uncaptured, self._begun = set[Arm](), set[Arm]()
+        self._completions, self._uncaptured, self._begun = Completions(), set[Arm](), set[Arm]()
         if load_weights:
             with doing("loading the weights"):
                 self._model = load_model(source.model, config, spec, self._device, source.adapter)
