@@ -59,25 +59,13 @@ def attention(  # noqa: PLR0913 - the op's own arguments
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
     bias_dtype: torch.dtype | None = None,
+    grid: Grid | None = None,
 ) -> torch.Tensor:
-    """[B, H, Q, D] x [B, H_kv, KV, D] -> [B, H, Q, D_v]; the rest as in `ops.attention`."""
-    grid = make_grid(spans, query.shape[2])
-    return attention_on(grid, query, key, value, spans, scale, softcap, sinks, slopes, bias_dtype)
+    """[B, H, Q, D] x [B, H_kv, KV, D] -> [B, H, Q, D_v]; the rest as in `ops.attention`.
 
-
-def attention_on(  # noqa: PLR0913 - the op's own arguments
-    grid: Grid,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    spans: torch.Tensor,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    slopes: torch.Tensor | None = None,
-    bias_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """`attention`, where the spans' grid is known: all layers of a pass have the same."""
+    ``grid`` is the spans', where it is known: all layers of a pass have the same.
+    """
+    grid = make_grid(spans, query.shape[2]) if grid is None else grid
     batch, heads, queries, width = query.shape
     kv_heads, n_columns = key.shape[1], grid.n_splits * SPLIT
     out_shape = batch, heads, queries, value.shape[-1]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.cpu.attention import Grid, attention_on, make_grid
+from ndcheck_kernels.cpu.attention import Grid, attention, make_grid
 from ndcheck_kernels.cpu.pointwise import pointwise
 from ndcheck_kernels.cpu.products import addmm, mm
 from ndcheck_kernels.cpu.reductions import sum_rows
@@ -267,7 +267,7 @@ def _direct(
         both[:, n_heads:], value.view(by_head).transpose(1, 2), own.layer_idx
     )
     scope.fires["attention"] += 1
-    out = attention_on(grid, both[:, :n_heads], keys, values, spans, own.scaling)
+    out = attention(both[:, :n_heads], keys, values, spans, own.scaling, grid=grid)
     out = out.transpose(1, 2).reshape(len(hidden), -1)
     hidden = hidden + _linear(scope, out, parts.out)
     rows = _norm(scope, hidden, parts.second_norm)
