@@ -37,21 +37,19 @@ BATCHES = (1, 8, 16, 64, 256, 1024, 4096)
 SERVES = {1: 4, 128: 128, 16: 16, 32: 32, 64: 64, 256: 256, 1024: 1024, 4096: 1 << 62}
 """Numbers of rows at which schedules are tried, and up to which the fastest one serves."""
 SCHEDULES = [
-    *(
-        Fp8Config(*sizes, stages, swap=swap, parallel=parallel)
-        for *sizes, swap, all_stages, can_be_parallel in (
-            (16, 64, 4, True, (4, 6, 10), True),
-            (16, 128, 4, True, (3, 5), True),
-            (32, 64, 4, True, (4, 6, 8), True),
-            (32, 128, 4, True, (4,), True),
-            (64, 32, 4, False, (6, 8, 12), True),
-            (64, 64, 4, True, (3, 4, 6, 12), True),
-            (64, 128, 4, False, (3, 4, 6, 8), True),
-            (128, 64, 4, True, (3, 4), False),
-            (128, 128, 8, False, (3, 4), False),
-        )
-        for stages, parallel in product(all_stages, (False, True) if can_be_parallel else (False,))
-    ),
+    Fp8Config(*sizes, stages, swap=swap, parallel=parallel)
+    for *sizes, swap, all_stages, can_be_parallel in (
+        (16, 64, 4, True, (4, 6, 10), True),
+        (16, 128, 4, True, (3, 5), True),
+        (32, 64, 4, True, (4, 6, 8), True),
+        (32, 128, 4, True, (4,), True),
+        (64, 32, 4, False, (6, 8, 12), True),
+        (64, 64, 4, True, (3, 4, 6, 12), True),
+        (64, 128, 4, False, (3, 4, 6, 8), True),
+        (128, 64, 4, True, (3, 4), False),
+        (128, 128, 8, False, (3, 4), False),
+    )
+    for stages, parallel in product(all_stages, (False, True) if can_be_parallel else (False,))
 ]
 
 

@@ -34,7 +34,7 @@ from ndcheck_kernels.models import decoder
 TESTS = ("tests/kernels/gpu/test_fp8_fused_bits.py",)
 QKV, OUT, GATE_UP, DOWN = products.SHAPES.values()
 Change = tuple[Any, str, Any]
-"""An object, its attribute or item, and what takes its place."""
+"""An object, its attribute, and what takes its place."""
 
 
 def attention_apart(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **seen: Any) -> Quantised:

@@ -21,12 +21,7 @@ from ndcheck_kernels.cuda.dependent_launch import follow, pdl
 from ndcheck_kernels.cuda.products.block_fp8 import require_readable, split
 from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config, grouped_config, product_config
 from ndcheck_kernels.cuda.products.grouped_matmul import _find_rows
-from ndcheck_kernels.cuda.products.tiles import (
-    accumulate,
-    offsets,
-    sum_groups,
-    zeros,
-)
+from ndcheck_kernels.cuda.products.tiles import accumulate, offsets, sum_groups, zeros
 from ndcheck_kernels.ops.block_fp8 import BLOCK
 
 
