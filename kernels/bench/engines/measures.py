@@ -21,7 +21,12 @@ from bench.table import Table
 
 SHAPES = Path(__file__).parents[1] / "shapes"
 GRAPHS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
-CACHE_BYTES = {"qwen3-8b": 20 * 10**9, "qwen3-30b-a3b": 3 * 10**9, "smollm2": 4 * 10**9}
+CACHE_BYTES = {
+    "qwen3-8b": 20 * 10**9,
+    "qwen3-8b-fp8": 10 * 10**9,
+    "qwen3-30b-a3b": 3 * 10**9,
+    "smollm2": 4 * 10**9,
+}
 FEWER_ROWS = {"qwen3-30b-a3b": 256}
 """Where two engines' weights leave no room for a step of 1024 rows."""
 STEPS, FEW_STEPS = (1, 8, 32, 64, 128, 256, 512), (1, 8, 64, 256)
@@ -303,7 +308,14 @@ def fill(model: Any) -> None:
             parameter.data.fill_(1)
             continue
         generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()) + rank)
-        parameter.data.normal_(0, 0.02, generator=generator)
+        if "scale" in name:  # Of FP8 codes, which are drawn wider by as much.
+            parameter.data.uniform_(1e-4, 3e-4, generator=generator)
+            continue
+        is_fp8 = parameter.dtype == torch.float8_e4m3fn
+        values = parameter.data.to(torch.bfloat16) if is_fp8 else parameter.data
+        values.normal_(0, 100 if is_fp8 else 0.02, generator=generator)
+        if is_fp8:
+            parameter.data.copy_(values)
 
 
 def allocation_retries() -> int:

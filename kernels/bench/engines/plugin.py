@@ -12,6 +12,7 @@ graphs   steps of 576 to 1000 rows where vLLM captures graphs as large, 3 min
 run      `ndcheck run --engine vllm` of SmolLM2-135M-Instruct, 3.5 min
 run8b    the same of the 8B shape, whose random weights are written first, 4 min
 30b      steps and copies of the 30B-A3B shape, 4.5 min
+fp8      steps and copies of the 8B shape in FP8
 tp2      the 8B shape on two GPUs: steps, copies, and what a sum over both takes, 7 min
 long     1000 completions of 1000 tokens, 6 min
 
@@ -64,7 +65,7 @@ RUNS = {
         *("--loads", "1,8,32,64,128", "-n", "500", "--max-tokens", "100"),
     ),
 }
-KNOWN = ("8b", "smollm2", "graphs", "run", "run8b", "30b", "tp2", "long")
+KNOWN = ("8b", "smollm2", "graphs", "run", "run8b", "30b", "fp8", "tp2", "long")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Stage:
 
 ALL, BOTH = ("stock", "vllm", "ndcheck"), ("stock", "ndcheck")
 OURS, VLLM = ("ndcheck",), ("vllm",)
-DENSE, EXPERTS = "qwen3-8b", "qwen3-30b-a3b"
+DENSE, FP8, EXPERTS = "qwen3-8b", "qwen3-8b-fp8", "qwen3-30b-a3b"
 STAGES = {
     "8b": (
         Stage(
@@ -130,6 +131,17 @@ STAGES = {
             ),
         ),
         Stage(((EXPERTS, "vllm"),), ((EXPERTS, "few_steps", VLLM),)),
+    ),
+    "fp8": (
+        Stage(
+            tuple((FP8, mode) for mode in ALL),
+            (
+                (FP8, "coverage", OURS),
+                (FP8, "few_steps", ALL),
+                (FP8, "copies", ALL),
+                (FP8, "few_steps", BOTH),
+            ),
+        ),
     ),
     "tp2": (
         Stage(

@@ -5,7 +5,7 @@
 
 First the times of the recurrence alone; then with four layers of each kind the verdict on every
 property, over a few loads of short prompts, in both arms (the stock arm is the control), and the
-times of a captured decode step and of a prefill. With `--whole` the times of all layers too. What
+times of a captured decode step and of a prefill. With `--whole` both of all layers too. What
 OUT_DIR holds already is not measured again, so a run cut short goes on.
 
 With `--profile` only where the host spends a prefill of 1 x 512 (`host_profile`).
@@ -220,7 +220,11 @@ def main() -> None:
         measure_times(few, name, times)
         few.cache_clear()
     if options.whole:
-        measure_times(lambda: TransformersSampler(open_spec(shape)), options.shape, times)
+        spec = open_spec(shape)
+        whole = cache(lambda: TransformersSampler(spec))
+        if not (out / "verdicts-whole.json").exists():
+            measure_verdicts(whole(), spec, options.shape, out / "verdicts-whole.json")
+        measure_times(whole, options.shape, times)
 
 
 if __name__ == "__main__":

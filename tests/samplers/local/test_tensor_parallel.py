@@ -91,6 +91,7 @@ def measure(n_ranks, model, out, *options, device="cpu"):
     else:
         done = launch(n_ranks, "-m", "ndcheck", *arguments, "--tp", n_ranks)
         said = done.stdout + done.stderr
+    assert (out / "run.json").is_file(), said
     assert read_run(out).status == "finished", said
     return said
 
