@@ -188,7 +188,7 @@ def run_trials(
     run = directory.run
     probes = {probe.probe_id: probe for probe in run.spec.probes}
     progress = Progress(len(trials), phrases.unit(run), elapsed_s=run.elapsed_s)
-    reference_lengths: dict[tuple[Arm, str], int] = {}
+    lengths: dict[int, int] = {}
     rows_of: dict[int, dict[int, tuple[int, int]]] = {}
     elapsed_before_s, started = run.elapsed_s, time.perf_counter()
 
@@ -208,9 +208,7 @@ def run_trials(
 
     def take_in(samples: Sequence[Sample]) -> bool:
         for sample in samples:
-            if sample.is_reference:
-                key = sample.arm, sample.probe_id
-                reference_lengths.setdefault(key, len(sample.token_ids))
+            lengths.setdefault(sample.trial_id, len(sample.token_ids))
             if sample.error is None:
                 bits = hash((sample.logprobs, sample.row_digests))
                 rows = rows_of.setdefault(sample.trial_id, {})
@@ -224,10 +222,9 @@ def run_trials(
         by_trial.setdefault(sample.trial_id, []).append(sample)
 
     def with_fault(trial: Trial) -> Trial:
-        if trial.role != "control":
+        if trial.role != "control" or trial.baseline is None:
             return trial
-        fault = plant_fault(reference_lengths.get((trial.arm, trial.probe_id), 0))
-        return replace(trial, fault=fault)
+        return replace(trial, fault=plant_fault(lengths.get(trial.baseline, 0)))
 
     def begin_next(trial: Trial, following: Trial | None) -> None:
         if (

@@ -9,6 +9,7 @@ import pytest
 
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.errors import BackendError
+from ndcheck.findings import read_findings
 from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Decoding, Environment, Run
 from ndcheck.request import DEFAULTS
@@ -83,6 +84,17 @@ def test_control_is_planted_within_the_reference(tmp_path):
     controls = [s for s in SampleReader(tmp_path) if s.role == "control"]
     assert [(s.load.width, s.load.scores) for s in controls] == [(1, False), (2, False), (1, True)]
     assert {(s.fault.latent_at, s.fault.fork_at) for s in controls} == {(2, 4)}
+
+
+def test_control_is_planted_before_its_baseline_diverges(tmp_path):
+    run(tmp_path, "scoring-dependent")
+    samples = list(SampleReader(tmp_path))
+    kept = {s.trial_id: len(s.token_ids) for s in samples}
+    controls = [s for s in samples if s.role == "control"]
+    assert [kept[s.baseline] for s in controls] == [8, 8, 4]
+    assert all(s.fault.fork_at < kept[s.baseline] for s in controls)
+    (probe,) = read_findings(tmp_path).summary.probes
+    assert (probe.control.n_caught, probe.control.n_trials) == (3, 3)
 
 
 def test_failing_loads_are_recorded_not_dropped(tmp_path):

@@ -6,7 +6,10 @@ from ndcheck.records import Fault
 
 
 def plant_fault(n_tokens: int) -> Fault | None:
-    """The control's fault, within a reference completion of ``n_tokens``; None if it is empty."""
+    """The control's fault, within its baseline's completion of ``n_tokens``; None if it is empty.
+
+    A completion that is fed again ends where it diverges, and what is planted behind that is lost.
+    """
     return Fault(latent_at=n_tokens // 4, fork_at=n_tokens // 2) if n_tokens else None
 
 

@@ -159,10 +159,12 @@ def test_the_invariant_arm_is_and_stock_is_not_invariant(sampler):
         arms=("stock", "invariant"),
     )
     lengths = {"p1": sampler.count_tokens(PROBE.prompt)}
-    samples, decoding_length = [], spec.decoding.max_tokens
+    samples, n_tokens = [], {}
     for trial in plan_trials(spec, lengths, sampler.context):
-        fault = plant_fault(decoding_length) if trial.role == "control" else None
-        samples += sampler.sample(replace(trial, fault=fault), PROBE, spec.decoding)
+        fault = plant_fault(n_tokens[trial.baseline]) if trial.role == "control" else None
+        found = sampler.sample(replace(trial, fault=fault), PROBE, spec.decoding)
+        n_tokens[trial.trial_id] = len(found[0].token_ids)
+        samples += found
     arms = {probe.arm: probe for probe in summarise(samples, spec).probes}
     assert arms["stock"].n_unique > 1
     assert arms["invariant"].n_unique == 1
