@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,31 +110,41 @@ class _Drawing:
                 module._parameters[name] = torch.nn.Parameter(_cut(whole, cut))
 
 
-def _cut(whole: torch.Tensor, planned: Any) -> torch.Tensor:
+def _cut(whole: torch.Tensor, planned: Any) -> Any:
     """This rank's shard of a tensor, in memory of its own."""
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = planned.device_mesh, planned.placements
     plain = whole.view(torch.uint8) if whole.dtype.itemsize == 1 else whole  # Of FP8, as in gather.
     here = distribute_tensor(plain, mesh, placements, src_data_rank=None).to_local().clone()
-    return _as_shard(here.view(whole.dtype), planned, whole)
+    return _as_shard(here.view(whole.dtype), mesh, placements, whole.shape)
 
 
-def _as_shard(here: torch.Tensor, planned: Any, whole: torch.Tensor) -> torch.Tensor:
-    """``here`` as this rank's shard of what has the shape of ``whole``."""
+def _as_shard(here: torch.Tensor, mesh: Any, placements: Any, shape: Sequence[int]) -> Any:
+    """``here`` as this rank's shard of a contiguous tensor of ``shape``."""
     from torch.distributed.tensor import DTensor
 
-    mesh, placements = planned.device_mesh, planned.placements
-    shape, stride = whole.shape, whole.stride()
-    return DTensor.from_local(here, mesh, placements, run_check=False, shape=shape, stride=stride)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        here, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 def gather(parameter: Any) -> torch.Tensor:
     """A parameter as a whole; where it is shared, every rank must ask for it."""
     if not hasattr(parameter, "full_tensor"):
         return parameter  # type: ignore[no-any-return]
-    if parameter.dtype.itemsize > 1:
-        return parameter.full_tensor()  # type: ignore[no-any-return]
-    here = parameter.to_local().view(torch.uint8)  # Not every collective takes FP8.
-    whole: Any = _as_shard(here, parameter, parameter)
-    return whole.full_tensor().view(parameter.dtype)  # type: ignore[no-any-return]
+    from torch.distributed.tensor import Shard
+
+    here, mesh, (placement,) = parameter.to_local(), parameter.device_mesh, parameter.placements
+    here = here.view(torch.uint8) if here.dtype.itemsize == 1 else here  # For all collectives.
+    n_groups = getattr(placement, "split_factor", None)
+    if n_groups is None:
+        whole = _as_shard(here, mesh, [placement], parameter.shape).full_tensor()
+    else:  # Of each group a part, such as of gates and values; torch 2.11 gathers no such tensor.
+        dim = placement.dim % here.ndim
+        size = (n_groups, parameter.shape[dim] // n_groups)
+        shape = (*parameter.shape[:dim], *size, *parameter.shape[dim + 1 :])
+        groups = here.unflatten(dim, (n_groups, -1))
+        whole = _as_shard(groups, mesh, [Shard(dim + 1)], shape).full_tensor().flatten(dim, dim + 1)
+    return whole.view(parameter.dtype)  # type: ignore[no-any-return]
