@@ -143,7 +143,7 @@ def decode(record: type[T], document: Any, **given: Any) -> T:
 
 
 def refuse_unknown(document: Any, known: Any) -> None:
-    """Raise ValueError for a key of ``document`` that ``known``, of the same form, does not have."""
+    """Raise ValueError for a key of ``document`` that ``known``, alike in form, does not have."""
     if isinstance(document, dict) and isinstance(known, dict):
         if unknown := document.keys() - known.keys():
             raise ValueError(f"there is no field {_short(min(unknown))}")
