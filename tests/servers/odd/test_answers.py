@@ -168,3 +168,31 @@ def test_text_is_compared_besides_token_ids(odd, measure):
     judgement, *_ = measure(odd(HiddenText), chat=False)
     assert judgement.verdict.outcome == "INCONCLUSIVE"
     assert any("equal token ids and another text" in r for r in judgement.verdict.reasons)
+
+
+class EndsOtherwise:
+    """Equal text, but in a batch its last token is another one: that ends it, and is not sent."""
+
+    def end(self, body):
+        return "stop" if self.running > 1 else "length"
+
+
+class CountsOtherwise:
+    """Equal text of other tokens: in a batch there are more of them."""
+
+    def tokens(self, body):
+        return WORDS[: self.limit(body) - 3]
+
+    def end(self, body):
+        return "stop"
+
+    def usage(self, body, n):
+        return {"prompt_tokens": 3, "completion_tokens": n + (self.running > 1)}
+
+
+@pytest.mark.parametrize("base", [EndsOtherwise, CountsOtherwise])
+def test_an_end_or_a_count_that_differs_is_seen_behind_equal_text(odd, measure, base):
+    judgement, summary, _ = measure(odd(base))
+    assert summary.probes[0].n_unique == 1
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert any("ended otherwise" in r for r in judgement.verdict.reasons)
