@@ -252,6 +252,21 @@ def test_every_other_pass_is_not_laid_to_the_cache(sampler):
     assert "KV cache" not in text
 
 
+def test_a_draw_that_comes_seldom_is_not_laid_to_watching(sampler):
+    """It hits the watched pass, and the next but one repeat of it."""
+    hits, n_calls = {1, 4}, itertools.count(1)
+
+    def seldom(module, x):
+        is_hit = len(x) > 1 and next(n_calls) in hits
+        return multiply(x, module.weight) * (1 + 1e-3 * is_hit)
+
+    tracer = Tracer(sampler, PROBE, 0)
+    with forwards(sampler.model, {"model.layers.1.mlp.down_proj": seldom}):
+        found = tracer.trace(load_of(sampler, 2, "copies", 0, 0), 1, tracer.record_alone())
+    assert found.is_random
+    assert not found.tracing_changed_bits
+
+
 def test_a_pass_alone_that_does_not_repeat_leaves_a_doubt(sampler):
     """The row alone is computed otherwise once a larger batch has been there."""
     largest = [0]

@@ -69,7 +69,7 @@ class Explanation:
                 )
             return (
                 "the logits are not those recorded in the run: the machine, the number of threads "
-                "or the software are others"
+                "or the software are others, or the sample differed by chance"
             )
         return next((trace.doubt for trace in self.traces if trace.doubt), None)
 
