@@ -220,6 +220,14 @@ def test_a_comparison_with_damaged_samples_is_inconclusive(ndcheck_here, damaged
     assert ndcheck_here("compare", run, runs / "clean", *options).returncode == 3
 
 
+def test_a_comparison_with_batches_that_never_formed_is_inconclusive(ndcheck_here, runs):
+    run = ("--model", "scripted:never-batches", *OPTIONS, "--out", "thin")
+    assert ndcheck_here("run", *run).returncode == 3
+    for kind, code in (("unique", 3), ("rate", 3), ("tokens", 0)):
+        done = ndcheck_here("compare", runs / "clean", "thin", "--fail-on", kind)
+        assert done.returncode == code, done.stdout
+
+
 def test_a_run_without_digests_is_held_to_itself(ndcheck_here, damaged):
     """As runs from before they were kept have none."""
     run = damaged("clean", lambda samples: [*samples, samples[-1]])
