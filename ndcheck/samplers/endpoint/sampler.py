@@ -375,11 +375,13 @@ class EndpointSampler:
         token_texts: tuple[str, ...] = ()
         logprobs: tuple[float, ...] = ()
         if answer is not None:
-            token_ids, token_texts = answer.stream(self._server.capabilities.compared)
-            logprobs = answer.logprobs if len(answer.logprobs) == len(token_ids) else ()
-            self._n_without_bits += (
-                "logprobs" in self._server.capabilities.accepted and not logprobs
-            )
+            seen = self._server.capabilities
+            token_ids, token_texts = answer.stream(seen.compared)
+            # Where text is compared, some tokens alone have one, if any: they have no place in it.
+            has_bits = "logprobs" in seen.accepted and seen.compared != "text"
+            if has_bits and len(answer.logprobs) == len(token_ids):
+                logprobs = answer.logprobs
+            self._n_without_bits += has_bits and not logprobs
             token_ids, logprobs = plant_in_stream(token_ids, logprobs, trial.fault)
         finish_reason = (answer and answer.finish_reason) or "error"
         return replace(

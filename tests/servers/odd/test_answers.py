@@ -62,6 +62,14 @@ class LowestAlternative:
         return {"logprobs": {"content": [entry]} if body.get("logprobs") else None}
 
 
+class FewLogprobs:
+    """Of the first tokens alone."""
+
+    def fields(self, t, token, body):
+        entry = {"token": token, "logprob": -0.5, "top_logprobs": []}
+        return {"logprobs": {"content": [entry]} if body.get("logprobs") and t < 2 else None}
+
+
 class OddFacts:
     """Pages and facts of any type."""
 
@@ -103,7 +111,7 @@ class HoldsConnections:
 @pytest.mark.parametrize(
     "handler",
     [EmptyReason, EosToken, NoReason, EstimatedUsage, NoUsage, PlainText, Lines, Parts,
-     LowestAlternative, OddFacts, OwnFingerprints, OneId, HoldsConnections],
+     LowestAlternative, FewLogprobs, OddFacts, OwnFingerprints, OneId, HoldsConnections],
 )  # fmt: skip
 def test_a_server_that_answers_well_passes(odd, measure, handler):
     judgement, summary, samples = measure(odd(handler))
