@@ -300,9 +300,9 @@ def _judge_drift(name: FailOn, drift: Drift, confidence: float) -> Verdict:
         is_worse = higher and drift.fisher_p < 1 - confidence
     if is_worse:
         return Verdict("FAIL", (counts,))
-    if drift.doubts:
+    has_fewer = b.n_draws < a.n_draws
+    if has_fewer:
+        counts += f", but only {count(b.n_draws, b.draw)} against {a.n_draws}"
+    if has_fewer or drift.doubts:
         return Verdict("INCONCLUSIVE", (counts, *drift.doubts))
-    if b.n_draws < a.n_draws:
-        fewer = f"{counts}, but only {count(b.n_draws, b.draw)} against {a.n_draws}"
-        return Verdict("INCONCLUSIVE", (fewer,))
     return Verdict("PASS", (counts,), accepts_divergence=b.has_diverged)
