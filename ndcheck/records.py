@@ -139,6 +139,8 @@ class Witness:
     """The server's ``system_fingerprint``."""
     names_digest: str = ""
     """A digest of the names of the answer's tokens, where a server gives names beside ids."""
+    n_counted: Count | None = None
+    """Tokens that a server says it generated, hidden ones among them."""
     is_replayed: bool = False
     """Whether a server's answer came sooner than a first token can: out of a cache."""
 

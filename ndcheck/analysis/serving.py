@@ -51,8 +51,9 @@ class ServingFinding:
 
     ``n_repeated_ids`` of ``n_ids`` and ``n_replayed`` answers were not computed for their
     requests: their response id is another's, or they came sooner than a first token can.
-    ``n_other_texts`` have the token ids of another answer but not its text. ``ids_differ``,
-    ``names_differ`` (None: no names) and ``texts_differ`` count answers unlike the reference.
+    ``n_other_texts`` have the token ids of another answer but not its text, ``n_other_ends`` ended
+    otherwise or after another number of tokens, sent or not. ``ids_differ``, ``names_differ``
+    (None: no names) and ``texts_differ`` count answers unlike the reference.
     """
 
     n_answers: int
@@ -63,6 +64,7 @@ class ServingFinding:
     n_repeated_ids: int
     n_replayed: int
     n_other_texts: int
+    n_other_ends: int
     ids_differ: int
     names_differ: int | None
     texts_differ: int
@@ -100,6 +102,11 @@ class ServingFinding:
             )
         if self.n_other_texts:
             found.append(f"answers with equal token ids and another text: {self.n_other_texts}")
+        if self.n_other_ends:
+            found.append(
+                "answers that are equal as far as they were sent, and ended otherwise (finish "
+                f"reason, or tokens counted): {self.n_other_ends}"
+            )
         if 0 < self.n_connections < self.n_trials:
             found.append(
                 f"{self.n_trials} trials came through {self.n_connections} connections: no more "
@@ -137,6 +144,9 @@ class Serving:
         self._n_replayed = 0
         self._texts: dict[int, int] = {}
         self._n_other_texts = 0
+        self._ends: dict[int, str] = {}
+        self._counts: dict[int, int] = {}
+        self._n_other_ends = 0
         self._reference: Sample | None = None
         self._differ = Counter[str]()
         self._sizes: dict[int, Counter[int]] = {}
@@ -159,8 +169,12 @@ class Serving:
         if witness.fingerprint:
             self._fingerprints.setdefault(witness.fingerprint)
         self._n_replayed += witness.is_replayed
-        text = hash(sample.text)
-        self._n_other_texts += self._texts.setdefault(hash(sample.token_ids), text) != text
+        ids, text, end = hash(sample.token_ids), hash(sample.text), sample.finish_reason
+        self._n_other_texts += self._texts.setdefault(ids, text) != text
+        n_counted = self._counts.get(ids) if witness.n_counted is None else witness.n_counted
+        if n_counted is not None:
+            n_counted -= self._counts.setdefault(ids, n_counted)
+        self._n_other_ends += bool(self._ends.setdefault(ids, end) != end or n_counted)
         if self._reference is None:
             self._reference = sample
         first = self._reference
@@ -192,6 +206,7 @@ class Serving:
             n_repeated_ids=sum(n for n in self._ids.values() if n > 1),
             n_replayed=self._n_replayed,
             n_other_texts=self._n_other_texts,
+            n_other_ends=self._n_other_ends,
             ids_differ=self._differ["ids"],
             names_differ=self._differ["names"] if has_names else None,
             texts_differ=self._differ["texts"],

@@ -193,13 +193,16 @@ def _explain(
     sampler: TransformersSampler,
     steps: list[int],
     loads: list[tuple[Load, int]],
-    recorded: tuple[str, ...] = (),
+    recorded: tuple[str, ...] | None = None,
     n_fed: int | None = None,
     *,
     with_swaps: bool,
     quiet: bool,
 ) -> list[trace_report.Explanation]:
-    """What each step of the spec's only probe shows; the loads come with the probe's slot."""
+    """What each step of the spec's only probe shows; the loads come with the probe's slot.
+
+    ``recorded`` are the digests of a sample's logits; None where the loads are no sample's.
+    """
     from ndcheck.explain.swapping import find_swaps
     from ndcheck.explain.traced import group_findings
     from ndcheck.explain.tracing import Tracer
@@ -214,13 +217,14 @@ def _explain(
         for load, slot in loads:
             fed = f" of {load.width} tokens" if load.width > 1 else ""
             note(f"step {step}: tracing {load.batch_size} rows{fed}", quiet=quiet)
-            traces.append(tracer.trace(load, slot, alone))
+            traces.append(tracer.trace(load, slot, alone, varies=recorded is None))
         swaps = None
         if with_swaps and arm == "stock" and any(trace.introducers for trace in traces):
             note(f"step {step}: swapping ops one at a time", quiet=quiet)
             swaps = find_swaps(sampler, probe, step, group_findings(traces), loads, spec.decoding)
-        digest = recorded[step] if step < len(recorded) else None
-        explanations.append(trace_report.Explanation(step, traces, swaps, digest))
+        digest = recorded[step] if recorded and step < len(recorded) else None
+        repeats = tracer.repeats(alone)
+        explanations.append(trace_report.Explanation(step, traces, swaps, digest, repeats))
     return explanations
 
 

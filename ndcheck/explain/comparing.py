@@ -18,16 +18,21 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ndcheck.explain.alignment import Geometry, clone_exactly, equal_bits, max_ulp, write_exactly
+from ndcheck.explain.modules import without_numbers
 from ndcheck.explain.recording import (
     Argument,
     Call,
+    Cause,
     Key,
+    Place,
     Record,
+    Status,
     Watch,
     digest_rows,
     is_floating,
     shapes_of,
 )
+from ndcheck.explain.traced import OpFinding
 
 # These put values elsewhere and make none: with the probe's inputs they can only be misplaced.
 MOVERS = {
@@ -240,3 +245,54 @@ def cache_tensors(cache: Any) -> Iterator[Tensor]:
 
 def are_equal(rows: list[tuple[Tensor, Tensor]]) -> bool:
     return all(equal_bits(ours, own) for ours, own in rows)
+
+
+def find_ops(
+    natural: NaturalPass,
+    repaired: RepairedPass,
+    named: dict[Key, Difference],
+    causes: dict[Key, Cause],
+    reaching: set[Place],
+    records: dict[Key, Record],
+) -> Iterator[OpFinding]:
+    """Every op, and the modules like those that introduce a difference as a whole, in order."""
+    whole = {place_of(key) for key, difference in named.items() if difference.is_module}
+    for key, differs in natural.differs.items():
+        module, op, nth = key
+        is_module = key in natural.modules
+        if key in named:
+            yield _introducer(key, named[key], causes[key], reaching, records[key])
+        elif not is_module or place_of(key) in whole:
+            status: Status = "not compared"
+            if key in repaired.compared or is_module:
+                status = "inherits" if differs else "clean"
+            elif key in repaired.in_module:
+                status = "in a module"
+            yield OpFinding(module, op, nth, status, is_module=is_module)
+
+
+def _introducer(
+    key: Key, difference: Difference, cause: Cause, reaching: set[Place], record: Record
+) -> OpFinding:
+    own = [value for value in record.outputs if isinstance(value, Tensor)]
+    own = [value for value in own if value.is_floating_point() and value.dim()]
+    module, op, nth = key
+    return OpFinding(
+        module,
+        op,
+        nth,
+        "introduces",
+        cause,
+        place_of(key) in reaching,
+        difference.is_module,
+        difference.max_ulp,
+        difference.digest,
+        digest_rows(own),
+        difference.shapes,
+        str(own[0].dtype).removeprefix("torch."),
+        record.location,
+    )
+
+
+def place_of(key: Key) -> Place:
+    return key[1], without_numbers(key[0])

@@ -112,7 +112,7 @@ class Shrinker:
         if self.parts(before) is None:
             raise BackendError(
                 f"sample {sample.sample_id} does not differ here: the machine, the number of "
-                "threads or the software are not those of the run"
+                "threads or the software are not those of the run, or it differed there by chance"
                 + ", or only passes with rejected tokens differ"
                 * sample.load.drafts
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,24 +13,25 @@ from torch import Tensor
 
 from ndcheck.errors import UsageError
 from ndcheck.explain.alignment import Geometry, clone_exactly, equal_bits, write_exactly
-from ndcheck.explain.comparing import Difference, NaturalPass, RepairedPass, Setting, cache_tensors
-from ndcheck.explain.feeding import FedPass, advance
-from ndcheck.explain.modules import holders_of_layers, without_numbers
-from ndcheck.explain.recording import (
-    AlonePass,
-    Cause,
-    Key,
-    Place,
-    Record,
-    Status,
-    digest_rows,
-    unseen,
+from ndcheck.explain.comparing import (
+    Difference,
+    NaturalPass,
+    RepairedPass,
+    Setting,
+    cache_tensors,
+    find_ops,
+    place_of,
 )
-from ndcheck.explain.traced import LoadTrace, OpFinding
+from ndcheck.explain.feeding import FedPass, advance
+from ndcheck.explain.modules import holders_of_layers
+from ndcheck.explain.recording import AlonePass, Cause, Key, Place, Record, unseen
+from ndcheck.explain.traced import LoadTrace
 from ndcheck.records import Arm, Decoding, Load, Probe
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.samplers.local.selection import choose_tokens, digest_row, gumbel_noise
+
+N_REPEATS = 4
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,14 @@ class Tracer:
         with self._kernels():
             batch, argument = self._advance(Load(1), None)
             before = list(map(clone_exactly, cache_tensors(batch.cache)))
-            untraced, again = (
-                self._forward(self._fork(batch), argument, Load(1))[0] for _ in range(2)
+            untraced, *again = (
+                self._forward(self._fork(batch), argument, Load(1))[0] for _ in range(N_REPEATS)
             )
             with AlonePass(self._sampler.model) as watched:
                 logits = self._forward(batch, argument, Load(1))[0]
         after = list(map(clone_exactly, cache_tensors(batch.cache)))
-        changed = equal_bits(untraced, again) and not equal_bits(untraced, logits)
+        repeats = all(equal_bits(untraced, each) for each in again)
+        changed = repeats and not equal_bits(untraced, logits)
         return Alone(watched.records, logits, before, after, changed)
 
     def _fork(self, batch: ExactBatch) -> ExactBatch:
@@ -103,8 +105,18 @@ class Tracer:
             return copy.deepcopy(batch, {id(self._sampler.model): self._sampler.model})
 
     @torch.inference_mode()
-    def trace(self, load: Load, slot: int, alone: Alone) -> LoadTrace:
-        """The same pass under ``load``, compared with the one alone."""
+    def repeats(self, alone: Alone) -> bool:
+        """Whether the pass alone still gives its bits, to which the loads are held."""
+        with self._kernels():
+            batch, argument = self._advance(Load(1), None)
+            return equal_bits(self._forward(batch, argument, Load(1))[0], alone.logits)
+
+    @torch.inference_mode()
+    def trace(self, load: Load, slot: int, alone: Alone, *, varies: bool = False) -> LoadTrace:
+        """The same pass under ``load``, compared with the one alone.
+
+        ``varies``: where copies of the probe leave it as it is, others take their place.
+        """
         if load.cache_state != "whole" and self._step == 0:
             raise UsageError(
                 f"--step 0: a {load.cache_state} prefill has no pass that is comparable with the "
@@ -112,7 +124,13 @@ class Tracer:
             )
         with self._kernels():
             loaded = _LoadedPass(self, load, slot, alone)
-            return self._compare(loaded, load, slot, alone)
+            found = self._compare(loaded, load, slot, alone)
+            if varies and not found.logits_differ and len(load.slots) > 1:
+                load = _other_neighbours(load, slot, self)
+                loaded = _LoadedPass(self, load, slot, alone)
+                if not equal_bits(loaded.run(), alone.logits):
+                    return self._compare(loaded, load, slot, alone)
+            return found
 
     def _compare(self, loaded: _LoadedPass, load: Load, slot: int, alone: Alone) -> LoadTrace:
         natural = NaturalPass(loaded.setting)
@@ -122,25 +140,22 @@ class Tracer:
         logits_differ = not equal_bits(traced, alone.logits)
         changed = not equal_bits(traced, untraced)
         # With nothing put right, the pass is repeated: does it repeat its bits?
-        is_random = (changed or logits_differ) and not equal_bits(untraced, loaded.run())
+        n_repeats = N_REPEATS if changed else int(logits_differ)
+        is_random = any(not equal_bits(untraced, loaded.run()) for _ in range(n_repeats))
         cache_before = loaded.cache_differs(alone.before)
         repaired = RepairedPass(loaded.setting)
         loaded.run(repaired, repair_cache=True)
-        cache_reaches = bool(
-            logits_differ
-            and cache_before
-            and not equal_bits(untraced, loaded.run(repair_cache=True))
-        )
+        cache_reaches = bool(logits_differ and cache_before and loaded.follows_cache(untraced))
         named = {key: d for key, d in repaired.differences.items() if key[0] not in self._holders}
         causes = self._causes(loaded, load, slot, alone, named)
         reaching = self._reaching_places(loaded, named) if logits_differ else set()
         if named and logits_differ and not reaching and not cache_reaches:
-            reaching = set(map(_place, named))  # Together they do, as nothing else differs.
+            reaching = set(map(place_of, named))  # Together they do, as nothing else differs.
         return LoadTrace(
             load,
             slot,
             self._step,
-            tuple(_findings(natural, repaired, named, causes, reaching, alone.records)),
+            tuple(find_ops(natural, repaired, named, causes, reaching, alone.records)),
             logits_differ,
             (changed and not is_random) or alone.tracing_changed_bits,
             is_random,
@@ -150,7 +165,7 @@ class Tracer:
             cache_reaches,
             cache_after,
             f"{digest_row(traced) & 2**64 - 1:016x}",  # as samples are recorded
-            {_place(key): call for key, call in repaired.calls.items()},
+            {place_of(key): call for key, call in repaired.calls.items()},
             load.batch_size * loaded.n_fed,
         )
 
@@ -192,7 +207,7 @@ class Tracer:
         A place that was seen to do so under one load is not tried again under another.
         """
         for key in named:
-            if _place(key) in self._reaching:
+            if place_of(key) in self._reaching:
                 continue
             left, mended = (
                 loaded.run(
@@ -201,8 +216,8 @@ class Tracer:
                 for stop_after in (False, True)
             )
             if not equal_bits(left, mended):
-                self._reaching.add(_place(key))
-        return self._reaching & set(map(_place, named))
+                self._reaching.add(place_of(key))
+        return self._reaching & set(map(place_of, named))
 
     @torch.inference_mode()
     def logits(self, load: Load, slot: int | None) -> list[Tensor]:
@@ -320,6 +335,14 @@ class _LoadedPass:
                 logits = Tracer._forward(self._batch, self._argument, self._load)
         return logits[self._slot].clone()
 
+    def follows_cache(self, left: Tensor) -> bool:
+        """Whether the logits, ``left`` as they are, move each time that the cache is put right."""
+        mended, again, mended_again = (
+            self.run(repair_cache=is_on) for is_on in (True, False, True)
+        )
+        repeats = equal_bits(left, again) and equal_bits(mended, mended_again)
+        return repeats and not equal_bits(left, mended)
+
     @property
     def n_fed(self) -> int:
         """Tokens of a row that the pass is fed; 1 where it is not."""
@@ -347,54 +370,3 @@ def _other_neighbours(load: Load, slot: int, tracer: Tracer) -> Load:
         lengths += [] if row == slot else [length]
     seed = load.filler_seed + 1
     return replace(load, slots=(slot,), filler_lengths=tuple(lengths), filler_seed=seed)
-
-
-def _findings(
-    natural: NaturalPass,
-    repaired: RepairedPass,
-    named: dict[Key, Difference],
-    causes: dict[Key, Cause],
-    reaching: set[Place],
-    records: dict[Key, Record],
-) -> Iterator[OpFinding]:
-    """Every op, and the modules like those that introduce a difference as a whole, in order."""
-    whole = {_place(key) for key, difference in named.items() if difference.is_module}
-    for key, differs in natural.differs.items():
-        module, op, nth = key
-        is_module = key in natural.modules
-        if key in named:
-            yield _introducer(key, named[key], causes[key], reaching, records[key])
-        elif not is_module or _place(key) in whole:
-            status: Status = "not compared"
-            if key in repaired.compared or is_module:
-                status = "inherits" if differs else "clean"
-            elif key in repaired.in_module:
-                status = "in a module"
-            yield OpFinding(module, op, nth, status, is_module=is_module)
-
-
-def _introducer(
-    key: Key, difference: Difference, cause: Cause, reaching: set[Place], record: Record
-) -> OpFinding:
-    own = [value for value in record.outputs if isinstance(value, Tensor)]
-    own = [value for value in own if value.is_floating_point() and value.dim()]
-    module, op, nth = key
-    return OpFinding(
-        module,
-        op,
-        nth,
-        "introduces",
-        cause,
-        _place(key) in reaching,
-        difference.is_module,
-        difference.max_ulp,
-        difference.digest,
-        digest_rows(own),
-        difference.shapes,
-        str(own[0].dtype).removeprefix("torch."),
-        record.location,
-    )
-
-
-def _place(key: Key) -> Place:
-    return key[1], without_numbers(key[0])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ndcheck.analysis.divergence import first_divergence, latent_divergence, read_stream
 from ndcheck.analysis.statistics import fisher_exact, k1_kl, k3_kl
 from ndcheck.analysis.summary import ProbeSummary, Summary
-from ndcheck.judging.verdict import Verdict, count
+from ndcheck.judging.verdict import Verdict, count, probe_doubts, run_doubts
 from ndcheck.plan.conversations import as_text
 from ndcheck.records import Arm, Endpoint, Run, Sample
 
@@ -81,6 +81,8 @@ class Drift:
     fisher_p: float
     unit: Unit = "token"
     """What positions count."""
+    doubts: tuple[str, ...] = ()
+    """Why little that diverged in B would show less than it seems."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,11 @@ def compare(a: Measured, b: Measured) -> Comparison:
     return Comparison(
         changes=tuple(_find_changes(a.run, b.run)),
         drifts=tuple(
-            _drift(key[1], partners_a[key], partners_b[key], by_text=by_text) for key in shared
+            replace(
+                _drift(key[1], partners_a[key], partners_b[key], by_text=by_text),
+                doubts=(*probe_doubts(partners_b[key][0], b.run.spec), *run_doubts(b.run)),
+            )
+            for key in shared
         ),
         only_in_a=tuple(" ".join(key) for key in partners_a if key not in shared),
         only_in_b=tuple(" ".join(key) for key in partners_b if key not in shared),
@@ -138,8 +144,8 @@ def judge_comparison(
     """A verdict on each kind of difference that was asked for.
 
     It is INCONCLUSIVE where the runs share no prompt, where bits were not recorded, where
-    samples are missing or damaged, and where a clean B has fewer trials than A, so that a
-    difference had less chance to show.
+    samples are missing or damaged, and where a clean B has fewer trials than A, or none that would
+    let it pass by itself, so that a difference had less chance to show.
     """
     return {name: _judge(name, comparison, confidence) for name in fail_on}
 
@@ -294,7 +300,9 @@ def _judge_drift(name: FailOn, drift: Drift, confidence: float) -> Verdict:
         is_worse = higher and drift.fisher_p < 1 - confidence
     if is_worse:
         return Verdict("FAIL", (counts,))
-    if b.n_draws < a.n_draws:
-        fewer = f"{counts}, but only {count(b.n_draws, b.draw)} against {a.n_draws}"
-        return Verdict("INCONCLUSIVE", (fewer,))
+    has_fewer = b.n_draws < a.n_draws
+    if has_fewer:
+        counts += f", but only {count(b.n_draws, b.draw)} against {a.n_draws}"
+    if has_fewer or drift.doubts:
+        return Verdict("INCONCLUSIVE", (counts, *drift.doubts))
     return Verdict("PASS", (counts,), accepts_divergence=b.has_diverged)

@@ -7,6 +7,7 @@ is left out and named, and what is left out or missing keeps a run from passing.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import lru_cache
@@ -29,6 +30,9 @@ class Ledger:
         self._probes = {probe.probe_id for probe in run.spec.probes}
         self._trials: dict[int, Planned] = {}
         self._n_samples: dict[int, int] = {}
+        self._n_recorded: Counter[tuple[bool, bool]] = Counter()
+        """Completions by whether they have log-probabilities, and digests of logits."""
+        self._n_unconnected = 0
         self._seen: set[int] = set()
         self._possible_load: Load | None = None
         """That of the last sample, most often the same object as the next one's."""
@@ -41,6 +45,10 @@ class Ledger:
         if reason is None:
             self._seen.add(sample.sample_id)
             self._n_samples[sample.trial_id] = self._n_samples.get(sample.trial_id, 0) + 1
+            if sample.token_ids:
+                self._n_recorded[bool(sample.logprobs), bool(sample.row_digests)] += 1
+            if self._run.spec.endpoint is not None and sample.error is None:
+                self._n_unconnected += not sample.witness.connection
         return reason
 
     def _contradicts_itself(self, sample: Sample) -> str | None:
@@ -57,6 +65,8 @@ class Ledger:
             self._possible_load = load
         if sample.error is not None and n_tokens:
             return "it has tokens and an error"
+        if (sample.error is not None) != (sample.finish_reason == "error"):
+            return f"it ended by {sample.finish_reason!r}, which does not fit its error"
         if len(sample.token_texts) != n_tokens:
             return f"it has {n_tokens} tokens and the texts of {len(sample.token_texts)}"
         if (sample.fed is not None) != (load.is_fed and sample.error is None):
@@ -112,6 +122,10 @@ class Ledger:
         ]
         if short:
             found.append(f"trials without all of their samples: {_list(short)}")
+        if n_without := self._n_without_bits():
+            found.append(f"completions without the bits that this run records: {n_without}")
+        if self._n_unconnected:
+            found.append(f"answers of no known connection: {self._n_unconnected}")
         # A run that was cut short says so itself, and where.
         n_missing = run.n_trials_planned - len(self._n_samples)
         if not run.n_trials_planned:
@@ -122,6 +136,16 @@ class Ledger:
                 f"trials that are missing: {n_missing} of {run.n_trials_planned} planned{stopped}"
             )
         return tuple(found)
+
+    def _n_without_bits(self) -> int:
+        """Completions whose bits cannot be compared, though others' can or no server is asked."""
+        spec, recorded = self._run.spec, self._n_recorded
+        if spec.endpoint is not None and spec.allow_latent:
+            return 0
+        most = tuple(map(max, zip(*recorded, strict=True))) if recorded else ()
+        if spec.endpoint is None and not any(most):
+            return recorded.total()
+        return sum(n for kind, n in recorded.items() if kind != most)
 
 
 @lru_cache(1024)

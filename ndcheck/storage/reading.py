@@ -142,6 +142,17 @@ def decode(record: type[T], document: Any, **given: Any) -> T:
     return record(**given)
 
 
+def refuse_unknown(document: Any, known: Any) -> None:
+    """Raise ValueError for a key of ``document`` that ``known``, alike in form, does not have."""
+    if isinstance(document, dict) and isinstance(known, dict):
+        if unknown := document.keys() - known.keys():
+            raise ValueError(f"there is no field {_short(min(unknown))}")
+        document, known = ([values[name] for name in document] for values in (document, known))
+    if isinstance(document, list) and isinstance(known, (list, tuple)):
+        for inner, known_inner in zip(document, known, strict=True):
+            refuse_unknown(inner, known_inner)
+
+
 class _Inner(ValueError):
     """An error whose text begins with the name of a field."""
 

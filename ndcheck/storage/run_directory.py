@@ -23,11 +23,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from ndcheck import __version__
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.records import Run, Sample, Trial, Witness
 from ndcheck.samplers.backends import backend_of
 from ndcheck.storage.evidence import Ledger
-from ndcheck.storage.reading import decode, exists, open_file, parse_json, read_lines, read_text
+from ndcheck.storage.reading import (
+    decode,
+    exists,
+    open_file,
+    parse_json,
+    read_lines,
+    read_text,
+    refuse_unknown,
+)
 from ndcheck.storage.sample_lines import decode_line, encode_line
 
 SCHEMA_VERSION = 1
@@ -247,6 +256,8 @@ def read_run(path: Path) -> Run:
                 f"{SCHEMA_VERSION}: upgrade ndcheck"
             )
         run = decode(Run, document)
+        if run.ndcheck_version == __version__:  # No later one added a field.
+            refuse_unknown(document, {"schema_version": version, **dataclasses.asdict(run)})
         probe_ids = [probe.probe_id for probe in run.spec.probes]
         spec = run.spec
         try:
@@ -280,6 +291,7 @@ class SampleReader:
         """Without ``run`` no sample is held against its plan."""
         self._file = path / SAMPLES_FILE
         self._run = run
+        self._knows_all = run is not None and run.ndcheck_version == __version__
         self._end: int | None = None
         self._kept: list[Sample] | None = None
         self.bad_lines: list[str] = []
@@ -300,7 +312,7 @@ class SampleReader:
                 keeps, position = self._end <= MOST_BYTES_KEPT, 0
                 for number, line in enumerate(read_lines(file), 1):
                     try:
-                        sample = decode_line(line)
+                        sample = decode_line(line, knows_all=self._knows_all)
                         reason = ledger.refuse(sample) if ledger is not None else None
                     except ValueError as error:
                         reason = str(error)

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from ndcheck.records import Arm, Drafted, Fault, Fed, FinishReason, Load, Purpose, Sample, Witness
 from ndcheck.storage.ranges import Count, NotNegative, RawText, Seed
-from ndcheck.storage.reading import MAX_LINE_BYTES, decode, parse_json
+from ndcheck.storage.reading import MAX_LINE_BYTES, decode, parse_json, refuse_unknown
 
 _KEYS = {"purpose": "axis"}
 """Fields that have another name in files."""
@@ -116,8 +116,11 @@ MOST_BYTES_IN_PARTS = 2**16
 _N_KEPT = 4096
 
 
-def decode_line(line: bytes | None) -> Sample:
-    """Raises ValueError saying what is wrong with the line."""
+def decode_line(line: bytes | None, *, knows_all: bool = False) -> Sample:
+    """Raises ValueError saying what is wrong with the line.
+
+    ``knows_all``: no later version wrote it, so that a key unknown here is a damaged one.
+    """
     if line is None:
         raise ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
@@ -125,6 +128,8 @@ def decode_line(line: bytes | None) -> Sample:
     except ValueError:
         # Another version's or program's, or a damaged one: read as a whole, it is told which.
         document = parse_json(line.decode("utf-8"))
+    if knows_all and isinstance(document, dict):
+        refuse_unknown(document, dict.fromkeys(frozenset().union(*_KEYS_OF.values())))
     numbers, whose, purpose, ending, tokens, logits, *rest, logprobs = (
         _read(part, document) for part in _KEYS_OF
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import types
 from dataclasses import replace
 
@@ -218,6 +219,73 @@ def test_a_fault_in_the_attention_itself_is_laid_to_it(sampler):
         ("LlamaAttention", "model.layers.1.self_attn")
     ], text
     assert explanation.exit_code == 1
+
+
+def averaged(module, x):
+    """The mean over rows of equal contents is that of one."""
+    y = multiply(x, module.weight)
+    return y - 1e-3 * y.mean(0, keepdim=True)
+
+
+def test_what_copies_hide_is_seen_beside_others(sampler):
+    load = load_of(sampler, 4, "copies", 0, 0)
+    with forwards(sampler.model, {"model.layers.1.mlp.down_proj": averaged}):
+        tracer = Tracer(sampler, PROBE, 1)
+        alone = tracer.record_alone()
+        assert not tracer.trace(load, 3, alone).logits_differ
+        found = tracer.trace(load, 3, alone, varies=True)
+    (guilty,) = found.introducers
+    assert (guilty.module, guilty.cause) == ("model.layers.1.mlp.down_proj", "neighbours")
+
+
+def test_every_other_pass_is_not_laid_to_the_cache(sampler):
+    """Put right or not, the cache is not what differs between a pass and the next."""
+    n_calls = itertools.count()
+
+    def every_other(module, x):
+        return multiply(x, module.weight) * (1 + 1e-3 * (len(x) > 1 and next(n_calls) % 2))
+
+    with forwards(sampler.model, {"model.layers.1.mlp.down_proj": every_other}):
+        (found,) = traces = trace(sampler, [load_of(sampler, 2, "copies", 0, 0)], 1)
+    _, text = explain(traces)
+    assert not found.cache_reaches_logits
+    assert "KV cache" not in text
+
+
+def test_a_draw_that_comes_seldom_is_not_laid_to_watching(sampler):
+    """It hits the watched pass, and the next but one repeat of it."""
+    hits, n_calls = {1, 4}, itertools.count(1)
+
+    def seldom(module, x):
+        is_hit = len(x) > 1 and next(n_calls) in hits
+        return multiply(x, module.weight) * (1 + 1e-3 * is_hit)
+
+    tracer = Tracer(sampler, PROBE, 0)
+    with forwards(sampler.model, {"model.layers.1.mlp.down_proj": seldom}):
+        found = tracer.trace(load_of(sampler, 2, "copies", 0, 0), 1, tracer.record_alone())
+    assert found.is_random
+    assert not found.tracing_changed_bits
+
+
+def test_a_pass_alone_that_does_not_repeat_leaves_a_doubt(sampler):
+    """The row alone is computed otherwise once a larger batch has been there."""
+    largest = [0]
+
+    def stale(module, x):
+        largest[0] = max(largest[0], len(x))
+        return multiply(x, module.weight) * (1 + 1e-3 * (len(x) < largest[0]))
+
+    with forwards(sampler.model, {"model.layers.1.mlp.down_proj": stale}):
+        tracer = Tracer(sampler, PROBE, 1)
+        alone = tracer.record_alone()
+        assert tracer.repeats(alone)
+        found = tracer.trace(load_of(sampler, 2, "copies", 0, 0), 1, alone)
+        repeats = tracer.repeats(alone)
+    assert not repeats
+    explanation = Explanation(1, [found], None, None, repeats)
+    assert explanation.exit_code == 3
+    assert "CLEAN" not in "\n".join(trace_lines("tiny", [explanation], 80))
+    assert "the pass alone gives other bits" in explanation.doubt
 
 
 def test_random_draws_are_no_matter_for_batch_invariant_kernels(sampler):

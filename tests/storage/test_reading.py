@@ -79,6 +79,7 @@ def test_fields_that_run_json_lacks_take_their_defaults(run):
         if field.default is not dataclasses.MISSING:
             document["spec"].pop(field.name, None)
     document["spec"]["added_later"] = document["added_later"] = 1
+    document["ndcheck_version"] = "99.0.0"
     (run / "run.json").write_text(json.dumps(document))
     spec = read_run(run).spec
     assert (spec.confidence, spec.engine, spec.seed) == (0.95, None, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ LARGEST_COUNT = {torch.float32: 2**24, torch.bfloat16: 2**8, torch.float16: 2**1
 N_WATCHED_ROWS = 16
 N_WATCHED_COLUMNS = 3
 N_SUBSETS = 16
+N_COMPARED = 4
+MOST_UNLIKE = 8
 MOST_TERMS_BY_ROW = 512
 """More are read by columns, where an op allows that."""
 
@@ -64,6 +66,10 @@ class Reader(ABC):
 
     def random_sums(self, seed: int) -> tuple[NDArray[np.float32], Tensor]:
         """Random terms [n], exact in fp32, and the op's results for them [elements]."""
+        terms = self._random_terms(seed)
+        return terms.float().numpy(), self._sums(terms.to(self._shape.device)).cpu()
+
+    def _random_terms(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         half = torch.randn(self.n_terms // 2, generator=generator)
         half *= torch.exp2(torch.randint(-6, 7, half.shape, generator=generator))
@@ -71,8 +77,26 @@ class Reader(ABC):
             half *= 2.0 ** (0, 30, -30, 0)[seed % 4]
         # Terms that cancel: what is left of their sum is the rounding noise of its order.
         terms = torch.cat([half, -half, half[: self.n_terms % 2]]).to(self._shape.dtype)
-        terms = terms[torch.randperm(self.n_terms, generator=generator)]
-        return terms.float().numpy(), self._sums(terms.to(self._shape.device)).cpu()
+        return terms[torch.randperm(self.n_terms, generator=generator)]
+
+    def _find_unlike(
+        self, watched: Sequence[int], all_sums: Callable[[Tensor], Tensor]
+    ) -> list[int]:
+        """More elements: those that add random terms like none that is watched, one of a kind.
+
+        ``all_sums`` gives the sums of the same terms [n] at every element there is.
+        """
+        terms = [self._random_terms(seed).to(self._shape.device) for seed in range(N_COMPARED)]
+        sums = torch.stack([all_sums(each).reshape(-1).double() for each in terms], 1)
+        bits = sums.view(torch.int64)
+        is_new = torch.ones(len(bits), dtype=torch.bool, device=bits.device)
+        for element in watched:
+            is_new &= (bits != bits[element]).any(1)
+        found: list[int] = []
+        while len(found) < MOST_UNLIKE and is_new.any():
+            found.append(int(is_new.int().argmax()))
+            is_new &= (bits != bits[found[-1]]).any(1)
+        return found
 
     def check_sums(self) -> None:
         """Raise NotASumError unless every term counts once, at every magnitude."""
@@ -156,8 +180,28 @@ class RowReader(Reader):
             for row in _spread(n_rows, N_WATCHED_ROWS)
             for column in _spread(n_columns, N_WATCHED_COLUMNS)
         ]
-        index = torch.tensor(self.elements, device=shape.device)
-        self._index = index[:, 0] * n_columns + index[:, 1]
+        watched = [row * n_columns + column for row, column in self.elements]
+        unlike = self._find_unlike(watched, self._all_sums)
+        self.elements += [divmod(element, n_columns) for element in unlike]
+        self._index = torch.tensor([*watched, *unlike], device=shape.device)
+
+    def _all_sums(self, terms: Tensor) -> Tensor:
+        self._x[:] = terms
+        return self._row_sums(self._x)
+
+    def check_sums(self) -> None:
+        """The same, and that no row's sum follows what the others hold."""
+        super().check_sums()
+        for seed in range(N_COMPARED):
+            rows = [self._random_terms(seed + row) for row in range(self.n_rows)]
+            self._x[:] = torch.stack(rows).to(self._shape.device)
+            among_others = self._call()
+            for row, element in {row: i for i, (row, _) in enumerate(self.elements)}.items():
+                among_equals = self._sums(rows[row].to(self._shape.device))
+                if among_others[element] != among_equals[element]:
+                    raise NotASumError(
+                        f"not a plain sum of its terms: that of row {row} follows the other rows"
+                    )
 
     def _sums(self, terms: Tensor) -> Tensor:
         self._x[:] = terms
@@ -199,12 +243,17 @@ class ColumnReader(Reader):
     def __init__(self, product: ColumnSums, n_rows: int, shape: Shape) -> None:
         super().__init__(n_rows, shape, is_mean=False, can_fuse=True)
         self._product = product
-        rows = _spread(n_rows, N_WATCHED_ROWS)
-        self.elements = [(row, 0) for row in rows]
-        self._rows = torch.tensor(rows, device=shape.device)
         self._terms = torch.empty(
             shape.terms, shape.columns, dtype=shape.dtype, device=shape.device
         )
+        rows = _spread(n_rows, N_WATCHED_ROWS)
+        rows += self._find_unlike(rows, self._first_column)
+        self.elements = [(row, 0) for row in rows]
+        self._rows = torch.tensor(rows, device=shape.device)
+
+    def _first_column(self, terms: Tensor) -> Tensor:
+        self._terms[:] = terms[:, None]
+        return self._product(self.n_rows, self._terms)[:, 0]
 
     def _sums(self, terms: Tensor) -> Tensor:
         self._terms[:] = terms[:, None]

@@ -21,12 +21,17 @@ MAX_KERNEL_NAMES = 4
 
 @dataclass(frozen=True)
 class Explanation:
-    """One step traced under several loads; ``recorded`` is the digest of its logits in a run."""
+    """One step traced under several loads.
+
+    ``recorded`` is the digest of its logits in a run, ``alone_repeats`` whether the pass alone gave
+    its bits again after the loads.
+    """
 
     step: int
     traces: Sequence[LoadTrace]
     swaps: Swaps | None
     recorded: str | None = None
+    alone_repeats: bool = True
 
     @functools.cached_property
     def groups(self) -> list[OpGroup]:
@@ -51,6 +56,11 @@ class Explanation:
     @property
     def doubt(self) -> str | None:
         """What is left open, though something may have been found."""
+        if not self.alone_repeats:
+            return (
+                "after the loads the pass alone gives other bits than before them: by chance, or "
+                "by what the model keeps from earlier batches"
+            )
         is_random = any(trace.is_random for trace in self.traces)
         if self.recorded and self.recorded not in {t.logits_digest for t in self.traces}:
             if is_random:
@@ -59,7 +69,7 @@ class Explanation:
                 )
             return (
                 "the logits are not those recorded in the run: the machine, the number of threads "
-                "or the software are others"
+                "or the software are others, or the sample differed by chance"
             )
         return next((trace.doubt for trace in self.traces if trace.doubt), None)
 
@@ -198,6 +208,8 @@ def _verdict(explanation: Explanation, introducers: Sequence[OpGroup]) -> str:
     ops = ", ".join(dict.fromkeys(silent))
     if not explanation.is_sound:
         return "INCONCLUSIVE, the logits are others when the pass is watched"
+    if not (explanation.alone_repeats or explanation.finds):
+        return "INCONCLUSIVE, the pass alone does not repeat its bits"
     if introducers:
         return f"FOUND {', '.join(dict.fromkeys(group.op for group in introducers))}"
     if explanation.finds:

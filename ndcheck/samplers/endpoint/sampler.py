@@ -27,7 +27,6 @@ from ndcheck.records import (
     Witness,
 )
 from ndcheck.samplers.base import NOT_FED
-from ndcheck.samplers.endpoint.answers.answer import Answer
 from ndcheck.samplers.endpoint.answers.dialects import outlasting
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.arrivals import run_trial
@@ -38,8 +37,10 @@ from ndcheck.samplers.endpoint.opening import Identity, identify, open_server
 from ndcheck.samplers.endpoint.private import Private, secrets_of
 from ndcheck.samplers.endpoint.transport import Transport
 from ndcheck.samplers.endpoint.witness import (
+    Stream,
     batch_sizes_read,
     batch_sizes_seen,
+    find_streams,
     most_of_the_time,
 )
 
@@ -285,9 +286,10 @@ class EndpointSampler:
             await run_trial(load, self._arrivals, senders, send_filler)
         await self._judge(trial, outcomes, fillers)
         answers = [o.answer for o in (*outcomes, *fillers) if o.answer is not None]
-        return outcomes, [self._find_sizes(load, outcome, answers) for outcome in outcomes]
+        streams = find_streams(answers)
+        return outcomes, [self._find_sizes(load, outcome, streams) for outcome in outcomes]
 
-    def _find_sizes(self, load: Load, outcome: Outcome, answers: Sequence[Answer]) -> list[int]:
+    def _find_sizes(self, load: Load, outcome: Outcome, streams: Sequence[Stream]) -> list[int]:
         """The batch at each token of the probe's answer; empty where it cannot be known."""
         if outcome.answer is None:
             return []
@@ -297,7 +299,7 @@ class EndpointSampler:
         if self._server.metrics is not None:
             if len(outcome.answer.arrivals) == 1:
                 # Not streamed: even steps from when the first token came to any answer that was.
-                streamed = (a.first_s for a in answers if len(a.arrivals) > 1 and a.first_s)
+                streamed = (stream.first_s for stream in streams)
                 last_s = outcome.answer.last_s
                 step_s = (last_s - min(streamed, default=outcome.sent_s)) / max(1, n_units)
                 times_s = [last_s - step_s * (n_units - 1 - i) for i in range(n_units)]
@@ -306,7 +308,7 @@ class EndpointSampler:
                 return sizes
         if load.batch_size == 1:
             return [1] * n_units  # Nothing else was sent; others' requests were not seen.
-        return batch_sizes_seen(times_s, answers)
+        return batch_sizes_seen(times_s, streams)
 
     async def _judge(self, trial: Trial, outcomes: list[Outcome], fillers: list[Outcome]) -> None:
         """Turn what happened beside a request into its error.
@@ -362,6 +364,7 @@ class EndpointSampler:
             response_id=answer.response_id if self._server.capabilities.has_ids else "",
             fingerprint=answer.fingerprint,
             names_digest=answer.names_digest,
+            n_counted=answer.n_tokens if self._server.capabilities.counts_tokens else None,
             # Well below it, since that was measured a few times only.
             is_replayed=took_s < self._server.capabilities.first_token_s / 3,
         )
@@ -372,11 +375,13 @@ class EndpointSampler:
         token_texts: tuple[str, ...] = ()
         logprobs: tuple[float, ...] = ()
         if answer is not None:
-            token_ids, token_texts = answer.stream(self._server.capabilities.compared)
-            logprobs = answer.logprobs if len(answer.logprobs) == len(token_ids) else ()
-            self._n_without_bits += (
-                "logprobs" in self._server.capabilities.accepted and not logprobs
-            )
+            seen = self._server.capabilities
+            token_ids, token_texts = answer.stream(seen.compared)
+            # Where text is compared, some tokens alone have one, if any: they have no place in it.
+            has_bits = "logprobs" in seen.accepted and seen.compared != "text"
+            if has_bits and len(answer.logprobs) == len(token_ids):
+                logprobs = answer.logprobs
+            self._n_without_bits += has_bits and not logprobs
             token_ids, logprobs = plant_in_stream(token_ids, logprobs, trial.fault)
         finish_reason = (answer and answer.finish_reason) or "error"
         return replace(

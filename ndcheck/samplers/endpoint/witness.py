@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 
 from ndcheck.samplers.endpoint.answers.answer import Answer
@@ -111,21 +112,47 @@ def batch_sizes_read(times_s: Sequence[float], readings: Sequence[tuple[float, i
     return sizes
 
 
-def batch_sizes_seen(times_s: Sequence[float], answers: Iterable[Answer]) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """When an answer's first and last event came; its pauses took over a third of that time."""
+
+    first_s: float
+    last_s: float
+    pauses: tuple[tuple[float, float], ...]
+
+
+def find_streams(answers: Iterable[Answer]) -> list[Stream]:
+    """Of the answers that came in parts."""
+    found = []
+    for answer in answers:
+        times_s = [arrival.at_s for arrival in answer.arrivals]
+        if not times_s or times_s[0] == times_s[-1]:
+            continue
+        longest_s = (times_s[-1] - times_s[0]) / 3
+        pauses = tuple((a, b) for a, b in pairwise(times_s) if b - a > longest_s)
+        found.append(Stream(times_s[0], times_s[-1], pauses))
+    return found
+
+
+def batch_sizes_seen(times_s: Sequence[float], streams: Sequence[Stream]) -> list[int]:
     """The same from streams: how many answers were between their first and last token.
 
-    Empty where the answer did not come in parts. A server that interleaves requests without
-    batching them looks the same, so this is weaker than its own metrics.
+    One that pauses for longer than two of the steps of these tokens waits in a queue meanwhile,
+    whatever it began with. Empty where the answer did not come in parts. A server that interleaves
+    requests without batching them looks the same, so this is weaker than its own metrics.
     """
-    spans = [(a.first_s, a.last_s) for a in answers if a.first_s is not None]
-    spans = [(first, last) for first, last in spans if first < last]
-    if not spans or not times_s or times_s[0] == times_s[-1]:
+    if not streams or not times_s or times_s[0] == times_s[-1]:
         return []
-    firsts, lasts = sorted(first for first, _ in spans), sorted(last for _, last in spans)
-    return [
-        bisect.bisect_right(firsts, moment) - bisect.bisect_left(lasts, moment)
-        for moment in _step_times(times_s)
-    ]
+    firsts, lasts = sorted(s.first_s for s in streams), sorted(s.last_s for s in streams)
+    pauses = [pause for stream in streams for pause in stream.pauses]
+    sizes = []
+    for moment in _step_times(times_s):
+        i = bisect.bisect(times_s, moment)
+        step_s = times_s[i] - times_s[i - 1]
+        n_waiting = sum(a < moment < b and b - a > 2 * step_s for a, b in pauses)
+        n_begun, n_ended = bisect.bisect_right(firsts, moment), bisect.bisect_left(lasts, moment)
+        sizes.append(n_begun - n_ended - n_waiting)
+    return sizes
 
 
 def _step_times(times_s: Sequence[float]) -> list[float]:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ndcheck.errors import UsageError
 from ndcheck.records import CacheState
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.checkpoint.quantised import dequantised_layers
+from ndcheck.samplers.local.checkpoint.rope import rope_reason, rope_switch
 from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
 
@@ -36,7 +38,7 @@ TOLERANCE, TOLERANCE_16_BIT = 0.001, 0.5
 Over the causal language models of transformers, made small: rounding gives up to 0.0001 in fp32
 and up to 0.3 in bf16; wrong masks, positions and states give 0.002 to 5.
 """
-SWITCHING_ROPES = ("longrope", "su", "dynamic")
+N_REPEATS = 3
 
 Path = tuple[bool, CacheState]
 """Whether the row is padded, and how its prompt enters the cache."""
@@ -108,40 +110,6 @@ def require_faithful(
         reason = findings.reason(path) if findings is not None else None
     if reason is not None:
         raise UsageError(reason)
-
-
-def rope_reason(
-    config: Any, lengths: Sequence[int], n_new: int, cache_state: CacheState
-) -> str | None:
-    """Why a row's length decides another's positions; None if it does not."""
-    switch = rope_switch(config)
-    if switch is None or max(lengths) + n_new <= switch[1]:
-        return None
-    kind, limit = switch
-    if "dynamic" not in kind and cache_state == "whole" and min(lengths) > limit:
-        return None
-    return (
-        f"its {kind} positions change for the whole batch once the longest row passes {limit} "
-        f"tokens, so rows of {min(lengths)} to {max(lengths) + n_new} tokens change one another, "
-        f"and what they computed before, by design: no rounding. Stay below {limit} tokens, "
-        "prompt, completion and fillers"
-    )
-
-
-def rope_switch(config: Any) -> tuple[str, int] | None:
-    """The kind of a rope that follows the longest row, and the length from which it does."""
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    if not isinstance(parameters, dict):
-        return None
-    switches = []
-    for entry in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):
-        kind = str(entry.get("rope_type", entry.get("type")))
-        name = "original_max_position_embeddings"
-        limit = entry.get(name) or getattr(config, name, None)
-        limit = limit or getattr(config, "max_position_embeddings", None)
-        if limit and any(known in kind for known in SWITCHING_ROPES):
-            switches.append((kind, int(limit)))
-    return min(switches, key=lambda switch: switch[1], default=None)
 
 
 def examine(
@@ -239,20 +207,43 @@ class _Examination:
             findings.reasons.update(dict.fromkeys(PATHS, str(error)))
             return False
         findings.sensitivity = _difference(other_start, plain, findings.dtype)
-        if _difference(other_end[:-1], plain[:-1], findings.dtype) > findings.tolerance:
+        if self._differs_always(
+            (other_end[:-1], lambda: self._plain([*tokens[:-1], self._other])[:-1]),
+            (plain[:-1], lambda: self._plain(tokens)[:-1]),
+        ):
             findings.reasons.update(dict.fromkeys(PATHS, self._bidirectional()))
             return True
+
+        def compute_right() -> Tensor:
+            again = None if generated is None or self._arm else self._generate()
+            return self._plain(tokens) if again is None else again[0]
+
         for path in paths:
             try:
-                found = _difference(self._decode(path, forced), right, findings.dtype)
+                decoded = self._decode(path, forced)
+                found = _difference(decoded, right, findings.dtype)
+                is_off = self._differs_always(
+                    (decoded, partial(self._decode, path, forced)), (right, compute_right)
+                )
             except UsageError as error:
                 findings.reasons[path] = str(error)
                 continue
             findings.differences[path] = found
-            findings.reasons[path] = (
-                None if found <= findings.tolerance else self._unfaithful(path, found)
-            )
+            findings.reasons[path] = self._unfaithful(path, found) if is_off else None
         return True
+
+    def _differs_always(self, *sides: tuple[Tensor, Callable[[], Tensor]]) -> bool:
+        """Do two computations give other logits, and each its own again? Else chance may do it.
+
+        That is for a run to find, and no reason against one.
+        """
+        dtype, tolerance = self._findings.dtype, self._findings.tolerance
+        (here, _), (there, _) = sides
+        return _difference(here, there, dtype) > tolerance and all(
+            _difference(again(), first, dtype) <= tolerance
+            for first, again in sides
+            for _ in range(N_REPEATS)
+        )
 
     def _generate(self) -> tuple[Tensor, list[int]] | None:
         """The right logits [1 + steps, V], and the tokens [steps] that were chosen by them.

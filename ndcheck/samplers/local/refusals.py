@@ -10,13 +10,13 @@ from ndcheck.errors import UsageError
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.records import Axis, CacheState, RunSpec
 from ndcheck.samplers.base import NOT_FED
+from ndcheck.samplers.local.checkpoint.rope import rope_reason
 from ndcheck.samplers.local.faithful import (
     ALONE,
     IN_PASSES,
     PATHS,
     Examination,
     Path,
-    rope_reason,
 )
 
 

@@ -18,7 +18,7 @@ def runs(tmp_path_factory):
     from ndcheck.cli.app import run_command_line
 
     root = tmp_path_factory.mktemp("runs")
-    for name, code in (("clean", 0), ("batch-dependent", 1)):
+    for name, code in (("clean", 0), ("batch-dependent", 1), ("latent", 1)):
         options = ("--model", f"scripted:{name}", *OPTIONS, "--out", str(root / name))
         assert run_command_line(["run", *options]) == code
     return root
@@ -37,6 +37,7 @@ def damaged(runs, tmp_path):
         file.write_text("".join(f"{line}\n" for line in lines))
         return path
 
+    damage.root = tmp_path
     return damage
 
 
@@ -95,6 +96,14 @@ DAMAGES = {
     "more texts than tokens": (one(token_texts=["a"]), "8 tokens and the texts of 1"),
     "fewer digests than tokens": (one(row_digests="0" * 16), "row_digests of 1"),
     "digests that are no hex": (one(row_digests="x" * 128), "hexadecimal"),
+    "the bits of one gone": (one(row_digests="", logprob_bits=""), "without the bits that this"),
+    "the digests of one gone": (one(row_digests=""), "without the bits that this"),
+    "all bits gone": (
+        lambda s: [{**x, "row_digests": "", "logprob_bits": ""} for x in s],
+        "without the bits that this",
+    ),
+    "a key that there is not": (one(rowDigests="0" * 128), "no field 'rowDigests'"),
+    "an error that is not there": (one(finish_reason="error"), "does not fit its error"),
     "a token id beyond 31 bits": (one(token_ids=[2**31] * 8), "2147483648"),
 }
 
@@ -137,6 +146,24 @@ def test_a_failure_hidden_by_a_renamed_key_does_not_pass(ndcheck_here, damaged):
     assert ndcheck_here("report", run, "--exit-code").returncode == 3
 
 
+def rename_bits(sample):
+    names = {"row_digests": "digests", "logprob_bits": "bits"}
+    return {names.get(key, key): value for key, value in sample.items()}
+
+
+@pytest.mark.parametrize(
+    "hide", [rename_bits, lambda sample: {**sample, "row_digests": "", "logprob_bits": ""}]
+)
+def test_bits_that_are_hidden_do_not_pass(ndcheck_here, damaged, hide):
+    assert ndcheck_here("gate", damaged("latent", list)).returncode == 1
+
+    def change(samples):
+        return [hide(s) if s["batch_size"] > 1 else s for s in samples]
+
+    shutil.rmtree(damaged.root / "latent")
+    assert ndcheck_here("gate", damaged("latent", change)).returncode == 3
+
+
 def test_a_failure_that_is_left_stays_one_and_says_what_is_missing(ndcheck_here, damaged):
     run = damaged("batch-dependent", without_trials(5))
     assert ndcheck_here("gate", run).returncode == 1
@@ -166,6 +193,16 @@ def test_a_record_that_does_not_fit(ndcheck_here, damaged, changed, reason):
     assert ndcheck_here("gate", run).returncode == 3
 
 
+def test_a_record_with_a_renamed_key_is_refused(ndcheck_here, damaged):
+    """Or a default would take the place of what the run was asked for."""
+    run = damaged("clean", list)
+    file = run / "run.json"
+    file.write_text(file.read_text().replace('"confidence":', '"confidense":'))
+    done = ndcheck_here("gate", run)
+    assert done.returncode == 2
+    assert "there is no field 'confidense'" in " ".join(done.stderr.split())
+
+
 def test_a_run_stopped_at_a_divergence_that_is_gone(ndcheck_here, damaged, tmp_path):
     options = ("--model", "scripted:flaky", "--stop-on-divergence", *OPTIONS)
     assert ndcheck_here("run", *options, "--out", "stopped").returncode == 1
@@ -181,6 +218,14 @@ def test_a_comparison_with_damaged_samples_is_inconclusive(ndcheck_here, damaged
     options = ("--fail-on", "tokens,unique,rate")
     assert ndcheck_here("compare", runs / "clean", runs / "clean", *options).returncode == 0
     assert ndcheck_here("compare", run, runs / "clean", *options).returncode == 3
+
+
+def test_a_comparison_with_batches_that_never_formed_is_inconclusive(ndcheck_here, runs):
+    run = ("--model", "scripted:never-batches", *OPTIONS, "--out", "thin")
+    assert ndcheck_here("run", *run).returncode == 3
+    for kind, code in (("unique", 3), ("rate", 3), ("tokens", 0)):
+        done = ndcheck_here("compare", runs / "clean", "thin", "--fail-on", kind)
+        assert done.returncode == code, done.stdout
 
 
 def test_a_run_without_digests_is_held_to_itself(ndcheck_here, damaged):

@@ -66,6 +66,35 @@ def test_an_order_that_follows_the_rows_is_found_where_it_switches(trees):
     assert "1-3            48  A" in text
 
 
+@pytest.mark.parametrize("row", [1, 30, 62])
+def test_a_single_row_with_an_order_of_its_own_is_found_among_many(row, trees):
+    def follows_place(x):
+        sums = in_order(x, range(x.shape[1]))
+        sums[row] = in_order(x[row : row + 1], range(x.shape[1] - 1, -1, -1))[0]
+        return sums
+
+    (point,) = points = read(follows_place, [64])
+    assert depends_on_rows(points)
+    orders = {order.tree.digest: order.elements for order in point.orders}
+    assert orders.keys() == {trees.in_order(48).digest, trees.backwards(48).digest}
+    assert orders[trees.backwards(48).digest] == ((row, 0),)
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        lambda x: x.mean(0, keepdim=True).expand_as(x),
+        lambda x: x.flip(0),
+        lambda x: x[torch.tensor([0, 0, *range(2, len(x))][: len(x)])],
+    ],
+)
+def test_sums_of_other_rows_are_no_sums_of_a_row(mixed):
+    alone, batch = read(lambda x: in_order(mixed(x), range(x.shape[1])), [1, 4])
+    assert alone.orders[0].evidence == "confirmed"
+    assert not batch.orders
+    assert "follows the other rows" in batch.problem
+
+
 @st.composite
 def sum_trees(draw, n):
     """Any order of n - 1 additions."""

@@ -10,6 +10,7 @@ from ndcheck.samplers.endpoint.answers.answer import Answer, Arrival
 from ndcheck.samplers.endpoint.witness import (
     batch_sizes_read,
     batch_sizes_seen,
+    find_streams,
     most_of_the_time,
     read_gauge,
 )
@@ -41,8 +42,13 @@ def test_a_gauge_is_read_for_the_largest_engine(gauge, value):
     assert read_gauge(PAGE, gauge) == value
 
 
+def streams(*arrivals):
+    return find_streams(Answer(arrivals=[Arrival(s, 0, 0, 0) for s in own]) for own in arrivals)
+
+
 def spans(*pairs):
-    return [Answer(arrivals=[Arrival(s, 0, 0, 0) for s in pair]) for pair in pairs]
+    """Streams of ten steps each."""
+    return streams(*([a + (b - a) * i / 10 for i in range(11)] for a, b in pairs))
 
 
 STEPS = [float(t) for t in range(24)]
@@ -62,7 +68,7 @@ def test_answers_one_after_the_other_do_not_overlap():
 
 def test_answers_in_one_piece_are_no_evidence():
     assert batch_sizes_seen([0.0, 0.0], spans((0, 0), (0, 0))) == []
-    assert batch_sizes_seen([], [Answer()]) == []
+    assert batch_sizes_seen([], spans((0, 1))) == streams([]) == []
     assert batch_sizes_read([], [(0.0, 3)]) == []
     assert batch_sizes_read(STEPS, []) == []
 
@@ -70,6 +76,17 @@ def test_answers_in_one_piece_are_no_evidence():
 def test_tokens_of_one_event_share_its_step():
     sizes = batch_sizes_seen([0.0, 0.0, 4.0, 4.0, 4.0], spans((0.0, 4.0), (3.0, 9.0)))
     assert sizes == [1, 1, 1, 1, 1]
+
+
+def test_answers_that_wait_after_their_first_token_are_no_company():
+    one, two = [float(t) for t in range(8)], [0.1, *(8.0 + t for t in range(7))]
+    assert batch_sizes_seen(one, streams(one, two)) == [1] * 8
+    assert batch_sizes_seen(two, streams(one, two)) == [2, 2, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_step_that_is_long_for_all_is_no_pause():
+    one, two = [0.0, 0.1, 5.0, 5.1], [0.05, 0.15, 4.95, 5.05]
+    assert batch_sizes_seen(one, streams(one, two)) == [2] * 4
 
 
 def test_a_gauge_says_when_the_batch_was_there():

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import closing
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ndcheck.analysis.summarising import summarise
 from ndcheck.judging.verdict import judge
 from ndcheck.records import Decoding, Environment, Probe, Run
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import plan, run_trials
+from ndcheck.samplers.local.faithful import PATHS, examine
 from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.storage.run_directory import RunDirectory, SampleReader
 
@@ -86,3 +89,13 @@ def test_what_a_larger_batch_leaves_behind_is_found(sampler, tmp_path, monkeypat
     assert {a for a, v in verdict.axes.items() if v.outcome == "FAIL"} == {"run-to-run"}
     assert clean.verdict.outcome != "FAIL"
     assert probe.n_unique > 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_chance_is_for_the_run_to_find_and_no_reason_to_refuse_a_model(tiny_models, seed):
+    """Its own `generate()` does not repeat, so nothing can be said to differ from that."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["llama"])
+    draw = random.Random(seed)
+    model.lm_head.register_forward_hook(lambda *call: call[-1] * (1 + (draw.random() < 0.3)))
+    findings = examine(model, torch.device("cpu"))
+    assert not any(findings.reason(path) for path in PATHS)

@@ -14,7 +14,7 @@ from ndcheck.errors import UsageError
 from ndcheck.records import AXES, Probe
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import fit_spec, plan
-from ndcheck.samplers.local.faithful import rope_switch
+from ndcheck.samplers.local.checkpoint.rope import rope_switch
 from ndcheck.samplers.local.sampler import TransformersSampler
 
 

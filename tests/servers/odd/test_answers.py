@@ -62,6 +62,14 @@ class LowestAlternative:
         return {"logprobs": {"content": [entry]} if body.get("logprobs") else None}
 
 
+class FewLogprobs:
+    """Of the first tokens alone."""
+
+    def fields(self, t, token, body):
+        entry = {"token": token, "logprob": -0.5, "top_logprobs": []}
+        return {"logprobs": {"content": [entry]} if body.get("logprobs") and t < 2 else None}
+
+
 class OddFacts:
     """Pages and facts of any type."""
 
@@ -103,7 +111,7 @@ class HoldsConnections:
 @pytest.mark.parametrize(
     "handler",
     [EmptyReason, EosToken, NoReason, EstimatedUsage, NoUsage, PlainText, Lines, Parts,
-     LowestAlternative, OddFacts, OwnFingerprints, OneId, HoldsConnections],
+     LowestAlternative, FewLogprobs, OddFacts, OwnFingerprints, OneId, HoldsConnections],
 )  # fmt: skip
 def test_a_server_that_answers_well_passes(odd, measure, handler):
     judgement, summary, samples = measure(odd(handler))
@@ -168,3 +176,31 @@ def test_text_is_compared_besides_token_ids(odd, measure):
     judgement, *_ = measure(odd(HiddenText), chat=False)
     assert judgement.verdict.outcome == "INCONCLUSIVE"
     assert any("equal token ids and another text" in r for r in judgement.verdict.reasons)
+
+
+class EndsOtherwise:
+    """Equal text, but in a batch its last token is another one: that ends it, and is not sent."""
+
+    def end(self, body):
+        return "stop" if self.running > 1 else "length"
+
+
+class CountsOtherwise:
+    """Equal text of other tokens: in a batch there are more of them."""
+
+    def tokens(self, body):
+        return WORDS[: self.limit(body) - 3]
+
+    def end(self, body):
+        return "stop"
+
+    def usage(self, body, n):
+        return {"prompt_tokens": 3, "completion_tokens": n + (self.running > 1)}
+
+
+@pytest.mark.parametrize("base", [EndsOtherwise, CountsOtherwise])
+def test_an_end_or_a_count_that_differs_is_seen_behind_equal_text(odd, measure, base):
+    judgement, summary, _ = measure(odd(base))
+    assert summary.probes[0].n_unique == 1
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert any("ended otherwise" in r for r in judgement.verdict.reasons)

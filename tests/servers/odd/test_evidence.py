@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
+
+import pytest
 
 WORDS = [f" w{i}" for i in range(40)]
 
@@ -121,6 +124,31 @@ def test_a_batch_that_was_there_for_a_glimpse_only_is_no_witness(odd, measure):
     assert judgement.verdict.outcome == "INCONCLUSIVE"
     reasons = " ".join(judgement.verdict.reasons)
     assert "thinner than asked for at most tokens" in reasons
+
+
+class Queues:
+    """Sends everyone's first token at once, and the rest of one answer after the other."""
+
+    lock = threading.Lock()
+
+    def pause(self):
+        pass
+
+    def events(self, body):
+        first, *rest = super().events(body)
+        yield first
+        with self.lock:
+            for event in rest:
+                time.sleep(self.step_s)
+                yield event
+
+
+@pytest.mark.parametrize("chosen", [{}, {"mode": "mixed"}])
+def test_a_first_token_is_no_witness_of_the_batch_after_it(odd, measure, chosen):
+    chosen = {"batch_sizes": (1, 4), "decoding": decoding(12), **chosen}
+    judgement, *_ = measure(odd(Queues), **chosen)
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert "thinner than asked for at most tokens" in " ".join(judgement.verdict.reasons)
 
 
 def decoding(n_tokens):
