@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import pytest
+
 from ndcheck.probe import Message
 from ndcheck.records import Decoding
 from ndcheck.samplers.endpoint.answers.dialects import Chat
+from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
+from ndcheck.samplers.endpoint.answers.responses import Responses
 
 
 def test_a_conversation_is_sent_as_it_is():
@@ -13,3 +17,19 @@ def test_a_conversation_is_sent_as_it_is():
         {"role": "user", "content": "Hi"},
     ]
     assert Chat().body("m", "Hi", 8, Decoding(8))["messages"] == body["messages"][1:]
+
+
+def test_a_hint_about_streams_is_taken_and_a_proxy_s_upstream_is_none():
+    dialect = Chat()
+    assert not dialect.take_hint("HTTP 503: upstream connect error")
+    assert dialect.body("m", "Hi", 8, Decoding(8))["stream"]
+    assert dialect.take_hint("HTTP 400: Streaming is not supported")
+    assert not dialect.body("m", "Hi", 8, Decoding(8))["stream"]
+
+
+def test_a_response_that_failed_keeps_its_words():
+    error = {"code": "server_error", "message": "out of blocks"}
+    for response in ({"status": "failed", "error": error}, {"status": "failed", "error": None}):
+        words = "finish_reason 'failed'" + (": out of blocks" if response["error"] else "$")
+        with pytest.raises(RequestFailure, match=words):
+            Responses().read({"type": "response.failed", "response": response})

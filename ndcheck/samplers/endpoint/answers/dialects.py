@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -97,7 +98,8 @@ class Completions:
         if newer in message and self._limit != newer:
             self._limit = newer
             return True
-        if "stream" in message.lower() and self._can_stream:
+        # Not "upstream", which is what proxies call a server.
+        if re.search(r"\bstream", message, re.IGNORECASE) and self._can_stream:
             self._can_stream = False
             return True
         return False
