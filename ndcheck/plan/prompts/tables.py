@@ -98,8 +98,8 @@ def read_parquet(content: bytes, column: str | None) -> Iterator[Row]:
 
 def _row(place: str, fields: dict[str, Any], column: str | None) -> Row:
     """The fields with conversations that are kept as texts, as in CSV they must be."""
-    for name in (column, *HOLDERS):
-        value = fields.get(name) if name is not None else None
+    for name in (column or DEFAULT, *HOLDERS):
+        value = fields.get(name)
         if isinstance(value, str) and _CONVERSATION.match(value):
             try:
                 fields[name] = parse_json(value)
