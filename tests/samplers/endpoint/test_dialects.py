@@ -33,3 +33,20 @@ def test_a_response_that_failed_keeps_its_words():
         words = "finish_reason 'failed'" + (": out of blocks" if response["error"] else "$")
         with pytest.raises(RequestFailure, match=words):
             Responses().read({"type": "response.failed", "response": response})
+
+
+@pytest.mark.parametrize(
+    ("message", "is_taken"),
+    [
+        ("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", True),
+        ("max_tokens: Extra inputs are not permitted", True),
+        ("Unrecognized request argument supplied: max_tokens", True),
+        ("max_tokens must be at most 4096", False),
+        ("Unknown field: seed", False),
+    ],
+)
+def test_the_newer_limit_is_sent_where_the_older_is_none(message, is_taken):
+    dialect = Chat()
+    assert dialect.take_hint(message) == is_taken
+    assert ("max_completion_tokens" in dialect.body("m", "Hi", 8, Decoding(8))) == is_taken
+    assert not dialect.take_hint(message)

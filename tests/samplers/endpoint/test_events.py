@@ -102,6 +102,17 @@ def test_chat_counts_reasoning_as_part_of_the_completion():
     assert answer.text == "think say"
 
 
+def test_a_whole_message_beside_what_is_new_is_not_added():
+    whole = {"role": "assistant", "content": "think say"}
+    answer = read(
+        Chat(),
+        choice(delta={"content": "think "}, message={**whole, "content": "think "}),
+        choice(delta={"content": "say"}, message=whole),
+        choice(delta={}, message=whole, finish_reason="stop"),
+    )
+    assert answer.text == "think say"
+
+
 @pytest.mark.parametrize(
     "content",
     ["think say", [{"type": "text", "text": "think say"}],

@@ -250,8 +250,16 @@ def find_words(value: Any, depth: int = 4) -> str:
         return "; ".join(filter(None, (find_words(item, depth - 1) for item in value[:4] if depth)))
     if isinstance(value, dict) and depth:
         held = (find_words(value[name], depth - 1) for name in _WORDS if value.get(name))
-        return next(filter(None, held), "")
+        words, field = next(filter(None, held), ""), _field(value)
+        return words if field in words else f"{field}: {words}"
     return ""
+
+
+def _field(error: Event) -> str:
+    """What of the request an error is about, as OpenAI and pydantic name it; empty if neither."""
+    place = error.get("loc")
+    names = place[1:] if isinstance(place, list) else [error.get("param")]
+    return ".".join(str(name) for name in names if isinstance(name, str | int))
 
 
 def paired(text: str) -> str:
