@@ -65,6 +65,11 @@ CONVERSATIONS = {
         json.dumps([{"id": "c", "system": SYSTEM.content, "conversations": SHARED}]),
         "c",
     ),
+    "sharegpt without tools": (
+        "a.json",
+        json.dumps([{"system": SYSTEM.content, "conversations": SHARED, "tools": "[]"}]),
+        None,
+    ),
     "sharegpt lines": ("a.jsonl", lines({"conversations": [
         {"from": "system", "value": SYSTEM.content}, *SHARED]}), None),
     "system of a prompt": ("a.ndjson", lines({"system": SYSTEM.content, "prompt": USER.content}),

@@ -27,6 +27,8 @@ PROMPT_CHANGING = (
     *("tools", "functions", "chat_template_kwargs"),
     *("image", "images", "audio", "audios", "video", "videos"),
 )
+NOTHING = ("[]", "{}", "null")
+"""What a table, or LLaMA-Factory, has where there is none."""
 REQUEST_CHANGING = ("suffix", "previous_response_id", "conversation")
 MESSAGE_CHANGING = ("tool_calls", "function_call", "name", "audio", "images")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -90,7 +92,7 @@ def _read_answer(value: Any) -> str | None:
 
 def _read_fields(fields: dict[str, Any], column: str | None) -> Prompt:
     for name in PROMPT_CHANGING:
-        if fields.get(name):
+        if fields.get(name) and fields[name] not in NOTHING:
             raise ValueError(f"{name}: it changes the prompt and is not read: leave it out")
     if column is not None:
         if column not in fields:
