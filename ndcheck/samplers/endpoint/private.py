@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ndcheck.errors import UsageError
-from ndcheck.samplers.endpoint.redaction import MASK
+from ndcheck.samplers.endpoint.redaction import MASK, SHORTEST_UNBOUNDED
 from ndcheck.samplers.options import compact, parse_object
 from ndcheck.storage.reading import is_unicode
 
@@ -37,8 +37,6 @@ _SECRET_VALUE = re.compile(
 NAMED_BY_SCHEMAS = ("properties", "$defs", "definitions")
 """What a JSON schema calls a password is described there, not given."""
 _VERSION = re.compile(r"(?:.*[-_.~$])?(?:api)?version", re.IGNORECASE)
-SHORTEST_NUMBER = 6
-"""Digits of a secret number that is looked for in answers: shorter ones are there by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +82,14 @@ def recorded_query(texts: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{k}={v}" if _VERSION.fullmatch(k) else k for k, v in query.items())
 
 
+def query_secrets(query: Mapping[str, str], recorded: Sequence[str]) -> Iterator[str]:
+    """The values that a record leaves out, but for short ones of plain names: words of answers."""
+    for name, value in query.items():
+        is_short = len(value) < SHORTEST_UNBOUNDED and not _SECRET_NAME.search(name)
+        if f"{name}={value}" not in recorded and not is_short:
+            yield value
+
+
 def parse_extra_body(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """The fields of an object of JSON, or of the file after ``@``; none of None.
 
@@ -113,7 +119,7 @@ def secrets_of(value: Any, *, is_secret: bool = False, holder: str = "") -> Iter
     """
     if isinstance(value, str) and (is_secret or _SECRET_VALUE.match(value)):
         yield value
-    elif is_secret and _is_number(value) and len(str(value)) >= SHORTEST_NUMBER:
+    elif is_secret and _is_number(value) and len(str(value)) >= SHORTEST_UNBOUNDED:
         yield str(value)
     elif isinstance(value, Mapping):
         for name, item in value.items():

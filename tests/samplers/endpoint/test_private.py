@@ -6,7 +6,12 @@ import json
 
 import pytest
 
-from ndcheck.samplers.endpoint.private import recorded_body, recorded_query, secrets_of
+from ndcheck.samplers.endpoint.private import (
+    query_secrets,
+    recorded_body,
+    recorded_query,
+    secrets_of,
+)
 
 SECRET = "open-sesame-123"
 
@@ -58,3 +63,8 @@ def test_a_short_number_is_masked_and_left_in_answers():
 def test_of_a_query_versions_alone_are_recorded():
     given = ("api-version=1", "apiVersion=2", "x.version=3", "conversion-token=s", "code=s")
     assert recorded_query(given) == (*given[:3], "conversion-token", "code")
+
+
+def test_words_of_a_query_stay_in_answers():
+    query = {"beta": "true", "code": SECRET, "sig": "x7", "api-version": "2024-10-21"}
+    assert list(query_secrets(query, ("api-version=2024-10-21",))) == [SECRET, "x7"]
