@@ -46,6 +46,7 @@ CONVERSATIONS = {
     "an answer at the end": ("a.jsonl", lines({"messages": [*TURNS, ANSWER]}), None),
     "an id": ("a.jsonl", lines({"id": 7, "messages": TURNS}), "7"),
     "a list a line": ("a.jsonl", lines(TURNS, TURNS), None),
+    "a list a line without a suffix": ("a", lines(TURNS, TURNS), None),
     "one conversation": ("a.json", json.dumps(TURNS, indent=1), None),
     "prompt of messages": ("a.json", json.dumps([{"prompt": TURNS, "chosen": [ANSWER]}]), None),
     "parts": (
@@ -137,6 +138,9 @@ REFUSED = {
     "no prompt": ("a.jsonl", '"a"\n{"text": "b"}', "line 2: give a string"),
     "no prompt in an array": ("a.json", '["a", 1]', "entry 2: 1 is no prompt"),
     "broken line": ("a.jsonl", '"a"\n\n{"prompt": }', "line 3: Expecting value at character 12"),
+    "broken line, no suffix": ("a", '{"prompt": "a"\n{"prompt": "b"}', "line 1: Expecting ','"),
+    "broken document without a suffix": ("a", '[\n{"prompt": "a"},\n{]', "line 3: Expecting"),
+    "half a line in .txt": ("a.txt", '{"messages": [{"role": "us', r"name it \.jsonl"),
     "broken document": ("a.json", '[\n"a",\n]', "line 3: Expecting value"),
     "two prompts": ("a.jsonl", lines({"prompt": "a", "messages": TURNS}), "choose one with"),
     "a tool": ("a.jsonl", lines({"messages": TURNS, "tools": [{}]}), "line 1: tools"),

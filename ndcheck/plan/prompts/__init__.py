@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ndcheck.storage.reading import MAX_DOCUMENT_BYTES, open_file, parse_json
 STANDARD_INPUT = "-"
 JSON_SUFFIXES, TABLE_SUFFIXES = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 SUFFIXES = (".txt", *JSON_SUFFIXES, *TABLE_SUFFIXES, ".parquet", "")
+_JSON_START = re.compile(r"""[\[{]$|[\[\s]*\{\s*"[^"]*"\s*:""")
 BYTE_ORDER_MARK = "\ufeff"
 PARQUET = b"PAR1"
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
@@ -150,11 +152,14 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _is_json(text: str) -> bool:
-    """Objects a line, or one object or array: prompts that only begin with a bracket are text."""
-    first = next(_lines(text), (0, ""))[1]
-    if first.lstrip()[:1] not in ("{", "["):
+    """Does it begin as JSON of prompts does, whole or broken?
+
+    Prompts that only begin with a bracket are text.
+    """
+    first = next(_lines(text), (0, ""))[1].strip()
+    if first[:1] not in ("{", "["):
         return False
-    return isinstance(_try_json(first), dict) or isinstance(_try_json(text), dict | list)
+    return bool(_JSON_START.match(first)) or isinstance(_try_json(text), dict | list)
 
 
 def _try_json(text: str) -> Any:
