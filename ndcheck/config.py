@@ -28,7 +28,7 @@ import re
 import tomllib
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
@@ -37,7 +37,8 @@ from ndcheck.judging.comparison import FAIL_ON
 from ndcheck.judging.rules import BASELINE_DEFAULT, PROPERTY_RULES, Rules, RuleSet
 from ndcheck.judging.scores import Limits
 from ndcheck.records import ARMS, AXES, Arm, Axis, RunSpec
-from ndcheck.request import Options, make_spec
+from ndcheck.request import Options, make_private, make_spec
+from ndcheck.samplers.endpoint.private import Private
 from ndcheck.storage.reading import read_text
 
 FILES = (Path("ndcheck.toml"), Path("pyproject.toml"))
@@ -63,12 +64,13 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A run to make and what is demanded of it, as ``file`` says."""
+    """A run to make and what is demanded of it, as ``file`` says; ``private`` is in no record."""
 
     name: str
     spec: RunSpec
     rules: RuleSet
     file: Path
+    private: Private = field(default_factory=Private, repr=False)
 
     def locate(self, error: UsageError) -> UsageError:
         """The same error with the file and the key, where it speaks of an option."""
@@ -146,12 +148,14 @@ def _read_checks(table: Table, file: Path) -> list[Check | ScoreCheck]:
         _refuse_unknown(check, (*OPTIONS, "rules", "score"), place)
         options = {key: value for key, value in check.items() if key != "rules"}
         _check_types(options, OPTIONS, place)
-        spec = _make_spec({**shared, **options}, file.parent, place)
+        options = {**shared, **options}
+        spec = _make_spec(options, file.parent, place)
         table_of_rules = _merge(shared_rules, _rules_table(check, f"{place}rules."))
         rules = _make_rules(table_of_rules, spec, f"{place}rules.")
         if rules.manifest is not None:
             rules = replace(rules, manifest=str(file.parent / rules.manifest))
-        found.append(Check(name, spec, rules, file))
+        private = make_private((), options.get("query", ()), options.get("extra_body"))
+        found.append(Check(name, spec, rules, file, private))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -148,8 +149,9 @@ def make_probes(
             raise UsageError(f"prompt {probe.probe_id} is empty")
         if not is_unicode(probe.prompt) or not is_unicode(probe.answer or ""):
             raise UsageError(f"prompt {probe.probe_id} is not valid UTF-8")
-    if len({probe.probe_id for probe in probes}) < len(probes):
-        raise UsageError(f"--prompts-file {file}: two prompts have the same id")
+    twice = [name for name, n in Counter(probe.probe_id for probe in probes).items() if n > 1]
+    if twice:
+        raise UsageError(f"--prompts-file {file}: two prompts have the same id, {twice[0]!r:.80}")
     return tuple(probes)
 
 

@@ -131,7 +131,7 @@ def test_bad_prompts(prompts, message):
     ("content", "message"),
     [
         (b"", "holds no prompt"),
-        (b"\xff\xfe", "decode"),
+        (b"\xff\xfe", "line 1: it is no UTF-8"),
         (b"{broken", "line 1"),
         (b'{"text": "a"}', "line 1: give a string"),
         (b'{"id":"a","prompt":"x"}\n{"id":"a","prompt":"y"}', "same id"),

@@ -8,7 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from decimal import Context, Decimal, InvalidOperation
+from decimal import Context, Decimal, DivisionByZero, Inexact, InvalidOperation
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -25,13 +26,29 @@ MAX_JSON_STARTS = 1000
 Parser = Callable[[str], str | None]
 """The answer of a text in one form for equal answers; None where it has none."""
 
-_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?")
-_NAMED_CHOICE = re.compile(
-    r"(?i:answer|choice|option)(?i:\s+is)?[\s:*\"'(\[]{0,8}([A-J])(?![A-Za-z'])"
+_FENCE = re.compile(
+    r"(?<![`~])(`{3,}+|~{3,}+)(?:[^\n`]*\n(?P<code>.*?)(?:^[ \t]*\1|\1[ \t]*$|\Z)|[^\n]*?\1)",
+    re.DOTALL | re.MULTILINE,
 )
-_MARKED_CHOICE = re.compile(r"(?<!\w)\(?([A-J])[).:](?!\w)")
+"""A block, or code in a line, whose end must not begin a block."""
+_BOXED = re.compile(r"\\f?boxed\{((?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+)\}")
+_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+_SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!;:]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+"""Between thousands, as LaTeX and typographers have it."""
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])-\\?[$€£]?)?"
+    r"(?:(?<![\d/.])\d{1,20}/\d{1,20}(?![\d/])"
+    r"|(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3})?"
+    r"|\.\d+(?:[eE][+-]?\d{1,3})?)"
+)
+# A sentence may begin with "I" where the letter is looked for.
+_LETTER = r"(?i:\s+is)?[\s:*\"'($\[]{0,8}(?:\\text\w*\{)?\(?(?!I\s+[a-z])([A-J])(?![A-Za-z'’])"
+_BOXED_CHOICE = re.compile(r"\W*(?:text\w*|math\w*)?\W*([A-J])(?:\W*|[).:].*)")
+_NAMED_CHOICES = (
+    re.compile(rf"(?i:answer){_LETTER}"),
+    re.compile(rf"(?i:choice|option){_LETTER}"),
+)
+_MARKED_CHOICE = re.compile(r"(?<![\w.])\(?([A-J])[).:](?!\w)")
 _BARE_CHOICE = re.compile(r"^[\s*(]*([A-J])[\s*).]*$", re.MULTILINE)
 
 
@@ -98,7 +115,12 @@ def find_json(text: str) -> str | None:
     values = list(_json_values(text))
     objects = [value for value in values if isinstance(value, dict)]
     chosen = (objects or values)[-1:]
-    return str(json.dumps(chosen[0], sort_keys=True, ensure_ascii=False)) if chosen else None
+    try:
+        shown = json.dumps(chosen[0], sort_keys=True, ensure_ascii=False) if chosen else None
+    except RecursionError:
+        return None
+    # Half a character stays the escape that it was.
+    return None if shown is None else shown.encode("utf-8", "backslashreplace").decode()
 
 
 def _json_values(text: str) -> Iterator[Any]:
@@ -116,27 +138,41 @@ def _json_values(text: str) -> Iterator[Any]:
 
 
 def find_number(text: str) -> str | None:
-    r"""The last number, of the last ``\boxed{}`` where there is one; "1,000.0" is 1000."""
+    r"""The last number, of the last ``\boxed{}`` where there is one.
+
+    "1,000.0" is 1000, and a fraction that no decimal is equal to stays one: "2/6" is 1/3.
+    """
     boxed = _BOXED.findall(text)
-    found = _NUMBER.findall(boxed[-1] if boxed else "") or _NUMBER.findall(text)
+    found = _numbers(boxed[-1] if boxed else "") or _numbers(text)
     if not found:
         return None
-    digits: str = found[-1].replace(",", "")
+    digits = re.sub(r"[,$€£\\]", "", found[-1])
+    number, slash, divisor = digits.partition("/")
     try:
-        number = Decimal(digits).normalize(Context(prec=max(1, len(digits))))
-    except InvalidOperation:
+        exact = Context(max(50, len(digits)), traps=[Inexact, InvalidOperation, DivisionByZero])
+        value = Decimal(number).normalize(exact)
+        value = exact.divide(value, Decimal(divisor)).normalize(exact) if slash else value
+    except Inexact:
+        return str(Fraction(int(number), int(divisor)))
+    except ArithmeticError:
         return digits
-    is_short = number.is_finite() and -30 < int(number.as_tuple().exponent) < 30
-    shown = format(number, "f") if is_short else str(number)
+    is_short = value.is_finite() and -30 < int(value.as_tuple().exponent) < 30
+    shown = format(value, "f") if is_short else str(value)
     return "0" if shown == "-0" else shown
+
+
+def _numbers(text: str) -> list[str]:
+    """As they stand there, in plain characters."""
+    plain = _FRACTION.sub(r"\1/\2", text.replace("\N{MINUS SIGN}", "-"))
+    return _NUMBER.findall(_SEPARATOR.sub(",", plain))
 
 
 def find_choice(text: str) -> str | None:
     r"""The letter A to J of the last "answer is B", ``\boxed{B}``, "(B)", "B." or line "B"."""
-    boxed = [b.strip() for b in _BOXED.findall(text) if re.fullmatch(r"\s*[A-J]\s*", b)]
+    boxed = [found[1] for found in map(_BOXED_CHOICE.fullmatch, _BOXED.findall(text)) if found]
     for found in (
         boxed,
-        _NAMED_CHOICE.findall(text),
+        *(named.findall(text) for named in _NAMED_CHOICES),
         _MARKED_CHOICE.findall(text),
         _BARE_CHOICE.findall(text),
     ):
@@ -147,7 +183,7 @@ def find_choice(text: str) -> str | None:
 
 def find_code(text: str) -> str | None:
     """The last fenced block, closed or not, else all of it; without spaces at ends of lines."""
-    blocks = _FENCE.findall(text)
+    blocks = [found["code"] for found in _FENCE.finditer(text) if found["code"] is not None]
     lines = (blocks[-1] if blocks else text).split("\n")
     return "\n".join(line.rstrip() for line in lines).strip("\n") or None
 

@@ -191,7 +191,7 @@ def run_checks(
         note(f"check {check.name} ({number} of {len(checks)}): {path}", quiet=quiet)
         try:
             with closing(new), ProgressLine(quiet=quiet) as progress:
-                run = measure_spec(check.spec, new, progress.show)
+                run = measure_spec(check.spec, new, progress.show, check.private)
             results.append(_judge(check.name, run, rules[check.name], check.file.parent))
         except KeyboardInterrupt:
             if (path / RUN_FILE).exists():
@@ -276,7 +276,8 @@ def _rehearse(check: Check, rules: RuleSet) -> None:
             read_manifest(Path(rules.manifest))
         # What fits beside the weights is only known with them.
         load_weights = not check.spec.batch_sizes
-        with closing(open_sampler(check.spec, load_weights=load_weights)) as sampler:
+        opened = open_sampler(check.spec, load_weights=load_weights, private=check.private)
+        with closing(opened) as sampler:
             spec = fit_spec(check.spec, sampler)
             rules.check(spec)
             plan(spec, sampler)

@@ -46,6 +46,7 @@ CONVERSATIONS = {
     "an answer at the end": ("a.jsonl", lines({"messages": [*TURNS, ANSWER]}), None),
     "an id": ("a.jsonl", lines({"id": 7, "messages": TURNS}), "7"),
     "a list a line": ("a.jsonl", lines(TURNS, TURNS), None),
+    "a list a line without a suffix": ("a", lines(TURNS, TURNS), None),
     "one conversation": ("a.json", json.dumps(TURNS, indent=1), None),
     "prompt of messages": ("a.json", json.dumps([{"prompt": TURNS, "chosen": [ANSWER]}]), None),
     "parts": (
@@ -65,21 +66,40 @@ CONVERSATIONS = {
         json.dumps([{"id": "c", "system": SYSTEM.content, "conversations": SHARED}]),
         "c",
     ),
+    "sharegpt without tools": (
+        "a.json",
+        json.dumps([{"system": SYSTEM.content, "conversations": SHARED, "tools": "[]"}]),
+        None,
+    ),
     "sharegpt lines": ("a.jsonl", lines({"conversations": [
         {"from": "system", "value": SYSTEM.content}, *SHARED]}), None),
     "system of a prompt": ("a.ndjson", lines({"system": SYSTEM.content, "prompt": USER.content}),
         None),
     "system column": ("a.csv", f"prompt,system\n{USER.content},{SYSTEM.content}\n", None),
+    "batch of responses": (
+        "a.jsonl",
+        lines({"custom_id": "r", "url": "/v1/responses",
+               "body": {"instructions": SYSTEM.content, "input": USER.content}}),
+        "r",
+    ),
+    "batch of responses to messages": (
+        "a.jsonl",
+        lines({"custom_id": "r", "url": "/v1/responses", "body": {"input": [TURNS[0], {
+            "role": "user", "content": [{"type": "input_text", "text": USER.content}]}]}}),
+        "r",
+    ),
+    "JSON in a cell": ("a.csv", 'id,messages,prompt\n7,"{}",\n'.format(
+        json.dumps(TURNS).replace('"', '""')), "7", "messages"),
     "without a suffix": ("a", lines({"messages": TURNS}), None),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_conversations_keep_their_system_prompt(tmp_path, name):
-    file, content, entry_id = CONVERSATIONS[name]
-    entries = read(tmp_path, file, content)
+    file, content, entry_id, *column = CONVERSATIONS[name]
+    entries = read(tmp_path, file, content, *column)
     assert entries[0] == (entry_id, (SYSTEM, USER), None)
-    (probe, *_) = make_probes([], tmp_path / file)
+    (probe, *_) = make_probes([], tmp_path / file, *column)
     assert probe.prompt == USER.content
     assert probe.content == (SYSTEM, USER)
 
@@ -102,6 +122,8 @@ TEXTS = {
     "bom of a table": ("a.csv", b"\xef\xbb\xbfprompt\r\na\r\n", None, ["a"]),
     "semicolons": ("a.csv", "id;question\n1;a, b\n", "question", ["a, b"]),
     "tabs": ("a.tsv", "id\tprompt\n1\ta, b\n", None, ["a, b"]),
+    "a table without a suffix": ("a", "id,prompt\n1,a\n", None, ["a"]),
+    "its column": ("a", "id\tq\n1\ta, b\n", "q", ["a, b"]),
     "long": ("a.csv", "prompt\n" + "x" * 200_000, None, ["x" * 200_000]),
 }  # fmt: skip
 
@@ -116,6 +138,9 @@ REFUSED = {
     "no prompt": ("a.jsonl", '"a"\n{"text": "b"}', "line 2: give a string"),
     "no prompt in an array": ("a.json", '["a", 1]', "entry 2: 1 is no prompt"),
     "broken line": ("a.jsonl", '"a"\n\n{"prompt": }', "line 3: Expecting value at character 12"),
+    "broken line, no suffix": ("a", '{"prompt": "a"\n{"prompt": "b"}', "line 1: Expecting ','"),
+    "broken document without a suffix": ("a", '[\n{"prompt": "a"},\n{]', "line 3: Expecting"),
+    "half a line in .txt": ("a.txt", '{"messages": [{"role": "us', r"name it \.jsonl"),
     "broken document": ("a.json", '[\n"a",\n]', "line 3: Expecting value"),
     "two prompts": ("a.jsonl", lines({"prompt": "a", "messages": TURNS}), "choose one with"),
     "a tool": ("a.jsonl", lines({"messages": TURNS, "tools": [{}]}), "line 1: tools"),
@@ -149,8 +174,17 @@ REFUSED = {
     "no Parquet": ("a.parquet", "x", "no Parquet file"),
     "gzip": ("a.jsonl", b"\x1f\x8b\x08", "packed"),
     "a sheet": ("a.csv", b"PK\x03\x04...", "packed"),
-    "UTF-16": ("a.csv", "prompt\na".encode("utf-16"), "utf-8"),
-    "NUL": ("a.txt", "a\0b", "NUL"),
+    "UTF-16": ("a.csv", "prompt\na".encode("utf-16"), "line 1: it is no UTF-8"),
+    "Latin-1": ("a.txt", b"a\ncaf\xe9\n", "line 2: it is no UTF-8"),
+    "NUL": ("a.txt", "a\nb\0", "line 2: it holds a NUL"),
+    "carriage returns": ("a.txt", "a\rb\r", "line 1: it holds a carriage return"),
+    "a table in .txt": ("a.txt", "id\tprompt\n1\ta\n", r"name it \.csv"),
+    "Python in a cell": ("a.csv", "id,m\n1,\"[{'role': 'user', 'content': 'a'}]\"\n",
+        "line 2: m: a conversation that is no JSON", "m"),
+    "an end": ("a.jsonl", lines({"body": {"prompt": "a", "suffix": "b"}}), "line 1: body: suffix"),
+    "a picture beside": ("a.jsonl", lines({"prompt": "a", "image": "x.png"}), "line 1: image"),
+    "an array broken late": ("a.json", '[{"prompt": "a"},\n{"prompt" "b"}]',
+        "line 2: Expecting ':'"),
     "large": ("a.txt", b"x" * (64 * 2**20 + 1), "larger than 64 MiB"),
 }  # fmt: skip
 
@@ -221,6 +255,10 @@ def test_parquet_that_is_none_of_prompts(tmp_path, monkeypatch):
             read_prompts(file, column)
     with pytest.raises(UsageError, match="cannot be read as Parquet"):
         read(tmp_path, "half.parquet", "PAR1 and so on")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["prompt"] * 2)
+    parquet.write_table(twice, file)
+    with pytest.raises(UsageError, match="same name"):
+        read_prompts(file)
     # A few bytes of a dictionary stand for very many of text.
     parquet.write_table(pyarrow.table({"prompt": ["x" * 2**20] * 100}), file)
     assert file.stat().st_size < 2**21

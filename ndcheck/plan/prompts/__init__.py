@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.prompts.entries import Entry, is_conversation, read_entry
-from ndcheck.plan.prompts.tables import Row, read_csv, read_parquet
+from ndcheck.plan.prompts.tables import Row, is_table, read_csv, read_parquet
 from ndcheck.storage.reading import MAX_DOCUMENT_BYTES, open_file, parse_json
 
 STANDARD_INPUT = "-"
 JSON_SUFFIXES, TABLE_SUFFIXES = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 SUFFIXES = (".txt", *JSON_SUFFIXES, *TABLE_SUFFIXES, ".parquet", "")
+_JSON_START = re.compile(r"""[\[{]$|[\[\s]*\{\s*"[^"]*"\s*:""")
 BYTE_ORDER_MARK = "\ufeff"
 PARQUET = b"PAR1"
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
@@ -80,9 +82,7 @@ def _read(file: Path, column: str | None) -> list[Entry]:
     for magic, kind in PACKED.items():
         if content.startswith(magic):
             raise ValueError(f"it is packed ({kind}): unpack it first")
-    text = content.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
-    if "\0" in text:
-        raise ValueError("it holds a NUL character, so it is no text")
+    text = _decode(content)
     if suffix in TABLE_SUFFIXES:
         return _read_entries(read_csv(text, column), column)
     if suffix in JSON_SUFFIXES:
@@ -94,9 +94,37 @@ def _read(file: Path, column: str | None) -> list[Entry]:
             "it holds JSON: name it .jsonl or .json; prompts that are JSON themselves are strings "
             "there"
         )
+    if is_table(text, column):
+        if suffix == "":
+            return _read_entries(read_csv(text, column), column)
+        raise ValueError("its first line names columns: name it .csv or .tsv")
     if column is not None:
         raise ValueError("--prompt-column is for JSON, CSV and Parquet: this is text")
-    return [Entry(None, line) for _, line in _lines(text)]
+    return [Entry(None, _checked(line, number)) for number, line in _lines(text)]
+
+
+def _decode(content: bytes) -> str:
+    """Raises ValueError with the first line that is no text."""
+    try:
+        text = content.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"line {line}: it is no UTF-8 ({error.reason}): save it in that encoding"
+        ) from error
+    before, nul, _ = text.partition("\0")
+    if nul:
+        line = before.count("\n") + 1
+        raise ValueError(f"line {line}: it holds a NUL character: give text, encoded as UTF-8")
+    return text
+
+
+def _checked(line: str, number: int) -> str:
+    if "\r" in line:
+        raise ValueError(
+            f"line {number}: it holds a carriage return: end lines with a line feed, or give JSON"
+        )
+    return line
 
 
 def _bounded(content: bytes) -> bytes:
@@ -124,11 +152,14 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _is_json(text: str) -> bool:
-    """Objects a line, or one object or array: prompts that only begin with a bracket are text."""
-    first = next(_lines(text), (0, ""))[1]
-    if first.lstrip()[:1] not in ("{", "["):
+    """Does it begin as JSON of prompts does, whole or broken?
+
+    Prompts that only begin with a bracket are text.
+    """
+    first = next(_lines(text), (0, ""))[1].strip()
+    if first[:1] not in ("{", "["):
         return False
-    return isinstance(_try_json(first), dict) or isinstance(_try_json(text), dict | list)
+    return bool(_JSON_START.match(first)) or isinstance(_try_json(text), dict | list)
 
 
 def _try_json(text: str) -> Any:
@@ -153,7 +184,7 @@ def _json_values(text: str) -> Iterator[Row]:
         if document is not None:
             yield f"line {first[0]}", document
             return
-        if first[1].strip() in ("[", "{"):
+        if first[1].lstrip().startswith("[") or first[1].strip() == "{":
             _parse(text, "")
     for number, line in _lines(text):
         yield f"line {number}", _parse(line, f"line {number}: ")

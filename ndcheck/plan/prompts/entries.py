@@ -23,8 +23,15 @@ HOLDERS = ("prompt", "messages", "conversations", "body")
 IDS = ("custom_id", "id")
 SYSTEM = "system"
 ANSWER = "answer"
-PROMPT_CHANGING = ("tools", "functions", "chat_template_kwargs")
+PROMPT_CHANGING = (
+    *("tools", "functions", "chat_template_kwargs"),
+    *("image", "images", "audio", "audios", "video", "videos"),
+)
+NOTHING = ("[]", "{}", "null")
+"""What a table, or LLaMA-Factory, has where there is none."""
+REQUEST_CHANGING = ("suffix", "previous_response_id", "conversation")
 MESSAGE_CHANGING = ("tool_calls", "function_call", "name", "audio", "images")
+TEXT_PARTS = ("text", "input_text", "output_text")
 FIELDS = (*HOLDERS, *IDS, SYSTEM, ANSWER, *PROMPT_CHANGING)
 """All that an entry is read for."""
 ROLES: dict[str, Speaker] = {
@@ -85,7 +92,7 @@ def _read_answer(value: Any) -> str | None:
 
 def _read_fields(fields: dict[str, Any], column: str | None) -> Prompt:
     for name in PROMPT_CHANGING:
-        if fields.get(name):
+        if fields.get(name) and fields[name] not in NOTHING:
             raise ValueError(f"{name}: it changes the prompt and is not read: leave it out")
     if column is not None:
         if column not in fields:
@@ -98,15 +105,22 @@ def _read_fields(fields: dict[str, Any], column: str | None) -> Prompt:
         raise ValueError(ACCEPTED)
     (holder,) = holders
     if holder == "body":
-        return _read_request(fields["body"])
+        return _read_request(fields["body"], fields.get("url"))
     if holder != "prompt" and not isinstance(fields[holder], list):
         raise ValueError(f"{holder}: {reprlib.repr(fields[holder])} is no list of messages")
     return _with_system(_read_prompt(fields[holder]), fields.get(SYSTEM))
 
 
-def _read_request(body: Any) -> Prompt:
+def _read_request(body: Any, url: Any) -> Prompt:
     if not isinstance(body, dict) or body.get("body") is not None:
         raise ValueError('body: give a request, {"messages": [...]} or {"prompt": "..."}')
+    for name in REQUEST_CHANGING:
+        if body.get(name):
+            raise ValueError(f"body: {name}: it changes the prompt and is not read: leave it out")
+    if isinstance(url, str) and url.rstrip("/").endswith("/responses"):
+        asked = body.get("input")
+        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        body = {**body, "messages": messages, SYSTEM: body.get("instructions")}
     *_, last = body.get("messages") or [None]
     if isinstance(last, dict) and last.get("role") == "assistant":
         raise ValueError(
@@ -150,7 +164,7 @@ def _read_message(turn: Any) -> Message:
             raise ValueError(f"{name}: a message that is more than a text is not read")
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        if not all(isinstance(part, dict) and part.get("type") in TEXT_PARTS for part in content):
             raise ValueError("content: a message that is more than a text is not read")
         return Message(role, "".join(_read_text(part.get("text")) for part in content))
     return Message(role, _read_text(content))

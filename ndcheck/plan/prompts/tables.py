@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ndcheck.errors import UsageError
-from ndcheck.plan.prompts.entries import FIELDS
-from ndcheck.storage.reading import MAX_DOCUMENT_BYTES
+from ndcheck.plan.prompts.entries import FIELDS, HOLDERS
+from ndcheck.storage.reading import MAX_DOCUMENT_BYTES, parse_json
 
 Row = tuple[str, Any]
 """Where an entry is, and its fields."""
@@ -19,6 +20,16 @@ DELIMITERS = ",;\t"
 ROWS_AT_A_TIME = 16
 """A row may be as large as the file."""
 DEFAULT = "prompt"
+TWICE = "two of its columns have the same name"
+MAX_HEADER = 100_000
+_CONVERSATION = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
+
+
+def is_table(text: str, column: str | None) -> bool:
+    """Does its first line name the column of the prompts?"""
+    header = re.split(r"[\r\n]", text[:MAX_HEADER], maxsplit=1)[0]
+    rows = (next(csv.reader([header], delimiter=delimiter), []) for delimiter in DELIMITERS)
+    return any((column or DEFAULT) in cells for cells in rows)
 
 
 def read_csv(text: str, column: str | None) -> Iterator[Row]:
@@ -36,7 +47,7 @@ def read_csv(text: str, column: str | None) -> Iterator[Row]:
         else:
             raise ValueError(_no_column(column or DEFAULT, header))
         if len(set(header)) < len(header):
-            raise ValueError("two of its columns have the same name")
+            raise ValueError(TWICE)
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
@@ -44,7 +55,7 @@ def read_csv(text: str, column: str | None) -> Iterator[Row]:
                     f"line {line}: it has {len(cells)} cells, the first has {len(header)}"
                 )
             if cells:
-                yield f"line {line}", dict(zip(header, cells, strict=True))
+                yield _row(f"line {line}", dict(zip(header, cells, strict=True)), column)
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: {error}") from error
@@ -69,6 +80,8 @@ def read_parquet(content: bytes, column: str | None) -> Iterator[Row]:
         wanted = [name for name in names if name == column or name in FIELDS]
         if column is not None and column not in names:
             raise ValueError(_no_column(column, names))
+        if len(set(wanted)) < len(wanted):
+            raise ValueError(TWICE)
         if not {column, *FIELDS}.intersection(names):
             raise ValueError(_no_column(DEFAULT, names))
         number = n_bytes = 0
@@ -78,9 +91,21 @@ def read_parquet(content: bytes, column: str | None) -> Iterator[Row]:
                 raise ValueError(f"it holds more than {MAX_DOCUMENT_BYTES >> 20} MiB")
             for row in batch.to_pylist():
                 number += 1
-                yield f"row {number}", row
+                yield _row(f"row {number}", row, column)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"it cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _row(place: str, fields: dict[str, Any], column: str | None) -> Row:
+    """The fields with conversations that are kept as texts, as in CSV they must be."""
+    for name in (column or DEFAULT, *HOLDERS):
+        value = fields.get(name)
+        if isinstance(value, str) and _CONVERSATION.match(value):
+            try:
+                fields[name] = parse_json(value)
+            except ValueError as error:
+                raise ValueError(f"{place}: {name}: a conversation that is no JSON") from error
+    return place, fields
 
 
 def _no_column(name: str, names: Sequence[str]) -> str:

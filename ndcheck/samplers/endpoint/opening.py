@@ -138,12 +138,19 @@ async def _find_address(spec: RunSpec, transport: Transport, *, has_models: bool
         if transport.base.endswith(path):
             return f"leave out {path}: ndcheck adds it"
     if has_models:
-        return "" if spec.chat else "a server with chat alone needs --chat"
+        return _other_way(spec)
     if "data" in await transport.get_object(f"{transport.base}/v1/models"):
         return f"its API is at {transport.base}/v1"
     if "v1" in transport.base.split("/"):
-        return "" if spec.chat else "a server with chat alone needs --chat"
+        return _other_way(spec)
     return "most servers have their API under /v1"
+
+
+def _other_way(spec: RunSpec) -> str:
+    if not spec.chat:
+        return "a server with chat alone needs --chat"
+    is_text = not any(probe.messages for probe in spec.probes)
+    return "a server without chat takes prompts as they are: leave out --chat" if is_text else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +218,8 @@ async def open_server(
                     capabilities = await _find_capabilities(spec, transport, dialect, client)
                 break
             except RequestFailure as failure:
-                if failure.status not in NOT_THERE:
+                is_elsewhere = "/responses" in str(failure)
+                if failure.status not in NOT_THERE and not is_elsewhere:
                     raise
                 refused = refused or failure
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ndcheck.errors import UsageError
-from ndcheck.samplers.endpoint.redaction import MASK
+from ndcheck.samplers.endpoint.redaction import MASK, SHORTEST_UNBOUNDED
 from ndcheck.samplers.options import compact, parse_object
 from ndcheck.storage.reading import is_unicode
 
@@ -24,11 +24,19 @@ SET_ELSEWHERE = {
 FIXED = ("stream", "n", "best_of")
 """One streamed completion a request is what ndcheck reads."""
 _SECRET_NAME = re.compile(
-    r"(?:^|[\W_]|api)(?:key|secret|password|passwd|token|credentials?|authorization|auth|bearer"
-    r"|signature)$|[a-z](?:Key|Secret|Password|Token)$",
+    r"(?:(?:key|secret|password|passwd|passphrase|credential|cookie|connection_?string)s?|token)$"
+    r"|(?:^|[\W_])(?:authorization|auth|bearer|signature|sig|sas|jwt|pwd|pat|pin)$",
     re.IGNORECASE,
 )
-_SECRET_VALUE = re.compile(r"(?:Bearer |Basic |sk-|hf_|gh[a-z]_|eyJ)\S", re.IGNORECASE)
+_SECRET_VALUE = re.compile(
+    r"(?:Bearer |Basic |sk[-_]|hf_|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|gsk_|xai-|nvapi-|eyJ"
+    r"|AKIA|AIza|-----BEGIN )\S"
+    r"|.*(?://[^/\s@]+@|[?&;](?:accountkey|sig|[\w-]*(?:key|token|secret))=)\S",
+    re.IGNORECASE | re.DOTALL,
+)
+NAMED_BY_SCHEMAS = ("properties", "$defs", "definitions")
+"""What a JSON schema calls a password is described there, not given."""
+_VERSION = re.compile(r"(?:.*[-_.~$])?(?:api)?version", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,15 @@ def parse_query(texts: str | Sequence[str]) -> dict[str, str]:
 def recorded_query(texts: str | Sequence[str]) -> tuple[str, ...]:
     """What a record holds: a version with its value, the name alone of all that may be secret."""
     query = parse_query(texts)
-    return tuple(f"{k}={v}" if "version" in k.lower() else k for k, v in query.items())
+    return tuple(f"{k}={v}" if _VERSION.fullmatch(k) else k for k, v in query.items())
+
+
+def query_secrets(query: Mapping[str, str], recorded: Sequence[str]) -> Iterator[str]:
+    """The values that a record leaves out, but for short ones of plain names: words of answers."""
+    for name, value in query.items():
+        is_short = len(value) < SHORTEST_UNBOUNDED and not _SECRET_NAME.search(name)
+        if f"{name}={value}" not in recorded and not is_short:
+            yield value
 
 
 def parse_extra_body(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -96,24 +112,39 @@ def recorded_body(given: str | Mapping[str, Any] | None) -> str | None:
     return compact(_masked(fields)) if fields else None
 
 
-def secrets_of(value: Any, *, is_secret: bool = False) -> Iterator[str]:
-    """The texts in a request that `recorded_body` masks."""
+def secrets_of(value: Any, *, is_secret: bool = False, holder: str = "") -> Iterator[str]:
+    """The texts in a request that `recorded_body` masks, and its numbers that are not short.
+
+    ``holder`` is the name of what holds ``value``.
+    """
     if isinstance(value, str) and (is_secret or _SECRET_VALUE.match(value)):
         yield value
+    elif is_secret and _is_number(value) and len(str(value)) >= SHORTEST_UNBOUNDED:
+        yield str(value)
     elif isinstance(value, Mapping):
         for name, item in value.items():
-            yield from secrets_of(item, is_secret=is_secret or bool(_SECRET_NAME.search(name)))
+            is_hidden = is_secret or _hides(name, holder)
+            yield from secrets_of(item, is_secret=is_hidden, holder=name)
     elif isinstance(value, list):
         for item in value:
             yield from secrets_of(item, is_secret=is_secret)
 
 
-def _masked(value: Any, *, is_secret: bool = False) -> Any:
+def _masked(value: Any, *, is_secret: bool = False, holder: str = "") -> Any:
     if isinstance(value, Mapping):
         return {
-            name: _masked(item, is_secret=is_secret or bool(_SECRET_NAME.search(name)))
+            name: _masked(item, is_secret=is_secret or _hides(name, holder), holder=name)
             for name, item in value.items()
         }
     if isinstance(value, list):
         return [_masked(item, is_secret=is_secret) for item in value]
-    return MASK if any(secrets_of(value, is_secret=is_secret)) else value
+    is_masked = is_secret and _is_number(value)
+    return MASK if is_masked or any(secrets_of(value, is_secret=is_secret)) else value
+
+
+def _hides(name: str, holder: str) -> bool:
+    return holder not in NAMED_BY_SCHEMAS and bool(_SECRET_NAME.search(name))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -11,20 +11,24 @@ from typing import Any
 
 MASK = "[secret]"
 _BASE64_WORD = re.compile(r"[0-9A-Za-z+/_-]{4,}")
+_SECRET_HEADER = re.compile("auth|key|token|secret|password|cookie|session", re.IGNORECASE)
 _STANDARD_BASE64 = str.maketrans("-_", "+/")
 SHORTEST_UNBOUNDED = 6
-"""A shorter secret occurs in other words by chance: it is cut out where it stands alone."""
+"""A shorter secret occurs in other words by chance: it is cut out where it stands alone, and not
+from numbers, which are counts and ids of tokens."""
 
 
 class Redactor:
     """Knows the values of the headers that are sent: as they are, in parts, and encoded.
+
+    Of a header whose name speaks of no secret only a value that is not short counts, as a whole.
 
     Any character may stand for itself, percent-encoded, as a JSON, Python or HTML escape; the
     whole also in base64, at each place that it can have in a longer encoded text.
     """
 
     def __init__(self, headers: Mapping[str, str]) -> None:
-        secrets = {secret for value in headers.values() for secret in _parts_of(value)}
+        secrets = {secret for item in headers.items() for secret in _secrets_of(*item)}
         encoded = {form for secret in secrets for form in _base64_forms(secret)}
         forms = sorted(secrets | encoded, key=len, reverse=True)
         self._plain = [form for form in forms if len(form) >= SHORTEST_UNBOUNDED]
@@ -67,9 +71,8 @@ class Redactor:
             return [self.redact_value(item) for item in value]
         if isinstance(value, dict):
             return {self.redact(name): self.redact_value(item) for name, item in value.items()}
-        if isinstance(value, (int, float)) and self.finds(str(value)):
-            return MASK
-        return value
+        is_number = isinstance(value, (int, float)) and len(str(value)) >= SHORTEST_UNBOUNDED
+        return MASK if is_number and self.finds(str(value)) else value
 
     def redact_pieces(self, pieces: list[str]) -> list[str]:
         """As many pieces, without the secrets that only show where these are joined."""
@@ -88,6 +91,13 @@ class Redactor:
             redacted.append(kept + text[at:end])
             start = end
         return redacted
+
+
+def _secrets_of(name: str, value: str) -> Iterable[str]:
+    """What is to be cut out of answers: of a header like X-Title: My App not every App."""
+    if _SECRET_HEADER.search(name):
+        return _parts_of(value)
+    return [value] if len(value) >= SHORTEST_UNBOUNDED else []
 
 
 def _parts_of(value: str) -> Iterable[str]:

@@ -34,7 +34,7 @@ from ndcheck.samplers.endpoint.capabilities import FP32_DIGITS
 from ndcheck.samplers.endpoint.client import Outcome, check_whole
 from ndcheck.samplers.endpoint.credentials import request_body, request_headers, request_query
 from ndcheck.samplers.endpoint.opening import Identity, identify, open_server
-from ndcheck.samplers.endpoint.private import Private, secrets_of
+from ndcheck.samplers.endpoint.private import Private, query_secrets, secrets_of
 from ndcheck.samplers.endpoint.transport import Transport
 from ndcheck.samplers.endpoint.witness import (
     Stream,
@@ -80,16 +80,12 @@ class EndpointSampler:
         self._runner = asyncio.Runner()
         query = request_query(endpoint, private.query)
         extra_body = request_body(endpoint, private.extra_body)
-        public = set(endpoint.query)
         self._transport = Transport(
             endpoint.url,
             request_headers(endpoint, private.headers),
             endpoint.timeout_s,
             query,
-            (
-                *(value for key, value in query.items() if f"{key}={value}" not in public),
-                *secrets_of(extra_body),
-            ),
+            (*query_secrets(query, endpoint.query), *secrets_of(extra_body)),
         )
         self._n_without_bits = 0
         self._prompt_ids: dict[Prompt, list[int]] = {}

@@ -102,6 +102,17 @@ def test_chat_counts_reasoning_as_part_of_the_completion():
     assert answer.text == "think say"
 
 
+def test_a_whole_message_beside_what_is_new_is_not_added():
+    whole = {"role": "assistant", "content": "think say"}
+    answer = read(
+        Chat(),
+        choice(delta={"content": "think "}, message={**whole, "content": "think "}),
+        choice(delta={"content": "say"}, message=whole),
+        choice(delta={}, message=whole, finish_reason="stop"),
+    )
+    assert answer.text == "think say"
+
+
 @pytest.mark.parametrize(
     "content",
     ["think say", [{"type": "text", "text": "think say"}],
@@ -240,6 +251,7 @@ FRAMES = [
     b'data: {"a": 1}\ndata: {"b": 2}\ndata: [DONE]\n',
     b'data:{"a": 1}\r\n\r\ndata:{"b": 2}\r\n\r\ndata:[DONE]',
     b'data: {"a": 1}\r\rdata: {"b": 2}\r\rdata: [done]\r\r',
+    b'data: {"a":\r\ndata: 1}\r\n\r\ndata: {"b":\r\ndata: 2}\r\n\r\ndata: [DONE]\r\n\r\n',
     b'\xef\xbb\xbf: hello\n\nevent: x\nid: 7\ndata: {"a":\ndata: 1}\n\n: ping\n\ndata: {"b": 2}'
     b'\n\ndata: "[DONE]"\n\ndata: {"c": 3}\n\n',
 ]
@@ -266,6 +278,8 @@ def test_objects_on_lines_and_one_object_on_many(chunk):
         b'{"detail": [{"loc": ["body"], "msg": "out of blocks"}]}',
         b'event: error\ndata: {"message": "out of blocks"}\n\n',
         b"event: error\ndata: out of blocks\n\n",
+        b'event: error\r\ndata: {"text": "out of blocks"}\r\n\r\n',
+        b'data: {"status": "error", "msg": "out of blocks"}\n\n',
         b'error: {"code": 500, "message": "out of blocks"}\n\n',
         b'data: {"a": 1}\n\n{"error": {"error": {"message": "out of blocks"}}}\n',
         b"data: out of blocks\n\n",

@@ -102,3 +102,10 @@ def test_a_text_without_the_key_stays_as_it_is(text):
     redactor = Redactor({"Authorization": "Bearer sk-0123456789"})
     assert redactor.redact(text) == text
     assert not redactor.finds(text)
+
+
+def test_what_a_header_says_in_plain_words_stays_in_answers():
+    redactor = Redactor({"X-Title": "My test App", "X-Priority": "0", "api-key": "7"})
+    event = {"index": 0, "token_ids": [7], "text": "My App 0 is a test"}
+    assert redactor.redact_value(event) == event
+    assert redactor.redact("by My test App, 7") == f"by {MASK}, {MASK}"

@@ -69,6 +69,32 @@ class ChatAlone:
         return None
 
 
+class NoChat:
+    def refuse(self, path, body):
+        return None if path == "/v1/completions" else (404, {"detail": "Not Found"}, {})
+
+    def limit(self, body):
+        return body.get("max_tokens", 16)
+
+
+class Validates:
+    """Says beside its words which field they are about, as FastAPI does."""
+
+    def refuse(self, path, body):
+        words = "Input should be greater than 0"
+        if body["temperature"] == 0:
+            return 422, {"detail": [{"loc": ["body", "temperature"], "msg": words}]}, {}
+        return None
+
+
+class Names(Validates):
+    """The same as OpenAI does."""
+
+    def refuse(self, path, body):
+        error = {"message": "Invalid value", "param": "temperature", "code": None}
+        return (400, {"error": error}, {}) if body["temperature"] == 0 else None
+
+
 @pytest.mark.parametrize(
     ("handler", "chat", "kind", "words", "other"),
     [
@@ -82,6 +108,9 @@ class ChatAlone:
             "it offers",
         ),
         (ChatAlone, False, UsageError, "a server with chat alone needs --chat", "/v1)"),
+        (NoChat, True, UsageError, "takes prompts as they are: leave out --chat", "/v1)"),
+        (Validates, True, UsageError, "temperature: Input should be greater than 0 (--no-", "/v1)"),
+        (Names, True, UsageError, "temperature: Invalid value (--no-temperature", "/v1)"),
         (Gateway, True, UsageError, "temperature 0 is not for you", "llama.cpp"),
     ],
 )

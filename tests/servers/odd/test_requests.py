@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -274,6 +275,30 @@ def test_secrets_in_a_query_and_a_body_are_in_nothing_that_is_written(
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())["spec"]["endpoint"]
     assert recorded["query"] == ["code", "api-version=1"]
     assert json.loads(recorded["extra_body"]) == {"auth": {"api_key": "[secret]"}, "top_k": 1}
+
+
+def test_a_check_sends_what_its_configuration_holds_and_records_none_of_it(
+    odd, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    url = odd(Records)
+    Path("ndcheck.toml").write_text(
+        f"""
+        [checks.served]
+        model = "m"
+        endpoint = "{url}"
+        axes = "run-to-run,batch-size"
+        loads = [1, 2]
+        samples = 11
+        max_tokens = 8
+        query = ["code={SECRET}"]
+        extra_body = {{ auth = {{ api_key = "{SECRET[::-1]}" }} }}
+        """
+    )
+    assert run_command_line(["gate"]) == 0
+    files = [file.read_text() for file in Path("ndcheck-runs").rglob("*") if file.is_file()]
+    assert files
+    assert not [text for text in files if SECRET in text or SECRET[::-1] in text]
 
 
 @pytest.mark.parametrize(

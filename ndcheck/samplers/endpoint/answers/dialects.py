@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -12,6 +13,9 @@ from ndcheck.samplers.endpoint.answers.event_stream import Event
 from ndcheck.samplers.endpoint.answers.events import Frame, read_generate, read_openai
 
 Body = dict[str, Any]
+_UNKNOWN = re.compile(
+    r"not (?:supported|permitted|allowed)|unsupported|unknown|unrecogni[sz]ed|unexpected", re.I
+)
 OUTLASTING_TOKENS = 4
 """A filler is asked for so many tokens more than the probe, and an eighth of its own."""
 
@@ -94,10 +98,12 @@ class Completions:
 
     def take_hint(self, message: str) -> bool:
         newer = "max_completion_tokens"
-        if newer in message and self._limit != newer:
+        is_meant = newer in message or (self._limit in message and _UNKNOWN.search(message))
+        if is_meant and self._limit != newer:
             self._limit = newer
             return True
-        if "stream" in message.lower() and self._can_stream:
+        # Not "upstream", which is what proxies call a server.
+        if re.search(r"\bstream", message, re.IGNORECASE) and self._can_stream:
             self._can_stream = False
             return True
         return False

@@ -69,12 +69,18 @@ class EventReader:
         self._frames: str | None = None
         self._data: list[bytes] = []
         self._event = b""
+        self._ends_in_return = False
         self.is_whole = False
         self.stray = b""
         """Lines that are no part of the protocol: often the words of what broke."""
 
     def feed(self, chunk: bytes) -> Iterator[Event]:
         """The objects that are complete now."""
+        if not chunk:
+            return
+        if self._ends_in_return:
+            chunk = chunk.removeprefix(b"\n")  # The rest of one line end: a second is an event's.
+        self._ends_in_return = chunk.endswith(b"\r")
         has_line = b"\n" in chunk or b"\r" in chunk
         self._rest += chunk
         if self._frames is None:
@@ -83,7 +89,7 @@ class EventReader:
             raise self._no_answer()
         if self._frames in (None, "text", "object") or not has_line:
             return
-        *lines, rest = re.split(rb"[\r\n]", bytes(self._rest))
+        *lines, rest = re.split(rb"\r\n|\r|\n", bytes(self._rest))
         if self._frames == "unknown object":
             # An object a line, or one object on several lines: the first line tells.
             first = next((line for line in lines if line.strip(_SPACE)), None)
@@ -207,7 +213,7 @@ def _is_error(event: Event) -> bool:
         return True
     if event.get("choices") or "meta_info" in event:
         return False
-    is_named = "error" in (event.get("object"), event.get("type"))
+    is_named = "error" in (event.get("object"), event.get("type"), event.get("status"))
     return is_named or bool(event.get("detail")) or bool(event.get("message") and "id" not in event)
 
 
@@ -244,8 +250,16 @@ def find_words(value: Any, depth: int = 4) -> str:
         return "; ".join(filter(None, (find_words(item, depth - 1) for item in value[:4] if depth)))
     if isinstance(value, dict) and depth:
         held = (find_words(value[name], depth - 1) for name in _WORDS if value.get(name))
-        return next(filter(None, held), "")
+        words, field = next(filter(None, held), ""), _field(value)
+        return words if field in words else f"{field}: {words}"
     return ""
+
+
+def _field(error: Event) -> str:
+    """What of the request an error is about, as OpenAI and pydantic name it; empty if neither."""
+    place = error.get("loc")
+    names = place[1:] if isinstance(place, list) else [error.get("param")]
+    return ".".join(str(name) for name in names if isinstance(name, str | int))
 
 
 def paired(text: str) -> str:

@@ -95,7 +95,8 @@ def _read_usage(usage: Event, frame: Frame) -> None:
 def _read_choice(choice: Event, frame: Frame) -> None:
     if choice.get("error"):
         raise RequestFailure(f"the server says: {find_words(choice['error'])[:MAX_FACT]}")
-    part = next((p for p in (choice.get("delta"), choice.get("message")) if p), choice)
+    # Beside what is new, even if that is nothing, a message is all of it once more.
+    part = choice.get("message") if choice.get("delta") is None else choice["delta"]
     part = as_dict(part) or choice
     # Models that reason spend tokens on it first: they are part of what is compared.
     reasoning = part.get("reasoning_content") or part.get("reasoning") or part.get("thinking")

@@ -81,7 +81,8 @@ class Responses:
         frame.n_reasoning_tokens = as_count(details.get("reasoning_tokens"))
         if response.get("status") in ENDS:
             reason = as_dict(response.get("incomplete_details")).get("reason")
-            read_end(reason or response["status"], frame)
+            failure = as_dict(response.get("error"))
+            read_end({**failure, "type": reason or response["status"]}, frame)
         return frame
 
 

@@ -94,4 +94,23 @@ def merge_adapter(model: Any, directory: Path) -> Any:
             f"{option}: {type(model).__name__} has no place for {len(foreign)} of its "
             f"tensors ({foreign[0]}): it is an adapter of another model"
         )
+    _untie(wrapped.get_base_model())
     return wrapped.merge_and_unload(safe_merge=True)
+
+
+def _untie(model: Any) -> None:
+    """Give the head weights of its own where the adapter changes one of two that share them.
+
+    peft computes with the adapter beside the shared weights, and would merge it into both.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or not any(isinstance(each, BaseTunerLayer) for each in (embeddings, head)):
+        return
+    if embeddings.weight is not head.weight:
+        return
+    own = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    own.weight = torch.nn.Parameter(own.weight.detach().clone(), requires_grad=False)
+    model.config.get_text_config().tie_word_embeddings = False

@@ -15,6 +15,7 @@ from ndcheck.samplers.local.checkpoint.adapters import read_adapter
 from ndcheck.samplers.local.checkpoint.files import CONFIG, check_config, find_directory
 from ndcheck.samplers.local.checkpoint.gguf_file import SUFFIX, find_gguf, read_gguf_head
 from ndcheck.samplers.local.checkpoint.hub import check_hub
+from ndcheck.storage.reading import exists
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -95,6 +96,11 @@ def _find_base(model: str) -> str:
     file = Path(model) if model.endswith(SUFFIX) and directory is None else None
     if directory is not None and not (directory / CONFIG).exists():
         file = find_gguf(directory)
+    elif directory is None and file is None and exists(Path(model)):
+        raise UsageError(
+            f"--model {model}: it is a file: give the directory of a model, or for a GGUF file a "
+            f"name that ends in {SUFFIX} (a link will do)"
+        )
     if file is not None:
         read_gguf_head(file)
         return str(file)

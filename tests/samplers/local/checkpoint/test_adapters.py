@@ -101,6 +101,28 @@ def test_what_is_sampled_is_what_peft_generates(base, tmp_path, kind):
     assert without.describe()["digest"] != sampler.describe()["digest"]
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_head_that_shares_its_weights_keeps_what_is_not_its_own(base, tmp_path, target):
+    tied = tmp_path / "tied"
+    config = transformers.AutoConfig.from_pretrained(base, tie_word_embeddings=True)
+    torch.manual_seed(2)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tied)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, tied / name)
+    adapter = make(tied, tmp_path / "a", peft.LoraConfig(r=4, target_modules=[*TARGETS, target]))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    unmerged = peft.PeftModel.from_pretrained(plain, adapter).eval()
+    _, sampler = sample(tied, adapter)
+    ids = torch.tensor([[5, 17, 33]])
+    with torch.no_grad():
+        expected, found = unmerged(ids).logits, sampler.model(ids).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        # The control: peft's own merge changes both.
+        assert not torch.allclose(unmerged.merge_and_unload()(ids).logits, expected, atol=1e-2)
+
+
 def test_a_directory_names_its_base(base, lora):
     given, sampler = sample(base, lora)
     alone, itself = sample(lora)

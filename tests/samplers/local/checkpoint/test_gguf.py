@@ -235,6 +235,11 @@ def test_what_a_file_cannot_be_used_with(whole, tmp_path, monkeypatch):
     ):
         with pytest.raises(UsageError, match=reason):
             open_sampler(replace(SPEC, model=str(file), **changed))
+    # As Ollama names them.
+    blob = tmp_path / "sha256-0a1b"
+    blob.symlink_to(file)
+    assert "it is a file: " in refusal(blob)
+    assert "ends in .gguf" in refusal(blob)
     (tmp_path / "b.gguf").write_bytes(whole)
     assert "several GGUF files (a.gguf, b.gguf): give one" in refusal(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
