@@ -38,9 +38,11 @@ class ReachedBatch:
 
     @property
     def distribution(self) -> str:
-        """The sizes that ran, each with its share of the tokens."""
-        total = self.n_tokens
-        return ", ".join(f"{size} ({100 * n / total:.0f} %)" for size, n in self.tokens_by_size)
+        """The sizes that ran, each with its share of the tokens; those below 1 % together."""
+        shares = [(size, 100 * n / self.n_tokens) for size, n in self.tokens_by_size]
+        shown = [f"{size} ({share:.0f} %)" for size, share in shares if share >= 1]
+        rest = [share for _, share in shares if share < 1]
+        return ", ".join([*shown, *([f"others ({sum(rest):.1f} %)"] if rest else [])])
 
 
 @dataclass(frozen=True, slots=True)
