@@ -189,6 +189,7 @@ def run_trials(
     probes = {probe.probe_id: probe for probe in run.spec.probes}
     progress = Progress(len(trials), phrases.unit(run), elapsed_s=run.elapsed_s)
     lengths: dict[int, int] = {}
+    reference_lengths: dict[tuple[Arm, str], int] = {}
     rows_of: dict[int, dict[int, tuple[int, int]]] = {}
     elapsed_before_s, started = run.elapsed_s, time.perf_counter()
 
@@ -209,6 +210,9 @@ def run_trials(
     def take_in(samples: Sequence[Sample]) -> bool:
         for sample in samples:
             lengths.setdefault(sample.trial_id, len(sample.token_ids))
+            if sample.is_reference:
+                key = sample.arm, sample.probe_id
+                reference_lengths.setdefault(key, len(sample.token_ids))
             if sample.error is None:
                 bits = hash((sample.logprobs, sample.row_digests))
                 rows = rows_of.setdefault(sample.trial_id, {})
@@ -222,9 +226,12 @@ def run_trials(
         by_trial.setdefault(sample.trial_id, []).append(sample)
 
     def with_fault(trial: Trial) -> Trial:
-        if trial.role != "control" or trial.baseline is None:
+        if trial.role != "control":
             return trial
-        return replace(trial, fault=plant_fault(lengths.get(trial.baseline, 0)))
+        length = lengths.get(-1 if trial.baseline is None else trial.baseline)
+        # Where the baseline failed, the first reference that did not takes its place.
+        length = length or reference_lengths.get((trial.arm, trial.probe_id), 0)
+        return replace(trial, fault=plant_fault(length))
 
     def begin_next(trial: Trial, following: Trial | None) -> None:
         if (

@@ -281,7 +281,7 @@ def test_anything_else_is_a_value_error(record, document):
         ("m.jsonl", '{"prompt": "a", "id": {"b": 1}}', "id: give"),
         ("m.jsonl", '{"prompt": "a", "id": NaN}', "NaN is no JSON"),
         ("m.jsonl", "[" * 10**5, "nested too deeply"),
-        ("m.txt", b"\xff\xfe", "utf-8"),
+        ("m.txt", b"\xff\xfe", "UTF-8"),
     ],
 )
 def test_prompts_that_are_none(tmp_path, name, text, reason):
