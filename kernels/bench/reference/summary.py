@@ -48,6 +48,10 @@ def measured_table(out: Path, folders: Sequence[str]) -> str:
     """One line for each arm of each run."""
     lines = []
     for folder in folders:
+        path = out / folder / "run.json"
+        run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        model = run.get("environment", {}).get("model", {})
+        unit = "character" if model.get("compared") == "text" else "token"
         loads = rows_of(out / folder / "loads.csv")
         for row in rows_of(out / folder / "summary.csv"):
             own = [load for load in loads if load["arm"] == row["arm"]]
@@ -60,7 +64,7 @@ def measured_table(out: Path, folders: Sequence[str]) -> str:
                     row["arm"],
                     f"{row['n_unique']} of {row['n_samples']}",
                     row["modal_count"],
-                    f"token {min(forks) + 1}" if forks else "none",
+                    f"{unit} {min(forks) + 1}" if forks else "none",
                     f"{row['diverged_trials']} of {row['n_trials']}",
                     row["verdict"],
                     f"{seconds:.1f}",
@@ -74,7 +78,7 @@ def run_line(out: Path, folder: str) -> str:
     """How a run ended, and where it ran."""
     run = json.loads((out / folder / "run.json").read_text(encoding="utf-8"))
     hardware, software = run["environment"]["hardware"], run["environment"]["software"]
-    where = [hardware.get("gpu") or hardware["cpu"]]
+    where = [hardware.get("gpu") or hardware.get("cpu") or "a server"]
     where += [f"{n} {software[n]}" for n in ("torch", "triton", "transformers") if software.get(n)]
     return (
         f"- `{folder}`: {run['n_trials_planned']} trials, {run['status']}, "
