@@ -52,8 +52,8 @@ def aligned(scales: torch.Tensor) -> torch.Tensor:
     return deep_gemm.get_mn_major_tma_aligned_tensor(scales)
 
 
-def is_near(call: Callable[[], torch.Tensor], want: torch.Tensor) -> None:
-    """Raises ArithmeticError where a product is another one."""
+def require_near(call: Callable[[], torch.Tensor], want: torch.Tensor) -> None:
+    """Raises ArithmeticError where a product is not the one wanted."""
     error = (call().float() - want.float()).norm() / want.float().norm()
     if not error < 0.02:
         raise ArithmeticError(f"off by {error:.3g}")
@@ -76,7 +76,7 @@ def compare_fp8(out: Path) -> None:
                 ("deep_gemm", deep_gemm, aligned),
             ):
                 first = partial(_of_layout, call, layout, codes, scales, held[0])
-                if reason := runs(partial(is_near, first, want)):
+                if reason := runs(partial(require_near, first, want)):
                     refused[name] = reason
                 else:
                     given = layout(scales)
@@ -135,7 +135,7 @@ class Marlin:
 
         plain = torch.randn(self.k, self.n, device="cuda").bfloat16()
         reference, codes, scales, *_ = marlin_quantize(plain, self.type, GROUP, act_order=False)
-        is_near(partial(self.product, x, codes, scales), x @ reference)
+        require_near(partial(self.product, x, codes, scales), x @ reference)
 
 
 def compare_int4(out: Path) -> None:
