@@ -137,6 +137,8 @@ class Witness:
     """The server's id of the answer, if its ids differ from answer to answer."""
     fingerprint: str = ""
     """The server's ``system_fingerprint``."""
+    model: str = ""
+    """The model that a server's answer says it is of."""
     names_digest: str = ""
     """A digest of the names of the answer's tokens, where a server gives names beside ids."""
     n_counted: Count | None = None

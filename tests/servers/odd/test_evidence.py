@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from ndcheck.records import Probe
+
 WORDS = [f" w{i}" for i in range(40)]
 
 
@@ -155,6 +157,70 @@ def decoding(n_tokens):
     from ndcheck.records import Decoding
 
     return Decoding(n_tokens)
+
+
+class CountsWhatWaits:
+    """One request at a time; its metrics count all that were taken in."""
+
+    gauge = True
+    lock = threading.Lock()
+
+    def pause(self):
+        time.sleep(self.step_s)
+
+    def events(self, body):
+        with self.lock:
+            yield from super().events(body)
+
+
+@pytest.mark.parametrize("mode", ["copies", "mixed"])
+def test_a_gauge_is_held_to_the_streams(odd, measure, mode):
+    judgement, summary, _ = measure(odd(CountsWhatWaits), mode=mode, batch_sizes=(1, 4))
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert "thinner than asked for at most tokens" in " ".join(judgement.verdict.reasons)
+    (reached,) = summary.probes[0].serving.reached
+    assert reached.asked == 4
+    assert 2 * reached.n_alone > reached.n_tokens
+
+
+class OtherModel:
+    """Another model answers where it is busy, or to the second prompt; its text is the same."""
+
+    def is_other(self, body):
+        return self.running > 1
+
+    def events(self, body):
+        name = "m-small" if self.is_other(body) else "m-2026-05-01"
+        for event in super().events(body):
+            yield {**event, "model": name}
+
+
+class OtherModelByPrompt(OtherModel):
+    def is_other(self, body):
+        return "else:" in str(body["messages"])
+
+
+class OtherFingerprintByPrompt(OtherModelByPrompt):
+    def events(self, body):
+        for event in super().events(body):
+            yield {"choices": event["choices"], "system_fingerprint": event["model"]}
+
+
+TWO_PROMPTS = (Probe("p1", "class Queue:"), Probe("p2", "else:"))
+
+
+@pytest.mark.parametrize(
+    ("handler", "changed", "what"),
+    [
+        (OtherModel, {}, "the model that answers name"),
+        (OtherModelByPrompt, {"probes": TWO_PROMPTS}, "the model that answers name"),
+        (OtherFingerprintByPrompt, {"probes": TWO_PROMPTS}, "the server's system_fingerprint"),
+    ],
+)
+def test_another_model_that_gives_the_same_text_is_said(odd, measure, handler, changed, what):
+    judgement, *_ = measure(odd(handler), **changed)
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert f"{what} changed in mid-run: 'm-2026-05-01', then 'm-small'" in judgement.verdict.reasons
 
 
 class StickyReplicas:

@@ -48,6 +48,7 @@ class Said:
     prompt_token_ids: list[int] = field(default_factory=list)
     fingerprint: str = ""
     response_id: str = ""
+    model: str = ""
 
 
 @dataclass(slots=True)
@@ -66,7 +67,9 @@ def read_openai(event: Event) -> Frame:
     Raises RequestFailure for what cannot be a completion.
     """
     frame = Frame(
-        fingerprint=as_fact(event.get("system_fingerprint")), response_id=as_fact(event.get("id"))
+        fingerprint=as_fact(event.get("system_fingerprint")),
+        response_id=as_fact(event.get("id")),
+        model=as_fact(event.get("model")),
     )
     # vLLM has them beside a chat's choices, and in the choice of a completion.
     frame.prompt_token_ids = as_token_ids(event.get("prompt_token_ids"))

@@ -72,6 +72,7 @@ class Responses:
             for item in map(as_dict, as_list(event.get("output"))):
                 _read_item(item, frame)
         frame.response_id = as_fact(response.get("id"))
+        frame.model = as_fact(response.get("model"))
         usage = as_dict(response.get("usage"))
         frame.n_prompt_tokens = as_count(usage.get("input_tokens")) or None
         frame.n_tokens = as_count(usage.get("output_tokens")) or None
