@@ -180,6 +180,8 @@ def judge_axis(axis: Axis, finding: AxisFinding | None, spec: RunSpec) -> Verdic
         latent = f"{n_latent} of {draws}"
         reason = f"{axis}: tokens equal, but bits differed in {latent}{note}"
         return Verdict(outcome, (reason, *details))
+    if finding.feeds_other_tokens or (finding.feeds_other_bits and not spec.allow_latent):
+        return Verdict("FAIL", (f"{axis}: what was fed again is not what was decoded", *details))
     return Verdict("PASS", (f"{axis}: 0 of {draws} diverged", *details))
 
 

@@ -71,6 +71,12 @@ def without_nonce(sample):
     return {key: value for key, value in sample.items() if key != "nonce"}
 
 
+def fed_otherwise(samples, **changed):
+    at = next(i for i, s in enumerate(samples) if s["fed"] and s["axis"] == "width")
+    samples[at]["fed"] |= changed
+    return samples
+
+
 DAMAGES = {
     "one key renamed": (lambda s: [*s[:-1], *rename_key(s[-1:])], "lines of samples left out: 1"),
     "a line of garbage": (lambda s: [*s, "garbage"], "lines of samples left out: 1"),
@@ -108,6 +114,18 @@ DAMAGES = {
     ),
     "a key that there is not": (one(rowDigests="0" * 128), "no field 'rowDigests'"),
     "an error that is not there": (one(finish_reason="error"), "does not fit its error"),
+    "other tokens of no other bits": (
+        lambda s: fed_otherwise(s, n_other_tokens=2),
+        "tokens that were fed contradicts itself",
+    ),
+    "more other bits than tokens": (
+        lambda s: fed_otherwise(s, n_other_bits=10**6),
+        "tokens that were fed contradicts itself",
+    ),
+    "another digest of no other bits": (
+        lambda s: fed_otherwise(s, digest="0" * 16),
+        "tokens that were fed contradicts itself",
+    ),
     "a line of no run": (lambda s: [*s[:-1], without_nonce(s[-1])], "it is of another run"),
     "lines of no run": (lambda s: list(map(without_nonce, s)), "it is of another run"),
     "a token id beyond 31 bits": (one(token_ids=[2**31] * 8), "2147483648"),
@@ -157,6 +175,16 @@ def test_samples_of_another_run_of_the_same_plan_are_no_evidence(
     assert "it is of another run" in " ".join(document["reasons"])
     assert ndcheck_here("gate", run).returncode == 3
     assert ndcheck_here("run", "--resume", run).returncode == 2
+
+
+@pytest.mark.parametrize(("changed", "lenient"), [({}, 0), ({"n_other_tokens": 1}, 1)])
+def test_a_count_of_other_tokens_stands_beside_no_pass(ndcheck_here, damaged, changed, lenient):
+    run = damaged("clean", lambda s: fed_otherwise(s, n_other_bits=2, **changed))
+    assert ndcheck_here("gate", run).returncode == 1
+    assert ndcheck_here("gate", run, "--allow-latent").returncode == lenient
+    screen = ndcheck_here("report", run, "--exit-code")
+    assert screen.returncode == 1
+    assert "PASS" not in screen.stdout.splitlines()[0]
 
 
 def test_a_failure_hidden_by_a_renamed_key_does_not_pass(ndcheck_here, damaged):
