@@ -20,9 +20,9 @@ import torch
 from bench.parts import compile_each
 from bench.table import Table, add_ranked, print_means
 from ndcheck_kernels.cuda import device
-from ndcheck_kernels.cuda.products import block_fp8, fp8_configs
-from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
-from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config
+from ndcheck_kernels.cuda.products.fp8 import block_fp8, fp8_configs
+from ndcheck_kernels.cuda.products.fp8.block_fp8 import block_fp8_matmul
+from ndcheck_kernels.cuda.products.fp8.fp8_configs import Fp8Config
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.measure.timing import copies, medians_us
 from ndcheck_kernels.ops.block_fp8 import quantise_weight

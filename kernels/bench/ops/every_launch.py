@@ -26,15 +26,8 @@ from bench.ops.matmul_cells import SHAPES
 from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
-from ndcheck_kernels.cuda.products import (
-    block_fp8,
-    fp8_configs,
-    grouped_matmul,
-    matmul,
-    mxfp4,
-    row_fp8,
-    weight_only,
-)
+from ndcheck_kernels.cuda.products import grouped_matmul, matmul, mxfp4, weight_only
+from ndcheck_kernels.cuda.products.fp8 import block_fp8, fp8_configs, row_fp8
 from ndcheck_kernels.cuda.recurrent import gated_delta, selective_scan, short_convolution
 from ndcheck_kernels.cuda.rows import (
     add_parts,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ndcheck_kernels.cpu import block_fp8 as on_cpu
-from ndcheck_kernels.cuda.products import block_fp8 as kernels
-from ndcheck_kernels.cuda.products import fp8_configs
+from ndcheck_kernels.cuda.products.fp8 import block_fp8 as kernels
+from ndcheck_kernels.cuda.products.fp8 import fp8_configs
 from ndcheck_kernels.cuda.rows import quantise, rms_norm, silu_mul
 from ndcheck_kernels.ops import block_fp8 as ops
 

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
-from ndcheck_kernels.cuda.products.fp8_configs import (
+from ndcheck_kernels.cuda.products.fp8.fp8_configs import (
     Fp8Config,
     grouped_config,
     k_groups,

@@ -18,8 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
-from ndcheck_kernels.cuda.products.block_fp8 import require_readable, split
-from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config, grouped_config, product_config
+from ndcheck_kernels.cuda.products.fp8.block_fp8 import require_readable, split
+from ndcheck_kernels.cuda.products.fp8.fp8_configs import Fp8Config, grouped_config, product_config
 from ndcheck_kernels.cuda.products.grouped_matmul import _find_rows
 from ndcheck_kernels.cuda.products.tiles import accumulate, offsets, sum_groups, zeros
 from ndcheck_kernels.ops.block_fp8 import BLOCK
