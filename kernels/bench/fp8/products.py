@@ -51,6 +51,19 @@ SCHEDULES = [
     )
     for stages, parallel in product(all_stages, (False, True) if can_be_parallel else (False,))
 ]
+BY_HAND = tuple(
+    Fp8Config(*sizes, hopper=True)
+    for sizes in (
+        (64, 32, 4, 16),
+        (64, 64, 4, 12),
+        (64, 128, 4, 8),
+        (128, 32, 4, 10),
+        (128, 64, 8, 8),
+        (128, 128, 8, 4),
+        (128, 128, 8, 6),
+    )
+)
+"""Schedules of `block_fp8_hopper`, none of which is shipped yet."""
 
 
 def every_schedule() -> tuple[Fp8Config, ...]:

@@ -151,6 +151,11 @@ def _launch(
     y = torch.empty((m, n), dtype=dtype, device=codes.device)
     if y.numel() == 0:
         return y
+    if config.hopper and device.has_hopper_kernels(y.device):
+        from ndcheck_kernels.cuda.products.fp8.block_fp8_hopper import multiply
+
+        multiply(codes, row_scales, weight, scales, addend, y, config)
+        return y
     c = y if addend is None else addend.expand(m, n)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     parts, walk, *shared = split(config, k, y, tiles)
