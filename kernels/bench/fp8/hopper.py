@@ -89,9 +89,14 @@ class Schedules:
                 f"{theirs:.2f}, {theirs / us[best]:.3f} of it; "
                 f"{2e-6 * m * n * k / us[best]:.0f} TFLOP/s", flush=True,
             )  # fmt: skip
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Print the entries of `MEASURED`, of the numbers of rows that were reached."""
         for shape, size in SHAPES.items():
-            entries = ((SERVES[m], self.fastest[shape, m]) for m in sorted(ROWS))
-            print(f"{size}:", *(f"    {entry}," for entry in entries), sep="\n", flush=True)
+            reached = ((SERVES[m], self.fastest.get((shape, m))) for m in sorted(ROWS))
+            lines = (f"    ({most}, {config})," for most, config in reached if config)
+            print(f"{size}:", *lines, sep="\n", flush=True)
 
     def _times(
         self, m: int, n: int, k: int, configs: tuple[Fp8Config, ...]

@@ -66,21 +66,19 @@ def test_bits_where_a_program_has_many_tiles(config):
 @pytest.mark.parametrize("config", bench.BY_HAND, ids=str)
 def test_addends_and_dtypes(config):
     operands = draw(200, 320, 2048)
-    rows = torch.randn(320, 2, 320, device="cuda")
+    rows = torch.randn(320, 2, 320, device="cuda").bfloat16()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert equal(*both(operands, config, None, dtype))
     for addend in (rows[0, 0], rows[:200, 1], rows[:, 0, :200].t()):
-        assert equal(*both(operands, config, addend.bfloat16(), torch.bfloat16))
+        assert equal(*both(operands, config, addend, torch.bfloat16))
 
 
 @pytest.mark.parametrize("config", bench.BY_HAND, ids=str)
 def test_another_order_has_other_bits(config):
     """The control: blocks backwards, and so groups, and the columns in a block."""
     operands = draw(150, 256, 4096)
-    backwards = tuple(each.flip(1) for each in operands)
-    backwards = (backwards[0].contiguous(), operands[1].flip(1).t().contiguous().t(), *(
-        each.contiguous() for each in backwards[2:]
-    ))  # fmt: skip
+    codes, row_scales, weight, scales = (each.flip(1) for each in operands)
+    backwards = codes, row_scales.t().contiguous().t(), weight, scales
     new, old = both(operands, config)
     assert equal(new, old)
     assert not equal(block_fp8._launch(*backwards, None, torch.float32, config), old)

@@ -208,7 +208,6 @@ def _block_fp8_hopper_kernel(
     """STAGES: blocks that have a place in shared memory, for each warpgroup if by K-groups."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     BY_GROUPS: gl.constexpr = BLOCK_M == _HALF
     rings: gl.constexpr = 2 if BY_GROUPS else 1
     places: gl.constexpr = rings * STAGES
@@ -228,6 +227,8 @@ def _block_fp8_hopper_kernel(
     for each in gl.static_range(2):
         mbarrier.init(turns.index(each), count=1)
     fence_async_shared()
+    if PDL:
+        gdc_wait()  # Only now: barriers are made while the kernel before this one ends.
     # Gluon forgets that an argument is a constant when tuples are added, so they stand out in full.
     gl.warp_specialize(
         [

@@ -26,7 +26,7 @@ class Fp8Config:
     """One program per K-group (else one program walks them in sequence)."""
     hopper: bool = False
     """By `block_fp8_hopper`, where device and Triton have it and weights have blocks of scales: of
-    128 rows each warpgroup takes 64, of 64 every other K-group."""
+    128 rows each warpgroup takes 64, of 64 every other K-group. Elsewhere it changes nothing."""
 
 
 _ONE_FOR_ALL = Fp8Config(64, 64, 4, 4)
