@@ -68,11 +68,19 @@ class Schedules:
         """Raises RuntimeError where bits were not found to be equal."""
         if not self.are_equal:
             raise RuntimeError("times of other bits say nothing")
+        try:
+            self._time_each(Table(self.out / "hopper_schedules.csv", echo=False))
+        finally:  # Also of what was reached in time.
+            for shape, size in SHAPES.items():
+                reached = ((SERVES[m], self.fastest.get((shape, m))) for m in sorted(ROWS))
+                lines = (f"    ({most}, {config})," for most, config in reached if config)
+                print(f"{size}:", *lines, sep="\n", flush=True)
+
+    def _time_each(self, table: Table) -> None:
         recorded = {
             (row["shape"], int(row["m"])): float(row["deep_gemm_us"])
             for row in rows_of(REPOSITORY / "results" / "fp8" / "vllm.csv")
         }
-        table = Table(self.out / "hopper_schedules.csv", echo=False)
         for m, (shape, (n, k)) in product(ROWS, SHAPES.items()):
             shipped = fp8_configs.product_config(m, n, k, 90)
             us = self._times(m, n, k, (shipped, *BY_HAND))
@@ -86,17 +94,9 @@ class Schedules:
             theirs = recorded.get((shape, m), float("nan"))
             print(
                 f"{shape} {m}: {us[best]:.2f} us {best}; shipped {us[shipped]:.2f}; DeepGEMM "
-                f"{theirs:.2f}, {theirs / us[best]:.3f} of it; "
+                f"{theirs:.2f}, ratio {theirs / us[best]:.3f}; "
                 f"{2e-6 * m * n * k / us[best]:.0f} TFLOP/s", flush=True,
             )  # fmt: skip
-        self.freeze()
-
-    def freeze(self) -> None:
-        """Print the entries of `MEASURED`, of the numbers of rows that were reached."""
-        for shape, size in SHAPES.items():
-            reached = ((SERVES[m], self.fastest.get((shape, m))) for m in sorted(ROWS))
-            lines = (f"    ({most}, {config})," for most, config in reached if config)
-            print(f"{size}:", *lines, sep="\n", flush=True)
 
     def _times(
         self, m: int, n: int, k: int, configs: tuple[Fp8Config, ...]
