@@ -46,11 +46,32 @@ class OneScale:
 
 
 @triton.jit
+def divide(x, divisor):
+    """x [..., N] by divisors [..., 1] of 2**-126 or more, which may be infinite: IEEE quotients.
+
+    But for those below 2**-11, which all round to the code 0, and above 512, which may be infinite.
+    The hardware's division branches, one element after the other. Here all share a reciprocal, and
+    where that is rounded correctly and a quotient is off by less than a unit in the last place, one
+    more correction rounds it correctly (Markstein, 1990).
+    """
+    factor = tl.where(divisor < 1.0, 2.0**64, 1.0)  # So that no remainder underflows.
+    d = divisor * factor
+    reciprocal = tl.broadcast_to(tl.div_rn(tl.full(d.shape, 1.0, tl.float32), d), x.shape)
+    minus_d = tl.broadcast_to(-d, x.shape)
+    x = x * tl.broadcast_to(factor, x.shape)
+    rough = x * reciprocal
+    near = tl.fma(tl.fma(minus_d, rough, x), reciprocal, rough)
+    quotient = tl.fma(tl.fma(minus_d, near, x), reciprocal, near)
+    # A correction loses the sign of zero, and makes NaN of infinity.
+    return tl.where((rough == 0.0) | (tl.abs(rough) >= 512.0), rough, quotient)
+
+
+@triton.jit
 def quantise_blocks(x):
     """[..., 128] float32 -> quotients in the range of e4m3, and scales [..., 1]."""
     largest = tl.max(tl.abs(x), axis=-1, keep_dims=True)
     scale = tl.maximum(tl.div_rn(largest, tl.full(largest.shape, 448.0, tl.float32)), 2.0**-126)
-    return tl.div_rn(x, tl.broadcast_to(scale, x.shape)), scale
+    return divide(x, scale), scale
 
 
 @triton.jit
@@ -67,8 +88,7 @@ def _scale_of_rows(x, given_ptrs, mask_m, bound, IS_GIVEN: tl.constexpr):
 @triton.jit
 def _bounded(x, scale):
     """x [ROWS, COLUMNS] by a scale that may be too small for it."""
-    quotients = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
-    return tl.clamp(quotients, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.clamp(divide(x, scale), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -140,9 +160,12 @@ def _rms_norm_quantise_kernel(
     offs_k = tl.arange(0, COLUMNS)[None, :]
     mask = (offs_m < M) & (offs_k < K)
     loaded = tl.load(x_ptr + offs_m * stride_xm + offs_k, mask, other=0.0)  # [ROWS, COLUMNS]
+    weight = tl.load(
+        weight_ptr + offs_k, offs_k < K, other=0.0
+    )  # Not after the sum: it takes long.
     x = loaded.to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / K + eps)
-    y *= tl.load(weight_ptr + offs_k, offs_k < K, other=0.0).to(tl.float32)
+    y *= weight.to(tl.float32)
     y = y.to(loaded.dtype).to(tl.float32)
     if BY_BLOCK:
         quotients, scale = quantise_blocks(tl.reshape(y, (ROWS, COLUMNS // 128, 128)))

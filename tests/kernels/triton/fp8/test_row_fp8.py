@@ -54,6 +54,21 @@ def test_rows_are_quantised_as_on_the_cpu(k, bound, dtype, device):
     assert codes[4].float().isnan().any() == (bound == float("inf"))
 
 
+def test_quotients_next_to_a_tie_are_rounded_once(device):
+    """The reference is the CPU's division; a product with the reciprocal goes the other way."""
+    torch.manual_seed(0)
+    m = 10_000 if IS_GPU else 60
+    scales = (1 + torch.rand(m)) * torch.randint(-126, 100, (m,)).float().exp2()
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (codes[1:] + codes[:-1]) / 2 * scales[:, None]
+    up = torch.full_like(ties, torch.inf)
+    rows = torch.cat([ties, torch.nextafter(ties, up), -torch.nextafter(ties, -up)], 1)
+    got = quantised(rows.to(device), scales.to(device))[0].cpu()
+    assert torch.equal(bits(got), bits(ops.quantise_rows(rows, scales)[0]))
+    by_product = (rows * (1 / scales[:, None])).to(torch.float8_e4m3fn)
+    assert not torch.equal(bits(got), bits(by_product))
+
+
 @pytest.mark.parametrize("bound", [float("inf"), 2.0])
 @pytest.mark.parametrize(("m", "k"), [(5, 64), (3, 1040), (17, 1040), (9, 2064)])
 def test_fused_quantisation_costs_no_bits(m, k, bound, dtype, device):
