@@ -34,8 +34,17 @@ from ndcheck_kernels.cuda.rows.quantise import OneScale, Quantised, quantise_row
 from ndcheck_kernels.models import decoder
 from ndcheck_kernels.ops import row_fp8
 
-TESTS = ("tests/kernels/gpu/test_fp8_fused_bits.py",)
-CHANNEL_TESTS = ("tests/kernels/triton/fp8/test_projections.py",)
+BY_ROW = "tests/kernels/triton/fp8/test_row_fp8.py"
+TESTS = (
+    "tests/kernels/gpu/test_fp8_fused_bits.py",
+    f"{BY_ROW}::test_quotients_next_to_a_tie_are_rounded_once",
+)
+CHANNEL_TESTS = (
+    "tests/kernels/triton/fp8/test_projections.py",
+    f"{BY_ROW}::test_rows_are_quantised_as_on_the_cpu",
+    f"{BY_ROW}::test_fused_quantisation_costs_no_bits",
+    "tests/kernels/triton/test_fp8_decoder.py::test_fused_fp8_layers",
+)
 QKV, OUT, GATE_UP, DOWN = products.SHAPES.values()
 Change = tuple[Any, str, Any]
 """An object, its attribute, and what takes its place."""

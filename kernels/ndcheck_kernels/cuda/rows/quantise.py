@@ -3,9 +3,10 @@
 Or with one scale for the whole row.
 
 Computes: what `ops.block_fp8` or, of one scale, `ops.row_fp8` says of a row; the quotients are IEEE
-    divisions. After RMSNorm or silu(gate) * up, of the row that `rms_norm` and `silu_mul` would
-    have rounded to its dtype.
-Reduction order: a maximum has none; RMSNorm's is that of `rms_norm`.
+    divisions. After RMSNorm or silu(gate) * up, of the row rounded to its dtype, as `rms_norm` and
+    `silu_mul` do.
+Reduction order: a maximum has none; RMSNorm's is one `tl.sum` over a tile of `row_tile(K)`, which
+    on a GPU the compiler lays out for the codes, so that its order need not be that of `rms_norm`.
 Depends on: the row, dtype, architecture, Triton version.
 Dtypes: bfloat16, float16, float32 to float8_e4m3fn and float32.
 Not claimed: gradients.
