@@ -23,7 +23,7 @@ import torch
 from bench.fp8.products import BATCHES, SHAPES, compile_shipped, runs, weights
 from bench.table import Table, print_means
 from bench.weight_only.products import GROUP, draw
-from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
+from ndcheck_kernels.cuda.products.fp8.block_fp8 import block_fp8_matmul
 from ndcheck_kernels.cuda.products.weight_only import weight_only_matmul
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.measure.timing import copies, medians_us

@@ -20,9 +20,9 @@ import torch
 from bench.parts import compile_each
 from bench.table import Table, add_ranked, print_means
 from ndcheck_kernels.cuda import device
-from ndcheck_kernels.cuda.products import block_fp8, fp8_configs
-from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
-from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config
+from ndcheck_kernels.cuda.products.fp8 import block_fp8, fp8_configs
+from ndcheck_kernels.cuda.products.fp8.block_fp8 import block_fp8_matmul
+from ndcheck_kernels.cuda.products.fp8.fp8_configs import Fp8Config
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.measure.timing import copies, medians_us
 from ndcheck_kernels.ops.block_fp8 import quantise_weight
@@ -51,6 +51,19 @@ SCHEDULES = [
     )
     for stages, parallel in product(all_stages, (False, True) if can_be_parallel else (False,))
 ]
+BY_HAND = tuple(
+    Fp8Config(*sizes, hopper=True)
+    for sizes in (
+        (64, 32, 4, 16),
+        (64, 64, 4, 12),
+        (64, 128, 4, 8),
+        (128, 32, 4, 10),
+        (128, 64, 8, 8),
+        (128, 128, 8, 4),
+        (128, 128, 8, 6),
+    )
+)
+"""Schedules of `block_fp8_hopper`, none of which is shipped yet."""
 
 
 def every_schedule() -> tuple[Fp8Config, ...]:

@@ -22,7 +22,7 @@ from bench.fp8.measure import measure_properties, measure_steps
 from bench.fp8.products import SHAPES, runs
 from bench.parts import Part, compile_each, run_parts, run_tests
 from bench.table import Table, print_means
-from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config
+from ndcheck_kernels.cuda.products.fp8.fp8_configs import Fp8Config
 from ndcheck_kernels.ops.row_fp8 import quantise_weight
 
 TESTS = (
@@ -34,13 +34,13 @@ BATCHES = (1, 16, 64, 1024)
 
 
 def compile_shipped() -> None:
-    from ndcheck_kernels.cuda.products.fp8_configs import selectable_configs
+    from ndcheck_kernels.cuda.products.fp8.fp8_configs import selectable_configs
 
     compile_each(_compile, selectable_configs(90))
 
 
 def _compile(config: Fp8Config) -> None:
-    from ndcheck_kernels.cuda.products import row_fp8
+    from ndcheck_kernels.cuda.products.fp8 import row_fp8
     from ndcheck_kernels.cuda.rows.quantise import quantise_whole_rows
 
     for k, m, dtype in product((512, 4096, 12288), (1, 129), (torch.bfloat16, torch.float32)):
@@ -54,8 +54,8 @@ def compare_schedules(out: Path) -> None:
     """Every row of 600 has the bits of the first schedule, in any number of rows; of K backwards
     it has not.
     """
-    from ndcheck_kernels.cuda.products import row_fp8
-    from ndcheck_kernels.cuda.products.fp8_configs import selectable_configs
+    from ndcheck_kernels.cuda.products.fp8 import row_fp8
+    from ndcheck_kernels.cuda.products.fp8.fp8_configs import selectable_configs
     from ndcheck_kernels.cuda.rows.quantise import quantise_whole_rows
 
     configs, differing = selectable_configs(90), []
@@ -85,7 +85,7 @@ def compare_schedules(out: Path) -> None:
 
 
 def compare_products(out: Path) -> None:
-    from ndcheck_kernels.cuda.products.row_fp8 import row_fp8_matmul
+    from ndcheck_kernels.cuda.products.fp8.row_fp8 import row_fp8_matmul
     from ndcheck_kernels.cuda.rows.quantise import quantise_whole_rows
     from ndcheck_kernels.measure.timing import copies, medians_us
 

@@ -25,9 +25,9 @@ from bench.models.decode import step_ms
 from bench.parts import compile_each, run_parts, run_tests
 from bench.table import Table
 from ndcheck_kernels.cuda.attention.causal import attention, quantised_attention
-from ndcheck_kernels.cuda.products import fp8_configs
-from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
-from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config
+from ndcheck_kernels.cuda.products.fp8 import fp8_configs
+from ndcheck_kernels.cuda.products.fp8.block_fp8 import block_fp8_matmul
+from ndcheck_kernels.cuda.products.fp8.fp8_configs import Fp8Config
 from ndcheck_kernels.cuda.rows.quantise import Quantised, quantise_rows
 from ndcheck_kernels.models import decoder
 

@@ -22,19 +22,13 @@ from typing import Literal
 
 import torch
 
+from bench.fp8.products import BY_HAND
 from bench.ops.matmul_cells import SHAPES
 from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
-from ndcheck_kernels.cuda.products import (
-    block_fp8,
-    fp8_configs,
-    grouped_matmul,
-    matmul,
-    mxfp4,
-    row_fp8,
-    weight_only,
-)
+from ndcheck_kernels.cuda.products import grouped_matmul, matmul, mxfp4, weight_only
+from ndcheck_kernels.cuda.products.fp8 import block_fp8, fp8_configs, row_fp8
 from ndcheck_kernels.cuda.recurrent import gated_delta, selective_scan, short_convolution
 from ndcheck_kernels.cuda.rows import (
     add_parts,
@@ -158,6 +152,17 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
     if extent == "kinds":
         by_size = sorted(selectable, key=lambda c: (c.block_m * c.block_n, c.stages))
         selectable = tuple({(c.swap, c.parallel): c for c in by_size}.values())
+    by_hand = BY_HAND if device.has_hopper_kernels(codes.device) else ()
+    if extent == "kinds":  # The largest by rows of a warpgroup, and by its K-groups.
+        by_hand = tuple({c.block_m: c for c in by_hand}.values())
+    for config in by_hand:
+        for c in (None, torch.empty(600, 1536, dtype=dtype)):
+            yield (
+                f"block_fp8 {config}",
+                lambda c=c, config=config: block_fp8._launch(
+                    codes, row_scales, weight[0], scales[0], c, dtype, config
+                ),
+            )
     for config in selectable:
         for c in (None, torch.empty(600, 1536, dtype=dtype)):
             yield (

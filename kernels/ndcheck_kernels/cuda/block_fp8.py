@@ -3,7 +3,7 @@
 import torch
 
 from ndcheck_kernels.cuda.overrides import covered
-from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul, grouped_block_fp8_matmul
+from ndcheck_kernels.cuda.products.fp8.block_fp8 import block_fp8_matmul, grouped_block_fp8_matmul
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.ops.block_fp8 import register_block_fp8
 

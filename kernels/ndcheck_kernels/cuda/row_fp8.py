@@ -3,7 +3,7 @@
 import torch
 
 from ndcheck_kernels.cuda.overrides import covered
-from ndcheck_kernels.cuda.products.row_fp8 import grouped_row_fp8_matmul, row_fp8_matmul
+from ndcheck_kernels.cuda.products.fp8.row_fp8 import grouped_row_fp8_matmul, row_fp8_matmul
 from ndcheck_kernels.cuda.rows.quantise import quantise_whole_rows
 from ndcheck_kernels.ops.row_fp8 import register_row_fp8
 

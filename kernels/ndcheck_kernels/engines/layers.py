@@ -27,7 +27,8 @@ import torch
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.configs import borrows
 from ndcheck_kernels.cuda.experts import route_experts
-from ndcheck_kernels.cuda.products import block_fp8, matmul
+from ndcheck_kernels.cuda.products import matmul
+from ndcheck_kernels.cuda.products.fp8 import block_fp8
 from ndcheck_kernels.cuda.products.grouped_matmul import combine, grouped_matmul
 from ndcheck_kernels.cuda.rows import softmax
 from ndcheck_kernels.cuda.rows.add_parts import add_parts

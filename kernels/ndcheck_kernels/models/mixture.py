@@ -4,7 +4,7 @@ Computes: residual + the sum over a token's experts of its routing weight times
     down_e(silu(gate_e(x)) * up_e(x)); the weights are the largest k of the softmax of the router's
     logits, ties to the lowest expert, divided by their sum if the layer normalises them.
 Reduction order: the weights' as in `cuda.routing`; the products' and the combination's as in
-    `cuda.products.grouped_matmul`, the products' of FP8 weights as in `cuda.products.block_fp8`.
+    `cuda.products.grouped_matmul`, the products' of FP8 weights as in `cuda.products.fp8`.
 Depends on: the token and the layer; not on other tokens or on how many chose an expert.
 Dtypes: bfloat16, float16, float32.
 Not claimed: the bits of the unfused layer, which rounds before the residual is added; gradients.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ndcheck_kernels.cuda.experts import route_experts
-from ndcheck_kernels.cuda.products.block_fp8 import grouped_block_fp8_matmul
+from ndcheck_kernels.cuda.products.fp8.block_fp8 import grouped_block_fp8_matmul
 from ndcheck_kernels.cuda.products.grouped_matmul import combine, grouped_matmul
 from ndcheck_kernels.cuda.products.matmul import matmul
 from ndcheck_kernels.cuda.routing import choose

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
+from ndcheck_kernels.cuda.products.fp8.block_fp8 import block_fp8_matmul
 from ndcheck_kernels.cuda.products.matmul import matmul
 from ndcheck_kernels.cuda.products.weight_only import weight_only_matmul
 from ndcheck_kernels.cuda.rows.add_parts import add_parts

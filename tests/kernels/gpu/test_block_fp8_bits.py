@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.fp8 import products as bench
-from ndcheck_kernels.cuda.products import block_fp8, fp8_configs
+from ndcheck_kernels.cuda.products.fp8 import block_fp8, fp8_configs
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.ops.block_fp8 import dequantise, quantise_weight
 

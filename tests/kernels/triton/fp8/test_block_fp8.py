@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from ndcheck_kernels.cpu import block_fp8 as on_cpu
-from ndcheck_kernels.cuda.products import block_fp8 as kernels
-from ndcheck_kernels.cuda.products import fp8_configs
+from ndcheck_kernels.cuda.products.fp8 import block_fp8 as kernels
+from ndcheck_kernels.cuda.products.fp8 import fp8_configs
 from ndcheck_kernels.cuda.rows import quantise, rms_norm, silu_mul
 from ndcheck_kernels.ops import block_fp8 as ops
 
 IS_GPU = torch.cuda.is_available()
+BY_HAND = tuple(fp8_configs.Fp8Config(rows, 64, 4, 4, hopper=True) for rows in (64, 128))
+"""Where there is no Hopper, they are schedules of the kernel that any device runs."""
 
 
 def bits(t):
@@ -57,7 +59,7 @@ def test_fused_quantisation_costs_no_bits(k, dtype, device):
         assert torch.equal(fused[1], scales)
 
 
-@pytest.mark.parametrize("config", fp8_configs.selectable_configs(90), ids=str)
+@pytest.mark.parametrize("config", [*fp8_configs.selectable_configs(90), *BY_HAND], ids=str)
 @pytest.mark.parametrize(("n", "k"), [(160, 384), (128, 2128)])
 def test_products_have_the_bits_of_the_cpu(config, n, k, dtype, device):
     weight, scales = weights(n, k, device=device)

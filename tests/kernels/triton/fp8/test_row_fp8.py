@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ndcheck_kernels.cpu import row_fp8 as on_cpu
-from ndcheck_kernels.cuda.products import row_fp8 as kernels
-from ndcheck_kernels.cuda.products.fp8_configs import DEFAULT, selectable_configs
+from ndcheck_kernels.cuda.products.fp8 import row_fp8 as kernels
+from ndcheck_kernels.cuda.products.fp8.fp8_configs import DEFAULT, selectable_configs
 from ndcheck_kernels.cuda.rows import quantise
 from ndcheck_kernels.ops import row_fp8 as ops
 

@@ -24,6 +24,9 @@ class Fp8Config:
     """As in `MatmulConfig`: one operand has at least 64 rows, so that all tiles use wgmma."""
     parallel: bool = False
     """One program per K-group (else one program walks them in sequence)."""
+    hopper: bool = False
+    """By `block_fp8_hopper`, where device and Triton have it and weights have blocks of scales: of
+    128 rows each warpgroup takes 64, of 64 every other K-group. Elsewhere it changes nothing."""
 
 
 _ONE_FOR_ALL = Fp8Config(64, 64, 4, 4)
