@@ -69,7 +69,9 @@ class Projection:
         joined = {name: _join(layers, name) for name in fields}
         weight, bias = joined["weight"], joined.get("bias")
         if is_row_fp8(first):
-            return cls(weight, bias, torch.cat([_by_output(each) for each in layers]), _of(first))
+            return cls(
+                weight, bias, torch.cat([_by_output(each) for each in layers]), _one_scale(first)
+            )
         return cls(weight, bias, joined.get("weight_scale_inv"))
 
     @property
@@ -171,7 +173,7 @@ def _by_output(layer: Any) -> torch.Tensor:
     return scales.repeat_interleave(len(here(layer.weight)) // len(scales))
 
 
-def _of(layer: Any) -> OneScale:
+def _one_scale(layer: Any) -> OneScale:
     """How such a layer's rows are quantised."""
     given = layer.activation_scale
     return OneScale(None if given is None else here(given.detach()).reshape(1), row_bound(layer))
