@@ -30,6 +30,7 @@ from ndcheck_kernels.ops.row_fp8 import quantise_weight
 
 TESTS = (
     "tests/kernels/triton/fp8/test_row_fp8.py",
+    "tests/kernels/triton/fp8/test_projections.py",
     "tests/kernels/triton/fp8/test_fp8_cache.py",
     "tests/kernels/triton/test_decoder.py::test_a_row_has_the_same_bits_over_an_fp8_cache",
 )
