@@ -62,7 +62,7 @@ BY_HAND = tuple(
         (128, 128, 8, 6),
     )
 )
-"""Schedules of `block_fp8_hopper`, none of which is shipped yet."""
+"""Schedules of `block_fp8_hopper`."""
 
 
 def every_schedule() -> tuple[Fp8Config, ...]:
