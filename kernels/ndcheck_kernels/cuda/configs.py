@@ -236,6 +236,22 @@ def grouped_config(rows: int, groups: int, itemsize: int, capability: int) -> Ma
     return next(config for mean, config in _GROUPED if rows <= mean * groups)
 
 
+# The same for gates and up at once: a program has `block_n` columns of both.
+_GATES: _Table = (
+    (1, _swap(16, 32, 128, 4, 5)),
+    (10, _swap(16, 64, 64, 4, 5)),
+    (24, _swap(32, 64, 64, 4, 5)),
+    (64, _swap(64, 64, 64, 4, 4)),
+)
+
+
+def gate_config(rows: int, groups: int, itemsize: int, capability: int) -> MatmulConfig | None:
+    """As `grouped_config`, of gates and up in one launch; None where they take one by one."""
+    if _fixed(itemsize, capability):
+        return None
+    return next((config for mean, config in _GATES if rows <= mean * groups), None)
+
+
 def grouped_pointer_config(rows: int, groups: int, itemsize: int, capability: int) -> MatmulConfig:
     """For operands that TMA cannot read."""
     return pointer_config(-(-rows // groups), itemsize, capability)
@@ -246,6 +262,11 @@ def selectable_grouped_configs(itemsize: int, capability: int) -> set[MatmulConf
     if _fixed(itemsize, capability):
         return {ONE_FOR_ALL}
     return {config for _, config in (*_GROUPED, *_POINTER)}
+
+
+def selectable_gate_configs(itemsize: int, capability: int) -> set[MatmulConfig]:
+    """Every configuration of gates and up in one launch that some number of rows can select."""
+    return set() if _fixed(itemsize, capability) else {config for _, config in _GATES}
 
 
 @dataclass(frozen=True, slots=True)
