@@ -67,9 +67,7 @@ def _choose_kernel(
         ends = tl.sum((index[None, :] <= expert[:, None]).to(tl.int32), 1)
         tl.store(ends_ptr + expert, ends, mask)
     tl.store(index_ptr + token * TOP_K + slot, index.to(tl.int64), is_chosen)
-    tl.store(
-        weights_ptr + token * TOP_K + slot, chosen.to(weights_ptr.dtype.element_ty), is_chosen
-    )
+    tl.store(weights_ptr + token * TOP_K + slot, chosen.to(weights_ptr.dtype.element_ty), is_chosen)
 
 
 @triton.jit(do_not_specialize=["tokens"])

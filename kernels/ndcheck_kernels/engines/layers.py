@@ -33,7 +33,6 @@ from ndcheck_kernels.cuda.products.grouped_matmul import combine, grouped_gate, 
 from ndcheck_kernels.cuda.rows import softmax
 from ndcheck_kernels.cuda.rows.add_parts import add_parts
 from ndcheck_kernels.cuda.rows.quantise import Quantised, quantise_rows, silu_mul_quantise
-from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.ops.block_fp8 import BLOCK
 from ndcheck_kernels.scope.refusal import UnsupportedCallError
 

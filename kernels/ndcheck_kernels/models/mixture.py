@@ -1,4 +1,4 @@
-"""A router and its experts as six launches or fewer, for fused decoder layers on CUDA.
+"""A router and its experts as six launches where rows are few, for fused decoder layers on CUDA.
 
 Computes: residual + the sum over a token's experts of its routing weight times
     down_e(silu(gate_e(x)) * up_e(x)); the weights are the largest k of the softmax of the router's

@@ -146,9 +146,7 @@ def test_experts_are_combined_in_the_order_given(dtype, device):
 def test_routes_are_those_of_sorting(tokens, top_k, experts, device):
     scores = torch.rand(tokens, experts, device=device)
     weights, index = scores.topk(top_k)
-    counted, by_sorting = (
-        make(index, weights, experts) for make in (route, route_by_sorting)
-    )
+    counted, by_sorting = (make(index, weights, experts) for make in (route, route_by_sorting))
     for ours, sorts in zip(counted, by_sorting, strict=True):
         assert ours.dtype == sorts.dtype
         assert torch.equal(ours, sorts)

@@ -1,6 +1,7 @@
 """Products of rows with the weights of their own group (expert), and their weighted sum by token.
 
 Computes: y[i] = x[i] @ b[g] for the group g of row i, fp32 accumulation, one rounding at the end;
+    of a product that gives gates and up, `silu_mul` of both as they are rounded;
     out[t] = sum over j of weights[t, j] * rows[place[t, j]], plus a residual if given, in fp32, one
     rounding at the end.
 Reduction order: the product's is that of `matmul` at the same (N, K): groups change which weights a
@@ -39,14 +40,18 @@ _COMBINE_BLOCK = 1024
 
 
 @triton.jit
-def _find_rows(ends_ptr, tile, E, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
+def _find_rows(
+    ends_ptr, tile, E, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, EARLY: tl.constexpr = False
+):
     """The group, first row and end of the group's rows of the tile-th tile of all groups.
 
-    Group E or beyond if there are not so many tiles.
+    Group E or beyond if there are not so many tiles. EARLY: leave nothing in L1 that a later read
+    could find in place of what is true then.
     """
+    CACHE: tl.constexpr = ".cg" if EARLY else ""
     e = tl.arange(0, E_BLOCK)
-    ends = tl.load(ends_ptr + e, e < E, other=0)
-    starts = tl.load(ends_ptr + e - 1, (e > 0) & (e < E), other=0)
+    ends = tl.load(ends_ptr + e, e < E, other=0, cache_modifier=CACHE)
+    starts = tl.load(ends_ptr + e - 1, (e > 0) & (e < E), other=0, cache_modifier=CACHE)
     tiles = tl.where(e < E, tl.cdiv(ends - starts, BLOCK_M), 0)
     group = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
     before = tl.sum(tl.where(e < group, tiles, 0), 0)
@@ -105,15 +110,24 @@ def _grouped_tile_kernel(
     num_n = tl.cdiv(N, BLOCK_N)
     group, first_n = tl.program_id(0) // num_n, (tl.program_id(0) % num_n) * BLOCK_N
     height = 2 * N if GATE else N
+    # With few rows a product after a gate starts when the groups that both have are known, though
+    # it has not waited for them: should it read others, it asks for weights in vain.
+    IS_FEW_GATE: tl.constexpr = GATE and not BY_GROUP
     if PDL:
-        gdc_launch_dependents()
-        if PREFETCH and BY_GROUP:
-            _prefetch(w_ptr, group * height + first_n, 0, E * height, K, K, BLOCK_N, PREFETCH)
+        if not IS_FEW_GATE:
+            gdc_launch_dependents()
+        if PREFETCH and not IS_FEW_GATE:
+            ahead = group
+            if not BY_GROUP:
+                ahead, _, _ = _find_rows(ends_ptr, group, E, E_BLOCK, BLOCK_M, True)
+                ahead = tl.minimum(ahead, E - 1)
+            ahead = ahead * height + first_n
+            _prefetch(w_ptr, ahead, 0, E * height, K, K, BLOCK_N, PREFETCH)
             if GATE:
-                _prefetch(
-                    w_ptr, group * height + N + first_n, 0, E * height, K, K, BLOCK_N, PREFETCH
-                )
+                _prefetch(w_ptr, ahead + N, 0, E * height, K, K, BLOCK_N, PREFETCH)
         gdc_wait()
+        if IS_FEW_GATE:
+            gdc_launch_dependents()
     if BY_GROUP:
         first = tl.load(ends_ptr + group - 1, group > 0, other=0)
         end = tl.load(ends_ptr + group)
@@ -206,8 +220,8 @@ def grouped_gate(
     ``source`` [P] int64 names rows of x in order of groups. One launch where groups have few rows.
     """
     config = gate_config(len(source), len(b), x.element_size(), device.capability(x.device))
-    is_aligned = x.stride(1) == 1 and all(_is_aligned(t, b.shape[1]) for t in (x, b))
-    if config is None or x.dtype != b.dtype or not (is_aligned and b.mT.is_contiguous()):
+    fits = _rows_fit(x) and b.mT.is_contiguous() and _is_aligned(b, b.shape[1])
+    if config is None or x.dtype != b.dtype or not fits:
         gate, up = grouped_matmul(x[source], b, ends).chunk(2, -1)
         return silu_mul(gate, up)
     groups = k_groups(b.shape[2], b.shape[1], x.element_size(), device.capability(x.device))
@@ -225,10 +239,9 @@ def _launch(
     if y.numel() == 0:
         return y
     ends = ends.to(torch.int32).contiguous()
-    rows_fit = x.stride(1) == 1 and _is_aligned(x, x.stride(0))
     by_row = b.mT.is_contiguous() and _is_aligned(b, k)
     by_column = b.is_contiguous() and _is_aligned(b, n) and k % config.block_k == 0
-    if config.kind == "tile" and not (rows_fit and (by_row or by_column)):
+    if config.kind == "tile" and not (_rows_fit(x) and (by_row or by_column)):
         config = grouped_pointer_config(m, e, x.element_size(), device.capability(x.device))
     # A group adds at most one tile that is not full.
     by_group = config.swap and m >= e
@@ -257,6 +270,10 @@ def _launch(
         GATE=source is not None, PREFETCH=config.prefetch if by_row else 0, **shared,
     )  # fmt: skip
     return y
+
+
+def _rows_fit(x: torch.Tensor) -> bool:
+    return x.stride(1) == 1 and _is_aligned(x, x.stride(0))
 
 
 def _is_aligned(t: torch.Tensor, row: int) -> bool:
