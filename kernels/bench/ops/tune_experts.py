@@ -48,7 +48,7 @@ SIZES = {
     ),
     "down": (
         *((128, 64, 4, 5), (64, 128, 4, 4), (64, 64, 4, 8), (64, 256, 4, 2), (64, 256, 4, 3)),
-        *((32, 256, 4, 3), (32, 128, 2, 5)),
+        *((32, 256, 4, 3), (32, 128, 2, 5), (64, 256, 4, 5)),
     ),
     "linear": (*((32, 256, 2, 4), (32, 256, 4, 4), (16, 256, 2, 4), (64, 128, 4, 5)),),
 }
@@ -160,7 +160,7 @@ def time_mixture(
     ]
     pairs = [(gate[0], down[0]), (gate[1], down[0]), (gate[0], down[1])]
     # Which experts few rows chose is known ahead for down alone.
-    most = max(PREFETCHES)[0] if tokens * TOP_K >= EXPERTS else 0
+    most = max(PREFETCHES)[0] if tokens * TOP_K > EXPERTS else 0
     pairs += [
         (replace(gate[0], prefetch=min(g, most)), replace(down[0], prefetch=d))
         for g, d in PREFETCHES

@@ -220,10 +220,14 @@ def selectable_configs(n: int, k: int, itemsize: int, capability: int) -> set[Ma
     return {config for _, config in (*_table(n, k), *_POINTER)}
 
 
-# Up to which mean number of rows in a group. A group may have many more: its tiles run in parallel.
+# Up to which mean number of rows in a group. A swapped tile has room for hardly fewer than a group
+# may have, which then reads its weights once, and a multiprocessor for two. What is read ahead may
+# be of a group without rows: not where there are many such.
 _GROUPED: _Table = (
-    (16, _swap(16, 64, 256, 4, 5)),
-    (32, _swap(32, 64, 128, 4, 6)),
+    (1, _swap(16, 64, 128, 4, 4, prefetch=512)),
+    (3, _swap(16, 64, 128, 4, 4)),
+    (10, _swap(16, 64, 128, 4, 4, prefetch=512)),
+    (24, _swap(32, 64, 128, 4, 4, prefetch=512)),
     (64, _swap(64, 64, 128, 4, 6)),
     (_ANY, _tile(128, 128, 64, 8, 4)),
 )
@@ -239,9 +243,10 @@ def grouped_config(rows: int, groups: int, itemsize: int, capability: int) -> Ma
 # The same for gates and up at once: a program has `block_n` columns of both.
 _GATES: _Table = (
     (1, _swap(16, 32, 128, 4, 5)),
-    (10, _swap(16, 64, 64, 4, 5)),
-    (24, _swap(32, 64, 64, 4, 5)),
-    (64, _swap(64, 64, 64, 4, 4)),
+    (3, _swap(16, 64, 64, 4, 5)),
+    (10, _swap(16, 64, 64, 4, 5, prefetch=512)),
+    (24, _swap(32, 64, 64, 4, 5, prefetch=512)),
+    (64, _swap(64, 64, 64, 4, 4, prefetch=512)),
 )
 
 

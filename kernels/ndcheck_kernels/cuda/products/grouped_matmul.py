@@ -244,7 +244,7 @@ def _launch(
     if config.kind == "tile" and not (_rows_fit(x) and (by_row or by_column)):
         config = grouped_pointer_config(m, e, x.element_size(), device.capability(x.device))
     # A group adds at most one tile that is not full.
-    by_group = config.swap and m >= e
+    by_group = config.swap and m > e
     tiles = (e if by_group else min(e, m) + m // config.block_m) * triton.cdiv(n, config.block_n)
     shared = {
         "GROUPS": groups, "E_BLOCK": triton.next_power_of_2(e), "BLOCK_M": config.block_m,
