@@ -117,6 +117,8 @@ _N4096: _Table = (
 _MEASURED: dict[tuple[int, int], _Table] = {
     (4096, 4096): _N4096,
     (4096, 12288): _N4096,
+    # A router's: few programs would read few weights at a time.
+    (128, 2048): ((16, _swap(16, 16, 256, 2, 4, prefetch=512)), *_DEFAULT[1:]),
     (6144, 4096): (
         (8, _FEW),
         (16, _swap(16, 32, 256, 2, 4)),
