@@ -115,7 +115,7 @@ class Schedules:
 
     def compare(self) -> None:
         """The fastest beside DeepGEMM, in turns."""
-        from bench.engines.quantised import aligned, deep_gemm, is_near
+        from bench.engines.quantised import aligned, deep_gemm, require_near
 
         table = Table(self.out / "hopper_deep_gemm.csv")
         for (shape, m), config in self.fastest.items():
@@ -129,7 +129,7 @@ class Schedules:
 
             given = aligned(scales)
             first = partial(deep_gemm, codes, given, held[0])
-            if reason := runs(partial(is_near, first, ours[0]())):
+            if reason := runs(partial(require_near, first, ours[0]())):
                 print(f"DeepGEMM is refused: {reason}", flush=True)
                 return
             us = medians_us({
