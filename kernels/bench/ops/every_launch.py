@@ -116,11 +116,22 @@ def experts(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
                     x, weights, ends, None, config, groups
                 ),
             )
+    source = torch.empty(600, dtype=torch.int64)
+    gates = [(c, groups) for c in configs.selectable_gate_configs(dtype.itemsize, capability)]
+    for config, _ in largest_of_each_kind(gates) if extent == "kinds" else gates:
+        yield (
+            f"grouped_gate {config}",
+            lambda config=config: grouped_matmul._launch(
+                x, b.view(128, 1536, 2048).mT, ends, None, config, groups, source
+            ),
+        )
     index, weights = torch.empty(75, 8, dtype=torch.int64), torch.empty(75, 8, dtype=dtype)
-    yield "route", lambda: grouped_matmul.route(index, weights, 128)
+    yield "route", lambda: routing.route(index, weights, 128)
     yield "combine", lambda: grouped_matmul.combine(x, index, weights)
     yield "combine with a residual", lambda: grouped_matmul.combine(x, index, weights, x[:75])
-    yield "choose", lambda: routing.choose(torch.empty(75, 128, dtype=dtype), 8, True)
+    chosen = torch.empty(75, 128, dtype=dtype)
+    yield "choose", lambda: routing.choose(chosen, 8, True)
+    yield "choose for one token", lambda: routing.choose_routes(chosen[:1], 8, True)
 
 
 def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:

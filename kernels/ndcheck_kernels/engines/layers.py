@@ -29,11 +29,10 @@ from ndcheck_kernels.cuda.configs import borrows
 from ndcheck_kernels.cuda.experts import route_experts
 from ndcheck_kernels.cuda.products import matmul
 from ndcheck_kernels.cuda.products.fp8.fp8_matmul import fp8_matmul, grouped_fp8_matmul
-from ndcheck_kernels.cuda.products.grouped_matmul import combine, grouped_matmul
+from ndcheck_kernels.cuda.products.grouped_matmul import combine, grouped_gate, grouped_matmul
 from ndcheck_kernels.cuda.rows import softmax
 from ndcheck_kernels.cuda.rows.add_parts import add_parts
 from ndcheck_kernels.cuda.rows.quantise import Quantised, quantise_rows, silu_mul_quantise
-from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.ops.block_fp8 import BLOCK
 from ndcheck_kernels.scope.refusal import UnsupportedCallError
 
@@ -213,8 +212,8 @@ def experts(own: Any, given: Mapping[str, Any]) -> None:
 def _plain_products(
     own: Any, given: Mapping[str, Any], token: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
-    gate, up = grouped_matmul(given["hidden_states"][token], given["w1"].mT, ends).chunk(2, -1)
-    return grouped_matmul(silu_mul(gate, up), given["w2"].mT, ends)
+    gated = grouped_gate(given["hidden_states"], token, given["w1"].mT, ends)
+    return grouped_matmul(gated, given["w2"].mT, ends)
 
 
 def _fp8_products(

@@ -1,6 +1,6 @@
 """Decoder layers of the Llama shape as ten launches each, for the invariant arm on CUDA.
 
-With a mixture of experts in the MLP's place, fourteen (`mixture`). With FP8 weights in blocks many
+With a mixture of experts in the MLP's place, twelve (`mixture`). With FP8 weights in blocks many
 rows need one more, which quantises what attention gives, and with other FP8 weights all do.
 
 A transformers decoder layer is some sixty small kernels, most of them elementwise. Here q, k and v

@@ -1,4 +1,4 @@
-"""A router and its experts as eight launches, for fused decoder layers on CUDA.
+"""A router and its experts as six launches where rows are few, for fused decoder layers on CUDA.
 
 Computes: residual + the sum over a token's experts of its routing weight times
     down_e(silu(gate_e(x)) * up_e(x)); the weights are the largest k of the softmax of the router's
@@ -19,13 +19,11 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.cuda.experts import route_experts
 from ndcheck_kernels.cuda.products.fp8.fp8_matmul import grouped_fp8_matmul
-from ndcheck_kernels.cuda.products.grouped_matmul import combine, grouped_matmul
+from ndcheck_kernels.cuda.products.grouped_matmul import combine, grouped_gate, grouped_matmul
 from ndcheck_kernels.cuda.products.matmul import matmul
-from ndcheck_kernels.cuda.routing import choose
+from ndcheck_kernels.cuda.routing import choose_routes
 from ndcheck_kernels.cuda.rows.quantise import OneScale, Quantised, quantise_rows, silu_mul_quantise
-from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.models.interface import here
 from ndcheck_kernels.models.quantised import is_block_fp8, is_fp8
 
@@ -73,8 +71,7 @@ def _mixture(
 ) -> torch.Tensor:
     router, own = block.gate, block.experts
     logits = matmul(rows, here(router.weight).t())
-    weights, index = choose(logits, router.top_k, router.norm_topk_prob)
-    token, expert, place, weights, ends = route_experts(index, weights, own.num_experts)
+    token, expert, place, weights, ends = choose_routes(logits, router.top_k, router.norm_topk_prob)
     if is_fp8(own):
         out = _fp8_products(own, rows, token, expert, ends, dtype)
     else:
@@ -85,10 +82,10 @@ def _mixture(
 def _plain_products(
     own: Any, rows: torch.Tensor, token: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    gate, up = grouped_matmul(rows[token], here(own.gate_up_proj).mT, ends).chunk(2, -1)
+    gated = grouped_gate(rows, token, here(own.gate_up_proj).mT, ends)
     down = here(own.down_proj).mT
     out = rows.new_empty(len(token), down.shape[2], dtype=dtype)
-    return grouped_matmul(silu_mul(gate, up), down, ends, out)
+    return grouped_matmul(gated, down, ends, out)
 
 
 def _fp8_products(

@@ -29,7 +29,7 @@ def zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
 @triton.jit
 def offsets(first_m, first_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
     """Row and column of each accumulator element, shaped to broadcast against it."""
-    offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+    offs_m = tl.cast(first_m, tl.int64) + tl.arange(0, BLOCK_M)
     offs_n = first_n.to(tl.int64) + tl.arange(0, BLOCK_N)
     if SWAP:
         return offs_m[None, :], offs_n[:, None]
