@@ -18,10 +18,7 @@ from ndcheck_kernels.cuda.attention.splits import (
 from ndcheck_kernels.cuda.dependent_launch import follow
 
 
-@triton.jit(
-    do_not_specialize=["q_length", "kv_length"],
-    do_not_specialize_on_alignment=["starts_ptr", "lengths_ptr", "sinks_ptr", "slopes_ptr"],
-)
+@triton.jit
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, starts_ptr, lengths_ptr, sinks_ptr, slopes_ptr, scale, cap, window,
     q_length, kv_length, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
