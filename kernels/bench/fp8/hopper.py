@@ -23,7 +23,7 @@ from bench.fp8.products import BY_HAND, SERVES, SHAPES, runs, weights
 from bench.parts import REPOSITORY, compile_each, run_parts, run_tests
 from bench.table import Table, print_means, rows_of
 from ndcheck_kernels.cuda import device
-from ndcheck_kernels.cuda.products.fp8 import block_fp8, fp8_configs
+from ndcheck_kernels.cuda.products.fp8 import fp8_configs, fp8_matmul
 from ndcheck_kernels.cuda.products.fp8.fp8_configs import Fp8Config
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.measure import resources
@@ -49,7 +49,7 @@ def _compile(config: Fp8Config, dtype: torch.dtype, n: int) -> None:
     addends = (rows[0, 0], rows[:64, 1], rows[:, 0, :64].t())
     with resources.compiling(90):
         for addend in (None, *(addends if dtype == torch.bfloat16 and n == 256 else ())):
-            block_fp8._launch(codes, row_scales, weight, scales, addend, dtype, config)
+            fp8_matmul._launch(codes, row_scales, weight, scales, addend, dtype, config)
 
 
 class Schedules:
@@ -105,7 +105,7 @@ class Schedules:
         codes = quantise_rows(torch.randn(m, k, device="cuda").bfloat16())
         us = medians_us({
             str(config): [
-                partial(block_fp8._launch, *codes, *each, None, torch.bfloat16, config)
+                partial(fp8_matmul._launch, *codes, *each, None, torch.bfloat16, config)
                 for each in held
             ]
             for config in configs
@@ -115,7 +115,7 @@ class Schedules:
 
     def compare(self) -> None:
         """The fastest beside DeepGEMM, in turns."""
-        from bench.engines.quantised import aligned, deep_gemm, is_near
+        from bench.engines.quantised import aligned, deep_gemm, require_near
 
         table = Table(self.out / "hopper_deep_gemm.csv")
         for (shape, m), config in self.fastest.items():
@@ -123,13 +123,13 @@ class Schedules:
             held = [weights(n, k) for _ in range(copies(n * k))]
             codes, scales = quantise_rows(torch.randn(m, k, device="cuda").bfloat16())
             ours = [
-                partial(block_fp8._launch, codes, scales, *each, None, torch.bfloat16, config)
+                partial(fp8_matmul._launch, codes, scales, *each, None, torch.bfloat16, config)
                 for each in held
             ]
 
             given = aligned(scales)
             first = partial(deep_gemm, codes, given, held[0])
-            if reason := runs(partial(is_near, first, ours[0]())):
+            if reason := runs(partial(require_near, first, ours[0]())):
                 print(f"DeepGEMM is refused: {reason}", flush=True)
                 return
             us = medians_us({

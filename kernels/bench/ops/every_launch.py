@@ -18,6 +18,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,7 +29,7 @@ from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
 from ndcheck_kernels.cuda.products import grouped_matmul, matmul, mxfp4, weight_only
-from ndcheck_kernels.cuda.products.fp8 import block_fp8, fp8_configs, row_fp8
+from ndcheck_kernels.cuda.products.fp8 import fp8_configs, fp8_matmul
 from ndcheck_kernels.cuda.recurrent import gated_delta, selective_scan, short_convolution
 from ndcheck_kernels.cuda.rows import (
     add_parts,
@@ -123,18 +124,18 @@ def experts(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
 
 
 def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
-    if capability < block_fp8.FIRST_CAPABILITY:
+    if capability < fp8_matmul.FIRST_CAPABILITY:
         return
     x = torch.empty(600, 2048, dtype=dtype)
-    yield "quantise_rows", lambda: quantise.quantise_rows(x)
-    yield "quantise_rows at places", lambda: quantise.quantise_rows(x, torch.arange(5))
-    yield "silu_mul_quantise", lambda: quantise.silu_mul_quantise(x, x)
-    yield "rms_norm_quantise", lambda: quantise.rms_norm_quantise(x, x[0], 1e-6)
-    yield "quantise_whole_rows", lambda: quantise.quantise_whole_rows(x)
-    yield (
-        "quantise_whole_rows by a scale",
-        lambda: quantise.quantise_whole_rows(x, torch.empty(600)),
-    )
+    kinds = {"blocks": None, "one": quantise.OneScale(), "given": quantise.OneScale(torch.empty(1))}
+    for (kind, one), rows in itertools.product(kinds.items(), (x, x[:8])):
+        for name, call, operands in (
+            ("quantise_rows", quantise.quantise_rows, (rows,)),
+            ("quantise_rows at places", quantise.quantise_rows, (rows, torch.arange(5))),
+            ("silu_mul_quantise", quantise.silu_mul_quantise, (rows, rows)),
+            ("rms_norm_quantise", quantise.rms_norm_quantise, (rows, x[0], 1e-6)),
+        ):
+            yield f"{name}, {kind}", partial(call, *operands, one_scale=one)
     q = torch.empty(2, 32, 1, 128, dtype=dtype)
     for columns in (200, 2000):
         cache, limits = q.new_empty(2, 8, columns, 128), torch.empty(2, dtype=torch.int32)
@@ -145,10 +146,18 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
             ),
         )
     k = 12288  # Of many K-groups.
-    codes, row_scales = torch.empty(600, k, dtype=torch.float8_e4m3fn), torch.empty(96, 600).t()
+    codes = torch.empty(600, k, dtype=torch.float8_e4m3fn)
+    row_scales, one_scale = torch.empty(96, 600).t(), torch.empty(600)
     weight = torch.empty(16, 1536, k, dtype=torch.float8_e4m3fn)
     scales, ends = torch.empty(16, 12, 96), torch.empty(16, dtype=torch.int32)
-    selectable = fp8_configs.selectable_configs(capability)
+    selectable = tuple(
+        dict.fromkeys(
+            (
+                *fp8_configs.selectable_configs(capability),
+                *fp8_configs.selectable_configs(capability, by_block=False),
+            )
+        )
+    )
     if extent == "kinds":
         by_size = sorted(selectable, key=lambda c: (c.block_m * c.block_n, c.stages))
         selectable = tuple({(c.swap, c.parallel): c for c in by_size}.values())
@@ -159,7 +168,7 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
         for c in (None, torch.empty(600, 1536, dtype=dtype)):
             yield (
                 f"block_fp8 {config}",
-                lambda c=c, config=config: block_fp8._launch(
+                lambda c=c, config=config: fp8_matmul._launch(
                     codes, row_scales, weight[0], scales[0], c, dtype, config
                 ),
             )
@@ -167,26 +176,26 @@ def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]
         for c in (None, torch.empty(600, 1536, dtype=dtype)):
             yield (
                 f"block_fp8 {config}",
-                lambda c=c, config=config: block_fp8._launch(
+                lambda c=c, config=config: fp8_matmul._launch(
                     codes, row_scales, weight[0], scales[0], c, dtype, config
                 ),
             )
             yield (
                 f"row_fp8 {config}",
-                lambda c=c, config=config: row_fp8._launch(
-                    codes, row_scales[:, 0], weight[0], scales[0], c, dtype, config
+                lambda c=c, config=config: fp8_matmul._launch(
+                    codes, one_scale, weight[0], one_scale[:1], c, dtype, config
                 ),
             )
         yield (
             f"grouped block_fp8 {config}",
-            lambda config=config: block_fp8._launch_grouped(
+            lambda config=config: fp8_matmul._launch_grouped(
                 codes, row_scales, weight, scales, ends, dtype, config
             ),
         )
         yield (
             f"grouped row_fp8 {config}",
-            lambda config=config: row_fp8._launch_grouped(
-                codes, row_scales[:, 0], weight, scales[..., 0], ends, dtype, config
+            lambda config=config: fp8_matmul._launch_grouped(
+                codes, one_scale, weight, one_scale[:16, None], ends, dtype, config
             ),
         )
 

@@ -32,7 +32,7 @@ CLASSES = {
 }
 """How long splits are, and after how many they are four times as long."""
 TILES = (
-    DecodeTile(4, 3),
+    DecodeTile(8, 3),
     DecodeTile(8, 2),
     DecodeTile(4, 2),
     DecodeTile(4, 2, 4),

@@ -276,7 +276,8 @@ class DecodeTile:
     warps: int
     stages: int
     per_sm: int = 1 << 30
-    """As long as so many programs per multiprocessor remain, one takes several splits."""
+    """As long as so many programs per multiprocessor remain, one takes several splits; twice as
+    many remain where splits are long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +307,8 @@ class AttentionConfig:
         tile = self.many if splits * pairs > sms else self.few
         if rows > 16:  # Four warps lack registers for them, and three stages shared memory.
             tile = replace(tile, warps=8, stages=2)
-        programs = max(1, -(-tile.per_sm * sms // pairs))
+        per_sm = tile.per_sm * (2 if splits > self.short_splits else 1)
+        programs = max(1, -(-per_sm * sms // pairs))
         return tile, -(-splits // min(splits, programs))
 
     def splits(self, tokens: int) -> int:
@@ -322,6 +324,6 @@ def attention_config(head_dim: int, itemsize: int, capability: int) -> Attention
         small, few = PrefillTile(32, 4, 1), DecodeTile(4, 1)
         return AttentionConfig(256, 32, small, small, few, few, max_rows=16)
     return AttentionConfig(
-        256, 128, PrefillTile(64, 8, 2), PrefillTile(128, 8, 2), DecodeTile(8, 3),
-        DecodeTile(4, 2, 16), max_rows=64,
+        256, 128, PrefillTile(64, 8, 2), PrefillTile(128, 8, 2), DecodeTile(4, 3),
+        DecodeTile(4, 2, 8), max_rows=64,
     )  # fmt: skip

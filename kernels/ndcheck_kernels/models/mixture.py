@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from ndcheck_kernels.cuda.experts import route_experts
-from ndcheck_kernels.cuda.products.fp8.block_fp8 import grouped_block_fp8_matmul
+from ndcheck_kernels.cuda.products.fp8.fp8_matmul import grouped_fp8_matmul
 from ndcheck_kernels.cuda.products.grouped_matmul import combine, grouped_matmul
 from ndcheck_kernels.cuda.products.matmul import matmul
 from ndcheck_kernels.cuda.routing import choose
-from ndcheck_kernels.cuda.rows.quantise import quantise_rows, silu_mul_quantise
+from ndcheck_kernels.cuda.rows.quantise import OneScale, Quantised, quantise_rows, silu_mul_quantise
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.models.interface import here
-from ndcheck_kernels.models.quantised import is_block_fp8
+from ndcheck_kernels.models.quantised import is_block_fp8, is_fp8
 
 BLOCKS = ("Qwen3MoeSparseMoeBlock",)
 
@@ -42,18 +42,20 @@ def is_mixture(block: Any) -> bool:
     is_plain = own.gate_up_proj.dtype == own.down_proj.dtype == block.gate.weight.dtype
     return (
         type(own.act_fn).__name__ in ("SiLU", "SiLUActivation")
-        and (is_plain or is_block_fp8(own))
+        and (is_plain or is_fp8(own))
         and not getattr(own, "_is_expert_parallel", False)  # Since transformers 5.18.
     )
 
 
 def mixture_fires(block: Any, *, is_part: bool) -> dict[str, int]:
     """What one block computes, as `Scope.fires` counts it."""
-    is_fp8 = is_block_fp8(block.experts)
-    whole = "block_fp8_grouped" if is_fp8 else "_grouped_mm"
-    if not is_part:
-        return _FIRES | {whole: 2}
-    return _FIRES | {whole: 1, "partial_block_fp8_grouped" if is_fp8 else "partial_grouped": 1}
+    own = block.experts
+    if not is_fp8(own):
+        whole, part = "_grouped_mm", "partial_grouped"
+    else:
+        whole = "block_fp8_grouped" if is_block_fp8(own) else "row_fp8_grouped"
+        part = f"partial_{whole}"
+    return _FIRES | ({whole: 1, part: 1} if is_part else {whole: 2})
 
 
 def mixture(rows: torch.Tensor, block: Any, residual: torch.Tensor) -> torch.Tensor:
@@ -72,9 +74,12 @@ def _mixture(
     router, own = block.gate, block.experts
     logits = matmul(rows, here(router.weight).t())
     weights, index = choose(logits, router.top_k, router.norm_topk_prob)
-    token, _, place, weights, ends = route_experts(index, weights, own.num_experts)
-    products = _fp8_products if is_block_fp8(own) else _plain_products
-    return combine(products(own, rows, token, ends, dtype), place, weights, residual)
+    token, expert, place, weights, ends = route_experts(index, weights, own.num_experts)
+    if is_fp8(own):
+        out = _fp8_products(own, rows, token, expert, ends, dtype)
+    else:
+        out = _plain_products(own, rows, token, ends, dtype)
+    return combine(out, place, weights, residual)
 
 
 def _plain_products(
@@ -87,13 +92,32 @@ def _plain_products(
 
 
 def _fp8_products(
-    own: Any, rows: torch.Tensor, token: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype
+    own: Any,
+    rows: torch.Tensor,
+    token: torch.Tensor,
+    expert: torch.Tensor,
+    ends: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    codes = quantise_rows(rows, token)
-    gate, up = grouped_block_fp8_matmul(
-        *codes, here(own.gate_up_proj), here(own.gate_up_proj_scale_inv), ends, dtype=rows.dtype
-    ).chunk(2, -1)
-    codes = silu_mul_quantise(gate, up)
-    return grouped_block_fp8_matmul(
-        *codes, here(own.down_proj), here(own.down_proj_scale_inv), ends, dtype=dtype
-    )
+    first, second = (_one_scale(own, name, expert) for name in ("gate_up_proj", "down_proj"))
+    codes = quantise_rows(rows, token, one_scale=first)
+    gate_up = _grouped(own, "gate_up_proj", codes, ends, rows.dtype)
+    codes = silu_mul_quantise(*gate_up.chunk(2, -1), one_scale=second)
+    return _grouped(own, "down_proj", codes, ends, dtype)
+
+
+def _one_scale(own: Any, name: str, expert: torch.Tensor) -> OneScale | None:
+    """How rows that go to these experts [P] are quantised; None: in blocks."""
+    if is_block_fp8(own):
+        return None
+    given = getattr(own, f"{name}_activation_scale", None)
+    return OneScale(None if given is None else here(given).reshape(-1)[expert])
+
+
+def _grouped(
+    own: Any, name: str, codes: Quantised, ends: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    weight, scales = here(getattr(own, name)), here(getattr(own, f"{name}_scale_inv"))
+    if not is_block_fp8(own):
+        scales = scales.reshape(len(weight), -1)
+    return grouped_fp8_matmul(*codes, weight, scales, ends, dtype=dtype)

@@ -5,7 +5,7 @@ import torch
 
 from bench.fp8 import products as bench
 from ndcheck_kernels.cuda import device
-from ndcheck_kernels.cuda.products.fp8 import block_fp8
+from ndcheck_kernels.cuda.products.fp8 import fp8_matmul
 from ndcheck_kernels.cuda.products.fp8.fp8_configs import Fp8Config
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.ops.block_fp8 import quantise_weight
@@ -36,8 +36,8 @@ def both(operands, config, addend=None, dtype=torch.float32):
     with pytest.MonkeyPatch.context() as patch:
         own = hopper.multiply
         patch.setattr(hopper, "multiply", lambda *args: calls.append(own(*args)))
-        new = block_fp8._launch(*operands, addend, dtype, config)
-        old = block_fp8._launch(*operands, addend, dtype, PLAIN)
+        new = fp8_matmul._launch(*operands, addend, dtype, config)
+        old = fp8_matmul._launch(*operands, addend, dtype, PLAIN)
     assert len(calls) == 1
     return new, old
 
@@ -81,7 +81,7 @@ def test_another_order_has_other_bits(config):
     backwards = codes, row_scales.t().contiguous().t(), weight, scales
     new, old = both(operands, config)
     assert equal(new, old)
-    assert not equal(block_fp8._launch(*backwards, None, torch.float32, config), old)
+    assert not equal(fp8_matmul._launch(*backwards, None, torch.float32, config), old)
 
 
 @pytest.mark.parametrize("config", bench.BY_HAND, ids=str)
@@ -89,18 +89,18 @@ def test_nothing_else_is_written(config):
     operands = draw(70, 200, 1152)
     whole = torch.full((80, 200), torch.nan, device="cuda")
     hopper.multiply(*operands, None, whole[:70], config)
-    assert equal(whole[:70], block_fp8._launch(*operands, None, torch.float32, PLAIN))
+    assert equal(whole[:70], fp8_matmul._launch(*operands, None, torch.float32, PLAIN))
     assert whole[70:].isnan().all()
 
 
 @pytest.mark.parametrize("config", bench.BY_HAND, ids=str)
 def test_replays_of_a_graph_repeat_their_bits(config):
     operands = draw(300, 4096, 4096)
-    want = block_fp8._launch(*operands, None, torch.float32, PLAIN)
-    block_fp8._launch(*operands, None, torch.float32, config)
+    want = fp8_matmul._launch(*operands, None, torch.float32, PLAIN)
+    fp8_matmul._launch(*operands, None, torch.float32, config)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = [block_fp8._launch(*operands, None, torch.float32, config) for _ in range(3)]
+        got = [fp8_matmul._launch(*operands, None, torch.float32, config) for _ in range(3)]
     for _ in range(50):
         for each in got:
             each.fill_(torch.nan)

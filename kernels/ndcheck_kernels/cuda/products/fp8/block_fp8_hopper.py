@@ -1,15 +1,15 @@
-"""Products of FP8 blocks scheduled for Hopper by hand: the bits of `block_fp8`.
+"""Products of FP8 blocks scheduled for Hopper by hand: the bits of `fp8_matmul`.
 
-Computes: as `block_fp8`.
-Reduction order: that of `block_fp8`: every product and sum below stands there too, in the same
+Computes: as `fp8_matmul` of such weights.
+Reduction order: that of `fp8_matmul`: every product and sum below stands there too, in the same
     order.
 Schedule: a program per SM walks over tiles. Warps of their own copy blocks of rows and weights to
     shared memory (TMA). Two warpgroups multiply, out of step: while one adds its block to its sum,
     the tensor cores work for the other. Tiles of 128 rows: each has 64 of them. Tiles of 64 rows:
     the warpgroups take turns at K-groups, each with blocks of its own in shared memory, and hand
     each other the total of the groups before.
-Depends on: as `block_fp8`.
-Dtypes: as `block_fp8`.
+Depends on: as `fp8_matmul`.
+Dtypes: as `fp8_matmul`.
 Not claimed: other devices than those of compute capability 9.0, Triton before 3.6.
 """
 
@@ -260,7 +260,7 @@ def multiply(
     codes: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor,
     addend: torch.Tensor | None, y: torch.Tensor, config: Fp8Config,
 ) -> None:  # fmt: skip
-    """Write the product of operands as `block_fp8_matmul` takes them to y [M, N]."""
+    """Write the product of operands as `fp8_matmul` takes them to y [M, N]."""
     (m, k), n = codes.shape, weight.shape[0]
     c = y if addend is None else addend.expand(m, n)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
