@@ -1,6 +1,6 @@
 """Times schedules of the products of a Qwen3-30B-A3B layer, beside what the frozen tables choose.
 
-    PYTHONPATH=kernels python -m bench.ops.tune_experts OUT_DIR [TOKENS,...]
+    PYTHONPATH=kernels python -m bench.tuning.experts OUT_DIR [TOKENS,...]
 
 First each product by itself, then a whole mixture with the fastest of them and what they prefetch.
 A schedule with other bits than the pointer kernels' is printed as WRONG and left out. All compile
