@@ -139,6 +139,8 @@ class Witness:
     """The server's ``system_fingerprint``."""
     model: str = ""
     """The model that a server's answer says it is of."""
+    n_prompt_tokens: Count | None = None
+    """Tokens that a server says the prompt has."""
     names_digest: str = ""
     """A digest of the names of the answer's tokens, where a server gives names beside ids."""
     n_counted: Count | None = None

@@ -54,9 +54,10 @@ class ServingFinding:
 
     ``n_repeated_ids`` of ``n_ids`` and ``n_replayed`` answers were not computed for their
     requests: their response id is another's, or they came sooner than a first token can.
-    ``n_other_texts`` have the token ids of another answer but not its text, ``n_other_ends`` ended
-    otherwise or after another number of tokens, sent or not. ``ids_differ``, ``names_differ``
-    (None: no names) and ``texts_differ`` count answers unlike the reference.
+    ``prompt_sizes`` are what the server counts as the prompt's tokens. ``n_other_texts`` have the
+    token ids of another answer but not its text, ``n_other_ends`` ended otherwise or after another
+    number of tokens, sent or not. ``ids_differ``, ``names_differ`` (None: no names) and
+    ``texts_differ`` count answers unlike the reference.
     """
 
     n_answers: int
@@ -64,6 +65,7 @@ class ServingFinding:
     n_connections: int
     fingerprints: tuple[str, ...]
     models: tuple[str, ...]
+    prompt_sizes: tuple[int, ...]
     n_ids: int
     n_repeated_ids: int
     n_replayed: int
@@ -139,6 +141,12 @@ def server_changes(findings: Iterable[ServingFinding]) -> tuple[str, ...]:
             first, second, *others = distinct
             more = f" and {len(others)} more" if others else ""
             changes.append(f"{what} changed in mid-run: {first}, then {second}{more}")
+    for sizes in dict.fromkeys(f.prompt_sizes for f in findings if len(f.prompt_sizes) > 1):
+        counted = ", then ".join(map(str, sizes[: MAX_NAMED + 1]))
+        changes.append(
+            f"the server counts {counted} tokens in one prompt: what it computed was not always "
+            "the same (a prompt cut under load, another template)"
+        )
     return tuple(changes)
 
 
@@ -151,6 +159,7 @@ class Serving:
         self._connections: set[str] = set()
         self._fingerprints: dict[str, None] = {}
         self._models: dict[str, None] = {}
+        self._prompt_sizes: dict[int, None] = {}
         self._ids: Counter[str] = Counter()
         self._n_replayed = 0
         self._texts: dict[int, int] = {}
@@ -181,6 +190,8 @@ class Serving:
             self._fingerprints.setdefault(witness.fingerprint)
         if witness.model:
             self._models.setdefault(witness.model)
+        if witness.n_prompt_tokens is not None:
+            self._prompt_sizes.setdefault(witness.n_prompt_tokens)
         self._n_replayed += witness.is_replayed
         ids, text, end = hash(sample.token_ids), hash(sample.text), sample.finish_reason
         self._n_other_texts += self._texts.setdefault(ids, text) != text
@@ -216,6 +227,7 @@ class Serving:
             n_connections=len(self._connections),
             fingerprints=tuple(self._fingerprints),
             models=tuple(self._models),
+            prompt_sizes=tuple(self._prompt_sizes),
             n_ids=self._ids.total(),
             n_repeated_ids=sum(n for n in self._ids.values() if n > 1),
             n_replayed=self._n_replayed,

@@ -257,10 +257,9 @@ class EndpointSampler:
                 n_tokens = rng.randint(max(1, decoding.max_tokens // 4), decoding.max_tokens)
             elif 2 * length + n_tokens > self.context:
                 n_tokens = decoding.max_tokens
-            is_streamed = self._is_streamed(len(load.slots) + (*rows, row).index(row))
-            body = self._server.dialect.body(
-                self._spec.model, prompt, n_tokens, decoding, streamed=is_streamed
-            )
+            streamed = self._is_streamed(len(load.slots) + (*rows, row).index(row))
+            model = self._spec.model
+            body = self._server.dialect.body(model, prompt, n_tokens, decoding, streamed=streamed)
             body |= seen.filler_fields(n_tokens)
             fillers.append(outcome := Outcome())
             await self._server.client.record(body, n_tokens, lambda answer: None, outcome)
@@ -364,6 +363,7 @@ class EndpointSampler:
             response_id=answer.response_id if self._server.capabilities.has_ids else "",
             fingerprint=answer.fingerprint,
             model=answer.model,
+            n_prompt_tokens=answer.n_prompt_tokens,
             names_digest=answer.names_digest,
             n_counted=answer.n_tokens if self._server.capabilities.counts_tokens else None,
             # Well below it, since that was measured a few times only.

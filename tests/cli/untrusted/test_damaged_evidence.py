@@ -123,7 +123,7 @@ DAMAGES = {
         "tokens that were fed contradicts itself",
     ),
     "another digest of no other bits": (
-        lambda s: fed_otherwise(s, digest="0" * 16),
+        lambda s: fed_otherwise(s, digest="f" * 16),
         "tokens that were fed contradicts itself",
     ),
     "a line of no run": (lambda s: [*s[:-1], without_nonce(s[-1])], "it is of another run"),

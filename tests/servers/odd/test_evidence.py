@@ -206,6 +206,19 @@ class OtherFingerprintByPrompt(OtherModelByPrompt):
             yield {"choices": event["choices"], "system_fingerprint": event["model"]}
 
 
+class CutsPromptUnderLoad:
+    """As servers do that have less room for each of several; here the text is the same."""
+
+    def usage(self, body, n):
+        return {"prompt_tokens": 5 if self.running < 2 else 3, "completion_tokens": n}
+
+
+def test_another_prompt_than_the_one_that_was_sent_is_said(odd, measure):
+    judgement, *_ = measure(odd(CutsPromptUnderLoad))
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert "the server counts 5, then 3 tokens in one prompt" in " ".join(judgement.verdict.reasons)
+
+
 TWO_PROMPTS = (Probe("p1", "class Queue:"), Probe("p2", "else:"))
 
 
