@@ -187,6 +187,14 @@ def test_a_count_of_other_tokens_stands_beside_no_pass(ndcheck_here, damaged, ch
     assert "PASS" not in screen.stdout.splitlines()[0]
 
 
+def test_fed_tokens_that_diverge_within_a_limit_are_accepted(ndcheck_here):
+    model = ("--model", "scripted:width-dependent", *OPTIONS)
+    assert ndcheck_here("run", *model, "--axes", "width", "--out", "w").returncode == 1
+    done = ndcheck_here("gate", "w", "--max-unique", "2")
+    assert (done.returncode, done.stdout.split()[0]) == (0, "ACCEPTED"), done.stdout
+    assert ndcheck_here("gate", "w", "--max-unique", "1").returncode == 1
+
+
 def test_a_failure_hidden_by_a_renamed_key_does_not_pass(ndcheck_here, damaged):
     run = damaged(
         "batch-dependent", lambda samples: rename_key(samples, lambda s: s["batch_size"] > 1)
