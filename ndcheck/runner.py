@@ -165,6 +165,17 @@ def _prompt_token_ids(spec: RunSpec, sampler: Sampler) -> tuple[str, ...]:
     return tuple(" ".join(map(str, ids)) for ids in found)
 
 
+def refuse_other_prompts(run: Run, sampler: Sampler) -> None:
+    """Raise UsageError where a prompt has other tokens than when ``run`` began."""
+    ids = _prompt_token_ids(run.spec, sampler) if run.prompt_token_ids else ()
+    for probe, before, now in zip(run.spec.probes, run.prompt_token_ids, ids, strict=False):
+        if before and now and before != now:
+            raise UsageError(
+                f"prompt {probe.probe_id} has other tokens than when run {run.run_id} began: its "
+                "chat template says the date, or the tokenizer is another: start a new run"
+            )
+
+
 def slug(model: str) -> str:
     """The end of a model's name, in characters that every file system takes."""
     name = model.rstrip("/").rpartition("/")[2]

@@ -17,6 +17,7 @@ from ndcheck.cli.console import note
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.records import ARMS, Arm, Load, Run, RunSpec
+from ndcheck.runner import refuse_other_prompts
 from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.options import short_dtype
 from ndcheck.storage.explanation import save_explanation
@@ -337,6 +338,7 @@ def _open(spec: RunSpec, run: Run | None = None, *, quiet: bool) -> Transformers
 
         from ndcheck.samplers.local.device import choose_threads
 
+        refuse_other_prompts(run, sampler)
         torch.set_num_threads(choose_threads(run.environment.numeric_flags.get("threads"), 1))
     return sampler
 

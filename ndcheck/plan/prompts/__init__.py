@@ -124,6 +124,8 @@ def _checked(line: str, number: int) -> str:
         raise ValueError(
             f"line {number}: it holds a carriage return: end lines with a line feed, or give JSON"
         )
+    if line.startswith(BYTE_ORDER_MARK):
+        raise ValueError(f"line {number}: it begins with a byte order mark: files joined into one?")
     return line
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from ndcheck.samplers.local.loading import first_line, load_tokenizer
 from ndcheck.storage.reading import parse_json
 
 TEMPLATE_S = 2
+CLOCK, DATE = "strftime_now", "date_string"
+"""What gives chat templates the date, and what Llama's take in its place."""
 TEMPLATE_VARIABLES = {"tools", "documents"}
 
 
@@ -38,6 +41,7 @@ class Prompts:
         self._chat = chat
         self._source = source
         self._n_ids = n_ids
+        self._encoded: dict[Prompt, array[int]] = {}
 
     def rows(self, load: Load, probe: Probe) -> list[list[int]]:
         """Token ids of every row of the batch: probes at their slots, fillers elsewhere."""
@@ -57,10 +61,16 @@ class Prompts:
         return fit_to_length(self._ids(self._tokenizer(filler_text(seed, length))), length)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The prompt as the model sees it.
+        """The prompt as the model sees it, the same each time.
 
         Raises UsageError where the chat template or the tokenizer does not give ids of the model.
         """
+        # A template may say what day it is, and a tokenizer may draw: one prompt is measured.
+        if prompt not in self._encoded:
+            self._encoded[prompt] = array("q", self._encode(prompt))
+        return self._encoded[prompt].tolist()
+
+    def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and not self._chat:
             return self._ids(self._tokenizer(prompt))
         with bounded(f"--chat: the chat template of {self._source}", TEMPLATE_S):
@@ -97,15 +107,22 @@ class Prompts:
 
     def warnings(self, probes: Sequence[Probe]) -> tuple[str, ...]:
         """What is likely to be wrong with prompts, a sentence for each kind."""
+        found = []
         first = self._tokenizer.bos_token_id
         twice = [p.probe_id for p in probes if self.encode(p.content)[:2] == [first, first]]
-        if not twice:
-            return ()
-        others = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
-        return (
-            f"warning: prompt {twice[0]}{others} begins with {self._tokenizer.bos_token!r} twice: "
-            "leave it out where the tokenizer or the chat template adds it",
-        )
+        if twice:
+            others = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+            found.append(
+                f"warning: prompt {twice[0]}{others} begins with {self._tokenizer.bos_token!r} "
+                "twice: leave it out where the tokenizer or the chat template adds it"
+            )
+        has_clock = self._chat and CLOCK in str(self._tokenizer.chat_template)
+        if has_clock and DATE not in self._template_kwargs:
+            found.append(
+                "warning: the chat template may say the date, and then has other tokens on another "
+                f'day: many take --chat-template-kwargs \'{{"{DATE}": "26 Jul 2024"}}\''
+            )
+        return tuple(found)
 
     def decode(self, token_id: int) -> str:
         """The text of one token."""
