@@ -36,6 +36,7 @@ LOOKUP_TIMEOUT_S = 10.0
 """For pages that only say who the server is: nothing waits longer for them."""
 LINGER_S = 1.0
 """Some servers keep the connection open after the last event: so long is its end waited for."""
+TLS_SETTINGS = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
 MAX_ERROR_BYTES = 1 << 16
 MAX_PAGE_BYTES = 1 << 22
 ENCODINGS = frozenset({"identity", "", "gzip", "x-gzip", "deflate"})
@@ -94,8 +95,8 @@ class Transport:
         try:
             return self._httpx.create_ssl_context()
         except (OSError, ValueError) as error:
-            named = [n for n in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(n)]
-            where = f"{named[0]}={os.environ[named[0]]}" if named else "TLS"
+            where = ", ".join(f"{n}={os.environ[n]}" for n in TLS_SETTINGS if os.environ.get(n))
+            where = where or "TLS"
             reason = getattr(error, "strerror", None) or str(error)
             if isinstance(error, ssl.SSLError):
                 reason = "it holds no certificate"
@@ -212,7 +213,9 @@ class Transport:
     async def _refuse(self, response: Any) -> None:
         status = response.status_code
         if 300 <= status < 400:
-            target = self.redactor.redact(response.headers.get("location", "nowhere"))
+            # Without its query, which may be signed.
+            target = response.headers.get("location", "nowhere").partition("?")[0]
+            target = _CREDENTIALS.sub("//", self.redactor.redact(target))
             raise RequestFailure(
                 f"HTTP {status}: redirects to {target[:MAX_SNIPPET]!r}, which is not "
                 "followed: give the final address as --endpoint",
