@@ -6,12 +6,13 @@ import functools
 import inspect
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.conversations import as_messages
 from ndcheck.plan.fillers import filler_text, fit_to_length
-from ndcheck.probe import Prompt
+from ndcheck.probe import Message, Prompt
 from ndcheck.records import Load, Probe, RunSpec
 from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.checkpoint.bounds import bounded
@@ -21,6 +22,8 @@ from ndcheck.storage.reading import parse_json
 TEMPLATE_S = 2
 CLOCK, DATE = "strftime_now", "date_string"
 """What gives chat templates the date, and what Llama's take in its place."""
+OTHER = " 7"
+"""What makes another message of any."""
 TEMPLATE_VARIABLES = {"tools", "documents"}
 
 
@@ -122,7 +125,32 @@ class Prompts:
                 "warning: the chat template may say the date, and then has other tokens on another "
                 f'day: many take --chat-template-kwargs \'{{"{DATE}": "26 Jul 2024"}}\''
             )
+        found += (
+            f"warning: the chat template leaves out what the {role} says"
+            for role in self._unread_roles(probes)
+        )
         return tuple(found)
+
+    def _unread_roles(self, probes: Sequence[Probe]) -> list[str]:
+        """Whose messages the chat template leaves out: the first probe that has such one tells.
+
+        Raises UsageError where it is the user's.
+        """
+        firsts: dict[str, tuple[Message, ...]] = {}
+        for probe in probes if self._chat else ():
+            messages = probe.messages or (Message("user", probe.prompt),)
+            for message in messages:
+                firsts.setdefault(message.role, messages)
+        unread = []
+        for role, messages in firsts.items():
+            others = (
+                replace(m, content=m.content + OTHER) if m.role == role else m for m in messages
+            )
+            if self._encode(messages) == self._encode(tuple(others)):
+                unread.append(role)
+        if "user" in unread:
+            raise UsageError(f"--chat: the chat template of {self._source} leaves out the prompt")
+        return unread
 
     def decode(self, token_id: int) -> str:
         """The text of one token."""

@@ -113,3 +113,20 @@ def test_a_template_that_says_the_date_is_a_warning(source):
         warnings = prompts.warnings([Probe("p1", "sum")])
         assert len(warnings) == n_warnings
         assert all('--chat-template-kwargs \'{"date_string"' in each for each in warnings)
+
+
+def test_what_a_template_leaves_out_is_named(source):
+    prompts = load_prompts(source, replace(DEFAULTS, chat=True))
+    probes = [Probe("p1", "sum"), Probe("p2", "x", CONVERSATION)]
+    assert prompts.warnings(probes) == ()
+    # As early revisions of Phi-3 did.
+    prompts._tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}"
+        "{% endfor %}"
+    )
+    assert prompts.warnings(probes[:1]) == ()
+    (warning,) = prompts.warnings(probes)
+    assert warning == "warning: the chat template leaves out what the system says"
+    prompts._tokenizer.chat_template = "hello"
+    with pytest.raises(UsageError, match=r"the chat template of .* leaves out the prompt"):
+        prompts.warnings(probes[:1])
