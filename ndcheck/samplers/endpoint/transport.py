@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -36,7 +37,6 @@ LOOKUP_TIMEOUT_S = 10.0
 """For pages that only say who the server is: nothing waits longer for them."""
 LINGER_S = 1.0
 """Some servers keep the connection open after the last event: so long is its end waited for."""
-TLS_SETTINGS = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
 MAX_ERROR_BYTES = 1 << 16
 MAX_PAGE_BYTES = 1 << 22
 ENCODINGS = frozenset({"identity", "", "gzip", "x-gzip", "deflate"})
@@ -95,8 +95,11 @@ class Transport:
         try:
             return self._httpx.create_ssl_context()
         except (OSError, ValueError) as error:
-            where = ", ".join(f"{n}={os.environ[n]}" for n in TLS_SETTINGS if os.environ.get(n))
-            where = where or "TLS"
+            named = [n for n in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(n)]
+            log = os.environ.get("SSLKEYLOGFILE")
+            if log and not os.access(Path(log).parent, os.W_OK):
+                named = ["SSLKEYLOGFILE"]
+            where = f"{named[0]}={os.environ[named[0]]}" if named else "TLS"
             reason = getattr(error, "strerror", None) or str(error)
             if isinstance(error, ssl.SSLError):
                 reason = "it holds no certificate"
