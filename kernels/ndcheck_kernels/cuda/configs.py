@@ -117,8 +117,7 @@ _N4096: _Table = (
 _MEASURED: dict[tuple[int, int], _Table] = {
     (4096, 4096): _N4096,
     (4096, 12288): _N4096,
-    # A router's: few programs would read few weights at a time.
-    (128, 2048): ((16, _swap(16, 16, 256, 2, 4, prefetch=512)), *_DEFAULT[1:]),
+    (5120, 2048): ((16, _swap(16, 64, 128, 4, 5, prefetch=512)), *_DEFAULT[1:]),
     (6144, 4096): (
         (8, _FEW),
         (16, _swap(16, 32, 256, 2, 4)),
@@ -226,10 +225,10 @@ def selectable_configs(n: int, k: int, itemsize: int, capability: int) -> set[Ma
 # may have, which then reads its weights once, and a multiprocessor for two. What is read ahead may
 # be of a group without rows: not where there are many such.
 _GROUPED: _Table = (
-    (1, _swap(16, 64, 128, 4, 4, prefetch=512)),
+    (1, _swap(16, 64, 256, 4, 2)),
     (3, _swap(16, 64, 128, 4, 4)),
-    (10, _swap(16, 64, 128, 4, 4, prefetch=512)),
-    (24, _swap(32, 64, 128, 4, 4, prefetch=512)),
+    (10, _swap(16, 128, 64, 4, 5)),
+    (24, _swap(32, 64, 128, 4, 4)),
     (64, _swap(64, 64, 128, 4, 6)),
     (_ANY, _tile(128, 128, 64, 8, 4)),
 )
@@ -244,10 +243,9 @@ def grouped_config(rows: int, groups: int, itemsize: int, capability: int) -> Ma
 
 # The same for gates and up at once: a program has `block_n` columns of both.
 _GATES: _Table = (
-    (1, _swap(16, 32, 128, 4, 5)),
     (3, _swap(16, 64, 64, 4, 5)),
-    (10, _swap(16, 64, 64, 4, 5, prefetch=512)),
-    (24, _swap(32, 64, 64, 4, 5, prefetch=512)),
+    (10, _swap(16, 64, 128, 4, 5)),
+    (24, _swap(32, 64, 64, 4, 5)),
     (64, _swap(64, 64, 64, 4, 4, prefetch=512)),
 )
 
