@@ -31,6 +31,7 @@ from ndcheck.samplers.endpoint.answers.dialects import outlasting
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.arrivals import run_trial
 from ndcheck.samplers.endpoint.capabilities import FP32_DIGITS
+from ndcheck.samplers.endpoint.changes import Changes
 from ndcheck.samplers.endpoint.client import Outcome, check_whole
 from ndcheck.samplers.endpoint.credentials import request_body, request_headers, request_query
 from ndcheck.samplers.endpoint.opening import Identity, identify, open_server
@@ -87,8 +88,8 @@ class EndpointSampler:
             query,
             (*query_secrets(query, endpoint.query), *secrets_of(extra_body)),
         )
-        self._n_without_bits = 0
         self._prompt_ids: dict[Prompt, list[int]] = {}
+        self._changes = Changes(self._prompt_ids)
         try:
             self._server = self._run(open_server(spec, endpoint, self._transport, extra_body, say))
         except BaseException:
@@ -122,8 +123,10 @@ class EndpointSampler:
             if self._server.cache
             else "no control that could be seen to work"
         )
+        other = seen.served if seen.served != self._spec.model else ""
         return (
-            f"{self._server.identity.server}{version} at {self._transport.base}",
+            f"{self._server.identity.server}{version} at {self._transport.base}"
+            f"{f', whose answers name {other!r}' if other else ''}",
             f"compared: {COMPARED[seen.compared]}, {logprobs}",
             f"optional fields: {seen.seen}",
             f"batch size from: {self._server.witness_name}; prefix cache: {cache}",
@@ -152,6 +155,7 @@ class EndpointSampler:
             "version": identity.version,
             "served": identity.model,
             "system_fingerprint": seen.fingerprint or None,
+            "answered_by": seen.served or None,
             "compared": seen.compared,
             "logprob_digits": seen.logprob_digits,
             "optional_fields": seen.seen,
@@ -164,17 +168,8 @@ class EndpointSampler:
         raise UsageError("--loads auto: with --endpoint the memory is the server's: give numbers")
 
     def changes(self) -> tuple[str, ...]:
-        found = []
-        if n_others := self._server.n_other_beginnings:
-            found.append(
-                f"completions that differ in their limit alone began otherwise in {n_others} "
-                "requests: replicas differ, or a cache repeats answers to equal requests"
-            )
-        if self._n_without_bits and not self._spec.allow_latent:
-            found.append(
-                f"answers whose log-probabilities were no numbers: {self._n_without_bits}; their "
-                "bits were not compared"
-            )
+        n_others = self._server.n_other_beginnings
+        found = [*self._changes.sentences(n_others, bits_count=not self._spec.allow_latent)]
         try:
             now = self._run(self._identify_quickly())
         except (RequestFailure, TimeoutError):
@@ -198,6 +193,9 @@ class EndpointSampler:
             if failure.is_unreachable:
                 raise BackendError(f"the server is gone: {failure}") from failure
             raise TrialError(str(failure)) from failure
+        for index, each in enumerate(outcomes):
+            if each.answer is not None:
+                self._changes.add(probe.content, each.answer, is_streamed=self._streams(index))
         reached = [most_of_the_time(of_row) for of_row in sizes]
         known = [size for size in reached if size is not None]
         achieved = min(known) if len(known) == len(reached) else None
@@ -205,6 +203,9 @@ class EndpointSampler:
             self._make_sample(trial, nth, outcome, self._make_witness(outcome, achieved, of_row))
             for nth, (outcome, of_row) in enumerate(zip(outcomes, sizes, strict=True))
         ]
+
+    def _streams(self, nth: int) -> bool:
+        return self._server.metrics is None or nth < N_STREAMED
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)
@@ -233,7 +234,7 @@ class EndpointSampler:
                 probe.content,
                 decoding.max_tokens,
                 decoding,
-                streamed=self._server.metrics is None or index < N_STREAMED,
+                streamed=self._streams(index),
             )
             body |= seen.probe_fields
             if self._endpoint.stop:
@@ -377,7 +378,7 @@ class EndpointSampler:
             has_bits = "logprobs" in seen.accepted and seen.compared != "text"
             if has_bits and len(answer.logprobs) == len(token_ids):
                 logprobs = answer.logprobs
-            self._n_without_bits += has_bits and not logprobs
+            self._changes.n_without_bits += has_bits and not logprobs
             token_ids, logprobs = plant_in_stream(token_ids, logprobs, trial.fault)
         finish_reason = (answer and answer.finish_reason) or "error"
         return replace(

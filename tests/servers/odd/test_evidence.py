@@ -71,6 +71,58 @@ def test_answers_sooner_than_a_first_token_are_no_evidence(odd, measure):
     assert any("sooner than a first token can" in r for r in judgement.verdict.reasons)
 
 
+class Fallback:
+    """A gateway that turns to another model, or to another's machines, now and then."""
+
+    names = ("model", "provider")
+
+    def events(self, body):
+        self.named = "other" if next(type(self).numbers) % 7 == 6 else "m"
+        yield from super().events(body)
+
+    def frame(self):
+        return {"model": "m", self.names[-1]: self.named}
+
+
+class FallbackOfModels(Fallback):
+    names = ("model",)
+
+
+@pytest.mark.parametrize("handler", [Fallback, FallbackOfModels])
+def test_a_gateway_that_asks_others_now_and_then_is_seen(odd, measure, handler):
+    judgement, *_ = measure(odd(handler), batch_sizes=(1, 2))
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert any("more than one model or provider" in r for r in judgement.verdict.reasons)
+
+
+class NextDay:
+    """Renders its chat template with another date from the thirtieth answer on."""
+
+    def events(self, body):
+        date = [20, 21] if next(type(self).numbers) > 30 else [20, 20]
+        for event in super().events(body):
+            yield {**event, **({"prompt_token_ids": [5, *date]} if event["choices"] else {})}
+
+    def fields(self, t, token, body):
+        return {"token_ids": [t]}
+
+
+def test_a_prompt_that_changes_in_the_server_is_seen(odd, measure):
+    judgement, *_ = measure(odd(NextDay), batch_sizes=(1, 2), n_samples=20)
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert any("prompts that had other tokens" in r for r in judgement.verdict.reasons)
+
+
+class AlwaysTheSame(Fallback):
+    def frame(self):
+        return {"model": "m", "provider": "one"}
+
+
+def test_a_gateway_that_asks_one_passes(odd, measure):
+    judgement, *_ = measure(odd(AlwaysTheSame), batch_sizes=(1, 2))
+    assert judgement.verdict.outcome == "PASS", judgement.verdict.reasons
+
+
 class EarlyFillers:
     """Fillers end after six tokens; the fork needs company at the eleventh."""
 
