@@ -137,8 +137,6 @@ class Witness:
     """The server's id of the answer, if its ids differ from answer to answer."""
     fingerprint: str = ""
     """The server's ``system_fingerprint``."""
-    model: str = ""
-    """The model that a server's answer says it is of."""
     n_prompt_tokens: Count | None = None
     """Tokens that a server says the prompt has."""
     names_digest: str = ""

@@ -24,6 +24,7 @@ from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.base import Sampler, WorksAhead
 from ndcheck.samplers.options import DEFAULTS
 from ndcheck.storage.evidence import trial_digests
+from ndcheck.storage.reading import is_unicode
 from ndcheck.storage.run_directory import NewDirectory, RunDirectory, failed_samples
 
 RUNS_DIRECTORY = Path("ndcheck-runs")
@@ -137,8 +138,15 @@ def plan(spec: RunSpec, sampler: Sampler) -> list[Trial]:
 def new_directory(name: str, out: Path | None) -> NewDirectory:
     """``out``, or a directory named by time and ``name`` in RUNS_DIRECTORY."""
     if out is not None:
+        if not is_unicode(_run_id(out)):
+            raise UsageError(f"--out {out}: a run is named after it, and it is not valid UTF-8")
         return NewDirectory.take(out)
     return NewDirectory.take_free(RUNS_DIRECTORY / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}")
+
+
+def _run_id(path: Path) -> str:
+    """The name of a run's directory, be it given as ``.`` or ``..``."""
+    return (path.resolve() if path.name in ("", "..") else path).name
 
 
 def begin(
@@ -146,7 +154,7 @@ def begin(
 ) -> RunDirectory:
     """The run that ``trials`` were planned for, in its directory."""
     run = Run(
-        run_id=new.path.name,
+        run_id=_run_id(new.path),
         ndcheck_version=__version__,
         spec=spec,
         environment=capture(spec, sampler),
@@ -165,6 +173,17 @@ def _prompt_token_ids(spec: RunSpec, sampler: Sampler) -> tuple[str, ...]:
     if not 0 < sum(map(len, found)) <= MOST_PROMPT_TOKENS:
         return ()
     return tuple(" ".join(map(str, ids)) for ids in found)
+
+
+def refuse_other_prompts(run: Run, sampler: Sampler) -> None:
+    """Raise UsageError where a prompt has other tokens than when ``run`` began."""
+    ids = _prompt_token_ids(run.spec, sampler) if run.prompt_token_ids else ()
+    for probe, before, now in zip(run.spec.probes, run.prompt_token_ids, ids, strict=False):
+        if before and now and before != now:
+            raise UsageError(
+                f"prompt {probe.probe_id} has other tokens than when run {run.run_id} began: its "
+                "chat template says the date, or the tokenizer is another: start a new run"
+            )
 
 
 def slug(model: str) -> str:

@@ -185,6 +185,10 @@ def test_engine_options():
     for key, instead in OWN_OPTIONS.items():
         with pytest.raises(UsageError, match=f"{key}: give {instead} instead"):
             request.make_spec(model="m", engine="vllm", engine_arg=f"{key}=1")
+    for secret in ("hf_token=x9Q", "s3_secret_key=x9Q", "model_loader_extra_config=hf_x9Q"):
+        with pytest.raises(UsageError, match="give secrets in the environment") as caught:
+            request.make_spec(model="m", engine="vllm", engine_arg=secret)
+        assert "x9Q" not in str(caught.value)
 
 
 def test_defaults_are_in_range():

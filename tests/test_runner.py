@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from ndcheck.analysis.divergence import first_divergence
-from ndcheck.errors import BackendError
+from ndcheck.errors import BackendError, UsageError
 from ndcheck.findings import read_findings
 from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Decoding, Environment, Run
 from ndcheck.request import DEFAULTS
-from ndcheck.runner import run_trials
+from ndcheck.runner import refuse_other_prompts, run_trials
 from ndcheck.samplers.scripted.sampler import ScriptedSampler
 from ndcheck.storage.run_directory import RunDirectory, SampleReader, read_run
 
@@ -151,3 +151,19 @@ def test_first_divergence():
     assert first_divergence((1, 2), (1, 3)) == 1
     assert first_divergence((1,), (1, 3)) == 1
     assert first_divergence((), ()) is None
+
+
+def test_a_run_goes_on_with_the_prompts_that_it_began_with(tmp_path):
+    class Telling(ScriptedSampler):
+        ids = (1, 2)
+
+        def encode(self, prompt):
+            return self.ids
+
+    begun = Run("r", "0", SPEC, Environment(), "", prompt_token_ids=("1 2",))
+    sampler = Telling("clean")
+    refuse_other_prompts(begun, sampler)
+    refuse_other_prompts(replace(begun, prompt_token_ids=()), sampler)
+    sampler.ids = (1, 3)
+    with pytest.raises(UsageError, match="p1 has other tokens than when run r began"):
+        refuse_other_prompts(begun, sampler)

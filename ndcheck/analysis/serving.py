@@ -64,7 +64,6 @@ class ServingFinding:
     n_trials: int
     n_connections: int
     fingerprints: tuple[str, ...]
-    models: tuple[str, ...]
     prompt_sizes: tuple[int, ...]
     n_ids: int
     n_repeated_ids: int
@@ -133,14 +132,12 @@ def server_changes(findings: Iterable[ServingFinding]) -> tuple[str, ...]:
     findings = list(findings)
     fingerprints = (x for f in findings if not f.has_own_fingerprints for x in f.fingerprints)
     changes = []
-    for what, values in (
-        ("the server's system_fingerprint", fingerprints),
-        ("the model that answers name", (x for f in findings for x in f.models)),
-    ):
-        if len(distinct := [*map(repr, dict.fromkeys(values))]) > 1:
-            first, second, *others = distinct
-            more = f" and {len(others)} more" if others else ""
-            changes.append(f"{what} changed in mid-run: {first}, then {second}{more}")
+    if len(distinct := [*map(repr, dict.fromkeys(fingerprints))]) > 1:
+        first, second, *others = distinct
+        more = f" and {len(others)} more" if others else ""
+        changes.append(
+            f"the server's system_fingerprint changed in mid-run: {first}, then {second}{more}"
+        )
     for sizes in dict.fromkeys(f.prompt_sizes for f in findings if len(f.prompt_sizes) > 1):
         counted = ", then ".join(map(str, sizes[: MAX_NAMED + 1]))
         changes.append(
@@ -158,7 +155,6 @@ class Serving:
         self._trials: set[int] = set()
         self._connections: set[str] = set()
         self._fingerprints: dict[str, None] = {}
-        self._models: dict[str, None] = {}
         self._prompt_sizes: dict[int, None] = {}
         self._ids: Counter[str] = Counter()
         self._n_replayed = 0
@@ -188,8 +184,6 @@ class Serving:
             self._connections.add(witness.connection)
         if witness.fingerprint:
             self._fingerprints.setdefault(witness.fingerprint)
-        if witness.model:
-            self._models.setdefault(witness.model)
         if witness.n_prompt_tokens is not None:
             self._prompt_sizes.setdefault(witness.n_prompt_tokens)
         self._n_replayed += witness.is_replayed
@@ -226,7 +220,6 @@ class Serving:
             n_trials=len(self._trials),
             n_connections=len(self._connections),
             fingerprints=tuple(self._fingerprints),
-            models=tuple(self._models),
             prompt_sizes=tuple(self._prompt_sizes),
             n_ids=self._ids.total(),
             n_repeated_ids=sum(n for n in self._ids.values() if n > 1),

@@ -38,12 +38,17 @@ def clopper_pearson(n_events: int, n_draws: int, confidence: float) -> tuple[flo
     return low, high
 
 
+MOST_DRAWS = 1e15
+"""More than any run has."""
+
+
 def trials_needed(rate: float, confidence: float) -> int:
     """Clean draws that exclude a rate of ``rate`` or more: ceil(ln(alpha/2) / ln(1 - rate)).
 
-    0 < ``rate`` < 1. It is `clopper_pearson` at 0 events, solved for n: 368 for 1 % at 95 %.
+    0 < ``rate`` < 1. It is `clopper_pearson` at 0 events, solved for n: 368 for 1 % at 95 %; at
+    most MOST_DRAWS.
     """
-    n_draws = math.log((1 - confidence) / 2) / math.log1p(-rate)
+    n_draws = min(math.log((1 - confidence) / 2) / math.log1p(-rate), MOST_DRAWS)
     # Rounding keeps a whole number that floating point missed by a hair from being raised by one.
     return math.ceil(round(n_draws, 9))
 

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,6 +111,7 @@ def main(action: Callable[[], int]) -> int:
     threading.excepthook = lambda hook: lost.append(hook.exc_value or SystemError("a thread died"))
     if not os.environ.get(DEBUG):
         sys.unraisablehook = lambda hook: None
+        warnings.showwarning = _show_warning
     code = run_guarded(action)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if lost and code in (0, 3):
@@ -122,6 +124,10 @@ def main(action: Callable[[], int]) -> int:
         code = code if code == 1 else FAILED
     sys.stderr.flush()
     return code
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    note(f"warning: {' '.join(str(message).split())}")
 
 
 def _raise(error: BaseException) -> int:

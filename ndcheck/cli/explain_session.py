@@ -17,9 +17,11 @@ from ndcheck.cli.console import note
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.records import ARMS, Arm, Load, Run, RunSpec
+from ndcheck.runner import refuse_other_prompts
 from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.options import short_dtype
 from ndcheck.storage.explanation import save_explanation
+from ndcheck.storage.outputs import check_outputs
 from ndcheck.storage.run_directory import replacing, write_failure
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def order(sums: Sums, drawings: dict[str, Path | None], *, as_json: bool, quiet:
     if any(drawings.values()) and lengths[-1] > MAX_DRAWN_TERMS:
         raise UsageError(f"--dot and --svg draw up to {MAX_DRAWN_TERMS} terms: lower --terms")
     arm = one_arm(sums.kernels)
+    check_outputs(*drawings.values())
 
     from ndcheck.explain.order import orders
     from ndcheck.explain.order.reductions import REDUCTIONS, Shape, load_function
@@ -275,6 +278,8 @@ def shrink(
     spec = failure.run.spec
     _check_visible(spec)
     confirm(spec, given, f"--run {directory}")
+    path = out or directory / "repro.py"
+    check_outputs(path)
     source = find_source(spec)
     if source.adapter is not None or source.model.endswith(SUFFIX):
         raise UsageError("shrink makes scripts of models in safetensors: save this as one, merged")
@@ -294,7 +299,6 @@ def shrink(
     if spec.dequantise or (spec.random_weights is not None and found is not None):
         raise UsageError("no short script can make these weights: shrink a run of stored ones")
     shrunk = Shrinker(sampler, failure, on_test=show).shrink()
-    path = out or directory / "repro.py"
     text = script.write_script(
         shrunk,
         sampler.describe(),
@@ -337,6 +341,7 @@ def _open(spec: RunSpec, run: Run | None = None, *, quiet: bool) -> Transformers
 
         from ndcheck.samplers.local.device import choose_threads
 
+        refuse_other_prompts(run, sampler)
         torch.set_num_threads(choose_threads(run.environment.numeric_flags.get("threads"), 1))
     return sampler
 

@@ -40,6 +40,7 @@ from ndcheck.runner import (
     fit_spec,
     new_directory,
     plan,
+    refuse_other_prompts,
     refused_axes,
     run_trials,
     slug,
@@ -137,6 +138,7 @@ def resume(
                 f"({'; '.join(changed)}): start a new run"
             )
         trials = plan(spec, sampler)
+        refuse_other_prompts(directory.run, sampler)
         if not is_continued_by(directory.run, finished, trials):
             raise UsageError(
                 f"--resume {path}: ndcheck {directory.run.ndcheck_version} planned it otherwise: "

@@ -23,7 +23,8 @@ def check_size(spec: RunSpec) -> None:
         from ndcheck.analysis.statistics import trials_needed
 
         n_samples = trials_needed(spec.target_rate, spec.confidence)
-        option = f"--target-rate {spec.target_rate}, which takes {n_samples} trials"
+        shown = n_samples if n_samples < 10**12 else "10^12 or more"
+        option = f"--target-rate {spec.target_rate}, which takes {shown} trials"
     if n_samples * n_groups > MAX_SAMPLES:
         raise UsageError(
             f"{option}: of all probes and arms ({n_groups} here) together there are at most "

@@ -155,6 +155,8 @@ def _batch_sizes(part: str) -> Iterator[int]:
 def parse_axes(values: str | Sequence[str]) -> tuple[Axis, ...]:
     """``"slot,cache"`` as invariance properties, in their usual order; ``all`` for every one."""
     text = join(values)
+    if "all" in text.split(",") and text != "all":
+        raise UsageError(f"--axes {text}: all stands alone, and is every property")
     return AXES if text == "all" else parse_names("--axes", text, AXES)
 
 

@@ -20,6 +20,7 @@ EXPORTS = {
     "pdm.lock": "pdm export",
 }
 OPTIONS = ("-i", "-f", "--index-url", "--extra-index-url", "--find-links", "--no-index", "--pre")
+CREDENTIALS = re.compile(r"//[^/\s@]+@")
 HASH = re.compile(r"\s--hash[= ]\S+")
 
 
@@ -39,8 +40,19 @@ class Change:
     good: str | None
     bad: str | None
 
+    @property
+    def shown(self) -> Change:
+        """The same without users and passwords of addresses."""
+        good, bad = (pin and without_credentials(pin) for pin in (self.good, self.bad))
+        return Change(self.name, good, bad)
+
     def __str__(self) -> str:
-        return f"{self.good or 'absent'} -> {self.bad or 'absent'}"
+        return f"{self.shown.good or 'absent'} -> {self.shown.bad or 'absent'}"
+
+
+def without_credentials(text: str) -> str:
+    """``text`` without the user and the password in its addresses."""
+    return CREDENTIALS.sub("//", text)
 
 
 def read_lock(path: Path) -> Lock:
@@ -54,9 +66,10 @@ def read_lock(path: Path) -> Lock:
     packages: dict[str, str] = {}
     options: list[str] = []
     for line in lines:
+        shown = without_credentials(line)
         if line.startswith("-"):
             if re.split(r"[ =]", line)[0] not in OPTIONS:
-                raise UsageError(f"{path}: {line!r}: give packages, and of options {OPTIONS[2]}, "
+                raise UsageError(f"{path}: {shown!r}: give packages, and of options {OPTIONS[2]}, "
                                  f"{', '.join(OPTIONS[3:])}")  # fmt: skip
             options += re.split(r"[ =]", line, maxsplit=1)
             continue
@@ -83,15 +96,18 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _pinned(path: Path, line: str) -> Requirement:
+    shown = without_credentials(line)
     try:
         requirement = Requirement(line)
     except InvalidRequirement as error:
         first = str(error).partition("\n")[0]
-        raise UsageError(f"{path}: {line!r} is no requirement: {first}") from error
+        raise UsageError(
+            f"{path}: {shown!r} is no requirement: {without_credentials(first)}"
+        ) from error
     pins = [pin for pin in requirement.specifier if pin.operator in ("==", "===")]
     is_exact = len(requirement.specifier) == 1 and pins and "*" not in pins[0].version
     if requirement.url is None and not is_exact:
-        raise UsageError(f"{path}: {line!r} is not pinned; give NAME==VERSION or NAME @ URL")
+        raise UsageError(f"{path}: {shown!r} is not pinned; give NAME==VERSION or NAME @ URL")
     return requirement
 
 

@@ -76,12 +76,15 @@ def exists(path: Path) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """All of a UTF-8 file. Raises OSError or ValueError, also where it is too large."""
+    """All of a UTF-8 file, without the mark that some editors put before it.
+
+    Raises OSError or ValueError, also where it is too large.
+    """
     with open_file(path) as file:
         content = file.read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
         raise ValueError(f"it is larger than {MAX_DOCUMENT_BYTES >> 20} MiB")
-    return content.decode("utf-8")
+    return content.decode("utf-8-sig")
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes | None]:

@@ -83,6 +83,18 @@ def test_lock_files_are_read_as_pip_reads_them(tmp_path):
     assert str(Change("f", None, "f==1")) == "absent -> f==1"
 
 
+def test_the_password_of_an_address_is_in_nothing_that_is_said(tmp_path):
+    place = "https://me:s3cret@host.example"
+    change = Change("a", f"a @ {place}/a-1.whl", None)
+    assert str(change) == "a @ https://host.example/a-1.whl -> absent"
+    assert change.shown.good == "a @ https://host.example/a-1.whl"
+    for line in (f"--trusted-host {place}", f"a b @ {place}", f"a>1 # {place}\n{place}"):
+        (tmp_path / "lock.txt").write_text(line)
+        with pytest.raises(UsageError) as caught:
+            read_lock(tmp_path / "lock.txt")
+        assert "s3cret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -155,6 +167,8 @@ def test_a_package_that_changes_bits_is_named_in_real_environments(ndcheck, tmp_
     assert second.endswith("6 packages changed")
     # Again: nothing is tested anew, and another command is refused.
     state = (tmp_path / "ndcheck-bisect" / "bisect.json").read_bytes()
+    kept = state + (tmp_path / "ndcheck-bisect" / "installed.json").read_bytes()
+    assert not any(word in kept for word in (b"check.py", b"file:"))  # They may hold secrets.
     logs = len(list((tmp_path / "ndcheck-bisect" / "logs").iterdir()))
     assert ndcheck(*options).stdout == done.stdout
     assert (tmp_path / "ndcheck-bisect" / "bisect.json").read_bytes() == state

@@ -185,6 +185,20 @@ def test_what_happens_beside_the_command(environment, tmp_path, code, line):
     assert len(done.stderr.splitlines()) == bool(line)
 
 
+def test_a_warning_of_a_library_is_a_line_like_others(environment, tmp_path):
+    script = (
+        "from ndcheck.cli import console\n"
+        "import warnings\n"
+        "def action():\n warnings.warn('it is\\n  slow', UserWarning)\n return 0\n"
+        "raise SystemExit(console.main(action))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True,
+        check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "ndcheck: warning: it is slow\n")
+
+
 def test_warnings_turned_errors(environment, tmp_path, runs):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "ndcheck", "gate", "clean"], cwd=tmp_path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import json
@@ -21,6 +22,7 @@ from ndcheck.config import read_checks
 from ndcheck.errors import UsageError
 from ndcheck.plan.prompts import read_prompts
 from ndcheck.records import Endpoint, Engine, Load, RunSpec, Sample
+from ndcheck.samplers.options import parse_object
 from ndcheck.storage import reading
 from ndcheck.storage.ranges import Range
 from ndcheck.storage.reading import decode, parse_json, read_text
@@ -306,3 +308,11 @@ def test_configurations_that_are_none(tmp_path, text):
         (tmp_path / name).write_text(text)
         with pytest.raises(UsageError, match=name):
             read_checks(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    file = tmp_path / "ndcheck.toml"
+    file.write_bytes(codecs.BOM_UTF8 + b'[checks.a]\nmodel = "scripted:clean"\n')
+    assert [check.name for check in read_checks(file)] == ["a"]
+    file.write_bytes(codecs.BOM_UTF8 + b'{"top_k": 1}')
+    assert parse_object("--extra-body", f"@{file}") == {"top_k": 1}

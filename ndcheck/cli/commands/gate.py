@@ -141,7 +141,9 @@ def gate(
     from ndcheck.errors import UsageError
     from ndcheck.judging.rules import Rules
     from ndcheck.judging.scores import Limits
+    from ndcheck.storage.outputs import check_outputs
 
+    check_outputs(junit, makes_folders=True)
     limits = Rules(
         max_unique, max_divergence_rate, min_common_prefix, allow_latent, confidence, max_slowdown
     )

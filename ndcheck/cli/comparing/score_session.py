@@ -23,6 +23,7 @@ from ndcheck.samplers.options import TRANSFORMERS, parse_names
 from ndcheck.scoring.comparing import compare, summarise
 from ndcheck.scoring.completions import Recording, read_recording
 from ndcheck.scoring.scorers import FileScorer, Scorer, score_all, write_requests
+from ndcheck.storage.outputs import check_outputs
 from ndcheck.storage.run_directory import replacing, replacing_bytes, write_failure
 from ndcheck.storage.scores import check_new, save_score
 
@@ -141,6 +142,7 @@ def _of_run(
 
 def score(recording: Recording, scorer: Scorer, limits: Limits, outputs: Outputs) -> int:
     """Score, compare, judge and show. Returns the exit code."""
+    check_outputs(outputs.csv, outputs.plot)
     with closing(scorer), doing(f"scoring {recording.source}"):
         scored = score_all(recording.completions, scorer, _progress(quiet=outputs.quiet))
     comparisons = list(compare(recording.completions, scored))

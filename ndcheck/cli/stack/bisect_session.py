@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,11 +29,12 @@ OUTCOMES: dict[int, Outcome] = {0: "good", 1: "bad"}
 
 @dataclass(slots=True)
 class State:
-    """What was tested, kept after every step; a key is the numbers of the applied changes."""
+    """What was tested, kept after every step; a key is the numbers of the applied changes.
 
-    good: dict[str, object]
-    bad: dict[str, object]
-    command: tuple[str, ...]
+    ``asked`` is a digest of both locks and the command, which may hold secrets.
+    """
+
+    asked: str
     tested: dict[str, object] = field(default_factory=dict)
 
 
@@ -64,7 +66,11 @@ def run(
 
     found = bisect(len(differing), test)
     if as_json:
-        document = {**asdict(found), "steps": n_steps, "changes": [asdict(c) for c in differing]}
+        document = {
+            **asdict(found),
+            "steps": n_steps,
+            "changes": [asdict(c.shown) for c in differing],
+        }
         typer.echo(json.dumps(document, indent=2))
     else:
         for line in _lines(found, differing, n_steps):
@@ -143,14 +149,15 @@ class Environment:
         if installed is None:
             installed = {}
             self._create(log)
-        gone = [name for name, pin in installed.items() if packages.get(name) != pin]
-        new = [pin for name, pin in packages.items() if installed.get(name) != pin]
+        wanted = {name: _digest(pin) for name, pin in packages.items()}
+        gone = [name for name, pin in installed.items() if wanted.get(name) != pin]
+        new = [pin for name, pin in packages.items() if installed.get(name) != wanted[name]]
         # Out first: pip takes the same version from elsewhere for what is there already.
         if gone and self._pip("uninstall", *(() if self._uv else ("-y",)), *gone, log=log):
             return False
         if new and self._pip("install", "--no-deps", *self._options, *new, log=log):
             return False
-        self._record.write_text(json.dumps(packages))
+        self._record.write_text(json.dumps(wanted))
         return True
 
     def _installed(self) -> dict[str, str] | None:
@@ -184,17 +191,21 @@ def _call(command: Sequence[str], log: int, variables: dict[str, str] | None = N
     return done.returncode
 
 
+def _digest(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+
+
 def _read_state(out: Path, locks: Sequence[Lock], command: Sequence[str]) -> State:
     """What an earlier bisection of the same locks and command has tested."""
-    good, bad = (dict[str, object](lock.packages) for lock in locks)
+    asked = _digest([*(lock.packages for lock in locks), *command])
     file = out / STATE_FILE
     if not file.exists():
-        return State(good, bad, tuple(command))
+        return State(asked)
     try:
         kept = decode(State, parse_json(read_text(file)))
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read: {error}; choose a new --out") from error
-    if (kept.good, kept.bad, kept.command) != (good, bad, tuple(command)):
+    if kept.asked != asked:
         raise UsageError(f"--out {out}: it holds the bisection of other locks or another command")
     if any(outcome not in ("good", "bad", "unknown") for outcome in kept.tested.values()):
         raise UsageError(f"{file} cannot be read: an outcome is none; choose a new --out")

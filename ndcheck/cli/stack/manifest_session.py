@@ -14,6 +14,7 @@ from ndcheck.errors import UsageError
 from ndcheck.reports.stack import manifests as report
 from ndcheck.stack.manifests import compare_manifests, judge_manifests, read_manifest
 from ndcheck.stack.taking import take_manifest
+from ndcheck.storage.outputs import check_outputs
 from ndcheck.storage.run_directory import replacing, write_failure
 
 
@@ -31,6 +32,7 @@ def take(
     wanted = read_selection(device, dtype, op, rows)
     if wanted.device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {device}: there are kernels for cpu and cuda")
+    check_outputs(out)
     manifest = take_manifest(
         wanted.device,
         wanted.dtypes,

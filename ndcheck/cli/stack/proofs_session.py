@@ -19,6 +19,7 @@ from ndcheck.reports.stack import proofs as report
 from ndcheck.request import make_spec
 from ndcheck.samplers.local.device import choose_device
 from ndcheck.samplers.options import DTYPES, short_dtype
+from ndcheck.storage.outputs import check_outputs
 from ndcheck.storage.reading import parse_json, read_text
 from ndcheck.storage.run_directory import replacing, write_failure
 
@@ -52,6 +53,7 @@ def prove(
         raise UsageError(f"--dtype {dtype!r}: give some of {', '.join(PROVEN_DTYPES)}; in fp32 one "
                          "configuration serves every M, and there is nothing to prove")  # fmt: skip
     where = _gpu(device)
+    check_outputs(export)
     started_s = time.monotonic()
     sizes = proving.DEFAULT_SHAPES if model is None else _shapes_of(model)
     shapes = [proving.shape_of(n, k, _dtype(name), where) for name in names for n, k in sizes]

@@ -41,7 +41,9 @@ def read_prompts(file: Path, column: str | None = None) -> list[Entry]:
     try:
         return _read(file, column)
     except OSError as error:
-        raise UsageError(f"{name}: {error.strerror}") from error
+        is_stream = str(error.strerror).startswith(("it is a pipe", "it is a device"))
+        hint = f": give it on standard input, as {STANDARD_INPUT}" if is_stream else ""
+        raise UsageError(f"{name}: {error.strerror}{hint}") from error
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
 
@@ -124,6 +126,8 @@ def _checked(line: str, number: int) -> str:
         raise ValueError(
             f"line {number}: it holds a carriage return: end lines with a line feed, or give JSON"
         )
+    if line.startswith(BYTE_ORDER_MARK):
+        raise ValueError(f"line {number}: it begins with a byte order mark: files joined into one?")
     return line
 
 

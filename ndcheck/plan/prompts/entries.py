@@ -22,17 +22,30 @@ HOLDERS = ("prompt", "messages", "conversations", "body")
 """Fields of which one holds the prompt; ``body`` is that of a request in an OpenAI batch."""
 IDS = ("custom_id", "id")
 SYSTEM = "system"
+SYSTEMS = (SYSTEM, "system_prompt", "system_message", "systemPrompt")
 ANSWER = "answer"
 PROMPT_CHANGING = (
     *("tools", "functions", "chat_template_kwargs"),
     *("image", "images", "audio", "audios", "video", "videos"),
 )
+BESIDE_PROMPT = (
+    *("suffix", "prefix", "history", "documents", "chat_template"),
+    *("continue_final_message", "reasoning_effort"),
+)
+"""What changes a prompt too, and of other rows may be a column like any other."""
+INSTRUCTION, INPUT = "instruction", "input"
+"""Alpaca's prompt is both."""
 NOTHING = ("[]", "{}", "null")
 """What a table, or LLaMA-Factory, has where there is none."""
-REQUEST_CHANGING = ("suffix", "previous_response_id", "conversation")
-MESSAGE_CHANGING = ("tool_calls", "function_call", "name", "audio", "images")
+REQUEST_CHANGING = (
+    *("suffix", "previous_response_id", "conversation"),
+    *("reasoning", "thinking", "enable_thinking"),
+)
+MESSAGE_CHANGING = ("tool_calls", "function_call", "name", "audio", "images", "prefix", "partial")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Of an earlier turn some chat templates repeat it."""
 TEXT_PARTS = ("text", "input_text", "output_text")
-FIELDS = (*HOLDERS, *IDS, SYSTEM, ANSWER, *PROMPT_CHANGING)
+FIELDS = (*HOLDERS, *IDS, *SYSTEMS, ANSWER, *PROMPT_CHANGING, *BESIDE_PROMPT, INPUT)
 """All that an entry is read for."""
 ROLES: dict[str, Speaker] = {
     "system": "system",
@@ -91,13 +104,18 @@ def _read_answer(value: Any) -> str | None:
 
 
 def _read_fields(fields: dict[str, Any], column: str | None) -> Prompt:
-    for name in PROMPT_CHANGING:
+    beside = BESIDE_PROMPT if column is None else (INPUT,) if column == INSTRUCTION else ()
+    for name in (*PROMPT_CHANGING, *beside):
         if fields.get(name) and fields[name] not in NOTHING:
             raise ValueError(f"{name}: it changes the prompt and is not read: leave it out")
+    systems = [fields[name] for name in SYSTEMS if fields.get(name)]
+    if len(systems) > 1:
+        raise ValueError(f"it holds two system prompts: give one as {SYSTEM}")
+    system = systems[0] if systems else None
     if column is not None:
         if column not in fields:
             raise ValueError(f"it has no field {column!r}")
-        return _with_system(_read_prompt(fields[column]), fields.get(SYSTEM))
+        return _with_system(_read_prompt(fields[column]), system)
     holders = [name for name in HOLDERS if fields.get(name) is not None]
     if len(holders) > 1:
         raise ValueError(f"it holds {' and '.join(holders)}: choose one with --prompt-column")
@@ -108,7 +126,7 @@ def _read_fields(fields: dict[str, Any], column: str | None) -> Prompt:
         return _read_request(fields["body"], fields.get("url"))
     if holder != "prompt" and not isinstance(fields[holder], list):
         raise ValueError(f"{holder}: {reprlib.repr(fields[holder])} is no list of messages")
-    return _with_system(_read_prompt(fields[holder]), fields.get(SYSTEM))
+    return _with_system(_read_prompt(fields[holder]), system)
 
 
 def _read_request(body: Any, url: Any) -> Prompt:
@@ -130,13 +148,13 @@ def _read_request(body: Any, url: Any) -> Prompt:
 
 
 def _with_system(prompt: Prompt, system: Any) -> Prompt:
-    if system in (None, ""):
+    if system is None:
         return prompt
     if isinstance(prompt, str):
         prompt = (Message("user", prompt),)
     if any(message.role == "system" for message in prompt):
         raise ValueError("system: the conversation has a system prompt already")
-    return (Message("system", _read_text(system)), *prompt)
+    return (Message("system", _read_text(system, "the system prompt")), *prompt)
 
 
 def _read_prompt(value: Any) -> Prompt:
@@ -149,6 +167,10 @@ def _read_prompt(value: Any) -> Prompt:
         messages.pop()
     if not messages or messages[-1].role != "user":
         raise ValueError("no message of the user's is there to be answered at its end")
+    for turn in value[: len(messages)]:
+        for name in REASONING:
+            if turn.get(name):
+                raise ValueError(f"{name}: a message that is more than a text is not read")
     return tuple(messages)
 
 
@@ -167,14 +189,14 @@ def _read_message(turn: Any) -> Message:
         if not all(isinstance(part, dict) and part.get("type") in TEXT_PARTS for part in content):
             raise ValueError("content: a message that is more than a text is not read")
         return Message(role, "".join(_read_text(part.get("text")) for part in content))
-    return Message(role, _read_text(content))
+    return Message(role, _read_text(content, f"the {who} message"))
 
 
-def _read_text(value: Any) -> str:
+def _read_text(value: Any, what: str = "the prompt") -> str:
     if not isinstance(value, str):
         raise ValueError(f"{reprlib.repr(value)} is no text: {ACCEPTED}")
     if not value.strip():
-        raise ValueError("the prompt is empty")
+        raise ValueError(f"{what} is empty")
     if not is_unicode(value):
-        raise ValueError("the prompt holds half a character, which is not valid UTF-8")
+        raise ValueError(f"{what} holds half a character, which is not valid UTF-8")
     return value

@@ -21,6 +21,8 @@ ROWS_AT_A_TIME = 16
 """A row may be as large as the file."""
 DEFAULT = "prompt"
 TWICE = "two of its columns have the same name"
+UNCLOSED = "unexpected end of data"
+"""What the csv module says of a quoted cell that the end of the file ends."""
 MAX_HEADER = 100_000
 _CONVERSATION = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
 
@@ -35,6 +37,7 @@ def is_table(text: str, column: str | None) -> bool:
 def read_csv(text: str, column: str | None) -> Iterator[Row]:
     """Rows by the names in the first one. Raises ValueError, with the line where there is one."""
     header: list[str] = []
+    line = 1
     limit = csv.field_size_limit(MAX_DOCUMENT_BYTES)
     try:
         for delimiter in DELIMITERS:
@@ -45,6 +48,8 @@ def read_csv(text: str, column: str | None) -> Iterator[Row]:
                 header = found
                 break
         else:
+            if header[:1] and header[0].lower().startswith("sep="):
+                raise ValueError("line 1: leave out Excel's line that names the separator")
             raise ValueError(_no_column(column or DEFAULT, header))
         if len(set(header)) < len(header):
             raise ValueError(TWICE)
@@ -58,6 +63,8 @@ def read_csv(text: str, column: str | None) -> Iterator[Row]:
                 yield _row(f"line {line}", dict(zip(header, cells, strict=True)), column)
             line = reader.line_num + 1
     except csv.Error as error:
+        if str(error) == UNCLOSED:
+            raise ValueError(f"line {line}: a quotation mark opens that nothing closes") from error
         raise ValueError(f"line {reader.line_num}: {error}") from error
     finally:
         csv.field_size_limit(limit)
@@ -82,7 +89,7 @@ def read_parquet(content: bytes, column: str | None) -> Iterator[Row]:
             raise ValueError(_no_column(column, names))
         if len(set(wanted)) < len(wanted):
             raise ValueError(TWICE)
-        if not {column, *FIELDS}.intersection(names):
+        if not {column, *HOLDERS}.intersection(names):
             raise ValueError(_no_column(DEFAULT, names))
         number = n_bytes = 0
         for batch in file.iter_batches(ROWS_AT_A_TIME, columns=wanted):

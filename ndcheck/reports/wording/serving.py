@@ -14,8 +14,6 @@ def origin(finding: ServingFinding, run: Run) -> str:
         parts.append("each with a system_fingerprint of its own")
     elif finding.fingerprints:
         parts.append(count(len(finding.fingerprints), "system_fingerprint"))
-    if len(finding.models) > 1:
-        parts.append(f"by {count(len(finding.models), 'model')}")
     has_ids = run.environment.model.get("compared") == "token ids"
     differ = {"ids": finding.ids_differ} if has_ids else {}
     if finding.names_differ is not None:

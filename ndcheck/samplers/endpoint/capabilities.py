@@ -34,6 +34,7 @@ class Capabilities:
     accepted: dict[str, Body] = field(default_factory=dict)
     logprob_digits: int | None = None
     fingerprint: str = ""
+    served: str = ""
     counts_tokens: bool = True
     first_token_s: float = 0.0
     has_ids: bool = False
@@ -93,6 +94,7 @@ async def probe(dialect: Dialect, ask: Ask, plain: Answer, n_tokens: int) -> Cap
         accepted,
         max(map(_significant_digits, answer.logprobs), default=None),
         next((a.fingerprint for a in reversed(answers) if a.fingerprint), ""),
+        next((a.served for a in reversed(answers) if a.served), ""),
         counts_tokens=all(_counts_tokens(a, n_tokens) for a in answers),
     )
 

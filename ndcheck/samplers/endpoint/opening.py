@@ -215,7 +215,7 @@ async def open_server(
             )
             try:
                 with doing("trying what the server can do"):
-                    capabilities = await _find_capabilities(spec, transport, dialect, client)
+                    capabilities = await _find_capabilities(spec, transport, dialect, client, say)
                 break
             except RequestFailure as failure:
                 is_elsewhere = "/responses" in str(failure)
@@ -252,7 +252,7 @@ async def open_server(
     except RequestFailure as failure:
         if (
             failure.status is not None
-            and 400 <= failure.status < 500
+            and 300 <= failure.status < 500
             and failure.status not in BUSY
         ):
             raise await _explain(failure, spec, endpoint, transport) from failure
@@ -262,7 +262,11 @@ async def open_server(
 
 
 async def _find_capabilities(
-    spec: RunSpec, transport: Transport, dialect: Dialect, client: Client
+    spec: RunSpec,
+    transport: Transport,
+    dialect: Dialect,
+    client: Client,
+    say: Callable[[str], None],
 ) -> Capabilities:
     """What works for short requests; longer ones where the first tokens of the model are hidden.
 
@@ -279,6 +283,7 @@ async def _find_capabilities(
             break
         except RequestFailure as failure:
             if dialect.take_hint(str(failure)):
+                say(f"asking the server otherwise, after: {failure}")
                 continue
             raise
     if not first.text and not first.token_ids:

@@ -130,6 +130,11 @@ def secrets_of(value: Any, *, is_secret: bool = False, holder: str = "") -> Iter
             yield from secrets_of(item, is_secret=is_secret)
 
 
+def is_secret_setting(name: str, value: str) -> bool:
+    """Does a setting look as if its value must be in no record?"""
+    return bool(_SECRET_NAME.search(name) or _SECRET_VALUE.match(value))
+
+
 def _masked(value: Any, *, is_secret: bool = False, holder: str = "") -> Any:
     if isinstance(value, Mapping):
         return {

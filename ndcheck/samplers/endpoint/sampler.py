@@ -31,6 +31,7 @@ from ndcheck.samplers.endpoint.answers.dialects import outlasting
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.arrivals import run_trial
 from ndcheck.samplers.endpoint.capabilities import FP32_DIGITS
+from ndcheck.samplers.endpoint.changes import Changes
 from ndcheck.samplers.endpoint.client import Outcome, check_whole
 from ndcheck.samplers.endpoint.credentials import request_body, request_headers, request_query
 from ndcheck.samplers.endpoint.opening import Identity, identify, open_server
@@ -88,8 +89,8 @@ class EndpointSampler:
             query,
             (*query_secrets(query, endpoint.query), *secrets_of(extra_body)),
         )
-        self._n_without_bits = 0
         self._prompt_ids: dict[Prompt, list[int]] = {}
+        self._changes = Changes(self._prompt_ids)
         try:
             self._server = self._run(open_server(spec, endpoint, self._transport, extra_body, say))
         except BaseException:
@@ -123,8 +124,10 @@ class EndpointSampler:
             if self._server.cache
             else "no control that could be seen to work"
         )
+        other = seen.served if seen.served != self._spec.model else ""
         return (
-            f"{self._server.identity.server}{version} at {self._transport.base}",
+            f"{self._server.identity.server}{version} at {self._transport.base}"
+            f"{f', whose answers name {other!r}' if other else ''}",
             f"compared: {COMPARED[seen.compared]}, {logprobs}",
             f"optional fields: {seen.seen}",
             f"batch size from: {self._server.witness_name}; prefix cache: {cache}",
@@ -153,6 +156,7 @@ class EndpointSampler:
             "version": identity.version,
             "served": identity.model,
             "system_fingerprint": seen.fingerprint or None,
+            "answered_by": seen.served or None,
             "compared": seen.compared,
             "logprob_digits": seen.logprob_digits,
             "optional_fields": seen.seen,
@@ -165,17 +169,8 @@ class EndpointSampler:
         raise UsageError("--loads auto: with --endpoint the memory is the server's: give numbers")
 
     def changes(self) -> tuple[str, ...]:
-        found = []
-        if n_others := self._server.n_other_beginnings:
-            found.append(
-                f"completions that differ in their limit alone began otherwise in {n_others} "
-                "requests: replicas differ, or a cache repeats answers to equal requests"
-            )
-        if self._n_without_bits and not self._spec.allow_latent:
-            found.append(
-                f"answers whose log-probabilities were no numbers: {self._n_without_bits}; their "
-                "bits were not compared"
-            )
+        n_others = self._server.n_other_beginnings
+        found = [*self._changes.sentences(n_others, bits_count=not self._spec.allow_latent)]
         try:
             now = self._run(self._identify_quickly())
         except (RequestFailure, TimeoutError):
@@ -199,6 +194,9 @@ class EndpointSampler:
             if failure.is_unreachable:
                 raise BackendError(f"the server is gone: {failure}") from failure
             raise TrialError(str(failure)) from failure
+        for index, each in enumerate(outcomes):
+            if each.answer is not None:
+                self._changes.add(probe.content, each.answer, is_streamed=self._streams(index))
         reached = [most_of_the_time(of_row) for of_row in sizes]
         known = [size for size in reached if size is not None]
         achieved = min(known) if len(known) == len(reached) else None
@@ -206,6 +204,10 @@ class EndpointSampler:
             self._make_sample(trial, nth, outcome, self._make_witness(outcome, achieved, of_row))
             for nth, (outcome, of_row) in enumerate(zip(outcomes, sizes, strict=True))
         ]
+
+    def _streams(self, nth: int) -> bool:
+        """Is the ``nth`` row of a trial asked for a stream?"""
+        return self._server.metrics is None or nth < N_STREAMED
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)
@@ -234,7 +236,7 @@ class EndpointSampler:
                 probe.content,
                 decoding.max_tokens,
                 decoding,
-                streamed=self._is_streamed(index),
+                streamed=self._streams(index),
             )
             body |= seen.probe_fields
             if self._endpoint.stop:
@@ -257,7 +259,7 @@ class EndpointSampler:
                 n_tokens = rng.randint(max(1, decoding.max_tokens // 4), decoding.max_tokens)
             elif 2 * length + n_tokens > self.context:
                 n_tokens = decoding.max_tokens
-            streamed = self._is_streamed(len(load.slots) + (*rows, row).index(row))
+            streamed = self._streams(len(load.slots) + (*rows, row).index(row))
             model = self._spec.model
             body = self._server.dialect.body(model, prompt, n_tokens, decoding, streamed=streamed)
             body |= seen.filler_fields(n_tokens)
@@ -304,10 +306,6 @@ class EndpointSampler:
         if load.batch_size == 1:
             return [1] * n_units  # Nothing else was sent; others' requests were not seen.
         return batch_sizes_seen(times_s, streams)
-
-    def _is_streamed(self, nth: int) -> bool:
-        """Is the ``nth`` row of a trial asked for a stream?"""
-        return self._server.metrics is None or nth < N_STREAMED
 
     async def _judge(self, trial: Trial, outcomes: list[Outcome], fillers: list[Outcome]) -> None:
         """Turn what happened beside a request into its error.
@@ -362,7 +360,6 @@ class EndpointSampler:
             connection=answer.connection,
             response_id=answer.response_id if self._server.capabilities.has_ids else "",
             fingerprint=answer.fingerprint,
-            model=answer.model,
             n_prompt_tokens=answer.n_prompt_tokens,
             names_digest=answer.names_digest,
             n_counted=answer.n_tokens if self._server.capabilities.counts_tokens else None,
@@ -382,7 +379,7 @@ class EndpointSampler:
             has_bits = "logprobs" in seen.accepted and seen.compared != "text"
             if has_bits and len(answer.logprobs) == len(token_ids):
                 logprobs = answer.logprobs
-            self._n_without_bits += has_bits and not logprobs
+            self._changes.n_without_bits += has_bits and not logprobs
             token_ids, logprobs = plant_in_stream(token_ids, logprobs, trial.fault)
         finish_reason = (answer and answer.finish_reason) or "error"
         return replace(

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -95,6 +96,9 @@ class Transport:
             return self._httpx.create_ssl_context()
         except (OSError, ValueError) as error:
             named = [n for n in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(n)]
+            log = os.environ.get("SSLKEYLOGFILE")
+            if log and not os.access(Path(log).parent, os.W_OK):
+                named = ["SSLKEYLOGFILE"]
             where = f"{named[0]}={os.environ[named[0]]}" if named else "TLS"
             reason = getattr(error, "strerror", None) or str(error)
             if isinstance(error, ssl.SSLError):
@@ -212,7 +216,9 @@ class Transport:
     async def _refuse(self, response: Any) -> None:
         status = response.status_code
         if 300 <= status < 400:
-            target = self.redactor.redact(response.headers.get("location", "nowhere"))
+            # Without its query, which may be signed.
+            target = response.headers.get("location", "nowhere").partition("?")[0]
+            target = _CREDENTIALS.sub("//", self.redactor.redact(target))
             raise RequestFailure(
                 f"HTTP {status}: redirects to {target[:MAX_SNIPPET]!r}, which is not "
                 "followed: give the final address as --endpoint",

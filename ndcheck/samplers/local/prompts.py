@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.conversations import as_messages
 from ndcheck.plan.fillers import filler_text, fit_to_length
-from ndcheck.probe import Prompt
+from ndcheck.probe import Message, Prompt
 from ndcheck.records import Load, Probe, RunSpec
 from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.checkpoint.bounds import bounded
@@ -18,6 +20,10 @@ from ndcheck.samplers.local.loading import first_line, load_tokenizer
 from ndcheck.storage.reading import parse_json
 
 TEMPLATE_S = 2
+CLOCK, DATE = "strftime_now", "date_string"
+"""What gives chat templates the date, and what Llama's take in its place."""
+OTHER = " 7"
+"""What makes another message of any."""
 TEMPLATE_VARIABLES = {"tools", "documents"}
 
 
@@ -38,6 +44,7 @@ class Prompts:
         self._chat = chat
         self._source = source
         self._n_ids = n_ids
+        self._encoded: dict[Prompt, array[int]] = {}
 
     def rows(self, load: Load, probe: Probe) -> list[list[int]]:
         """Token ids of every row of the batch: probes at their slots, fillers elsewhere."""
@@ -57,10 +64,16 @@ class Prompts:
         return fit_to_length(self._ids(self._tokenizer(filler_text(seed, length))), length)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The prompt as the model sees it.
+        """The prompt as the model sees it, the same each time.
 
         Raises UsageError where the chat template or the tokenizer does not give ids of the model.
         """
+        # A template may say what day it is, and a tokenizer may draw: one prompt is measured.
+        if prompt not in self._encoded:
+            self._encoded[prompt] = array("q", self._encode(prompt))
+        return self._encoded[prompt].tolist()
+
+    def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and not self._chat:
             return self._ids(self._tokenizer(prompt))
         with bounded(f"--chat: the chat template of {self._source}", TEMPLATE_S):
@@ -97,15 +110,47 @@ class Prompts:
 
     def warnings(self, probes: Sequence[Probe]) -> tuple[str, ...]:
         """What is likely to be wrong with prompts, a sentence for each kind."""
+        found = []
         first = self._tokenizer.bos_token_id
         twice = [p.probe_id for p in probes if self.encode(p.content)[:2] == [first, first]]
-        if not twice:
-            return ()
-        others = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
-        return (
-            f"warning: prompt {twice[0]}{others} begins with {self._tokenizer.bos_token!r} twice: "
-            "leave it out where the tokenizer or the chat template adds it",
+        if twice:
+            others = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+            found.append(
+                f"warning: prompt {twice[0]}{others} begins with {self._tokenizer.bos_token!r} "
+                "twice: leave it out where the tokenizer or the chat template adds it"
+            )
+        has_clock = self._chat and CLOCK in str(self._tokenizer.chat_template)
+        if has_clock and DATE not in self._template_kwargs:
+            found.append(
+                "warning: the chat template may say the date, and then has other tokens on another "
+                f'day: many take --chat-template-kwargs \'{{"{DATE}": "26 Jul 2024"}}\''
+            )
+        found += (
+            f"warning: the chat template leaves out what the {role} says"
+            for role in self._unread_roles(probes)
         )
+        return tuple(found)
+
+    def _unread_roles(self, probes: Sequence[Probe]) -> list[str]:
+        """Whose messages the chat template leaves out: the first probe that has such one tells.
+
+        Raises UsageError where it is the user's.
+        """
+        firsts: dict[str, tuple[Message, ...]] = {}
+        for probe in probes if self._chat else ():
+            messages = probe.messages or (Message("user", probe.prompt),)
+            for message in messages:
+                firsts.setdefault(message.role, messages)
+        unread = []
+        for role, messages in firsts.items():
+            others = (
+                replace(m, content=m.content + OTHER) if m.role == role else m for m in messages
+            )
+            if self._encode(messages) == self._encode(tuple(others)):
+                unread.append(role)
+        if "user" in unread:
+            raise UsageError(f"--chat: the chat template of {self._source} leaves out the prompt")
+        return unread
 
     def decode(self, token_id: int) -> str:
         """The text of one token."""

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, ClassVar
 from ndcheck.errors import UsageError
 from ndcheck.records import Engine, InvariantBy, RunSpec
 from ndcheck.samplers.backend import Backend
+from ndcheck.samplers.endpoint.private import Private, is_secret_setting
 from ndcheck.samplers.options import ENGINE, SCHEDULED, SCHEDULED_AXES, TP, Option, choice
 
 if TYPE_CHECKING:
     from ndcheck.samplers.base import Sampler
-    from ndcheck.samplers.endpoint.private import Private
 
 OWN_OPTIONS = {
     "model": "--model",
@@ -33,11 +33,17 @@ def parse_engine_argument(text: str) -> str:
     key, equals, value = text.partition("=")
     key = key.strip().lstrip("-").replace("-", "_")
     if not equals or not key.isidentifier():
-        raise UsageError(f"--engine-arg {text}: give KEY=VALUE, such as max_model_len=4096")
+        shown = key if equals else text
+        raise UsageError(f"--engine-arg {shown}: give KEY=VALUE, such as max_model_len=4096")
     if key in OWN_OPTIONS:
         raise UsageError(f"--engine-arg {key}: give {OWN_OPTIONS[key]} instead")
     if key in FIXED_ARGUMENTS:
         raise UsageError(f"--engine-arg {key}: ndcheck needs it as it is")
+    if is_secret_setting(key, value.strip()):
+        raise UsageError(
+            f"--engine-arg {key}: it would be recorded: give secrets in the environment, such as "
+            "HF_TOKEN"
+        )
     return f"{key}={value.strip()}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -176,3 +177,15 @@ def test_folders_that_may_not_be_read(ndcheck_here, tmp_path_factory, request):
     request.getfixturevalue("as_nobody")
     for command, code in commands:
         assert_one_line(ndcheck_here(*command), code, "Permission denied")
+
+
+def test_a_run_in_the_current_directory_has_its_name(ndcheck_here, tmp_path):
+    done = ndcheck_here("run", *SCRIPTED, "--out", ".")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run.json").read_text())["run_id"] == tmp_path.name
+
+
+def test_a_name_that_cannot_be_recorded_is_refused(ndcheck_here, tmp_path):
+    done = ndcheck_here("run", *SCRIPTED, "--out", os.fsdecode(b"\xff"))
+    assert_one_line(done, 2, "--out", "not valid UTF-8")
+    assert list(tmp_path.iterdir()) == []

@@ -27,6 +27,7 @@ def assert_one_line(done, code, *parts):
         (("--loads", "two"), ("--loads", "'two'")),
         (("--loads", "2,2"), ("--loads", "twice")),
         (("--axes", "speed"), ("--axes", "'speed'", "run-to-run")),
+        (("--axes", "all,slot"), ("--axes all,slot: all stands alone",)),
         (("--mode", "both"), ("--mode", "copies, mixed")),
         (("--kernels", "fast"), ("--kernels", "stock")),
         (("-n", "0"), ("--samples 0",)),
@@ -118,3 +119,37 @@ def test_newer_schema(ndcheck, tmp_path):
 
 def test_report_of_nothing(ndcheck, tmp_path):
     assert_one_line(ndcheck("report", "nowhere"), 2, "nowhere holds no run")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("order", "sum", "--svg"),
+        ("order", "sum", "--dot"),
+        ("kernels", "manifest"),
+        ("gate", "--junit"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(
+    ndcheck_here, tmp_path, command
+):
+    """Nothing on stderr but the line: no progress of what would then be lost."""
+    (tmp_path / "ndcheck.toml").write_text(
+        '[checks.a]\nmodel = "scripted:clean"\nmax_tokens = 8\nloads = [1, 2]\nsamples = 20\n'
+    )
+    (tmp_path / "file").touch()
+    for out in ("/dev/full", "file/x.out"):
+        assert_one_line(ndcheck_here(*command, out), 4, f"cannot write to {out}")
+    assert not (tmp_path / "ndcheck-runs").exists()
+
+
+def test_a_file_of_prompts_that_is_a_stream_is_told_of_standard_input(ndcheck_here):
+    done = ndcheck_here("run", *SCRIPTED, "--prompts-file", "/dev/null")
+    assert_one_line(done, 2, "it is a device, not a file: give it on standard input, as -")
+
+
+def test_a_target_that_takes_very_many_trials_is_a_short_line(ndcheck_here):
+    for rate in ("1e-300", "5e-324"):
+        done = ndcheck_here("run", *SCRIPTED, "--target-rate", rate)
+        assert_one_line(done, 2, "which takes 10^12 or more trials")
+        assert len(done.stderr) < 200

@@ -92,3 +92,41 @@ def test_what_the_template_may_not_be_given(source):
     spec = replace(DEFAULTS, chat=True, chat_template_kwargs='{"chat_template":"x"}')
     with pytest.raises(UsageError, match="--chat-template-kwargs chat_template: ndcheck needs"):
         load_prompts(source, spec)
+
+
+def test_a_prompt_is_the_same_each_time_whatever_its_template_draws(source):
+    prompts = load_prompts(source, replace(DEFAULTS, chat=True))
+    prompts._tokenizer.chat_template = "{{ range(100000) | random }}" + TEMPLATE
+    messages = [{"role": "user", "content": "sum"}]
+    drawn = {tuple(prompts._tokenizer.apply_chat_template(messages)["input_ids"]) for _ in "123"}
+    assert len(drawn) > 1
+    assert len({tuple(prompts.encode("sum")) for _ in "123"}) == 1
+
+
+def test_a_template_that_says_the_date_is_a_warning(source):
+    dated = "{{ date_string or strftime_now('%d %b %Y') }}" + TEMPLATE
+    for kwargs, n_warnings in ((None, 1), ('{"date_string":"26 Jul 2024"}', 0)):
+        spec = replace(DEFAULTS, chat=True, chat_template_kwargs=kwargs)
+        prompts = load_prompts(source, spec)
+        assert prompts.warnings([Probe("p1", "sum")]) == ()
+        prompts._tokenizer.chat_template = dated
+        warnings = prompts.warnings([Probe("p1", "sum")])
+        assert len(warnings) == n_warnings
+        assert all('--chat-template-kwargs \'{"date_string"' in each for each in warnings)
+
+
+def test_what_a_template_leaves_out_is_named(source):
+    prompts = load_prompts(source, replace(DEFAULTS, chat=True))
+    probes = [Probe("p1", "sum"), Probe("p2", "x", CONVERSATION)]
+    assert prompts.warnings(probes) == ()
+    # As early revisions of Phi-3 did.
+    prompts._tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}"
+        "{% endfor %}"
+    )
+    assert prompts.warnings(probes[:1]) == ()
+    (warning,) = prompts.warnings(probes)
+    assert warning == "warning: the chat template leaves out what the system says"
+    prompts._tokenizer.chat_template = "hello"
+    with pytest.raises(UsageError, match=r"the chat template of .* leaves out the prompt"):
+        prompts.warnings(probes[:1])

@@ -73,6 +73,58 @@ def test_answers_sooner_than_a_first_token_are_no_evidence(odd, measure):
     assert any("sooner than a first token can" in r for r in judgement.verdict.reasons)
 
 
+class Fallback:
+    """A gateway that turns to another model, or to another's machines, now and then."""
+
+    names = ("model", "provider")
+
+    def events(self, body):
+        self.named = "other" if next(type(self).numbers) % 7 == 6 else "m"
+        yield from super().events(body)
+
+    def frame(self):
+        return {"model": "m", self.names[-1]: self.named}
+
+
+class FallbackOfModels(Fallback):
+    names = ("model",)
+
+
+@pytest.mark.parametrize("handler", [Fallback, FallbackOfModels])
+def test_a_gateway_that_asks_others_now_and_then_is_seen(odd, measure, handler):
+    judgement, *_ = measure(odd(handler), batch_sizes=(1, 2))
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert any("more than one model or provider" in r for r in judgement.verdict.reasons)
+
+
+class NextDay:
+    """Renders its chat template with another date from the thirtieth answer on."""
+
+    def events(self, body):
+        date = [20, 21] if next(type(self).numbers) > 30 else [20, 20]
+        for event in super().events(body):
+            yield {**event, **({"prompt_token_ids": [5, *date]} if event["choices"] else {})}
+
+    def fields(self, t, token, body):
+        return {"token_ids": [t]}
+
+
+def test_a_prompt_that_changes_in_the_server_is_seen(odd, measure):
+    judgement, *_ = measure(odd(NextDay), batch_sizes=(1, 2), n_samples=20)
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert any("prompts that had other tokens" in r for r in judgement.verdict.reasons)
+
+
+class AlwaysTheSame(Fallback):
+    def frame(self):
+        return {"model": "m", "provider": "one"}
+
+
+def test_a_gateway_that_asks_one_passes(odd, measure):
+    judgement, *_ = measure(odd(AlwaysTheSame), batch_sizes=(1, 2))
+    assert judgement.verdict.outcome == "PASS", judgement.verdict.reasons
+
+
 class EarlyFillers:
     """Fillers end after six tokens; the fork needs company at the eleventh."""
 
@@ -183,29 +235,6 @@ def test_a_gauge_is_held_to_the_streams(odd, measure, mode):
     assert 2 * reached.n_alone > reached.n_tokens
 
 
-class OtherModel:
-    """Another model answers where it is busy, or to the second prompt; its text is the same."""
-
-    def is_other(self, body):
-        return self.running > 1
-
-    def events(self, body):
-        name = "m-small" if self.is_other(body) else "m-2026-05-01"
-        for event in super().events(body):
-            yield {**event, "model": name}
-
-
-class OtherModelByPrompt(OtherModel):
-    def is_other(self, body):
-        return "else:" in str(body["messages"])
-
-
-class OtherFingerprintByPrompt(OtherModelByPrompt):
-    def events(self, body):
-        for event in super().events(body):
-            yield {"choices": event["choices"], "system_fingerprint": event["model"]}
-
-
 class CutsPromptUnderLoad:
     """As servers do that have less room for each of several; here the text is the same."""
 
@@ -219,21 +248,21 @@ def test_another_prompt_than_the_one_that_was_sent_is_said(odd, measure):
     assert "the server counts 5, then 3 tokens in one prompt" in " ".join(judgement.verdict.reasons)
 
 
-TWO_PROMPTS = (Probe("p1", "class Queue:"), Probe("p2", "else:"))
+class OtherFingerprintByPrompt:
+    """Another replica answers the second prompt."""
+
+    def events(self, body):
+        name = "fp_2" if "else:" in str(body["messages"]) else "fp_1"
+        for event in super().events(body):
+            yield {**event, "system_fingerprint": name}
 
 
-@pytest.mark.parametrize(
-    ("handler", "changed", "what"),
-    [
-        (OtherModel, {}, "the model that answers name"),
-        (OtherModelByPrompt, {"probes": TWO_PROMPTS}, "the model that answers name"),
-        (OtherFingerprintByPrompt, {"probes": TWO_PROMPTS}, "the server's system_fingerprint"),
-    ],
-)
-def test_another_model_that_gives_the_same_text_is_said(odd, measure, handler, changed, what):
-    judgement, *_ = measure(odd(handler), **changed)
+def test_what_changes_from_one_prompt_to_the_next_is_said(odd, measure):
+    probes = (Probe("p1", "class Queue:"), Probe("p2", "else:"))
+    judgement, *_ = measure(odd(OtherFingerprintByPrompt), probes=probes)
     assert judgement.verdict.outcome == "INCONCLUSIVE"
-    assert f"{what} changed in mid-run: 'm-2026-05-01', then 'm-small'" in judgement.verdict.reasons
+    changed = "the server's system_fingerprint changed in mid-run: 'fp_1', then 'fp_2'"
+    assert changed in judgement.verdict.reasons
 
 
 class StickyReplicas:

@@ -60,6 +60,13 @@ class Gateway:
         return None
 
 
+class Moved:
+    """Has another address, signed for this one client."""
+
+    def refuse(self, path, body):
+        return 307, {}, {"location": f"https://user:pw@other.example{path}?sig=S3CRET"}
+
+
 class NoTemperature:
     def refuse(self, path, body):
         if "max_tokens" in body:
@@ -115,6 +122,13 @@ class Names(Validates):
             UsageError,
             "temperature must be 1 (--no-temperature leaves",
             "it offers",
+        ),
+        (
+            Moved,
+            True,
+            UsageError,
+            "redirects to 'https://other.example/v1/chat/completions', which is not",
+            "S3CRET",
         ),
         (ChatAlone, False, UsageError, "a server with chat alone needs --chat", "/v1)"),
         (NoChat, True, UsageError, "takes prompts as they are: leave out --chat", "/v1)"),

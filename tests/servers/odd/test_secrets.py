@@ -95,6 +95,7 @@ def test_an_address_with_a_password_is_never_shown(address, capfd, monkeypatch):
         ("ALL_PROXY", "socks5://me:hunter2@127.0.0.1:9", "the proxy settings in ALL_PROXY"),
         ("HTTP_PROXY", "http://me:hunter2@127.0.0.1:9", "through the proxy of HTTP_PROXY"),
         ("SSL_CERT_FILE", "/does/not/exist.pem", "SSL_CERT_FILE=/does/not/exist.pem: "),
+        ("SSLKEYLOGFILE", "/does/not/exist/log", "SSLKEYLOGFILE=/does/not/exist/log: "),
         ("SSL_CERT_FILE", __file__, f"SSL_CERT_FILE={__file__}: it holds no certificate"),
         ("SSL_CERT_FILE", "/", "SSL_CERT_FILE=/: "),
     ],

@@ -100,7 +100,7 @@ class Answer(Said):
         self.finish_reason = frame.finish_reason or self.finish_reason
         self.is_end |= frame.is_end
         self.has_prompt_logprobs |= frame.has_prompt_logprobs
-        for name in ("fingerprint", "response_id", "model", "prompt_token_ids"):
+        for name in ("fingerprint", "response_id", "served", "prompt_token_ids"):
             setattr(self, name, getattr(frame, name) or getattr(self, name))
         for name in ("n_prompt_tokens", "n_tokens", "n_cached_tokens", "n_reasoning_tokens"):
             if (value := getattr(frame, name)) is not None:

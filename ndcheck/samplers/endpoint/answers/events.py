@@ -48,7 +48,8 @@ class Said:
     prompt_token_ids: list[int] = field(default_factory=list)
     fingerprint: str = ""
     response_id: str = ""
-    model: str = ""
+    served: str = ""
+    """The model that the answer names, and whose, where a gateway says that too."""
 
 
 @dataclass(slots=True)
@@ -69,8 +70,8 @@ def read_openai(event: Event) -> Frame:
     frame = Frame(
         fingerprint=as_fact(event.get("system_fingerprint")),
         response_id=as_fact(event.get("id")),
-        model=as_fact(event.get("model")),
     )
+    frame.served = read_served(event)
     # vLLM has them beside a chat's choices, and in the choice of a completion.
     frame.prompt_token_ids = as_token_ids(event.get("prompt_token_ids"))
     _read_usage(as_dict(event.get("usage")), frame)
@@ -84,6 +85,11 @@ def read_openai(event: Event) -> Frame:
             _read_choice(choice, frame)
             break
     return frame
+
+
+def read_served(event: Event) -> str:
+    """Which model answered; OpenRouter says whose machine it was."""
+    return " of ".join(filter(None, (as_fact(event.get(n)) for n in ("model", "provider"))))
 
 
 def _read_usage(usage: Event, frame: Frame) -> None:

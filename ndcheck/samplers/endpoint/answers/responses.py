@@ -18,6 +18,7 @@ from ndcheck.samplers.endpoint.answers.events import (
     as_text,
     read_end,
     read_entries,
+    read_served,
 )
 
 ADDS_TEXT = (
@@ -72,7 +73,7 @@ class Responses:
             for item in map(as_dict, as_list(event.get("output"))):
                 _read_item(item, frame)
         frame.response_id = as_fact(response.get("id"))
-        frame.model = as_fact(response.get("model"))
+        frame.served = read_served(response)
         usage = as_dict(response.get("usage"))
         frame.n_prompt_tokens = as_count(usage.get("input_tokens")) or None
         frame.n_tokens = as_count(usage.get("output_tokens")) or None

@@ -44,7 +44,8 @@ class SideBySideSampler(TransformersSampler):
         try:
             super().__init__(spec)
             with doing(f"waiting for the process of the {self._worker.arm} arm"):
-                why_not = self._worker.why_unusable(self._digest)
+                prompts = [self.encode(probe.content) for probe in spec.probes]
+                why_not = self._worker.why_unusable(self._digest, prompts)
         except BaseException:
             self._worker.close()
             raise
@@ -98,13 +99,15 @@ class _Worker:
         with suppress(BackendError):  # If it is dead, nothing will come back either.
             self._send((spec, torch.get_num_threads()))
 
-    def why_unusable(self, digest: str) -> str | None:
+    def why_unusable(self, digest: str, prompts: list[list[int]]) -> str | None:
         """Wait until the model is open there; why it cannot be used, or None."""
         try:
-            found = self.receive()
+            digest_there, prompts_there = self.receive()
         except Exception as error:
             return str(error)
-        return None if found == digest else "the weights were written to meanwhile"
+        if digest_there != digest:
+            return "the weights were written to meanwhile"
+        return None if prompts_there == prompts else "prompts have other tokens there"
 
     def begin(self, trial: Trial, probe: Probe, decoding: Decoding) -> None:
         """Send a trial, unless it is the one that was sent before."""

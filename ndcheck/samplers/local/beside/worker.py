@@ -19,8 +19,8 @@ def main() -> None:
     """Answer each message on the connection whose descriptor is the argument.
 
     The first holds the spec and the number of threads, and is answered by the digest of the
-    weights; the others hold what `Sampler.sample` takes, and are answered by its samples. An
-    exception is an answer too.
+    weights and the token ids of the prompts; the others hold what `Sampler.sample` takes, and are
+    answered by its samples. An exception is an answer too.
     """
     connection = Connection(int(sys.argv[1]))
     messages = queue.SimpleQueue[Any]()
@@ -34,11 +34,12 @@ def main() -> None:
             spec, n_threads = messages.get()
             torch.set_num_threads(n_threads)
             sampler = TransformersSampler(spec)
-            digest = sampler.describe()["digest"]
+            prompts = [sampler.encode(probe.content) for probe in spec.probes]
+            opened = sampler.describe()["digest"], prompts
     except Exception as error:
         connection.send_bytes(_pickled(error))
         return
-    connection.send_bytes(_pickled(digest))
+    connection.send_bytes(_pickled(opened))
     while True:
         try:
             answer: Any = sampler.sample(*messages.get())

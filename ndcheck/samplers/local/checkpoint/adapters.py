@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,20 @@ def merge_adapter(model: Any, directory: Path) -> Any:
     """
     import peft
 
+    option = f"--adapter {directory}"
+    config = read_json(option, directory / CONFIG)
+    known = {field.name for field in fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]])}
+    for name, value in config.items():
+        # What is off, and the numbers of what is off, is in the files of every later version.
+        if name not in known and name != "peft_version" and (value is True or _is_filled(value)):
+            raise UsageError(
+                f"{option}: {CONFIG}: peft {peft.__version__} does not know {name}, and would "
+                "leave it out: pip install -U peft"
+            )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # Between peft and transformers.
+        warnings.simplefilter("ignore")  # What it would leave out is refused here.
         wrapped = peft.PeftModel.from_pretrained(model, str(directory), torch_device="cpu")
     wanted = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    option = f"--adapter {directory}"
     stored = set(read_shapes(option, directory / WEIGHTS))
     if lacking := sorted(wanted - stored):
         raise UsageError(f"{option}: {WEIGHTS} lacks {len(lacking)} of its tensors ({lacking[0]})")
@@ -96,6 +106,10 @@ def merge_adapter(model: Any, directory: Path) -> Any:
         )
     _untie(wrapped.get_base_model())
     return wrapped.merge_and_unload(safe_merge=True)
+
+
+def _is_filled(value: Any) -> bool:
+    return isinstance(value, str | list | dict) and bool(value)
 
 
 def _untie(model: Any) -> None:

@@ -172,11 +172,12 @@ FAULTS = {
     "targets": ({"target_modules": ["q_proj"]}, "no place for"),
     "more targets": ({"target_modules": [*TARGETS, "o_proj"]}, "lacks 4 of its tensors"),
     "none": ({"target_modules": ["nothing"]}, "not found in the base model"),
+    "a later way": ({"use_something_new": True}, "does not know use_something_new"),
+    "a later setting": ({"scales_by": "layer"}, "does not know scales_by"),
     "an expression": ({"target_modules": "(" * 50}, "error"),
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_faulty_adapter_is_one_line(base, lora, name):
     changed, reason = FAULTS[name]
@@ -187,7 +188,11 @@ def test_a_faulty_adapter_is_one_line(base, lora, name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_settings_of_later_versions_that_are_off_do_no_harm(base, lora):
+    edit(lora, use_something_new=False, something_size=16, something_config=None, peft_version="9")
+    assert sample(base, lora)
+
+
 def test_its_tensors_are_all_there_and_numbers(base, lora):
     tensors = load_file(lora / WEIGHTS)
     first = min(tensors)
