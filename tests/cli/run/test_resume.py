@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 
-OPTIONS = ("--model", "scripted:slow", "--max-tokens", "8", "--loads", "1,4", "-n", "80")
+OPTIONS = ("--model", "scripted:slow", "--max-tokens", "8", "--loads", "1,4", "-n", "40")
 
 
 def samples_without_times(run):

@@ -14,7 +14,7 @@ import pytest
 
 FIXTURE = Path(__file__).parents[2] / "runs" / "schema-1"
 KEY = "sk-private-0123456789"
-OPTIONS = ("--model", "scripted:slow", "--max-tokens", "8", "--loads", "1,4", "-n", "40", "-q")
+OPTIONS = ("--model", "scripted:clean", "--max-tokens", "8", "--loads", "1,4", "-n", "40", "-q")
 
 
 @pytest.fixture
