@@ -74,9 +74,9 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory):
     all that they are spared. No GPU can be used after a fork: where there is one, it is the real
     interpreter. ``interpret`` says whether Triton interprets kernels there.
     """
-    servers: dict[bool, tuple[subprocess.Popen[bytes], str]] = {}
+    servers = {}
 
-    def start(interpret: bool) -> tuple[subprocess.Popen[bytes], str]:
+    def start(interpret):
         folder = tmp_path_factory.mktemp("warm")
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         if interpret:
@@ -98,11 +98,10 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        assert server.stdout is not None
         assert server.stdout.readline() == b"listening\n"
         return server, str(python)
 
-    def get(interpret: bool = False) -> str:
+    def get(interpret=False):
         if torch.cuda.is_available():
             return sys.executable
         if interpret not in servers:
@@ -111,7 +110,9 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory):
 
     yield get
     for server, _ in servers.values():
-        server.communicate()
+        server.stdin.close()
+        server.wait()
+        server.stdout.close()  # What outlives the tests, as multiprocessing's tracker, holds it.
 
 
 def _tiny_config(family: str, vocabulary: int):

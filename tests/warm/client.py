@@ -15,15 +15,14 @@ import sys
 
 with open(os.path.join(os.path.dirname(sys.argv[0]), "known.json")) as file:
     known = json.load(file)
-arguments = [argument for argument in sys.argv[1:] if argument not in ("-u", "-P")]
+first = next((argument for argument in sys.argv[1:] if argument not in ("-u", "-P", "-B")), "-")
 names = tuple(known["names"])
 variables = {name: value for name, value in os.environ.items() if name.startswith(names)}
 open_files = [fd for fd in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/dev/fd/{fd}")]
 if (
     variables != known["variables"]
     or not {0, 1, 2} <= set(open_files)
-    or not arguments
-    or (arguments[0].startswith("-") and arguments[0] not in ("-m", "-c"))
+    or (first.startswith("-") and first not in ("-m", "-c"))
 ):
     os.execv(known["python"], [known["python"], *sys.argv[1:]])
 

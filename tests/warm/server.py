@@ -95,7 +95,7 @@ def take_over(request: dict, files: list[int]) -> None:
 def run(arguments: list[str]) -> None:
     """As the interpreter does."""
     flags = []
-    while arguments[0] in ("-u", "-P"):
+    while arguments[0] in ("-u", "-P", "-B"):
         flags.append(arguments.pop(0))
     if "-u" in flags or os.environ.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)
