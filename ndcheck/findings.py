@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +13,7 @@ from ndcheck.judging.comparison import Measured, find_references
 from ndcheck.judging.verdict import Judgement, ProbeVerdict, judge
 from ndcheck.records import Arm, Run, Sample
 from ndcheck.storage.explanation import read_advice
+from ndcheck.storage.reading import uncollected
 from ndcheck.storage.run_directory import SampleReader, read_run
 
 
@@ -60,25 +59,6 @@ def find(run: Run, samples: Iterable[Sample]) -> Findings:
         # Only now have all lines been held against the plan.
         run = replace(run, flaws=samples.flaws)
     return Findings(run, samples, summary, judge(run, summary))
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Samples hold no cycles: to look for some among a million takes as long as to read them.
-
-    What is done with them, and makes few objects, may be within it as well.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            if not gc.get_freeze_count():
-                # Counted as old, they are not all searched as soon as searching goes on.
-                gc.freeze()
-                gc.unfreeze()
-            gc.enable()
 
 
 def read_findings(directory: Path) -> Findings:

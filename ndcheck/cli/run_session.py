@@ -20,7 +20,7 @@ from ndcheck.cli.console import EXIT_CODES, INTERRUPTED, note, note_bad_lines
 from ndcheck.cli.progress import ActivityLine, ProgressLine
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import NdcheckError, TrialError, UsageError, doing
-from ndcheck.findings import read_findings, uncollected
+from ndcheck.findings import read_findings
 from ndcheck.plan.conversations import as_messages
 from ndcheck.plan.coverage import samples_to_try_all, untried_axes
 from ndcheck.ranks import check_ranks, rank
@@ -50,6 +50,7 @@ from ndcheck.samplers.base import Rendered, Sampler, open_sampler
 from ndcheck.samplers.calibration import estimate
 from ndcheck.samplers.endpoint.private import Private
 from ndcheck.storage.evidence import is_continued_by
+from ndcheck.storage.reading import uncollected
 from ndcheck.storage.run_directory import RunDirectory, read_run
 
 MAX_LINES_SHOWN, MAX_TEXT_SHOWN = 32, 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import reprlib
 import stat
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -91,6 +93,24 @@ def read_lines(file: BinaryIO) -> Iterator[bytes | None]:
         while line and not line.endswith(b"\n"):
             line = file.readline(MAX_LINE_BYTES)
         yield None
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For what makes a million objects and no cycles, as samples and modules: to look for some
+    takes as long as to make them. What is done with them, and makes few, may be within as well.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            if not gc.get_freeze_count():
+                # Counted as old, they are not all searched as soon as searching goes on.
+                gc.freeze()
+                gc.unfreeze()
+            gc.enable()
 
 
 def parse_json(text: str) -> Any:

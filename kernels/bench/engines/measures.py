@@ -1,43 +1,59 @@
 """The process of one engine that `bench.engines.plugin` starts: it measures what it is told to.
 
-Each line of standard input names a measure; one line answers it. Rows go to STAGE-MODEL-MODE.csv.
+Its argument is a JSON object. One line says that the engine has started, or why it has not. Each
+line of standard input then names a measure; one line answers it. Rows go to STAGE-MODEL-MODE.csv.
 """
 
 from __future__ import annotations
 
 import cProfile
+import hashlib
+import json
+import os
 import pstats
 import random
 import statistics
+import struct
 import sys
+import tempfile
 import time
-import zlib
+import traceback
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.engines.in_model import (
+    N_REPEATS,
+    STEPS,
+    all_reduce_us,
+    allocation_retries,
+    fill,
+    host_us,
+)
 from bench.engines.in_process import N_REQUESTS, PROMPT, REQUEST_TOKENS, bits
+from bench.engines.planted import plant
 from bench.table import Table
 
 SHAPES = Path(__file__).parents[1] / "shapes"
-GRAPHS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
 CACHE_BYTES = {
     "qwen3-8b": 20 * 10**9,
-    "qwen3-8b-fp8": 10 * 10**9,
+    "qwen3-8b-fp8": 7 * 10**9,
     "qwen3-30b-a3b": 3 * 10**9,
-    "smollm2": 4 * 10**9,
+    "qwen3-1.4b": 10**9,
+    "smollm2": 2 * 10**9,
 }
-FEWER_ROWS = {"qwen3-30b-a3b": 256}
-"""Where two engines' weights leave no room for a step of 1024 rows."""
-STEPS, FEW_STEPS = (1, 8, 32, 64, 128, 256, 512), (1, 8, 64, 256)
-LARGE_STEPS = (576, 768, 1000)
-N_STEPS, N_REPEATS = 32, 3
-SUMS = 73
-"""Over ranks, in a step of 36 layers."""
+FEWER_ROWS = {"qwen3-30b-a3b": 256, "qwen3-1.4b": 128, "smollm2": 256}
+"""Where engines beside it leave no room for a step of 1024 rows."""
+N_LAYERS = {"qwen3-1.4b": 4}
+"""Of a shape that is cut."""
+FEW_STEPS, LARGE_STEPS = (1, 8, 64, 256), (576, 768, 1000)
+N_STEPS = 32
 COPIES, N_COPY_TOKENS = (1, 1, 2, 4, 8, 16, 32, 64, 128, 256), 150
 PREFILL_ROWS, PREFILL_TOKENS = 16, 1800
 IN_FLIGHT, CLOSED_TOKENS = (1, 16, 64, 256), 64
 N_NEEDLES, NEEDLE_BATCHES, N_NEEDLE_TOKENS = 1000, (8, 32, 64, 128), 48
+DIGEST_BATCHES = (1, 8, 32)
 COLUMNS = (
     "batch", "nth", "value", "n", "unique", "modal", "diverges_from", "differ", "p50", "p99",
     "retries",
@@ -48,29 +64,36 @@ class Measures:
     """One engine and its measures, each a method of its name."""
 
     def __init__(
-        self, model: str, mode: str, stage: str, out: Path, largest_graph: int, n_ranks: int
+        self, model: str, mode: str, stage: str, out: str, graphs: Sequence[int], n_ranks: int
     ) -> None:
         import vllm
 
-        self.vllm, self.model, self.mode, self.out = vllm, model, mode, out
-        self.table = Table(out / f"{stage}-{model}-{mode}.csv", echo=False)
-        self.audit = out / f"audit-{model}.txt"
+        self.vllm, self.model, self.mode, self.out = vllm, model, mode, Path(out)
+        self.table = Table(self.out / f"{stage}-{model}-{mode}.csv", echo=False)
+        self.audit = self.out / f"audit-{model}.txt"
         is_random = (SHAPES / model).is_dir()
         rows = FEWER_ROWS.get(model, 1024)
-        graphs = [n for n in (*GRAPHS, *range(576, largest_graph + 1, 64)) if n <= rows]
-        self.llm = vllm.LLM(
-            str(SHAPES / model) if is_random else trained(model),
-            load_format="dummy" if is_random else "auto",
-            skip_tokenizer_init=True,
-            enable_prefix_caching=False,
-            max_num_seqs=rows,
-            max_model_len=2048,
-            max_num_batched_tokens=8 * rows,
-            gpu_memory_utilization=0.1,
-            kv_cache_memory_bytes=CACHE_BYTES[model],
-            tensor_parallel_size=n_ranks,
-            compilation_config={"cudagraph_capture_sizes": graphs},
-        )
+        captured = {"cudagraph_capture_sizes": [n for n in graphs if n <= rows]}
+        started = time.perf_counter()
+        try:
+            self.llm = vllm.LLM(
+                shape(model) if is_random else trained(model),
+                load_format="dummy" if is_random else "auto",
+                skip_tokenizer_init=True,
+                enable_prefix_caching=False,
+                max_num_seqs=rows,
+                max_model_len=2048,
+                max_num_batched_tokens=8 * rows,
+                gpu_memory_utilization=0.05,
+                kv_cache_memory_bytes=CACHE_BYTES[model],
+                tensor_parallel_size=n_ranks,
+                enforce_eager=not graphs,
+                **({"compilation_config": captured} if graphs else {}),
+            )
+        except BaseException as error:
+            self.add("refusal", value=one_line(error))
+            raise
+        self.add("start_s", value=time.perf_counter() - started)
         if is_random:
             self.llm.apply_model(fill)
         self.generate([PROMPT] * 8, [8] * 8)
@@ -183,9 +206,10 @@ class Measures:
         """Requests of CLOSED_TOKENS, each sent when one has ended: tokens/s and latencies."""
         found = []
         for n in IN_FLIGHT:
-            latencies, elapsed_s = self.closed_loop(n, 4 * n + 4)
+            latencies, elapsed_s = self.closed_loop(n, 4 * n + 20)
             rate = len(latencies) * CLOSED_TOKENS / elapsed_s
-            p50, p99 = (statistics.quantiles(latencies, n=100)[i] for i in (49, 98))
+            cuts = statistics.quantiles(latencies, n=100, method="inclusive")
+            p50, p99 = cuts[49], cuts[98]
             self.add("closed_tokens_per_s", batch=n, value=rate, p50=p50, p99=p99)
             found.append(f"{n}: {rate:.0f}/s {p50:.3f} {p99:.3f}")
         return " ".join(found)
@@ -236,7 +260,7 @@ class Measures:
                 [draw.randrange(100, 40000) for _ in range(draw.randrange(8, 200))]
                 for _ in range(batch)
             ]
-            places = draw.sample(range(batch), min(batch // 4, N_NEEDLES - len(found)))
+            places = draw.sample(range(batch), min(batch // 2, N_NEEDLES - len(found)))
             for place in places:
                 rows[place] = prompt
             outputs = self.with_logprobs(rows)
@@ -247,6 +271,21 @@ class Measures:
         self.add("needle", differ=differ, **bits([reference, *completions], reference))
         self.add("needle_logprobs", n=len(found), differ=logprobs_differ)
         return f"{differ} of {len(found)} differ, {logprobs_differ} in their logprobs"
+
+    def digest(self) -> str:
+        """Of tokens and logprobs of batches alike in every mode, and whether the plug-in acted."""
+        from vllm.v1.worker.gpu_worker import Worker
+
+        draw, digest = random.Random(0), hashlib.sha256()
+        for batch in DIGEST_BATCHES:
+            rows = [
+                [draw.randrange(4096) for _ in range(draw.randrange(8, 99))] for _ in range(batch)
+            ]
+            for tokens, logprobs in self.with_logprobs(rows):
+                digest.update(struct.pack(f"{len(tokens)}q{len(logprobs)}d", *tokens, *logprobs))
+        is_ours = hasattr(Worker, "ndcheck_coverage")
+        self.add("digest", value=digest.hexdigest()[:16], n=int(is_ours))
+        return f"{digest.hexdigest()[:16]}, {'with' if is_ours else 'without'} the plug-in"
 
     def with_logprobs(
         self, prompts: Sequence[list[int]]
@@ -282,8 +321,21 @@ class Measures:
         completions = self.generate([PROMPT] * N_REQUESTS, [1000] * N_REQUESTS)
         elapsed_s = time.perf_counter() - started
         found = bits(completions)
-        self.add("long_s", batch=N_REQUESTS, value=elapsed_s, **found)
+        ((_, commonest),) = Counter(completions).most_common(1)
+        differ = N_REQUESTS - commonest
+        self.add("long_s", batch=N_REQUESTS, value=elapsed_s, differ=differ, **found)
         return f"{elapsed_s:.1f} s, {found['unique']} unique"
+
+
+def shape(model: str) -> str:
+    """A directory with a shape's config."""
+    if model not in N_LAYERS:
+        return str(SHAPES / model)
+    config = json.loads((SHAPES / model / "config.json").read_text(encoding="utf-8"))
+    folder = Path(tempfile.mkdtemp())
+    text = json.dumps({**config, "num_hidden_layers": N_LAYERS[model]})
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    return str(folder)
 
 
 def trained(model: str) -> str:
@@ -294,103 +346,32 @@ def trained(model: str) -> str:
     return str(find_model())
 
 
-def fill(model: Any) -> None:
-    """Random weights that follow each parameter's name and rank, so that every mode has the same.
-
-    Ranks hold different ones: the sum of equal halves would be exact.
-    """
-    import torch
-    from vllm.distributed import get_tensor_model_parallel_rank
-
-    rank = get_tensor_model_parallel_rank()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.data.fill_(1)
-            continue
-        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()) + rank)
-        if "scale" in name:  # Of FP8 codes, which are drawn wider by as much.
-            parameter.data.uniform_(1e-4, 3e-4, generator=generator)
-            continue
-        is_fp8 = parameter.dtype == torch.float8_e4m3fn
-        values = parameter.data.to(torch.bfloat16) if is_fp8 else parameter.data
-        values.normal_(0, 100 if is_fp8 else 0.02, generator=generator)
-        if is_fp8:
-            parameter.data.copy_(values)
-
-
-def allocation_retries() -> int:
-    """How often torch has freed all that it held because the GPU's memory was full."""
-    import torch
-
-    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
-
-
-def all_reduce_us(model: Any) -> dict[int, float]:
-    """By rows: what a sum over all ranks takes, among SUMS in a row as vLLM captures them."""
-    import torch
-    from vllm.distributed import tensor_model_parallel_all_reduce
-    from vllm.distributed.parallel_state import graph_capture
-
-    where, found = next(model.parameters()).device, {}
-    for rows in STEPS:
-        x = torch.randn(rows, 4096, device=where, dtype=torch.bfloat16)
-        tensor_model_parallel_all_reduce(x)
-        graph = torch.cuda.CUDAGraph()
-        with graph_capture(where) as context, torch.cuda.graph(graph, stream=context.stream):
-            for _ in range(SUMS):
-                tensor_model_parallel_all_reduce(x)
-        times = []
-        for _ in range(N_REPEATS + 2):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1000 / SUMS)
-        found[rows] = statistics.median(times[2:])
-    return found
-
-
-def host_us(model: Any) -> dict[str, float]:
-    """By N x K, what starting the product takes as vLLM starts it; the GPU is not waited for."""
-    import torch
-
-    found = {}
-    for layer in model.model.layers[0].modules():
-        if not hasattr(layer, "quant_method") or getattr(layer, "weight", None) is None:
-            continue
-        x = layer.weight.new_zeros(N_REQUESTS, layer.weight.shape[1])
-        times = []
-        for _ in range(20):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            for _ in range(20):
-                layer.quant_method.apply(layer, x)
-            times.append((time.perf_counter() - started) / 20)
-        found["x".join(map(str, layer.weight.shape))] = min(times) * 1e6
-    return found
-
-
 def main() -> int:
-    import os
-
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What vLLM prints goes to the log.
-    model, mode, stage, out, largest_graph, n_ranks = sys.argv[1:]
+    start = json.loads(sys.argv[1])
     started = time.perf_counter()
-    measures = Measures(model, mode, stage, Path(out), int(largest_graph), int(n_ranks))
+    try:
+        if fault := start.pop("fault"):
+            plant(fault)
+        measures = Measures(**start)
+    except BaseException as error:
+        print(one_line(error), file=answers, flush=True)
+        raise
     print(f"started in {time.perf_counter() - started:.0f} s", file=answers, flush=True)
     for line in sys.stdin:
         try:
             answer = getattr(measures, line.strip())()
         except Exception as error:  # The other measures may still work.
-            import traceback
-
             traceback.print_exc()
-            answer = f"{type(error).__name__}: {error}".splitlines()[0]
+            answer = one_line(error)
         measures.leave_room()
         print(answer, file=answers, flush=True)
     return 0
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 if __name__ == "__main__":

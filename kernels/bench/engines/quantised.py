@@ -23,7 +23,7 @@ import torch
 from bench.fp8.products import BATCHES, SHAPES, compile_shipped, runs, weights
 from bench.table import Table, print_means
 from bench.weight_only.products import GROUP, draw
-from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
+from ndcheck_kernels.cuda.products.fp8.fp8_matmul import fp8_matmul
 from ndcheck_kernels.cuda.products.weight_only import weight_only_matmul
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.measure.timing import copies, medians_us
@@ -67,9 +67,9 @@ def compare_fp8(out: Path) -> None:
         for shape, (n, k) in SHAPES.items():
             held = [weights(n, k) for _ in range(copies(n * k))]
             codes, scales = quantise_rows(torch.randn(m, k, device="cuda").bfloat16())
-            want = block_fp8_matmul(codes, scales, *held[0])
+            want = fp8_matmul(codes, scales, *held[0])
             variants: dict[str, list[Callable[[], object]]] = {
-                "ours": [partial(block_fp8_matmul, codes, scales, *each) for each in held]
+                "ours": [partial(fp8_matmul, codes, scales, *each) for each in held]
             }
             for name, call, layout in (
                 ("cutlass", cutlass, lambda scales: scales),

@@ -25,7 +25,7 @@ from bench.parts import REPOSITORY, Part, run_parts, run_tests
 from bench.table import Table
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.sampler import TransformersSampler
-from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config
+from ndcheck_kernels.cuda.products.fp8.fp8_configs import Fp8Config
 from ndcheck_kernels.measure.timing import copy_gb_per_s, mm_tflop_per_s
 
 TESTS = (

@@ -20,9 +20,8 @@ import torch
 from bench.parts import compile_each
 from bench.table import Table, add_ranked, print_means
 from ndcheck_kernels.cuda import device
-from ndcheck_kernels.cuda.products import block_fp8, fp8_configs
-from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul
-from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config
+from ndcheck_kernels.cuda.products.fp8 import fp8_configs, fp8_matmul
+from ndcheck_kernels.cuda.products.fp8.fp8_configs import Fp8Config
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.measure.timing import copies, medians_us
 from ndcheck_kernels.ops.block_fp8 import quantise_weight
@@ -51,6 +50,19 @@ SCHEDULES = [
     )
     for stages, parallel in product(all_stages, (False, True) if can_be_parallel else (False,))
 ]
+BY_HAND = tuple(
+    Fp8Config(*sizes, hopper=True)
+    for sizes in (
+        (64, 32, 4, 16),
+        (64, 64, 4, 12),
+        (64, 128, 4, 8),
+        (128, 32, 4, 10),
+        (128, 64, 8, 8),
+        (128, 128, 8, 4),
+        (128, 128, 8, 6),
+    )
+)
+"""Schedules of `block_fp8_hopper`."""
 
 
 def every_schedule() -> tuple[Fp8Config, ...]:
@@ -70,7 +82,7 @@ def _compile(config: Fp8Config) -> None:
     for k, m in product((4096, 12288), (1, 129)):
         rows = torch.ones(m, k, device="cuda").bfloat16()
         operands = (*quantise_rows(rows), *quantise_weight(torch.ones(256, k, device="cuda")))
-        launch = partial(block_fp8._launch, *operands, config=config)
+        launch = partial(fp8_matmul._launch, *operands, config=config)
         for dtype, addend in (
             (rows.dtype, None),
             (rows.dtype, rows[:, :256]),
@@ -121,7 +133,7 @@ def some_rows(
 ) -> torch.Tensor:
     """The product of ``count`` rows, in float32."""
     codes, row_scales, weight, scales = operands
-    return block_fp8._launch(
+    return fp8_matmul._launch(
         codes[first:][:count].contiguous(), row_scales[first:][:count].t().contiguous().t(),
         weight.contiguous(), scales.contiguous(), None, torch.float32, config,
     )  # fmt: skip
@@ -173,7 +185,7 @@ def _compare(
     x = torch.randn(m, k, device="cuda").bfloat16()
     codes = quantise_rows(x)
     variants = {
-        "ours": [partial(block_fp8_matmul, *codes, *each) for each in held],
+        "ours": [partial(fp8_matmul.fp8_matmul, *codes, *each) for each in held],
         "quantised": [partial(_quantised, x, *each) for each in held],
     }
     for name, call in (("stock", stock), ("by_row", by_row(m, n))):
@@ -201,7 +213,7 @@ def _compare(
 
 
 def _quantised(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return block_fp8_matmul(*quantise_rows(x), weight, scales)
+    return fp8_matmul.fp8_matmul(*quantise_rows(x), weight, scales)
 
 
 def tune(out: Path) -> None:
@@ -213,7 +225,7 @@ def tune(out: Path) -> None:
         codes = quantise_rows(torch.randn(m, k, device="cuda").bfloat16())
         us = medians_us({
             str(config): [
-                partial(block_fp8._launch, *codes, *each, None, torch.bfloat16, config)
+                partial(fp8_matmul._launch, *codes, *each, None, torch.bfloat16, config)
                 for each in held
             ]
             for config in SCHEDULES if is_worth_trying(config, m, n)

@@ -22,11 +22,15 @@ from bench.fp8.measure import measure_properties, measure_steps
 from bench.fp8.products import SHAPES, runs
 from bench.parts import Part, compile_each, run_parts, run_tests
 from bench.table import Table, print_means
-from ndcheck_kernels.cuda.products.fp8_configs import Fp8Config
+from ndcheck_kernels.cuda.products.fp8 import fp8_matmul
+from ndcheck_kernels.cuda.products.fp8.fp8_configs import Fp8Config, selectable_configs
+from ndcheck_kernels.cuda.rows.quantise import OneScale, quantise_rows
+from ndcheck_kernels.measure.timing import copies, medians_us
 from ndcheck_kernels.ops.row_fp8 import quantise_weight
 
 TESTS = (
     "tests/kernels/triton/fp8/test_row_fp8.py",
+    "tests/kernels/triton/fp8/test_projections.py",
     "tests/kernels/triton/fp8/test_fp8_cache.py",
     "tests/kernels/triton/test_decoder.py::test_a_row_has_the_same_bits_over_an_fp8_cache",
 )
@@ -34,19 +38,14 @@ BATCHES = (1, 16, 64, 1024)
 
 
 def compile_shipped() -> None:
-    from ndcheck_kernels.cuda.products.fp8_configs import selectable_configs
-
-    compile_each(_compile, selectable_configs(90))
+    compile_each(_compile, selectable_configs(90, by_block=False))
 
 
 def _compile(config: Fp8Config) -> None:
-    from ndcheck_kernels.cuda.products import row_fp8
-    from ndcheck_kernels.cuda.rows.quantise import quantise_whole_rows
-
     for k, m, dtype in product((512, 4096, 12288), (1, 129), (torch.bfloat16, torch.float32)):
         weight = quantise_weight(torch.ones(256, k, device="cuda"), 256)
-        codes = quantise_whole_rows(torch.ones(m, k, device="cuda").bfloat16())
-        row_fp8._launch(*codes, *weight, None, dtype, config)
+        codes = quantise_rows(torch.ones(m, k, device="cuda").bfloat16(), one_scale=OneScale())
+        fp8_matmul._launch(*codes, *weight, None, dtype, config)
     torch.cuda.synchronize()
 
 
@@ -54,18 +53,16 @@ def compare_schedules(out: Path) -> None:
     """Every row of 600 has the bits of the first schedule, in any number of rows; of K backwards
     it has not.
     """
-    from ndcheck_kernels.cuda.products import row_fp8
-    from ndcheck_kernels.cuda.products.fp8_configs import selectable_configs
-    from ndcheck_kernels.cuda.rows.quantise import quantise_whole_rows
-
-    configs, differing = selectable_configs(90), []
+    configs, differing = selectable_configs(90, by_block=False), []
     table = Table(out / "row_fp8_bits.csv", echo=False)
     for n, k in ((1024, 512), (1008, 3984), (384, 12288)):
         half = torch.randn(600, k // 2, device="cuda")
         w, order = torch.randn(n, k // 2, device="cuda"), torch.randperm(k, device="cuda")
         weight, scales = quantise_weight(torch.cat([w, -w], 1)[:, order].contiguous(), n)
-        codes, rows = quantise_whole_rows(torch.cat([half, half], 1)[:, order].bfloat16())
-        launch = partial(row_fp8._launch, addend=None, dtype=torch.float32)
+        codes, rows = quantise_rows(
+            torch.cat([half, half], 1)[:, order].bfloat16(), one_scale=OneScale()
+        )
+        launch = partial(fp8_matmul._launch, addend=None, dtype=torch.float32)
         expected = launch(codes, rows, weight, scales, config=configs[0])
         for config in configs:
             same = all(
@@ -85,12 +82,8 @@ def compare_schedules(out: Path) -> None:
 
 
 def compare_products(out: Path) -> None:
-    from ndcheck_kernels.cuda.products.row_fp8 import row_fp8_matmul
-    from ndcheck_kernels.cuda.rows.quantise import quantise_whole_rows
-    from ndcheck_kernels.measure.timing import copies, medians_us
-
     def quantised(x: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
-        return row_fp8_matmul(*quantise_whole_rows(x), *weight)
+        return fp8_matmul.fp8_matmul(*quantise_rows(x, one_scale=OneScale()), *weight)
 
     def stock(
         codes: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
@@ -106,16 +99,21 @@ def compare_products(out: Path) -> None:
         ]
         for m in BATCHES:
             x = torch.randn(m, k, device="cuda").bfloat16()
-            codes = quantise_whole_rows(x)
+            codes = quantise_rows(x, one_scale=OneScale())
             if reason := runs(partial(stock, *codes, *held[0])):
                 raise RuntimeError(f"torch._scaled_mm by rows: {reason}")
             us = medians_us({
-                "ours": [partial(row_fp8_matmul, *codes, *each) for each in held],
+                "ours": [partial(fp8_matmul.fp8_matmul, *codes, *each) for each in held],
                 "quantised": [partial(quantised, x, *each) for each in held],
                 "stock": [partial(stock, *codes, *each) for each in held],
             })  # fmt: skip
             ratio = us["stock"] / us["ours"]
-            far = (row_fp8_matmul(*codes, *held[0]) - stock(*codes, *held[0])).abs().max().item()
+            far = (
+                (fp8_matmul.fp8_matmul(*codes, *held[0]) - stock(*codes, *held[0]))
+                .abs()
+                .max()
+                .item()
+            )
             table.add(
                 shape=shape, n=n, k=k, m=m, us=us["ours"], quantised_us=us["quantised"],
                 stock_us=us["stock"], ratio=ratio, largest_difference=far,

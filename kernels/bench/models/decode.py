@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument(
         "--arms", default="invariant,stock", choices=("invariant,stock", "invariant")
     )
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", help="batch sizes whose steps are profiled, such as 1,64,256")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--requests", type=int, default=0, help="time so many of 90-110 tokens")
     options = parser.parse_args()
@@ -193,7 +193,7 @@ def main() -> None:
                 requests.add(arm=arm, requests=options.requests, rows=most_rows, seconds=seconds)
                 torch.cuda.empty_cache()
     if options.profile:
-        for batch_size in (1, 64, 256):
+        for batch_size in map(int, options.profile.split(",")):
             profile(sampler, "invariant", batch_size)
 
 

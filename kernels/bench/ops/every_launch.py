@@ -3,7 +3,7 @@
     PYTHONPATH=kernels python -m bench.ops.every_launch ARCHITECTURE [kinds|all [SOURCE]]
 
 ARCHITECTURE is a compute capability, such as 90, or AMD's name, such as gfx942; SOURCE a function
-below, such as attentions, whose launches alone are compiled.
+of `launches`, such as attentions, whose launches alone are compiled.
 
 Prints JSON: what each compiled kernel uses, and one line for each launch that does not compile.
 Alone, the shapes of the README's figures in bfloat16, in minutes; with `kinds` every kernel once, a
@@ -17,31 +17,22 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator
 
 import torch
 
+from bench.fp8.launches import Extent, Launch, fp8
 from bench.ops.matmul_cells import SHAPES
 from ndcheck_kernels.cuda import configs, device, routing
 from ndcheck_kernels.cuda.attention import causal, qkv
 from ndcheck_kernels.cuda.compiler import compile_failure
-from ndcheck_kernels.cuda.products import (
-    block_fp8,
-    fp8_configs,
-    grouped_matmul,
-    matmul,
-    mxfp4,
-    row_fp8,
-    weight_only,
-)
+from ndcheck_kernels.cuda.products import grouped_matmul, matmul, mxfp4, weight_only
 from ndcheck_kernels.cuda.recurrent import gated_delta, selective_scan, short_convolution
 from ndcheck_kernels.cuda.rows import (
     add_parts,
     composed_norm,
     layer_norm,
     logits,
-    quantise,
     reductions,
     rms_norm,
     silu_mul,
@@ -50,8 +41,6 @@ from ndcheck_kernels.cuda.rows import (
 from ndcheck_kernels.measure import resources
 from ndcheck_kernels.ops.weight_only import Packed, pack
 
-Launch = tuple[str, Callable[[], object]]
-Extent = Literal["kinds", "figures", "all"]
 Schedule = tuple[configs.MatmulConfig, int]  # and into how many groups it cuts K
 FP8_CAPABILITY = 89
 """From which Triton has e4m3 numbers."""
@@ -121,70 +110,22 @@ def experts(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Lau
                     x, weights, ends, None, config, groups
                 ),
             )
+    source = torch.empty(600, dtype=torch.int64)
+    gates = [(c, groups) for c in configs.selectable_gate_configs(dtype.itemsize, capability)]
+    for config, _ in largest_of_each_kind(gates) if extent == "kinds" else gates:
+        yield (
+            f"grouped_gate {config}",
+            lambda config=config: grouped_matmul._launch(
+                x, b.view(128, 1536, 2048).mT, ends, None, config, groups, source
+            ),
+        )
     index, weights = torch.empty(75, 8, dtype=torch.int64), torch.empty(75, 8, dtype=dtype)
-    yield "route", lambda: grouped_matmul.route(index, weights, 128)
+    yield "route", lambda: routing.route(index, weights, 128)
     yield "combine", lambda: grouped_matmul.combine(x, index, weights)
     yield "combine with a residual", lambda: grouped_matmul.combine(x, index, weights, x[:75])
-    yield "choose", lambda: routing.choose(torch.empty(75, 128, dtype=dtype), 8, True)
-
-
-def fp8(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:
-    if capability < block_fp8.FIRST_CAPABILITY:
-        return
-    x = torch.empty(600, 2048, dtype=dtype)
-    yield "quantise_rows", lambda: quantise.quantise_rows(x)
-    yield "quantise_rows at places", lambda: quantise.quantise_rows(x, torch.arange(5))
-    yield "silu_mul_quantise", lambda: quantise.silu_mul_quantise(x, x)
-    yield "rms_norm_quantise", lambda: quantise.rms_norm_quantise(x, x[0], 1e-6)
-    yield "quantise_whole_rows", lambda: quantise.quantise_whole_rows(x)
-    yield (
-        "quantise_whole_rows by a scale",
-        lambda: quantise.quantise_whole_rows(x, torch.empty(600)),
-    )
-    q = torch.empty(2, 32, 1, 128, dtype=dtype)
-    for columns in (200, 2000):
-        cache, limits = q.new_empty(2, 8, columns, 128), torch.empty(2, dtype=torch.int32)
-        yield (
-            f"quantised_attention over {columns}",
-            lambda cache=cache, limits=limits: causal.quantised_attention(
-                q, cache, cache, starts=limits, lengths=limits, scale=1.0
-            ),
-        )
-    k = 12288  # Of many K-groups.
-    codes, row_scales = torch.empty(600, k, dtype=torch.float8_e4m3fn), torch.empty(96, 600).t()
-    weight = torch.empty(16, 1536, k, dtype=torch.float8_e4m3fn)
-    scales, ends = torch.empty(16, 12, 96), torch.empty(16, dtype=torch.int32)
-    selectable = fp8_configs.selectable_configs(capability)
-    if extent == "kinds":
-        by_size = sorted(selectable, key=lambda c: (c.block_m * c.block_n, c.stages))
-        selectable = tuple({(c.swap, c.parallel): c for c in by_size}.values())
-    addend = torch.empty(600, 1536, dtype=dtype)
-    for config in selectable:
-        for c in (addend,) if extent == "kinds" else (None, addend):
-            yield (
-                f"block_fp8 {config}",
-                lambda c=c, config=config: block_fp8._launch(
-                    codes, row_scales, weight[0], scales[0], c, dtype, config
-                ),
-            )
-            yield (
-                f"row_fp8 {config}",
-                lambda c=c, config=config: row_fp8._launch(
-                    codes, row_scales[:, 0], weight[0], scales[0], c, dtype, config
-                ),
-            )
-        yield (
-            f"grouped block_fp8 {config}",
-            lambda config=config: block_fp8._launch_grouped(
-                codes, row_scales, weight, scales, ends, dtype, config
-            ),
-        )
-        yield (
-            f"grouped row_fp8 {config}",
-            lambda config=config: row_fp8._launch_grouped(
-                codes, row_scales[:, 0], weight, scales[..., 0], ends, dtype, config
-            ),
-        )
+    chosen = torch.empty(75, 128, dtype=dtype)
+    yield "choose", lambda: routing.choose(chosen, 8, True)
+    yield "choose for one token", lambda: routing.choose_routes(chosen[:1], 8, True)
 
 
 def integers(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[Launch]:

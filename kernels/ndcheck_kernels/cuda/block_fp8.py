@@ -3,7 +3,7 @@
 import torch
 
 from ndcheck_kernels.cuda.overrides import covered
-from ndcheck_kernels.cuda.products.block_fp8 import block_fp8_matmul, grouped_block_fp8_matmul
+from ndcheck_kernels.cuda.products.fp8.fp8_matmul import fp8_matmul, grouped_fp8_matmul
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.ops.block_fp8 import register_block_fp8
 
@@ -16,7 +16,7 @@ def _linear(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    return block_fp8_matmul(*quantise_rows(rows), weight, scales, bias, dtype=dtype)
+    return fp8_matmul(*quantise_rows(rows), weight, scales, bias, dtype=dtype)
 
 
 @covered
@@ -28,7 +28,7 @@ def _grouped(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     codes, row_scales = quantise_rows(rows)
-    return grouped_block_fp8_matmul(codes, row_scales, weight, scales, ends, dtype=dtype)
+    return grouped_fp8_matmul(codes, row_scales, weight, scales, ends, dtype=dtype)
 
 
 register_block_fp8("cuda", _linear, _grouped)

@@ -117,6 +117,7 @@ _N4096: _Table = (
 _MEASURED: dict[tuple[int, int], _Table] = {
     (4096, 4096): _N4096,
     (4096, 12288): _N4096,
+    (5120, 2048): ((16, _swap(16, 64, 128, 4, 5, prefetch=512)), *_DEFAULT[1:]),
     (6144, 4096): (
         (8, _FEW),
         (16, _swap(16, 32, 256, 2, 4)),
@@ -220,10 +221,14 @@ def selectable_configs(n: int, k: int, itemsize: int, capability: int) -> set[Ma
     return {config for _, config in (*_table(n, k), *_POINTER)}
 
 
-# Up to which mean number of rows in a group. A group may have many more: its tiles run in parallel.
+# Up to which mean number of rows in a group. A swapped tile has room for hardly fewer than a group
+# may have, which then reads its weights once, and a multiprocessor for two. What is read ahead may
+# be of a group without rows: not where there are many such.
 _GROUPED: _Table = (
-    (16, _swap(16, 64, 256, 4, 5)),
-    (32, _swap(32, 64, 128, 4, 6)),
+    (1, _swap(16, 64, 256, 4, 2)),
+    (3, _swap(16, 64, 128, 4, 4)),
+    (10, _swap(16, 128, 64, 4, 5)),
+    (24, _swap(32, 64, 128, 4, 4)),
     (64, _swap(64, 64, 128, 4, 6)),
     (_ANY, _tile(128, 128, 64, 8, 4)),
 )
@@ -236,6 +241,22 @@ def grouped_config(rows: int, groups: int, itemsize: int, capability: int) -> Ma
     return next(config for mean, config in _GROUPED if rows <= mean * groups)
 
 
+# The same for gates and up at once: a program has `block_n` columns of both.
+_GATES: _Table = (
+    (3, _swap(16, 64, 64, 4, 5)),
+    (10, _swap(16, 64, 128, 4, 5)),
+    (24, _swap(32, 64, 64, 4, 5)),
+    (64, _swap(64, 64, 64, 4, 4, prefetch=512)),
+)
+
+
+def gate_config(rows: int, groups: int, itemsize: int, capability: int) -> MatmulConfig | None:
+    """As `grouped_config`, of gates and up in one launch; None where they take one by one."""
+    if _fixed(itemsize, capability):
+        return None
+    return next((config for mean, config in _GATES if rows <= mean * groups), None)
+
+
 def grouped_pointer_config(rows: int, groups: int, itemsize: int, capability: int) -> MatmulConfig:
     """For operands that TMA cannot read."""
     return pointer_config(-(-rows // groups), itemsize, capability)
@@ -246,6 +267,11 @@ def selectable_grouped_configs(itemsize: int, capability: int) -> set[MatmulConf
     if _fixed(itemsize, capability):
         return {ONE_FOR_ALL}
     return {config for _, config in (*_GROUPED, *_POINTER)}
+
+
+def selectable_gate_configs(itemsize: int, capability: int) -> set[MatmulConfig]:
+    """Every configuration of gates and up in one launch that some number of rows can select."""
+    return set() if _fixed(itemsize, capability) else {config for _, config in _GATES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +302,8 @@ class DecodeTile:
     warps: int
     stages: int
     per_sm: int = 1 << 30
-    """As long as so many programs per multiprocessor remain, one takes several splits."""
+    """As long as so many programs per multiprocessor remain, one takes several splits; twice as
+    many remain where splits are long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +333,8 @@ class AttentionConfig:
         tile = self.many if splits * pairs > sms else self.few
         if rows > 16:  # Four warps lack registers for them, and three stages shared memory.
             tile = replace(tile, warps=8, stages=2)
-        programs = max(1, -(-tile.per_sm * sms // pairs))
+        per_sm = tile.per_sm * (2 if splits > self.short_splits else 1)
+        programs = max(1, -(-per_sm * sms // pairs))
         return tile, -(-splits // min(splits, programs))
 
     def splits(self, tokens: int) -> int:
@@ -322,6 +350,6 @@ def attention_config(head_dim: int, itemsize: int, capability: int) -> Attention
         small, few = PrefillTile(32, 4, 1), DecodeTile(4, 1)
         return AttentionConfig(256, 32, small, small, few, few, max_rows=16)
     return AttentionConfig(
-        256, 128, PrefillTile(64, 8, 2), PrefillTile(128, 8, 2), DecodeTile(8, 3),
-        DecodeTile(4, 2, 16), max_rows=64,
+        256, 128, PrefillTile(64, 8, 2), PrefillTile(128, 8, 2), DecodeTile(4, 3),
+        DecodeTile(4, 2, 8), max_rows=64,
     )  # fmt: skip

@@ -2,9 +2,9 @@
 
 import torch
 
-from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda import device, routing
 from ndcheck_kernels.cuda.products import grouped_matmul, matmul
-from ndcheck_kernels.ops.experts import combine_op, route_by_sorting, route_op
+from ndcheck_kernels.ops.experts import combine_op, route_op
 from ndcheck_kernels.ops.products import register_grouped_product, register_partial_products
 from ndcheck_kernels.scope.refusal import UnsupportedCallError
 from ndcheck_kernels.scope.registry import implements
@@ -43,9 +43,7 @@ register_partial_products("cuda", _partial_linear, _partial_grouped)
 def route_experts(
     index: torch.Tensor, weights: torch.Tensor, experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `ops.experts.route_op`: one launch for few tokens, sorts for many; integers either way."""
-    few = index.numel() <= grouped_matmul.MOST_COUNTED
-    return (grouped_matmul.route if few else route_by_sorting)(index, weights, experts)
+    return routing.route(index, weights, experts)
 
 
 @implements(combine_op, device="cuda")

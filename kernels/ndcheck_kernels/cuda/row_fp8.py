@@ -3,8 +3,8 @@
 import torch
 
 from ndcheck_kernels.cuda.overrides import covered
-from ndcheck_kernels.cuda.products.row_fp8 import grouped_row_fp8_matmul, row_fp8_matmul
-from ndcheck_kernels.cuda.rows.quantise import quantise_whole_rows
+from ndcheck_kernels.cuda.products.fp8.fp8_matmul import fp8_matmul, grouped_fp8_matmul
+from ndcheck_kernels.cuda.rows.quantise import OneScale, quantise_rows
 from ndcheck_kernels.ops.row_fp8 import register_row_fp8
 
 
@@ -17,8 +17,8 @@ def _linear(
     given: torch.Tensor | None,
     bound: float,
 ) -> torch.Tensor:
-    codes = quantise_whole_rows(rows, given, bound)
-    return row_fp8_matmul(*codes, weight, scales, bias, dtype=rows.dtype)
+    codes = quantise_rows(rows, one_scale=OneScale(given, bound))
+    return fp8_matmul(*codes, weight, scales.contiguous(), bias, dtype=rows.dtype)
 
 
 @covered
@@ -29,8 +29,8 @@ def _grouped(
     ends: torch.Tensor,
     given: torch.Tensor | None,
 ) -> torch.Tensor:
-    codes = quantise_whole_rows(rows, given)
-    return grouped_row_fp8_matmul(*codes, weight, scales, ends, dtype=rows.dtype)
+    codes = quantise_rows(rows, one_scale=OneScale(given))
+    return grouped_fp8_matmul(*codes, weight, scales.contiguous(), ends, dtype=rows.dtype)
 
 
 register_row_fp8("cuda", _linear, _grouped)

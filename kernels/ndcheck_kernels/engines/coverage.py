@@ -44,6 +44,7 @@ _OTHERS = {
     "YaRNScalingRotaryEmbedding": _POINTWISE,
     "ApplyRotaryEmb": _POINTWISE,
     "LogitsProcessor": "by the output layer",
+    "UnquantizedFusedMoEMethod": "by its experts",
     "PPMissingLayer": "on another rank",
 }
 ATTENTION = ("FLASH_ATTN",)

@@ -27,12 +27,12 @@ import torch
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.configs import borrows
 from ndcheck_kernels.cuda.experts import route_experts
-from ndcheck_kernels.cuda.products import block_fp8, matmul
-from ndcheck_kernels.cuda.products.grouped_matmul import combine, grouped_matmul
+from ndcheck_kernels.cuda.products import matmul
+from ndcheck_kernels.cuda.products.fp8.fp8_matmul import fp8_matmul, grouped_fp8_matmul
+from ndcheck_kernels.cuda.products.grouped_matmul import combine, grouped_gate, grouped_matmul
 from ndcheck_kernels.cuda.rows import softmax
 from ndcheck_kernels.cuda.rows.add_parts import add_parts
 from ndcheck_kernels.cuda.rows.quantise import Quantised, quantise_rows, silu_mul_quantise
-from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.ops.block_fp8 import BLOCK
 from ndcheck_kernels.scope.refusal import UnsupportedCallError
 
@@ -83,7 +83,7 @@ def _block_fp8(
 ) -> torch.Tensor:
     _fire("block_fp8", weight)
     codes = quantise_rows(x.reshape(-1, x.shape[-1]))
-    out = block_fp8.block_fp8_matmul(*codes, weight, scales, bias, dtype=x.dtype)
+    out = fp8_matmul(*codes, weight, scales, bias, dtype=x.dtype)
     return out.view(*x.shape[:-1], len(weight))
 
 
@@ -212,8 +212,8 @@ def experts(own: Any, given: Mapping[str, Any]) -> None:
 def _plain_products(
     own: Any, given: Mapping[str, Any], token: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
-    gate, up = grouped_matmul(given["hidden_states"][token], given["w1"].mT, ends).chunk(2, -1)
-    return grouped_matmul(silu_mul(gate, up), given["w2"].mT, ends)
+    gated = grouped_gate(given["hidden_states"], token, given["w1"].mT, ends)
+    return grouped_matmul(gated, given["w2"].mT, ends)
 
 
 def _fp8_products(
@@ -221,11 +221,9 @@ def _fp8_products(
 ) -> torch.Tensor:
     dtype = given["output"].dtype
     codes = _rows_at(token, given["hidden_states"], given["a1q_scale"])
-    gate, up = block_fp8.grouped_block_fp8_matmul(
-        *codes, given["w1"], own.w1_scale, ends, dtype=dtype
-    ).chunk(2, -1)
+    gate, up = grouped_fp8_matmul(*codes, given["w1"], own.w1_scale, ends, dtype=dtype).chunk(2, -1)
     codes = silu_mul_quantise(gate, up)
-    return block_fp8.grouped_block_fp8_matmul(*codes, given["w2"], own.w2_scale, ends, dtype=dtype)
+    return grouped_fp8_matmul(*codes, given["w2"], own.w2_scale, ends, dtype=dtype)
 
 
 def _rows_at(token: torch.Tensor, x: torch.Tensor, scales: torch.Tensor | None) -> Quantised:

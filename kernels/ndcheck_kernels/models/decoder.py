@@ -1,7 +1,7 @@
 """Decoder layers of the Llama shape as ten launches each, for the invariant arm on CUDA.
 
-With a mixture of experts in the MLP's place, fourteen (`mixture`). With FP8 weights in blocks many
-rows need one more, which quantises what attention gives.
+With a mixture of experts in the MLP's place, twelve (`mixture`). With FP8 weights in blocks many
+rows need one more, which quantises what attention gives, and with other FP8 weights all do.
 
 A transformers decoder layer is some sixty small kernels, most of them elementwise. Here q, k and v
 are one product, as are gate and up; norms, QK norm with rotary and cache write, and silu * up are
@@ -41,7 +41,7 @@ from ndcheck_kernels.models.caches.argument import given_cache
 from ndcheck_kernels.models.interface import here
 from ndcheck_kernels.models.mixture import is_mixture, mixture, mixture_fires, mixture_part
 from ndcheck_kernels.models.projections import Projection, add_over_ranks, can_join
-from ndcheck_kernels.models.quantised import is_block_fp8
+from ndcheck_kernels.models.quantised import is_fp8
 from ndcheck_kernels.models.rows.norms import composed_norms
 from ndcheck_kernels.models.tensor_parallel import REPLICATED, Spread, is_shared, spread_of, styles
 from ndcheck_kernels.models.weight_only import WeightOnlyLinear
@@ -89,10 +89,10 @@ def _compile_failure(layer: Any) -> str | None:
     own, norm = layer.self_attn, layer.input_layernorm.weight
     heads, kv_heads = (_n_heads(p, own.head_dim) for p in (own.q_proj, own.k_proj))
     norm, q_norm = here(norm), getattr(own, "q_norm", None)
-    is_fp8 = layer._output.scales is not None
+    output = layer._output
     shape = (
         *(norm.device, norm.dtype, norm.numel(), heads, kv_heads, own.head_dim),
-        *(q_norm is None, is_fp8),
+        *(q_norm is None, output.op),
     )
     if shape not in _compile_failures:
         _compile_failures[shape] = None
@@ -103,10 +103,10 @@ def _compile_failure(layer: Any) -> str | None:
             with quiet_compiler(), _disable_current_modes():
                 rms_norm(norm[None], norm)
                 silu_mul(norm[None], norm[None])
-                if is_fp8:
-                    quantise_rows(norm[None])
-                    silu_mul_quantise(norm[None], norm[None])
-                    rms_norm_quantise(norm[None], norm, 0.0)
+                if output.scales is not None:
+                    quantise_rows(norm[None], one_scale=output.one_scale)
+                    silu_mul_quantise(norm[None], norm[None], one_scale=output.one_scale)
+                    rms_norm_quantise(norm[None], norm, 0.0, one_scale=output.one_scale)
                 qkv(
                     norm.new_zeros(1, 1, (heads + 2 * kv_heads) * own.head_dim), angles, angles,
                     cache, cache.clone(), torch.zeros((), dtype=torch.int64, device=norm.device),
@@ -180,7 +180,7 @@ def _can_spread(model: torch.nn.Module, layers: list[Any], spread: Spread) -> bo
 
 
 def _is_covered(projection: Any) -> bool:
-    is_quantised = is_block_fp8(projection) or isinstance(projection, WeightOnlyLinear)
+    is_quantised = is_fp8(projection) or isinstance(projection, WeightOnlyLinear)
     return is_quantised or projection.weight.dtype in FLOATS
 
 
@@ -252,7 +252,7 @@ def _fused(
         eps=0.0 if q_norm is None else q_norm.variance_epsilon,
     )  # fmt: skip
     seen = {"starts": spans[:, 0, 0, 0], "lengths": spans[:, 0, 0, 1], "scale": own.scaling}
-    if spread is None and layer._output.scales is not None:
+    if spread is None and layer._output.op == "block_fp8_linear":
         codes = quantised_attention(query, keys, values, **seen)
         residual = layer._output.of_codes(codes, residual.dtype, residual)
     else:

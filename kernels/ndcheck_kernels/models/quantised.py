@@ -40,6 +40,11 @@ def is_fp8(module: torch.nn.Module) -> bool:
     return type(module).__name__ in (_LINEAR, _EXPERTS) and _reason_against(module) is None
 
 
+def row_bound(layer: Any) -> float:
+    """The largest magnitude from which such a layer makes the scale of a row."""
+    return float(getattr(layer, ROW_BOUND, row_fp8.UNBOUNDED))
+
+
 def refused_weight(module: Any) -> tuple[str, torch.dtype, str] | None:
     """Name, dtype and reason of a quantised weight that nothing here computes with; else None."""
     if is_fp8(module) or is_packed(module):
@@ -99,8 +104,8 @@ def _linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
     weight, scales = here(layer.weight), here(layer.weight_scale_inv)
     out: torch.Tensor
     if layer.block_size is None:
-        bound = getattr(layer, ROW_BOUND, None)
-        out = row_fp8.linear_op(x, weight, scales.reshape(-1), bias, layer.activation_scale, bound)
+        given, bound = layer.activation_scale, row_bound(layer)
+        out = row_fp8.linear_op(x, weight, scales.reshape(-1), bias, given, bound)
     else:
         out = linear_op(x, weight, scales, bias)
     return out

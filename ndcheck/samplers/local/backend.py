@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -86,7 +86,7 @@ class LocalBackend(Backend):
         from ndcheck.samplers.local.checkpoint.sources import find_source
 
         find_source(spec)  # Before torch is imported, which takes seconds.
-        with doing("importing torch and transformers"):
+        with _importing(spec):
             from ndcheck.samplers.local.sampler import TransformersSampler
 
         return TransformersSampler(spec, load_weights=load_weights)
@@ -102,7 +102,7 @@ class LocalBackend(Backend):
         is_beside = self.runs_side_by_side(spec)
         if not is_beside and n_threads is None:
             return self.open(spec)
-        with doing("importing torch and transformers"):
+        with _importing(spec):
             from ndcheck.samplers.local.beside.sampler import SideBySideSampler
             from ndcheck.samplers.local.device import choose_threads, computing_with
 
@@ -131,7 +131,7 @@ class LocalBackend(Backend):
             or len(os.sched_getaffinity(0)) < 2
         ):
             return False
-        with doing("importing torch and transformers"):
+        with _importing(spec):
             from ndcheck.samplers.local.beside.sampler import has_room
 
             return has_room(spec, self._n_bytes(spec))
@@ -172,6 +172,17 @@ class LocalBackend(Backend):
 
     def arrivals(self, spec: RunSpec) -> str | None:
         return None if spec.batching == "exact" else with_clock(spec.arrivals, "step")
+
+
+@contextmanager
+def _importing(spec: RunSpec) -> Iterator[None]:
+    from ndcheck.samplers.local.device import starting_up
+
+    with (
+        doing("importing torch and transformers"),
+        starting_up(spec.device if spec.tensor_parallel == 1 else None),
+    ):
+        yield
 
 
 def _check_draft(spec: RunSpec) -> None:

@@ -3,14 +3,54 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ndcheck.errors import UsageError
+from ndcheck.storage.reading import uncollected
 
 if TYPE_CHECKING:
     import torch
+
+
+@contextmanager
+def starting_up(device: str | None) -> Iterator[None]:
+    """Import torch and transformers, and what the block imports, while ``device`` starts.
+
+    Together they make a million objects, of which none is garbage, and transformers imports
+    scikit-learn where that is installed, for a kind of assisted generation: both take seconds.
+    """
+    if "transformers" in sys.modules:
+        yield
+        return
+    import torch
+
+    def allocate() -> None:
+        with suppress(Exception):  # It will fail again, where that can be said.
+            torch.zeros(1, device=choose_device(device or "cpu"))
+
+    threading.Thread(target=allocate, daemon=True).start()
+    with uncollected():
+        with _hidden("sklearn"):
+            from transformers import GenerationMixin  # noqa: F401
+        yield
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Let a package that is not imported yet seem not to be installed."""
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    modules.setdefault(package, None)
+    try:
+        yield
+    finally:
+        if modules[package] is None:
+            del modules[package]
 
 
 def choose_device(name: str) -> torch.device:
@@ -79,6 +119,21 @@ def computing_with(n_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Make what would wait for the device an error before CUDA sees it, which ends a capture."""
+    import torch
+
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It is a prototype, says torch.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 def fused_layers(model: Any, device: torch.device) -> AbstractContextManager[object]:

@@ -60,6 +60,14 @@ def read_step(
     return Reading(token_ids, *whole)
 
 
+def read_pass(logits_B_n_V: Tensor, decoding: Decoding, rows: Sequence[int]) -> Reading:
+    """`read_step`, without noise, of all positions at once: each value [n, B]."""
+    n_rows, n_positions, _ = logits_B_n_V.shape
+    places = [row * n_positions + nth for row in rows for nth in range(n_positions)]
+    reading = read_step(logits_B_n_V.flatten(0, 1), decoding, None, places)
+    return Reading(*(values.view(n_rows, n_positions).T for values in reading))
+
+
 def _read_rows(logits_B_V: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Margins, log-probabilities and digests of a `Reading`, on a CPU."""
     wide = logits_B_V.float()

@@ -13,10 +13,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import traceback
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,10 @@ from torch import Tensor
 from ndcheck.errors import TrialError
 from ndcheck.records import Arm, Decoding, Drafted, Fault, Fed, FinishReason, Load
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.device import no_waiting
 from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.memory import is_out_of_memory
-from ndcheck.samplers.local.selection import gumbel_noise, plant_in_logits, read_step
+from ndcheck.samplers.local.selection import gumbel_noise, plant_in_logits, read_pass, read_step
 from ndcheck.samplers.local.speculation.draft import Drafter
 
 log = logging.getLogger(__name__)
@@ -87,6 +86,8 @@ class DecodeSteps:
         self.batch = batch
         self.capture_failure: str | None = None
         self._captures = captures and batch.can_be_captured
+        # There a launch costs the host more than the reading; a CPU has to keep what it reads.
+        self._reads_passes = batch.device.type == "cuda"
         self._decoding = decoding
         n_tokens, n_rows, device = decoding.max_tokens, batch.n_rows, batch.device
         shape = (n_tokens, n_rows)
@@ -153,10 +154,8 @@ class DecodeSteps:
         n_done = 0
         token_ids = torch.from_numpy(decoded.logs[0]).to(self.batch.device)  # [T, B]
         for logits in self.batch.feed(token_ids[:-1].T, load):
-            for of_position in logits.unbind(1):
-                self._draw_noise(n_done, logits.shape[-1])
-                self._record(self._plant(of_position, n_done, fault))
-                n_done += 1
+            self._record_pass(logits, n_done, fault)
+            n_done += logits.shape[1]
         logs = self._read_logs(n_done)
         return [
             replace(
@@ -192,8 +191,7 @@ class DecodeSteps:
             fed = torch.stack(draft.propose(self._next_ids, n_proposed), dim=1)
             verified = self.batch.forward(fed, n_proposed + 1)
             self._position.fill_(n_done)
-            for nth, of_position in enumerate(verified.unbind(1)):
-                self._record(self._plant(of_position, n_done + nth, fault))
+            self._record_pass(verified, n_done, fault)
             chosen = self._log[0][n_done : n_done + n_proposed].T
             agrees = (chosen == fed[:, 1:])[list(slots)].all(dim=0)
             n_accepted = int(agrees.cumprod(dim=0).sum())
@@ -225,6 +223,21 @@ class DecodeSteps:
         self._next_ids.copy_(reading.token_ids)
         self._position.add_(1)
 
+    def _record_pass(self, logits: Tensor, first: int, fault: Fault | None) -> None:
+        """Every position of a pass, [B, n, vocabulary], from the ``first`` on."""
+        end = first + logits.shape[1]
+        faults = set() if fault is None else {fault.latent_at, fault.fork_at}
+        is_plain = faults.isdisjoint(range(first, end)) and not self._decoding.temperature
+        if self._reads_passes and is_plain and logits.is_contiguous():
+            reading = read_pass(logits, self._decoding, self._slots)
+            for log, values in zip(self._log, reading, strict=True):
+                log[first:end] = values
+            self._position.fill_(end)
+            return
+        for position, of_position in enumerate(logits.unbind(1), first):
+            self._draw_noise(position, logits.shape[-1])
+            self._record(self._plant(of_position, position, fault))
+
     def _replay(self) -> bool:
         """Replay the captured step; False where it cannot be captured, and nothing was done."""
         from ndcheck_kernels import active_scope
@@ -253,7 +266,7 @@ class DecodeSteps:
         stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool), _no_waiting_for_the_device():
+            with torch.cuda.graph(graph, pool=pool), no_waiting():
                 try:
                     self._step(0)
                 except Exception as error:
@@ -362,19 +375,6 @@ def _n_kept(decoded: Decoded, token_ids: NDArray[np.int64], slot: int) -> int:
 
 def _digest(digests: NDArray[Any]) -> str:
     return hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest()
-
-
-@contextmanager
-def _no_waiting_for_the_device() -> Iterator[None]:
-    """Make what would wait for the device an error before CUDA sees it, which ends a capture."""
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # It is a prototype, says torch.
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
 
 
 def _leave_capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:

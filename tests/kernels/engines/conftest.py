@@ -78,7 +78,8 @@ class RoutedExperts(torch.nn.Module):
     def __init__(self, experts_class):
         super().__init__()
         own = experts_class()
-        self.quant_method = type("UnquantizedFusedMoEMethod", (), {})()
+        # A module of its own in vLLM, so that it is listed with the layers.
+        self.quant_method = type("UnquantizedFusedMoEMethod", (torch.nn.Module,), {})()
         self.quant_method.moe_kernel = SimpleNamespace(fused_experts=own)
         for name, shape in (("w13_weight", (2 * INTER, HIDDEN)), ("w2_weight", (HIDDEN, INTER))):
             weight = torch.randn(EXPERTS, *shape).to(torch.float16)
@@ -115,8 +116,10 @@ class Fp8Experts(RoutedExperts):
     def __init__(self, experts_class):
         super().__init__(experts_class)
         self.orig_dtype = torch.float16
-        self.quant_method.__class__ = type("Fp8MoEMethod", (), {})
-        own = self.quant_method.moe_kernel.fused_experts
+        kernel = self.quant_method.moe_kernel
+        del self.quant_method
+        self.quant_method = type("Fp8MoEMethod", (), {})()
+        self.quant_method.moe_kernel, own = kernel, kernel.fused_experts
         own.quant_dtype, own.block_shape = torch.float8_e4m3fn, [128, 128]
         for name, shape in (
             ("w13", (2 * FP8_INTER, HIDDEN)),

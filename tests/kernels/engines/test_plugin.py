@@ -318,4 +318,4 @@ def test_what_was_covered_is_logged(begin, caplog):
     worker = vllm.worker(vllm.model())
     worker.load_model()
     worker.compile_or_warm_up_model()
-    assert "6 layers covered; calls: experts 1, linear 2, output 1" in caplog.text
+    assert "7 layers covered; calls: experts 1, linear 2, output 1" in caplog.text

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.fp8 import products as bench
-from ndcheck_kernels.cuda.products import block_fp8, fp8_configs
+from ndcheck_kernels.cuda.products.fp8 import fp8_configs, fp8_matmul
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
 from ndcheck_kernels.ops.block_fp8 import dequantise, quantise_weight
 
@@ -19,7 +19,7 @@ def test_products_are_near_those_of_the_codes(n, k):
     torch.manual_seed(0)
     weight, scales = quantise_weight(torch.randn(n, k, device="cuda") * 0.02)
     codes, row_scales = quantise_rows(torch.randn(33, k, device="cuda"))
-    got = block_fp8.block_fp8_matmul(codes, row_scales, weight, scales, dtype=torch.float32)
+    got = fp8_matmul.fp8_matmul(codes, row_scales, weight, scales, dtype=torch.float32)
     rows = codes.double() * row_scales.double().repeat_interleave(128, 1)[:, :k]
     columns = dequantise(weight, scales, torch.float32).double()
     exact, size = rows @ columns.t(), rows.abs() @ columns.abs().t()
@@ -35,7 +35,7 @@ def test_groups_have_the_bits_of_single_products():
     ends = torch.tensor([3, 3, 90, 91, 700], dtype=torch.int32, device="cuda")
     starts = [0, *ends.tolist()[:-1]]
     for config in fp8_configs.selectable_configs(90):
-        got = block_fp8._launch_grouped(
+        got = fp8_matmul._launch_grouped(
             codes, row_scales, weight, scales, ends, torch.float32, config
         )
         for group, (start, stop) in enumerate(zip(starts, ends.tolist(), strict=True)):

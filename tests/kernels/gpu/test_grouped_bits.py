@@ -3,11 +3,14 @@
 The operands' exact product is zero, so each result is nothing but rounding.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ndcheck_kernels.cuda import configs, device
 from ndcheck_kernels.cuda.products import grouped_matmul, matmul
+from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 
 # E, N, K: the two products of Qwen3-30B-A3B, of gpt-oss-20B, and one that TMA cannot read.
 SHAPES = [(128, 1536, 2048), (128, 2048, 768), (32, 5760, 2880), (32, 2880, 2880), (8, 100, 1000)]
@@ -57,6 +60,23 @@ def test_every_share_and_every_configuration(operands):
                 y = torch.full_like(want, float("nan"))
                 grouped_matmul._launch(rows, weights, ends, y, config, groups)
                 assert torch.equal(y, want), (config, counts)
+
+
+def test_every_gate_and_what_it_asks_for_ahead(operands):
+    x, w = operands[0] * 64, operands[1] * 256  # The product of two roundings is no zero.
+    e, n, k = w.shape
+    if n % 2 or k % 8:
+        pytest.skip("TMA cannot read it")
+    groups = configs.k_groups(n, k, 2, device.capability(x.device))
+    source = torch.randint(len(x), (ROWS,), device="cuda")
+    for counts in shares(e, torch.Generator().manual_seed(0)):
+        ends, rows = counts.cumsum(0).int().cuda(), source[: int(counts.sum())]
+        want = silu_mul(*one_by_one(x[rows], w, counts).chunk(2, -1))
+        assert torch.equal(grouped_matmul.grouped_gate(x, rows, w.mT, ends), want)
+        for config in configs.selectable_gate_configs(2, 90):
+            for each in (config, replace(config, prefetch=512)):
+                got = grouped_matmul._launch(x, w.mT, ends, None, each, groups, rows)
+                assert torch.equal(got, want), (each, counts)
 
 
 def test_another_grouping_is_told_apart(operands):

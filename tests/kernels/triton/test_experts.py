@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from ndcheck_kernels import invariant_kernels
 from ndcheck_kernels.cuda import experts as cuda_experts
-from ndcheck_kernels.cuda.products import grouped_matmul
+from ndcheck_kernels.cuda import routing
 from ndcheck_kernels.measure.reference import experts_reference
 from ndcheck_kernels.models import experts
 from ndcheck_kernels.ops.experts import combine_op, route_op
@@ -69,7 +69,7 @@ def apply(layer, rows):
 def test_a_token_does_not_depend_on_the_others(
     layer_class, config_class, most_counted, dtype, device, monkeypatch, assert_batch_invariant
 ):
-    monkeypatch.setattr(grouped_matmul, "MOST_COUNTED", most_counted)
+    monkeypatch.setattr(routing, "MOST_COUNTED", most_counted)
     layer = build(layer_class, config_class, dtype, device)
     rows = torch.randn(18, SIZES["hidden_size"], device=device).to(dtype)
     # The neighbours that are NaN choose experts too.

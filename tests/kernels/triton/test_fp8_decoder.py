@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("cuda_registrations")
 
 @pytest.fixture
 def make_model(with_fp8_weights, device):
-    def make(family):
+    def make(family, **layout):
         register_attention()
         experts.register_experts()
         torch.manual_seed(0)
@@ -36,24 +36,30 @@ def make_model(with_fp8_weights, device):
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        return with_fp8_weights(model).to(device).eval()
+        return with_fp8_weights(model, **layout).to(device).eval()
 
     return make
 
 
+ONE_SCALE = {"weight_block_size": None}
+STATIC = {**ONE_SCALE, "activation_scheme": "static"}
+# Half a minute each under the interpreter.
+SLOW = [] if torch.cuda.is_available() else pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "family",
+    ("family", "layout"),
     [
-        # Half a minute each under the interpreter.
-        *(
-            pytest.param(f, marks=[] if torch.cuda.is_available() else pytest.mark.slow)
-            for f in ("qwen2", "qwen3")
-        ),
-        "qwen3-moe",
+        pytest.param("qwen2", {}, marks=SLOW),
+        pytest.param("qwen3", {}, marks=SLOW),
+        ("qwen3-moe", {}),
+        pytest.param("qwen2", ONE_SCALE, marks=SLOW),
+        pytest.param("qwen3", ONE_SCALE, marks=SLOW),
+        ("qwen3-moe", STATIC),
     ],
 )
-def test_fused_fp8_layers(family, make_model):
-    model = make_model(family)
+def test_fused_fp8_layers(family, layout, make_model):
+    model = make_model(family, **layout)
     with invariant_fp8_layers(model), invariant_kernels() as scope:
         plain = logits_of(model, [PROBE, OTHERS[0]], steps=[4])
         before = scope.fires.copy()
@@ -62,9 +68,9 @@ def test_fused_fp8_layers(family, make_model):
             alone = logits_of(model, [PROBE], steps=[4])[0]
             together = logits_of(model, [OTHERS[1], PROBE], steps=[4])[-1]
     assert n_layers == 2
-    fires = scope.fires - before
-    assert fires["block_fp8_grouped"] == (16 if family == "qwen3-moe" else 0) // 2 * 3
-    assert fires["block_fp8_linear"] > 0
+    fires, kind = scope.fires - before, "row" if layout else "block"
+    assert fires[f"{kind}_fp8_grouped"] == (16 if family == "qwen3-moe" else 0) // 2 * 3
+    assert fires[f"{kind}_fp8_linear"] > 0
     assert torch.equal(together, alone)
     assert torch.equal(fused[0], alone)
     # A fused layer rounds less often, so codes next to a tie go the other way, by a 16th, and an

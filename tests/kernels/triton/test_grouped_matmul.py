@@ -5,6 +5,8 @@ from ndcheck_kernels.cuda import configs
 from ndcheck_kernels.cuda.configs import MatmulConfig
 from ndcheck_kernels.cuda.device import capability
 from ndcheck_kernels.cuda.products import grouped_matmul, matmul
+from ndcheck_kernels.cuda.routing import route
+from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.ops.experts import route_by_sorting
 
 EXPERTS, N, K = 5, 80, 512
@@ -70,6 +72,23 @@ def test_every_schedule_has_the_bits_of_matmul(config, groups, operands, device)
         assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("counts", [COUNTS, [0, 1, 0, 2, 0]], ids=["many", "few"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.swap], ids=str)
+def test_a_gate_in_the_same_launch_has_the_bits_of_one_after_it(
+    config, groups, counts, operands, device
+):
+    x, w = operands[0] * 64, operands[1] * 256  # The product of two roundings is no zero.
+    source = torch.randint(len(x), (sum(counts),), device=device)
+    ends = ends_of(counts, device)
+    both = grouped_matmul._launch(x[source], w.mT, ends, None, CONFIGS[0], groups)
+    want = silu_mul(*both.chunk(2, -1))
+    got = grouped_matmul._launch(x, w.mT, ends, None, config, groups, source)
+    assert torch.equal(got, want)
+    assert torch.equal(grouped_matmul.grouped_gate(x, source, w.mT, ends), want) or groups == 2
+    assert not torch.equal(got, want.roll(1, 0))
+
+
 @pytest.mark.parametrize(
     "counts", [[39, 0, 0, 0, 0], [0, 0, 0, 0, 39], [7, 8, 8, 8, 8], [0, 1, 0, 1, 0]]
 )
@@ -127,9 +146,7 @@ def test_experts_are_combined_in_the_order_given(dtype, device):
 def test_routes_are_those_of_sorting(tokens, top_k, experts, device):
     scores = torch.rand(tokens, experts, device=device)
     weights, index = scores.topk(top_k)
-    counted, by_sorting = (
-        make(index, weights, experts) for make in (grouped_matmul.route, route_by_sorting)
-    )
+    counted, by_sorting = (make(index, weights, experts) for make in (route, route_by_sorting))
     for ours, sorts in zip(counted, by_sorting, strict=True):
         assert ours.dtype == sorts.dtype
         assert torch.equal(ours, sorts)

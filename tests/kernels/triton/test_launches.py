@@ -6,6 +6,7 @@ this one may have set up the interpreter, which compiles nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from pathlib import Path
 
 KERNELS = Path(__file__).parents[3] / "kernels"
 
-SCRIPT = '''
-import itertools, torch, triton
+SETUP = '''
+import itertools, json, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
@@ -47,10 +48,13 @@ def plain(x):
 driver.set_active(Driver())
 jit.JITFunction._do_compile = compile_
 from ndcheck_kernels.cuda import device
-from ndcheck_kernels.cuda.products import matmul
 device.on_gpu = lambda _: True
 device.capability = lambda _: 90
 device.sm_count = lambda _: 132
+'''
+
+KEPT = """
+from ndcheck_kernels.cuda.products import matmul
 find = lambda *_: None
 
 def draw(rows, columns, dtype, extra=0, first=0):
@@ -77,14 +81,49 @@ for dtype, m, (n, k), extra, first, added in itertools.product(
         matmul._compiled.update(own)
         kinds.add(seen[0][0].split()[0])
 print(len(kinds), len(matmul._compiled) > 50, kept > 100)
-'''
+"""
+
+VARIANTS = """
+from ndcheck_kernels.cuda.attention import causal
+from ndcheck_kernels.cuda.rows import logits
+device.has_hopper_kernels = lambda _: True
+
+def columns(n_rows, n_columns, heads):
+    return torch.zeros(n_rows, n_columns, heads, 64, dtype=torch.bfloat16).transpose(1, 2)
+
+seen, given, kernels = [], set(), {}
+for n_rows, length, cache in itertools.product(
+    (1, 2, 5, 16), (1, 2, 3, 4, 5, 8, 16, 17, 100, 112), (120, 133, 368)
+):
+    bounds = torch.zeros(2, n_rows, dtype=torch.int64).to(torch.int32)
+    q, k, v = columns(n_rows, length, 4), columns(n_rows, cache, 2), columns(n_rows, cache, 2)
+    for lengths in (bounds[1], bounds.clone()[0]):
+        causal.attention(q, k, v, starts=bounds[0], lengths=lengths)
+    logits.read_logits(torch.zeros(n_rows * length, 8192))
+for kernel, *_ in seen:
+    kernels.setdefault(kernel.split()[0], set()).add(kernel)
+print(json.dumps({name: len(each) for name, each in kernels.items()}))
+"""
 
 
-def test_a_kept_kernel_is_the_one_that_triton_would_find():
+def run_alone(script):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=KERNELS,
+        [sys.executable, "-c", SETUP + script], cwd=KERNELS,
         env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split() == ["3", "True", "True"]
+    return run.stdout
+
+
+def test_a_kept_kernel_is_the_one_that_triton_would_find():
+    assert run_alone(KEPT).split() == ["3", "True", "True"]
+
+
+def test_no_number_of_rows_or_tokens_is_compiled_for():
+    """What a load may differ in; a kernel takes up to seconds to compile."""
+    kernels = json.loads(run_alone(VARIANTS))
+    # Whole: one query in a tile of 16 rows, several in 16, 32 or 64. In parts: 2 to 64 rows.
+    assert kernels.pop("_decode_kernel") == 4 + 6
+    names = {"_prefill_hopper_kernel", "_read_block_kernel", "_combine_kernel"}
+    assert kernels == dict.fromkeys(names, 1)

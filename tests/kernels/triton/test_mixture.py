@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ndcheck_kernels.cuda.products.grouped_matmul import combine
-from ndcheck_kernels.cuda.routing import choose
+from ndcheck_kernels.cuda.routing import choose, choose_routes
+from ndcheck_kernels.ops.experts import route_by_sorting
 
 
 @pytest.mark.parametrize("experts", [5, 32, 128])
@@ -35,6 +36,16 @@ def test_nan_chooses_an_expert_that_exists(device, dtype):
     weights, index = choose(logits, 3, True)
     assert weights.isnan().all()
     assert ((index >= 0) & (index < 6)).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_routes_of_chosen_experts_are_those_of_sorting(tokens, device, dtype):
+    logits = torch.randn(tokens, 60, device=device).to(dtype)
+    weights, index = choose(logits, 6, True)
+    wanted = route_by_sorting(index, weights, 60)
+    for ours, sorts in zip(choose_routes(logits, 6, True), wanted, strict=True):
+        assert ours.dtype == sorts.dtype
+        assert torch.equal(ours, sorts)
 
 
 def test_the_residual_is_added_before_the_one_rounding(device, dtype):

@@ -174,11 +174,13 @@ def _launch(
         m, den = torch.empty((2, batch, kv_heads, splits, rows), device=q.device)
         acc = torch.empty((*m.shape, block_v), device=q.device)
         counter = device.counters(pairs, q.device)
-    kept = triton.next_power_of_2(rows)
+    padded = triton.next_power_of_2(rows)
+    # Only what is left in parts is cut to the rows in use: else one kernel serves all of them.
+    block, kept = max(16, padded), padded if run < splits else max(16, padded)
     _decode_kernel[(triton.cdiv(splits, run), kv_heads, batch)](
         q, k, v, m, den, acc, counter, o, o if scales is None else scales, *given, sinks, slopes,
         scale, cap, window, q_length, kv_length, splits, run, *strides, *o.stride()[:3],
-        WHOLE=run >= splits, ROWS=max(16, kept), KEPT=kept, BLOCK_KV=config.block_kv,
+        WHOLE=run >= splits, ROWS=block, KEPT=kept, BLOCK_KV=config.block_kv,
         CODES_OF=None if codes is None else _TRITON[q.dtype], num_warps=decode.warps,
         num_stages=decode.stages, **scores, **shared,
     )  # fmt: skip

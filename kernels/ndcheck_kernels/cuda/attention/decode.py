@@ -74,7 +74,15 @@ def _store_result(
     tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), is_kept & (offs_v < DIM_V))
 
 
-@triton.jit
+# Lengths and counts differ from load to load, and neither their divisors nor the alignment of what
+# is read by the number help any load or store.
+@triton.jit(
+    do_not_specialize=["kv_length"],
+    do_not_specialize_on_alignment=[
+        "starts_ptr", "lengths_ptr", "sinks_ptr", "slopes_ptr", "window", "q_length", "splits",
+        "run",
+    ],
+)  # fmt: skip
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, m_ptr, den_ptr, acc_ptr, counter_ptr, o_ptr, o_scale_ptr, starts_ptr,
     lengths_ptr, sinks_ptr, slopes_ptr, scale, cap, window, q_length, kv_length, splits, run,
@@ -91,7 +99,7 @@ def _decode_kernel(
 
     WHOLE where one program has all the splits that there may be, and merges each when it ends.
     Else all are left in parts, at most `splits` of them, and the program that comes last merges
-    them. KEPT is the power of two that holds the rows in use.
+    them. KEPT is then the power of two that holds the rows in use.
     """
     follow(PDL)
     place, kv_head = tl.program_id(0), tl.program_id(1)

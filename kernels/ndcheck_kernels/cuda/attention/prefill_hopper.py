@@ -274,7 +274,11 @@ def _attend(
         gl.store(o_ptrs, o.to(dtype), (offs_q < q_length)[:, None])
 
 
-@gluon.jit
+# It takes seconds to compile: once for all numbers of rows and tokens.
+@gluon.jit(
+    do_not_specialize=["batches", "heads", "q_blocks", "q_length", "kv_length"],
+    do_not_specialize_on_alignment=["sinks_ptr", "starts_ptr", "lengths_ptr"],
+)
 def _prefill_hopper_kernel(
     q_desc, k_desc, v_desc, o_ptr, sinks_ptr, starts_ptr, lengths_ptr, scale, batches, heads,
     q_blocks, q_length, kv_length, stride_ob, stride_oh, stride_om, HAS_STARTS: gl.constexpr,

@@ -43,13 +43,16 @@ def _qkv_kernel(
     offs = tl.arange(0, D)[None, :]
     x_ptr += token * stride_x + head * D
     x = tl.load(x_ptr + offs).to(tl.float32)  # [TILE, D]
+    offset = tl.load(offset_ptr)  # As the weights below: not where it would be waited for.
     if first < HEADS + KV_HEADS:
         other = tl.load(x_ptr + (offs ^ (D // 2))).to(tl.float32)
         if HAS_NORM:
             weight_ptr = q_weight_ptr if first < HEADS else k_weight_ptr
+            weight = tl.load(weight_ptr + offs)
+            other_weight = tl.load(weight_ptr + (offs ^ (D // 2)))
             factor = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
-            x *= factor * tl.load(weight_ptr + offs).to(tl.float32)
-            other *= factor * tl.load(weight_ptr + (offs ^ (D // 2))).to(tl.float32)
+            x *= factor * weight.to(tl.float32)
+            other *= factor * other_weight.to(tl.float32)
         angle = batch * stride_cb + position * stride_cl + offs
         cos = tl.load(cos_ptr + angle).to(tl.float32)
         sin = tl.load(sin_ptr + angle).to(tl.float32)
@@ -58,7 +61,7 @@ def _qkv_kernel(
     if first < HEADS:
         tl.store(q_ptr + (token * HEADS + head) * D + offs, y)
     else:
-        column = tl.load(offset_ptr) + position
+        column = offset + position
         kv_head = (head - HEADS) % KV_HEADS
         place = batch * stride_kb + kv_head * stride_kh + column * D + offs
         # One store: of two, Triton up to 3.8 moves the layout of one into the other's branch.

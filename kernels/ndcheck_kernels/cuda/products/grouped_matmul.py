@@ -1,6 +1,7 @@
 """Products of rows with the weights of their own group (expert), and their weighted sum by token.
 
 Computes: y[i] = x[i] @ b[g] for the group g of row i, fp32 accumulation, one rounding at the end;
+    of a product that gives gates and up, `silu_mul` of both as they are rounded;
     out[t] = sum over j of weights[t, j] * rows[place[t, j]], plus a residual if given, in fp32, one
     rounding at the end.
 Reduction order: the product's is that of `matmul` at the same (N, K): groups change which weights a
@@ -18,34 +19,39 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.configs import (
     MatmulConfig,
     chunk_length,
+    gate_config,
     grouped_config,
     grouped_pointer_config,
     k_groups,
 )
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
+from ndcheck_kernels.cuda.products.matmul_kernels import _prefetch
 from ndcheck_kernels.cuda.products.tiles import accumulate, offsets, zeros
+from ndcheck_kernels.cuda.rows.silu_mul import silu_mul, silu_times
 
 _COMBINE_BLOCK = 1024
-_ROUTE_BLOCK = 32
-MOST_COUNTED = 4096
-"""Pairs of a token and an expert up to which counting beats sorting."""
 
 
 @triton.jit
-def _find_rows(ends_ptr, tile, E, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
+def _find_rows(
+    ends_ptr, tile, E, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, EARLY: tl.constexpr = False
+):
     """The group, first row and end of the group's rows of the tile-th tile of all groups.
 
-    Group E or beyond if there are not so many tiles.
+    Group E or beyond if there are not so many tiles. EARLY: leave nothing in L1 that a later read
+    could find in place of what is true then.
     """
+    CACHE: tl.constexpr = ".cg" if EARLY else ""
     e = tl.arange(0, E_BLOCK)
-    ends = tl.load(ends_ptr + e, e < E, other=0)
-    starts = tl.load(ends_ptr + e - 1, (e > 0) & (e < E), other=0)
+    ends = tl.load(ends_ptr + e, e < E, other=0, cache_modifier=CACHE)
+    starts = tl.load(ends_ptr + e - 1, (e > 0) & (e < E), other=0, cache_modifier=CACHE)
     tiles = tl.where(e < E, tl.cdiv(ends - starts, BLOCK_M), 0)
     group = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
     before = tl.sum(tl.where(e < group, tiles, 0), 0)
@@ -91,65 +97,76 @@ def _grouped_pointer_kernel(
 
 @triton.jit
 def _grouped_tile_kernel(
-    x_desc, w_desc, y_ptr, ends_ptr, E, N, K, chunk, stride_ym,
+    x_desc, x_ptr, source_ptr, stride_xm, w_desc, w_ptr, y_ptr, ends_ptr, E, N, K, chunk, stride_ym,
     GROUPS: tl.constexpr, E_BLOCK: tl.constexpr, SWAP: tl.constexpr, BY_COLUMN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    BY_GROUP: tl.constexpr, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Operands through TMA; a tile may read rows and weights of the next group, which it drops."""
-    follow(PDL)
+    """Operands through TMA; a tile may read rows and weights of the next group, which it drops.
+
+    BY_GROUP: a program walks over all rows of its group, else it has one tile of them. GATE: rows
+    are those of x that source names, and the weights N rows of gates above N rows of up.
+    """
     num_n = tl.cdiv(N, BLOCK_N)
-    group, first_m, end = _find_rows(ends_ptr, tl.program_id(0) // num_n, E, E_BLOCK, BLOCK_M)
-    if group < E:
-        first_n = (tl.program_id(0) % num_n) * BLOCK_N
+    group, first_n = tl.program_id(0) // num_n, (tl.program_id(0) % num_n) * BLOCK_N
+    height = 2 * N if GATE else N
+    # With few rows a product after a gate starts when the groups that both have are known, though
+    # it has not waited for them: should it read others, it asks for weights in vain.
+    IS_FEW_GATE: tl.constexpr = GATE and not BY_GROUP
+    if PDL:
+        if not IS_FEW_GATE:
+            gdc_launch_dependents()
+        if PREFETCH and not IS_FEW_GATE:
+            ahead = group
+            if not BY_GROUP:
+                ahead, _, _ = _find_rows(ends_ptr, group, E, E_BLOCK, BLOCK_M, True)
+                ahead = tl.minimum(ahead, E - 1)
+            ahead = ahead * height + first_n
+            _prefetch(w_ptr, ahead, 0, E * height, K, K, BLOCK_N, PREFETCH)
+            if GATE:
+                _prefetch(w_ptr, ahead + N, 0, E * height, K, K, BLOCK_N, PREFETCH)
+        gdc_wait()
+        if IS_FEW_GATE:
+            gdc_launch_dependents()
+    if BY_GROUP:
+        first = tl.load(ends_ptr + group - 1, group > 0, other=0)
+        end = tl.load(ends_ptr + group)
+        last = end
+    else:
+        group, first, end = _find_rows(ends_ptr, group, E, E_BLOCK, BLOCK_M)
+        last = tl.minimum(first + BLOCK_M, end)
+    for first_m in range(first, last, BLOCK_M):
+        offs_m, offs_n = offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
         tot = zeros(BLOCK_M, BLOCK_N, SWAP)
+        up_tot = zeros(BLOCK_M, BLOCK_N, SWAP)
+        if GATE:
+            row = first_m + tl.arange(0, BLOCK_M)
+            source = tl.load(source_ptr + row, row < end, other=0)
+            x_ptrs = x_ptr + source[:, None] * stride_xm  # [BLOCK_M, 1]
         for k_group in tl.static_range(GROUPS):
             acc = zeros(BLOCK_M, BLOCK_N, SWAP)
+            up = zeros(BLOCK_M, BLOCK_N, SWAP)
             for k in range(k_group * chunk, tl.minimum(K, (k_group + 1) * chunk), BLOCK_K):
-                x = x_desc.load([first_m, k])  # [BLOCK_M, BLOCK_K]
+                if GATE:
+                    offs_k = k + tl.arange(0, BLOCK_K)
+                    mask = (row < end)[:, None] & (offs_k < K)[None, :]
+                    x = tl.load(x_ptrs + offs_k[None, :], mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+                else:
+                    x = x_desc.load([first_m, k])
                 if BY_COLUMN:
                     w = w_desc.load([group * K + k, first_n]).T
                 else:
-                    w = w_desc.load([group * N + first_n, k])  # [BLOCK_N, BLOCK_K]
+                    w = w_desc.load([group * height + first_n, k])  # [BLOCK_N, BLOCK_K]
                 acc = accumulate(x, w, acc, SWAP)
+                if GATE:
+                    w = w_desc.load([group * height + N + first_n, k])
+                    up = accumulate(x, w, up, SWAP)
             tot = acc if GROUPS == 1 else tot + acc
-        offs_m, offs_n = offsets(first_m, first_n, BLOCK_M, BLOCK_N, SWAP)
-        mask = (offs_m < end) & (offs_n < N)
-        tl.store(y_ptr + offs_m * stride_ym + offs_n, tot.to(y_ptr.dtype.element_ty), mask)
-
-
-@triton.jit(do_not_specialize=["pairs"])
-def _route_kernel(
-    index_ptr, weights_ptr, token_ptr, expert_ptr, place_ptr, sorted_ptr, ends_ptr, pairs, E,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A pair's row is the number of pairs before it: of lower experts, or the same and earlier."""
-    follow(PDL)
-    num_blocks = tl.cdiv(pairs, BLOCK)
-    is_pair = tl.program_id(0) < num_blocks
-    # Of pairs, or of experts whose ends are counted.
-    item = (tl.program_id(0) - tl.where(is_pair, 0, num_blocks)) * BLOCK + tl.arange(0, BLOCK)
-    mask = item < tl.where(is_pair, pairs, E)
-    expert = item
-    if is_pair:
-        expert = tl.load(index_ptr + item, mask, other=0).to(tl.int32)
-    row = tl.zeros((BLOCK,), dtype=tl.int32)
-    rank = tl.zeros((BLOCK,), dtype=tl.int32)  # among the token's own
-    for first in range(0, pairs, CHUNK):
-        other = first + tl.arange(0, CHUNK)
-        others = tl.load(index_ptr + other, other < pairs, other=E).to(tl.int32)[None, :]
-        earlier = (other[None, :] < item[:, None]) | (not is_pair)
-        before = (others < expert[:, None]) | ((others == expert[:, None]) & earlier)
-        row += tl.sum(before.to(tl.int32), 1)
-        own = (other[None, :] // TOP_K) == (item[:, None] // TOP_K)
-        rank += tl.sum((before & own).to(tl.int32), 1)
-    if is_pair:
-        slot = item // TOP_K * TOP_K + rank
-        tl.store(token_ptr + row, (item // TOP_K).to(tl.int64), mask)
-        tl.store(expert_ptr + row, expert.to(tl.int64), mask)
-        tl.store(place_ptr + slot, row.to(tl.int64), mask)
-        tl.store(sorted_ptr + slot, tl.load(weights_ptr + item, mask, other=0.0), mask)
-    else:
-        tl.store(ends_ptr + item, row, mask)
+            up_tot = up if GROUPS == 1 else up_tot + up
+        y = tot.to(y_ptr.dtype.element_ty)
+        if GATE:
+            y = silu_times(y, up_tot.to(y.dtype)).to(y.dtype)
+        tl.store(y_ptr + offs_m * stride_ym + offs_n, y, (offs_m < end) & (offs_n < N))
 
 
 @triton.jit
@@ -195,22 +212,40 @@ def grouped_matmul(
     return _launch(x, b, ends, out, config, groups)
 
 
+def grouped_gate(
+    x: torch.Tensor, source: torch.Tensor, b: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """`silu_mul` of the halves of the product of x[source]: x [T, K], b [E, K, 2 N] -> [P, N].
+
+    ``source`` [P] int64 names rows of x in order of groups. One launch where groups have few rows.
+    """
+    config = gate_config(len(source), len(b), x.element_size(), device.capability(x.device))
+    fits = _rows_fit(x) and b.mT.is_contiguous() and _is_aligned(b, b.shape[1])
+    if config is None or x.dtype != b.dtype or not fits:
+        gate, up = grouped_matmul(x[source], b, ends).chunk(2, -1)
+        return silu_mul(gate, up)
+    groups = k_groups(b.shape[2], b.shape[1], x.element_size(), device.capability(x.device))
+    return _launch(x, b, ends, None, config, groups, source)
+
+
 def _launch(
     x: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, out: torch.Tensor | None,
-    config: MatmulConfig, groups: int,
+    config: MatmulConfig, groups: int, source: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    (m, k), (e, _, n) = x.shape, b.shape
+    """Of rows of x as they are, or with a gate of those that ``source`` names."""
+    m, (e, k, height) = len(x) if source is None else len(source), b.shape
+    n = height if source is None else height // 2
     y = torch.empty((m, n), dtype=x.dtype, device=x.device) if out is None else out
     if y.numel() == 0:
         return y
     ends = ends.to(torch.int32).contiguous()
-    rows_fit = x.stride(1) == 1 and _is_aligned(x, x.stride(0))
     by_row = b.mT.is_contiguous() and _is_aligned(b, k)
     by_column = b.is_contiguous() and _is_aligned(b, n) and k % config.block_k == 0
-    if config.kind == "tile" and not (rows_fit and (by_row or by_column)):
+    if config.kind == "tile" and not (_rows_fit(x) and (by_row or by_column)):
         config = grouped_pointer_config(m, e, x.element_size(), device.capability(x.device))
     # A group adds at most one tile that is not full.
-    tiles = (min(e, m) + m // config.block_m) * triton.cdiv(n, config.block_n)
+    by_group = config.swap and m > e
+    tiles = (e if by_group else min(e, m) + m // config.block_m) * triton.cdiv(n, config.block_n)
     shared = {
         "GROUPS": groups, "E_BLOCK": triton.next_power_of_2(e), "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "num_warps": config.warps,
@@ -224,37 +259,26 @@ def _launch(
         return y
     if by_row:
         w_desc = TensorDescriptor.from_tensor(
-            b.mT.reshape(e * n, k), [config.block_n, config.block_k]
+            b.mT.reshape(e * height, k), [config.block_n, config.block_k]
         )
     else:
         w_desc = TensorDescriptor.from_tensor(b.view(e * k, n), [config.block_k, config.block_n])
     _grouped_tile_kernel[(tiles,)](
-        TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]), w_desc, y, ends, e, n, k,
-        chunk, y.stride(0), SWAP=config.swap, BY_COLUMN=not by_row, **shared,
+        TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]), x,
+        ends if source is None else source, x.stride(0), w_desc, b, y, ends, e, n, k, chunk,
+        y.stride(0), SWAP=config.swap, BY_COLUMN=not by_row, BY_GROUP=by_group,
+        GATE=source is not None, PREFETCH=config.prefetch if by_row else 0, **shared,
     )  # fmt: skip
     return y
+
+
+def _rows_fit(x: torch.Tensor) -> bool:
+    return x.stride(1) == 1 and _is_aligned(x, x.stride(0))
 
 
 def _is_aligned(t: torch.Tensor, row: int) -> bool:
     """Whether TMA can read rows of this many elements."""
     return row * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
-
-
-def route(
-    index: torch.Tensor, weights: torch.Tensor, experts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `ops.experts.route_op` computes, by counting, for up to `MOST_COUNTED` pairs."""
-    pairs, k = index.numel(), index.shape[1]
-    token, expert = index.new_empty((2, pairs), dtype=torch.int64)
-    place, ordered = torch.empty_like(index, dtype=torch.int64), torch.empty_like(weights)
-    ends = torch.empty(experts, dtype=torch.int32, device=index.device)
-    blocks = triton.cdiv(pairs, _ROUTE_BLOCK) + triton.cdiv(experts, _ROUTE_BLOCK)
-    _route_kernel[(blocks,)](
-        index.contiguous(), weights.contiguous(), token, expert, place, ordered, ends, pairs,
-        experts, TOP_K=k, BLOCK=_ROUTE_BLOCK, CHUNK=128, num_warps=4, enable_fp_fusion=False,
-        **pdl(index.device),
-    )  # fmt: skip
-    return token, expert, place, ordered, ends
 
 
 def combine(

@@ -29,7 +29,7 @@ def zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
 @triton.jit
 def offsets(first_m, first_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
     """Row and column of each accumulator element, shaped to broadcast against it."""
-    offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+    offs_m = tl.cast(first_m, tl.int64) + tl.arange(0, BLOCK_M)
     offs_n = first_n.to(tl.int64) + tl.arange(0, BLOCK_N)
     if SWAP:
         return offs_m[None, :], offs_n[:, None]
@@ -48,7 +48,9 @@ def sum_groups(acc, ptrs, size, mask, group, counter_ptr, GROUPS: tl.constexpr):
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == GROUPS - 1
     if last:
         # As many at once as registers hold. Those beyond the last add 0, which changes no bit.
-        AT_ONCE: tl.constexpr = 8192 // acc.numel if acc.numel < 8192 else 1
+        MOST: tl.constexpr = 12288 // acc.numel if acc.numel < 12288 else 1
+        ROUNDS: tl.constexpr = (GROUPS + MOST - 1) // MOST
+        AT_ONCE: tl.constexpr = (GROUPS + ROUNDS - 1) // ROUNDS
         acc = tl.zeros_like(acc)
         for first in range(0, GROUPS, AT_ONCE):
             for g in tl.static_range(AT_ONCE):

@@ -86,7 +86,11 @@ def _read_block_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["M"])
+# What is stored is one number a row, for which no pointer need be aligned.
+@triton.jit(
+    do_not_specialize=["M"],
+    do_not_specialize_on_alignment=["id_ptr", "margin_ptr", "lse_ptr", "digest_ptr"],
+)
 def _combine_kernel(
     key_ptr, float_ptr, word_ptr, id_ptr, margin_ptr, lse_ptr, digest_ptr, M, blocks,
     PADDED: tl.constexpr, PDL: tl.constexpr,

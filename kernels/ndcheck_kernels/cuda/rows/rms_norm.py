@@ -32,6 +32,9 @@ def _rms_norm_kernel(
     offs_n = tl.arange(0, BLOCK)[None, :]
     mask = (offs_m < M) & (offs_n < N)
     x = tl.load(x_ptr + offs_m * stride_xm + offs_n, mask, other=0.0)  # [ROWS, BLOCK]
+    weight = x
+    if HAS_WEIGHT:  # Not after the sum: it takes long.
+        weight = tl.load(weight_ptr + offs_n, offs_n < N, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offs_m * stride_rm + offs_n, mask, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
@@ -39,7 +42,7 @@ def _rms_norm_kernel(
     x = x.to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / N + eps)
     if HAS_WEIGHT:
-        y *= tl.load(weight_ptr + offs_n, offs_n < N, other=0.0).to(tl.float32)
+        y *= weight.to(tl.float32)
     tl.store(y_ptr + offs_m * N + offs_n, y.to(y_ptr.dtype.element_ty), mask)
 
 

@@ -10,7 +10,9 @@ import torch
 from ndcheck.records import ALONE, Decoding, Fault, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import fit_spec
+from ndcheck.samplers.local import steps
 from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck.samplers.local.selection import read_pass
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 N_TOKENS = 18
@@ -35,6 +37,11 @@ def sampler(tiny_models):
 
 def sample(sampler, load, arm="invariant", decoding=GREEDY, fault=None):
     return sampler.sample(Trial(0, arm, "p1", "width", load, 0, fault=fault), PROBE, decoding)
+
+
+def untimed(sample):
+    """A sample without its time, and without how many ops had an override."""
+    return replace(sample, elapsed_s=0, witness=replace(sample.witness, override_fires=None))
 
 
 def passes_of(sampler, load):
@@ -69,6 +76,33 @@ def test_the_invariant_arm_gives_every_token_the_bits_it_was_decoded_with(sample
         assert (ours.fed.n_tokens, ours.fed.n_other_bits, ours.fed.n_other_tokens) == (18, 0, 0)
         assert ours.fed.digest == ours.fed.decoded_digest
         assert theirs.fed is None
+
+
+@pytest.mark.parametrize("arm", ["stock", "invariant"])
+@pytest.mark.parametrize("fault", [None, Fault(3, 9)])
+@pytest.mark.parametrize("kind", [{"width": 5}, {"scores": True}])
+@pytest.mark.parametrize("base", [ALONE, Load(3, (1,), (5, 40), 7)])
+def test_a_pass_read_at_once_gives_what_its_positions_give(
+    sampler, base, kind, fault, arm, monkeypatch
+):
+    load, n_read = replace(base, **kind), []
+
+    def read(logits, *rest):
+        n_read.append(logits.shape[1])
+        return read_pass(logits, *rest)
+
+    def feed(self, *arguments):
+        self._reads_passes = True  # As on a GPU.
+        return own(self, *arguments)
+
+    one_by_one = sample(sampler, load, arm, fault=fault)
+    own = steps.DecodeSteps.feed
+    monkeypatch.setattr(steps.DecodeSteps, "feed", feed)
+    monkeypatch.setattr(steps, "read_pass", read)
+    at_once = sample(sampler, load, arm, fault=fault)
+    assert n_read if fault is None or "width" in kind else not n_read
+    for one, other in zip(one_by_one, at_once, strict=True):
+        assert untimed(one) == untimed(other)
 
 
 @pytest.mark.parametrize("cut", [None, 1, 4, 7])

@@ -20,7 +20,9 @@ from ndcheck.reports.document import make_document
 from ndcheck.reports.exports.tables import properties_table, sample_tables
 from ndcheck.request import DEFAULTS, make_spec
 from ndcheck.runner import fit_spec
+from ndcheck.samplers.local import steps
 from ndcheck.samplers.local.sampler import TransformersSampler
+from ndcheck.samplers.local.selection import read_pass
 from ndcheck.samplers.local.speculation import draft
 
 PROBE = Probe("p1", "tell me about the order of a sum")
@@ -52,6 +54,11 @@ def open_sampler(tiny_models):
         return samplers[name]
 
     return open_one
+
+
+def untimed(sample):
+    """A sample without its time, and without how many ops had an override."""
+    return replace(sample, elapsed_s=0, witness=replace(sample.witness, override_fires=None))
 
 
 @pytest.fixture(params=["layers:1", "layers:2", "llama"])
@@ -118,6 +125,27 @@ def test_the_invariant_arm_gives_the_bits_of_plain_decoding(sampler, base, width
         assert ours.row_digests == theirs.row_digests
         assert ours.logprobs == theirs.logprobs
         assert (ours.fed, theirs.drafted) == (None, None)
+
+
+def test_a_pass_verified_at_once_gives_what_its_positions_give(sampler, monkeypatch):
+    load, n_read = replace(MIXED, width=4, drafts=True), []
+    trial = Trial(0, "invariant", "p1", "width", load, 0)
+
+    def speculate(self, *arguments):
+        self._reads_passes = True  # As on a GPU.
+        return own(self, *arguments)
+
+    def read(logits, *rest):
+        n_read.append(logits.shape[1])
+        return read_pass(logits, *rest)
+
+    (one,) = sampler.sample(trial, PROBE, GREEDY)
+    own = steps.DecodeSteps.speculate
+    monkeypatch.setattr(steps.DecodeSteps, "speculate", speculate)
+    monkeypatch.setattr(steps, "read_pass", read)
+    (other,) = sampler.sample(trial, PROBE, GREEDY)
+    assert max(n_read) == 4
+    assert untimed(one) == untimed(other)
 
 
 def test_passes_have_the_columns_asked_for_and_no_more_than_are_left(open_sampler):

@@ -1,6 +1,6 @@
 """Times every candidate configuration of every GEMM cell; the frozen tables are chosen from it.
 
-    PYTHONPATH=kernels python -m bench.ops.tune_matmul OUT_DIR [SECONDS]
+    PYTHONPATH=kernels python -m bench.tuning.matmul OUT_DIR [SECONDS]
 
 A candidate that gives other bits than the rest of its K-grouping is printed as WRONG.
 """

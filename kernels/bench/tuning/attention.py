@@ -2,7 +2,7 @@
 
 Three minutes for both kinds, most of them for compiling; the cells that matter most come first.
 
-PYTHONPATH=kernels python -m bench.ops.tune_attention OUT_DIR [decode|prefill]
+PYTHONPATH=kernels python -m bench.tuning.attention OUT_DIR [decode|prefill]
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CLASSES = {
 }
 """How long splits are, and after how many they are four times as long."""
 TILES = (
-    DecodeTile(4, 3),
+    DecodeTile(8, 3),
     DecodeTile(8, 2),
     DecodeTile(4, 2),
     DecodeTile(4, 2, 4),
