@@ -34,11 +34,11 @@ WARM = Path(__file__).parent / "warm"
 FAMILIES = ("qwen3", "llama", "gemma3")
 
 LONGEST = (
-    *("local/test_tensor_parallel.py", "triton/test_compile.py", "triton/test_decoder.py"),
-    *("cli/test_explain.py", "tests/test_action.py", "models/test_families.py"),
-    *("triton/test_attention.py", "builtin/test_model.py", "tests/test_reference.py"),
-    *("run/test_side_by_side.py", "run/test_engine.py", "triton/test_fp8_decoder.py"),
-    "ranks/test_ranks.py",
+    *("models/test_families.py", "triton/test_compile.py", "local/test_tensor_parallel.py"),
+    *("triton/test_decoder.py", "cli/test_explain.py", "servers/test_planted_faults.py"),
+    *("triton/test_attention.py", "ranks/test_ranks.py", "tests/test_action.py"),
+    *("tests/test_reference.py", "run/test_side_by_side.py", "triton/test_fp8_decoder.py"),
+    "builtin/test_model.py",
 )
 """Files that take half a minute or more of one core, those that take most first."""
 
