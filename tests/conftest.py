@@ -6,6 +6,8 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,14 +30,15 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+WARM = Path(__file__).parent / "warm"
 FAMILIES = ("qwen3", "llama", "gemma3")
 
 LONGEST = (
-    *("local/test_tensor_parallel.py", "triton/test_compile.py", "triton/test_decoder.py"),
-    *("cli/test_explain.py", "tests/test_action.py", "models/test_families.py"),
-    *("triton/test_attention.py", "builtin/test_model.py", "tests/test_reference.py"),
-    *("run/test_side_by_side.py", "run/test_engine.py", "triton/test_fp8_decoder.py"),
-    "ranks/test_ranks.py",
+    *("models/test_families.py", "triton/test_compile.py", "local/test_tensor_parallel.py"),
+    *("triton/test_decoder.py", "cli/test_explain.py", "servers/test_planted_faults.py"),
+    *("triton/test_attention.py", "ranks/test_ranks.py", "tests/test_action.py"),
+    *("tests/test_reference.py", "run/test_side_by_side.py", "triton/test_fp8_decoder.py"),
+    "builtin/test_model.py",
 )
 """Files that take half a minute or more of one core, those that take most first."""
 
@@ -61,6 +64,55 @@ def commands_built_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory):
+    """``warm_python(interpret=False)``: an interpreter for processes that would import torch.
+
+    Its processes are forked from one that has, see `warm/client.py`: imports, of 3 to 8 s each, are
+    all that they are spared. No GPU can be used after a fork: where there is one, it is the real
+    interpreter. ``interpret`` says whether Triton interprets kernels there.
+    """
+    servers = {}
+
+    def start(interpret):
+        folder = tmp_path_factory.mktemp("warm")
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        if interpret:
+            environment["TRITON_INTERPRET"] = "1"
+        names = ("OMP_", "MKL_", "HF_", "TRANSFORMERS_", "TRITON_", "PYTHONHASH", "PYTHONWARN")
+        known = {
+            "python": sys.executable,
+            "socket": str(folder / "socket"),
+            "names": names,
+            "variables": {k: v for k, v in environment.items() if k.startswith(names)},
+        }
+        (folder / "known.json").write_text(json.dumps(known))
+        python = folder / "python"
+        python.write_text(f"#!{sys.executable} -IS\n{(WARM / 'client.py').read_text()}")
+        python.chmod(0o755)
+        server = subprocess.Popen(
+            [sys.executable, WARM / "server.py", known["socket"]],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert server.stdout.readline() == b"listening\n"
+        return server, str(python)
+
+    def get(interpret=False):
+        if torch.cuda.is_available():
+            return sys.executable
+        if interpret not in servers:
+            servers[interpret] = start(interpret)
+        return servers[interpret][1]
+
+    yield get
+    for server, _ in servers.values():
+        server.stdin.close()
+        server.wait()
+        server.stdout.close()  # What outlives the tests, as multiprocessing's tracker, holds it.
 
 
 def _tiny_config(family: str, vocabulary: int):

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree as ET
@@ -23,8 +22,9 @@ WORKFLOW = ".github/workflows/determinism.yml"
 class Runner:
     """Runs a job's steps: each in a bash of its own, until one fails, unless it says always()."""
 
-    def __init__(self, workspace):
+    def __init__(self, workspace, python):
         self.workspace = workspace
+        self.path = f"{Path(python).parent}:{os.environ['PATH']}"
         self.summary = workspace.parent / "summary.md"
         self.log = ""
         self.uploads = []
@@ -79,7 +79,7 @@ class Runner:
             env={
                 **kept,
                 **{k: self._fill(v, context) for k, v in step.get("env", {}).items()},
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "PATH": self.path,
                 "GITHUB_ACTIONS": "true",
                 "GITHUB_OUTPUT": str(output),
                 "GITHUB_STEP_SUMMARY": str(self.summary),
@@ -110,17 +110,21 @@ def repository(tmp_path):
     return tmp_path / "repository"
 
 
-def run_workflow(repository, **matrix):
-    runner = Runner(repository)
-    (job,) = yaml.safe_load((repository / WORKFLOW).read_text())["jobs"].values()
-    succeeded = runner.run_job(job, matrix)
-    return SimpleNamespace(
-        succeeded=succeeded,
-        verdict=(repository / "verdict.txt").read_text().strip(),
-        log=runner.log,
-        summary=runner.summary.read_text() if runner.summary.exists() else "",
-        uploads=runner.uploads,
-    )
+@pytest.fixture
+def run_workflow(repository, warm_python):
+    def run(**matrix):
+        runner = Runner(repository, warm_python())
+        (job,) = yaml.safe_load((repository / WORKFLOW).read_text())["jobs"].values()
+        succeeded = runner.run_job(job, matrix)
+        return SimpleNamespace(
+            succeeded=succeeded,
+            verdict=(repository / "verdict.txt").read_text().strip(),
+            log=runner.log,
+            summary=runner.summary.read_text() if runner.summary.exists() else "",
+            uploads=runner.uploads,
+        )
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -131,8 +135,8 @@ def run_workflow(repository, **matrix):
         ("vacuous", False, "inconclusive", "::warning title=ndcheck INCONCLUSIVE%3A vacuous::"),
     ],
 )
-def test_the_sample_repository(repository, check, succeeded, verdict, annotation):
-    job = run_workflow(repository, check=check)
+def test_the_sample_repository(run_workflow, check, succeeded, verdict, annotation):
+    job = run_workflow(check=check)
     assert (job.succeeded, job.verdict) == (succeeded, verdict), job.log
     assert f"### {verdict.upper()}: {check}" in job.summary
     if annotation:
@@ -173,13 +177,13 @@ model = "scripted:never-batches"
         ({"check": "$(touch injected); `touch injected`"}, False, "error"),
     ],
 )
-def test_inputs(repository, given, succeeded, verdict):
+def test_inputs(repository, run_workflow, given, succeeded, verdict):
     (repository / "ndcheck.toml").write_text(SCRIPTED)
     file = repository / WORKFLOW
     workflow = yaml.safe_load(file.read_text())
     workflow["jobs"]["determinism"]["steps"][1]["with"] = {"install": "none", **given}
     file.write_text(yaml.safe_dump(workflow))
-    job = run_workflow(repository)
+    job = run_workflow()
     assert (job.succeeded, job.verdict) == (succeeded, verdict), job.log
     assert not (repository / "injected").exists()
     assert bool(job.uploads) == (given.get("artifact") != "none")
@@ -199,15 +203,20 @@ def test_the_workflow_of_the_readme_fits_the_action():
     assert set(used) <= ACTION["outputs"].keys()
 
 
-def test_the_gitlab_recipe_with_the_configuration_of_the_readme(tmp_path):
+def test_the_gitlab_recipe_with_the_configuration_of_the_readme(tmp_path, warm_python):
     job = yaml.safe_load(block("gate gitlab"))["determinism"]
     install, gate = job["script"]
     assert install == "pip install ndcheck"
     (tmp_path / "ndcheck.toml").write_text(block("gate config"))
+    (tmp_path / "bin").mkdir()
+    installed = tmp_path / "bin" / "ndcheck"
+    installed.write_text(f'#!/bin/sh\nexec {warm_python()} -m ndcheck "$@"\n')
+    installed.chmod(0o755)
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         ["bash", "-eo", "pipefail", "-c", gate],
         cwd=tmp_path,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env={**kept, "PATH": f"{installed.parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=False,

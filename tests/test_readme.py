@@ -158,7 +158,7 @@ def test_the_exit_codes_are_those_of_the_program():
     assert shown == re.findall(r"\d+", app.info.epilog)
 
 
-def test_the_commands_of_the_guide_are_understood(tmp_path):
+def test_the_commands_of_the_guide_are_understood(tmp_path, warm_python):
     text = README.read_text(encoding="utf-8")
     guide = text.partition("## Why are my outputs nondeterministic?")[2].partition("\n## ")[0]
     found = re.findall(r"`ndcheck (run [^`]*)`", guide)
@@ -166,8 +166,9 @@ def test_the_commands_of_the_guide_are_understood(tmp_path):
     for command in found:
         arguments = [*shlex.split(command), "--model", "scripted:clean", "--dry-run"]
         done = subprocess.run(
-            [sys.executable, "-m", "ndcheck", *arguments],
+            [warm_python(), "-m", "ndcheck", *arguments],
             cwd=tmp_path,
+            env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
             capture_output=True,
             text=True,
             check=False,

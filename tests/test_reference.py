@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,19 +15,25 @@ from bench.reference.summary import measured_table
 ROOT = Path(__file__).parents[1]
 
 
-def test_a_part_leaves_its_tables_and_plots_and_the_summary_shows_them(tmp_path):
+@pytest.fixture
+def run_script(warm_python):
+    def run(name, *arguments):
+        kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        return subprocess.run(
+            [warm_python(), "-m", f"bench.reference.{name}", *map(str, arguments)],
+            cwd=ROOT, env={**kept, "PYTHONPATH": "kernels"}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+
+    return run
+
+
+def test_a_part_leaves_its_tables_and_plots_and_the_summary_shows_them(run_script, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "README.md").write_text(
         "before\n<!-- measured -->\n<!-- end of measured -->\nafter"
     )
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "bench.reference.experiment", str(tmp_path),
-            "--part", "8b-long", "--tiny", "--summary",
-        ],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": "kernels"}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    done = run_script("experiment", tmp_path, "--part", "8b-long", "--tiny", "--summary")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "8b-long"
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -79,15 +84,11 @@ def test_the_summary_shows_where_an_arm_left_its_reference(tmp_path):
     )
 
 
-def test_a_run_of_the_assistant_leaves_its_row(tmp_path):
+def test_a_run_of_the_assistant_leaves_its_row(run_script, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "README.md").write_text("<!-- measured -->\n<!-- end of measured -->\n")
     for part in (("cpu", "--tiny"), ("summary",)):
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.reference.assistant", str(tmp_path), *part],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": "kernels"}, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
+        done = run_script("assistant", tmp_path, *part)
         assert "Traceback" not in done.stderr
     with (tmp_path / "cpu" / "summary.csv").open(newline="") as file:
         arms = {row["arm"]: row for row in csv.DictReader(file)}

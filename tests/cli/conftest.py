@@ -1,4 +1,4 @@
-"""The command line as a user has it: a real subprocess in an empty directory."""
+"""The command line as a user has it: a subprocess in an empty directory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ def environment():
 
 
 @pytest.fixture
-def ndcheck(tmp_path, environment):
-    """Runs ``ndcheck ARGUMENTS`` in ``tmp_path`` and returns the finished process."""
+def ndcheck(tmp_path, environment, warm_python):
+    """Runs ``ndcheck ARGUMENTS`` in ``tmp_path`` and returns the finished process.
 
-    def run(*arguments, **options):
+    Its imports are done already, unless ``python=sys.executable`` is given.
+    """
+
+    def run(*arguments, python=None, **options):
         return subprocess.run(
-            [sys.executable, "-m", "ndcheck", *map(str, arguments)],
+            [python or warm_python(), "-m", "ndcheck", *map(str, arguments)],
             cwd=tmp_path,
             env={**environment, **options.pop("env", {})},
             capture_output=True,
@@ -63,9 +66,9 @@ def started(tmp_path, environment):
     """Starts ``ndcheck ARGUMENTS`` and returns the running process; it is killed at the end."""
     processes = []
 
-    def start(*arguments, **variables):
+    def start(*arguments, python=sys.executable, **variables):
         process = subprocess.Popen(
-            [sys.executable, "-m", "ndcheck", *map(str, arguments)],
+            [python, "-m", "ndcheck", *map(str, arguments)],
             cwd=tmp_path,
             env={**environment, **variables},
             stdout=subprocess.PIPE,

@@ -127,7 +127,14 @@ def ends(environment, folder, command, redirections):
     return done.returncode, done.stderr
 
 
-COMMANDS = ("gate RUN --json", "report RUN --exit-code", "runs .", "--help")
+COMMANDS = {
+    "gate clean --json": 0,
+    "report clean --exit-code": 0,
+    "gate batch-dependent --json": 1,
+    "report batch-dependent --exit-code": 1,
+    "runs .": 0,
+    "--help": 0,
+}
 READER_LEAVES = "| (exec <&-; sleep 0.1); exit ${PIPESTATUS[0]}"
 
 
@@ -135,16 +142,13 @@ READER_LEAVES = "| (exec <&-; sleep 0.1); exit ${PIPESTATUS[0]}"
 def test_an_output_that_nobody_reads_changes_no_exit_code(
     runs, environment, tmp_path, redirections
 ):
-    for name in ("clean", "batch-dependent"):
-        for command in COMMANDS:
-            is_finding = name != "clean" and "RUN" in command
-            code, stderr = ends(environment, tmp_path, command.replace("RUN", name), redirections)
-            assert (code, stderr) == (int(is_finding), ""), command
+    for command, code in COMMANDS.items():
+        assert ends(environment, tmp_path, command, redirections) == (code, ""), command
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [c for c, code in COMMANDS.items() if code == 0])
 def test_a_full_disk_under_stdout_is_said(runs, environment, tmp_path, command):
-    code, stderr = ends(environment, tmp_path, command.replace("RUN", "clean"), ">/dev/full")
+    code, stderr = ends(environment, tmp_path, command, ">/dev/full")
     assert (code, stderr) == (4, "ndcheck: stdout: No space left on device\n")
 
 

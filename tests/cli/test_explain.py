@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree
 from types import SimpleNamespace
 
@@ -156,8 +157,10 @@ def test_trace_of_the_invariant_arm_is_clean(here):
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_a_recorded_divergence_is_traced_shrunk_and_shown(here, tmp_path):
+def test_a_recorded_divergence_is_traced_shrunk_and_shown(here, warm_python, monkeypatch, tmp_path):
     """From a run of 16 rows to a script of its own; skipped where this machine does not diverge."""
+    monkeypatch.setattr(sys, "executable", warm_python())  # The script's.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     options = ("--loads", "16", "--mode", "mixed", "--axes", "neighbours", "--kernels", "stock")
     length = ("--max-tokens", "48", "-n", "24", "--stop-on-divergence")
     probe = ("--prompt", "def read_file(path):")

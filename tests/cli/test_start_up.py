@@ -32,7 +32,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_version(ndcheck):
-    assert ndcheck("--version").stdout == f"ndcheck {package.__version__}\n"
+    assert ndcheck("--version", python=sys.executable).stdout == f"ndcheck {package.__version__}\n"
 
 
 def test_report_is_byte_identical_and_needs_no_torch(ndcheck, tmp_path, environment):
@@ -57,7 +57,8 @@ def test_current_directory_shadows_nothing(ndcheck, tmp_path):
     """`python -m ndcheck` from a directory with files named like dependencies."""
     for name in ("rich.py", "numpy.py", "json.py"):
         (tmp_path / name).write_text("raise SystemExit('shadowed')")
-    assert ndcheck("run", "--model", "scripted:clean", "--dry-run").returncode == 0
+    command = ("run", "--model", "scripted:clean", "--dry-run")
+    assert ndcheck(*command, python=sys.executable).returncode == 0
 
 
 def test_doctor_catches_every_planted_fault(ndcheck):

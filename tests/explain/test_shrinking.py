@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,12 @@ N_TOKENS = 6
 @pytest.fixture(scope="module")
 def sampler(tiny_models):
     return TransformersSampler(replace(DEFAULTS, model=str(tiny_models["qwen3"])))
+
+
+@pytest.fixture
+def scripts_start_warm(monkeypatch, warm_python):
+    monkeypatch.setattr(sys, "executable", warm_python())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 class Fault(TorchDispatchMode):
@@ -84,6 +91,7 @@ def test_a_failure_that_does_not_come_again_is_an_error(sampler):
         Shrinker(sampler, failure(Load(1), 0, Decoding(3, 0.7)))
 
 
+@pytest.mark.usefixtures("scripts_start_warm")
 @pytest.mark.parametrize("state", ["whole", "chunked", "prefix"])
 def test_the_script_is_short_and_its_tokens_are_the_samplers(tmp_path: Path, state):
     """On a batch that does not fail: it must say so, and give the tokens that the sampler gives."""
@@ -110,6 +118,7 @@ def test_the_script_is_short_and_its_tokens_are_the_samplers(tmp_path: Path, sta
     assert shown.shows_it == (alone[:4] != batched[:4] and alone[:3] == batched[:3])
 
 
+@pytest.mark.usefixtures("scripts_start_warm")
 def test_a_script_makes_random_weights_itself(tmp_path: Path, tiny_models):
     source = str(tiny_models["qwen3"])
     spec = replace(DEFAULTS, model=source, random_weights=7, dtype="fp32")

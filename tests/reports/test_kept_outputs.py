@@ -174,10 +174,10 @@ def test_no_output_is_new(rendered) -> None:
 
 
 @pytest.mark.parametrize("name", ["fork/report.txt", "compare-apart.txt"])
-def test_another_process_shows_the_same(name, tmp_path) -> None:
+def test_another_process_shows_the_same(name, warm_python, tmp_path) -> None:
     set_out(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-m", "ndcheck", *shlex.split(COMMANDS[name])],
+        [warm_python(), "-m", "ndcheck", *shlex.split(COMMANDS[name])],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,

@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -135,14 +134,15 @@ def serve(tmp_path_factory):
 
 
 @pytest.fixture
-def run_against(tmp_path):
+def run_against(tmp_path, warm_python):
     """``ndcheck run --endpoint`` to its end: exit code, stderr, samples as read from the file."""
 
     def run(url, *options):
-        command = [sys.executable, "-m", "ndcheck", "run", "--endpoint", url, "--out", "run"]
+        command = [warm_python(), "-m", "ndcheck", "run", "--endpoint", url, "--out", "run"]
         done = subprocess.run(
             [*command, *map(str, options)],
             cwd=tmp_path,
+            env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
             capture_output=True,
             text=True,
             timeout=300,

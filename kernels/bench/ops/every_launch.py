@@ -162,6 +162,15 @@ def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[
     are met, with one row of a batch or a hundred both schedules.
     """
     cache_dtypes = (dtype, torch.float8_e4m3fn)[: 2 if capability >= FP8_CAPABILITY else 1]
+    pairs = {  # Any two of these three are met; and so is the one that spills most.
+        (dtype, True, "with padding"),
+        (dtype, True, "in chunks"),
+        (dtype, False, "with a window"),
+        (torch.float8_e4m3fn, True, "with a window"),
+        (torch.float8_e4m3fn, True, "in chunks"),
+        (torch.float8_e4m3fn, False, "with padding"),
+        (torch.float8_e4m3fn, False, "in chunks"),
+    }
     dims = {"kinds": ((128, 128),), "figures": ((64, 64), (128, 128)), "all": HEAD_DIMS}[extent]
     for dim, dim_v in dims:
         config = configs.attention_config(max(dim, dim_v), dtype.itemsize, capability)
@@ -187,6 +196,8 @@ def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[
                 },
             }  # fmt: skip
             for kind, options in kinds.items():
+                if extent == "kinds" and (cache_dtype, queries > most, kind) not in pairs:
+                    continue
                 shapes = f"{tuple(q.shape)} over {tuple(k.shape)}, {dim_v} {cache_dtype}"
                 yield (
                     f"attention {kind}: {shapes}",
@@ -311,7 +322,8 @@ def compile_all(
                 failures.append(f"{name}: {reason}")
         compiled = list(kernels)
     for kernel in compiled:
-        entry = dataclasses.asdict(resources.resources(kernel))
+        used_by_it = resources.resources(kernel, resources.multiplies_matrices(kernel))
+        entry = dataclasses.asdict(used_by_it)
         used.append(entry | {"instructions": sorted(entry["instructions"])})
     return {"kernels": used, "failures": failures}
 

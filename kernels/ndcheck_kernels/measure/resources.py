@@ -42,7 +42,7 @@ class Resources:
     spilled_bytes: int
     shared_bytes: int
     instructions: frozenset[str]
-    """Opcodes of the machine code, without their modifiers."""
+    """Opcodes of the machine code, without their modifiers; none where it was not disassembled."""
 
 
 class _NoDriver:
@@ -87,10 +87,10 @@ def compiling(architecture: int | str) -> Iterator[list[Any]]:
         yield kernels
 
 
-def resources(kernel: Any) -> Resources:
+def resources(kernel: Any, with_instructions: bool = False) -> Resources:
     """Read a compiled kernel's machine code with the disassembler that Triton ships.
 
-    Of an AMD GPU's, what the assembler says of itself.
+    Instructions take it a third of a second. Of an AMD GPU's, what the assembler says of itself.
     """
     if kernel.metadata.target.backend == "hip":
         return _amd_resources(kernel)
@@ -98,7 +98,7 @@ def resources(kernel: Any) -> Resources:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         usage = _cuobjdump("-res-usage", cubin)
-        code = _cuobjdump("-sass", cubin)
+        code = _cuobjdump("-sass", cubin) if with_instructions else ""
     registers, stack, local = (
         int(_one(rf"{key}:(\d+)", usage)) for key in ("REG", "STACK", "LOCAL")
     )
@@ -110,6 +110,12 @@ def resources(kernel: Any) -> Resources:
         shared_bytes=kernel.metadata.shared,
         instructions=frozenset(opcodes),
     )
+
+
+def multiplies_matrices(kernel: Any) -> bool:
+    """Whether a compiled kernel's own intermediate code does."""
+    dots = r"tt\.dot|ttng\.(warp_group_dot|tc_gen5_mma)"
+    return re.search(dots, kernel.asm["ttgir"]) is not None
 
 
 def _amd_resources(kernel: Any) -> Resources:
@@ -136,4 +142,4 @@ def _cuobjdump(flag: str, cubin: Path) -> str:
     return subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
 
 
-__all__ = ["SHARED_LIMIT", "Resources", "compiling", "resources"]
+__all__ = ["SHARED_LIMIT", "Resources", "compiling", "multiplies_matrices", "resources"]

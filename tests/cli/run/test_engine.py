@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,14 @@ def samples(run):
     return [{**json.loads(line), "elapsed_s": None} for line in lines]
 
 
-def children(process):
-    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    names = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in found}
-    return [pid for pid, name in names.items() if "ndcheck.samplers.vllm.worker" in name]
+def workers_of_a_run_in(folder):
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            is_worker = "ndcheck.samplers.vllm.worker" in (process / "cmdline").read_text()
+            if is_worker and (process / "cwd").readlink() == folder:
+                found.append(int(process.name))
+    return found
 
 
 def test_without_vllm_one_line_names_the_extra(ndcheck, tmp_path):
@@ -72,14 +77,14 @@ def test_stock_is_the_control_of_invariant(ndcheck, with_fake, tmp_path):
 
 
 def test_a_killed_worker_loses_nothing_and_resume_completes(
-    ndcheck, started, wait_for_lines, with_fake, tmp_path
+    ndcheck, started, wait_for_lines, with_fake, warm_python, tmp_path
 ):
     with_fake("slow")
     options = (*OPTIONS, "--max-tokens", "8")
     assert ndcheck("run", *options, "--out", "whole").returncode == 3
-    process = started("run", *options, "--out", "parts")
+    process = started("run", *options, "--out", "parts", python=warm_python())
     wait_for_lines(process, tmp_path / "parts" / "samples.jsonl", 10)
-    os.kill(children(process)[0], signal.SIGKILL)
+    os.kill(workers_of_a_run_in(tmp_path)[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 4
     *_, kept, last = stderr.splitlines()
@@ -94,11 +99,11 @@ def test_a_killed_worker_loses_nothing_and_resume_completes(
     assert after == samples(tmp_path / "whole")
 
 
-def test_ctrl_c_ends_the_workers(started, wait_for_lines, with_fake, tmp_path):
+def test_ctrl_c_ends_the_workers(started, wait_for_lines, with_fake, warm_python, tmp_path):
     with_fake("slow")
-    process = started("run", *OPTIONS, "--max-tokens", "8", "--out", "run")
+    process = started("run", *OPTIONS, "--max-tokens", "8", "--out", "run", python=warm_python())
     wait_for_lines(process, tmp_path / "run" / "samples.jsonl", 2)
-    workers = children(process)
+    workers = workers_of_a_run_in(tmp_path)
     assert len(workers) == 2
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 
-OPTIONS = ("--model", "scripted:slow", "--max-tokens", "8", "--loads", "1,4", "-n", "80")
+OPTIONS = ("--model", "scripted:slow", "--max-tokens", "8", "--loads", "1,4", "-n", "40")
 
 
 def samples_without_times(run):
@@ -28,10 +28,12 @@ def test_killed_and_resumed_equals_uninterrupted(ndcheck_here, started, wait_for
     assert (parts / "completions.csv").read_bytes() == (whole / "completions.csv").read_bytes()
 
 
-def test_interrupt_reports_what_there_is(ndcheck_here, started, wait_for_lines, tmp_path):
+def test_interrupt_reports_what_there_is(
+    ndcheck_here, started, wait_for_lines, warm_python, tmp_path
+):
     for number in (signal.SIGINT, signal.SIGTERM):
         out = f"run-{number}"
-        process = started("run", *OPTIONS, "--out", out)
+        process = started("run", *OPTIONS, "--out", out, python=warm_python())
         wait_for_lines(process, tmp_path / out / "samples.jsonl", 5)
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)

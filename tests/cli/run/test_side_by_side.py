@@ -40,8 +40,10 @@ OPTIONS = {
 
 
 @pytest.fixture
-def beside(monkeypatch):
-    """Short runs go side by side too, whatever the machine."""
+def beside(monkeypatch, warm_python):
+    """Short runs go side by side too, whatever the machine; second arms need import nothing."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(sys, "executable", warm_python())
     monkeypatch.setattr(backend, "LEAST_TOKENS_BESIDE", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
 
@@ -202,7 +204,7 @@ def test_threads_are_a_share_unless_somebody_said_how_many(
     assert choose_threads(begun_with, n_processes) == chosen
 
 
-def test_the_process_ends_with_its_parent(tmp_path):
+def test_the_process_ends_with_its_parent(beside, tmp_path):
     """Whatever it does then: here it opens its model."""
     script = (
         "import time\n"

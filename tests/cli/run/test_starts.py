@@ -25,8 +25,9 @@ def assert_one_line(done, code, *parts):
         assert part in line
 
 
-def test_starts_in_the_same_second_get_a_directory_each(started, tmp_path):
-    processes = [started("run", *SCRIPTED) for _ in range(6)]
+def test_starts_in_the_same_second_get_a_directory_each(started, warm_python, tmp_path):
+    python = warm_python()
+    processes = [started("run", *SCRIPTED, python=python) for _ in range(6)]
     for process in processes:
         _, stderr = process.communicate(timeout=300)
         assert (process.returncode, stderr) == (0, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 
 import pytest
 
@@ -90,7 +91,7 @@ def test_full_disk_keeps_finished_trials(ndcheck, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     options = ("--quiet", *SCRIPTED, "--out", "run")
-    done = ndcheck("run", *options, preexec_fn=limit_file_size)
+    done = ndcheck("run", *options, python=sys.executable, preexec_fn=limit_file_size)
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
     assert "cannot write to run: File too large" in done.stderr

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 FIXTURE = Path(__file__).parents[2] / "runs" / "schema-1"
 KEY = "sk-private-0123456789"
-OPTIONS = ("--model", "scripted:slow", "--max-tokens", "8", "--loads", "1,4", "-n", "40", "-q")
+OPTIONS = ("--model", "scripted:clean", "--max-tokens", "8", "--loads", "1,4", "-n", "40", "-q")
 
 
 @pytest.fixture
@@ -238,8 +239,10 @@ def test_no_plot_is_written_through_a_link(ndcheck_here, tmp_path):
     assert list((tmp_path / "outside").iterdir()) == []
 
 
-def test_a_script_is_not_written_through_a_link(ndcheck_here, tmp_path):
+def test_a_script_is_not_written_through_a_link(ndcheck_here, warm_python, monkeypatch, tmp_path):
     """`shrink` leaves one in the run's directory, and runs it."""
+    monkeypatch.setattr(sys, "executable", warm_python())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     options = ("--loads", "1,4", "-n", "20", "--max-tokens", "12", "--kernels", "stock", "-q")
     ndcheck_here("run", *options, "--out", "run")
     (tmp_path / "outside").write_text("mine")

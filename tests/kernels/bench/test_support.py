@@ -1,6 +1,8 @@
 """The maker of the support table: what it keeps as it goes, and what a failing family costs."""
 
 import json
+import multiprocessing
+import multiprocessing.spawn
 
 import pytest
 
@@ -23,7 +25,16 @@ def run(monkeypatch, *arguments):
     return support.main()
 
 
-def test_rows_of_several_processes_are_those_of_one(results, monkeypatch):
+@pytest.fixture
+def warm_processes(monkeypatch, warm_python):
+    before = multiprocessing.spawn.get_executable()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    multiprocessing.set_executable(warm_python())
+    yield
+    multiprocessing.set_executable(before)
+
+
+def test_rows_of_several_processes_are_those_of_one(results, warm_processes, monkeypatch):
     assert run(monkeypatch, "--jobs", "2", "--families", "GPT-2", "OPT") == 0
     rows = json.loads(results.read_text())["rows"]
     assert [(row["family"], row["dtype"]) for row in rows] == [

@@ -1,4 +1,7 @@
-"""Ranks that share a model: one order of sums, the same trials, one end. Real torchrun, on CPU."""
+"""Ranks that share a model: one order of sums, the same trials, one end. Real torchrun, on CPU.
+
+It and its ranks are processes that have torch imported already.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -66,14 +69,19 @@ def environment():
     return {**kept, **ours, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def command(n_ranks, *arguments):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
-    return [sys.executable, *(launcher if n_ranks > 1 else []), *map(str, arguments)]
+@pytest.fixture
+def command(warm_python):
+    def build(n_ranks, *arguments):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+        return [warm_python(), *(launcher if n_ranks > 1 else []), *map(str, arguments)]
+
+    return build
 
 
-def launch(n_ranks, *arguments):
-    return subprocess.run(
-        command(n_ranks, *arguments),
+@pytest.fixture
+def launch(command):
+    return lambda *given: subprocess.run(
+        command(*given),
         env=environment(),
         capture_output=True,
         text=True,
@@ -82,18 +90,25 @@ def launch(n_ranks, *arguments):
     )
 
 
-def measure(n_ranks, model, out, *options, device="cpu"):
-    """What it prints, where there are ranks; one needs no process of its own."""
-    arguments = ("run", "--model", model, *LOADS, *options, "--out", out)
-    if n_ranks == 1:
-        run_command_line([*map(str, arguments), "--device", device])
-        said = ""
-    else:
-        done = launch(n_ranks, "-m", "ndcheck", *arguments, "--tp", n_ranks)
-        said = done.stdout + done.stderr
-    assert (out / "run.json").is_file(), said
-    assert read_run(out).status == "finished", said
-    return said
+@pytest.fixture
+def measure(launch):
+    """``measure(n_ranks, model, out)``: what it prints, where there are ranks; one needs no process
+    of its own.
+    """
+
+    def run(n_ranks, model, out, *options, device="cpu"):
+        arguments = ("run", "--model", model, *LOADS, *options, "--out", out)
+        if n_ranks == 1:
+            run_command_line([*map(str, arguments), "--device", device])
+            said = ""
+        else:
+            done = launch(n_ranks, "-m", "ndcheck", *arguments, "--tp", n_ranks)
+            said = done.stdout + done.stderr
+        assert (out / "run.json").is_file(), said
+        assert read_run(out).status == "finished", said
+        return said
+
+    return run
 
 
 def bits(out, arm):
@@ -161,7 +176,7 @@ gc.collect()  # A group that an exception's frames hold would abort the process 
 
 
 @pytest.mark.parametrize("n_ranks", [2, 4])
-def test_ranks_are_added_in_their_order_whatever_the_size(n_ranks, tmp_path):
+def test_ranks_are_added_in_their_order_whatever_the_size(n_ranks, launch, tmp_path):
     script = tmp_path / "sums.py"
     script.write_text(SUMS)
     done = launch(n_ranks, script)
@@ -192,7 +207,7 @@ def test_groups_must_nest():
 # The command
 
 
-def test_bits_of_a_mixture_are_those_of_one_process(models, tmp_path):
+def test_bits_of_a_mixture_are_those_of_one_process(models, measure, tmp_path):
     out = {n: tmp_path / str(n) for n in (1, 2)}
     for n in out:
         measure(n, models / "moe", out[n], "--tp-groups", "8")
@@ -211,7 +226,7 @@ def test_bits_of_a_mixture_are_those_of_one_process(models, tmp_path):
     assert "torchrun --nproc-per-node 2 -m ndcheck run" in shown
 
 
-def test_bits_of_fp8_are_those_of_one_process(tmp_path):
+def test_bits_of_fp8_are_those_of_one_process(measure, tmp_path):
     """A mixture of experts whose ranks hold whole blocks of 128."""
     model = tmp_path / "model"
     model.mkdir()
@@ -239,7 +254,7 @@ def test_bits_of_fp8_are_those_of_one_process(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_computes_experts_of_fp8_in_parts(tmp_path):
+def test_a_gpu_computes_experts_of_fp8_in_parts(measure, tmp_path):
     """One process: its sums, in parts or whole, are those of the same numbers."""
     config = json.loads((SHAPES / "tiny-moe-fp8" / "config.json").read_text())
     (tmp_path / "config.json").write_text(
@@ -253,7 +268,7 @@ def test_a_gpu_computes_experts_of_fp8_in_parts(tmp_path):
     assert found[0] == pytest.approx(found[1], abs=0.05)
 
 
-def test_four_ranks_have_the_bits_of_one(models, tmp_path):
+def test_four_ranks_have_the_bits_of_one(models, measure, tmp_path):
     for n in (1, 4):
         measure(n, models / "dense", tmp_path / str(n), "--tp-groups", "4")
     one, four = (bits(tmp_path / str(n), "invariant") for n in (1, 4))
@@ -264,7 +279,7 @@ def test_four_ranks_have_the_bits_of_one(models, tmp_path):
     assert len(set(stock[1].values())) > 1
 
 
-def test_a_killed_rank_ends_the_run_and_resume_completes_it(models, tmp_path):
+def test_a_killed_rank_ends_the_run_and_resume_completes_it(models, command, launch, tmp_path):
     out = tmp_path / "run"
     arguments = ("--model", models / "dense", *LOADS, "--max-tokens", "24")
     process = subprocess.Popen(
@@ -278,7 +293,7 @@ def test_a_killed_rank_ends_the_run_and_resume_completes_it(models, tmp_path):
     deadline = time.monotonic() + 120
     while not (samples.exists() and samples.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.kill(_child(process.pid, "RANK=1"), signal.SIGKILL)
+    os.kill(_rank(1, out), signal.SIGKILL)
     _, stderr = process.communicate(timeout=120)
     said = [line for line in stderr.splitlines() if line.startswith("ndcheck: rank")]
     assert len(said) == 1, stderr
@@ -296,11 +311,16 @@ def test_a_killed_rank_ends_the_run_and_resume_completes_it(models, tmp_path):
     assert len({s.trial_id for s in SampleReader(out)}) == run.n_trials_planned
 
 
-def _child(pid: int, variable: str) -> int:
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if variable in Path(f"/proc/{child}/environ").read_text().split("\0"):
-            return int(child)
-    raise AssertionError(f"no rank with {variable}")
+def _rank(rank: int, out: Path) -> int:
+    """The process that torchrun started as this rank of the run into `out`."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            arguments, variables = (
+                (process / name).read_text().split("\0") for name in ("cmdline", "environ")
+            )
+            if str(out) in arguments and f"RANK={rank}" in variables:
+                return int(process.name)
+    raise AssertionError(f"no rank {rank}")
 
 
 # What is refused

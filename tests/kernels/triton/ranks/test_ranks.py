@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,21 +36,27 @@ CONFIGS = {
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="gloo's ranks are on the CPU")
 
 
-def compute(name, n_ranks, groups, folder):
-    """What `one_rank` finds."""
-    kind, changes = CONFIGS[name]
-    kind(**SIZES | changes).save_pretrained(folder / name)
-    out = folder / f"{name}-{n_ranks}-{groups}"
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
-    script = [HERE / "one_rank.py", HERE.parent / "conftest.py", folder / name, str(groups), out]
-    done = subprocess.run(
-        [sys.executable, *(launcher if n_ranks > 1 else []), *map(str, script)],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out)
+@pytest.fixture
+def compute(warm_python, tmp_path):
+    """``compute(name, n_ranks, groups)``: what `one_rank` finds."""
+
+    def find(name, n_ranks, groups):
+        kind, changes = CONFIGS[name]
+        kind(**SIZES | changes).save_pretrained(tmp_path / name)
+        out = tmp_path / f"{name}-{n_ranks}-{groups}"
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+        model = tmp_path / name
+        script = [HERE / "one_rank.py", HERE.parent / "conftest.py", model, str(groups), out]
+        done = subprocess.run(
+            [warm_python(interpret=True), *(launcher if n_ranks > 1 else []), *map(str, script)],
+            cwd=ROOT,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.load(out)
+
+    return find
 
 
 def assert_fused(found):
@@ -68,31 +73,31 @@ def assert_fused(found):
 @on_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("n_ranks", [2, 4])
-def test_groups_give_fused_layers_the_same_bits_on_any_ranks(n_ranks, tmp_path):
-    one, several = (compute("dense", n, 4, tmp_path) for n in (1, n_ranks))
+def test_groups_give_fused_layers_the_same_bits_on_any_ranks(n_ranks, compute):
+    one, several = (compute("dense", n, 4) for n in (1, n_ranks))
     for found in (one, several):
         assert_fused(found)
         assert found["fires"]["partial_linear"] == 2 * 2
     assert torch.equal(several["fused"], one["fused"])
     assert "rank_sum" not in one["fires"]
     assert several["fires"]["rank_sum"] == 2 * (2 + 1)  # One is the embedding's.
-    by_rank = compute("dense", 2, 0, tmp_path)
+    by_rank = compute("dense", 2, 0)
     assert_fused(by_rank)
     assert not torch.equal(by_rank["fused"], one["fused"])  # Two parts, not four: another order.
 
 
 @on_cpu
 @pytest.mark.parametrize(("name", "part"), [("moe", "grouped"), ("moe-fp8", "block_fp8_grouped")])
-def test_experts_on_ranks_are_fused(name, part, tmp_path):
-    found = compute(name, 2, 0, tmp_path)
+def test_experts_on_ranks_are_fused(name, part, compute):
+    found = compute(name, 2, 0)
     assert_fused(found)
     assert found["fires"][f"partial_{part}"] == 2
 
 
 @on_cpu
-def test_experts_in_groups_run_unfused(tmp_path):
+def test_experts_in_groups_run_unfused(compute):
     """Their products are not those of blocks of one width when they are fused."""
-    found = compute("moe", 1, 2, tmp_path)
+    found = compute("moe", 1, 2)
     assert found["n_fused"] == 0
     assert torch.equal(found["fused"], found["plain"])
 
