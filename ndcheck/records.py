@@ -137,6 +137,8 @@ class Witness:
     """The server's id of the answer, if its ids differ from answer to answer."""
     fingerprint: str = ""
     """The server's ``system_fingerprint``."""
+    n_prompt_tokens: Count | None = None
+    """Tokens that a server says the prompt has."""
     names_digest: str = ""
     """A digest of the names of the answer's tokens, where a server gives names beside ids."""
     n_counted: Count | None = None
@@ -368,7 +370,9 @@ class Run:
 
     ``changes`` says how the backend changed in mid-run: another version, another replica.
     ``trial_digests`` has 8 hexadecimal digits for each planned trial, in the order of their ids;
-    it is empty in files from before digests were kept. ``prompt_token_ids`` are the ids of each
+    it is empty in files from before digests were kept. ``nonce`` is drawn anew for each run and
+    stands in every line of its samples, so that none of another run is taken for its own; it is
+    empty in earlier files, as in their lines. ``prompt_token_ids`` are the ids of each
     probe's prompt, in the order of the probes, with spaces between; a text is empty where the
     backend does not give them, and all are left out where they would swell the file. ``flaws``
     says what is wrong with the samples, a sentence each; it is filled when samples are read and
@@ -386,5 +390,6 @@ class Run:
     stop_reason: str | None = None
     changes: tuple[str, ...] = ()
     trial_digests: str = ""
+    nonce: str = ""
     prompt_token_ids: tuple[str, ...] = ()
     flaws: tuple[str, ...] = ()

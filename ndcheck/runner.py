@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -160,6 +161,7 @@ def begin(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         n_trials_planned=len(trials),
         trial_digests=trial_digests(trials),
+        nonce=secrets.token_hex(8),
         prompt_token_ids=_prompt_token_ids(spec, sampler),
     )
     return new.begin(run)

@@ -6,6 +6,7 @@ fault of one bit that it plants itself, or it fails as vacuous.
 
 from __future__ import annotations
 
+import copy
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,8 @@ def assert_deterministic(
 
     A model (a name as in `ndcheck run --model`) is measured with ``options``, those of
     `ndcheck.measure`; anything but a PASS fails. A function is called ``n`` times with ``inputs``
-    and ``options``; it returns tensors, arrays, numbers, text, or lists and dictionaries of these.
+    and ``options``, of tensors and arrays a copy each time, since it may write into them; it
+    returns tensors, arrays, numbers, text, or lists and dictionaries of these.
 
     >>> assert_deterministic("scripted:clean", loads=[1, 4], samples=40, max_tokens=8)
     >>> assert_deterministic(sorted, [3, 1, 2])
@@ -37,7 +39,7 @@ def assert_deterministic(
         return
     if n < 2:
         raise ValueError(f"n = {n}: give 2 or more calls to compare")
-    calls = [dict(_leaves(model(*inputs, **options))) for _ in range(n)]
+    calls = [dict(_leaves(model(*_fresh(inputs), **_fresh(options)))) for _ in range(n)]
     if not any(leaf.bits for leaf in calls[0].values()):
         raise AssertionError("vacuous: the function returned nothing to compare")
     faulty = {place: leaf.with_fault() for place, leaf in calls[0].items()}
@@ -59,7 +61,7 @@ def assert_batch_invariant(
     ``op(batch, *shared)`` maps a tensor of shape [B, ...] to one of shape [B, ...], row by row;
     ``rows`` has shape [N, ...]. Each row alone (B = 1) is its reference, and it has to keep its
     bits in batches of ``batch_sizes``, in every slot, among the other rows (repeated where there
-    are too few).
+    are too few), and alone once more. The op may write into its batch, which is a copy.
 
     >>> import torch
     >>> assert_batch_invariant(torch.relu, torch.randn(4, 8))
@@ -74,9 +76,16 @@ def assert_batch_invariant(
         result = op(batch, *shared)
         return result if len(batch) == 1 else _flip_one_bit(result)
 
-    if _find_variance(faulty, rows, shared, batch_sizes) is None:
+    alone = _find_alone(op, rows, shared)
+    if not alone[0].bits or len(set(alone)) == 1:
+        raise AssertionError("vacuous: the op gives every row the same result")
+    if _find_variance(faulty, rows, shared, batch_sizes, alone) is None:
         raise AssertionError("vacuous: a planted fault went unseen")
-    difference = _find_variance(op, rows, shared, batch_sizes)
+    difference = _find_variance(op, rows, shared, batch_sizes, alone)
+    for row, (first, again) in enumerate(zip(alone, _find_alone(op, rows, shared), strict=True)):
+        if (changed := _difference(again, first)) is not None:
+            difference = f"row {row} alone is another when the call is repeated: {changed}"
+            break
     if difference is not None:
         raise AssertionError(difference)
 
@@ -101,17 +110,36 @@ class _Leaf(NamedTuple):
         return _Leaf(self.kind, bytes([self.bits[0] ^ 1]) + self.bits[1:]) if self.bits else self
 
 
+def _fresh(value: Any) -> Any:
+    """Copies of the tensors and arrays in ``value``, with their strides; all else as it is."""
+    if type(value) is dict:
+        return {key: _fresh(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_fresh, value))
+    kind = type(value).__module__.partition(".")[0]
+    if kind == "numpy" and hasattr(value, "tobytes"):
+        return copy.deepcopy(value)
+    if kind == "torch" and hasattr(value, "is_leaf"):
+        own = value if value.is_leaf else value.detach().requires_grad_(value.requires_grad)
+        return copy.deepcopy(own)
+    return value
+
+
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, _Leaf]]:
     """Everything in ``value`` with where it is, such as ``[0]['logits']``."""
     if isinstance(value, dict):
+        yield place, _Leaf(f"{type(value).__name__} of {len(value)}", b"")
         for key, item in value.items():
             yield from _leaves(item, f"{place}[{key!r}]")
     elif isinstance(value, (list, tuple)):
         yield place, _Leaf(f"{type(value).__name__} of {len(value)}", b"")
         for index, item in enumerate(value):
             yield from _leaves(item, f"{place}[{index}]")
-    elif value is not None:
-        yield place, _leaf(value)
+    elif getattr(getattr(value, "dtype", None), "hasobject", False):
+        # Its bytes are where the objects are, not what they are.
+        yield from _leaves(value.tolist(), place)
+    else:
+        yield place, _Leaf("None", b"") if value is None else _leaf(value)
 
 
 def _leaf(value: Any) -> _Leaf:
@@ -127,7 +155,8 @@ def _leaf(value: Any) -> _Leaf:
     if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
         import torch
 
-        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        plain = value.detach().resolve_conj().resolve_neg()
+        flat = plain.cpu().contiguous().reshape(-1).view(torch.uint8)
         return _Leaf(f"{value.dtype} {list(value.shape)}", flat.numpy().tobytes())
     if hasattr(value, "dtype") and hasattr(value, "tobytes"):
         return _Leaf(f"{value.dtype} {list(value.shape)}", value.tobytes())
@@ -146,17 +175,22 @@ def _compare_calls(calls: Sequence[dict[str, _Leaf]]) -> str | None:
     return None
 
 
+def _find_alone(
+    op: Callable[..., torch.Tensor], rows: torch.Tensor, shared: tuple[Any, ...]
+) -> list[_Leaf]:
+    """Each row's result in a batch of its own."""
+    return [_apply(op, rows[i : i + 1].clone(), shared)[0] for i in range(len(rows))]
+
+
 def _find_variance(
     op: Callable[..., torch.Tensor],
     rows: torch.Tensor,
     shared: tuple[Any, ...],
     batch_sizes: Sequence[int],
+    alone: Sequence[_Leaf],
 ) -> str | None:
-    """The first row, by batch size, that differs from the same row alone."""
+    """The first row, by batch size, that differs from the same row ``alone``."""
     n = len(rows)
-    alone = [_apply(op, rows[i : i + 1], shared)[0] for i in range(n)]
-    if not alone[0].bits or len(set(alone)) == 1:
-        raise AssertionError("vacuous: the op gives every row the same result")
     for batch_size in sorted(batch_sizes):
         for offset in range(n):
             order = [(offset + slot) % n for slot in range(batch_size)]
@@ -186,7 +220,7 @@ def _apply(
 def _flip_one_bit(result: torch.Tensor) -> torch.Tensor:
     import torch
 
-    faulty = result.detach().clone().contiguous()
+    faulty = result.detach().resolve_conj().resolve_neg().clone().contiguous()
     faulty.reshape(-1).view(torch.uint8)[:1] ^= 1
     return faulty
 

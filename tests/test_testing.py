@@ -49,6 +49,9 @@ def test_equal_calls_pass(result):
         (torch.tensor(0.0), torch.tensor(-0.0)),
         (torch.zeros(2), torch.zeros(2, dtype=torch.float16)),
         (torch.zeros(2), torch.zeros(1, 2)),
+        ({"a": 1, "b": None}, {"a": 1, "b": {}}),
+        ({"a": 1, "b": None}, {"a": 1}),
+        (np.array(["x" * 50], dtype=object), np.array(["y" * 50], dtype=object)),
         (np.float32(1), np.nextafter(np.float32(1), np.float32(2))),
     ],
 )
@@ -69,6 +72,43 @@ def test_inputs_and_options_reach_the_function():
     rng = random.Random(0)
     with pytest.raises(AssertionError):
         assert_deterministic(lambda low, high: rng.randint(low, high), 0, 2**60)
+
+
+def gradient(x):
+    x.square().sum().backward()
+    return x.grad
+
+
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [
+        (torch.Tensor.add_, ROWS),
+        (lambda x, one: x["rows"].add_(one), {"rows": ROWS}),
+        (lambda x, one: x.sort() or list(x), [3, 2]),
+        (lambda x, one: x.__iadd__(one), np.arange(3)),
+        (lambda x, one: gradient(x), ROWS.clone().requires_grad_()),
+        # New texts, equal ones: at other places in memory.
+        (lambda x, one: np.array([str(x) * 50], dtype=object), 7),
+        (lambda x, one: torch.fft.fft(x).conj(), ROWS),
+    ],
+)
+def test_a_function_that_writes_into_its_input_may_be_deterministic(function, value):
+    assert_deterministic(function, value, 1)
+
+
+def test_an_op_may_write_into_its_batch():
+    rows = ROWS.clone()
+    assert_batch_invariant(lambda x: x.mul_(2), rows)
+    assert torch.equal(rows, ROWS)
+    with pytest.raises(AssertionError, match="batch of 2 differs"):
+        assert_batch_invariant(lambda x: x.clamp_(max=x.mean()), rows)
+
+
+@pytest.mark.parametrize("odd_calls", [{0}, {3}, range(1, 10**6, 3)])
+def test_what_changes_from_call_to_call_is_not_laid_to_the_batch(odd_calls):
+    calls = itertools.count()
+    with pytest.raises(AssertionError, match=r"row \d alone is another when the call is repeated"):
+        assert_batch_invariant(lambda x: x + 1e-3 * (next(calls) in odd_calls), ROWS)
 
 
 @pytest.mark.parametrize("result", [None, [], {}, "", torch.zeros(0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ndcheck.records import Sample
@@ -53,15 +54,17 @@ class ServingFinding:
 
     ``n_repeated_ids`` of ``n_ids`` and ``n_replayed`` answers were not computed for their
     requests: their response id is another's, or they came sooner than a first token can.
-    ``n_other_texts`` have the token ids of another answer but not its text, ``n_other_ends`` ended
-    otherwise or after another number of tokens, sent or not. ``ids_differ``, ``names_differ``
-    (None: no names) and ``texts_differ`` count answers unlike the reference.
+    ``prompt_sizes`` are what the server counts as the prompt's tokens. ``n_other_texts`` have the
+    token ids of another answer but not its text, ``n_other_ends`` ended otherwise or after another
+    number of tokens, sent or not. ``ids_differ``, ``names_differ`` (None: no names) and
+    ``texts_differ`` count answers unlike the reference.
     """
 
     n_answers: int
     n_trials: int
     n_connections: int
     fingerprints: tuple[str, ...]
+    prompt_sizes: tuple[int, ...]
     n_ids: int
     n_repeated_ids: int
     n_replayed: int
@@ -77,16 +80,6 @@ class ServingFinding:
     def has_own_fingerprints(self) -> bool:
         """A fingerprint that no two answers share tells nothing of the server."""
         return len(self.fingerprints) == self.n_answers > MAX_NAMED
-
-    @property
-    def changes(self) -> tuple[str, ...]:
-        """What of the server did not stay the same."""
-        if len(self.fingerprints) < 2 or self.has_own_fingerprints:
-            return ()
-        first, *others = map(repr, self.fingerprints)
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        return (f"the server's system_fingerprint changed in mid-run: {first}, "
-                f"then {others[0]}{more}",)  # fmt: skip
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -134,6 +127,26 @@ class ServingFinding:
         return tuple(found)
 
 
+def server_changes(findings: Iterable[ServingFinding]) -> tuple[str, ...]:
+    """What of the server did not stay the same, over the answers to all probes together."""
+    findings = list(findings)
+    fingerprints = (x for f in findings if not f.has_own_fingerprints for x in f.fingerprints)
+    changes = []
+    if len(distinct := [*map(repr, dict.fromkeys(fingerprints))]) > 1:
+        first, second, *others = distinct
+        more = f" and {len(others)} more" if others else ""
+        changes.append(
+            f"the server's system_fingerprint changed in mid-run: {first}, then {second}{more}"
+        )
+    for sizes in dict.fromkeys(f.prompt_sizes for f in findings if len(f.prompt_sizes) > 1):
+        counted = ", then ".join(map(str, sizes[: MAX_NAMED + 1]))
+        changes.append(
+            f"the server counts {counted} tokens in one prompt: what it computed was not always "
+            "the same (a prompt cut under load, another template)"
+        )
+    return tuple(changes)
+
+
 class Serving:
     """Takes in the samples of one probe and arm, the reference before the others."""
 
@@ -142,6 +155,7 @@ class Serving:
         self._trials: set[int] = set()
         self._connections: set[str] = set()
         self._fingerprints: dict[str, None] = {}
+        self._prompt_sizes: dict[int, None] = {}
         self._ids: Counter[str] = Counter()
         self._n_replayed = 0
         self._texts: dict[int, int] = {}
@@ -170,6 +184,8 @@ class Serving:
             self._connections.add(witness.connection)
         if witness.fingerprint:
             self._fingerprints.setdefault(witness.fingerprint)
+        if witness.n_prompt_tokens is not None:
+            self._prompt_sizes.setdefault(witness.n_prompt_tokens)
         self._n_replayed += witness.is_replayed
         ids, text, end = hash(sample.token_ids), hash(sample.text), sample.finish_reason
         self._n_other_texts += self._texts.setdefault(ids, text) != text
@@ -204,6 +220,7 @@ class Serving:
             n_trials=len(self._trials),
             n_connections=len(self._connections),
             fingerprints=tuple(self._fingerprints),
+            prompt_sizes=tuple(self._prompt_sizes),
             n_ids=self._ids.total(),
             n_repeated_ids=sum(n for n in self._ids.values() if n > 1),
             n_replayed=self._n_replayed,

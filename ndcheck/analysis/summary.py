@@ -143,6 +143,14 @@ class AxisFinding:
     """Of the trials, those at batch size 1."""
 
     @property
+    def feeds_other_tokens(self) -> bool:
+        return self.tokens is not None and self.tokens.n_other_tokens > 0
+
+    @property
+    def feeds_other_bits(self) -> bool:
+        return self.tokens is not None and self.tokens.n_other_bits > 0
+
+    @property
     def all_trials(self) -> Counts:
         return Counts(self.n_trials, self.diverged_trials, self.latent_trials)
 
@@ -327,13 +335,17 @@ class ProbeSummary:
     @property
     def has_diverged(self) -> bool:
         """Do the tokens of any two completions differ, in whatever comparison?"""
-        return bool(self.n_unique > 1 or self.diverged_trials or self._on_any_axis("diverged"))
+        is_fed_otherwise = any(finding.feeds_other_tokens for finding in self.axes)
+        seen = self.n_unique > 1 or self.diverged_trials or self._on_any_axis("diverged")
+        return bool(seen or is_fed_otherwise)
 
     @property
     def has_latent(self) -> bool:
         """Do the bits of any two equal completions differ?"""
         more_bits = self.n_unique_bits > self.n_unique
-        return bool(more_bits or self.latent_trials or self._on_any_axis("latent"))
+        is_fed_otherwise = any(finding.feeds_other_bits for finding in self.axes)
+        seen = more_bits or self.latent_trials or self._on_any_axis("latent")
+        return bool(seen or is_fed_otherwise)
 
     def _on_any_axis(self, kind: str) -> bool:
         return any(getattr(finding, f"{kind}_trials") for finding in self.axes)

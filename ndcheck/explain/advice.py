@@ -57,6 +57,11 @@ def _faults(introducers: Sequence[OpGroup]) -> Iterator[str]:
                 "the same shape beside it, the probe's row changes again. That is a fault, not "
                 "rounding."
             )
+        elif group.cause == "place":
+            yield (
+                f"{group.op} in {_module(group.where)} follows the row's place: in the first row "
+                "of the same batch the probe has its bits alone, and further down others."
+            )
         elif group.cause == "chance":
             yield (
                 f"{group.op} in {_module(group.where)} gives other bits when the same call is "
@@ -98,7 +103,12 @@ def _orders(introducers: Sequence[OpGroup], is_padded: bool) -> Iterator[str]:
         dtype = SHORT_DTYPES.get(group.dtype)
         op = "attention" if group.op == ATTENTION else group.op
         sizes = [part.split("x") for part in group.shapes[1].split()]
-        if group.cause != "shape" or op not in REDUCTIONS or dtype is None or not sizes:
+        if (
+            group.cause not in ("shape", "place")
+            or op not in REDUCTIONS
+            or dtype is None
+            or not sizes
+        ):
             continue
         if op == "attention" and is_padded:
             continue  # There the length of the sum differs, not the number of rows.

@@ -31,7 +31,7 @@ def unseen() -> Iterator[None]:
 
 
 Status = Literal["introduces", "inherits", "clean", "in a module", "not compared"]
-Cause = Literal["shape", "neighbours", "chance"]
+Cause = Literal["shape", "place", "neighbours", "chance"]
 Key = tuple[str, str, int]
 """(module path, op or class of the module, how many times it ran there before)."""
 Place = tuple[str, str]

@@ -17,7 +17,8 @@ class OpFinding:
     ``status``: *introduces* if, given the probe's own inputs, it returns other bits than alone;
     *inherits* if its output differs in the load, but only as its inputs do; *clean* if it does not;
     *in a module* that could be compared only as a whole; *not compared*. ``cause`` says whether the
-    bits change again when the same pass is repeated, or with other neighbours of the same shape.
+    bits change again when the same pass is repeated, or with other neighbours of the same shape, or
+    are those alone in the first row of the same batch.
     ``reaches_logits``: whether the probe's logits follow the difference. ``digest`` is over the
     probe's row; ``shapes`` are of floating inputs, alone and loaded.
     """
@@ -99,7 +100,8 @@ class LoadTrace:
         rest = f"{rest} from where no op and no module could be compared"
         if self.is_random:
             return f"{rest}, and is another at every repetition"
-        n_ops = f"{self.n_not_compared} ops ran otherwise alone, or " * bool(self.n_not_compared)
+        n = self.n_not_compared
+        n_ops = f"{n} op{'s' * (n != 1)} ran otherwise alone, or " * bool(n)
         return f"{rest}: {n_ops}the model itself does what torch does not see"
 
 
@@ -164,7 +166,7 @@ def _group(
         paths.pop() if len(paths) == 1 else module,
         len({(f.module, f.nth) for _, f in found}),
         counts,
-        # The gravest: "chance" over "neighbours" over "shape".
+        # The gravest: "chance" over "neighbours" over "place" over "shape".
         min((f.cause for _, f in guilty if f.cause), default=None),
         any(f.reaches_logits for _, f in guilty),
         example.is_module,

@@ -177,7 +177,10 @@ class Tracer:
         alone: Alone,
         named: dict[Key, Difference],
     ) -> dict[Key, Cause]:
-        """What each difference follows: the pass is repeated, then with other neighbours."""
+        """What each difference follows.
+
+        The pass is repeated, then with other neighbours, then with the probe in the first row.
+        """
         if not named:
             return {}
 
@@ -192,6 +195,10 @@ class Tracer:
             with_others = digests(
                 _LoadedPass(self, _other_neighbours(load, slot, self), slot, alone)
             )
+        in_first_row = set(named)
+        if slot:
+            moved = load if 0 in load.slots else replace(load, slots=(0,))
+            in_first_row = digests(_LoadedPass(self, moved, 0, alone)).keys() & named.keys()
         causes: dict[Key, Cause] = {}
         for key, difference in named.items():
             causes[key] = "shape"
@@ -199,6 +206,8 @@ class Tracer:
                 causes[key] = "chance"
             elif with_others.get(key) != difference.digest:
                 causes[key] = "neighbours"
+            elif key not in in_first_row:
+                causes[key] = "place"
         return causes
 
     def _reaching_places(self, loaded: _LoadedPass, named: dict[Key, Difference]) -> set[Place]:
@@ -317,7 +326,8 @@ class _LoadedPass:
         self._start, self._argument = tracer._advance(load, slot)
         self._batch = self._start
         model = tracer._sampler.model
-        self.setting = Setting(model, alone.records, tracer._geometry(load, self._argument), slot)
+        geometry = tracer._geometry(load, self._argument)
+        self.setting = Setting(model, alone.records, geometry, slot, tracer._holders)
 
     def run(
         self, watch: NaturalPass | RepairedPass | None = None, *, repair_cache: bool = False

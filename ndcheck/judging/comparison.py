@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -22,7 +23,11 @@ Unit = Literal["token", "character"]
 DriftKind = Literal["none", "latent", "tokens"]
 FailOn = Literal["environment", "model", "kernels", "load", "tokens", "bits", "unique", "rate"]
 References = Mapping[tuple[Arm, str], Sample]
+Partner = tuple[ProbeSummary, Sample]
+"""A probe, and its reference."""
 
+FP32_DIGITS = 9
+"""So many significant digits give every fp32 number back."""
 FAIL_ON: tuple[FailOn, ...] = get_args(FailOn)
 MODEL_FIELDS = (
     "model",
@@ -61,8 +66,9 @@ class Drift:
     """One probe in B against the same prompt in A, reference against reference.
 
     ``kind`` is ``latent`` where tokens are equal and bits are not. ``bits_recorded`` is False where
-    a run recorded none, so that ``none`` speaks of tokens alone. ``max_abs_dlogprob`` (nats) and
-    the KL estimates (A's reference against B's, nats per token) are over the shared prefix.
+    a run recorded none, or a server rounded them, so that ``none`` speaks of tokens alone.
+    ``max_abs_dlogprob`` (nats) and the KL estimates (A's reference against B's, nats per token) are
+    over the shared prefix.
     ``fisher_p`` tests that both runs' draws diverge at one rate.
     """
 
@@ -116,26 +122,35 @@ def compare(a: Measured, b: Measured) -> Comparison:
     arms_a, arms_b = set(a.run.spec.arms), set(b.run.spec.arms)
     if len(arms_a) == len(arms_b) == 1 and arms_a != arms_b:
         (arm_a,), (arm_b,) = arms_a, arms_b
-        partners_b = {(arm_a, prompt): v for (arm, prompt), v in partners_b.items() if arm == arm_b}
+        partners_b = {(arm_a, *key[1:]): v for key, v in partners_b.items() if key[0] == arm_b}
     by_text = _compared(a.run) != _compared(b.run)
+    has_bits = not any(rounds(measured.run) for measured in (a, b))
     shared = [key for key in partners_a if key in partners_b]
     return Comparison(
         changes=tuple(_find_changes(a.run, b.run)),
         drifts=tuple(
             replace(
-                _drift(key[1], partners_a[key], partners_b[key], by_text=by_text),
+                _drift(
+                    key[1], partners_a[key], partners_b[key], by_text=by_text, has_bits=has_bits
+                ),
                 doubts=(*probe_doubts(partners_b[key][0], b.run.spec), *run_doubts(b.run)),
             )
             for key in shared
         ),
-        only_in_a=tuple(" ".join(key) for key in partners_a if key not in shared),
-        only_in_b=tuple(" ".join(key) for key in partners_b if key not in shared),
+        only_in_a=tuple(" ".join(key[:2]) for key in partners_a if key not in shared),
+        only_in_b=tuple(" ".join(key[:2]) for key in partners_b if key not in shared),
         flaws=(*a.run.flaws, *b.run.flaws),
     )
 
 
 def _compared(run: Run) -> str:
     return str(run.environment.model.get("compared", "token ids"))
+
+
+def rounds(run: Run) -> bool:
+    """Were its log-probabilities sent with fewer digits than give an fp32 number back?"""
+    digits = run.environment.model.get("logprob_digits")
+    return isinstance(digits, int) and digits < FP32_DIGITS
 
 
 def judge_comparison(
@@ -150,13 +165,18 @@ def judge_comparison(
     return {name: _judge(name, comparison, confidence) for name in fail_on}
 
 
-def _by_prompt(measured: Measured) -> dict[tuple[Arm, str], tuple[ProbeSummary, Sample]]:
+def _by_prompt(measured: Measured) -> dict[tuple[Arm, str, int], Partner]:
+    """By arm, prompt, and how many of the arm's probes before have the same prompt."""
     prompts = {probe.probe_id: as_text(probe.content) for probe in measured.run.spec.probes}
-    return {
-        (probe.arm, prompts[probe.probe_id]): (probe, reference)
-        for probe in measured.summary.probes
-        if (reference := measured.references.get((probe.arm, probe.probe_id))) is not None
-    }
+    n_before: Counter[tuple[Arm, str]] = Counter()
+    found = {}
+    for probe in measured.summary.probes:
+        key = probe.arm, prompts[probe.probe_id]
+        reference = measured.references.get((probe.arm, probe.probe_id))
+        if reference is not None:
+            found[*key, n_before[key]] = probe, reference
+        n_before[key] += 1
+    return found
 
 
 def _find_changes(a: Run, b: Run) -> Iterator[Change]:
@@ -193,10 +213,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-Partner = tuple[ProbeSummary, Sample]
-
-
-def _drift(prompt: str, partner_a: Partner, partner_b: Partner, *, by_text: bool) -> Drift:
+def _drift(
+    prompt: str, partner_a: Partner, partner_b: Partner, *, by_text: bool, has_bits: bool
+) -> Drift:
     (a, sample_a), (b, sample_b) = partner_a, partner_b
     if by_text:
         sample_a, sample_b = _by_character(sample_a), _by_character(sample_b)
@@ -213,7 +232,7 @@ def _drift(prompt: str, partner_a: Partner, partner_b: Partner, *, by_text: bool
         a=a,
         b=b,
         kind="tokens" if at is not None else kind,
-        bits_recorded=bool(n) or both_digests,
+        bits_recorded=has_bits and (bool(n) or both_digests),
         first_divergence=at,
         tokens=None if at is None else (_token(sample_a, at), _token(sample_b, at)),
         n_shared_tokens=n_shared,
@@ -274,14 +293,16 @@ def _judge_drift(name: FailOn, drift: Drift, confidence: float) -> Verdict:
         if drift.first_divergence is not None:
             at = drift.first_divergence + 1
             return Verdict("FAIL", (f"{subject}: another {drift.unit} at {at}",))
+        if not drift.n_shared_tokens:
+            return Verdict("INCONCLUSIVE", (f"{subject}: no {drift.unit} was there to compare",))
         if name == "tokens":
             return Verdict(
                 "PASS", (f"{subject}: {count(drift.n_shared_tokens, drift.unit)} equal",)
             )
-        if not drift.bits_recorded:
-            return Verdict("INCONCLUSIVE", (f"{subject}: bits were not recorded in both runs",))
         if drift.kind == "latent":
             return Verdict("FAIL", (f"{subject}: equal tokens, other bits",))
+        if not drift.bits_recorded:
+            return Verdict("INCONCLUSIVE", (f"{subject}: bits were not recorded in both runs",))
         return Verdict(
             "PASS", (f"{subject}: {count(drift.n_shared_tokens, 'token')} equal bit for bit",)
         )

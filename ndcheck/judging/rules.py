@@ -307,7 +307,9 @@ def _judge_property(
         verdicts.append(Verdict("PASS", (reason,), accepts_divergence=True))
     if not verdicts:
         return judge_axis(axis, finding, asked)
-    bits = judge_axis(axis, replace(finding, diverged_trials=0), asked)
+    # Tokens that are fed again count with those that diverged.
+    fed = None if finding.diverged_trials else finding.tokens
+    bits = judge_axis(axis, replace(finding, diverged_trials=0, tokens=fed), asked)
     if bits.outcome != "PASS":
         return bits
     outcome = worst([v.outcome for v in verdicts])

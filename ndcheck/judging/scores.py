@@ -105,13 +105,13 @@ def _rulings(found: ArmScore, score: ScoreSummary, limits: Limits) -> Iterator[R
 def _judge_bits(found: ArmScore, score: ScoreSummary) -> Verdict:
     n, at = found.n_differ, found.first_difference
     seen = f"{n} of {count(found.n_tokens, 'token')} differ"
-    if at is None:
-        of = f"{count(found.n_completions, 'completion')}, {found.n_distinct} distinct"
-        return Verdict("PASS", (f"{seen}, of {of}",))
     for is_rounded, whose in ((score.is_rounded, "recorded"), (found.is_rounded, "scored")):
         if is_rounded:
             why = f"the {whose} log-probabilities are rounded, so their bits cannot be compared"
             return Verdict("INCONCLUSIVE", (f"{why}: give --max-logprob-difference",))
+    if at is None:
+        of = f"{count(found.n_completions, 'completion')}, {found.n_distinct} distinct"
+        return Verdict("PASS", (f"{seen}, of {of}",))
     n_completions = f"{found.n_differing_completions} of {found.n_completions}"
     return Verdict("FAIL", (f"{seen}, in {n_completions} completions, first at token {at + 1}",))
 

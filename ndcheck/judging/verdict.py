@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ndcheck.analysis import serving
 from ndcheck.analysis.statistics import trials_needed
 from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
 from ndcheck.records import AXES, Arm, Axis, Run, RunSpec
@@ -73,8 +74,7 @@ def run_doubts(run: Run) -> tuple[str, ...]:
 
 def server_changes(summary: Summary) -> tuple[str, ...]:
     """What the answers say of a server that was not one and the same, a sentence each."""
-    changes = (c for probe in summary.probes if probe.serving for c in probe.serving.changes)
-    return tuple(dict.fromkeys(changes))
+    return serving.server_changes(p.serving for p in summary.probes if p.serving)
 
 
 def servers_sampling(spec: RunSpec) -> tuple[str, ...]:
@@ -180,6 +180,8 @@ def judge_axis(axis: Axis, finding: AxisFinding | None, spec: RunSpec) -> Verdic
         latent = f"{n_latent} of {draws}"
         reason = f"{axis}: tokens equal, but bits differed in {latent}{note}"
         return Verdict(outcome, (reason, *details))
+    if finding.feeds_other_tokens or (finding.feeds_other_bits and not spec.allow_latent):
+        return Verdict("FAIL", (f"{axis}: what was fed again is not what was decoded", *details))
     return Verdict("PASS", (f"{axis}: 0 of {draws} diverged", *details))
 
 

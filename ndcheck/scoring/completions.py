@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndcheck.errors import UsageError
+from ndcheck.judging.comparison import FP32_DIGITS, rounds
 from ndcheck.judging.verdict import count, run_doubts
 from ndcheck.records import Arm, Run, RunSpec
 from ndcheck.storage.ranges import Count, Positive, Range
@@ -25,8 +26,6 @@ MOST_TOKENS = 10_000_000
 """Tokens of all completions together that are held in memory."""
 LOGPROB = Range(-1e9, 1.0)
 """Rounding can leave the logarithm of a probability near 1 above 0."""
-FP32_DIGITS = 9
-"""So many significant digits give every fp32 number back."""
 TokenIds = tuple[int, ...]
 
 
@@ -85,9 +84,7 @@ def read_recording(path: Path, arms: Sequence[Arm] | None = None) -> Recording:
     doubts = run_doubts(replace(run, flaws=samples.flaws))
     if n_failed:
         doubts += (f"{count(n_failed, 'sample')} of the run ended in an error",)
-    digits = run.environment.model.get("logprob_digits")
-    is_rounded = isinstance(digits, int) and digits < FP32_DIGITS
-    return Recording(str(path), completions, doubts, is_rounded, run.spec)
+    return Recording(str(path), completions, doubts, rounds(run), run.spec)
 
 
 def _prompt_ids(path: Path, run: Run) -> dict[str, TokenIds]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import lru_cache
 
-from ndcheck.records import Arm, Drafted, Load, Purpose, Run, Sample, Trial
+from ndcheck.records import Arm, Drafted, Fed, Load, Purpose, Run, Sample, Trial
 
 DIGITS_PER_TRIAL = 8
 MAX_NAMED = 5
@@ -71,6 +71,8 @@ class Ledger:
             return f"it has {n_tokens} tokens and the texts of {len(sample.token_texts)}"
         if (sample.fed is not None) != (load.is_fed and sample.error is None):
             return "what it says of tokens that were fed does not fit its load"
+        if sample.fed is not None and not _is_possible_of_fed(sample.fed):
+            return "what it says of tokens that were fed contradicts itself"
         if (sample.drafted is not None) != (load.drafts and sample.error is None):
             return "what it says of a draft does not fit its load"
         if sample.drafted is not None and not _is_possible(sample.drafted, load.width, n_tokens):
@@ -180,6 +182,12 @@ def is_continued_by(run: Run, finished: Iterable[Sample], trials: Sequence[Trial
     return all(
         planned[s.trial_id] == (s.arm, s.probe_id, s.purpose, s.baseline, s.load) for s in finished
     )
+
+
+def _is_possible_of_fed(fed: Fed) -> bool:
+    """A token that would be another has other bits, and so do logits of another digest."""
+    is_other = fed.digest != fed.decoded_digest
+    return is_other <= fed.n_other_bits <= fed.n_tokens and fed.n_other_tokens <= fed.n_other_bits
 
 
 def _is_possible(drafted: Drafted, width: int, n_tokens: int) -> bool:

@@ -167,7 +167,7 @@ class RunDirectory:
 
     def append(self, samples: Iterable[Sample]) -> None:
         """Write one trial's samples, unbuffered. Raises BackendError if the disk refuses."""
-        rest = b"".join(encode_line(sample) for sample in samples)
+        rest = b"".join(encode_line(sample, self.run.nonce) for sample in samples)
         try:
             while rest:
                 rest = rest[self._handle.write(rest) :]
@@ -304,6 +304,7 @@ class SampleReader:
         kept: list[Sample] = []
         self.bad_lines.clear()
         ledger = Ledger(self._run) if self._run is not None else None
+        nonce = None if self._run is None else self._run.nonce
         try:
             with open_file(self._file) as file:
                 # What a process that is still measuring adds would not be in the summary.
@@ -312,7 +313,7 @@ class SampleReader:
                 keeps, position = self._end <= MOST_BYTES_KEPT, 0
                 for number, line in enumerate(read_lines(file), 1):
                     try:
-                        sample = decode_line(line, knows_all=self._knows_all)
+                        sample = decode_line(line, nonce, knows_all=self._knows_all)
                         reason = ledger.refuse(sample) if ledger is not None else None
                     except ValueError as error:
                         reason = str(error)
@@ -368,7 +369,7 @@ def _finished_trials(path: Path, run: Run) -> tuple[list[Sample], int]:
         for number, line in enumerate(lines, 1):
             offset = file.tell()
             try:
-                sample = decode_line(line)
+                sample = decode_line(line, run.nonce)
                 reason = ledger.refuse(sample)
             except ValueError as error:
                 reason = str(error)

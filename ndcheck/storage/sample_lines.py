@@ -20,15 +20,18 @@ from ndcheck.records import Arm, Drafted, Fault, Fed, FinishReason, Load, Purpos
 from ndcheck.storage.ranges import Count, NotNegative, RawText, Seed
 from ndcheck.storage.reading import MAX_LINE_BYTES, decode, parse_json, refuse_unknown
 
+NONCE = "nonce"
 _KEYS = {"purpose": "axis"}
 """Fields that have another name in files."""
 
 
-def encode_line(sample: Sample) -> bytes:
+def encode_line(sample: Sample, nonce: str = "") -> bytes:
+    """``nonce`` is that of the run; without one the line says of none."""
     fields = {name: getattr(sample, name) for name in Sample.__dataclass_fields__}
     load, witness = fields.pop("load"), fields.pop("witness")
     logprobs = fields.pop("logprobs")
     document = {
+        **({NONCE: nonce} if nonce else {}),
         **{_KEYS.get(name, name): value for name, value in fields.items()},
         **dataclasses.asdict(load),
         **dataclasses.asdict(witness),
@@ -107,6 +110,7 @@ _FIRST_KEYS = tuple(
     for name in ("token_ids", "finish_reason", "margins", "fault", "logprob_bits")
 )
 """In a line that `encode_line` wrote, its parts begin with these."""
+_OF_RUN = re.compile(rb'{"nonce":"([0-9a-f]{1,64})",')
 _HEADING = re.compile(
     rb'"sample_id":(0|[1-9]\d{,17}),"trial_id":(0|[1-9]\d{,17}),(.+),("axis":.+),'
     rb'"baseline":(null|0|[1-9]\d{,17}),"slot":(0|[1-9]\d{,8})'
@@ -116,18 +120,26 @@ MOST_BYTES_IN_PARTS = 2**16
 _N_KEPT = 4096
 
 
-def decode_line(line: bytes | None, *, knows_all: bool = False) -> Sample:
+def decode_line(line: bytes | None, nonce: str | None = None, *, knows_all: bool = False) -> Sample:
     """Raises ValueError saying what is wrong with the line.
 
+    ``nonce`` is that of the run whose line it has to be, None if that of any run is accepted.
     ``knows_all``: no later version wrote it, so that a key unknown here is a damaged one.
     """
     if line is None:
         raise ValueError(f"it is longer than {MAX_LINE_BYTES >> 20} MiB")
+    of_run = _OF_RUN.match(line)
+    own: Any = of_run[1].decode() if of_run else ""
     try:
-        return _decode_parts(line)
+        if nonce in (None, own):
+            return _decode_parts(b"{" + line[of_run.end() :] if of_run else line)
     except ValueError:
-        # Another version's or program's, or a damaged one: read as a whole, it is told which.
-        document = parse_json(line.decode("utf-8"))
+        pass
+    # Another version's or program's, or a damaged one: read as a whole, it is told which.
+    document = parse_json(line.decode("utf-8"))
+    own = document.pop(NONCE, "") if isinstance(document, dict) else ""
+    if nonce not in (None, own):
+        raise ValueError("it is of another run")
     if knows_all and isinstance(document, dict):
         refuse_unknown(document, dict.fromkeys(frozenset().union(*_KEYS_OF.values())))
     numbers, whose, purpose, ending, tokens, logits, *rest, logprobs = (

@@ -11,6 +11,10 @@ SMALL = ("--device", "cpu", "--op", "linear,softmax", "--rows", "1,17", "--dtype
 QUIET_CONTROL = {"form": "control", "backend": "planted", "heads": "", "keys": 1, "rows": 1,
                  "repeats": 2, "differing": 0, "is_uniform": True}  # fmt: skip
 
+QUIET_STEP = {"form": "growing", "backend": "cudnn", "heads": "9/3x64", "keys": 130, "rows": 32,
+              "repeats": 24, "differing": 0, "is_uniform": True}  # fmt: skip
+ORDER = {"op": "mm", "arm": "stock", "terms": 64, "rows": 2, "order": "x", "doubt": None}
+
 
 @pytest.fixture
 def made(ndcheck_here, tmp_path):
@@ -73,9 +77,7 @@ def test_each_kind_of_change_is_seen(ndcheck_here, tmp_path, made, plant, shown)
 
 
 def test_orders_and_decode_steps_are_compared_too(ndcheck_here, tmp_path, made):
-    step = {"form": "growing", "backend": "cudnn", "heads": "9/3x64", "keys": 130, "rows": 32,
-            "repeats": 24, "differing": 0, "is_uniform": True}  # fmt: skip
-    order = {"op": "mm", "arm": "stock", "terms": 64, "rows": 2, "order": "x", "doubt": None}
+    step, order = QUIET_STEP, ORDER
     write(tmp_path, {**made, "steps": [step], "orders": [order]}, "a.json")
     write(tmp_path, {**made, "steps": [step | {"differing": 3}],
                      "orders": [order | {"order": "y"}]})  # fmt: skip
@@ -93,13 +95,35 @@ def test_orders_and_decode_steps_are_compared_too(ndcheck_here, tmp_path, made):
         (lambda d: [e.update(operands="0") for e in d["entries"]], "other operands"),
         (lambda d: [e.update(shows_order=False) for e in d["entries"]], "nothing was compared"),
         (lambda d: d["steps"].append(QUIET_CONTROL), "planted step was not seen"),
+        (lambda d: d["steps"].append(QUIET_STEP), "planted step was not seen"),
+        (lambda d: linear(d, "stock")["points"].pop(), "float32 stock at M = 17"),
+        (lambda d: d.update(steps=[]), "1 part of A are not in B: decode step, growing cache"),
+        (lambda d: d.update(orders=[]), "1 part of A are not in B: order of mm stock, 64 terms"),
     ],
 )
 def test_what_could_show_nothing_does_not_pass(ndcheck_here, tmp_path, made, change, reason):
+    more = {"steps": [*made["steps"]], "orders": [*made["orders"]]}
+    if "part of A" in reason:
+        more = {"steps": [QUIET_STEP], "orders": [ORDER]}
+        made |= {"steps": [QUIET_STEP], "orders": [ORDER]}
+    write(tmp_path, {**made, **more}, "a.json")
     change(made)
     write(tmp_path, made)
     done = ndcheck_here("kernels", "compare", "a.json", "b.json")
     assert (done.returncode, reason in words(done)) == (3, True), done.stdout
+
+
+def test_bits_that_repeat_on_neither_stack_are_no_difference(ndcheck_here, tmp_path, made):
+    """As atomics give: each manifest holds another draw of them."""
+    entry = linear(made, "stock")
+    cells = sum(len(e["points"]) for e in made["entries"])
+    for name, bits in (("a.json", "0"), ("b.json", "1")):
+        entry["points"][1] |= {"bits": bits, "differing": 3, "is_uniform": bits == "0"}
+        write(tmp_path, made, name)
+    done = ndcheck_here("kernels", "compare", "a.json", "b.json")
+    assert done.returncode == 0, done.stdout
+    assert f"PASS the same bits in {cells - 1} of {cells - 1}; another order" in words(done)
+    assert "1 more repeat themselves in neither, which tells nothing" in words(done)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,7 @@ def planted_ops():
         "follows_rows": lambda x: add_sums(x, backwards=len(x) >= 4),
         "curable": lambda x: add_sums(x, backwards=len(x) >= 2),
         "reads_neighbour": lambda x: x + 0.25 * x.roll(1, 0),
+        "spoils_later_rows": lambda x: torch.cat([x[:1], x[1:] * 1.25]),
         "clean": lambda x: x * 2,
     }
     for name, function in functions.items():

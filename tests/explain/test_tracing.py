@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -68,6 +69,7 @@ def trace(sampler, sizes, step=1, arm="invariant", extra=0):
         ("follows_rows", "shape", (2, 3, 4, 6), "1-3 | 4-6"),
         # What the neighbour holds at 2 and at 3 rows may differ, so those may be one class or two.
         ("reads_neighbour", "neighbours", (2, 3), "1 | "),
+        ("spoils_later_rows", "place", (2, 3, 4), "1 | 2-4"),
     ],
 )
 def test_planted_ops_alone_are_guilty(planted_sampler, step, name, cause, sizes, classes):
@@ -83,6 +85,27 @@ def test_planted_ops_alone_are_guilty(planted_sampler, step, name, cause, sizes,
     (sentence,) = advise(group_findings(traces), traces, None)
     assert name in sentence
     assert ("neighbours" in sentence) == (cause == "neighbours")
+    assert ("follows the row's place" in sentence) == (cause == "place")
+    assert ("follows the batch size" in sentence) == (cause == "shape")
+
+
+def test_an_op_of_the_model_itself_is_not_called_unseen(sampler, monkeypatch):
+    """What is in no layer is compared in no module: it ran otherwise, which torch does see."""
+    forward = type(sampler.model).forward
+
+    @functools.wraps(forward)
+    def scaled_in_batches(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        if len(out.logits) > 1:
+            out.logits = out.logits * 1.25
+        return out
+
+    assert trace(sampler, (2,))[0].n_not_compared == 0
+    monkeypatch.setattr(type(sampler.model), "forward", scaled_in_batches)
+    (found,) = trace(sampler, (2,))
+    assert found.logits_differ
+    assert found.introducers == []
+    assert "1 op ran otherwise alone" in found.doubt
 
 
 @pytest.mark.parametrize("extra", [0, 3])

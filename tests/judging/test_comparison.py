@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ndcheck.judging.comparison import FAIL_ON, compare, judge_comparison
+from ndcheck.judging.comparison import FAIL_ON, Measured, compare, judge_comparison
 from ndcheck.records import Environment, Probe
 
 
@@ -35,6 +35,46 @@ def test_a_run_does_not_differ_from_itself(measured):
     assert (drift.max_abs_dlogprob, drift.k1_kl, drift.k3_kl) == (0, 0, 0)
     assert drift.fisher_p == 1
     assert set(verdicts(measured(), measured()).values()) == {"PASS"}
+
+
+def test_of_two_probes_with_one_prompt_each_has_its_partner(measured):
+    def twice(first, second):
+        """A run of two probes with the prompt of one, as a file may hold it twice."""
+        (probe,) = second.run.spec.probes
+        spec = replace(second.run.spec, probes=(probe, replace(probe, probe_id="p2")))
+        (one,), (other,) = first.summary.probes, second.summary.probes
+        summary = replace(second.summary, probes=(one, replace(other, probe_id="p2")))
+        (reference,) = second.references.values()
+        references = {("stock", name): reference for name in ("p1", "p2")}
+        return Measured(replace(second.run, spec=spec), summary, references)
+
+    clean, forks = measured(), measured("batch-dependent")
+    assert verdicts(twice(clean, clean), twice(clean, clean), "unique") == {"unique": "PASS"}
+    for b in (twice(forks, clean), twice(clean, forks)):
+        assert verdicts(twice(clean, clean), b, "unique") == {"unique": "FAIL"}
+    assert verdicts(twice(clean, clean), clean, "unique") == {"unique": "INCONCLUSIVE"}
+
+
+def test_nothing_to_compare_is_no_equality(measured):
+    empty = measured(
+        change=lambda sample: replace(
+            sample, token_ids=(), token_texts=(), logprobs=(), margins=(), row_digests=()
+        )
+    )
+    assert verdicts(empty, empty, "tokens", "bits") == {
+        "tokens": "INCONCLUSIVE",
+        "bits": "INCONCLUSIVE",
+    }
+
+
+@pytest.mark.parametrize(("digits", "outcome"), [(None, "PASS"), (17, "PASS"), (4, "INCONCLUSIVE")])
+def test_rounded_numbers_are_not_equal_bit_for_bit(measured, digits, outcome):
+    served = Environment(model={"compared": "token ids", "logprob_digits": digits})
+    a, b = measured(environment=served), measured(environment=served)
+    assert verdicts(a, b, "tokens", "bits") == {"tokens": "PASS", "bits": outcome}
+    # What differs although it was rounded does.
+    moved_bits = measured(change=moved(by=0), environment=served)
+    assert verdicts(a, moved_bits, "bits") == {"bits": "FAIL"}
 
 
 def test_a_servers_text_is_compared_with_the_text_of_token_ids(measured):

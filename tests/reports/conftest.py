@@ -47,6 +47,7 @@ FED = {
     "width": FedTokens(5940, 5300, 12, ((1, ((1, 2, 3, 4), (5, 8), (16,))), (4, ((1,), (4,))))),
     "scoring": FedTokens(300, 0, 0),
 }
+FED_ALIKE = {axis: replace(fed, n_other_bits=0, n_other_tokens=0) for axis, fed in FED.items()}
 
 
 def fork(completions: list[Completion], start: int = 0) -> Fork | None:
@@ -150,7 +151,7 @@ def probe_summary(
                 told_apart=True if k or (latent and axis != "run-to-run") else None,
                 first_latent_min=2 if latent else None,
                 batch_sizes_latent=(2, 8) if latent else (),
-                tokens=FED.get(axis),
+                tokens=(FED if diverged else FED_ALIKE).get(axis),
             )
         )
         loads += [

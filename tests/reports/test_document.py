@@ -26,7 +26,7 @@ def test_what_it_says(two_arms) -> None:
     assert (stock["arm"], stock["diverged_trials"], stock["n_trials"]) == ("stock", 9, 28)
     assert (invariant["verdict"], invariant["slowdown_vs_stock"]) == ("PASS", 1.04)
     assert [axis["verdict"] for axis in stock["axes"]] == [
-        *("PASS", "FAIL", "PASS", "FAIL", "PASS", "PASS", "PASS")
+        *("PASS", "FAIL", "PASS", "FAIL", "PASS", "FAIL", "PASS")
     ]
     second = stock["completions"][1]
     assert (second["count"], second["first_divergence"], second["divergent_token"]) == (

@@ -95,7 +95,8 @@ def mask(name: str, text: str) -> str:
     if name.startswith("live-"):
         text = re.sub(r"(?m)^model     .*\n( {10}.*\n)*", "model     ...\n", text)
         text = re.sub(r'(?ms)^( *)"environment": \{.*?^\1\}', r'\1"environment": {}', text)
-        text = re.sub(r'"(run_id|started_at|ndcheck_version)": ".*"', r'"\1": "..."', text)
+        text = re.sub(r'"(run_id|started_at|ndcheck_version|nonce)": ".*"', r'"\1": "..."', text)
+        text = re.sub(r'(?m)^\{"nonce":"\w+"', '{"nonce":"..."', text)
     return text
 
 

@@ -177,6 +177,9 @@ def test_bits_of_rounded_numbers_are_not_compared():
     verdict = outcome(exact, [round(x, 4) for x in exact])
     assert verdict.outcome == "INCONCLUSIVE"
     assert "the scored log-probabilities are rounded" in verdict.reasons[0]
+    # Rounded alike, numbers of other bits become one.
+    few = [round(x, 4) for x in exact]
+    assert outcome(few, few, is_rounded=True).outcome == "INCONCLUSIVE"
 
 
 @given(st.lists(logprobs, min_size=1, max_size=20))

@@ -54,7 +54,7 @@ def start(
             with ProgressLine(quiet=quiet) as progress:
                 runs[name] = measure_spec(side, places[name], progress.show, private)
     comparison = compare(*(run.findings.measured for run in runs.values()))
-    has_bits = all(drift.bits_recorded for drift in comparison.drifts)
+    has_bits = any(d.bits_recorded or d.kind == "latent" for d in comparison.drifts)
     kinds: tuple[FailOn, ...] = ("tokens",)
     if has_bits and not spec.allow_latent:
         kinds = ("tokens", "bits")

@@ -23,6 +23,7 @@ from ndcheck.records import Arm
 
 N_TRIES = 64
 N_REPEATED = 16
+UNSTEADY = "the same call gives other bits when it is repeated"
 MOST_FUSED = 33
 """Terms that a tensor core is known to add in one step, the sum so far among them."""
 Evidence = Literal["confirmed", "unconfirmed", "not checked"]
@@ -116,15 +117,23 @@ def sweep(
 
     Raises BackendError where the invariant arm computed nothing.
     """
-    found = []
-    for rows, terms in points:
+
+    def read(rows: int, terms: int) -> OrderPoint:
         with torch.inference_mode(), kernels(arm):
             try:
-                point = read_orders(_reader(reduction, rows, replace(shape, terms=terms)))
+                return read_orders(_reader(reduction, rows, replace(shape, terms=terms)))
             except NotASumError as error:  # of an output's shape, before any result
-                point = OrderPoint(rows, terms, (), 0, 1, True, str(error), ())
-        found.append(point)
-        on_point(point)
+                return OrderPoint(rows, terms, (), 0, 1, True, str(error), ())
+
+    found = []
+    for rows, terms in points:
+        found.append(read(rows, terms))
+        on_point(found[-1])
+    if depends_on_rows(found) and all(point.is_repeatable for point in found):
+        # Is it the rows, or how often it was called before?
+        first = found[0]
+        if read(first.rows, first.terms).bits != first.bits:
+            found[0] = replace(first, orders=(), is_repeatable=False, problem=UNSTEADY)
     return found
 
 
@@ -166,7 +175,7 @@ def read_orders(reader: Reader) -> OrderPoint:
     orders: list[Order] = []
     problem = None
     if not is_repeatable:
-        problem = "the same call gives other bits when it is repeated"
+        problem = UNSTEADY
     else:
         try:
             reader.check_sums()
@@ -174,6 +183,8 @@ def read_orders(reader: Reader) -> OrderPoint:
             is_repeatable = reader.repeats()
         except NotASumError as error:
             orders, problem = [], str(error)
+        if _digest(reader.random_sums(0)[1]) != _digest(drawn[0][1]):
+            orders, problem, is_repeatable = [], UNSTEADY, False
     by_row: dict[int, list[str]] = {}
     for (row, _), digest in zip(reader.elements, bits, strict=True):
         by_row.setdefault(row, []).append(digest)

@@ -25,6 +25,7 @@ N_WATCHED_ROWS = 16
 N_WATCHED_COLUMNS = 3
 N_SUBSETS = 16
 N_COMPARED = 4
+SEED_WITH_ZEROS = 5
 MOST_UNLIKE = 8
 MOST_TERMS_BY_ROW = 512
 """More are read by columns, where an op allows that."""
@@ -75,6 +76,8 @@ class Reader(ABC):
         half *= torch.exp2(torch.randint(-6, 7, half.shape, generator=generator))
         if self._shape.dtype != torch.float16:  # An order may follow the values' magnitudes.
             half *= 2.0 ** (0, 30, -30, 0)[seed % 4]
+        if seed % 8 == SEED_WITH_ZEROS:  # It may also leave out terms that are zero.
+            half *= torch.rand(half.shape, generator=generator) < 0.5
         # Terms that cancel: what is left of their sum is the rounding noise of its order.
         terms = torch.cat([half, -half, half[: self.n_terms % 2]]).to(self._shape.dtype)
         return terms[torch.randperm(self.n_terms, generator=generator)]

@@ -38,16 +38,17 @@ from ndcheck.samplers.endpoint.opening import Identity, identify, open_server
 from ndcheck.samplers.endpoint.private import Private, query_secrets, secrets_of
 from ndcheck.samplers.endpoint.transport import Transport
 from ndcheck.samplers.endpoint.witness import (
+    N_STREAMED,
     Stream,
     batch_sizes_read,
     batch_sizes_seen,
+    even_steps,
     find_streams,
+    held_to_streams,
     most_of_the_time,
 )
 
 UNKNOWN_CONTEXT = 1 << 20
-N_STREAMED = 8
-"""Of a trial's copies, where the server's metrics tell the batch: each event costs both sides."""
 IDENTITY_TIMEOUT_S = 5.0
 COMPARED = {
     "token ids": "token ids and text",
@@ -205,6 +206,7 @@ class EndpointSampler:
         ]
 
     def _streams(self, nth: int) -> bool:
+        """Is the ``nth`` row of a trial asked for a stream?"""
         return self._server.metrics is None or nth < N_STREAMED
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -222,7 +224,7 @@ class EndpointSampler:
         outcomes = [Outcome() for _ in load.slots]
         fillers: list[Outcome] = []
         rng = random.Random(f"{load.filler_seed}/{load.batch_size}/fillers")
-        rows = (row for row in range(load.batch_size) if row not in load.slots)
+        rows = [row for row in range(load.batch_size) if row not in load.slots]
         lengths = dict(zip(rows, load.filler_lengths, strict=True))
         # The tokens that a stop is made of may be counted without being sent.
         counts_tokens = seen.counts_tokens and not self._endpoint.stop
@@ -257,9 +259,9 @@ class EndpointSampler:
                 n_tokens = rng.randint(max(1, decoding.max_tokens // 4), decoding.max_tokens)
             elif 2 * length + n_tokens > self.context:
                 n_tokens = decoding.max_tokens
-            body = self._server.dialect.body(
-                self._spec.model, prompt, n_tokens, decoding, streamed=self._server.metrics is None
-            )
+            streamed = self._streams(len(load.slots) + (*rows, row).index(row))
+            model = self._spec.model
+            body = self._server.dialect.body(model, prompt, n_tokens, decoding, streamed=streamed)
             body |= seen.filler_fields(n_tokens)
             fillers.append(outcome := Outcome())
             await self._server.client.record(body, n_tokens, lambda answer: None, outcome)
@@ -295,12 +297,10 @@ class EndpointSampler:
         times_s = outcome.answer.unit_times_s(compared, n_units)
         if self._server.metrics is not None:
             if len(outcome.answer.arrivals) == 1:
-                # Not streamed: even steps from when the first token came to any answer that was.
-                streamed = (stream.first_s for stream in streams)
-                last_s = outcome.answer.last_s
-                step_s = (last_s - min(streamed, default=outcome.sent_s)) / max(1, n_units)
-                times_s = [last_s - step_s * (n_units - 1 - i) for i in range(n_units)]
+                times_s = even_steps(n_units, outcome.sent_s, outcome.answer.last_s, streams)
             sizes = batch_sizes_read(times_s, self._server.metrics.readings)
+            if self._arrivals.kind == "together":  # Else a row's requests follow each other.
+                sizes = held_to_streams(sizes, times_s, streams, load.batch_size)
             if sizes or load.batch_size > 1:
                 return sizes
         if load.batch_size == 1:
@@ -360,6 +360,7 @@ class EndpointSampler:
             connection=answer.connection,
             response_id=answer.response_id if self._server.capabilities.has_ids else "",
             fingerprint=answer.fingerprint,
+            n_prompt_tokens=answer.n_prompt_tokens,
             names_digest=answer.names_digest,
             n_counted=answer.n_tokens if self._server.capabilities.counts_tokens else None,
             # Well below it, since that was measured a few times only.

@@ -25,6 +25,8 @@ GAUGES = (
 SEARCH_INTERVAL_S = 0.005
 WATCH_INTERVAL_S = 0.1
 CLIENT_OVERLAP = "client-side overlap"
+N_STREAMED = 8
+"""Rows of a trial, where the server's metrics tell the batch: each event costs both sides."""
 
 
 class MetricsWitness:
@@ -87,6 +89,15 @@ def read_gauge(content: bytes, gauge: str) -> int | None:
     except (ValueError, OverflowError):
         return None
     return max((value for value in values if value < MAX_COUNT), default=None)
+
+
+def even_steps(n: int, sent_s: float, last_s: float, streams: Sequence[Stream]) -> list[float]:
+    """When each of ``n`` tokens of an answer in one piece was made, which came at ``last_s``.
+
+    From when the first token came to any answer that was streamed.
+    """
+    step_s = (last_s - min((s.first_s for s in streams), default=sent_s)) / max(1, n)
+    return [last_s - step_s * (n - 1 - i) for i in range(n)]
 
 
 def batch_sizes_read(times_s: Sequence[float], readings: Sequence[tuple[float, int]]) -> list[int]:
@@ -153,6 +164,24 @@ def batch_sizes_seen(times_s: Sequence[float], streams: Sequence[Stream]) -> lis
         n_begun, n_ended = bisect.bisect_right(firsts, moment), bisect.bisect_left(lasts, moment)
         sizes.append(n_begun - n_ended - n_waiting)
     return sizes
+
+
+def held_to_streams(
+    sizes: list[int], times_s: Sequence[float], streams: Sequence[Stream], n_rows: int
+) -> list[int]:
+    """``sizes`` that a gauge gave of ``n_rows``, no more than the streams of some of them allow.
+
+    A server may count all that it has taken in, be it that it waits. Rows that were not seen
+    together for most of the tokens were in no batch together; those that were not streamed are
+    taken to be as these.
+    """
+    n_seen = min(n_rows, N_STREAMED, len(streams))
+    seen = batch_sizes_seen(times_s, streams)
+    if not seen or (most_of_the_time(seen) or 0) >= n_seen:
+        return sizes
+    return [
+        min(size, max(1, n_rows * there // n_seen)) for size, there in zip(sizes, seen, strict=True)
+    ]
 
 
 def _step_times(times_s: Sequence[float]) -> list[float]:

@@ -10,7 +10,7 @@ OPTIONS = ("--model", "scripted:slow", "--max-tokens", "8", "--loads", "1,4", "-
 
 def samples_without_times(run):
     lines = (run / "samples.jsonl").read_text().splitlines()
-    return [{**json.loads(line), "elapsed_s": None} for line in lines]
+    return [{**json.loads(line), "elapsed_s": None, "nonce": None} for line in lines]
 
 
 def test_killed_and_resumed_equals_uninterrupted(ndcheck_here, started, wait_for_lines, tmp_path):

@@ -71,9 +71,9 @@ def evidence(path: Path):
     """Everything that a run kept but its times and its name."""
     lines = (path / "samples.jsonl").read_text().splitlines()
     run = json.loads((path / "run.json").read_text())
-    for name in ("run_id", "started_at", "elapsed_s"):
+    for name in ("run_id", "started_at", "elapsed_s", "nonce"):
         del run[name]
-    return [{**json.loads(line), "elapsed_s": None} for line in lines], run
+    return [{**json.loads(line), "elapsed_s": None, "nonce": None} for line in lines], run
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,16 @@ def without_trials(n):
     return change
 
 
+def without_nonce(sample):
+    return {key: value for key, value in sample.items() if key != "nonce"}
+
+
+def fed_otherwise(samples, **changed):
+    at = next(i for i, s in enumerate(samples) if s["fed"] and s["axis"] == "width")
+    samples[at]["fed"] |= changed
+    return samples
+
+
 DAMAGES = {
     "one key renamed": (lambda s: [*s[:-1], *rename_key(s[-1:])], "lines of samples left out: 1"),
     "a line of garbage": (lambda s: [*s, "garbage"], "lines of samples left out: 1"),
@@ -104,6 +114,20 @@ DAMAGES = {
     ),
     "a key that there is not": (one(rowDigests="0" * 128), "no field 'rowDigests'"),
     "an error that is not there": (one(finish_reason="error"), "does not fit its error"),
+    "other tokens of no other bits": (
+        lambda s: fed_otherwise(s, n_other_tokens=2),
+        "tokens that were fed contradicts itself",
+    ),
+    "more other bits than tokens": (
+        lambda s: fed_otherwise(s, n_other_bits=10**6),
+        "tokens that were fed contradicts itself",
+    ),
+    "another digest of no other bits": (
+        lambda s: fed_otherwise(s, digest="f" * 16),
+        "tokens that were fed contradicts itself",
+    ),
+    "a line of no run": (lambda s: [*s[:-1], without_nonce(s[-1])], "it is of another run"),
+    "lines of no run": (lambda s: list(map(without_nonce, s)), "it is of another run"),
     "a token id beyond 31 bits": (one(token_ids=[2**31] * 8), "2147483648"),
 }
 
@@ -136,6 +160,39 @@ def test_damaged_evidence_never_passes(ndcheck_here, damaged, name):
 def test_the_same_runs_undamaged_are_judged(ndcheck_here, damaged):
     assert ndcheck_here("gate", damaged("clean", list)).returncode == 0
     assert ndcheck_here("gate", damaged("batch-dependent", list)).returncode == 1
+
+
+@pytest.mark.parametrize("n_others", [1, 10, None])
+def test_samples_of_another_run_of_the_same_plan_are_no_evidence(
+    ndcheck_here, damaged, tmp_path, n_others
+):
+    """Such as the lines of two directories put together, or a run.json copied beside them."""
+    assert ndcheck_here("run", "--model", "scripted:clean", *OPTIONS, "--out", "o").returncode == 0
+    others = list(map(json.loads, (tmp_path / "o" / "samples.jsonl").read_text().splitlines()))
+    run = damaged("clean", lambda samples: [*others[:n_others], *samples[len(others[:n_others]) :]])
+    document = json.loads(ndcheck_here("report", run, "--json").stdout)
+    assert document["verdict"] == "INCONCLUSIVE"
+    assert "it is of another run" in " ".join(document["reasons"])
+    assert ndcheck_here("gate", run).returncode == 3
+    assert ndcheck_here("run", "--resume", run).returncode == 2
+
+
+@pytest.mark.parametrize(("changed", "lenient"), [({}, 0), ({"n_other_tokens": 1}, 1)])
+def test_a_count_of_other_tokens_stands_beside_no_pass(ndcheck_here, damaged, changed, lenient):
+    run = damaged("clean", lambda s: fed_otherwise(s, n_other_bits=2, **changed))
+    assert ndcheck_here("gate", run).returncode == 1
+    assert ndcheck_here("gate", run, "--allow-latent").returncode == lenient
+    screen = ndcheck_here("report", run, "--exit-code")
+    assert screen.returncode == 1
+    assert "PASS" not in screen.stdout.splitlines()[0]
+
+
+def test_fed_tokens_that_diverge_within_a_limit_are_accepted(ndcheck_here):
+    model = ("--model", "scripted:width-dependent", *OPTIONS)
+    assert ndcheck_here("run", *model, "--axes", "width", "--out", "w").returncode == 1
+    done = ndcheck_here("gate", "w", "--max-unique", "2")
+    assert (done.returncode, done.stdout.split()[0]) == (0, "ACCEPTED"), done.stdout
+    assert ndcheck_here("gate", "w", "--max-unique", "1").returncode == 1
 
 
 def test_a_failure_hidden_by_a_renamed_key_does_not_pass(ndcheck_here, damaged):

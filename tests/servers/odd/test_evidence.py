@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from ndcheck.records import Probe
+
 WORDS = [f" w{i}" for i in range(40)]
 
 
@@ -207,6 +209,60 @@ def decoding(n_tokens):
     from ndcheck.records import Decoding
 
     return Decoding(n_tokens)
+
+
+class CountsWhatWaits:
+    """One request at a time; its metrics count all that were taken in."""
+
+    gauge = True
+    lock = threading.Lock()
+
+    def pause(self):
+        time.sleep(self.step_s)
+
+    def events(self, body):
+        with self.lock:
+            yield from super().events(body)
+
+
+@pytest.mark.parametrize("mode", ["copies", "mixed"])
+def test_a_gauge_is_held_to_the_streams(odd, measure, mode):
+    judgement, summary, _ = measure(odd(CountsWhatWaits), mode=mode, batch_sizes=(1, 4))
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert "thinner than asked for at most tokens" in " ".join(judgement.verdict.reasons)
+    (reached,) = summary.probes[0].serving.reached
+    assert reached.asked == 4
+    assert 2 * reached.n_alone > reached.n_tokens
+
+
+class CutsPromptUnderLoad:
+    """As servers do that have less room for each of several; here the text is the same."""
+
+    def usage(self, body, n):
+        return {"prompt_tokens": 5 if self.running < 2 else 3, "completion_tokens": n}
+
+
+def test_another_prompt_than_the_one_that_was_sent_is_said(odd, measure):
+    judgement, *_ = measure(odd(CutsPromptUnderLoad))
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert "the server counts 5, then 3 tokens in one prompt" in " ".join(judgement.verdict.reasons)
+
+
+class OtherFingerprintByPrompt:
+    """Another replica answers the second prompt."""
+
+    def events(self, body):
+        name = "fp_2" if "else:" in str(body["messages"]) else "fp_1"
+        for event in super().events(body):
+            yield {**event, "system_fingerprint": name}
+
+
+def test_what_changes_from_one_prompt_to_the_next_is_said(odd, measure):
+    probes = (Probe("p1", "class Queue:"), Probe("p2", "else:"))
+    judgement, *_ = measure(odd(OtherFingerprintByPrompt), probes=probes)
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    changed = "the server's system_fingerprint changed in mid-run: 'fp_1', then 'fp_2'"
+    assert changed in judgement.verdict.reasons
 
 
 class StickyReplicas:

@@ -23,6 +23,13 @@ class HiddenReasoning:
         }
 
 
+class SendsAllAgain:
+    """Every event holds the text so far."""
+
+    def text(self, t, token):
+        return "".join(WORDS[: t + 1])
+
+
 class Cuts:
     """Has a limit of its own."""
 
@@ -106,6 +113,8 @@ class Names(Validates):
     ("handler", "chat", "kind", "words", "other"),
     [
         (HiddenReasoning, True, UsageError, "raise --max-tokens", "it offers"),
+        (SendsAllAgain, True, BackendError, "holds all of the text so far", "it offers"),
+        (SendsAllAgain, False, BackendError, "holds all of the text so far", "it offers"),
         (Cuts, True, BackendError, "10 of 12 tokens", "it offers"),
         (
             NoTemperature,

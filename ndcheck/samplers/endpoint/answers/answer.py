@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure, paired, plain
@@ -15,6 +16,7 @@ Compared = Literal["token ids", "logprob tokens", "text"]
 """What stands for a completion, best first: the position unit of ``text`` is a character.
 The text is compared with each of them."""
 ALIGNMENT_WINDOW = 256
+LEAST_REPEATED = 4
 EMPTY = (
     "the completion is empty: its {} tokens are reasoning that the server does not show: "
     "raise --max-tokens, or turn the reasoning off in the server, or where it takes such fields "
@@ -117,6 +119,11 @@ class Answer(Said):
                 Token(name, token.logprob, token.margin)
                 for name, token in zip(names, self.tokens, strict=True)
             ]
+        if _repeats_all(self.pieces):
+            raise RequestFailure(
+                "each event of the stream holds all of the text so far, where OpenAI's API sends "
+                "what is new: switch that to increments in the server or its gateway"
+            )
         if not (self.is_end or is_whole):
             raise RequestFailure(f"the stream ended before the completion did{stray}")
         if not (self.pieces or self.token_ids or self.is_end):
@@ -209,6 +216,12 @@ class Answer(Said):
             return ""
         names = "\0".join(self.names).encode("utf-8", "surrogatepass")
         return hashlib.blake2b(names, digest_size=8).hexdigest()
+
+
+def _repeats_all(pieces: list[str]) -> bool:
+    """Does each of several pieces begin with the one before it, as no tokens of a text do?"""
+    grows = all(b.startswith(a) and len(b) > len(a) for a, b in pairwise(pieces))
+    return grows and len(pieces) >= LEAST_REPEATED and any(map(str.isalpha, pieces[0]))
 
 
 def align(text: str, names: list[str]) -> tuple[str, ...]:

@@ -68,7 +68,8 @@ def read_openai(event: Event) -> Frame:
     Raises RequestFailure for what cannot be a completion.
     """
     frame = Frame(
-        fingerprint=as_fact(event.get("system_fingerprint")), response_id=as_fact(event.get("id"))
+        fingerprint=as_fact(event.get("system_fingerprint")),
+        response_id=as_fact(event.get("id")),
     )
     frame.served = read_served(event)
     # vLLM has them beside a chat's choices, and in the choice of a completion.
