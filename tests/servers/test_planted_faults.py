@@ -139,11 +139,16 @@ def test_a_failed_request_is_a_sample_with_its_error(mock, measure, fault, monke
     assert len([s for s in samples if s.role != "control"]) == 11
 
 
-@pytest.mark.parametrize("fault", ["error", "html", "reset", "redirect", "truncate"])
+@pytest.mark.parametrize("fault", ["error", "html", "reset", "truncate"])
 def test_a_server_that_fails_from_the_start_is_a_backend_failure(mock, sampler, fault, monkeypatch):
     monkeypatch.setattr("ndcheck.samplers.endpoint.client.FIRST_PAUSE_S", 0.01)
     with pytest.raises(BackendError, match="--endpoint http://127"):
         sampler(mock(fault=fault, flavour="text"))
+
+
+def test_an_address_that_redirects_is_refused(mock, sampler):
+    with pytest.raises(UsageError, match="redirects to 'http://other.example/v1/completions'"):
+        sampler(mock(fault="redirect", flavour="text"))
 
 
 def test_a_key_is_cut_out_of_what_the_server_repeats(mock, sampler, monkeypatch):
