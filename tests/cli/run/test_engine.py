@@ -26,7 +26,7 @@ def with_fake(monkeypatch, environment):
 
 def samples(run):
     lines = (run / "samples.jsonl").read_text().splitlines()
-    return [{**json.loads(line), "elapsed_s": None} for line in lines]
+    return [{**json.loads(line), "elapsed_s": None, "nonce": None} for line in lines]
 
 
 def workers_of_a_run_in(folder):
