@@ -242,7 +242,10 @@ class Transport:
 
     def _why(self, error: BaseException) -> str:
         words = _CREDENTIALS.sub("//[user:password]@", self.redactor.redact(str(error)))
-        return " ".join(words.split())[:MAX_SNIPPET] or type(error).__name__
+        why = " ".join(words.split())[:MAX_SNIPPET] or type(error).__name__
+        if "WRONG_VERSION_NUMBER" in why:  # OpenSSL's words for an answer that is no TLS.
+            why += " (where the server speaks plain HTTP, give http://)"
+        return why
 
 
 _CREDENTIALS = re.compile(r"//[^/\s]*@")

@@ -381,6 +381,8 @@ def _one_line_errors(source: str, part: str, option: str = "--model") -> Iterato
         if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
             raise BackendError(f"cannot load {source}: {first_line(error)}") from error
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        if "attn_implementation=" in first_line(error):
+            raise UsageError(f"--attn: {first_line(error)}") from error
         raise UsageError(
             f"{option} {source}: {part}: {kind}{first_line(error)}"
             f"{f' {ACCEPTED}' if isinstance(error, OSError) else ''}"

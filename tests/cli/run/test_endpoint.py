@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -58,6 +60,16 @@ def test_a_server_that_is_not_there_is_a_backend_failure(started):
     code, _, stderr = finish(started("run", "--endpoint", "http://127.0.0.1:9/v1", *MODEL, "-q"))
     assert code == 4
     assert "--endpoint http://127.0.0.1:9/v1: cannot connect to http://127.0.0.1:9" in stderr
+
+
+def test_tls_asked_of_a_server_that_speaks_plain_http(started):
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"https://127.0.0.1:{server.server_port}/v1"
+        code, _, stderr = finish(started("run", "--endpoint", url, *MODEL, "-q"))
+        server.shutdown()
+    assert code == 4
+    assert stderr.endswith("(where the server speaks plain HTTP, give http://)\n")
 
 
 def test_secrets_are_in_no_artifact(started, tmp_path):

@@ -62,6 +62,12 @@ def test_models_that_are_not_there(ndcheck_here, tmp_path, model):
     assert_one_line(done, 2, "--model", model, "accepted: builtin")
 
 
+def test_attention_that_there_is_not(ndcheck_here):
+    done = ndcheck_here("run", "--quiet", "--attn", "nope")
+    assert_one_line(done, 2, "ndcheck: --attn: ", '"nope"', "sdpa")
+    assert "config.json" not in done.stderr
+
+
 def test_model_without_tokenizer(ndcheck, tmp_path, tiny_models):
     for file in tiny_models["llama"].iterdir():
         if not file.name.startswith("tokenizer"):
