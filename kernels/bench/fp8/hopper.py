@@ -19,10 +19,9 @@ from pathlib import Path
 
 import torch
 
-from bench.fp8.products import BY_HAND, SERVES, SHAPES, runs, weights
+from bench.fp8.products import BY_HAND, SERVES, SHAPES, runs, schedule_times, weights
 from bench.parts import REPOSITORY, compile_each, run_parts, run_tests
 from bench.table import Table, print_means, rows_of
-from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.products.fp8 import fp8_configs, fp8_matmul
 from ndcheck_kernels.cuda.products.fp8.fp8_configs import Fp8Config
 from ndcheck_kernels.cuda.rows.quantise import quantise_rows
@@ -83,7 +82,9 @@ class Schedules:
         }
         for m, (shape, (n, k)) in product(ROWS, SHAPES.items()):
             shipped = fp8_configs.product_config(m, n, k, 90)
-            us = self._times(m, n, k, (shipped, *BY_HAND))
+            configs = dict.fromkeys((shipped, *BY_HAND))
+            times = schedule_times(m, n, k, configs)
+            us = {config: times[str(config)] for config in configs}
             for config, each in sorted(us.items(), key=lambda item: item[1]):
                 table.add(
                     shape=shape, n=n, k=k, m=m, us=each, shipped_us=us[shipped],
@@ -97,21 +98,6 @@ class Schedules:
                 f"{theirs:.2f}, ratio {theirs / us[best]:.3f}; "
                 f"{2e-6 * m * n * k / us[best]:.0f} TFLOP/s", flush=True,
             )  # fmt: skip
-
-    def _times(
-        self, m: int, n: int, k: int, configs: tuple[Fp8Config, ...]
-    ) -> dict[Fp8Config, float]:
-        held = [weights(n, k) for _ in range(copies(n * k))]
-        codes = quantise_rows(torch.randn(m, k, device="cuda").bfloat16())
-        us = medians_us({
-            str(config): [
-                partial(fp8_matmul._launch, *codes, *each, None, torch.bfloat16, config)
-                for each in held
-            ]
-            for config in configs
-        })  # fmt: skip
-        device._pools.clear()  # Its graphs are gone, and with them what their counters counted.
-        return {config: us[str(config)] for config in configs}
 
     def compare(self) -> None:
         """The fastest beside DeepGEMM, in turns."""

@@ -10,7 +10,7 @@ one scale a row of each operand, which is less work; both of rows that are quant
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -216,24 +216,30 @@ def _quantised(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> t
     return fp8_matmul.fp8_matmul(*quantise_rows(x), weight, scales)
 
 
+def schedule_times(m: int, n: int, k: int, configs: Iterable[Fp8Config]) -> dict[str, float]:
+    """Medians in us, by the schedules as text."""
+    held = [weights(n, k) for _ in range(copies(n * k))]
+    codes = quantise_rows(torch.randn(m, k, device="cuda").bfloat16())
+    us = medians_us({
+        str(config): [
+            partial(fp8_matmul._launch, *codes, *each, None, torch.bfloat16, config)
+            for each in held
+        ]
+        for config in configs
+    })  # fmt: skip
+    device._pools.clear()  # Its graphs are gone, and with them what their counters counted.
+    return us
+
+
 def tune(out: Path) -> None:
     """Try the schedules of each shape by number of rows; prints the fastest as `MEASURED`."""
     table = Table(out / "block_fp8_schedules.csv", echo=False)
     fastest: dict[tuple[int, int], dict[int, str]] = {}
     for (m, most), (shape, (n, k)) in product(SERVES.items(), SHAPES.items()):
-        held = [weights(n, k) for _ in range(copies(n * k))]
-        codes = quantise_rows(torch.randn(m, k, device="cuda").bfloat16())
-        us = medians_us({
-            str(config): [
-                partial(fp8_matmul._launch, *codes, *each, None, torch.bfloat16, config)
-                for each in held
-            ]
-            for config in SCHEDULES if is_worth_trying(config, m, n)
-        })  # fmt: skip
+        us = schedule_times(m, n, k, [c for c in SCHEDULES if is_worth_trying(c, m, n)])
         add_ranked(table, shape, m, us, str(fp8_configs.product_config(m, n, k, 90)))
         fastest.setdefault((n, k), {})[most] = min(us, key=us.__getitem__)
         print(shape, m, fastest[n, k][most], flush=True)
-        device._pools.clear()  # Its graphs are gone, and with them what their counters counted.
     measured = {each: sorted(by_rows.items()) for each, by_rows in fastest.items()}
     print(f"MEASURED = {measured}", flush=True)
 

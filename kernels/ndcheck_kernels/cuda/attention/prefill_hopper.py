@@ -20,7 +20,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -29,9 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.attention.hopper_tiles import BLOCK_Q, tile_at, tile_count
 from ndcheck_kernels.cuda.configs import AttentionConfig
-
-# Renamed in Triton 3.9.
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+from ndcheck_kernels.cuda.gluon_names import async_load
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _HALF = gl.constexpr(64)  # the queries of one warpgroup
@@ -129,17 +126,17 @@ def _load(
         stop = gl.minimum(end, end - q_length + first_q + BLOCK_Q)
         mbarrier.wait(q_empty, (tile & 1) ^ 1)
         mbarrier.expect(q_full, q_desc.block_type.nbytes)
-        _copy(q_desc, [batch, head, first_q, 0], q_full, q_smem)
+        async_load(q_desc, [batch, head, first_q, 0], q_full, q_smem)
         for n in range(start, stop, BLOCK_KV):
             stage = block % STAGES
             used = (block // STAGES) & 1
             at = [batch, head // GROUP, n, 0]
             mbarrier.wait(k_empty.index(stage), used ^ 1)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            _copy(k_desc, at, k_full.index(stage), k_smem.index(stage))
+            async_load(k_desc, at, k_full.index(stage), k_smem.index(stage))
             mbarrier.wait(v_empty.index(stage), used ^ 1)
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-            _copy(v_desc, at, v_full.index(stage), v_smem.index(stage))
+            async_load(v_desc, at, v_full.index(stage), v_smem.index(stage))
             block += 1
 
 

@@ -18,18 +18,15 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ndcheck_kernels.cuda.dependent_launch import pdl
+from ndcheck_kernels.cuda.gluon_names import async_load, thread_barrier
 from ndcheck_kernels.cuda.products.pairs import BF16_PAIRS, REGISTERS
 from ndcheck_kernels.cuda.products.weight_only import FewRowsConfig
 from ndcheck_kernels.ops.weight_only import Packed
-
-# Both renamed by Triton 3.9.
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 _PAIRS, _REGISTERS = gl.constexpr(BF16_PAIRS), gl.constexpr(REGISTERS)
 
@@ -44,9 +41,9 @@ def _ask(
     size: gl.constexpr = codes_desc.block_type.nbytes + s_desc.block_type.nbytes + x_bytes
     mbarrier.expect(ready.index(stage), size, pred=more)
     codes_at = [first_n, step * (BLOCK_K // 8)]
-    _copy(codes_desc, codes_at, ready.index(stage), w_smem.index(stage), pred=more)
+    async_load(codes_desc, codes_at, ready.index(stage), w_smem.index(stage), pred=more)
     scales_at = [step * BLOCK_K // GROUP, first_n]
-    _copy(s_desc, scales_at, ready.index(stage), s_smem.index(stage), pred=more)
+    async_load(s_desc, scales_at, ready.index(stage), s_smem.index(stage), pred=more)
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -73,7 +70,7 @@ def _weight_only_few_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
-    _barrier()
+    thread_barrier()
     if PDL:
         gdc_launch_dependents()
     steps = K // BLOCK_K
@@ -86,7 +83,7 @@ def _weight_only_few_kernel(
     if PDL:
         gdc_wait()
     for i in gl.static_range(STAGES - 1):
-        _copy(
+        async_load(
             x_desc, [first_m, i * BLOCK_K], ready.index(i), x_smem.index(i), pred=i < steps
         )  # fmt: skip
     acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, MMA)
@@ -95,14 +92,14 @@ def _weight_only_few_kernel(
         stage = step % STAGES
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         # All warps have read what the next copies write over: the stage of the step before.
-        _barrier()
+        thread_barrier()
         asked = step + STAGES - 1
         _ask(
             asked, first_n, codes_desc, s_desc, w_smem, s_smem, x_bytes, ready, asked < steps,
             GROUP, BLOCK_K, STAGES,
         )  # fmt: skip
         into = asked % STAGES
-        _copy(
+        async_load(
             x_desc, [first_m, asked * BLOCK_K], ready.index(into), x_smem.index(into),
             pred=asked < steps,
         )  # fmt: skip

@@ -70,8 +70,8 @@ def read_openai(event: Event) -> Frame:
     frame = Frame(
         fingerprint=as_fact(event.get("system_fingerprint")),
         response_id=as_fact(event.get("id")),
+        served=read_served(event),
     )
-    frame.served = read_served(event)
     # vLLM has them beside a chat's choices, and in the choice of a completion.
     frame.prompt_token_ids = as_token_ids(event.get("prompt_token_ids"))
     _read_usage(as_dict(event.get("usage")), frame)

@@ -22,7 +22,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -31,11 +30,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.dependent_launch import pdl
+from ndcheck_kernels.cuda.gluon_names import async_load
 from ndcheck_kernels.cuda.products.fp8.fp8_configs import Fp8Config
 from ndcheck_kernels.ops.block_fp8 import BLOCK
-
-# Renamed in Triton 3.9.
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 _HALF = gl.constexpr(64)  # the rows of one warpgroup
 
@@ -73,8 +70,8 @@ def _load(
                 mbarrier.expect(
                     full.index(stage), x_desc.block_type.nbytes + w_desc.block_type.nbytes
                 )
-                _copy(x_desc, [first_m, k], full.index(stage), x_smem.index(stage))
-                _copy(w_desc, [first_n, k], full.index(stage), w_smem.index(stage))
+                async_load(x_desc, [first_m, k], full.index(stage), x_smem.index(stage))
+                async_load(w_desc, [first_n, k], full.index(stage), w_smem.index(stage))
                 block += 1
 
 

@@ -42,42 +42,6 @@ DEFAULT: _Table = (
 _FEWEST_TILES = 264
 """Fewer leave multiprocessors without a second tile: K-groups run in parallel."""
 
-MEASURED: dict[tuple[int, int], _Table] = {
-    (6144, 4096): (
-        (4, Fp8Config(16, 64, 4, 6, swap=True, parallel=True)),
-        (16, Fp8Config(16, 64, 4, 6, swap=True)),
-        (32, Fp8Config(32, 64, 4, 6, swap=True, parallel=True)),
-        (64, Fp8Config(64, 64, 4, 12, hopper=True)),
-        (128, Fp8Config(64, 128, 4, 6)),
-        (_ANY, Fp8Config(64, 128, 4, 3)),
-    ),
-    (4096, 4096): (
-        (16, Fp8Config(16, 128, 4, 5, swap=True, parallel=True)),
-        (32, Fp8Config(32, 64, 4, 4, swap=True, parallel=True)),
-        (64, Fp8Config(64, 32, 4, 16, hopper=True)),
-        (128, Fp8Config(64, 64, 4, 12, hopper=True)),
-        (256, Fp8Config(64, 128, 4, 8, hopper=True)),
-        (_ANY, Fp8Config(64, 128, 4, 3)),
-    ),
-    (24576, 4096): (
-        (16, Fp8Config(16, 64, 4, 6, swap=True)),
-        (32, Fp8Config(32, 64, 4, 6, swap=True)),
-        (64, Fp8Config(64, 64, 4, 4, swap=True)),
-        (128, Fp8Config(64, 128, 4, 4)),
-        (_ANY, Fp8Config(64, 128, 4, 3)),
-    ),
-    (4096, 12288): (
-        (4, Fp8Config(16, 128, 4, 3, swap=True, parallel=True)),
-        (16, Fp8Config(16, 64, 4, 4, swap=True, parallel=True)),
-        (32, Fp8Config(32, 64, 4, 4, swap=True, parallel=True)),
-        (64, Fp8Config(64, 32, 4, 16, hopper=True)),
-        (128, Fp8Config(64, 64, 4, 12, hopper=True)),
-        (256, Fp8Config(64, 128, 4, 8, hopper=True)),
-        (_ANY, Fp8Config(64, 128, 4, 3)),
-    ),
-}
-"""The fastest by (N, K), of the shapes of a dense 8B and weights in blocks."""
-
 MEASURED_BY_OUTPUT: dict[tuple[int, int], _Table] = {
     (6144, 4096): (
         (4, Fp8Config(16, 64, 4, 6, swap=True, parallel=True)),
@@ -112,7 +76,26 @@ MEASURED_BY_OUTPUT: dict[tuple[int, int], _Table] = {
         (_ANY, Fp8Config(64, 128, 4, 3)),
     ),
 }
-"""Those of weights with a scale a tensor or an output."""
+"""The fastest by (N, K), of the shapes of a dense 8B; of scales by output or tensor."""
+
+_HOPPER: dict[tuple[int, int], dict[int, Fp8Config]] = {
+    (6144, 4096): {64: Fp8Config(64, 64, 4, 12, hopper=True)},
+    (4096, 4096): {
+        64: Fp8Config(64, 32, 4, 16, hopper=True),
+        128: Fp8Config(64, 64, 4, 12, hopper=True),
+        256: Fp8Config(64, 128, 4, 8, hopper=True),
+    },
+    (4096, 12288): {
+        64: Fp8Config(64, 32, 4, 16, hopper=True),
+        128: Fp8Config(64, 64, 4, 12, hopper=True),
+        256: Fp8Config(64, 128, 4, 8, hopper=True),
+    },
+}
+MEASURED: dict[tuple[int, int], _Table] = {
+    shape: tuple((most, _HOPPER.get(shape, {}).get(most, config)) for most, config in table)
+    for shape, table in MEASURED_BY_OUTPUT.items()
+}
+"""Of weights in blocks: the same, but where the kernel scheduled by hand for Hopper is faster."""
 
 
 def k_groups(k: int) -> int:
