@@ -15,15 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ndcheck.errors import BackendError
+from ndcheck.errors import BackendError, UsageError
 from ndcheck.explain.order.readers import MOST_TERMS_BY_ROW, ColumnReader, Reader, RowReader
 from ndcheck.explain.order.reductions import Reduction, Shape
-from ndcheck.explain.order.sumtree import NotASumError, SumTree, read_tree
+from ndcheck.explain.order.sumtree import NotASumError, SumTree, UnsteadyError, read_tree
 from ndcheck.records import Arm
 
 N_TRIES = 64
 N_REPEATED = 16
-UNSTEADY = "the same call gives other bits when it is repeated"
+UNSTEADY = str(UnsteadyError())
 MOST_FUSED = 33
 """Terms that a tensor core is known to add in one step, the sum so far among them."""
 Evidence = Literal["confirmed", "unconfirmed", "not checked"]
@@ -115,13 +115,22 @@ def sweep(
 ) -> list[OrderPoint]:
     """The orders at every (rows, terms) of ``points``.
 
-    Raises BackendError where the invariant arm computed nothing.
+    Raises BackendError where the invariant arm computed nothing, UsageError where a row has more
+    sums at some numbers of rows than at others.
     """
+
+    n_columns: dict[int, int] = {}
 
     def read(rows: int, terms: int) -> OrderPoint:
         with torch.inference_mode(), kernels(arm):
             try:
-                return read_orders(_reader(reduction, rows, replace(shape, terms=terms)))
+                reader = _reader(reduction, rows, replace(shape, terms=terms))
+                if reader.n_columns != (n := n_columns.setdefault(terms, reader.n_columns)):
+                    raise UsageError(
+                        f"{reduction.name}: a row has {n} sums at one number of rows, and "
+                        f"{reader.n_columns} at {rows}: return as many at each"
+                    )
+                return read_orders(reader)
             except NotASumError as error:  # of an output's shape, before any result
                 return OrderPoint(rows, terms, (), 0, 1, True, str(error), ())
 
@@ -183,6 +192,7 @@ def read_orders(reader: Reader) -> OrderPoint:
             is_repeatable = reader.repeats()
         except NotASumError as error:
             orders, problem = [], str(error)
+            is_repeatable = not isinstance(error, UnsteadyError)
         if _digest(reader.random_sums(0)[1]) != _digest(drawn[0][1]):
             orders, problem, is_repeatable = [], UNSTEADY, False
     by_row: dict[int, list[str]] = {}

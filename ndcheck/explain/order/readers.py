@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ndcheck.explain.order.reductions import ColumnSums, RowSums, Shape
-from ndcheck.explain.order.sumtree import NotASumError, Pair
+from ndcheck.explain.order.sumtree import NotASumError, Pair, UnsteadyError
 
 # A unit, and a mask that swallows any sum of units in the widest accumulator the dtype meets.
 UNITS = {
@@ -26,6 +26,8 @@ N_WATCHED_COLUMNS = 3
 N_SUBSETS = 16
 N_COMPARED = 4
 SEED_WITH_ZEROS = 5
+SIGNS = {3: 1, 6: -1}
+"""Of all random terms, by their seed modulo 8."""
 MOST_UNLIKE = 8
 MOST_TERMS_BY_ROW = 512
 """More are read by columns, where an op allows that."""
@@ -34,12 +36,13 @@ MOST_TERMS_BY_ROW = 512
 class Reader(ABC):
     """Probes one op at one number of rows; every row gets the same terms.
 
-    ``elements`` are the output elements [row, column] that are watched.
+    ``elements`` are the output elements [row, column] that are watched, of ``n_columns`` a row.
     """
 
     def __init__(self, n_rows: int, shape: Shape, *, is_mean: bool, can_fuse: bool) -> None:
         self.n_rows = n_rows
         self.n_terms = shape.terms
+        self.n_columns = shape.columns
         self.is_mean = is_mean
         # No hardware adds several fp32 numbers in one step.
         self.can_fuse = can_fuse and shape.dtype != torch.float32
@@ -80,6 +83,8 @@ class Reader(ABC):
             half *= torch.rand(half.shape, generator=generator) < 0.5
         # Terms that cancel: what is left of their sum is the rounding noise of its order.
         terms = torch.cat([half, -half, half[: self.n_terms % 2]]).to(self._shape.dtype)
+        if seed % 8 in SIGNS:  # Or be another where no term is negative.
+            terms = terms.abs() * SIGNS[seed % 8]
         return terms[torch.randperm(self.n_terms, generator=generator)]
 
     def _find_unlike(
@@ -102,7 +107,13 @@ class Reader(ABC):
         return found
 
     def check_sums(self) -> None:
-        """Raise NotASumError unless every term counts once, at every magnitude."""
+        """Raise NotASumError unless every term counts once, at any magnitude, in its own row."""
+        self._check_counts()
+        self._check_rows()
+        if not self.is_mean:
+            self._check_magnitudes()
+
+    def _check_counts(self) -> None:
         n, unit = self.n_terms, self._unit
         factor = (n if self.is_mean else 1) / unit
         generator = torch.Generator().manual_seed(n)
@@ -116,10 +127,12 @@ class Reader(ABC):
                     f"not a plain sum of its terms: it makes {count:g} of {len(chosen)} ones"
                     + " (return the sum of a row, not its mean)" * (count * n == len(chosen))
                 )
-        if self.is_mean:
-            return
+
+    def _check_magnitudes(self) -> None:
+        n = self.n_terms
+        generator = torch.Generator().manual_seed(n)
         lowest, highest = (-14, 15) if self._shape.dtype == torch.float16 else (-100, 127)
-        for exponent in range(lowest, highest + 1, 4 if lowest > -20 else 12):
+        for exponent in (*range(lowest, highest, 4 if lowest > -20 else 12), highest):
             terms = torch.zeros(n, dtype=self._shape.dtype, device=self._shape.device)
             value = 2.0**exponent * (1 - 2 * (exponent & 4 > 0))
             terms[int(torch.randint(n, (1,), generator=generator))] = value
@@ -154,6 +167,10 @@ class Reader(ABC):
         return self.n_terms - readings.astype(np.int64)
 
     @abstractmethod
+    def _check_rows(self) -> None:
+        """Raise NotASumError where a row's sum follows what the others hold."""
+
+    @abstractmethod
     def _sums(self, terms: Tensor) -> Tensor:
         """The sums [elements] of the same terms [n] in every row and column."""
 
@@ -177,31 +194,35 @@ class RowReader(Reader):
         super().__init__(n_rows, shape, is_mean=is_mean, can_fuse=can_fuse)
         self._row_sums = row_sums
         self._x = torch.empty(n_rows, shape.terms, dtype=shape.dtype, device=shape.device)
-        n_columns = self._count_columns()
-        self.elements = [
-            (row, column)
-            for row in _spread(n_rows, N_WATCHED_ROWS)
-            for column in _spread(n_columns, N_WATCHED_COLUMNS)
-        ]
-        watched = [row * n_columns + column for row, column in self.elements]
+        self.n_columns = n_columns = self._count_columns()
+        rows, columns = _spread(n_rows, N_WATCHED_ROWS), _spread(n_columns, N_WATCHED_COLUMNS)
+        watched = [row * n_columns + column for row in rows for column in columns]
         unlike = self._find_unlike(watched, self._all_sums)
-        self.elements += [divmod(element, n_columns) for element in unlike]
-        self._index = torch.tensor([*watched, *unlike], device=shape.device)
+        # The same columns of every row, or rows would differ by what is watched of them.
+        rows = sorted({*rows, *(element // n_columns for element in unlike)})
+        columns = sorted({*columns, *(element % n_columns for element in unlike)})
+        self.elements = [(row, column) for row in rows for column in columns]
+        watched = [row * n_columns + column for row, column in self.elements]
+        self._index = torch.tensor(watched, device=shape.device)
 
     def _all_sums(self, terms: Tensor) -> Tensor:
         self._x[:] = terms
-        return self._row_sums(self._x)
+        return self._checked_sums()
 
-    def check_sums(self) -> None:
-        """The same, and that no row's sum follows what the others hold."""
-        super().check_sums()
+    def _check_rows(self) -> None:
         for seed in range(N_COMPARED):
             rows = [self._random_terms(seed + row) for row in range(self.n_rows)]
-            self._x[:] = torch.stack(rows).to(self._shape.device)
+            others = torch.stack(rows).to(self._shape.device)
+            self._x[:] = others
             among_others = self._call()
             for row, element in {row: i for i, (row, _) in enumerate(self.elements)}.items():
-                among_equals = self._sums(rows[row].to(self._shape.device))
+                terms = rows[row].to(self._shape.device)
+                among_equals = self._sums(terms)
                 if among_others[element] != among_equals[element]:
+                    is_steady = torch.equal(self._sums(terms), among_equals)
+                    self._x[:] = others
+                    if not is_steady or not torch.equal(self._call(), among_others):
+                        raise UnsteadyError
                     raise NotASumError(
                         f"not a plain sum of its terms: that of row {row} follows the other rows"
                     )
@@ -222,18 +243,29 @@ class RowReader(Reader):
 
     def _call(self) -> Tensor:
         self.n_calls += 1
-        return self._row_sums(self._x).reshape(-1)[self._index]
+        return self._checked_sums().reshape(-1)[self._index]
 
     def _count_columns(self) -> int:
         self._x.fill_(self._unit)
+        return self._checked_sums().reshape(self.n_rows, -1).shape[1]
+
+    def _checked_sums(self) -> Tensor:
+        """All sums of what the rows hold. A user's function may return anything, at any call."""
         out = self._row_sums(self._x)
-        shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        if not isinstance(out, Tensor) or out.shape[:1] != (self.n_rows,) or not out.numel():
-            raise NotASumError(
-                f"of {self.n_rows} rows it made an output of shape {shape}: it must return a "
-                "tensor with one or more sums for each row"
+        made, is_fine = type(out).__name__, False
+        if isinstance(out, Tensor) and out.layout == torch.strided and not out.is_nested:
+            made = f"{str(out.dtype).removeprefix('torch.')} {list(out.shape)} on {out.device}"
+            is_fine = (
+                (out.shape[:1] == (self.n_rows,) and out.numel() > 0)
+                and not (out.is_complex() or out.is_quantized)
+                and out.device == self._x.device
             )
-        return out.reshape(self.n_rows, -1).shape[1]
+        if not is_fine:
+            raise NotASumError(
+                f"of {self.n_rows} rows it made {made}: it must return a dense tensor of real "
+                f"numbers on {self._x.device}, one or more sums for each row"
+            )
+        return out
 
 
 class ColumnReader(Reader):
@@ -257,6 +289,9 @@ class ColumnReader(Reader):
     def _first_column(self, terms: Tensor) -> Tensor:
         self._terms[:] = terms[:, None]
         return self._product(self.n_rows, self._terms)[:, 0]
+
+    def _check_rows(self) -> None:
+        """All rows are ones."""
 
     def _sums(self, terms: Tensor) -> Tensor:
         self._terms[:] = terms[:, None]

@@ -171,7 +171,7 @@ def load_function(path: str) -> Reduction:
     module_name, _, name = path.rpartition(":")
     try:
         function = getattr(_load_module(module_name), name)
-    except Exception as error:  # a module may raise anything
+    except (Exception, SystemExit) as error:  # a module may raise anything, and leave
         raise UsageError(
             f"--fn {path}: {error} (accepted: module:function or file.py:function)"
         ) from error
@@ -179,7 +179,7 @@ def load_function(path: str) -> Reduction:
     def row_sums(x: Tensor) -> Tensor:
         try:
             return function(x)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             line = (str(error).splitlines() or [""])[0]
             raise UsageError(
                 f"--fn {path}, given a tensor of {list(x.shape)}: {type(error).__name__}: {line}"

@@ -32,6 +32,13 @@ class NotASumError(BackendError):
     """The readings fit no order of additions: what was probed is not a plain sum."""
 
 
+class UnsteadyError(NotASumError):
+    """There is no order to read: a call that was repeated gave other bits."""
+
+    def __init__(self) -> None:
+        super().__init__("the same call gives other bits when it is repeated")
+
+
 @dataclass(frozen=True)
 class SumTree:
     """A sum of leaves 0 .. n_leaves-1.

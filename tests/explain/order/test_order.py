@@ -197,6 +197,12 @@ NO_PLAIN_SUMS = {
     "positive first": lambda x: sequential(x.clamp(min=0)) + sequential(x.clamp(max=0)),
     "by size": lambda x: sequential(x if x.abs().max() < 1e5 else x.flip(1)),
     "without zeros": lambda x: torch.stack([in_halves(row[row != 0]) for row in x]),
+    "where none is negative": lambda x: sequential(x.flip(1) if (x >= 0).all() else x),
+    "where none is positive": lambda x: sequential(x.flip(1) if (x <= 0).all() else x),
+    "clamped near the largest": lambda x: sequential(x.clamp(-1e38, 1e38)),
+    "complex": lambda x: sequential(x).to(torch.complex64),
+    "sparse": lambda x: sequential(x)[:, None].to_sparse(),
+    "meta": lambda x: sequential(x).to("meta"),
     "by sign": lambda x: sequential(x if x[0, 0] > 0 else x.flip(1)),
     "float64": lambda x: sequential(x.double()).float(),
     "bfloat16": lambda x: sequential(x.bfloat16()).float(),
@@ -248,6 +254,49 @@ def test_a_fixed_order_is_not_accused():
     points = read(lambda x: in_order(x, range(x.shape[1])), [1, 2, 4])
     assert not depends_on_rows(points)
     assert next(order_lines("planted", "rows", points, 80)).startswith("FIXED")
+
+
+def test_columns_with_orders_of_their_own_are_not_laid_to_the_rows():
+    """More of them than are watched of every row: a row has the same ones whatever their number."""
+
+    def turned(x):
+        n = x.shape[1]
+        return torch.cat([in_order(x, [(i + turn) % n for i in range(n)]) for turn in range(8)], 1)
+
+    points = read(turned, [1, 2, 5], Shape(24, 8, torch.float32, CPU))
+    assert not depends_on_rows(points)
+    assert all(point.is_known for point in points)
+    assert next(order_lines("planted", "rows", points, 80)).startswith("FIXED")
+
+
+def test_a_row_of_as_many_sums_as_there_are_rows_is_refused():
+    with pytest.raises(UsageError, match="a row has 1 sums at one number of rows, and 2 at 2"):
+        read(lambda x: in_order(x, range(x.shape[1])).expand(-1, len(x)), [1, 2])
+
+
+@pytest.mark.parametrize("period", range(80, 110))
+def test_a_rare_change_is_laid_to_no_other_row(period):
+    n_calls = 0
+
+    def rare(x):
+        nonlocal n_calls
+        n_calls += 1
+        return sequential(x if n_calls % period else x.flip(1))
+
+    points = read(rare, [2], Shape(12, 1, torch.float32, CPU))
+    assert not any("other rows" in (point.problem or "") for point in points)
+
+
+def test_what_changes_its_shape_later_is_no_crash():
+    n_calls = 0
+
+    def shrinking(x):
+        nonlocal n_calls
+        n_calls += 1
+        return sequential(x)[: len(x) if n_calls < 50 else 0]
+
+    (point,) = read(shrinking, [2], Shape(12, 1, torch.float32, CPU))
+    assert "float32 [0] on cpu" in (point.problem or "")
 
 
 def test_rows_of_one_call_that_differ_are_found():
@@ -368,6 +417,16 @@ def test_functions_are_loaded_from_modules_and_files(tmp_path: Path, monkeypatch
     for path in ("my_planted_sums:absent", "absent_module:f", "nothing"):
         with pytest.raises(UsageError, match="--fn"):
             load_function(path)
+
+
+def test_a_function_or_module_that_leaves_python_is_a_usage_error(tmp_path: Path):
+    (tmp_path / "leaving.py").write_text("raise SystemExit(0)\n")
+    with pytest.raises(UsageError, match="--fn"):
+        load_function(f"{tmp_path}/leaving.py:f")
+    (tmp_path / "left.py").write_text("def f(x):\n    raise SystemExit(0)\n")
+    row_sums = load_function(f"{tmp_path}/left.py:f").make(FP32)
+    with pytest.raises(UsageError, match="SystemExit"):
+        row_sums(torch.ones(1, 48))
 
 
 @pytest.mark.parametrize("name", ["linear", "mm"])
