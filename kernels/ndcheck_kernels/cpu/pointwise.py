@@ -102,11 +102,15 @@ def _probe(kernel: Any, operands: list[torch.Tensor]) -> Probe:
 @implements(aten.rsqrt.default, device="cpu")
 def rsqrt(x: torch.Tensor) -> torch.Tensor:
     """1 / sqrt(x), by the two operations that IEEE rounds correctly."""
+    if x.is_complex():
+        raise UnsupportedCallError("complex arithmetic rounds several times")
     wide = x if x.dtype == torch.float64 else x.float()
-    return wide.sqrt().reciprocal_().to(x.dtype)
+    # Of integers torch makes floats.
+    return wide.sqrt().reciprocal_().to(x.dtype if x.is_floating_point() else wide.dtype)
 
 
 @implements(aten.pow.Tensor_Scalar, device="cpu")
 def pow_scalar(x: torch.Tensor, exponent: float) -> torch.Tensor:
     """x ** exponent; a square is one product."""
-    return x * x if exponent == 2 else pointwise(aten.pow.Tensor_Scalar, x, exponent)
+    is_square = exponent == 2 and x.is_floating_point()
+    return x * x if is_square else pointwise(aten.pow.Tensor_Scalar, x, exponent)

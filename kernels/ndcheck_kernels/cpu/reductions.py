@@ -19,6 +19,7 @@ import torch
 
 from ndcheck_kernels.cpu.pointwise import rsqrt
 from ndcheck_kernels.cpu.proven_rows import BASE_ROWS, Probe, map_rows
+from ndcheck_kernels.ops.shapes import normalised_rows, reduced_dims
 from ndcheck_kernels.scope.refusal import UnsupportedCallError
 from ndcheck_kernels.scope.registry import accept, implements
 
@@ -74,13 +75,12 @@ def _over_dims(
     x: torch.Tensor, dims: Dims, keepdim: bool, reduce: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Apply `reduce`, [M, N] -> [M, 1], over any dims."""
-    if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise UnsupportedCallError(f"no reduction of {x.dtype}")
+    _check_dtype(x)
     given = [dims] if isinstance(dims, int) else list(dims or ())
     if given in ([-1], [x.dim() - 1]) and x.dim():  # By far the most common: skip the bookkeeping.
         out = reduce(x.reshape(x.shape[:-1].numel(), x.shape[-1])).view(*x.shape[:-1], 1)
         return out if keepdim else out.squeeze(-1)
-    reduced = sorted({d % x.dim() for d in given}) if given and x.dim() else list(range(x.dim()))
+    reduced = reduced_dims(x, dims)
     kept = [d for d in range(x.dim()) if d not in reduced]
     last = x.permute(kept + reduced)
     width = last.shape[len(kept) :].numel()
@@ -90,12 +90,18 @@ def _over_dims(
     return out.view(last.shape[: len(kept)])
 
 
+def _check_dtype(x: torch.Tensor) -> None:
+    if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise UnsupportedCallError(f"no reduction of {x.dtype}")
+
+
 def _along(
     x: torch.Tensor, dim: int, name: str, kernel: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Apply a shape-preserving row kernel along one dim."""
+    _check_dtype(x)
     if x.dim() == 0:
-        return _along(x[None], 0, name, kernel)[0]
+        return _along(x[None], dim, name, kernel)[0]
     last = x.movedim(dim, -1)
     out = _row_op(name, kernel, last.reshape(last.shape[:-1].numel(), last.shape[-1]))
     return out.view(last.shape).movedim(-1, dim)
@@ -194,9 +200,14 @@ def vector_norm(
     """The Euclidean norm, or the sum of magnitudes."""
     if order not in (1, 2):
         raise UnsupportedCallError(f"no norm of order {order}")
+    _check_dtype(x)
+    if dtype is not None and torch.promote_types(x.dtype, dtype) != dtype:
+        raise UnsupportedCallError(f"no norm of {x.dtype} in {dtype}")
 
     def norm(rows: torch.Tensor) -> torch.Tensor:
         wide = rows if rows.dtype == torch.float64 else rows.float()
+        if rows.shape[-1] == 1:  # Its square may leave the dtype's range.
+            return wide.abs()
         return sum_rows(wide.abs()) if order == 1 else sum_rows(wide * wide).sqrt_()
 
     x = x if dtype is None else x.to(dtype)
@@ -243,6 +254,8 @@ def log_softmax_kernel(x: torch.Tensor, dim: int, half_to_float: bool) -> torch.
 def cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Running sum."""
     x = x if dtype is None else x.to(dtype)
+    if not (x.is_floating_point() or x.is_complex()):
+        return x.cumsum(dim)  # Exact in any order.
     return _along(x, dim, "cumsum", lambda r: r.cumsum(-1)).to(x.dtype)
 
 
@@ -255,7 +268,8 @@ def native_layer_norm(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """LayerNorm in two passes, with the mean and the reciprocal deviation in the weight's dtype."""
-    rows = x.reshape(-1, torch.Size(normalized_shape).numel())
+    _check_dtype(x)
+    rows = normalised_rows(x, normalized_shape, weight, bias)
     wide = rows if rows.dtype == torch.float64 else rows.float()
     mean = sum_rows(wide).div_(wide.shape[-1])
     centred = wide - mean
@@ -289,7 +303,8 @@ def fused_rms_norm(
     eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm, with the reciprocal root mean square."""
-    rows = x.reshape(-1, torch.Size(normalized_shape).numel())
+    _check_dtype(x)
+    rows = normalised_rows(x, normalized_shape, weight)
     wide = rows if rows.dtype == torch.float64 else rows.float()
     eps = torch.finfo(wide.dtype).eps if eps is None else eps
     rstd = rsqrt(sum_rows(wide * wide).div_(wide.shape[-1]) + eps)

@@ -21,6 +21,7 @@ from ndcheck_kernels.cuda.rows import reductions, rms_norm, softmax
 from ndcheck_kernels.ops.attention import as_causal, attention_op, register_sdpa
 from ndcheck_kernels.ops.complex_numbers import register_complex
 from ndcheck_kernels.ops.products import register_products
+from ndcheck_kernels.ops.shapes import normalised_rows
 from ndcheck_kernels.scope.refusal import UnsupportedCallError
 from ndcheck_kernels.scope.registry import accept, implements
 
@@ -227,7 +228,7 @@ def layer_norm(
     cudnn_enable: bool = True,
 ) -> torch.Tensor:
     """LayerNorm over the last dims."""
-    rows = x.reshape(-1, torch.Size(normalized_shape).numel())
+    rows = normalised_rows(x, normalized_shape, weight, bias)
     flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
     return layer_norm_kernels.layer_norm(rows, flat[0], flat[1], eps).view(x.shape)
 
@@ -241,7 +242,7 @@ def rms_norm_over(
     eps: float | None = None,
 ) -> torch.Tensor:
     """RMSNorm over the last dims."""
-    rows = x.reshape(-1, torch.Size(normalized_shape).numel())
+    rows = normalised_rows(x, normalized_shape, weight)
     eps = torch.finfo(torch.float32).eps if eps is None else eps  # Of what is computed in.
     flat = None if weight is None else weight.reshape(-1)
     return rms_norm.rms_norm(rows, flat, eps).view(x.shape)

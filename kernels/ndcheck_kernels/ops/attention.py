@@ -112,11 +112,27 @@ def register_sdpa(device: str, attention: Callable[..., torch.Tensor]) -> None:
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         """It refuses masks from which a row's first token cannot be told."""
-        if dropout_p or query.dim() != 4:
+        if dropout_p or any(each.dim() != 4 for each in (query, key, value)):
             raise UnsupportedCallError("dropout, or tensors that are not 4-dimensional")
+        if is_causal and attn_mask is not None:
+            raise UnsupportedCallError("is_causal beside a mask")
+        _check_shapes(query, key, value, enable_gqa=enable_gqa)
+        if not key.numel() or not query.numel():
+            return query.new_zeros(*query.shape[:-1], value.shape[-1])
         spans = spans_from_any(attn_mask, is_causal, query, key)
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         return attention(query, key, value, spans, factor)
+
+
+def _check_shapes(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_gqa: bool
+) -> None:
+    (batch, heads, _, width), (_, kv_heads, keys, _) = query.shape, key.shape
+    groups = kv_heads and heads % kv_heads == 0 if enable_gqa else heads == kv_heads
+    shapes = (batch, kv_heads, keys, width), (batch, kv_heads, keys)
+    if not groups or not width or (key.shape, value.shape[:3]) != shapes:
+        shown = ", ".join(str(list(each.shape)) for each in (query, key, value))
+        raise UnsupportedCallError(f"query, key and value of {shown}")
 
 
 def spans_from_any(

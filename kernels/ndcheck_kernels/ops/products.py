@@ -5,10 +5,12 @@ so every form has their bits.
 """
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 
 from ndcheck_kernels.ops.library import declare
+from ndcheck_kernels.ops.shapes import check_product
 from ndcheck_kernels.scope.refusal import UnsupportedCallError
 from ndcheck_kernels.scope.registry import implements
 
@@ -37,6 +39,7 @@ def register_products(
     baddbmm: Callable[..., torch.Tensor],
 ) -> None:
     """Register every form for a device, from what it has under these names in torch.ops.aten."""
+    mm, bmm, addmm, baddbmm = map(_checked, (mm, bmm, addmm, baddbmm))
     for op, implementation in (
         (aten.mm.default, mm),
         (aten.bmm.default, bmm),
@@ -81,6 +84,20 @@ def register_products(
         return mm(a[None], b[:, None]).view(())
 
 
+def _checked(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Of operands that torch would multiply: the last two that are given."""
+
+    @wraps(product)
+    def checked(*operands: torch.Tensor, **factors: float) -> torch.Tensor:
+        a, b = operands[-2:]
+        check_product(a, b)
+        if a.dtype != b.dtype:
+            raise UnsupportedCallError(f"no product of {a.dtype} and {b.dtype}")
+        return product(*operands, **factors)
+
+    return checked
+
+
 def register_grouped_product(
     device: str,
     product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype | None], torch.Tensor],
@@ -109,6 +126,8 @@ def combine(
     """beta * bias + alpha * product, rounded once; beta = 0 ignores the bias, NaN included."""
     scaled = product if alpha == 1 else product * alpha
     total = scaled if beta == 0 else scaled + bias.to(product.dtype) * beta
+    if total.shape != product.shape:
+        raise RuntimeError(f"{list(bias.shape)} cannot be added to {list(product.shape)}")
     return total.to(dtype)
 
 

@@ -134,6 +134,9 @@ def _write_result(op: OpOverload, implementation: Implementation, *args: Any, **
         results = _tuple(_in_dtype_of(op, implementation, targets, results, args, kwargs))
     for target, result in zip(targets, results, strict=True):
         if target.shape != result.shape:
+            if not names:
+                _let_torch_refuse(op, args, kwargs)
+                raise UnsupportedCallError("its result has another shape than what it writes to")
             target.resize_(result.shape)
         target.copy_(result)
     return targets[0] if len(targets) == 1 else tuple(targets)

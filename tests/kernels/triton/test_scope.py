@@ -87,7 +87,9 @@ def test_attention_takes_causal_spans_and_what_amounts_to_them(dtype, device) ->
         result = attention_op(q, k, v, spans, 0.2, 0.0)
         assert torch.equal(attention_op(q, k, v, spelt_out.int(), 0.2, 0.0), result)
         mask = torch.arange(40, device=device) <= position[:, None] + 39
-        sdpa = F.scaled_dot_product_attention(q, k, v, mask.expand(2, 1, 9, 40), scale=0.2)
+        sdpa = F.scaled_dot_product_attention(
+            q, k, v, mask.expand(2, 1, 9, 40), scale=0.2, enable_gqa=True
+        )
         whole = attention_op(q, k, v, causal_spans(2, 40, device), 0.2, 0.0)
     assert torch.equal(sdpa, whole)
     assert scope.fires["attention"] == 3

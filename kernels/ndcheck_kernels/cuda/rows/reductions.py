@@ -23,6 +23,7 @@ import triton.language as tl
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.configs import row_tile
 from ndcheck_kernels.cuda.dependent_launch import follow, pdl
+from ndcheck_kernels.ops.shapes import reduced_dims
 
 CHUNK = 16384
 RUN = 1024
@@ -126,8 +127,7 @@ def _sum_rows(rows: torch.Tensor, y: torch.Tensor, count: float) -> None:
 
 def _to_rows(x: torch.Tensor, dim: int | Sequence[int] | None) -> tuple[torch.Tensor, list[int]]:
     """x as [kept, reduced] and the kept dimensions; no dimension named means all are reduced."""
-    named = [dim] if isinstance(dim, int) else list(dim or range(x.dim()))
-    reduced = sorted({d % x.dim() for d in named})
+    reduced = reduced_dims(x, dim)
     kept = [d for d in range(x.dim()) if d not in reduced]
     m = math.prod(x.shape[d] for d in kept)
     n = math.prod(x.shape[d] for d in reduced)
