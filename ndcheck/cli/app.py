@@ -84,7 +84,18 @@ def run_command_line(arguments: list[str]) -> int:
     return run_guarded(lambda: _run(arguments))
 
 
+LEAST_COLUMNS = 20
+
+
+def _forget_no_width() -> None:
+    """Where there is no terminal COLUMNS may be 0: on a screen of no columns nothing is shown."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and len(columns) < 3 and int(columns) < LEAST_COLUMNS:
+        del os.environ["COLUMNS"]
+
+
 def _run(arguments: list[str]) -> int:
+    _forget_no_width()
     # A CI job that is cancelled should leave the same partial report as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     command = typer.main.get_command(app)

@@ -107,7 +107,10 @@ def parse_inconclusive(text: str | None) -> Inconclusive:
     if text is None:
         return "exit-3"
     accepted: tuple[Inconclusive, ...] = ("pass", "fail")
-    return parse_names("--inconclusive", text, accepted)[0]
+    outcome, *others = parse_names("--inconclusive", text, accepted)
+    if others:
+        raise UsageError(f"--inconclusive {text}: give one of {', '.join(accepted)}")
+    return outcome
 
 
 def judge_runs(
@@ -239,21 +242,27 @@ def publish(
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in github_annotations(results):
             typer.echo(line, err=as_json)  # GitHub reads both streams
-    summary_page = os.environ.get("GITHUB_STEP_SUMMARY")
-    if summary_page:
-        try:
-            with Path(summary_page).open("a", encoding="utf-8") as file:
-                file.write(gate_markdown(results))
-        except OSError as error:
-            raise write_failure(Path(summary_page), error) from error
     if junit is not None:
         try:
             junit.parent.mkdir(parents=True, exist_ok=True)
             with replacing(junit) as file:
                 file.write(junit_xml(results, inconclusive))
         except OSError as error:
-            raise write_failure(junit, error) from error
+            code = _unpublished(code, junit, error)
+    summary_page = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary_page:
+        try:
+            with Path(summary_page).open("a", encoding="utf-8") as file:
+                file.write(gate_markdown(results))
+        except OSError as error:
+            code = _unpublished(code, Path(summary_page), error)
     return code
+
+
+def _unpublished(code: int, path: Path, error: OSError) -> int:
+    """The exit code where a report cannot be written: what was found is found all the same."""
+    note(str(write_failure(path, error)))
+    return code if code == 1 else FAILED
 
 
 def _select(config: Path | None, names: Sequence[str] | None) -> list[Check | ScoreCheck]:

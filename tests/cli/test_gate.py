@@ -197,6 +197,8 @@ def test_baselines(gate, tmp_path, forked):
         (("run", "--max-unique", "0"), ("--max-unique: 0 is out of range; give 1 or more",)),
         (("run", "--arms", "invariant"), ("--arms invariant: the run has no such arm",)),
         (("run", "--inconclusive", "maybe"), ("--inconclusive", "'maybe'", "pass, fail")),
+        (("run", "--inconclusive", "pass,fail"), ("--inconclusive pass,fail: give one of",)),
+        (("run", "--out", "new"), ("--out: this is for the runs of checks",)),
         (("run", "--baseline", "mian"), ("mian holds no run",)),
         (("run", "--fail-on", "tokens"), ("--fail-on", "--baseline")),
         (("--config", "none.toml"), ("none.toml: No such file",)),
@@ -233,3 +235,18 @@ def test_a_mistake_in_the_last_check_is_found_before_the_first_runs(gate, tmp_pa
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"ndcheck: ndcheck.toml: {line}")
     assert not (tmp_path / "ndcheck-runs").exists()
+
+
+def test_what_was_found_is_found_where_a_summary_cannot_be_written(gate, tmp_path, forked):
+    github = {"GITHUB_STEP_SUMMARY": str(tmp_path)}
+    done = gate(forked, "--junit", "junit.xml", env=github)
+    assert done.returncode == 1
+    assert f"cannot write to {tmp_path}: Is a directory" in done.stderr
+    assert ET.parse(tmp_path / "junit.xml").getroot().get("failures") != "0"
+    assert gate(forked, "--max-unique", "9", env=github).returncode == 4
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "19"])
+def test_a_screen_without_columns_still_shows_the_verdict(gate, forked, columns):
+    shown = gate(forked, env={"COLUMNS": columns}).stdout
+    assert "4 of them repeated, alike each time" in " ".join(shown.split())

@@ -150,6 +150,8 @@ def gate(
     wish = gate_session.parse_inconclusive(inconclusive)
     of_scores = Limits(bitwise, max_logprob_difference, max_kl)
     demands = gate_session.Demands(limits, of_scores, arms, baseline, fail_on, manifest)
+    if runs and out is not None:
+        raise UsageError("--out: this is for the runs of checks; a RUN stays where it is")
     if runs:
         results = gate_session.judge_runs(
             [latest(run) for run in runs], config, check, demands, save_baseline
