@@ -347,6 +347,12 @@ class ProbeSummary:
         seen = more_bits or self.latent_trials or self._on_any_axis("latent")
         return bool(seen or is_fed_otherwise)
 
+    @property
+    def varies_by_chance(self) -> bool:
+        """Did equal loads give different completions or bits?"""
+        repeats = next((f for f in self.axes if f.axis == "run-to-run"), None)
+        return repeats is not None and bool(repeats.diverged_trials or repeats.latent_trials)
+
     def _on_any_axis(self, kind: str) -> bool:
         return any(getattr(finding, f"{kind}_trials") for finding in self.axes)
 

@@ -69,7 +69,11 @@ def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) 
     rest = tuple(size for size in spec.batch_sizes if size not in failed)
     if 0 < len(rest) < len(spec.batch_sizes):
         suggest("Leave out the batch sizes that failed", replace(spec, batch_sizes=rest))
-    if any(probe.control.n_caught < probe.control.n_trials for probe in summary.probes):
+    # By chance a control leaves its baseline before its fault: nothing is wrong with the set-up.
+    if any(
+        probe.control.n_caught < probe.control.n_trials and not probe.varies_by_chance
+        for probe in summary.probes
+    ):
         found.append(Remedy("A planted fault went unseen; test this set-up", ("ndcheck doctor",)))
     wider = _wider(spec, summary) if run.status == "finished" else None
     if wider is not None:

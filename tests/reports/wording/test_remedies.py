@@ -63,6 +63,14 @@ def test_random_draws_are_not_sent_to_batch_invariant_kernels(measured):
     assert "no random draw" in text(advice(chance, on(chance.run)))
 
 
+def test_a_control_that_chance_parted_before_its_fault_says_nothing_of_the_set_up(measured):
+    """`fork` gives another completion at first only, so that the commonest one is no baseline's."""
+    chance = measured("fork", replace(SMALL, n_samples=60))
+    control = chance.summary.probes[0].control
+    assert control.n_caught < control.n_trials
+    assert "went unseen" not in text(advice(chance))
+
+
 @pytest.mark.parametrize(
     ("spec", "model", "is_advised"),
     [
