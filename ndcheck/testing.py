@@ -67,10 +67,12 @@ def assert_batch_invariant(
     >>> assert_batch_invariant(torch.relu, torch.randn(4, 8))
     """
     __tracebackhide__ = True
+    sizes = sorted(batch_sizes)
+    _check_tensor("rows: give", rows)
     if len(rows) < 2:
         raise ValueError("rows: give at least 2, so that a row can have another as its neighbour")
-    if max(batch_sizes, default=1) < 2:
-        raise ValueError("batch_sizes: give at least one above 1")
+    if not sizes or sizes[0] < 1 or sizes[-1] < 2:
+        raise ValueError(f"batch_sizes {sizes}: give numbers of 1 or more, and one above 1")
 
     def faulty(batch: torch.Tensor, *shared: Any) -> torch.Tensor:
         result = op(batch, *shared)
@@ -79,9 +81,9 @@ def assert_batch_invariant(
     alone = _find_alone(op, rows, shared)
     if not alone[0].bits or len(set(alone)) == 1:
         raise AssertionError("vacuous: the op gives every row the same result")
-    if _find_variance(faulty, rows, shared, batch_sizes, alone) is None:
+    if _find_variance(faulty, rows, shared, sizes, alone) is None:
         raise AssertionError("vacuous: a planted fault went unseen")
-    difference = _find_variance(op, rows, shared, batch_sizes, alone)
+    difference = _find_variance(op, rows, shared, sizes, alone)
     for row, (first, again) in enumerate(zip(alone, _find_alone(op, rows, shared), strict=True)):
         if (changed := _difference(again, first)) is not None:
             difference = f"row {row} alone is another when the call is repeated: {changed}"
@@ -112,8 +114,12 @@ class _Leaf(NamedTuple):
 
 def _fresh(value: Any) -> Any:
     """Copies of the tensors and arrays in ``value``, with their strides; all else as it is."""
-    if type(value) is dict:
-        return {key: _fresh(item) for key, item in value.items()}
+    if isinstance(value, dict):
+        fresh = copy.copy(value)
+        fresh.update((key, _fresh(item)) for key, item in value.items())
+        return fresh
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_fresh, value))
     if type(value) in (list, tuple):
         return type(value)(map(_fresh, value))
     kind = type(value).__module__.partition(".")[0]
@@ -151,7 +157,7 @@ def _leaf(value: Any) -> _Leaf:
     if isinstance(value, float):
         return _Leaf(kind, struct.pack("<d", value))
     if isinstance(value, int):
-        return _Leaf(kind, str(value).encode())
+        return _Leaf(kind, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
     if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
         import torch
 
@@ -191,7 +197,7 @@ def _find_variance(
 ) -> str | None:
     """The first row, by batch size, that differs from the same row ``alone``."""
     n = len(rows)
-    for batch_size in sorted(batch_sizes):
+    for batch_size in batch_sizes:
         for offset in range(n):
             order = [(offset + slot) % n for slot in range(batch_size)]
             results = _apply(op, rows[order], shared)
@@ -209,12 +215,20 @@ def _apply(
     op: Callable[..., torch.Tensor], batch: torch.Tensor, shared: tuple[Any, ...]
 ) -> list[_Leaf]:
     result = op(batch, *shared)
+    _check_tensor("the op has to return", result)
     if result.shape[:1] != batch.shape[:1]:
         raise ValueError(
             f"the op gave shape {list(result.shape)} for a batch of {len(batch)}: its first "
             "dimension has to be the batch's"
         )
     return [_leaf(row) for row in result]
+
+
+def _check_tensor(demand: str, value: Any) -> None:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{demand} a tensor [B, ...], not a {type(value).__name__}")
 
 
 def _flip_one_bit(result: torch.Tensor) -> torch.Tensor:

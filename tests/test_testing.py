@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import random
 
@@ -12,6 +13,7 @@ import torch
 from ndcheck.testing import assert_batch_invariant, assert_deterministic
 
 SMALL = {"loads": [1, 4], "samples": 40, "max_tokens": 8}
+Pair = collections.namedtuple("Pair", "rows one")
 ROWS = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -83,7 +85,10 @@ def gradient(x):
     ("function", "value"),
     [
         (torch.Tensor.add_, ROWS),
+        (lambda x, one: x + 10**5000 * one, 7),
         (lambda x, one: x["rows"].add_(one), {"rows": ROWS}),
+        (lambda x, one: x["rows"].add_(one), collections.OrderedDict(rows=ROWS)),
+        (lambda x, one: x.rows.add_(x.one), Pair(ROWS, 1)),
         (lambda x, one: x.sort() or list(x), [3, 2]),
         (lambda x, one: x.__iadd__(one), np.arange(3)),
         (lambda x, one: gradient(x), ROWS.clone().requires_grad_()),
@@ -174,3 +179,18 @@ def test_ops_that_cannot_fail_are_vacuous():
         assert_batch_invariant(torch.relu, ROWS, batch_sizes=(1,))
     with pytest.raises(ValueError, match=r"shape \[64\]"):
         assert_batch_invariant(lambda x: x[0], ROWS)
+
+
+@pytest.mark.parametrize("result", [(1,), {"a": 1}, None, ROWS.numpy()])
+def test_an_op_that_returns_no_tensor_is_told_what_to_return(result):
+    kind = type(result).__name__
+    with pytest.raises(TypeError, match=rf"the op has to return a tensor \[B, ...\], not a {kind}"):
+        assert_batch_invariant(lambda x: result, ROWS)
+    with pytest.raises(TypeError, match="rows: give a tensor"):
+        assert_batch_invariant(torch.relu, [1, 2])
+
+
+def test_batch_sizes_may_be_any_numbers_of_rows_and_no_others():
+    assert_batch_invariant(torch.relu, ROWS, batch_sizes=iter([2, 3]))
+    with pytest.raises(ValueError, match="1 or more"):
+        assert_batch_invariant(torch.relu, ROWS, batch_sizes=(-3, 2))
