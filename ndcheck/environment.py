@@ -73,8 +73,11 @@ def differences(a: Environment, b: Environment) -> list[str]:
     found = []
     for path in MUST_MATCH:
         x, y = _look_up(a, path), _look_up(b, path)
-        if x != y:
-            found.append(f"{path}: {x}, now {y}")
+        if isinstance(x, dict) and isinstance(y, dict):
+            parts = {f"{path}.{name}": (x.get(name), y.get(name)) for name in {**x, **y}}
+        else:
+            parts = {path: (x, y)}
+        found += [f"{name}: {x}, now {y}" for name, (x, y) in parts.items() if x != y]
     return found
 
 

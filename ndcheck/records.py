@@ -370,11 +370,11 @@ class Run:
 
     ``changes`` says how the backend changed in mid-run: another version, another replica.
     ``trial_digests`` has 8 hexadecimal digits for each planned trial, in the order of their ids;
-    it is empty in files from before digests were kept. ``nonce`` is drawn anew for each run and
-    stands in every line of its samples, so that none of another run is taken for its own; it is
-    empty in earlier files, as in their lines. ``prompt_token_ids`` are the ids of each
-    probe's prompt, in the order of the probes, with spaces between; a text is empty where the
-    backend does not give them, and all are left out where they would swell the file. ``flaws``
+    ``spec_digest`` is of the spec that the run began with. ``nonce`` is drawn anew for each run and
+    stands in every line of its samples, so that none of another run is taken for its own. The three
+    are empty in earlier files. ``prompt_token_ids`` are the ids of each probe's prompt, in the
+    order of the probes, with spaces between; a text is empty where the backend does not give them,
+    and all are left out where they would swell the file. ``flaws``
     says what is wrong with the samples, a sentence each; it is filled when samples are read and
     never written.
     """
@@ -390,6 +390,7 @@ class Run:
     stop_reason: str | None = None
     changes: tuple[str, ...] = ()
     trial_digests: str = ""
+    spec_digest: str = ""
     nonce: str = ""
     prompt_token_ids: tuple[str, ...] = ()
     flaws: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ from ndcheck.reports.wording import phrases
 from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.base import Sampler, WorksAhead
 from ndcheck.samplers.options import DEFAULTS
-from ndcheck.storage.evidence import trial_digests
+from ndcheck.storage.evidence import spec_digest, trial_digests
 from ndcheck.storage.reading import is_unicode
 from ndcheck.storage.run_directory import NewDirectory, RunDirectory, failed_samples
 
@@ -161,6 +161,7 @@ def begin(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         n_trials_planned=len(trials),
         trial_digests=trial_digests(trials),
+        spec_digest=spec_digest(spec),
         nonce=secrets.token_hex(8),
         prompt_token_ids=_prompt_token_ids(spec, sampler),
     )

@@ -52,7 +52,7 @@ def test_flags_are_read_not_assumed(monkeypatch):
     [
         ({"model": {**MODEL, "digest": "e"}}, "model.digest"),
         ({"software": {"torch": "1"}}, "software.torch"),
-        ({"numeric_flags": {"threads": 64}}, "numeric_flags"),
+        ({"numeric_flags": {"threads": 64}}, "numeric_flags.threads: "),
     ],
 )
 def test_differences_that_change_bits(changed, path):

@@ -50,7 +50,7 @@ from ndcheck.samplers.backends import backend_of
 from ndcheck.samplers.base import Rendered, Sampler, open_sampler
 from ndcheck.samplers.calibration import estimate
 from ndcheck.samplers.endpoint.private import Private
-from ndcheck.storage.evidence import is_continued_by
+from ndcheck.storage.evidence import is_continued_by, is_spec_of
 from ndcheck.storage.reading import uncollected
 from ndcheck.storage.run_directory import RunDirectory, read_run
 
@@ -115,8 +115,11 @@ def resume(
     plots: bool,
 ) -> int:
     """Go on with a run as it was. Returns the exit code."""
-    spec = read_run(path).spec
+    begun = read_run(path)
+    spec = begun.spec
     confirm(spec, given, f"--resume {path}")
+    if not is_spec_of(begun):
+        raise UsageError(f"--resume {path}: its spec is not what it began with: start a new run")
     check_ranks(spec)
     if rank() > 0:
         return follow(spec)

@@ -7,15 +7,19 @@ is left out and named, and what is left out or missing keeps a run from passing.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
+from typing import Any
 
-from ndcheck.records import Arm, Drafted, Fed, Load, Purpose, Run, Sample, Trial
+from ndcheck.records import Arm, Drafted, Fed, Load, Purpose, Run, RunSpec, Sample, Trial
 
 DIGITS_PER_TRIAL = 8
 MAX_NAMED = 5
+UNMEASURED = frozenset({"answer", "answer_pattern"})
+"""Fields of a spec and its probes that say what to look for in completions, however they came."""
 
 Planned = tuple[Arm, str, Purpose, int | None, Load, int]
 """What all samples of a trial have in common, and the id of its first."""
@@ -115,6 +119,8 @@ class Ledger:
         run, found = self._run, []
         if bad_lines:
             found.append(f"lines of samples left out: {len(bad_lines)} (the first: {bad_lines[0]})")
+        if not is_spec_of(run):
+            found.append("run.json contradicts itself: its spec is not what the run began with")
         if run.trial_digests and len(run.trial_digests) != DIGITS_PER_TRIAL * run.n_trials_planned:
             found.append("run.json contradicts itself: it holds another number of trials")
         short = [
@@ -167,6 +173,31 @@ def trial_digests(trials: Iterable[Trial]) -> str:
         _digest((t.arm, t.probe_id, t.purpose, t.baseline, t.load, t.first_sample_id))
         for t in ordered
     )
+
+
+def spec_digest(spec: RunSpec) -> str:
+    """What `Run.spec_digest` holds of a spec."""
+    text = json.dumps(_given(spec), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def is_spec_of(run: Run) -> bool:
+    """Is the spec the one that ``run`` began with? True where an earlier version kept no digest."""
+    return run.spec_digest in ("", spec_digest(run.spec))
+
+
+def _given(value: Any) -> Any:
+    """Without defaults, and with one form for 5 and 5.0, which a file may not tell apart."""
+    if is_dataclass(value):
+        values = {f.name: (getattr(value, f.name), f.default) for f in fields(value)}
+        return {
+            name: _given(held)
+            for name, (held, default) in values.items()
+            if held != default and name not in UNMEASURED
+        }
+    if isinstance(value, tuple):
+        return list(map(_given, value))
+    return float(value) if type(value) is int else value
 
 
 def is_continued_by(run: Run, finished: Iterable[Sample], trials: Sequence[Trial]) -> bool:

@@ -250,6 +250,44 @@ def test_a_record_that_does_not_fit(ndcheck_here, damaged, changed, reason):
     assert ndcheck_here("gate", run).returncode == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("latent", {"allow_latent": True}),
+        ("clean", {"confidence": 0.5}),
+        ("clean", {"decoding": {"max_tokens": 4, "temperature": 0.0, "seed": 0}}),
+        ("clean", {"decoding": {"max_tokens": 8, "temperature": 1.0, "seed": 0}}),
+        ("clean", {"model": "scripted:latent"}),
+        ("clean", {"probes": [{"probe_id": "p1", "prompt": "another"}]}),
+        ("clean", {"axes": ["slot"]}),
+        ("clean", {"mode": "mixed"}),
+    ],
+)
+def test_a_spec_that_was_changed_afterwards_passes_nothing(ndcheck_here, damaged, name, changed):
+    """What was measured is said by it, and by how much a verdict asks for."""
+    run = damaged(name, list)
+    file = run / "run.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps({**document, "spec": {**document["spec"], **changed}}))
+    assert ndcheck_here("gate", run).returncode == 3
+    found = json.loads(ndcheck_here("report", run, "--json").stdout)
+    assert "its spec is not what the run began with" in " ".join(found["reasons"])
+    done = ndcheck_here("run", "--resume", run)
+    assert done.returncode == 2
+    assert "its spec is not what it began with" in done.stderr
+
+
+def test_a_spec_written_otherwise_is_the_same(ndcheck_here, damaged):
+    run = damaged("clean", list)
+    file = run / "run.json"
+    document = json.loads(file.read_text())
+    document["spec"]["answer_pattern"] = r"# (\w+)"
+    document["spec"]["decoding"]["temperature"] = 0
+    del document["spec"]["dtype"]
+    file.write_text(json.dumps(document, sort_keys=True))
+    assert ndcheck_here("gate", run).returncode == 0
+
+
 def test_a_record_with_a_renamed_key_is_refused(ndcheck_here, damaged):
     """Or a default would take the place of what the run was asked for."""
     run = damaged("clean", list)
