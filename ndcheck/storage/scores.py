@@ -13,7 +13,7 @@ from ndcheck.errors import UsageError
 from ndcheck.records import Arm
 from ndcheck.storage.ranges import Count, NotNegative, RawText
 from ndcheck.storage.reading import decode, exists, parse_json, read_text
-from ndcheck.storage.run_directory import replacing, write_failure
+from ndcheck.storage.run_directory import RUN_FILE, replacing, write_failure
 
 SCORE_FILE = "score.json"
 SCHEMA_VERSION = 1
@@ -82,14 +82,25 @@ def save_score(directory: Path, score: ScoreSummary) -> None:
 
 
 def holds_score(directory: Path) -> bool:
-    return exists(directory / SCORE_FILE)
+    """Raises UsageError where there is a run too: a verdict on one says nothing of the other."""
+    holds = exists(directory / SCORE_FILE)
+    if holds and exists(directory / RUN_FILE):
+        raise UsageError(f"{directory} holds a run and a score: keep them in folders of their own")
+    return holds
 
 
 def read_score(directory: Path) -> ScoreSummary:
     """Raises UsageError where the file is not there, damaged, or contradicts itself."""
     file = directory / SCORE_FILE
     try:
-        score = decode(ScoreSummary, parse_json(read_text(file)))
+        document = parse_json(read_text(file))
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if type(version) is not int or not 0 < version <= SCHEMA_VERSION:
+            raise ValueError(
+                f"schema version {version!r:.40} is none of those up to {SCHEMA_VERSION} that this "
+                "ndcheck reads"
+            )
+        score = decode(ScoreSummary, document)
         if not score.arms:
             raise ValueError("arms: it holds none")
         for arm in score.arms:
@@ -108,6 +119,7 @@ def _check(arm: ArmScore) -> None:
     differs = arm.n_differ > 0
     is_possible = (
         arm.n_differ <= arm.n_tokens
+        and arm.n_distinct <= arm.n_completions
         and arm.n_differing_completions <= min(arm.n_completions, arm.n_differ)
         and differs == (arm.first_difference is not None) == (arm.n_differing_completions > 0)
         and (arm.n_tokens > 0) == (arm.max_difference is not None) == (arm.k3_kl is not None)

@@ -142,6 +142,7 @@ def test_what_could_not_fail_is_refused_in_a_line(ndcheck_here, keep, tmp_path, 
         {"max_difference": 0.0},
         {"max_difference": None},
         {"k3_kl": "small"},
+        {"n_distinct": 10**6},
         {"n_tokens": 0},
         {"n_tokens": 1e400},
         {"is_rounded": None},
@@ -165,3 +166,24 @@ def test_a_damaged_file_is_refused(ndcheck_here, tmp_path, text):
     (tmp_path / "kept" / "score.json").write_text(text)
     done = ndcheck_here("gate", "kept")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+@pytest.mark.parametrize("version", [None, 0, 2, True, "1"])
+def test_a_score_of_another_schema_is_refused(ndcheck_here, keep, tmp_path, computer, version):
+    file = tmp_path / keep("planted", computer.plant) / "score.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps({**document, "schema_version": version}))
+    done = ndcheck_here("gate", "planted", "--max-kl", "1e9")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "schema version" in done.stderr
+
+
+def test_a_score_beside_a_run_hides_no_failure(ndcheck_here, keep, tmp_path):
+    run = tmp_path / "run"
+    ndcheck.measure("scripted:latent", loads=[1, 4], samples=40, max_tokens=8, out=run)
+    assert ndcheck_here("gate", "run").returncode == 1
+    score = tmp_path / keep("echo") / "score.json"
+    (run / "score.json").write_bytes(score.read_bytes())
+    done = ndcheck_here("gate", "run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "run holds a run and a score" in done.stderr
