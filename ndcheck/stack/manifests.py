@@ -140,7 +140,7 @@ def read_manifest(path: Path) -> Manifest:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"{path}: it is no manifest: {reason}; ndcheck kernels manifest {path.name} makes one"
+            f"{path}: it is no manifest: {reason}; ndcheck kernels manifest OUT makes one"
         ) from error
 
 

@@ -6,17 +6,24 @@ import errno
 import tempfile
 from pathlib import Path
 
+from ndcheck.errors import UsageError
 from ndcheck.storage.run_directory import write_failure
 
 
 def check_outputs(*paths: Path | None, makes_folders: bool = False) -> None:
-    """Raise BackendError where one of them could not be written; it may make their folders."""
-    for path in filter(None, paths):
+    """Raise BackendError where one of them could not be written; it may make their folders.
+
+    Raises UsageError where two are one file.
+    """
+    given = [path for path in paths if path is not None]
+    if len({path.resolve() for path in given}) < len(given):
+        raise UsageError(f"{given[0]}: two outputs would be written to it; give each its own file")
+    for path in given:
         try:
             if makes_folders:
                 path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not path.is_file():
-                raise OSError(errno.EINVAL, f"{path.name} is no file")
+                raise OSError(errno.EINVAL, f"{path.name or path} is no file")
             tempfile.TemporaryFile(dir=path.parent).close()
         except OSError as error:
             raise write_failure(path, error) from error

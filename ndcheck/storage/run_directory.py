@@ -204,7 +204,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
 def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
     """The same for a file that is not text."""
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, f"{path.name} is no file")
+        raise OSError(errno.EINVAL, f"{path.name or path} is no file")
     with _open_temporary(path) as file:
         temporary = Path(file.name)
         try:

@@ -61,7 +61,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # `meta` is a device that holds nothing.
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UsageError(f"--device {name} is not available: {first_line}") from error

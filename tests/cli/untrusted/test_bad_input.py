@@ -150,6 +150,11 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured
     assert not (tmp_path / "ndcheck-runs").exists()
 
 
+def test_two_outputs_in_one_file_are_refused(ndcheck_here):
+    done = ndcheck_here("order", "sum", "--svg", "x.out", "--dot", "./x.out")
+    assert_one_line(done, 2, "x.out: two outputs would be written to it")
+
+
 def test_a_file_of_prompts_that_is_a_stream_is_told_of_standard_input(ndcheck_here):
     done = ndcheck_here("run", *SCRIPTED, "--prompts-file", "/dev/null")
     assert_one_line(done, 2, "it is a device, not a file: give it on standard input, as -")

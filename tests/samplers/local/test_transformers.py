@@ -233,6 +233,7 @@ def test_model_identity(samplers):
     [
         ({"model": "no/such-model"}, "no/such-model"),
         ({"device": "warp"}, "--device warp is not available"),
+        ({"device": "meta"}, "--device meta is not available"),
         ({"chat": True}, "has no chat template"),
         ({"attention": "warp"}, "warp"),
     ],
