@@ -145,6 +145,8 @@ class Witness:
     """Tokens that a server says it generated, hidden ones among them."""
     is_replayed: bool = False
     """Whether a server's answer came sooner than a first token can: out of a cache."""
+    beside: str = ""
+    """What a server's answer holds beside what is compared: each field's name and a digest."""
 
 
 @dataclass(frozen=True, slots=True)
