@@ -53,7 +53,8 @@ class ServingFinding:
     ``n_connections`` is 0 in this process.
 
     ``n_repeated_ids`` of ``n_ids`` and ``n_replayed`` answers were not computed for their
-    requests: their response id is another's, or they came sooner than a first token can.
+    requests: their response id is another's; their headers name a cache, or they came sooner than a
+    first token can.
     ``prompt_sizes`` are what the server counts as the prompt's tokens. ``n_other_texts`` have the
     token ids of another answer but not its text, ``n_other_ends`` ended otherwise or after another
     number of tokens, sent or not; in ``other_fields``, which are not compared, they hold another
@@ -94,8 +95,9 @@ class ServingFinding:
             )
         if self.n_replayed:
             found.append(
-                f"answers that came sooner than a first token can: {self.n_replayed} of "
-                f"{self.n_answers}: a cache repeats whole answers, turn it off"
+                f"answers out of a cache, by their headers or since they came sooner than a first "
+                f"token can: {self.n_replayed} of {self.n_answers}: a cache repeats whole answers, "
+                "turn it off"
             )
         if self.n_other_texts:
             found.append(f"answers with equal token ids and another text: {self.n_other_texts}")

@@ -42,6 +42,7 @@ class Answer(Said):
 
     ``pieces`` are the texts that events brought. ``token_ids`` and ``tokens`` go by token and are
     empty where the server does not give them. ``is_whole``: the server said that it sent all.
+    ``is_cached``: the server said that it did not compute it.
     """
 
     pieces: list[str] = field(default_factory=list)
@@ -50,6 +51,7 @@ class Answer(Said):
     arrivals: list[Arrival] = field(default_factory=list)
     is_whole: bool = False
     connection: str = ""
+    is_cached: bool = False
     n_characters: int = 0
 
     @property
