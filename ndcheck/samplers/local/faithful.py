@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from ndcheck.errors import UsageError
 from ndcheck.records import CacheState
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.checkpoint.generation import plain_generation
 from ndcheck.samplers.local.checkpoint.quantised import dequantised_layers
 from ndcheck.samplers.local.checkpoint.rope import rope_reason, rope_switch
 from ndcheck.samplers.local.checkpoint.thresholds import Rows, telling_rows
@@ -261,7 +262,7 @@ class _Examination:
         """
         ids = torch.tensor([self._prompt], device=self._device)
         try:
-            with self._refusing("generate()"):
+            with self._refusing("generate()"), plain_generation(self._model):
                 done = self._model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -307,10 +308,8 @@ class _Examination:
         """What a model's own code raises becomes a refusal by name."""
         try:
             yield
-        except (torch.AcceleratorError, UsageError):
-            raise
         except Exception as error:
-            if is_out_of_memory(error):
+            if isinstance(error, torch.AcceleratorError | UsageError) or is_out_of_memory(error):
                 raise
             raise UsageError(
                 f"{self._name} cannot be measured: {what} raises {type(error).__name__}: "

@@ -345,18 +345,6 @@ def digest_weights(model: Any) -> str:
     return digest.hexdigest()
 
 
-def stop_ids(model: Any) -> set[int]:
-    """Ids of the tokens that end a completion. Raises UsageError where they are no token ids."""
-    stop = model.generation_config.eos_token_id
-    ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
-    if not all(isinstance(i, int) for i in ids):
-        name = model.config.name_or_path
-        raise UsageError(
-            f"--model {name}: generation_config.json: eos_token_id is {stop!r}, not token ids"
-        )
-    return set(ids)
-
-
 def _tokenizer_source(source: str, spec: RunSpec) -> str:
     """Where the tokenizer is: with ``source``, or the embedded model's for a bare config.json.
 

@@ -24,18 +24,13 @@ from ndcheck.probe import Prompt
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.checkpoint.generation import stop_ids
 from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers, stock_notes
 from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.device import choose_device, fused_layers, own_device, product_tables
 from ndcheck.samplers.local.faithful import Examination, examine
 from ndcheck.samplers.local.following import Ranks
-from ndcheck.samplers.local.loading import (
-    digest_weights,
-    first_line,
-    load_config,
-    load_model,
-    stop_ids,
-)
+from ndcheck.samplers.local.loading import digest_weights, first_line, load_config, load_model
 from ndcheck.samplers.local.memory import is_out_of_memory, largest_batch_size
 from ndcheck.samplers.local.prompts import load_prompts
 from ndcheck.samplers.local.refusals import find_refusals, longest_rows, paths_of
