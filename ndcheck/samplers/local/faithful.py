@@ -33,8 +33,7 @@ from ndcheck.samplers.local.checkpoint.thresholds import Rows, telling_rows
 from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
 
-N_STEPS = 3
-SHORT = Rows(prompt=7, filler=13, n_new=N_STEPS)
+N_STEPS, SHORT = 3, Rows(prompt=7, filler=13, n_new=3)
 TOLERANCE, TOLERANCE_16_BIT = 0.001, 0.5
 """Most that logits may differ by, in units of their spread over the vocabulary.
 
@@ -326,6 +325,7 @@ class _Examination:
 
     def _unfaithful(self, path: Path, difference: float) -> str:
         (is_padded, cache_state), rows = path, self._findings.rows
+        differ = f"differ by {difference:.2g} of their spread from"
         longer = "" if rows == SHORT else f" (in {rows.filler + rows.n_new} tokens: try fewer)"
         how = {
             "whole": "decoded token by token",
@@ -335,9 +335,9 @@ class _Examination:
         if is_padded:
             how = f"of a padded row{'' if cache_state == 'whole' else f', {how}'}"
         return (
-            f"{self._name} computes something else in such a batch: its logits {how} differ by "
-            f"{difference:.2g} of their spread from those of generate() alone, which is no rounding"
-            f"{longer}"
+            f"{self._name} computes something else in such a batch: its logits {how} "
+            f"{'hold NaN, unlike' if difference == torch.inf else differ} those of generate() "
+            f"alone, which is no rounding{longer}"
         )
 
 
@@ -360,7 +360,8 @@ def _difference(logits: Tensor, right: Tensor, dtype: torch.dtype) -> float:
     """
     if not right.isfinite().all():
         return 0.0
-    spread = right.std(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    # Logits that are all alike have none: rounding then is in units of themselves.
+    spread = torch.maximum(right.std(dim=-1), right.abs().amax(dim=-1) / 100).clamp(min=1e-30)
     by_token = (logits - right).abs().amax(dim=-1) / spread
     by_token = by_token.nan_to_num(nan=torch.inf)
     return float(by_token.max() if dtype.itemsize >= 4 else by_token.median())

@@ -99,3 +99,15 @@ def test_chance_is_for_the_run_to_find_and_no_reason_to_refuse_a_model(tiny_mode
     model.lm_head.register_forward_hook(lambda *call: call[-1] * (1 + (draw.random() < 0.3)))
     findings = examine(model, torch.device("cpu"))
     assert not any(findings.reason(path) for path in PATHS)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_logits_that_are_all_alike_are_no_reason_to_refuse_a_model(tiny_models, offset):
+    """They differ by rounding alone, which is large beside their spread."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["llama"], dtype=torch.float32)
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
+    with torch.no_grad():
+        model.lm_head.weight[:] = model.lm_head.weight[:1]
+        model.lm_head.bias.fill_(offset)
+    findings = examine(model, torch.device("cpu"))
+    assert not any(findings.reason(path) for path in PATHS)
