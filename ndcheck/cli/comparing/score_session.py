@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from ndcheck.cli.console import EXIT_CODES, note
+from ndcheck.cli.console import EXIT_CODES, note, prints_apart
 from ndcheck.errors import UsageError, doing
 from ndcheck.judging.scores import Limits, judge_arm
 from ndcheck.judging.verdict import count, worst
@@ -65,6 +65,7 @@ def request(recording: Recording, path: Path, *, quiet: bool) -> int:
     return 0
 
 
+@prints_apart()
 def open_scorer(
     recording: Recording,
     typed: Mapping[str, Any],
@@ -143,7 +144,7 @@ def _of_run(
 def score(recording: Recording, scorer: Scorer, limits: Limits, outputs: Outputs) -> int:
     """Score, compare, judge and show. Returns the exit code."""
     check_outputs(outputs.csv, outputs.plot)
-    with closing(scorer), doing(f"scoring {recording.source}"):
+    with closing(scorer), doing(f"scoring {recording.source}"), prints_apart():
         scored = score_all(recording.completions, scorer, _progress(quiet=outputs.quiet))
     comparisons = list(compare(recording.completions, scored))
     kept = summarise(recording, scored, comparisons)

@@ -9,8 +9,6 @@ left out or refused, with the reason. An arm that computes a model in code of it
 
 from __future__ import annotations
 
-import random
-import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ndcheck.errors import UsageError
+from ndcheck.errors import TrialError, UsageError
 from ndcheck.records import CacheState
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.checkpoint.generation import plain_generation
@@ -31,7 +29,8 @@ from ndcheck.samplers.local.checkpoint.quantised import dequantised_layers
 from ndcheck.samplers.local.checkpoint.rope import rope_reason, rope_switch
 from ndcheck.samplers.local.checkpoint.thresholds import Rows, telling_rows
 from ndcheck.samplers.local.loading import first_line
-from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
+from ndcheck.samplers.local.memory import in_float32, is_out_of_memory
+from ndcheck.samplers.local.prompts import plain_ids
 
 N_STEPS, SHORT = 3, Rows(prompt=7, filler=13, n_new=3)
 TOLERANCE, TOLERANCE_16_BIT = 0.001, 0.5
@@ -142,7 +141,7 @@ def examine(
         examination = _Examination(model, device, findings)
         with warnings.catch_warnings(), dequantised_layers(model):
             warnings.simplefilter("ignore")  # The run gives them again.
-            with _in_float32(model, device) as findings.dtype:
+            with in_float32(model, device) as findings.dtype:
                 was_computed = examination.look(wanted)
             if not was_computed and findings.dtype != model.dtype:  # Some compute in one dtype.
                 findings.dtype = model.dtype
@@ -166,7 +165,7 @@ def _mend(
     failed = [path for path in bases if findings.reasons[path] is not None]
     if failed and not findings.reasons[ALONE]:
         mended = Examination(model.dtype, findings.rows)
-        with warnings.catch_warnings(), _in_float32(model, device) as mended.dtype:
+        with warnings.catch_warnings(), in_float32(model, device) as mended.dtype:
             warnings.simplefilter("ignore")
             _Examination(model, device, mended, arm).look(failed)
         for path in failed:
@@ -195,7 +194,7 @@ class _Examination:
         if switch is not None:
             n_filler = max(2, min(n_filler, switch[1] - N_STEPS))
         n_prompt = min(findings.rows.prompt, n_filler - 1)
-        ids = _plain_ids(model, n_filler + n_prompt + 1)
+        ids = plain_ids(model, n_filler + n_prompt + 1)
         self._filler, self._prompt, self._other = ids[:n_filler], ids[n_filler:-1], ids[-1]
 
     @torch.inference_mode()
@@ -283,7 +282,15 @@ class _Examination:
             ids, n = torch.tensor([tokens], device=self._device), 1 + N_STEPS
             kept = {} if self._findings.rows == SHORT else {"logits_to_keep": n}
             logits = self._model(input_ids=ids, use_cache=False, **kept).logits
-            return torch.as_tensor(logits[0, -n:]).double()
+        if logits.ndim != 3 or logits.shape[0] != 1 or logits.shape[1] < n:
+            raise UsageError(
+                f"{self._name} cannot be measured: its logits are {list(logits.shape)}, "
+                f"where those of {len(tokens)} tokens are [1, tokens, vocabulary]"
+            )
+        # Some give logits of fewer bits than they compute in.
+        dtypes = (self._findings.dtype, logits.dtype)
+        self._findings.dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
+        return torch.as_tensor(logits[0, -n:]).double().clone()
 
     def _decode(self, path: Path, forced: list[int]) -> Tensor:
         is_padded, cache_state = path
@@ -296,11 +303,12 @@ class _Examination:
             batch.reset([row[::-1] for row in rows])
             batch.compute_prompt("whole")
             batch.reset(rows)
-            logits = [batch.compute_prompt(cache_state)[0]]
+            # A model may give all its logits in one buffer.
+            logits = [batch.compute_prompt(cache_state)[0].double().clone()]
             for token in forced:
                 ids = torch.full((len(rows),), token, device=self._device)
-                logits.append(batch.step(ids)[0])
-        return torch.stack(logits).double()
+                logits.append(batch.step(ids)[0].double().clone())
+        return torch.stack(logits)
 
     @contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
@@ -310,9 +318,9 @@ class _Examination:
         except Exception as error:
             if isinstance(error, torch.AcceleratorError | UsageError) or is_out_of_memory(error):
                 raise
+            kind = "" if isinstance(error, TrialError) else f" raises {type(error).__name__}"
             raise UsageError(
-                f"{self._name} cannot be measured: {what} raises {type(error).__name__}: "
-                f"{first_line(error)}"
+                f"{self._name} cannot be measured: {what}{kind}: {first_line(error)}"
             ) from error
 
     def _bidirectional(self) -> str:
@@ -365,36 +373,3 @@ def _difference(logits: Tensor, right: Tensor, dtype: torch.dtype) -> float:
     by_token = (logits - right).abs().amax(dim=-1) / spread
     by_token = by_token.nan_to_num(nan=torch.inf)
     return float(by_token.max() if dtype.itemsize >= 4 else by_token.median())
-
-
-def _plain_ids(model: Any, n_ids: int) -> list[int]:
-    """Token ids that are a word's like any other, as far as the config names those that are not."""
-    config = model.config.get_text_config(decoder=True)
-    special = set()
-    for source in (model.config, config):
-        for name, value in source.to_dict().items():
-            if re.search(r"token_(id|index)", name):
-                special.update(value if isinstance(value, list) else [value])
-    n_known = getattr(config, "vocab_size", None) or 1
-    ids = [i for i in range(min(n_known, 1 << 15)) if i not in special] or [0]
-    return random.Random(0).choices(ids, k=n_ids)
-
-
-@contextmanager
-def _in_float32(model: Any, device: torch.device) -> Iterator[torch.dtype]:
-    """The model's 16-bit weights as fp32, and then as they were; yields what it computes in."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    narrow = [t for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
-    n_bytes = sum(4 * t.numel() for t in narrow)
-    is_plain = all(type(t.data) is Tensor for t in model.parameters())
-    if not is_plain or n_bytes > free_bytes(device) / 2:
-        yield model.dtype
-        return
-    kept = [t.data for t in narrow]
-    try:
-        for tensor in narrow:
-            tensor.data = tensor.data.float()
-        yield torch.promote_types(model.dtype, torch.float32)
-    finally:
-        for tensor, data in zip(narrow, kept, strict=True):
-            tensor.data = data
