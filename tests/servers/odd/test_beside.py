@@ -104,7 +104,7 @@ class Stops(Planted):
 class Speaks(Planted):
     def fields(self, t, token, body):
         audio = {"id": uuid.uuid4().hex, "transcript": self.planted(t, token)}
-        return {"delta": {"content": token, "audio": audio}}
+        return {"delta": {"content": token, "audio": audio, "obfuscation": uuid.uuid4().hex}}
 
 
 class StopsAtAnother(Stops):
