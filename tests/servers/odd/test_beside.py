@@ -26,8 +26,14 @@ def calls(function):
 
 
 class CallsWithObjects(Planted):
+    given = staticmethod(lambda word: {"word": word})
+
     def fields(self, t, token, body):
-        return {"delta": calls({"function": {"arguments": {"word": self.planted(t, token)}}})}
+        return {"delta": calls({"function": {"arguments": self.given(self.planted(t, token))}})}
+
+
+class CallsWithLists(CallsWithObjects):
+    given = staticmethod(lambda word: [word, 7, None])
 
 
 class CustomCalls(Planted):
@@ -81,8 +87,8 @@ class ResponsesCall(Planted):
         yield {"type": "response.completed", "response": ended}
 
 
-READ = [CallsWithObjects, CustomCalls, ReasoningDetails, ThinkingBlocks, PartsWithValues,
-        ResponsesCall]  # fmt: skip
+READ = [CallsWithObjects, CallsWithLists, CustomCalls, ReasoningDetails, ThinkingBlocks,
+        PartsWithValues, ResponsesCall]  # fmt: skip
 
 
 @pytest.mark.parametrize("forks", [True, False])

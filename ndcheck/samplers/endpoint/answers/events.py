@@ -141,9 +141,10 @@ def _read_calls(part: Event) -> list[str]:
 
 
 def read_call(function: Event) -> str:
-    """A call's name and arguments, which some servers give as an object."""
+    """A call's name and arguments, which some servers give as an object or a list."""
     given = function.get("arguments") or function.get("input")
-    words = json.dumps(given, ensure_ascii=False) if isinstance(given, dict) else as_text(given)
+    is_value = isinstance(given, dict | list)
+    words = json.dumps(given, ensure_ascii=False) if is_value else as_text(given)
     return as_text(function.get("name")) + words
 
 
