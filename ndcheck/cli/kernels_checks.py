@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MOST_PROCESSES = 8
 LEAST_CASES = 8
 """A process takes as long to start as so many cases take."""
-BYTES = {"cuda": 12 << 30, "cpu": 2 << 30}
+BYTES = {"cuda": 20 << 30, "cpu": 2 << 30}
 """Of memory, by device: what the largest case takes, in float64."""
 
 
