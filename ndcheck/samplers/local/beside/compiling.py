@@ -56,6 +56,8 @@ def _shares(spec: RunSpec, model: str) -> list[tuple[Any, ...]]:
         or spec.tensor_parallel > 1
         or not (spec.device == "auto" or spec.device.startswith("cuda"))
         or os.environ.get("TRITON_INTERPRET")
+        or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        or metadata.version("torch").endswith("+cpu")
         or not any(path.exists() for path in DRIVER)
     ):
         return []
@@ -80,7 +82,7 @@ def _decoder(config: Mapping[str, Any], spec: RunSpec) -> dict[str, Any] | None:
     )
     if kind not in FUSED or (config.get("quantization_config") and not spec.dequantise):
         return None
-    dtype = config.get("dtype") or config.get("torch_dtype")
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     return {
         "hidden": hidden,
         "intermediate": config["intermediate_size"],

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -113,6 +114,8 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr(compiling, "DRIVER", (tmp_path,))
+    monkeypatch.setattr(compiling, "metadata", SimpleNamespace(version=lambda package: "1.0"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     return tmp_path
 
@@ -152,12 +155,16 @@ def test_nothing_is_compiled_for_a_run_that_launches_other_kernels(gpu, options)
 
 
 def test_nothing_is_compiled_without_a_gpu_or_under_the_interpreter(gpu, monkeypatch):
-    monkeypatch.setattr(compiling, "DRIVER", (gpu / "missing",))
-    assert shares() == []
-    monkeypatch.setattr(compiling, "DRIVER", (gpu,))
+    of_cpus = SimpleNamespace(version=lambda package: "2.13.0+cpu")
+    for name, value in (("DRIVER", (gpu / "missing",)), ("metadata", of_cpus)):
+        with monkeypatch.context() as patch:
+            patch.setattr(compiling, name, value)
+            assert shares() == []
+    for name, value in (("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", "")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert shares() == []
     assert len(shares()) == 4
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert shares() == []
 
 
 @pytest.mark.parametrize(
