@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
-from ndcheck.worker_process import Parent, WorkerProcess
+from ndcheck.samplers.local.beside.process import Parent, WorkerProcess
 
 if TYPE_CHECKING:
     import torch

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ndcheck.records import RunSpec
+from ndcheck.samplers.local.beside.process import Parent, WorkerProcess
 from ndcheck.samplers.options import DTYPES
 from ndcheck.storage.reading import parse_json, read_text
-from ndcheck.worker_process import Parent, WorkerProcess
 
 MOST_PROCESSES = 4
 DRIVER = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))

@@ -14,10 +14,10 @@ import torch
 
 from ndcheck.errors import BackendError, doing
 from ndcheck.records import Arm, Decoding, Probe, RunSpec, Sample, Trial
+from ndcheck.samplers.local.beside.process import WorkerProcess
 from ndcheck.samplers.local.device import choose_device
 from ndcheck.samplers.local.memory import free_bytes
 from ndcheck.samplers.local.sampler import TransformersSampler
-from ndcheck.worker_process import WorkerProcess
 
 SHARE = 1 / 16
 """Of the free memory, for the weights: two processes hold them, in float32 too, and batches."""

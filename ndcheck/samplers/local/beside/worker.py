@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ndcheck.worker_process import Parent
+from ndcheck.samplers.local.beside.process import Parent
 
 
 def main() -> None:
