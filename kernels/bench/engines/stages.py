@@ -42,7 +42,7 @@ RUNS = {
     "run8b": (
         *("--model", "kernels/bench/shapes/qwen3-8b", "--random-weights", "0"),
         *("--loads", "1,8,32,64,128", "-n", "500", "--max-tokens", "100", "--prompt", PROMPT),
-        *("--engine-arg", "kv_cache_memory_bytes=6000000000"),
+        *("--engine-arg", "kv_cache_memory_bytes=7000000000"),
     ),
 }
 """`ndcheck run` along all axes, as a user would."""
