@@ -154,9 +154,9 @@ def test_each_arm_has_its_share_of_the_cores_and_keeps_it_in_one_process(
     one_after_the_other, beside, two_threads, workers, monkeypatch, ndcheck_here, tmp_path
 ):
     sent, n_threads = [], set()
-    send = beside_sampler._Worker._send
+    send = beside_sampler._Worker.send
     monkeypatch.setattr(
-        beside_sampler._Worker, "_send", lambda *args: (sent.append(args[1]), send(*args))
+        beside_sampler._Worker, "send", lambda *args: (sent.append(args[1]), send(*args))
     )
 
     def interrupt(progress):
