@@ -100,10 +100,9 @@ class LocalBackend(Backend):
         n_threads: object = None,
     ) -> TransformersSampler:
         from ndcheck.samplers.local.beside.compiling import compile_ahead
-        from ndcheck.samplers.local.checkpoint.sources import find_source
 
         with ExitStack() as stack:
-            stack.enter_context(compile_ahead(spec, find_source(spec).model))
+            stack.enter_context(compile_ahead(spec))
             sampler = self._open_for_run(spec, n_threads)
             sampler.at_close.push(stack.pop_all())
         return sampler

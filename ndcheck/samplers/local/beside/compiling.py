@@ -18,6 +18,8 @@ from typing import Any
 
 from ndcheck.records import RunSpec
 from ndcheck.samplers.local.beside.process import Parent, WorkerProcess
+from ndcheck.samplers.local.checkpoint.files import CONFIG
+from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.options import DTYPES
 from ndcheck.storage.reading import parse_json, read_text
 
@@ -31,21 +33,21 @@ MOST_FILLED = 16
 
 
 @contextmanager
-def compile_ahead(spec: RunSpec, model: str) -> Iterator[None]:
-    """Compile what a run of ``model``, a directory, will launch; the processes end with the block.
+def compile_ahead(spec: RunSpec) -> Iterator[None]:
+    """Compile what a run of a model in a directory will launch; the processes end with the block.
 
     Nothing is started where it has all been compiled, or where kernels are not known before.
     """
     with ExitStack() as stack:
         # A run that cannot do this, for whatever reason, only takes longer.
         with suppress(Exception):
-            for message in _shares(spec, model):
+            for message in _shares(spec):
                 worker = WorkerProcess(__name__, "a process that compiled kernels")
                 stack.enter_context(closing(worker)).send(message)
         yield
 
 
-def _shares(spec: RunSpec, model: str) -> list[tuple[Any, ...]]:
+def _shares(spec: RunSpec) -> list[tuple[Any, ...]]:
     """What each process is to do, but for those that have done it."""
     n_shares = min(MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2)
     is_known = spec.batching == "exact" and spec.kv_cache_dtype == "auto" and spec.draft is None
@@ -61,7 +63,8 @@ def _shares(spec: RunSpec, model: str) -> list[tuple[Any, ...]]:
         or not any(path.exists() for path in DRIVER)
     ):
         return []
-    decoder = _decoder(parse_json(read_text(Path(model) / "config.json")), spec)
+    directory = Path(find_source(spec).model)
+    decoder = _decoder(parse_json(read_text(directory / CONFIG)), spec)
     if decoder is None:
         return []
     asked = (decoder, *_passes(spec))

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,7 +123,7 @@ def gpu(monkeypatch, tmp_path):
 
 def shares(model=MODEL_DIRECTORY, **options):
     spec = make_spec(**{"model": str(model), "kernels": ["stock", "invariant"]} | options)
-    return compiling._shares(spec, str(model))
+    return compiling._shares(spec)
 
 
 def test_each_process_has_a_share_until_it_is_compiled(gpu, monkeypatch):
@@ -198,7 +199,7 @@ def test_a_config_that_is_none_starts_nothing_and_stops_nothing(gpu, processes, 
     (gpu / "config.json").write_text(content)
     spec = make_spec(model=str(gpu), kernels=["stock", "invariant"])
     done = False
-    with compile_ahead(spec, str(gpu)):
+    with compile_ahead(spec):
         done = True
     assert done
     assert processes == []
@@ -212,13 +213,27 @@ def program(folder, text):
     return str(file)
 
 
-def test_processes_end_with_the_run(gpu, processes, monkeypatch):
-    monkeypatch.setattr(sys, "executable", program(gpu, "exec sleep 600"))
+def is_running(pid):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_processes_and_their_compilers_end_with_the_run(gpu, processes, monkeypatch):
+    children = gpu / "children"
+    monkeypatch.setattr(sys, "executable", program(gpu, f"sleep 600 & echo $! >> {children}; wait"))
     spec = make_spec(kernels=["stock", "invariant"], samples=1, max_tokens=1)
     sampler = LocalBackend().open_for_run(spec, private=None, say=lambda line: None)
     assert [process.poll() for process in processes] == [None] * 4
+    pids = children.read_text().split()
+    assert len(pids) == 4
     sampler.close()
     assert [process.poll() for process in processes] == [-signal.SIGKILL] * 4
+    deadline = time.monotonic() + 60
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_processes_end_where_the_model_cannot_be_opened(gpu, processes, monkeypatch):
@@ -231,19 +246,19 @@ def test_processes_end_where_the_model_cannot_be_opened(gpu, processes, monkeypa
 
 def test_processes_that_die_stop_nothing(gpu, processes, monkeypatch):
     monkeypatch.setattr(sys, "executable", program(gpu, "exit 1"))
-    with compile_ahead(make_spec(kernels=["stock", "invariant"]), str(MODEL_DIRECTORY)):
+    with compile_ahead(make_spec(kernels=["stock", "invariant"])):
         assert len(processes) > 0
 
 
 def test_an_interpreter_that_is_not_there_stops_nothing(gpu, processes, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(gpu / "missing"))
-    with compile_ahead(make_spec(kernels=["stock", "invariant"]), str(MODEL_DIRECTORY)):
+    with compile_ahead(make_spec(kernels=["stock", "invariant"])):
         assert processes == []
 
 
 def test_a_machine_without_a_gpu_compiles_nothing(gpu, processes, monkeypatch, warm_python):
     """Whatever its files say: then the run computes on its CPU."""
     monkeypatch.setattr(sys, "executable", warm_python())
-    with compile_ahead(make_spec(kernels=["stock", "invariant"]), str(MODEL_DIRECTORY)):
+    with compile_ahead(make_spec(kernels=["stock", "invariant"])):
         assert [process.wait(60) for process in processes] == [0] * 4
     assert not (gpu / "triton").exists()
