@@ -9,8 +9,8 @@ them. Of each run, in seconds:
 
 - `stages`: when each began, and how long it took: those that `ndcheck run` names, which contain
   each other, and the first trial of each arm;
-- `totals`: how many, and how long together: trials by arm, captures of CUDA graphs, proofs of
-  borrowed products, the report;
+- `totals`: how many, how long together, and the longest: trials by arm and purpose, and of these
+  prompts, decoding, feeding and captures of CUDA graphs; proofs of borrowed products; the report;
 - `compiled`: kernels that this process compiled itself, by name; `found`, in Triton's cache;
 - `ahead`: when each process that compiles beside the run was done.
 """
@@ -32,7 +32,7 @@ from contextlib import contextmanager, nullcontext
 
 out, began = sys.argv.pop(1), float(sys.argv.pop(1))
 stages, compiled = [["starting Python", 0.0, time.monotonic() - began]], defaultdict(list)
-totals, found, hits = defaultdict(lambda: [0, 0.0]), [0, 0.0], []
+totals, found, hits = defaultdict(list), [0, 0.0], []
 
 @contextmanager
 def stage(what):
@@ -48,8 +48,7 @@ def total(what):
     try:
         yield
     finally:
-        totals[what][0] += 1
-        totals[what][1] += time.monotonic() - start
+        totals[what].append(time.monotonic() - start)
 
 def watch(owner, name, what):
     own = getattr(owner, name)
@@ -74,9 +73,12 @@ def watch_all():
     global compile_
     import torch
     from ndcheck.cli import run_session
-    from ndcheck.samplers.local import sampler, steps
-    watch(sampler.TransformersSampler, "sample", lambda self, trial, *_: f"{trial.arm} trials")
-    watch(steps.DecodeSteps, "_capture", "captures")
+    from ndcheck.samplers.local import batch, sampler, steps
+    name = lambda _, trial, *__: f"{trial.arm} {trial.purpose}"
+    watch(sampler.TransformersSampler, "sample", name)
+    watch(batch.ExactBatch, "compute_prompt", "prompts")
+    for name, what in (("_capture", "captures"), ("run", "decoding"), ("feed", "feeding")):
+        watch(steps.DecodeSteps, name, what)
     watch(run_session, "report", "report")
     if torch.cuda.is_available():
         import triton
@@ -148,7 +150,10 @@ def run(out: Path, caches: dict[str, str], *options: str) -> dict[str, object]:
         "exit": child.returncode,
         "seconds": round(elapsed, 1),
         "stages": [(what, round(at, 1), round(took, 1)) for what, at, took in parts["stages"]],
-        "totals": {what: (n, round(took, 1)) for what, (n, took) in parts["totals"].items()},
+        "totals": {
+            what: (len(each), round(sum(each), 1), round(max(each), 1))
+            for what, each in parts["totals"].items()
+        },
         "compiled_here": round(sum(map(sum, parts["compiled"].values())), 1),
         "compiled": {name: (len(each), round(sum(each), 2)) for name, each in by_kernel},
         "found": (parts["found"][0], round(parts["found"][1], 1)),
