@@ -105,8 +105,9 @@ def write():
 from ndcheck import errors
 own_doing, errors.doing = errors.doing, doing
 with stage("importing the command line"):
-    from ndcheck.cli.app import run_command_line
-raise SystemExit(run_command_line(sys.argv[1:]))
+    from ndcheck.__main__ import main
+    from ndcheck.cli import app
+main()
 """
 
 
