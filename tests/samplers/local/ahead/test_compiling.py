@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -48,6 +49,22 @@ SMALL = {
     "max_position_embeddings": 512,
     "torch_dtype": "bfloat16",
 }
+
+WORK = """
+import pickle, sys, torch
+from types import SimpleNamespace
+from ndcheck.samplers.local.beside import compiling
+
+class Parent:
+    def receive(self):
+        return pickle.load(open(sys.argv[1], "rb"))
+
+H200 = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+torch.version.cuda, torch.cuda.is_available = "13.0", lambda: True
+torch.cuda.get_device_properties = lambda where: H200
+compiling.Parent = Parent
+compiling.main()
+"""
 
 
 @pytest.fixture
@@ -124,6 +141,18 @@ def gpu(monkeypatch, tmp_path):
 def shares(model=MODEL_DIRECTORY, **options):
     spec = make_spec(**{"model": str(model), "kernels": ["stock", "invariant"]} | options)
     return compiling._shares(spec)
+
+
+def test_a_process_compiles_its_share_and_says_so(gpu, alone):
+    asked, device, *_ = shares()[0]
+    mark = gpu / "triton" / "mark"
+    message = gpu / "message"
+    # Of 29, the last but one.
+    message.write_bytes(pickle.dumps((asked, device, 27, 40, str(mark))))
+    alone("-c", WORK, str(message), TRITON_CACHE_DIR=str(gpu / "triton"))
+    assert mark.exists()
+    compiled = [file.stem for file in (gpu / "triton").glob("*/*.cubin")]
+    assert compiled == ["_sum_kernel"]
 
 
 def test_each_process_has_a_share_until_it_is_compiled(gpu, monkeypatch):
