@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,24 +16,11 @@ OPTIONS = ("kernels", "check", "--device", "cpu", "--rows", "1,17", "--op", "lin
 
 
 @pytest.fixture
-def workers(monkeypatch, warm_python):
+def workers(monkeypatch, warm_python, processes_of):
     """The processes that were started; they need import nothing."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(sys, "executable", warm_python())
-    started = []
-    popen = subprocess.Popen
-
-    def start(command, **options):
-        process = popen(command, **options)
-        if "ndcheck.cli.kernels_checks" in command:
-            started.append(process)
-        return process
-
-    monkeypatch.setattr(subprocess, "Popen", start)
-    yield started
-    for process in started:
-        process.kill()
-        process.wait()
+    return processes_of("ndcheck.cli.kernels_checks")
 
 
 @pytest.fixture

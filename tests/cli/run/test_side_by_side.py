@@ -49,22 +49,9 @@ def beside(monkeypatch, warm_python):
 
 
 @pytest.fixture
-def workers(monkeypatch):
+def workers(processes_of):
     """The processes of second arms that were started."""
-    started = []
-    popen = subprocess.Popen
-
-    def start(command, **options):
-        process = popen(command, **options)
-        if "ndcheck.samplers.local.beside.worker" in command:
-            started.append(process)
-        return process
-
-    monkeypatch.setattr(subprocess, "Popen", start)
-    yield started
-    for process in started:
-        process.kill()
-        process.wait()
+    return processes_of("ndcheck.samplers.local.beside.worker")
 
 
 def evidence(path: Path):

@@ -208,19 +208,9 @@ def test_nothing_is_compiled_for_other_layers(gpu, changed):
 
 
 @pytest.fixture
-def processes(monkeypatch):
+def processes(processes_of):
     """Those that compile."""
-    started = []
-    popen = subprocess.Popen
-
-    def start(command, **options):
-        process = popen(command, **options)
-        if compiling.__name__ in command:
-            started.append(process)
-        return process
-
-    monkeypatch.setattr(subprocess, "Popen", start)
-    return started
+    return processes_of(compiling.__name__)
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", '{"model_type": "llama"}'])
