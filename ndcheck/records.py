@@ -144,7 +144,9 @@ class Witness:
     n_counted: Count | None = None
     """Tokens that a server says it generated, hidden ones among them."""
     is_replayed: bool = False
-    """Whether a server's answer came sooner than a first token can: out of a cache."""
+    """Whether a server's answer came out of a cache: by its headers, or too soon for a token."""
+    beside: str = ""
+    """What a server's answer holds beside what is compared: each field's name and a digest."""
 
 
 @dataclass(frozen=True, slots=True)

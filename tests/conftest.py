@@ -220,3 +220,28 @@ def measured():
         return find(Run("r", "0", spec, started_at="", **record), samples).measured
 
     return measure
+
+
+@pytest.fixture
+def processes_of(monkeypatch):
+    """``processes_of(module)``: those that are started from now on with it as their main program.
+
+    They are ended with the test.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def watch(module: str) -> list[subprocess.Popen[bytes]]:
+        def start(command, **options):
+            process = popen(command, **options)
+            if module in command:
+                started.append(process)
+            return process
+
+        monkeypatch.setattr(subprocess, "Popen", start)
+        return started
+
+    yield watch
+    for process in started:
+        process.kill()
+        process.wait()

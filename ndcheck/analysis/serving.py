@@ -53,10 +53,12 @@ class ServingFinding:
     ``n_connections`` is 0 in this process.
 
     ``n_repeated_ids`` of ``n_ids`` and ``n_replayed`` answers were not computed for their
-    requests: their response id is another's, or they came sooner than a first token can.
+    requests: their response id is another's; their headers name a cache, or they came sooner than a
+    first token can.
     ``prompt_sizes`` are what the server counts as the prompt's tokens. ``n_other_texts`` have the
     token ids of another answer but not its text, ``n_other_ends`` ended otherwise or after another
-    number of tokens, sent or not. ``ids_differ``, ``names_differ`` (None: no names) and
+    number of tokens, sent or not; in ``other_fields``, which are not compared, they hold another
+    text. ``ids_differ``, ``names_differ`` (None: no names) and
     ``texts_differ`` count answers unlike the reference.
     """
 
@@ -70,6 +72,7 @@ class ServingFinding:
     n_replayed: int
     n_other_texts: int
     n_other_ends: int
+    other_fields: tuple[str, ...]
     ids_differ: int
     names_differ: int | None
     texts_differ: int
@@ -92,8 +95,9 @@ class ServingFinding:
             )
         if self.n_replayed:
             found.append(
-                f"answers that came sooner than a first token can: {self.n_replayed} of "
-                f"{self.n_answers}: a cache repeats whole answers, turn it off"
+                f"answers out of a cache, by their headers or since they came sooner than a first "
+                f"token can: {self.n_replayed} of {self.n_answers}: a cache repeats whole answers, "
+                "turn it off"
             )
         if self.n_other_texts:
             found.append(f"answers with equal token ids and another text: {self.n_other_texts}")
@@ -101,6 +105,11 @@ class ServingFinding:
             found.append(
                 "answers that are equal as far as they were sent, and ended otherwise (finish "
                 f"reason, or tokens counted): {self.n_other_ends}"
+            )
+        if self.other_fields:
+            found.append(
+                "answers that are equal in what is compared differ in what is not: "
+                f"{', '.join(self.other_fields)}"
             )
         if 0 < self.n_connections < self.n_trials:
             found.append(
@@ -163,6 +172,8 @@ class Serving:
         self._ends: dict[int, str] = {}
         self._counts: dict[int, int] = {}
         self._n_other_ends = 0
+        self._beside: dict[int, set[str]] = {}
+        self._other_fields: dict[str, None] = {}
         self._reference: Sample | None = None
         self._differ = Counter[str]()
         self._sizes: dict[int, Counter[int]] = {}
@@ -192,7 +203,12 @@ class Serving:
         n_counted = self._counts.get(ids) if witness.n_counted is None else witness.n_counted
         if n_counted is not None:
             n_counted -= self._counts.setdefault(ids, n_counted)
-        self._n_other_ends += bool(self._ends.setdefault(ids, end) != end or n_counted)
+        is_other_end = self._ends.setdefault(ids, end) != end or bool(n_counted)
+        self._n_other_ends += is_other_end
+        beside = {*witness.beside.split()}
+        if not is_other_end:  # Its reason has other words then.
+            differing = self._beside.setdefault(ids, beside) ^ beside
+            self._other_fields |= dict.fromkeys(x.partition("=")[0] for x in sorted(differing))
         if self._reference is None:
             self._reference = sample
         first = self._reference
@@ -226,6 +242,7 @@ class Serving:
             n_replayed=self._n_replayed,
             n_other_texts=self._n_other_texts,
             n_other_ends=self._n_other_ends,
+            other_fields=tuple(self._other_fields),
             ids_differ=self._differ["ids"],
             names_differ=self._differ["names"] if has_names else None,
             texts_differ=self._differ["texts"],

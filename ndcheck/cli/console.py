@@ -17,7 +17,8 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from ndcheck.errors import NdcheckError
@@ -33,6 +34,13 @@ CLEAR = "\r\x1b[2K"
 """Takes away the live line of a terminal."""
 OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory")
 """What torch says, on a CPU and on a GPU; its errors are of kinds that say other things too."""
+
+
+@contextmanager
+def prints_apart() -> Iterator[None]:
+    """What models and functions print meanwhile goes to stderr: standard output is for results."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def run_guarded(action: Callable[[], int]) -> int:

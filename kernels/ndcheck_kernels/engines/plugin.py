@@ -23,6 +23,11 @@ from typing import Any
 from ndcheck_kernels.engines.seams import RELEASES, Replacements, SeamError, release_of, seams
 
 SWITCH = "NDCHECK_VLLM"
+VLLMS_LARGEST, LARGEST_GRAPH, GRAPH_STEP = 512, 1024, 16
+"""Rows of the largest step that vLLM captures by itself, and of ours, in vLLM's steps.
+
+A step that is no graph starts each product from Python, ours at some four times cuBLAS's cost.
+"""
 MODES = {"1": "strict", "strict": "strict", "partial": "partial", "auto": "auto", "audit": "audit"}
 
 log = logging.getLogger("vllm.ndcheck")  # vLLM's handler writes what is below its own name.
@@ -59,6 +64,15 @@ def _leave(reason: str) -> None:
     log.warning("ndcheck: %s; vLLM's own invariant mode goes on", reason)
 
 
+def capture_more(config: Any) -> None:
+    """Have decode steps of up to `LARGEST_GRAPH` requests captured, unless sizes were asked for."""
+    graphs, requests = config.compilation_config, config.scheduler_config.max_num_seqs
+    asked = (graphs.max_cudagraph_capture_size, graphs.cudagraph_capture_sizes)
+    if asked == (None, None) and requests > VLLMS_LARGEST and config.speculative_config is None:
+        rows = min(-(-requests // GRAPH_STEP) * GRAPH_STEP, LARGEST_GRAPH)
+        graphs.max_cudagraph_capture_size = rows
+
+
 class Plugin:
     """One process's: what it replaced, and what it saw."""
 
@@ -72,7 +86,12 @@ class Plugin:
 
     def wait_for_start(self) -> None:
         """Every process loads plug-ins, but only a worker starts the invariant mode."""
-        self._own.put(self._places, {"start": self._start})
+
+        def graph_sizes(config: Any) -> None:
+            capture_more(config)
+            self._own["graph_sizes"](config)
+
+        self._own.put(self._places, {"start": self._start, "graph_sizes": graph_sizes})
 
     def _start(self) -> None:
         import torch

@@ -65,7 +65,8 @@ def release_of(version: str) -> str:
 def seams(release: str) -> dict[str, Seam]:
     """What is replaced in a release of `RELEASES`, by what it is for.
 
-    ``start`` runs first in every worker and puts the others in place.
+    ``start`` runs first in every worker and puts the others in place; ``graph_sizes`` before, where
+    the configuration is made.
     """
     folder = "layers" if int(release.split(".")[1]) < _MOVED else "determinism"
     mode = f"vllm.model_executor.{folder}.batch_invariant"
@@ -74,6 +75,7 @@ def seams(release: str) -> dict[str, Seam]:
     ranks = "vllm.distributed.device_communicators.cuda_communicator"
     linear = ("input", "weight", "bias")
     return {
+        "graph_sizes": Seam("vllm.config.vllm", "VllmConfig._set_cudagraph_sizes", ("self",)),
         "start": Seam(mode, "init_batch_invariance", ()),
         "linear": Seam(f"{layers}.linear", "linear_batch_invariant", linear),
         "output": Seam(f"{layers}.vocab_parallel_embedding", "linear_batch_invariant", linear),

@@ -10,7 +10,7 @@ import typer
 from ndcheck.cli import completion
 from ndcheck.cli import options as o
 from ndcheck.records import ARMS
-from ndcheck.request import DEFAULTS
+from ndcheck.request import DEFAULTS, make_private
 from ndcheck.samplers.backends import OPTIONS
 from ndcheck.samplers.options import TRANSFORMERS
 
@@ -47,6 +47,7 @@ def score(
     endpoint: o.EndpointUrl = None,
     api_key_file: o.ApiKeyFile = None,
     header: o.Header = None,
+    query: o.Query = None,
     timeout: o.Timeout = OPTIONS["timeout"].default,
     file: Annotated[
         Path | None,
@@ -125,6 +126,7 @@ def score(
         "invariant_by": invariant_by,
         "endpoint": endpoint,
         "api_key_file": api_key_file,
+        "query": query or (),
         "timeout": timeout,
     }
     given = {
@@ -132,5 +134,8 @@ def score(
         for name in typed
         if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
     }
-    scorer = score_session.open_scorer(recording, typed, given, header or (), file, quiet=quiet)
+    private = make_private(header or (), query or ())
+    if private.headers:
+        given.add("header")
+    scorer = score_session.open_scorer(recording, typed, given, private, file, quiet=quiet)
     raise typer.Exit(score_session.score(recording, scorer, limits, outputs))

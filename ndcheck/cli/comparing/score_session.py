@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 
 import typer
 
-from ndcheck.cli.console import EXIT_CODES, note
+from ndcheck.cli.console import EXIT_CODES, note, prints_apart
 from ndcheck.errors import UsageError, doing
 from ndcheck.judging.scores import Limits, judge_arm
 from ndcheck.judging.verdict import count, worst
 from ndcheck.records import ARMS
-from ndcheck.request import add_headers, make_private, make_spec
+from ndcheck.request import add_headers, make_spec
 from ndcheck.samplers.backends import OPTIONS
+from ndcheck.samplers.endpoint.private import Private
 from ndcheck.samplers.options import TRANSFORMERS, parse_names
 from ndcheck.scoring.comparing import compare, summarise
 from ndcheck.scoring.completions import Recording, read_recording
@@ -65,19 +66,20 @@ def request(recording: Recording, path: Path, *, quiet: bool) -> int:
     return 0
 
 
+@prints_apart()
 def open_scorer(
     recording: Recording,
     typed: Mapping[str, Any],
     given: set[str],
-    headers: Sequence[str],
+    private: Private,
     file: Path | None,
     *,
     quiet: bool,
 ) -> Scorer:
     """The scorer that the options ask for; ``given`` are those that were typed, not defaults."""
     if file is not None:
-        if given or headers:
-            name = (sorted(given) or ["header"])[0].replace("_", "-")
+        if given:
+            name = sorted(given)[0].replace("_", "-")
             raise UsageError(f"--file holds the scores already: leave out --{name}")
         return FileScorer(file)
     options = {"loads": "1", "axes": "run-to-run", **typed}
@@ -87,8 +89,7 @@ def open_scorer(
         options |= _of_run(
             recording, given, engine=typed["engine"], is_served=typed["endpoint"] is not None
         )
-    values = make_private(headers).headers
-    spec = add_headers(make_spec(**options), values)
+    spec = add_headers(make_spec(**options), private.headers)
     if len(spec.arms) > 1:
         raise UsageError(f"--kernels {typed['kernels']}: give one of {', '.join(ARMS)}")
     note(f"opening {spec.model}", quiet=quiet)
@@ -96,7 +97,7 @@ def open_scorer(
         if spec.endpoint is not None:
             from ndcheck.scoring.endpoint import EndpointScorer
 
-            return EndpointScorer(spec, spec.endpoint, values)
+            return EndpointScorer(spec, spec.endpoint, private)
         if spec.engine is not None:
             from ndcheck.samplers.vllm.sampler import EngineSampler
             from ndcheck.scoring.engine import EngineScorer
@@ -143,7 +144,7 @@ def _of_run(
 def score(recording: Recording, scorer: Scorer, limits: Limits, outputs: Outputs) -> int:
     """Score, compare, judge and show. Returns the exit code."""
     check_outputs(outputs.csv, outputs.plot)
-    with closing(scorer), doing(f"scoring {recording.source}"):
+    with closing(scorer), doing(f"scoring {recording.source}"), prints_apart():
         scored = score_all(recording.completions, scorer, _progress(quiet=outputs.quiet))
     comparisons = list(compare(recording.completions, scored))
     kept = summarise(recording, scored, comparisons)

@@ -133,7 +133,7 @@ class Client:
             receipt = await self._transport.stream(self._url, body, max_bytes, take)
         except RecursionError:
             raise RequestFailure("an event of another shape: it is nested too deeply") from None
-        answer.connection = receipt.connection
+        answer.connection, answer.is_cached = receipt.connection, receipt.is_cached
         answer.close(self._transport.redactor, is_whole=receipt.is_whole, stray=receipt.stray)
         return answer
 

@@ -13,7 +13,7 @@ from ndcheck.plan.fillers import filler_text
 from ndcheck.probe import Prompt
 from ndcheck.records import Endpoint, RunSpec
 from ndcheck.samplers.endpoint import prefix_cache
-from ndcheck.samplers.endpoint.answers.answer import EMPTY, Answer
+from ndcheck.samplers.endpoint.answers.answer import Answer
 from ndcheck.samplers.endpoint.answers.dialects import Body, Chat, Completions, Dialect, Generate
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.answers.events import as_count, as_dict, as_fact, as_list
@@ -287,7 +287,7 @@ async def _find_capabilities(
                 continue
             raise
     if not first.text and not first.token_ids:
-        empty = EMPTY.format(first.n_reasoning_tokens or first.n_tokens or n_tokens)
+        empty = first.why_empty(n_tokens)
         raise UsageError(f"--endpoint {transport.base} --model {spec.model}: {empty}")
     found = await probe(
         dialect,

@@ -362,9 +362,10 @@ class EndpointSampler:
             fingerprint=answer.fingerprint,
             n_prompt_tokens=answer.n_prompt_tokens,
             names_digest=answer.names_digest,
+            beside=answer.beside_digest,
             n_counted=answer.n_tokens if self._server.capabilities.counts_tokens else None,
             # Well below it, since that was measured a few times only.
-            is_replayed=took_s < self._server.capabilities.first_token_s / 3,
+            is_replayed=answer.is_cached or took_s < self._server.capabilities.first_token_s / 3,
         )
 
     def _make_sample(self, trial: Trial, nth: int, outcome: Outcome, witness: Witness) -> Sample:

@@ -47,11 +47,13 @@ class Receipt:
     """How an answer ended and what it came through.
 
     ``is_whole``: the server said that it sent all. ``stray``: words that were no part of it.
+    ``is_cached``: its headers say that a cache had it.
     """
 
     is_whole: bool
     stray: str
     connection: str
+    is_cached: bool
 
 
 class Transport:
@@ -153,7 +155,8 @@ class Transport:
                     raise
             for event in reader.finish():
                 take(event)
-        return Receipt(reader.is_whole, snippet(reader.stray, self.redactor), connection)
+        words = snippet(reader.stray, self.redactor)
+        return Receipt(reader.is_whole, words, connection, _is_cached(response.headers))
 
     async def get(self, url: str) -> bytes:
         """The body of a GET. Raises RequestFailure."""
@@ -258,6 +261,23 @@ async def _read(response: Any, max_bytes: int) -> bytes:
         if len(content) > max_bytes:
             raise RequestFailure(f"the answer is larger than {max_bytes / 2**20:.1f} MiB")
     return content
+
+
+def _is_cached(headers: Mapping[str, str]) -> bool:
+    """By RFC 9111's Age, RFC 9211's Cache-Status or what gateways have instead.
+
+    A cached prefix of a prompt is no cached answer.
+    """
+    if re.fullmatch(r"0*[1-9]\d*", headers.get("age", "")):
+        return True
+    return any(
+        "cache" in name and not _OF_PROMPTS.search(name) and _HIT.search(f"{name}={value}")
+        for name, value in headers.items()
+    )
+
+
+_OF_PROMPTS = re.compile("prompt|prefix|token|kv")
+_HIT = re.compile(r"=(?:[^=]*[\s;,])?hit\b|hit=(?:true|1|yes)\b", re.IGNORECASE)
 
 
 def _proxy(url: str) -> str:

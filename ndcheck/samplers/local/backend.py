@@ -99,6 +99,15 @@ class LocalBackend(Backend):
         say: Callable[[str], None],
         n_threads: object = None,
     ) -> TransformersSampler:
+        from ndcheck.samplers.local.beside.compiling import compile_ahead
+
+        with ExitStack() as stack:
+            stack.enter_context(compile_ahead(spec))
+            sampler = self._open_for_run(spec, n_threads)
+            sampler.at_close.push(stack.pop_all())
+        return sampler
+
+    def _open_for_run(self, spec: RunSpec, n_threads: object) -> TransformersSampler:
         is_beside = self.runs_side_by_side(spec)
         if not is_beside and n_threads is None:
             return self.open(spec)

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 
-from ndcheck.errors import UsageError
+from ndcheck.errors import NdcheckError, TrialError, UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS
 from ndcheck.records import CacheDtype, CacheState, Load
 
@@ -179,14 +179,20 @@ class ExactBatch:
             # that have no attention beside them all of it. A single token is masked by neither, and
             # a captured step needs a mask of one size.
             mask = mask[:, 0 if self._has_columns else begin : self._length]
-        logits = self._model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=True,
-            logits_to_keep=n_wanted,
-            **{self._cache_argument: self.cache},
-        ).logits
+        try:
+            logits = self._model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                use_cache=True,
+                logits_to_keep=n_wanted,
+                **{self._cache_argument: self.cache},
+            ).logits
+        except (RuntimeError, MemoryError, NdcheckError):
+            raise
+        except Exception as error:  # Whatever a model's own code raises: the next batch may run.
+            words = " ".join(str(error).splitlines()[:1])
+            raise TrialError(f"the model raises {type(error).__name__}: {words}") from error
         self.row_counts.append(logits.shape[0])
         return torch.as_tensor(logits[:, -n_wanted:])
 

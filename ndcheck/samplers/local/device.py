@@ -34,11 +34,15 @@ def starting_up(device: str | None) -> Iterator[None]:
         with suppress(Exception):  # It will fail again, where that can be said.
             torch.zeros(1, device=choose_device(device or "cpu"))
 
-    threading.Thread(target=allocate, daemon=True).start()
-    with uncollected():
-        with _hidden("sklearn"):
-            from transformers import GenerationMixin  # noqa: F401
-        yield
+    starting = threading.Thread(target=allocate, daemon=True)
+    starting.start()
+    try:
+        with uncollected():
+            with _hidden("sklearn"):
+                from transformers import GenerationMixin  # noqa: F401
+            yield
+    finally:
+        starting.join()  # A process that ends while torch computes in a thread is aborted.
 
 
 @contextmanager

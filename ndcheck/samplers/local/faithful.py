@@ -9,8 +9,6 @@ left out or refused, with the reason. An arm that computes a model in code of it
 
 from __future__ import annotations
 
-import random
-import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,15 +21,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ndcheck.errors import UsageError
+from ndcheck.errors import TrialError, UsageError
 from ndcheck.records import CacheState
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.checkpoint.generation import plain_generation
 from ndcheck.samplers.local.checkpoint.quantised import dequantised_layers
 from ndcheck.samplers.local.checkpoint.rope import rope_reason, rope_switch
+from ndcheck.samplers.local.checkpoint.thresholds import Rows, telling_rows
 from ndcheck.samplers.local.loading import first_line
-from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
+from ndcheck.samplers.local.memory import in_float32, is_out_of_memory
+from ndcheck.samplers.local.prompts import plain_ids
 
-N_STEPS, N_PROMPT, N_FILLER = 3, 7, 13
+N_STEPS, SHORT = 3, Rows(prompt=7, filler=13, n_new=3)
 TOLERANCE, TOLERANCE_16_BIT = 0.001, 0.5
 """Most that logits may differ by, in units of their spread over the vocabulary.
 
@@ -54,7 +55,7 @@ PATHS: tuple[Path, ...] = (
 
 @dataclass(slots=True)
 class Examination:
-    """What was seen of one model, in ``dtype``.
+    """What was seen of one model, in ``dtype`` and of rows as long as ``rows``.
 
     ``differences`` from the right logits are in units of their spread, by path; ``sensitivity`` is
     that of the logits after another first token, which shows what a wrong prompt would have done.
@@ -62,6 +63,7 @@ class Examination:
     """
 
     dtype: torch.dtype
+    rows: Rows = SHORT
     sensitivity: float = 0.0
     differences: dict[Path, float] = field(default_factory=dict)
     reasons: dict[Path, str | None] = field(default_factory=dict)
@@ -105,7 +107,7 @@ def require_faithful(
         path = (min(lengths) < max(lengths), cache_state)
         # `is_in_torch_dispatch_mode` stays True once two threads' modes overlapped.
         if _get_current_dispatch_mode() is None:
-            examine(model, device, [path])
+            examine(model, device, [path], rows=Rows(min(lengths), max(lengths), n_new))
         findings = _SEEN.get(model)
         reason = findings.reason(path) if findings is not None else None
     if reason is not None:
@@ -117,24 +119,29 @@ def examine(
     device: torch.device,
     paths: Sequence[Path] = PATHS,
     arm: Callable[[], AbstractContextManager[object]] | None = None,
+    rows: Rows = SHORT,
 ) -> Examination:
     """What is to be said of these paths through a model, and of whether it is a decoder.
 
-    In fp32 where the memory holds the weights once more, else in the model's own dtype, where
-    only what is far off shows. A run's only ``arm`` is asked about the paths that stock code
-    failed: its batches against the plain pass of stock code.
+    Of short rows, unless ``rows`` pass a length from which the model may compute otherwise; in fp32
+    where the memory holds the weights once more, else in the model's own dtype, where only what is
+    far off shows. A run's only ``arm`` is asked about the paths that stock code failed: its batches
+    against the plain pass of stock code.
     """
     if arm is not None:
-        return _mend(model, device, paths, arm)
+        return _mend(model, device, paths, arm, rows)
     findings = _SEEN.get(model)
+    rows = telling_rows(model.config.get_text_config(decoder=True), rows, SHORT)
+    if findings is not None and (rows := rows.joined(findings.rows)) != findings.rows:
+        findings = None
     bases = dict.fromkeys(base for path in paths for base in _bases(path))
     wanted = [p for p in bases if findings is None or p not in findings.reasons]
     if findings is None or wanted:
-        findings = _SEEN.setdefault(model, Examination(model.dtype))
+        findings = _SEEN[model] = findings or Examination(model.dtype, rows)
         examination = _Examination(model, device, findings)
         with warnings.catch_warnings(), dequantised_layers(model):
             warnings.simplefilter("ignore")  # The run gives them again.
-            with _in_float32(model, device) as findings.dtype:
+            with in_float32(model, device) as findings.dtype:
                 was_computed = examination.look(wanted)
             if not was_computed and findings.dtype != model.dtype:  # Some compute in one dtype.
                 findings.dtype = model.dtype
@@ -150,14 +157,15 @@ def _mend(
     device: torch.device,
     paths: Sequence[Path],
     arm: Callable[[], AbstractContextManager[object]],
+    rows: Rows,
 ) -> Examination:
     """Take back the reasons against paths that are right inside ``arm``."""
-    findings = examine(model, device, paths)
+    findings = examine(model, device, paths, rows=rows)
     bases = dict.fromkeys(base for path in paths for base in _bases(path))
     failed = [path for path in bases if findings.reasons[path] is not None]
     if failed and not findings.reasons[ALONE]:
-        mended = Examination(model.dtype)
-        with warnings.catch_warnings(), _in_float32(model, device) as mended.dtype:
+        mended = Examination(model.dtype, findings.rows)
+        with warnings.catch_warnings(), in_float32(model, device) as mended.dtype:
             warnings.simplefilter("ignore")
             _Examination(model, device, mended, arm).look(failed)
         for path in failed:
@@ -181,14 +189,13 @@ class _Examination:
         self._config = model.config.get_text_config(decoder=True)
         self._device = device
         self._findings = findings
-        n_filler, n_steps = N_FILLER, N_STEPS
+        n_filler = findings.rows.filler
         switch = rope_switch(self._config)
         if switch is not None:
-            n_filler = max(2, min(n_filler, switch[1] - n_steps))
-        n_prompt = min(N_PROMPT, n_filler - 1)
-        ids = _plain_ids(model, n_filler + n_prompt + 1)
+            n_filler = max(2, min(n_filler, switch[1] - N_STEPS))
+        n_prompt = min(findings.rows.prompt, n_filler - 1)
+        ids = plain_ids(model, n_filler + n_prompt + 1)
         self._filler, self._prompt, self._other = ids[:n_filler], ids[n_filler:-1], ids[-1]
-        self._n_steps = n_steps
 
     @torch.inference_mode()
     def look(self, paths: Sequence[Path]) -> bool:
@@ -196,13 +203,14 @@ class _Examination:
         findings = self._findings
         try:
             generated = self._generate()
-            forced = self._filler[: self._n_steps] if generated is None else generated[1]
+            forced = self._filler[:N_STEPS] if generated is None else generated[1]
             tokens = [*self._prompt, *forced]
             plain = self._plain(tokens)
             # Stock code that decodes otherwise than it prefills is right in its plain pass alone.
             right = plain if generated is None or self._arm else generated[0]
             other_end = self._plain([*tokens[:-1], self._other])
-            other_start = self._plain([self._other, *tokens[1:]])
+            at = len(self._prompt) - min(len(self._prompt), SHORT.prompt)  # A window may hide more.
+            other_start = self._plain([*tokens[:at], self._other, *tokens[at + 1 :]])
         except UsageError as error:
             findings.reasons.update(dict.fromkeys(PATHS, str(error)))
             return False
@@ -252,12 +260,12 @@ class _Examination:
         """
         ids = torch.tensor([self._prompt], device=self._device)
         try:
-            with self._refusing("generate()"):
+            with self._refusing("generate()"), plain_generation(self._model):
                 done = self._model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=self._n_steps + 1,
-                    min_new_tokens=self._n_steps + 1,
+                    max_new_tokens=N_STEPS + 1,
+                    min_new_tokens=N_STEPS + 1,
                     do_sample=False,
                     pad_token_id=0,
                     output_logits=True,
@@ -265,46 +273,54 @@ class _Examination:
                 )
         except UsageError:
             return None
-        chosen = done.sequences[0, -self._n_steps - 1 : -1].tolist()
+        chosen = done.sequences[0, -N_STEPS - 1 : -1].tolist()
         return torch.cat(done.logits).double(), chosen
 
     def _plain(self, tokens: list[int]) -> Tensor:
         """Logits [1 + steps, V] of one forward pass over it all, without a cache."""
         with self._refusing("its forward pass without a cache"):
-            ids = torch.tensor([tokens], device=self._device)
-            logits = self._model(input_ids=ids, use_cache=False).logits
-            return torch.as_tensor(logits[0, len(self._prompt) - 1 :]).double()
+            ids, n = torch.tensor([tokens], device=self._device), 1 + N_STEPS
+            kept = {} if self._findings.rows == SHORT else {"logits_to_keep": n}
+            logits = self._model(input_ids=ids, use_cache=False, **kept).logits
+        if logits.ndim != 3 or logits.shape[0] != 1 or logits.shape[1] < n:
+            raise UsageError(
+                f"{self._name} cannot be measured: its logits are {list(logits.shape)}, "
+                f"where those of {len(tokens)} tokens are [1, tokens, vocabulary]"
+            )
+        # Some give logits of fewer bits than they compute in.
+        dtypes = (self._findings.dtype, logits.dtype)
+        self._findings.dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
+        return torch.as_tensor(logits[0, -n:]).double().clone()
 
     def _decode(self, path: Path, forced: list[int]) -> Tensor:
         is_padded, cache_state = path
         rows = [self._prompt, self._filler] if is_padded else [self._prompt]
         arm = self._arm or nullcontext
         with self._refusing(f"a batch ({_name(path)})"), arm():
-            width = max(map(len, rows)) + len(forced)
+            width = max(map(len, rows)) + max(len(forced), self._findings.rows.n_new)
             batch = ExactBatch(self._model, self._device, len(rows), width)
             # What another prompt left behind must not show.
             batch.reset([row[::-1] for row in rows])
             batch.compute_prompt("whole")
             batch.reset(rows)
-            logits = [batch.compute_prompt(cache_state)[0]]
+            # A model may give all its logits in one buffer.
+            logits = [batch.compute_prompt(cache_state)[0].double().clone()]
             for token in forced:
                 ids = torch.full((len(rows),), token, device=self._device)
-                logits.append(batch.step(ids)[0])
-        return torch.stack(logits).double()
+                logits.append(batch.step(ids)[0].double().clone())
+        return torch.stack(logits)
 
     @contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
         """What a model's own code raises becomes a refusal by name."""
         try:
             yield
-        except (torch.AcceleratorError, UsageError):
-            raise
         except Exception as error:
-            if is_out_of_memory(error):
+            if isinstance(error, torch.AcceleratorError | UsageError) or is_out_of_memory(error):
                 raise
+            kind = "" if isinstance(error, TrialError) else f" raises {type(error).__name__}"
             raise UsageError(
-                f"{self._name} cannot be measured: {what} raises {type(error).__name__}: "
-                f"{first_line(error)}"
+                f"{self._name} cannot be measured: {what}{kind}: {first_line(error)}"
             ) from error
 
     def _bidirectional(self) -> str:
@@ -316,7 +332,9 @@ class _Examination:
         )
 
     def _unfaithful(self, path: Path, difference: float) -> str:
-        is_padded, cache_state = path
+        (is_padded, cache_state), rows = path, self._findings.rows
+        differ = f"differ by {difference:.2g} of their spread from"
+        longer = "" if rows == SHORT else f" (in {rows.filler + rows.n_new} tokens: try fewer)"
         how = {
             "whole": "decoded token by token",
             "chunked": "after a prompt in parts",
@@ -325,8 +343,9 @@ class _Examination:
         if is_padded:
             how = f"of a padded row{'' if cache_state == 'whole' else f', {how}'}"
         return (
-            f"{self._name} computes something else in such a batch: its logits {how} differ by "
-            f"{difference:.2g} of their spread from those of generate() alone, which is no rounding"
+            f"{self._name} computes something else in such a batch: its logits {how} "
+            f"{'hold NaN, unlike' if difference == torch.inf else differ} those of generate() "
+            f"alone, which is no rounding{longer}"
         )
 
 
@@ -349,40 +368,8 @@ def _difference(logits: Tensor, right: Tensor, dtype: torch.dtype) -> float:
     """
     if not right.isfinite().all():
         return 0.0
-    spread = right.std(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    # Logits that are all alike have none: rounding then is in units of themselves.
+    spread = torch.maximum(right.std(dim=-1), right.abs().amax(dim=-1) / 100).clamp(min=1e-30)
     by_token = (logits - right).abs().amax(dim=-1) / spread
     by_token = by_token.nan_to_num(nan=torch.inf)
     return float(by_token.max() if dtype.itemsize >= 4 else by_token.median())
-
-
-def _plain_ids(model: Any, n_ids: int) -> list[int]:
-    """Token ids that are a word's like any other, as far as the config names those that are not."""
-    config = model.config.get_text_config(decoder=True)
-    special = set()
-    for source in (model.config, config):
-        for name, value in source.to_dict().items():
-            if re.search(r"token_(id|index)", name):
-                special.update(value if isinstance(value, list) else [value])
-    n_known = getattr(config, "vocab_size", None) or 1
-    ids = [i for i in range(min(n_known, 1 << 15)) if i not in special] or [0]
-    return random.Random(0).choices(ids, k=n_ids)
-
-
-@contextmanager
-def _in_float32(model: Any, device: torch.device) -> Iterator[torch.dtype]:
-    """The model's 16-bit weights as fp32, and then as they were; yields what it computes in."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    narrow = [t for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
-    n_bytes = sum(4 * t.numel() for t in narrow)
-    is_plain = all(type(t.data) is Tensor for t in model.parameters())
-    if not is_plain or n_bytes > free_bytes(device) / 2:
-        yield model.dtype
-        return
-    kept = [t.data for t in narrow]
-    try:
-        for tensor in narrow:
-            tensor.data = tensor.data.float()
-        yield torch.promote_types(model.dtype, torch.float32)
-    finally:
-        for tensor, data in zip(narrow, kept, strict=True):
-            tensor.data = data

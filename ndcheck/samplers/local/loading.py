@@ -150,6 +150,9 @@ def load_model(
     # Its warnings are about what is refused here, or about plans for layers of other models.
     transformers.utils.logging.set_verbosity_error()
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if spec.attention.startswith("paged|"):
+        name = spec.attention.removeprefix("paged|")
+        raise UsageError(f"--attn {spec.attention}: give {name}, which --batching continuous pages")
     if spec.attention != "auto":
         options["attn_implementation"] = spec.attention
     stored = None
@@ -345,18 +348,6 @@ def digest_weights(model: Any) -> str:
     return digest.hexdigest()
 
 
-def stop_ids(model: Any) -> set[int]:
-    """Ids of the tokens that end a completion. Raises UsageError where they are no token ids."""
-    stop = model.generation_config.eos_token_id
-    ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
-    if not all(isinstance(i, int) for i in ids):
-        name = model.config.name_or_path
-        raise UsageError(
-            f"--model {name}: generation_config.json: eos_token_id is {stop!r}, not token ids"
-        )
-    return set(ids)
-
-
 def _tokenizer_source(source: str, spec: RunSpec) -> str:
     """Where the tokenizer is: with ``source``, or the embedded model's for a bare config.json.
 
@@ -381,7 +372,7 @@ def _one_line_errors(source: str, part: str, option: str = "--model") -> Iterato
         if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
             raise BackendError(f"cannot load {source}: {first_line(error)}") from error
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        if "attn_implementation=" in first_line(error):
+        if re.search("attn_implementation=|has been toggled on", first_line(error)):
             raise UsageError(f"--attn: {first_line(error)}") from error
         raise UsageError(
             f"{option} {source}: {part}: {kind}{first_line(error)}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from ndcheck.samplers.local.batch import ExactBatch, layer_state
 
@@ -87,3 +89,23 @@ def free_bytes(device: torch.device) -> int:
         return free if limit.strip() == "max" else min(free, int(limit) - int(used))
     except (OSError, ValueError):
         return free
+
+
+@contextmanager
+def in_float32(model: Any, device: torch.device) -> Iterator[torch.dtype]:
+    """The model's 16-bit weights as fp32, and then as they were; yields what it computes in."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    narrow = [t for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
+    n_bytes = sum(4 * t.numel() for t in narrow)
+    is_plain = all(type(t.data) is Tensor for t in model.parameters())
+    if not is_plain or n_bytes > free_bytes(device) / 2:
+        yield model.dtype
+        return
+    kept = [t.data for t in narrow]
+    try:
+        for tensor in narrow:
+            tensor.data = tensor.data.float()
+        yield torch.promote_types(model.dtype, torch.float32)
+    finally:
+        for tensor, data in zip(narrow, kept, strict=True):
+            tensor.data = data

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
+import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -192,3 +194,16 @@ def load_prompts(source: str, spec: RunSpec, text_config: Any = None) -> Prompts
     return Prompts(
         tokenizer, chat=spec.chat, source=source, n_ids=n_ids, template_kwargs=template_kwargs
     )
+
+
+def plain_ids(model: Any, n_ids: int) -> list[int]:
+    """Token ids that are a word's like any other, as far as the config names those that are not."""
+    config = model.config.get_text_config(decoder=True)
+    special = set()
+    for source in (model.config, config):
+        for name, value in source.to_dict().items():
+            if re.search(r"token_(id|index)", name):
+                special.update(value if isinstance(value, list) else [value])
+    n_known = getattr(config, "vocab_size", None) or 1
+    ids = [i for i in range(min(n_known, 1 << 15)) if i not in special] or [0]
+    return random.Random(0).choices(ids, k=n_ids)

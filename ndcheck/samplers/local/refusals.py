@@ -8,9 +8,10 @@ from typing import Any
 
 from ndcheck.errors import UsageError
 from ndcheck.plan.grid import CACHE_STATES
-from ndcheck.records import Axis, CacheState, RunSpec
+from ndcheck.records import Axis, CacheState, Decoding, RunSpec
 from ndcheck.samplers.base import NOT_FED
 from ndcheck.samplers.local.checkpoint.rope import rope_reason
+from ndcheck.samplers.local.checkpoint.thresholds import Rows
 from ndcheck.samplers.local.faithful import (
     ALONE,
     IN_PASSES,
@@ -31,6 +32,11 @@ def paths_of(spec: RunSpec) -> list[Path]:
         if (has_cache or state == "whole" or (spec.feeds and (is_padded, state) == IN_PASSES))
         and (has_neighbours or not is_padded)
     ]
+
+
+def longest_rows(lengths: Sequence[tuple[int, int]], decoding: Decoding) -> Rows:
+    """The run's, of ``lengths`` as `find_refusals` takes them."""
+    return Rows(max(n for n, _ in lengths), max(n for _, n in lengths), decoding.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,21 +24,16 @@ from ndcheck.probe import Prompt
 from ndcheck.records import Arm, Decoding, Load, Probe, RunSpec, Sample, Trial, Witness
 from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.checkpoint.generation import stop_ids
 from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers, stock_notes
 from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.device import choose_device, fused_layers, own_device, product_tables
 from ndcheck.samplers.local.faithful import Examination, examine
 from ndcheck.samplers.local.following import Ranks
-from ndcheck.samplers.local.loading import (
-    digest_weights,
-    first_line,
-    load_config,
-    load_model,
-    stop_ids,
-)
+from ndcheck.samplers.local.loading import digest_weights, first_line, load_config, load_model
 from ndcheck.samplers.local.memory import is_out_of_memory, largest_batch_size
 from ndcheck.samplers.local.prompts import load_prompts
-from ndcheck.samplers.local.refusals import find_refusals, paths_of
+from ndcheck.samplers.local.refusals import find_refusals, longest_rows, paths_of
 from ndcheck.samplers.local.selection import read_step
 from ndcheck.samplers.local.speculation.draft import DraftSource
 from ndcheck.samplers.local.steps import Completions, DecodeSteps, Stream, warn_uncaptured
@@ -50,8 +45,7 @@ MOST_CAPTURED = 8
 class TransformersSampler:
     """Samples from a hub id, a local directory, or the embedded model.
 
-    Raises UsageError for a model or option that cannot be used as asked, and BackendError where
-    loading fails.
+    Raises UsageError for a model or option that cannot be used, BackendError where loading fails.
     """
 
     interleaves_arms = True
@@ -72,6 +66,8 @@ class TransformersSampler:
         self._prompts = load_prompts(source.tokenizer, spec, self._text_config)
         drafts = None if spec.draft is None else DraftSource(spec, source, config)
         self._draft_context = drafts and drafts.context
+        lengths = (self.count_tokens(probe.content) for probe in spec.probes)
+        beside = [(n, self._longest_neighbour(n, spec.decoding)) for n in lengths]
         self._model: Any = None
         self._draft: Any = None
         self._findings: Examination | None = None
@@ -90,18 +86,17 @@ class TransformersSampler:
                 with doing("comparing its batches with generate()"):
                     own = partial(self.arm, "invariant", fuse=False)
                     arm = own if spec.arms == ("invariant",) else None
-                    self._findings = examine(self._model, self._device, paths_of(spec), arm)
+                    paths, rows = paths_of(spec), longest_rows(beside, spec.decoding)
+                    self._findings = examine(self._model, self._device, paths, arm, rows)
             if "invariant" in spec.arms and self._device.type == "cuda":
                 from ndcheck_kernels.models.decoder import join_weights
 
                 join_weights(self._model)
-        lengths = [self.count_tokens(probe.content) for probe in spec.probes]
-        beside = [(n, self._longest_neighbour(n, spec.decoding)) for n in lengths]
         refusals = find_refusals(spec, self._text_config, self._findings, beside)
         self.refused_axes = tuple(refusals.axes.items())
         self.cache_states = tuple(state for state in CACHE_STATES if state not in refusals.states)
-        # Where both are left out the axis is, which says so itself.
         self.notes = self._prompts.warnings(spec.probes)
+        # Where both are left out the axis is, which says so itself.
         self.notes += tuple(refusals.states.values()) if self.cache_states else ()
         self.notes += stock_notes(self._model, self._arms) if load_weights else ()
         if (tables := product_tables(self._arms, self._device)) is not None:

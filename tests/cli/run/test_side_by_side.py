@@ -49,22 +49,9 @@ def beside(monkeypatch, warm_python):
 
 
 @pytest.fixture
-def workers(monkeypatch):
+def workers(processes_of):
     """The processes of second arms that were started."""
-    started = []
-    popen = subprocess.Popen
-
-    def start(command, **options):
-        process = popen(command, **options)
-        if "ndcheck.samplers.local.beside.worker" in command:
-            started.append(process)
-        return process
-
-    monkeypatch.setattr(subprocess, "Popen", start)
-    yield started
-    for process in started:
-        process.kill()
-        process.wait()
+    return processes_of("ndcheck.samplers.local.beside.worker")
 
 
 def evidence(path: Path):
@@ -154,9 +141,9 @@ def test_each_arm_has_its_share_of_the_cores_and_keeps_it_in_one_process(
     one_after_the_other, beside, two_threads, workers, monkeypatch, ndcheck_here, tmp_path
 ):
     sent, n_threads = [], set()
-    send = beside_sampler._Worker._send
+    send = beside_sampler._Worker.send
     monkeypatch.setattr(
-        beside_sampler._Worker, "_send", lambda *args: (sent.append(args[1]), send(*args))
+        beside_sampler._Worker, "send", lambda *args: (sent.append(args[1]), send(*args))
     )
 
     def interrupt(progress):

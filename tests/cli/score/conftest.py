@@ -116,7 +116,7 @@ def served():
                 pages = {"/v1/models": {"data": [{"id": "m", "owned_by": "vllm"}]}}
                 if kind == "sglang":
                     pages["/server_info"] = {"model_path": "m", "version": "0.5"}
-                found = pages.get(self.path)
+                found = pages.get(self.path.partition("?")[0])
                 self._send(404 if found is None else 200, found or {})
 
             def do_POST(self):

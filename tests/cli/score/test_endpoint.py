@@ -53,6 +53,21 @@ def test_a_server_that_echoes_what_was_recorded_does_not_pass(
     assert "the control was missed" in done.stdout
 
 
+def test_a_query_goes_into_every_address_and_is_shown_in_none(ndcheck_here, recorded, served):
+    url, bodies = served()
+    done = score(ndcheck_here, recorded, url, "--query", "api-version=7", "--query", "sig=hush")
+    assert done.returncode in (0, 1), done.stderr
+    assert {body["path"] for body in bodies} == {"/v1/completions?api-version=7&sig=hush"}
+    assert "hush" not in done.stdout + done.stderr
+
+
+def test_a_file_of_scores_takes_no_query(ndcheck_here, recorded):
+    done = ndcheck_here("score", recorded, "--file", "scores.jsonl", "--query", "sig=hush")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "leave out --query" in done.stderr
+    assert "hush" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("fault", "code", "words"),
     [

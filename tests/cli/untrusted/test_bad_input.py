@@ -68,6 +68,14 @@ def test_attention_that_there_is_not(ndcheck_here):
     assert "config.json" not in done.stderr
 
 
+def test_attention_that_cannot_be_used(ndcheck_here):
+    """A package that is not installed, and one for a cache that no exact batch has."""
+    done = ndcheck_here("run", "--quiet", "--attn", "flash_attention_2")
+    assert_one_line(done, 2, "ndcheck: --attn: FlashAttention2")
+    done = ndcheck_here("run", "--quiet", "--attn", "paged|sdpa")
+    assert_one_line(done, 2, "ndcheck: --attn paged|sdpa: give sdpa")
+
+
 def test_model_without_tokenizer(ndcheck, tmp_path, tiny_models):
     for file in tiny_models["llama"].iterdir():
         if not file.name.startswith("tokenizer"):

@@ -205,6 +205,10 @@ class Vllm:
                 calls.append("reduce_scatter")
                 return input_
 
+        class VllmConfig:
+            def _set_cudagraph_sizes(self):
+                calls.append("graph_sizes")
+
         class Worker:
             def __init__(self, model, config):
                 self.model_runner = SimpleNamespace(get_model=lambda: model)
@@ -223,6 +227,7 @@ class Vllm:
             setattr(self.modules[seam.module], name, own[name])
         self.Worker, self.TritonExperts = Worker, TritonExperts
         self.Fp8LinearMethod, self.CudaCommunicator = Fp8LinearMethod, CudaCommunicator
+        self.VllmConfig = VllmConfig
 
     def start(self):
         """What every worker calls first, by the name that its module has then."""

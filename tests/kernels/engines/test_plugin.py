@@ -59,6 +59,39 @@ def test_a_model_is_computed_by_our_ops_alone(begin, release):
     assert answer["uncovered"] == []
 
 
+def largest_graph(vllm, requests, **asked):
+    """What vLLM is told when it chooses the sizes of its graphs."""
+    config = vllm.VllmConfig()
+    graphs = {"max_cudagraph_capture_size": None, "cudagraph_capture_sizes": None} | asked
+    config.compilation_config = SimpleNamespace(**graphs)
+    config.scheduler_config = SimpleNamespace(max_num_seqs=requests)
+    config.speculative_config = None
+    config._set_cudagraph_sizes()
+    assert vllm.calls[-1] == "graph_sizes"
+    return config.compilation_config.max_cudagraph_capture_size
+
+
+def test_steps_of_more_requests_than_vllm_captures_are_graphs_too(install, monkeypatch):
+    vllm = install()
+    monkeypatch.setenv("NDCHECK_VLLM", "1")
+    register()
+    # vLLM's own largest is 512, in steps of 16.
+    assert [largest_graph(vllm, n) for n in (256, 512, 513, 1000, 4096)] == [
+        *(None, None, 528, 1008, 1024)
+    ]
+    assert largest_graph(vllm, 1000, max_cudagraph_capture_size=256) == 256
+    assert largest_graph(vllm, 1000, cudagraph_capture_sizes=[8]) is None
+
+
+@pytest.mark.parametrize(("mode", "invariant"), [("0", True), ("1", False)])
+def test_graphs_stay_vllms_where_the_plugin_is_not_asked_for(install, monkeypatch, mode, invariant):
+    vllm = install()
+    monkeypatch.setenv("NDCHECK_VLLM", mode)
+    vllm.modules["vllm.envs"].VLLM_BATCH_INVARIANT = invariant
+    register()
+    assert largest_graph(vllm, 1000) is None
+
+
 def test_the_result_is_that_of_vllm(begin):
     vllm = begin("0")
     x = torch.randn(5, 32).to(torch.float16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from contextlib import closing
 from dataclasses import replace
 
@@ -99,3 +100,77 @@ def test_chance_is_for_the_run_to_find_and_no_reason_to_refuse_a_model(tiny_mode
     model.lm_head.register_forward_hook(lambda *call: call[-1] * (1 + (draw.random() < 0.3)))
     findings = examine(model, torch.device("cpu"))
     assert not any(findings.reason(path) for path in PATHS)
+
+
+@pytest.mark.parametrize("offset", [10.0, 1e6])
+def test_logits_that_are_all_alike_are_no_reason_to_refuse_a_model(tiny_models, offset):
+    """They differ by rounding alone, which is large beside their spread."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["llama"], dtype=torch.float32)
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
+    with torch.no_grad():
+        model.lm_head.weight[:] = model.lm_head.weight[:1]
+        model.lm_head.bias.fill_(offset)
+    findings = examine(model, torch.device("cpu"))
+    assert not any(findings.reason(path) for path in PATHS)
+
+
+def wrapped(monkeypatch, model, change):
+    """The model's forward with its output ``change``d."""
+    forward = model.forward
+
+    def changed(*arguments, **options):
+        output = forward(*arguments, **options)
+        output.logits = change(output.logits)
+        return output
+
+    changed.__signature__ = __import__("inspect").signature(forward)
+    monkeypatch.setattr(model, "forward", changed)
+
+
+def test_logits_in_one_buffer_are_those_of_generate(tiny_models, monkeypatch):
+    """As a graph's are, which overwrites its output; some give fewer bits than they compute in."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["llama"], dtype=torch.float32)
+    buffers = {}
+
+    def reuse(logits):
+        buffer = buffers.setdefault(logits.shape, torch.empty_like(logits, dtype=torch.float16))
+        return buffer.copy_(logits)
+
+    wrapped(monkeypatch, model, reuse)
+    findings = examine(model, torch.device("cpu"))
+    assert not any(findings.reason(path) for path in PATHS), findings
+
+
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [
+        (lambda logits: logits[:, -1], r"\[1, \d+\]"),
+        (lambda logits: logits[..., None], r"\[1, 10, \d+, 1\]"),
+        (lambda logits: torch.cat((logits, logits)), r"\[2, 10, \d+\]"),
+    ],
+)
+def test_logits_of_another_shape_are_refused_as_such(tiny_models, monkeypatch, change, shape):
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["llama"])
+    wrapped(monkeypatch, model, change)
+    reason = examine(model, torch.device("cpu")).reason(PATHS[0])
+    assert re.search(f"its logits are {shape}, where those of 10 tokens", reason), reason
+
+
+@pytest.mark.parametrize("error", [KeyError("two"), AssertionError(), StopIteration()])
+def test_what_a_model_raises_in_one_batch_is_an_error_of_its_samples(
+    tiny_models, tmp_path, monkeypatch, error
+):
+    sampler = TransformersSampler(replace(SPEC, model=str(tiny_models["llama"])))
+
+    def refuse(logits):
+        if len(logits) == 2:
+            raise error
+        return logits
+
+    wrapped(monkeypatch, sampler.model, refuse)
+    judgement, probe = measure(sampler, tmp_path / "run", SPEC)
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert probe.n_errors > 0
+    errors = {s.error for s in SampleReader(tmp_path / "run") if s.load.batch_size == 2}
+    assert len(errors) == 1
+    assert type(error).__name__ in errors.pop()

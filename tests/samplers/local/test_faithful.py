@@ -310,7 +310,7 @@ def test_sound_models_are_not_accused(monkeypatch, family, dtype, memory):
     from ndcheck.samplers.local import faithful
 
     if memory == "scarce":
-        monkeypatch.setattr(faithful, "free_bytes", lambda device: 0)
+        monkeypatch.setattr("ndcheck.samplers.local.memory.free_bytes", lambda device: 0)
     model = make(family, dtype)
     before = [(p.dtype, p.data_ptr()) for p in model.parameters()]
     found = faithful.examine(model, CPU)

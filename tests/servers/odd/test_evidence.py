@@ -73,6 +73,38 @@ def test_answers_sooner_than_a_first_token_are_no_evidence(odd, measure):
     assert any("sooner than a first token can" in r for r in judgement.verdict.reasons)
 
 
+class NamesItsCache:
+    """Its headers say whether an answer was computed."""
+
+    headers_of = {}  # noqa: RUF012
+
+    def send_response(self, *status):
+        super().send_response(*status)
+        for name, value in self.headers_of.items():
+            self.send_header(name, value)
+
+
+@pytest.mark.parametrize(
+    ("headers_of", "is_cached"),
+    [
+        ({"x-cache": "HIT"}, True),
+        ({"X-Cache": "Hit from cloudfront"}, True),
+        ({"cf-aig-cache-status": "HIT"}, True),
+        ({"x-semantic-cache-hit": "true"}, True),
+        ({"cache-status": "ExampleCache; hit; ttl=30"}, True),
+        ({"age": "12"}, True),
+        ({"x-cache": "MISS", "age": "0", "cache-control": "no-cache"}, False),
+        ({"cache-status": "ExampleCache; fwd=uri-miss", "x-cache-hit": "false"}, False),
+        ({"x-prompt-cache": "hit", "x-cached-prompt-tokens": "12"}, False),
+    ],
+)
+def test_answers_that_name_a_cache_are_no_evidence(odd, measure, headers_of, is_cached):
+    handler = type("Handler", (NamesItsCache,), {"headers_of": headers_of, "step_s": 0.01})
+    judgement, *_ = measure(odd(handler))
+    assert judgement.verdict.outcome == ("INCONCLUSIVE" if is_cached else "PASS")
+    assert any("out of a cache, by" in r for r in judgement.verdict.reasons) == is_cached
+
+
 class Fallback:
     """A gateway that turns to another model, or to another's machines, now and then."""
 

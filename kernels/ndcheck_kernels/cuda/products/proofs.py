@@ -13,11 +13,13 @@ them can change bits: a table names configurations of the class alone.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -132,12 +134,13 @@ class Proofs:
 
     def write(self) -> None:
         """Whole or not at all; a folder that cannot be written to costs a proof a process."""
-        self.merge()
         part = self.path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(self.document(), indent=1))
-            part.replace(self.path)
+            with _locked(self.path.parent):
+                self.merge()
+                part.write_text(json.dumps(self.document(), indent=1))
+                part.replace(self.path)
         except OSError:
             part.unlink(missing_ok=True)
 
@@ -167,6 +170,17 @@ class Proofs:
         return frozenset(
             label for label, why in self.classes.get(shape, {}).items() if why is not None
         )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep out other processes that add to what is there."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_document(document: Any) -> str | None:

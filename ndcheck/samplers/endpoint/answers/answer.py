@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+from ndcheck.samplers.endpoint.answers import beside
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure, paired, plain
 from ndcheck.samplers.endpoint.answers.events import Frame, Said, Token
 from ndcheck.samplers.endpoint.redaction import Redactor
@@ -41,6 +42,7 @@ class Answer(Said):
 
     ``pieces`` are the texts that events brought. ``token_ids`` and ``tokens`` go by token and are
     empty where the server does not give them. ``is_whole``: the server said that it sent all.
+    ``is_cached``: the server said that it did not compute it.
     """
 
     pieces: list[str] = field(default_factory=list)
@@ -49,6 +51,7 @@ class Answer(Said):
     arrivals: list[Arrival] = field(default_factory=list)
     is_whole: bool = False
     connection: str = ""
+    is_cached: bool = False
     n_characters: int = 0
 
     @property
@@ -100,6 +103,7 @@ class Answer(Said):
         self.finish_reason = frame.finish_reason or self.finish_reason
         self.is_end |= frame.is_end
         self.has_prompt_logprobs |= frame.has_prompt_logprobs
+        beside.add(self.beside, frame.beside)
         for name in ("fingerprint", "response_id", "served", "prompt_token_ids"):
             setattr(self, name, getattr(frame, name) or getattr(self, name))
         for name in ("n_prompt_tokens", "n_tokens", "n_cached_tokens", "n_reasoning_tokens"):
@@ -154,10 +158,9 @@ class Answer(Said):
         self.settle(max_tokens, n)
         if n_sent == 0 and self.text:
             raise RequestFailure(f"the answer holds no {compared}, which it did when probed")
-        if not self.text and not self.token_ids:
-            n_hidden = self.n_reasoning_tokens or self.n_tokens or max_tokens
-            if self.finish_reason == "length" or self.n_reasoning_tokens:
-                raise RequestFailure(EMPTY.format(n_hidden))
+        is_cut = self.finish_reason == "length" or self.n_reasoning_tokens
+        if is_cut and not self.text and not self.token_ids:
+            raise RequestFailure(self.why_empty(max_tokens))
         # The token that ends a completion may be counted without being sent.
         n_unsent = 0 if n_counted is None or n_sent is None else n_counted - n_sent
         if n_unsent not in ((0, 1) if self.finish_reason == "stop" else (0,)):
@@ -208,6 +211,21 @@ class Answer(Said):
         for arrival, n in zip(self.arrivals, counted, strict=True):
             times += [arrival.at_s] * (min(n, n_units) - len(times))
         return times + [self.last_s] * (n_units - len(times))
+
+    def why_empty(self, n_tokens: int) -> str:
+        """Why there is no completion to be seen, of ``n_tokens`` unless the server counts them."""
+        if fields := beside.fields_of(self.beside):
+            return (
+                "the completion is empty: what the server sent is in fields that ndcheck does not "
+                f"read: {fields}"
+            )
+        return EMPTY.format(self.n_reasoning_tokens or self.n_tokens or n_tokens)
+
+    @property
+    def beside_digest(self) -> str:
+        """What is not compared, by field, in one line; hidden tokens are counted."""
+        hidden = {"reasoning_tokens": str(self.n_reasoning_tokens)}
+        return beside.digest(self.beside | (hidden if self.n_reasoning_tokens else {}))
 
     @property
     def names_digest(self) -> str:

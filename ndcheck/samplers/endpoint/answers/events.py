@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from ndcheck.records import FinishReason
+from ndcheck.samplers.endpoint.answers import beside
+from ndcheck.samplers.endpoint.answers.beside import PARTS, REASONING, Beside
 from ndcheck.samplers.endpoint.answers.event_stream import Event, RequestFailure, find_words, plain
 
 MAX_FACT = 200
@@ -50,6 +53,7 @@ class Said:
     response_id: str = ""
     served: str = ""
     """The model that the answer names, and whose, where a gateway says that too."""
+    beside: Beside = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -80,10 +84,16 @@ def read_openai(event: Event) -> Frame:
     choices = event.get("choices")
     if choices is not None and not isinstance(choices, list):
         raise RequestFailure(f"an event of another shape: choices is a {type(choices).__name__}")
-    for choice in choices or ():
-        if isinstance(choice, dict) and choice.get("index") in (None, 0):
+    is_read = False
+    for choice in map(as_dict, choices or ()):
+        if choice.get("index") in (None, 0) and not is_read:
             _read_choice(choice, frame)
-            break
+            is_read = True
+        elif choice:  # Nobody asked for more than one, unless by --extra-body.
+            other = Frame()
+            _read_choice(choice, other)
+            texts = {f"choice.{k}": v for k, v in {"text": other.text, **other.beside}.items() if v}
+            beside.add(frame.beside, texts)
     return frame
 
 
@@ -108,9 +118,10 @@ def _read_choice(choice: Event, frame: Frame) -> None:
     part = choice.get("message") if choice.get("delta") is None else choice["delta"]
     part = as_dict(part) or choice
     # Models that reason spend tokens on it first: they are part of what is compared.
-    reasoning = part.get("reasoning_content") or part.get("reasoning") or part.get("thinking")
+    reasoning = next((part[name] for name in REASONING if part.get(name)), None)
     held = (reasoning, part.get("content"), part.get("text"), part.get("refusal"))
     frame.text = "".join(map(as_text, held)) + "".join(_read_calls(part))
+    frame.beside = beside.ends_of(choice) | (beside.unread(part) if part is not choice else {})
     frame.token_ids = as_token_ids(choice.get("token_ids"))
     frame.prompt_token_ids = frame.prompt_token_ids or as_token_ids(choice.get("prompt_token_ids"))
     logprobs = as_dict(choice.get("logprobs"))
@@ -124,9 +135,17 @@ def _read_choice(choice: Event, frame: Frame) -> None:
 
 def _read_calls(part: Event) -> list[str]:
     """Calls of tools by name and arguments; their ids are made up anew for each answer."""
-    calls = [as_dict(call).get("function") for call in as_list(part.get("tool_calls"))]
-    functions = [as_dict(function) for function in (*calls, part.get("function_call"))]
-    return [as_text(f.get("name")) + as_text(f.get("arguments")) for f in functions]
+    calls = [as_dict(call) for call in as_list(part.get("tool_calls"))]
+    functions = [call.get("function") or call.get("custom") for call in calls]
+    return [read_call(as_dict(function)) for function in (*functions, part.get("function_call"))]
+
+
+def read_call(function: Event) -> str:
+    """A call's name and arguments, which some servers give as an object or a list."""
+    given = function.get("arguments") or function.get("input")
+    is_value = isinstance(given, dict | list)
+    words = json.dumps(given, ensure_ascii=False) if is_value else as_text(given)
+    return as_text(function.get("name")) + words
 
 
 def read_entries(entries: list[Any], frame: Frame) -> None:
@@ -163,6 +182,7 @@ def read_generate(event: Event) -> Frame:
         n_tokens=as_count(meta.get("completion_tokens")) or None,
         n_cached_tokens=as_count(meta.get("cached_tokens")),
         response_id=as_fact(meta.get("id")),
+        beside=beside.ends_of(meta),
     )
     # Some versions stream only what is new.
     frame.is_cumulative = frame.n_tokens in (None, len(frame.token_ids))
@@ -228,8 +248,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, list):
         return "".join(map(as_text, value))
     if isinstance(value, dict):
-        names = ("text", "content", "thinking", "refusal")
-        return as_text(next((value[name] for name in names if value.get(name)), None))
+        return as_text(next((value[name] for name in PARTS if value.get(name)), None))
     raise RequestFailure(f"an event of another shape: {str(value)[:40]} is no text")
 
 

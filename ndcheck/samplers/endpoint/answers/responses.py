@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ndcheck.plan.conversations import as_messages
 from ndcheck.probe import Prompt
 from ndcheck.records import Decoding
+from ndcheck.samplers.endpoint.answers import beside
 from ndcheck.samplers.endpoint.answers.dialects import Body
 from ndcheck.samplers.endpoint.answers.event_stream import Event
 from ndcheck.samplers.endpoint.answers.events import (
@@ -21,11 +22,6 @@ from ndcheck.samplers.endpoint.answers.events import (
     read_served,
 )
 
-ADDS_TEXT = (
-    *("response.output_text.delta", "response.refusal.delta"),
-    *("response.reasoning_text.delta", "response.reasoning_summary_text.delta"),
-    "response.function_call_arguments.delta",
-)
 ENDS = ("completed", "incomplete", "failed", "cancelled")
 
 
@@ -64,14 +60,19 @@ class Responses:
     def read(self, event: Event) -> Frame:
         """An event of the stream, or a whole response. Raises RequestFailure for a broken one."""
         frame = Frame()
-        if event.get("type") in ADDS_TEXT:
+        kind = str(event.get("type"))
+        if kind.startswith("response.") and kind.endswith(".delta"):  # Of text, reasoning, calls.
             frame.text = as_text(event.get("delta"))
             read_entries(as_list(event.get("logprobs")), frame)
+        elif kind == "response.output_item.added":
+            frame.text = as_text(as_dict(event.get("item")).get("name"))
         response = as_dict(event.get("response"))
         if event.get("object") == "response":
             response = event
             for item in map(as_dict, as_list(event.get("output"))):
                 _read_item(item, frame)
+        for item in map(as_dict, as_list(response.get("output"))):
+            beside.add(frame.beside, beside.unread(item))
         frame.response_id = as_fact(response.get("id"))
         frame.served = read_served(response)
         usage = as_dict(response.get("usage"))
@@ -89,7 +90,8 @@ class Responses:
 
 
 def _read_item(item: Event, frame: Frame) -> None:
+    frame.text += as_text(item.get("name"))
     for part in map(as_dict, (*as_list(item.get("summary")), *as_list(item.get("content")))):
         frame.text += as_text(part)
         read_entries(as_list(part.get("logprobs")), frame)
-    frame.text += as_text(item.get("arguments"))
+    frame.text += "".join(as_text(item.get(name)) for name in ("arguments", "input", "code"))

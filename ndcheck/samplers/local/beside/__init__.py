@@ -1,1 +1,1 @@
-"""Two arms at the same time, each in a process of its own."""
+"""Processes beside this one: the second arm of a run, and compilers."""

@@ -7,21 +7,18 @@ computes; what it answers is taken in the order of the plan, by the one process 
 
 from __future__ import annotations
 
-import multiprocessing
-import subprocess
-import sys
 from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 
-from ndcheck.errors import BackendError, doing, how_it_ended
+from ndcheck.errors import BackendError, doing
 from ndcheck.records import Arm, Decoding, Probe, RunSpec, Sample, Trial
+from ndcheck.samplers.local.beside.process import WorkerProcess
 from ndcheck.samplers.local.device import choose_device
 from ndcheck.samplers.local.memory import free_bytes
 from ndcheck.samplers.local.sampler import TransformersSampler
 
-ENDING_S = 10.0
 SHARE = 1 / 16
 """Of the free memory, for the weights: two processes hold them, in float32 too, and batches."""
 
@@ -76,28 +73,17 @@ class SideBySideSampler(TransformersSampler):
         super().close()
 
 
-class _Worker:
+class _Worker(WorkerProcess):
     """The process of a run's second arm."""
 
     def __init__(self, spec: RunSpec) -> None:
         self.arm: Arm = spec.arms[1]
         self._begun: Trial | None = None
-        self._connection, theirs = multiprocessing.Pipe()
-        self._process = subprocess.Popen(
-            # -P: a file in the current directory must not pass for one of a dependency's.
-            [
-                *(sys.executable, "-P", "-m", "ndcheck.samplers.local.beside.worker"),
-                str(theirs.fileno()),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            # Ctrl-C is for ndcheck, which ends the process itself.
-            start_new_session=True,
+        super().__init__(
+            "ndcheck.samplers.local.beside.worker", f"the process of the {self.arm} arm"
         )
-        theirs.close()
         with suppress(BackendError):  # If it is dead, nothing will come back either.
-            self._send((spec, torch.get_num_threads()))
+            self.send((spec, torch.get_num_threads()))
 
     def why_unusable(self, digest: str, prompts: list[list[int]]) -> str | None:
         """Wait until the model is open there; why it cannot be used, or None."""
@@ -116,34 +102,8 @@ class _Worker:
         if self._begun is not None:
             raise RuntimeError(f"trial {self._begun.trial_id} has begun, and nobody took it")
         self._begun = trial
-        self._send((trial, probe, decoding))
+        self.send((trial, probe, decoding))
 
     def receive(self) -> Any:
-        """The answer to what was sent last. Raises it if it is an exception."""
         self._begun = None
-        try:
-            answer = self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise self._death() from error
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def close(self) -> None:
-        """End the process, whatever it does."""
-        self._process.kill()
-        self._process.wait()
-        self._connection.close()
-
-    def _send(self, message: Any) -> None:
-        try:
-            self._connection.send(message)
-        except OSError as error:
-            raise self._death() from error
-
-    def _death(self) -> BackendError:
-        try:
-            code = self._process.wait(ENDING_S)
-        except subprocess.TimeoutExpired:
-            return BackendError(f"the process of the {self.arm} arm closed its connection")
-        return BackendError(f"the process of the {self.arm} arm {how_it_ended(code)}")
+        return super().receive()
