@@ -34,13 +34,12 @@ WARM = Path(__file__).parent / "warm"
 FAMILIES = ("qwen3", "llama", "gemma3")
 
 LONGEST = (
-    *("models/test_families.py", "triton/test_compile.py", "local/test_tensor_parallel.py"),
-    *("triton/test_decoder.py", "cli/test_explain.py", "servers/test_planted_faults.py"),
-    *("triton/test_attention.py", "ranks/test_ranks.py", "tests/test_action.py"),
-    *("tests/test_reference.py", "run/test_side_by_side.py", "triton/test_fp8_decoder.py"),
-    "builtin/test_model.py",
+    *("triton/test_compile.py", "models/test_families.py", "local/test_tensor_parallel.py"),
+    *("servers/test_planted_faults.py", "cli/test_explain.py", "fed/test_speculation.py"),
+    *("cli/test_console.py", "tests/test_action.py", "run/test_side_by_side.py"),
+    "local/test_faithful.py",
 )
-"""Files that take half a minute or more of one core, those that take most first."""
+"""Files that take twenty seconds or more of one core, those that take most first."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -131,7 +131,6 @@ COMMANDS = {
     "gate clean --json": 0,
     "report clean --exit-code": 0,
     "gate batch-dependent --json": 1,
-    "report batch-dependent --exit-code": 1,
     "runs .": 0,
     "--help": 0,
 }
@@ -142,8 +141,10 @@ READER_LEAVES = "| (exec <&-; sleep 0.1); exit ${PIPESTATUS[0]}"
 def test_an_output_that_nobody_reads_changes_no_exit_code(
     runs, environment, tmp_path, redirections
 ):
-    for command, code in COMMANDS.items():
-        assert ends(environment, tmp_path, command, redirections) == (code, ""), command
+    # One of each way to write, and each code that a gate and a report have in common once.
+    for command in ("gate batch-dependent --json", "report clean --exit-code", "runs .", "--help"):
+        ended = ends(environment, tmp_path, command, redirections)
+        assert ended == (COMMANDS[command], ""), command
 
 
 @pytest.mark.parametrize("command", [c for c, code in COMMANDS.items() if code == 0])

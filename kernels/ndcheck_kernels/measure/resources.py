@@ -119,6 +119,12 @@ def multiplies_matrices(kernel: Any) -> bool:
     return re.search(dots, kernel.asm["ttgir"]) is not None
 
 
+def matrix_instructions(kernel: Any) -> frozenset[str]:
+    """Those of the tensor cores and of TMA that its PTX asks for, with modifiers; none of AMD's."""
+    names = r"\b(?:mma|wgmma\.mma_async|tcgen05\.mma|cp\.async\.bulk)[\w.:]+"
+    return frozenset(re.findall(names, kernel.asm.get("ptx", "")))
+
+
 def _amd_resources(kernel: Any) -> Resources:
     text = kernel.asm["amdgcn"]
     vectors, spilled = (
@@ -143,4 +149,11 @@ def _cuobjdump(flag: str, cubin: Path) -> str:
     return subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
 
 
-__all__ = ["SHARED_LIMIT", "Resources", "compiling", "multiplies_matrices", "resources"]
+__all__ = [
+    "SHARED_LIMIT",
+    "Resources",
+    "compiling",
+    "matrix_instructions",
+    "multiplies_matrices",
+    "resources",
+]

@@ -51,7 +51,7 @@ CONFIGS = {
     ),
 }
 SHAPES = Path(__file__).parents[3] / "kernels" / "bench" / "shapes"
-LOADS = ("--random-weights", "0", "--loads", "1,3,8", "-n", "16", "--max-tokens", "6")
+LOADS = ("--random-weights", "0", "--loads", "1,8", "-n", "8", "--max-tokens", "4")
 
 
 @pytest.fixture(scope="module")

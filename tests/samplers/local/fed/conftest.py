@@ -13,7 +13,7 @@ from ndcheck.runner import plan, run_trials
 from ndcheck.storage.run_directory import RunDirectory
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def measure(request):
     """Run a spec, or the module's own, into a directory; what it finds, of its one probe too."""
 

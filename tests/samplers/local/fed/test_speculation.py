@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -71,6 +73,12 @@ def sample(sampler, load, arm="invariant", fault=None):
     return sampler.sample(Trial(0, arm, "p1", "width", load, 0, fault=fault), PROBE, GREEDY)
 
 
+@pytest.fixture(scope="module")
+def sample_once():
+    """`sample`, once for each sampler and load."""
+    return functools.cache(sample)
+
+
 def accepted_lengths(proposes, prompt, completion, width):
     """What greedy speculative decoding accepts, by models that read the whole text for each token.
 
@@ -117,8 +125,8 @@ def test_a_draft_has_as_many_tokens_accepted_as_it_must(name, width, open_sample
 
 @pytest.mark.parametrize("base", [ALONE, Load(3, (0, 1, 2)), MIXED])
 @pytest.mark.parametrize("width", [2, 5, 16])
-def test_the_invariant_arm_gives_the_bits_of_plain_decoding(sampler, base, width):
-    decoded = sample(sampler, base)
+def test_the_invariant_arm_gives_the_bits_of_plain_decoding(sampler, base, width, sample_once):
+    decoded = sample_once(sampler, base)
     found = sample(sampler, replace(base, width=width, drafts=True))
     for ours, theirs in zip(found, decoded, strict=True):
         assert ours.token_ids == theirs.token_ids
@@ -195,8 +203,15 @@ def turn_last(wide):
     return spoil
 
 
-def test_a_clean_run_passes_with_its_acceptance_everywhere(open_sampler, tmp_path, measure):
-    findings, probe, verdict = measure(open_sampler("layers:2"), tmp_path / "run")
+@pytest.fixture(scope="module")
+def clean_run(open_sampler, measure, tmp_path_factory):
+    """Its directory, and what `measure` finds."""
+    path = tmp_path_factory.mktemp("clean") / "run"
+    return path, measure(open_sampler("layers:2"), path)
+
+
+def test_a_clean_run_passes_with_its_acceptance_everywhere(clean_run):
+    _, (findings, probe, verdict) = clean_run
     assert verdict.verdict.outcome == "PASS", verdict.verdict.reasons
     assert probe.control.controls_draft
     uncontrolled = replace(probe, control=replace(probe.control, controls_draft=False))
@@ -251,7 +266,8 @@ def test_a_draft_of_which_nothing_is_accepted_is_no_evidence(
     monkeypatch, open_sampler, tmp_path, measure
 ):
     monkeypatch.setattr(draft, "lowest_argmax", lambda logits: logits.argmin(-1))
-    _, probe, verdict = measure(open_sampler("layers:2"), tmp_path / "run")
+    short = replace(SPEC, decoding=Decoding(9), widths=(2, 5), n_samples=24)
+    _, probe, verdict = measure(open_sampler("layers:2"), tmp_path / "run", short)
     axis = width(probe)
     assert (axis.drafted.n_accepted, axis.diverged_trials, axis.latent_trials) == (0, 0, 0)
     assert verdict.verdict.outcome == "INCONCLUSIVE"
@@ -327,8 +343,8 @@ def test_a_completion_too_short_to_draft_is_refused(open_sampler):
         fit_spec(replace(SPEC, axes=DEFAULTS.axes, decoding=Decoding(2)), open_sampler("layers:2"))
 
 
-def test_what_a_file_says_of_a_draft_is_held_to_its_load(open_sampler, tmp_path, measure):
-    measure(open_sampler("layers:2"), tmp_path / "run")
+def test_what_a_file_says_of_a_draft_is_held_to_its_load(clean_run, tmp_path):
+    shutil.copytree(clean_run[0], tmp_path / "run")
     file = tmp_path / "run" / "samples.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     index = next(i for i, x in enumerate(lines) if x["drafts"] and x["axis"] == "width")
@@ -354,8 +370,8 @@ def test_the_embedded_models_own_layers_draft_and_stock_differs_in_fp32(tmp_path
         draft="layers:3",
         axes="width",
         loads=[1, 2],
-        samples=24,
-        max_tokens=24,
+        samples=16,
+        max_tokens=10,
         widths=[2, 5],
         out=tmp_path / "run",
     )
