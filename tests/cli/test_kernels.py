@@ -92,7 +92,7 @@ def test_bench_shows_and_writes_what_it_timed(ndcheck_here, tmp_path):
         (("--rows", "0"), ("'0'", "1 to")),
         (("--rows", ","), ("--rows",)),
         (("--device", "tpu"), ("tpu",)),
-        (("--device", "meta"), ("cpu and cuda",)),
+        (("--device", "meta"), ("meta is not available",)),
         (("--csv", "missing/file.csv"), ("missing/file.csv",)),
     ],
 )

@@ -15,7 +15,7 @@ WORDS = [f" w{i}" for i in range(40)]
 class Planted:
     """In a batch the token at ``at`` is another one."""
 
-    at, forks, step_s = 6, True, 0.01
+    at, forks, step_s = 6, True, 0.004
 
     def planted(self, t, token):
         return " other" if self.forks and t == self.at and self.running > 1 else token
