@@ -42,6 +42,11 @@ LONGEST = (
 """Files that take twenty seconds or more of one core, those that take most first."""
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: one more than there are cores, since tests of servers mostly wait."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # xdist would begin with the files of most tests, and end alone in a long file of few.
     config.option.loadscopereorder = False
