@@ -60,6 +60,12 @@ def did_you_mean(name: str, accepted: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; with the next one where the first ends with a colon."""
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
+
+
 def how_it_ended(exit_code: int) -> str:
     """How a process did, whose ``exit_code`` is negative where a signal killed it."""
     if exit_code < 0:

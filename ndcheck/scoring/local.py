@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ndcheck.errors import BackendError
+from ndcheck.errors import BackendError, first_line
 from ndcheck.records import Arm
-from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.samplers.local.selection import log_softmax
 from ndcheck.scoring.completions import TokenIds

@@ -142,7 +142,7 @@ class Measures:
         """A decode step: what N_STEPS tokens more take, by their number."""
         found = []
         for batch in batches:
-            prompts = different_prompts(batch)
+            prompts = different_prompts(batch, len(PROMPT))
             self.timed(prompts, [1 + N_STEPS] * batch)
             times = [
                 self.timed(prompts, [1 + N_STEPS] * batch) - self.timed(prompts, [1] * batch)
@@ -195,10 +195,7 @@ class Measures:
         return f"{found['unique']} unique of {found['n']}"
 
     def prefill(self) -> str:
-        draw = random.Random(0)
-        prompts = [
-            [draw.randrange(100, 10000) for _ in range(PREFILL_TOKENS)] for _ in range(PREFILL_ROWS)
-        ]
+        prompts = different_prompts(PREFILL_ROWS, PREFILL_TOKENS)
         times = [self.timed(prompts, [1] * PREFILL_ROWS) for _ in range(5)][1:]
         self.add("prefill_s", batch=PREFILL_ROWS, value=statistics.median(times))
         return f"{statistics.median(times):.3f} s"
@@ -328,10 +325,10 @@ class Measures:
         return f"{elapsed_s:.1f} s, {found['unique']} unique"
 
 
-def different_prompts(n: int) -> list[list[int]]:
-    """Of one length: in a mixture equal rows would all go to the same few experts."""
+def different_prompts(n: int, n_tokens: int) -> list[list[int]]:
+    """In a mixture equal rows would all go to the same few experts."""
     draw = random.Random(0)
-    return [[draw.randrange(100, 10000) for _ in PROMPT] for _ in range(n)]
+    return [[draw.randrange(100, 10000) for _ in range(n_tokens)] for _ in range(n)]
 
 
 def shape(model: str) -> str:

@@ -46,23 +46,17 @@ def main(out: Path, file: Path) -> int:
         for shape, (n, k) in SHAPES.items():
             held = [weights(n, k) for _ in range(copies(n * k))]
             codes, scales = quantise_rows(torch.randn(m, k, device="cuda").bfloat16())
-            by_row = scales.contiguous()
-
-            def product(
-                weight: torch.Tensor,
-                weight_scales: torch.Tensor,
-                codes: torch.Tensor = codes,
-                by_row: torch.Tensor = by_row,
-            ) -> torch.Tensor:
-                return theirs(codes, weight, by_row, weight_scales, BLOCK, torch.bfloat16)
-
+            product = partial(
+                theirs, codes, As=scales.contiguous(), block_size=BLOCK, output_dtype=torch.bfloat16
+            )
+            of_theirs = [partial(product, weight, Bs=their_scales) for weight, their_scales in held]
             want = fp8_matmul(codes, scales, *held[0]).float()
-            error = ((product(*held[0]).float() - want).norm() / want.norm()).item()
+            error = ((of_theirs[0]().float() - want).norm() / want.norm()).item()
             if not error < 0.01:
                 raise ArithmeticError(f"{shape} at {m} rows is off by {error:.3g}")
             us = medians_us({
                 "ours": [partial(fp8_matmul, codes, scales, *each) for each in held],
-                "theirs": [partial(product, *each) for each in held],
+                "theirs": of_theirs,
             })  # fmt: skip
             table.add(
                 shape=shape, n=n, k=k, m=m, us=us["ours"], transformers_us=us["theirs"],

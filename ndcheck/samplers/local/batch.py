@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 
-from ndcheck.errors import NdcheckError, TrialError, UsageError
+from ndcheck.errors import NdcheckError, TrialError, UsageError, first_line
 from ndcheck.plan.grid import N_PREFILL_CHUNKS
 from ndcheck.records import CacheDtype, CacheState, Load
 
@@ -191,8 +191,8 @@ class ExactBatch:
         except (RuntimeError, MemoryError, NdcheckError):
             raise
         except Exception as error:  # Whatever a model's own code raises: the next batch may run.
-            words = " ".join(str(error).splitlines()[:1])
-            raise TrialError(f"the model raises {type(error).__name__}: {words}") from error
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise TrialError(f"the model raises {what}") from error
         self.row_counts.append(logits.shape[0])
         return torch.as_tensor(logits[:, -n_wanted:])
 

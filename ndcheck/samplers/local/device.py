@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ndcheck.errors import UsageError
+from ndcheck.errors import UsageError, first_line
 from ndcheck.storage.reading import uncollected
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()  # `meta` is a device that holds nothing.
     except (RuntimeError, AssertionError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise UsageError(f"--device {name} is not available: {first_line}") from error
+        raise UsageError(f"--device {name} is not available: {first_line(error)}") from error
     return device
 
 

@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ndcheck.errors import TrialError, UsageError
+from ndcheck.errors import TrialError, UsageError, first_line
 from ndcheck.records import CacheState
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.checkpoint.generation import plain_generation
 from ndcheck.samplers.local.checkpoint.quantised import dequantised_layers
 from ndcheck.samplers.local.checkpoint.rope import rope_reason, rope_switch
 from ndcheck.samplers.local.checkpoint.thresholds import Rows, telling_rows
-from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.memory import in_float32, is_out_of_memory
 from ndcheck.samplers.local.prompts import plain_ids
 

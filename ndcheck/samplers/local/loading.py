@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from ndcheck.builtin import MODEL_DIRECTORY
-from ndcheck.errors import BackendError, NdcheckError, UsageError
+from ndcheck.errors import BackendError, NdcheckError, UsageError, first_line
 from ndcheck.records import RunSpec
 from ndcheck.samplers import options
 from ndcheck.samplers.local.checkpoint.adapters import merge_adapter
@@ -378,9 +378,3 @@ def _one_line_errors(source: str, part: str, option: str = "--model") -> Iterato
             f"{option} {source}: {part}: {kind}{first_line(error)}"
             f"{f' {ACCEPTED}' if isinstance(error, OSError) else ''}"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; with the next one where the first ends with a colon."""
-    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
-    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ndcheck.errors import UsageError
+from ndcheck.errors import UsageError, first_line
 from ndcheck.plan.conversations import as_messages
 from ndcheck.plan.fillers import filler_text, fit_to_length
 from ndcheck.probe import Message, Prompt
 from ndcheck.records import Load, Probe, RunSpec
 from ndcheck.samplers.base import Rendered
 from ndcheck.samplers.local.checkpoint.bounds import bounded
-from ndcheck.samplers.local.loading import first_line, load_tokenizer
+from ndcheck.samplers.local.loading import load_tokenizer
 from ndcheck.storage.reading import parse_json
 
 TEMPLATE_S = 2

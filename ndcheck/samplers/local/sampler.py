@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ndcheck.errors import BackendError, TrialError, doing
+from ndcheck.errors import BackendError, TrialError, doing, first_line
 from ndcheck.plan.arrivals import parse_arrivals
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.plan.queue import Request, queue_requests
@@ -30,7 +30,7 @@ from ndcheck.samplers.local.checkpoint.sources import find_source
 from ndcheck.samplers.local.device import choose_device, fused_layers, own_device, product_tables
 from ndcheck.samplers.local.faithful import Examination, examine
 from ndcheck.samplers.local.following import Ranks
-from ndcheck.samplers.local.loading import digest_weights, first_line, load_config, load_model
+from ndcheck.samplers.local.loading import digest_weights, load_config, load_model
 from ndcheck.samplers.local.memory import is_out_of_memory, largest_batch_size
 from ndcheck.samplers.local.prompts import load_prompts
 from ndcheck.samplers.local.refusals import find_refusals, longest_rows, paths_of

@@ -24,11 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ndcheck.errors import TrialError
+from ndcheck.errors import TrialError, first_line
 from ndcheck.records import Arm, Decoding, Drafted, Fault, Fed, FinishReason, Load
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.device import no_waiting
-from ndcheck.samplers.local.loading import first_line
 from ndcheck.samplers.local.memory import is_out_of_memory
 from ndcheck.samplers.local.selection import gumbel_noise, plant_in_logits, read_pass, read_step
 from ndcheck.samplers.local.speculation.draft import Drafter

@@ -19,7 +19,8 @@ PARTS = ("text", "content", "thinking", "refusal", "value", "output_text", "summ
 _READ = frozenset((*REASONING, "content", "text", "refusal", "tool_calls", "function_call"))
 _HOLDERS = (*PARTS, "function", "custom", "arguments")
 _MADE_UP = re.compile(
-    r"(^|_)(id|ids|role|type|format|time|date|created|expires|signature|obfuscation|padding|nonce)(_|$)|encrypted"
+    r"(^|_)(id|ids|role|type|format|time|date|created|expires|signature|obfuscation|padding|nonce)"
+    r"(_|$)|encrypted"
 )
 """Fields that are others in every answer, or that name the kind of what is beside them."""
 _ENDS = ("finish_reason", "stop_reason", "matched_stop", "native_finish_reason", "stop_sequence")
