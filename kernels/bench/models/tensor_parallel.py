@@ -142,8 +142,13 @@ class Session:
         """The exit code of a module on ``n_ranks`` ranks, or None where its time was over."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
         command = [sys.executable, *(launcher if n_ranks > 1 else []), "-m", *arguments]
-        # torchrun would set it for several ranks, and threads must not differ between sizes.
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environment = {
+            # torchrun would set it for several ranks, and threads must not differ between sizes.
+            "OMP_NUM_THREADS": "1",
+            # With 20 GB beside the weights, pieces of freed batches must not lie unused.
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+            **os.environ,
+        }
         process = subprocess.Popen(command, cwd=ROOT, env=environment)
         try:
             return process.wait(max(0, self.left_s()))
