@@ -146,15 +146,32 @@ def fp8_refusal(weight: torch.Tensor, scales: Any, block: Any) -> str | None:
     return None
 
 
+def communicator(self: Any, *given: Any, **named: Any) -> None:
+    """`CudaCommunicator.__init__`, for two ranks with the kernel that vLLM's stock mode adds by.
+
+    Its invariant mode leaves that out, though two numbers have one sum in any order.
+    """
+    vllms_own["communicator"](self, *given, **named)
+    if self.world_size == 2 and self.ca_comm is None and "tp" in self.unique_name:
+        from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
+
+        self.ca_comm = CustomAllreduce(group=self.cpu_group, device=self.device)
+
+
 def all_reduce(self: Any, input_: torch.Tensor) -> torch.Tensor:
     """What `CudaCommunicator.all_reduce` computes; the names are vLLM's.
 
-    Every rank gathers all parts, which NCCL only moves, and adds them in their order.
+    Two ranks add by vLLM's own kernel what it takes: in fp32, rounded once, as here. Otherwise
+    every rank gathers all parts, which NCCL only moves, and adds them in their order.
     """
     ranks = self.pynccl_comm
     if ranks is None or ranks.disabled or input_.dtype not in device.FLOATS:
         return vllms_own["all_reduce"](self, input_)  # One rank, or integers: exact in any order.
     fires["all_reduce"] += 1
+    pair = self.ca_comm if self.world_size == 2 else None
+    if pair is not None and pair.should_custom_ar(input_):
+        total: torch.Tensor = pair.custom_all_reduce(input_)
+        return total
     parts = input_.new_empty(self.world_size, *input_.shape)
     ranks.all_gather(parts, input_.contiguous())
     return add_parts(parts)

@@ -5,8 +5,9 @@ both variables ask for it, nothing of vLLM is touched. Else the functions of `se
 when a worker starts its invariant mode, every layer of the loaded model is listed with what
 computes it, and after vLLM's warm-up every covered layer must have run by our ops.
 
-Sums over ranks are ours too: NCCL then moves numbers only, so that where nothing is left to vLLM
-(``strict``) its own invariant mode's settings of NCCL, which slow all collectives, are taken back.
+Sums over ranks are ours too, or vLLM's where two ranks alone have one order: NCCL then moves
+numbers only, so that where nothing is left to vLLM (``strict``) its own invariant mode's settings
+of NCCL, which slow all collectives, are taken back.
 
 NDCHECK_VLLM is ``1`` or ``strict`` (a layer that nothing covers ends the start), ``partial`` (it is
 left to vLLM and named), ``auto`` (then all is left to vLLM), or ``audit`` (print the table, stop).
@@ -145,7 +146,9 @@ class Plugin:
             self._confirm()
             return times
 
-        for use in ("fp8_linear", "all_reduce"):
+        for use in ("pair_fits", "pair_sum"):
+            self._places[use].find()  # Called, and not replaced.
+        for use in ("fp8_linear", "communicator", "all_reduce"):
             layers.vllms_own[use] = self._places[use].find()[2]
         self._own.put(
             self._places,
@@ -155,6 +158,7 @@ class Plugin:
                 "log_softmax": log_softmax,
                 "experts": experts,
                 "fp8_linear": layers.fp8_linear,
+                "communicator": layers.communicator,
                 "all_reduce": layers.all_reduce,
                 "load": load,
                 "warm_up": warm_up,

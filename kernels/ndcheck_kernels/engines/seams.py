@@ -15,6 +15,8 @@ RELEASES = ("0.26", "0.27", "0.28", "0.29", "0.30", "0.31", "0.32", "0.33")
 """Whose sources have been read."""
 _MOVED = 29
 """The minor release from which the invariant mode's module has its new name."""
+_ALL2ALL = 27
+"""That from which a communicator is told whether experts are spread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +59,30 @@ _EXPERTS = (
 )  # fmt: skip
 
 
+_COMMUNICATOR = (
+    "self", "cpu_group", "device", "device_group", "unique_name", "global_ranks",
+    "global_world_size", "tcp_store_group",
+)  # fmt: skip
+
+
 def release_of(version: str) -> str:
     """0.26 of 0.26.0+cu130."""
     return ".".join(version.split(".")[:2])
 
 
 def seams(release: str) -> dict[str, Seam]:
-    """What is replaced in a release of `RELEASES`, by what it is for.
+    """What is replaced in a release of `RELEASES`, by what it is for; ``pair_*`` are called.
 
     ``start`` runs first in every worker and puts the others in place; ``graph_sizes`` before, where
     the configuration is made.
     """
-    folder = "layers" if int(release.split(".")[1]) < _MOVED else "determinism"
+    minor = int(release.split(".")[1])
+    folder = "layers" if minor < _MOVED else "determinism"
     mode = f"vllm.model_executor.{folder}.batch_invariant"
     layers = "vllm.model_executor.layers"
     worker = "vllm.v1.worker.gpu_worker"
-    ranks = "vllm.distributed.device_communicators.cuda_communicator"
+    devices = "vllm.distributed.device_communicators"
+    ranks, pair = f"{devices}.cuda_communicator", f"{devices}.custom_all_reduce"
     linear = ("input", "weight", "bias")
     return {
         "graph_sizes": Seam("vllm.config.vllm", "VllmConfig._set_cudagraph_sizes", ("self",)),
@@ -88,6 +98,13 @@ def seams(release: str) -> dict[str, Seam]:
             "Fp8LinearMethod.apply",
             ("self", "layer", "x", "bias"),
         ),
+        "communicator": Seam(
+            ranks,
+            "CudaCommunicator.__init__",
+            _COMMUNICATOR if minor < _ALL2ALL else (*_COMMUNICATOR, "use_all2all"),
+        ),
+        "pair_fits": Seam(pair, "CustomAllreduce.should_custom_ar", ("self", "inp")),
+        "pair_sum": Seam(pair, "CustomAllreduce.custom_all_reduce", ("self", "input")),
         "all_reduce": Seam(ranks, "CudaCommunicator.all_reduce", ("self", "input_")),
         "reduce_scatter": Seam(ranks, "CudaCommunicator.reduce_scatter", ("self", "input_", "dim")),
         "load": Seam(worker, "Worker.load_model", ("self", "load_dummy_weights")),

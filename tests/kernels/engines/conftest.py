@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from inspect import Parameter, Signature
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -195,7 +196,11 @@ class Vllm:
                 return torch.nn.functional.linear(x, weight, bias)
 
         class CudaCommunicator:
-            world_size, pynccl_comm = 1, None
+            pynccl_comm = ca_comm = None
+
+            def __init__(self, world_size=1, unique_name="tp:0"):
+                self.world_size, self.unique_name = world_size, unique_name
+                self.cpu_group, self.device = "gloo", "cuda:0"
 
             def all_reduce(self, input_):
                 calls.append("all_reduce")
@@ -204,6 +209,19 @@ class Vllm:
             def reduce_scatter(self, input_, dim=-1):
                 calls.append("reduce_scatter")
                 return input_
+
+        class CustomAllreduce:
+            other = None
+
+            def __init__(self, group, device):
+                calls.append(f"pair {group} {device}")
+
+            def should_custom_ar(self, inp):
+                return inp.numel() < 1000
+
+            def custom_all_reduce(self, input):
+                calls.append("pair_sum")
+                return (input.float() + self.other.float()).to(input.dtype)
 
         class VllmConfig:
             def _set_cudagraph_sizes(self):
@@ -222,6 +240,12 @@ class Vllm:
                 return "times"
 
         own = locals()
+        CudaCommunicator.__init__.__signature__ = Signature(
+            [
+                Parameter(n, Parameter.POSITIONAL_OR_KEYWORD)
+                for n in self.places["communicator"].parameters
+            ]
+        )
         for seam in self.places.values():
             name = seam.name.partition(".")[0]
             setattr(self.modules[seam.module], name, own[name])

@@ -139,8 +139,7 @@ def test_experts_that_we_do_not_cover_stay_vllms(begin, name, value):
 
 def ranks_of(vllm, parts):
     """vLLM's communicator of one of so many ranks, whose parts are gathered."""
-    ours = vllm.CudaCommunicator()
-    ours.world_size = len(parts)
+    ours = vllm.CudaCommunicator(world_size=len(parts))
     ours.pynccl_comm = SimpleNamespace(
         disabled=False, all_gather=lambda out, part: out.copy_(torch.stack(parts))
     )
@@ -165,6 +164,21 @@ def test_ranks_are_added_in_their_order(begin):
     assert vllm.calls[-2:] == ["all_reduce", "all_reduce"]  # One rank, or integers.
 
 
+def test_two_ranks_add_by_vllms_kernel_what_it_takes(begin):
+    vllm = begin()
+    few, many = ([torch.randn(n, 70).to(torch.float16) for _ in range(2)] for n in (3, 30))
+    ours = ranks_of(vllm, many)
+    assert vllm.calls[-1] == "pair gloo cuda:0"
+    ours.ca_comm.other = few[1]
+    assert torch.equal(ours.all_reduce(few[0]), (few[0].float() + few[1].float()).half())
+    assert vllm.calls[-1] == "pair_sum"
+    assert torch.equal(ours.all_reduce(many[0]), (many[0].float() + many[1].float()).half())
+    assert vllm.calls.count("pair_sum") == 1  # What it does not take is gathered.
+    assert layers.fires["all_reduce"] == 2
+    assert ranks_of(vllm, [*many, *many]).ca_comm is None  # Its order follows the size there.
+    assert vllm.CudaCommunicator(world_size=2, unique_name="dp:0").ca_comm is None
+
+
 @pytest.mark.parametrize(("mode", "nccl"), [("1", "LL128"), ("partial", "Simple")])
 def test_nccl_is_free_where_it_adds_nothing(begin, mode, nccl):
     vllm = begin(mode)
@@ -184,7 +198,7 @@ def test_a_model_that_is_left_to_vllm_keeps_our_sums_over_ranks(begin):
     vllm.worker(model).load_model()
     model(torch.randn(2, 32).to(torch.float16))
     assert "linear" in vllm.calls  # The control: the rest is vLLM's own.
-    parts = [torch.randn(3, 70).to(torch.float16) for _ in range(2)]
+    parts = [torch.randn(30, 70).to(torch.float16) for _ in range(2)]
     got = ranks_of(vllm, parts).all_reduce(parts[0])
     assert torch.equal(got, (parts[0].float() + parts[1].float()).half())
     assert "all_reduce" not in vllm.calls
