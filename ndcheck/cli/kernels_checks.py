@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from multiprocessing.connection import wait
@@ -42,7 +43,10 @@ def choose_processes(device: torch.device, n_cases: int) -> int:
 def check_all(
     work: Sequence[Work], device: torch.device, row_counts: Sequence[int], n_processes: int
 ) -> Generator[Finding]:
-    """In the order of ``work``. Raises what a case raised, and BackendError for a dead process."""
+    """In the order of ``work``. Raises what a case raised, and BackendError for a dead process.
+
+    A case that found no memory beside others is computed again when those are done, alone.
+    """
     if n_processes == 1:
         from ndcheck_kernels.measure.cases import checked_cases
         from ndcheck_kernels.measure.check import check
@@ -60,19 +64,27 @@ def check_all(
             idle.append(stack.enter_context(closing(worker)))
             # As many threads as here: what torch's own sums give follows their number.
             worker.send((device, tuple(row_counts), torch.get_num_threads()))
-        waiting = iter(enumerate(work))
-        busy: dict[Any, tuple[WorkerProcess, int]] = {}
+        waiting = deque(enumerate(work))
+        left: deque[tuple[int, Work]] = deque()
+        busy: dict[Any, tuple[WorkerProcess, int, bool]] = {}
         done: dict[int, Finding] = {}
         for wanted in range(len(work)):
             while wanted not in done:
-                for worker, (place, item) in zip(idle, waiting, strict=False):
+                while idle and (waiting or (left and not busy)):
+                    place, item = (waiting or left).popleft()
+                    worker = idle.pop()
                     worker.send(item)
-                    busy[worker.connection] = worker, place
-                idle = []
+                    busy[worker.connection] = worker, place, not waiting and not busy
                 for connection in wait([*busy]):
-                    worker, place = busy.pop(connection)
-                    done[place], warned = worker.receive()
+                    worker, place, is_alone = busy.pop(connection)
+                    found, warned = worker.receive()
                     idle.append(worker)
+                    if isinstance(found, Exception):  # It found no memory.
+                        if is_alone:
+                            raise found
+                        left.append((place, work[place]))
+                        continue
+                    done[place] = found
                     for message, category in warned:
                         warnings.warn(message, category, stacklevel=2)
             yield done.pop(wanted)
@@ -84,6 +96,7 @@ def main() -> None:
     device, row_counts, n_threads = parent.receive()
     import torch
 
+    from ndcheck.samplers.local.memory import is_out_of_memory
     from ndcheck_kernels.measure.cases import checked_cases
     from ndcheck_kernels.measure.check import check
 
@@ -91,9 +104,17 @@ def main() -> None:
     cases = checked_cases(device.type)
 
     def check_one(i: int, dtype: torch.dtype) -> object:
+        found: object
         with warnings.catch_warnings(record=True) as warned:
-            finding = check(cases[i], dtype, device, row_counts)
-        return finding, [(str(warning.message), warning.category) for warning in warned]
+            try:
+                found = check(cases[i], dtype, device, row_counts)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                found = error.with_traceback(None)  # Its frames hold what there was memory for.
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # The other processes have use for it.
+        return found, [(str(warning.message), warning.category) for warning in warned]
 
     parent.answer(check_one)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,51 @@ def test_an_exception_in_a_process_is_the_line_that_it_is_in_one(
         lines.append(line)
     assert lines[0] == lines[1]
     assert len(two_processes) == 2
+
+
+@pytest.mark.parametrize("fits_alone", [True, False])
+def test_what_finds_no_memory_beside_others_is_computed_alone(
+    ndcheck_here, two_processes, monkeypatch, fits_alone
+):
+    """As where each of two processes holds a part of a GPU's memory."""
+    receive = kernels_checks.WorkerProcess.receive
+    n_received = 0
+
+    def receive_or_run_out(self):
+        nonlocal n_received
+        answer, n_received = receive(self), n_received + 1
+        is_first, is_last = n_received == 2, n_received == 10
+        if is_first or (is_last and not fits_alone):
+            return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB"), []
+        return answer
+
+    monkeypatch.setattr(kernels_checks.WorkerProcess, "receive", receive_or_run_out)
+    done = ndcheck_here(*OPTIONS)
+    assert n_received == 10
+    if fits_alone:
+        assert "PASS  9 of 9 have one bit class" in done.stdout
+        assert done.returncode == 0
+    else:
+        assert done.returncode == 4
+        assert "out of memory" in done.stderr
+        assert "\nPASS" not in done.stdout
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError()])
+def test_a_process_answers_that_it_found_no_memory(monkeypatch, error):
+    """Without the frames, which would keep what there was memory for."""
+
+    calls = []
+
+    def run_out(*_):
+        raise error
+
+    parent = SimpleNamespace(receive=lambda: (torch.device("cpu"), (1,), 1), answer=calls.append)
+    monkeypatch.setattr(kernels_checks, "Parent", lambda: parent)
+    monkeypatch.setattr("ndcheck_kernels.measure.check.check", run_out)
+    kernels_checks.main()
+    assert calls.pop()(0, torch.float32) == (error, [])
+    assert error.__traceback__ is None
 
 
 def test_an_interrupt_leaves_no_process_and_no_pass(ndcheck_here, two_processes, monkeypatch):
