@@ -29,11 +29,14 @@ from ndcheck import ranks
 from ndcheck.errors import BackendError
 from ndcheck.records import Fault, Load, Trial
 from ndcheck.samplers.local.batch import layer_state
-from ndcheck.samplers.local.memory import FILLED, free_bytes
+from ndcheck.samplers.local.memory import free_bytes
 
 POLL_S = 0.005
 GRACE_S = 10
 """How long rank 0 may take to report after another rank ended; torchrun kills it after 30."""
+KEPT = 0.5
+"""The share of the free memory in which batches are kept beside the one to come: where its prompt
+then runs out of memory the run ends, and to capture a batch again takes seconds."""
 LOST = "another rank ended, or torchrun was told to stop"
 
 
@@ -100,11 +103,11 @@ class Ranks:
             )
 
     def _measure_room(self) -> None:
-        """How much memory every rank has left beside the weights, before any batch."""
+        """How much memory every rank has for kept batches, before any."""
         own = torch.tensor([free_bytes(self._device)], device=self._device)
         others = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(others, own)
-        self._room = int(FILLED * int(min(others)))
+        self._room = int(KEPT * int(min(others)))
 
     def make_room(self, kept: dict[tuple[Any, Any, int, int], Any], n_columns: int) -> None:
         """Let go of ``kept`` batches, the oldest first, until one of so many columns fits in.

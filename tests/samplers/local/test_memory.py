@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Decoding, Environment, Load, Probe, Run, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import fit_spec
-from ndcheck.samplers.local import memory
+from ndcheck.samplers.local import following, memory
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.continuous import ContinuousBatch
 from ndcheck.samplers.local.sampler import TransformersSampler
@@ -171,3 +172,25 @@ def test_auto_loads_of_a_model(sampler):
     fitted = fit_spec(replace(SPEC, batch_sizes=()), sampler)
     assert fitted.batch_sizes[:2] == (1, 2)
     assert fitted.batch_sizes[-1] <= memory.MOST_ROWS["cpu"]
+
+
+def test_ranks_keep_no_batch_whose_room_the_next_one_needs(monkeypatch):
+    """Qwen3-235B in FP8 on two H200 leaves 28 GiB a card: 122 rows stayed beside 121, and it ended.
+
+    Its cache is 94 layers of two heads a rank, keys and values of 128 numbers in 16 bits.
+    """
+
+    def batch(rows):
+        cell = torch.empty(rows, 94 * 2, 1011, 128, dtype=torch.bfloat16, device="meta")
+        layer = SimpleNamespace(keys=cell, values=cell)
+        return SimpleNamespace(batch=SimpleNamespace(cache=SimpleNamespace(layers=[layer])))
+
+    monkeypatch.setattr(following, "free_bytes", lambda device: 28 << 30)
+    monkeypatch.setattr(following.dist, "all_gather", lambda others, own: others[0].copy_(own))
+    ranks = object.__new__(following.Ranks)
+    ranks._device, ranks._room, ranks.size = torch.device("cpu"), None, 1
+    kept = {("invariant", None, rows, 1011): batch(rows) for rows in (1, 8, 122)}
+    ranks.make_room(kept, 8 * 1011)
+    assert [rows for _, _, rows, _ in kept] == [1, 8, 122]  # 139 rows of 97 MB in half of it
+    ranks.make_room(kept, 121 * 1011)
+    assert not kept
