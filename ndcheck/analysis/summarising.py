@@ -235,6 +235,7 @@ def _summarise_probe(
         n_trials=counts.n_trials[i],
         n_samples=completions.n_samples,
         n_errors=counts.n_errors[i],
+        first_error=group.first_error,
         n_unique=len(completions),
         modal_count=int(completions.counts[0]) if completions else 0,
         common_prefix_tokens=common_prefix,

@@ -292,6 +292,7 @@ class ProbeSummary:
     n_trials: int
     n_samples: int
     n_errors: int
+    first_error: str
     n_unique: int
     modal_count: int
     common_prefix_tokens: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from textwrap import shorten
 from typing import Literal
 
 from ndcheck.analysis import serving
@@ -23,6 +24,8 @@ STOCK_DID_NOT_FAIL = (
 SERVERS_SAMPLING = (
     "no temperature was sent: sampling is the server's, so what diverges may be a draw of it"
 )
+MOST_OF_ERROR = 160
+"""Characters of the first failed sample's error in a reason."""
 NOT_TOLD_APART = "not told apart from run-to-run"
 
 
@@ -269,7 +272,8 @@ def _lacks_witness(probe: ProbeSummary) -> str | None:
 
 def _has_errors(probe: ProbeSummary) -> str | None:
     if probe.n_errors:
-        return f"samples that ended in an error: {probe.n_errors}"
+        first = shorten(probe.first_error, MOST_OF_ERROR, placeholder=" ...")
+        return f"samples that ended in an error: {probe.n_errors}; the first: {first}"
     return None
 
 

@@ -162,6 +162,7 @@ def test_errors_count_as_errors_only(build):
     summary = summarise(samples, build.spec)
     (probe,) = summary.probes
     assert (probe.n_trials, probe.n_samples, probe.n_errors, probe.n_unique) == (1, 2, 3, 1)
+    assert probe.first_error == samples[2].error
     assert (probe.elapsed_s, probe.unwitnessed_trials) == (2, 0)
     assert build.finding(probe, "batch-size").n_trials == 1
     assert build.load(probe, "batch-size", 2).n_errors == 1

@@ -186,6 +186,7 @@ def probe_summary(
         n_trials=n if measured else 0,
         n_samples=n_samples,
         n_errors=n_errors,
+        first_error="HTTP 500: no memory\x1b[2J" if n_errors else "",
         n_unique=len(completions),
         modal_count=completions[0].count if completions else 0,
         common_prefix_tokens=common,
