@@ -162,9 +162,9 @@ class Session:
         return None
 
     def model(self, shape: str) -> Path:
-        """The folder of its config.json."""
+        """The folder of its config.json, from `ROOT` if it lies there: records name no machine."""
         if not self.options.tiny:
-            return SHAPES / shape
+            return (SHAPES / shape).relative_to(ROOT)
         folder = self.work / f"{shape}-tiny"
         folder.mkdir(exist_ok=True)
         config = json.loads((SHAPES / shape / "config.json").read_text())
@@ -208,7 +208,7 @@ def measure(run: Run, session: Session) -> Path | None:
 def check_memory(run: Run, model: Path) -> None:
     """Print what each GPU needs; raise RuntimeError where one has less."""
     n_columns = run.n_tokens + PROMPT_COLUMNS
-    needed = rank_memory(model, run.n_ranks, run.most_rows, n_columns, is_bf16=run.is_bf16)
+    needed = rank_memory(ROOT / model, run.n_ranks, run.most_rows, n_columns, is_bf16=run.is_bf16)
     print(f"{run.folder}, on each of {run.n_ranks}: {needed}", flush=True)
     if not torch.cuda.is_available():
         return
