@@ -34,6 +34,7 @@ from bench.engines.in_model import (
 from bench.engines.in_process import N_REQUESTS, PROMPT, REQUEST_TOKENS, bits
 from bench.engines.planted import plant
 from bench.engines.stages import LONG_PROMPT
+from bench.engines.step_kernels import kernel_us
 from bench.table import Table
 
 SHAPES = Path(__file__).parents[1] / "shapes"
@@ -177,6 +178,16 @@ class Measures:
         with path.open("w", encoding="utf-8") as file:
             pstats.Stats(watched, stream=file).sort_stats("tottime").print_stats(60)
         return path.name
+
+    def kernels(self) -> str:
+        """What each CUDA kernel takes of the largest step that is timed, in a table of its own."""
+        batch = min(max(STEPS), FEWER_ROWS.get(self.model, max(STEPS)))
+        prompts = different_prompts(batch, len(PROMPT))
+        table = Table(self.out / f"kernels-{self.model}-{self.mode}-{batch}.csv", echo=False)
+        found = kernel_us(lambda n_tokens: self.generate(prompts, [n_tokens] * batch))
+        for name, us in found.items():
+            table.add(kernel=name, us_a_step=us)
+        return f"{sum(found.values()) / 1000:.2f} ms of {batch} rows"
 
     def host(self) -> str:
         """Microseconds that the host takes to start each product of a layer at N_REQUESTS rows."""

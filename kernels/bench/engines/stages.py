@@ -93,7 +93,7 @@ STAGES = {
         DENSE, ALL,
         ("coverage", OURS), ("step", BOTH), ("requests", BOTH), ("prefill", BOTH),
         ("closed", BOTH), ("long", BOTH), ("step", BOTH), ("needle", BOTH), ("copies", BOTH),
-        ("requests", ALL), ("step", VLLM), ("copies", VLLM), ("prefill", VLLM),
+        ("requests", ALL), ("kernels", BOTH), ("step", VLLM), ("copies", VLLM), ("prefill", VLLM),
         ("closed", BOTH), ("host", BOTH), ("profile", BOTH),
     ),
     "fp8": _of(
@@ -105,6 +105,7 @@ STAGES = {
     "30b": _of(
         EXPERTS, BOTH,
         ("coverage", OURS), ("few_steps", BOTH), ("copies", BOTH), ("few_steps", BOTH),
+        ("kernels", BOTH),
     ),
     "vllm30b": _of(EXPERTS, VLLM, ("few_steps", VLLM), ("copies", VLLM)),
     "planted": _of(
