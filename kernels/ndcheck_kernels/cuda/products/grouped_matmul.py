@@ -40,18 +40,14 @@ _COMBINE_BLOCK = 1024
 
 
 @triton.jit
-def _find_rows(
-    ends_ptr, tile, E, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, EARLY: tl.constexpr = False
-):
+def _find_rows(ends_ptr, tile, E, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
     """The group, first row and end of the group's rows of the tile-th tile of all groups.
 
-    Group E or beyond if there are not so many tiles. EARLY: leave nothing in L1 that a later read
-    could find in place of what is true then.
+    Group E or beyond if there are not so many tiles.
     """
-    CACHE: tl.constexpr = ".cg" if EARLY else ""
     e = tl.arange(0, E_BLOCK)
-    ends = tl.load(ends_ptr + e, e < E, other=0, cache_modifier=CACHE)
-    starts = tl.load(ends_ptr + e - 1, (e > 0) & (e < E), other=0, cache_modifier=CACHE)
+    ends = tl.load(ends_ptr + e, e < E, other=0)
+    starts = tl.load(ends_ptr + e - 1, (e > 0) & (e < E), other=0)
     tiles = tl.where(e < E, tl.cdiv(ends - starts, BLOCK_M), 0)
     group = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
     before = tl.sum(tl.where(e < group, tiles, 0), 0)
@@ -110,24 +106,14 @@ def _grouped_tile_kernel(
     num_n = tl.cdiv(N, BLOCK_N)
     group, first_n = tl.program_id(0) // num_n, (tl.program_id(0) % num_n) * BLOCK_N
     height = 2 * N if GATE else N
-    # With few rows a product after a gate starts when the groups that both have are known, though
-    # it has not waited for them: should it read others, it asks for weights in vain.
-    IS_FEW_GATE: tl.constexpr = GATE and not BY_GROUP
     if PDL:
-        if not IS_FEW_GATE:
-            gdc_launch_dependents()
-        if PREFETCH and not IS_FEW_GATE:
-            ahead = group
-            if not BY_GROUP:
-                ahead, _, _ = _find_rows(ends_ptr, group, E, E_BLOCK, BLOCK_M, True)
-                ahead = tl.minimum(ahead, E - 1)
-            ahead = ahead * height + first_n
+        gdc_launch_dependents()
+        if PREFETCH and BY_GROUP:  # Else the group follows from what has not been waited for.
+            ahead = group * height + first_n
             _prefetch(w_ptr, ahead, 0, E * height, K, K, BLOCK_N, PREFETCH)
             if GATE:
                 _prefetch(w_ptr, ahead + N, 0, E * height, K, K, BLOCK_N, PREFETCH)
         gdc_wait()
-        if IS_FEW_GATE:
-            gdc_launch_dependents()
     if BY_GROUP:
         first = tl.load(ends_ptr + group - 1, group > 0, other=0)
         end = tl.load(ends_ptr + group)
