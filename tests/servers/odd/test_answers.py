@@ -162,6 +162,44 @@ def test_text_is_compared_besides_the_names_of_tokens(odd, measure):
     assert len({sample.witness.names_digest for sample in samples}) == 1
 
 
+class BytesAlone(WithoutNames):
+    """The completion ends within a character: only bytes tell its tokens apart."""
+
+    def text(self, t, token):
+        return token if t < 11 else ""
+
+    def fields(self, t, token, body):
+        name = token if t < 11 else "\ufffd"
+        content = token.encode() if t < 11 else b"\xf0" if self.running < 2 else b"\xf1"
+        entry = {"token": name, "logprob": -0.0260832, "bytes": list(content), "top_logprobs": []}
+        return {"logprobs": {"content": [entry]} if body.get("logprobs") else None}
+
+
+def test_bytes_are_compared_where_a_name_has_none_of_its_own(odd, measure):
+    judgement, *_ = measure(odd(BytesAlone))
+    assert judgement.verdict.outcome == "FAIL"
+
+
+class StripsWholes:
+    """As vLLM's chat does: a completion in one piece has no space at its ends."""
+
+    gauge = True
+
+    def stream(self, body):
+        if body["stream"]:
+            return super().stream(body)
+        words = "".join(token for token in self.tokens(body) if self.pause() is None)
+        choice = {"message": {"content": words.strip()}, "finish_reason": "length"}
+        usage = self.usage(body, self.limit(body))
+        return self.send(200, json.dumps({"choices": [choice], "usage": usage}).encode())
+
+
+def test_a_completion_in_one_piece_is_held_to_no_other_kind(odd, measure):
+    _, summary, samples = measure(odd(StripsWholes), batch_sizes=(1, 10), n_samples=40)
+    assert max(len(sample.load.slots) for sample in samples) == 10
+    assert summary.probes[0].n_unique == 1
+
+
 class HiddenText:
     """Equal token ids, another text."""
 

@@ -137,6 +137,14 @@ class ThinksLonger(Stops):
         return {"prompt_tokens": 3, "completion_tokens": n, "completion_tokens_details": hidden}
 
 
+class ThinksOn(Planted):
+    """Equal text, of which a token more is reasoning; what ends it is in no text."""
+
+    def fields(self, t, token, body):
+        is_thought = t < (7 if self.planted(6, "") else 6)
+        return {"delta": {"reasoning_content" if is_thought else "content": token}}
+
+
 class TwoChoices(Planted):
     def events(self, body):
         for event in super().events(body):
@@ -153,6 +161,7 @@ FIELDS = {
     CallsInstead: "finish_reason",
     ThinksLonger: "reasoning_tokens",
     TwoChoices: "choice.text",
+    ThinksOn: "reasoning",
 }
 
 

@@ -40,6 +40,22 @@ class CachesWithoutIds(Caches):
     ids = False
 
 
+class FewIds:
+    """As Ollama: each answer's id is one of 999, drawn at random; here, of the first few."""
+
+    names = (12, 700, 3, 45)
+
+    def events(self, body):
+        number = self.names[next(type(self).numbers) % 4]
+        for event in super().events(body):
+            yield {**event, "id": f"chatcmpl-{number}"}
+
+
+def test_ids_that_are_drawn_from_few_tell_of_no_cache(odd, measure):
+    judgement, *_ = measure(odd(FewIds))
+    assert judgement.verdict.outcome == "PASS", judgement.verdict.reasons
+
+
 def test_whole_answers_from_a_cache_are_no_evidence(odd, measure):
     judgement, summary, _ = measure(odd(Caches))
     assert judgement.verdict.outcome == "INCONCLUSIVE"
