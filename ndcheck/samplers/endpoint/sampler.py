@@ -285,8 +285,10 @@ class EndpointSampler:
             if len(outcome.answer.arrivals) == 1:
                 times_s = even_steps(n_units, outcome.sent_s, outcome.answer.last_s, streams)
             sizes = batch_sizes_read(times_s, self._server.metrics.readings)
-            if self._arrivals.kind == "together":  # Else a row's requests follow each other.
-                sizes = held_to_streams(sizes, times_s, streams, load.batch_size)
+            are_together = self._arrivals.kind == "together"
+            sizes = held_to_streams(
+                sizes, times_s, streams, load.batch_size, are_together=are_together
+            )
             if sizes or load.batch_size > 1:
                 return sizes
         if load.batch_size == 1:

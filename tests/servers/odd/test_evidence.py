@@ -283,6 +283,15 @@ def test_a_gauge_is_held_to_the_streams(odd, measure, mode):
     assert 2 * reached.n_alone > reached.n_tokens
 
 
+@pytest.mark.parametrize("arrival", ["closed", "poisson:200"])
+def test_a_gauge_is_held_to_the_streams_of_loops(odd, measure, arrival):
+    loop = {**MIXED, "batch_sizes": (4,), "arrival": arrival}
+    judgement, summary, _ = measure(odd(CountsWhatWaits), **loop)
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    (reached,) = summary.probes[0].serving.reached
+    assert reached.n_alone == reached.n_tokens
+
+
 class CutsPromptUnderLoad:
     """As servers do that have less room for each of several; here the text is the same."""
 
