@@ -258,7 +258,9 @@ async def open_server(
             ),
         )
         with doing("asking for completions of other lengths"):
-            n_others = await _vary_limit(spec, dialect, client, capabilities)
+            answers = await _vary_limit(spec, dialect, client, capabilities)
+        capabilities = capabilities.confirmed_by(answers)
+        n_others = _count_other_beginnings([a for _, a in answers], capabilities)
         metrics = MetricsWitness(transport, gauge) if gauge else None
         server = Server(spec, identity, dialect, client, capabilities, metrics, cache, n_others)
         n_rows = max(spec.batch_sizes, default=1)
@@ -321,19 +323,23 @@ async def _find_capabilities(
 
 async def _vary_limit(
     spec: RunSpec, dialect: Dialect, client: Client, capabilities: Capabilities
-) -> int:
-    """How many completions of smaller limits do not begin like the first.
+) -> list[tuple[int, Answer]]:
+    """Completions of the first probe at its limit and below, each with its limit."""
+    n_tokens = min(spec.decoding.max_tokens, LONGEST_LIMIT)
+    prompt, fields = spec.probes[0].content, capabilities.probe_fields
+    return [
+        (n, await _ask_briefly(spec, dialect, client, prompt, n, fields))
+        for n in range(n_tokens, max(0, n_tokens - N_LIMITS), -1)
+    ]
+
+
+def _count_other_beginnings(answers: Sequence[Answer], capabilities: Capabilities) -> int:
+    """How many completions that differ in their limit alone do not begin like the first.
 
     What repeats whole answers, or chooses a replica by the request, gives equal requests equal
     answers whatever the model does; requests for a token less are others to it.
     """
-    n_tokens = min(spec.decoding.max_tokens, LONGEST_LIMIT)
-    streams = []
-    for n in range(n_tokens, max(0, n_tokens - N_LIMITS), -1):
-        answer = await _ask_briefly(
-            spec, dialect, client, spec.probes[0].content, n, capabilities.probe_fields
-        )
-        streams.append(answer.stream(capabilities.compared)[0])
+    streams = [answer.stream(capabilities.compared)[0] for answer in answers]
     # The end of a text may be part of a character.
     n_loose = 0 if capabilities.compared == "token ids" else 2
     n_shared = max(0, min(map(len, streams)) - n_loose)

@@ -31,6 +31,13 @@ class EstimatedUsage:
         return {"prompt_tokens": 0, "completion_tokens": max(1, n * 3 // 4)}
 
 
+class EstimateThatFitsAtFirst:
+    """As characters by four do."""
+
+    def usage(self, body, n):
+        return {"prompt_tokens": 3, "completion_tokens": n if n < 8 else n - 2}
+
+
 class NoUsage:
     def usage(self, body, n):
         return {"prompt_tokens": None, "completion_tokens": 0}
@@ -68,6 +75,18 @@ class FewLogprobs:
     def fields(self, t, token, body):
         entry = {"token": token, "logprob": -0.5, "top_logprobs": []}
         return {"logprobs": {"content": [entry]} if body.get("logprobs") and t < 2 else None}
+
+
+class MoreLogprobs(FewLogprobs):
+    """Of more tokens than it takes to try it, and not of all."""
+
+    def fields(self, t, token, body):
+        return super().fields(t // 5, token, body)
+
+
+class MoreIds:
+    def fields(self, t, token, body):
+        return {"token_ids": [t]} if t < 10 and body.get("return_token_ids") else {}
 
 
 class OddFacts:
@@ -111,7 +130,8 @@ class HoldsConnections:
 @pytest.mark.parametrize(
     "handler",
     [EmptyReason, EosToken, NoReason, EstimatedUsage, NoUsage, PlainText, Lines, Parts,
-     LowestAlternative, FewLogprobs, OddFacts, OwnFingerprints, OneId, HoldsConnections],
+     EstimateThatFitsAtFirst, LowestAlternative, FewLogprobs, MoreLogprobs, MoreIds, OddFacts,
+     OwnFingerprints, OneId, HoldsConnections],
 )  # fmt: skip
 def test_a_server_that_answers_well_passes(odd, measure, handler):
     judgement, summary, samples = measure(odd(handler))
