@@ -89,6 +89,15 @@ class MoreIds:
         return {"token_ids": [t]} if t < 10 and body.get("return_token_ids") else {}
 
 
+class IdsAtTheEnd:
+    def events(self, body):
+        for event in super().events(body):
+            for choice in event["choices"]:
+                if choice.get("finish_reason") and body.get("return_token_ids"):
+                    choice["token_ids"] = [*range(self.limit(body))]
+            yield event
+
+
 class OddFacts:
     """Pages and facts of any type."""
 
@@ -130,8 +139,8 @@ class HoldsConnections:
 @pytest.mark.parametrize(
     "handler",
     [EmptyReason, EosToken, NoReason, EstimatedUsage, NoUsage, PlainText, Lines, Parts,
-     EstimateThatFitsAtFirst, LowestAlternative, FewLogprobs, MoreLogprobs, MoreIds, OddFacts,
-     OwnFingerprints, OneId, HoldsConnections],
+     EstimateThatFitsAtFirst, LowestAlternative, FewLogprobs, MoreLogprobs, MoreIds, IdsAtTheEnd,
+     OddFacts, OwnFingerprints, OneId, HoldsConnections],
 )  # fmt: skip
 def test_a_server_that_answers_well_passes(odd, measure, handler):
     judgement, summary, samples = measure(odd(handler))
