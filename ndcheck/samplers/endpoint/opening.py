@@ -264,8 +264,9 @@ async def open_server(
         metrics = MetricsWitness(transport, gauge) if gauge else None
         server = Server(spec, identity, dialect, client, capabilities, metrics, cache, n_others)
         n_rows = max(spec.batch_sizes, default=1)
-        if metrics and n_rows > N_STREAMED and await server.gives_the_same_whole():
-            n_rows = N_STREAMED
+        if metrics and n_rows > N_STREAMED:
+            with doing("asking for a completion in one piece"):
+                n_rows = N_STREAMED if await server.gives_the_same_whole() else n_rows
         return replace(server, n_streamed=n_rows)
     except RequestFailure as failure:
         if (
