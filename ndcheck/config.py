@@ -268,10 +268,21 @@ def _refuse_unknown(table: Table, accepted: Iterable[str], place: str) -> None:
     accepted = sorted(accepted)
     for key in table:
         if key not in accepted:
-            hint = did_you_mean(key, accepted)
+            hint = _rightful_place(key, place) or did_you_mean(key, accepted)
             raise UsageError(
                 f"{place}{key}: unknown key{hint or ';'} accepted: {', '.join(accepted)}"
             )
+
+
+def _rightful_place(key: str, place: str) -> str:
+    """Of a rule among options, or an option among rules; else empty."""
+    outside, rules, _ = place.partition("rules.")
+    if rules and key in OPTIONS:
+        table = f"[{outside[:-1]}]" if outside else "the top of the file"
+        return f" here: it is an option, for {table};"
+    if not rules and key in {**RULES, **RUN_RULES, **SCORE_RULES}:
+        return f" here: it is a rule, for [{place}rules];"
+    return ""
 
 
 def _check_types(table: Table, hints: Mapping[str, Any], place: str) -> None:

@@ -171,6 +171,7 @@ model = "scripted:never-batches"
         ({"check": "good\nbad"}, False, "fail"),
         ({"check": "good\n"}, True, "pass"),
         ({"check": "bad", "options": "--max-unique 2 --quiet"}, True, "pass"),
+        ({"check": "bad", "options": "--quiet\n--max-unique 2\n"}, True, "pass"),
         ({"check": "open", "inconclusive": "pass", "artifact": "none"}, True, "pass"),
         ({"check": "open", "inconclusive": "fail"}, False, "fail"),
         ({"config": "none.toml"}, False, "error"),

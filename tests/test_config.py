@@ -130,6 +130,18 @@ MISTAKES = {
         "checks.a.rules.slot.max_unique: unknown key; accepted: allow_latent, confidence, "
         "max_divergence_rate, min_common_prefix",
     ),
+    "a rule among options": (
+        "[checks.a]\nmax_slowdown = 2",
+        "checks.a.max_slowdown: unknown key here: it is a rule, for [checks.a.rules]; accepted: ",
+    ),
+    "a rule before all checks": (
+        "max_unique = 2\n[checks.a]",
+        "max_unique: unknown key here: it is a rule, for [rules]; accepted: adapter, ",
+    ),
+    "an option among rules": (
+        "[checks.a.rules]\nloads = [1]",
+        "checks.a.rules.loads: unknown key here: it is an option, for [checks.a]; accepted: ",
+    ),
     "a wrong type": (
         "[checks.a]\nmax_tokens = 'many'",
         "checks.a.max_tokens: 'many' is not accepted; give a whole number",

@@ -203,6 +203,9 @@ def test_what_a_limit_allows_is_called_accepted(limits, drawn):
 def test_a_comparison_passes_nothing_that_diverged(drawn_a, drawn_b):
     measured = (find(record(spec), samples).measured for spec, samples in (drawn_a, drawn_b))
     comparison = compare(*measured)
-    verdicts = judge_comparison(comparison, ("unique", "rate"), 0.95)
+    verdicts = judge_comparison(comparison, ("tokens", "bits", "unique", "rate"), 0.95)
     for line in printed(print_comparison, ("a", "b"), comparison, verdicts).splitlines():
         assert not re.search(r"^PASS.*\b[1-9]\d* of \d+ \w+ diverged", line), line
+    differing = oracle(drawn_b[1], allow_latent=True) & {d.b.arm for d in comparison.drifts}
+    for verdict in verdicts.values():
+        assert not (differing and verdict.label == "PASS"), verdict

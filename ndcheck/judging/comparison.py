@@ -295,17 +295,15 @@ def _judge_drift(name: FailOn, drift: Drift, confidence: float) -> Verdict:
             return Verdict("FAIL", (f"{subject}: another {drift.unit} at {at}",))
         if not drift.n_shared_tokens:
             return Verdict("INCONCLUSIVE", (f"{subject}: no {drift.unit} was there to compare",))
+        equal = f"{subject}: {count(drift.n_shared_tokens, drift.unit)} of the probe alone equal"
         if name == "tokens":
-            return Verdict(
-                "PASS", (f"{subject}: {count(drift.n_shared_tokens, drift.unit)} equal",)
-            )
+            return Verdict("PASS", (equal,), accepts_divergence=b.has_diverged)
         if drift.kind == "latent":
             return Verdict("FAIL", (f"{subject}: equal tokens, other bits",))
         if not drift.bits_recorded:
             return Verdict("INCONCLUSIVE", (f"{subject}: bits were not recorded in both runs",))
-        return Verdict(
-            "PASS", (f"{subject}: {count(drift.n_shared_tokens, 'token')} equal bit for bit",)
-        )
+        has_diverged = b.has_diverged or b.has_latent
+        return Verdict("PASS", (f"{equal} bit for bit",), accepts_divergence=has_diverged)
     if name == "unique":
         counts = (
             f"{subject}: {count(b.n_unique, 'unique completion')}, {a.n_unique} in the baseline"

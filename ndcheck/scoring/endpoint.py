@@ -17,7 +17,7 @@ from ndcheck.samplers.endpoint.answers.event_stream import Event, RequestFailure
 from ndcheck.samplers.endpoint.answers.events import as_dict, as_list
 from ndcheck.samplers.endpoint.capabilities import BUSY
 from ndcheck.samplers.endpoint.credentials import request_headers, request_query
-from ndcheck.samplers.endpoint.opening import identify
+from ndcheck.samplers.endpoint.identity import identify
 from ndcheck.samplers.endpoint.private import Private, query_secrets
 from ndcheck.samplers.endpoint.transport import Transport
 from ndcheck.scoring.completions import TokenIds

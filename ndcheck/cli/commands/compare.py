@@ -13,7 +13,8 @@ from ndcheck.cli import options as o
 
 FAIL_ON_HELP = (
     "Exit with 1 on these, comma-separated: environment, model, kernels, load, "
-    "tokens, bits, unique (more completions), rate (more trials diverge)."
+    "tokens, bits (both of the probe alone), unique (more completions), rate (more "
+    "trials diverge)."
 )
 
 

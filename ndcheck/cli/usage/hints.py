@@ -20,6 +20,11 @@ MEANT = {
     "version": "--version",
 }
 """What other tools call it."""
+MEANT_OPTIONS = {
+    **dict.fromkeys(("--url", "--base-url", "--api-base", "--server"), "--endpoint"),
+    **dict.fromkeys(("--concurrency", "--batch-size", "--batch-sizes"), "--loads"),
+    **dict.fromkeys(("--runs", "--repeats", "--num-samples"), "--samples"),
+}
 
 
 def with_hint(message: str, error: Any, arguments: Sequence[str]) -> str:
@@ -32,6 +37,9 @@ def with_hint(message: str, error: Any, arguments: Sequence[str]) -> str:
         return f"{unknown[0]}{_other_command(unknown[1], context)}"
     is_extra = message.startswith("Got unexpected extra argument")
     known = {name for each in context.command.params for name in each.opts}
+    unknown = re.match(r"No such option: (\S+)", message)
+    if unknown is not None and (meant := MEANT_OPTIONS.get(unknown[1])) in known:
+        return f"{unknown[0]}, did you mean {meant}?"
     after = [*arguments, ""][list(arguments).index(context.info_name) + 1 :][0]
     if "--run" in known and after[:1] not in ("", "-") and (is_extra or parameter is not None):
         return f"{message.rstrip('.')}: give --run {shlex.quote(after)}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 from ndcheck.errors import UsageError
 from ndcheck.samplers.endpoint.answers.answer import Answer, Compared
@@ -18,6 +18,7 @@ VISIBLE = ("token ids", "logprobs", "usage", "prompt logprobs")
 """Servers ignore fields that they do not know: these have to show in the answer."""
 BUSY = frozenset({408, 429, 503, 529})
 """A field is not refused by a server that has no time; some break (500) at one they do not know."""
+BEST_FIRST = get_args(Compared)
 Ask = Callable[[Body], Awaitable[Answer]]
 """Send a short request for the probe with these optional fields; raises RequestFailure."""
 
@@ -59,6 +60,20 @@ class Capabilities:
         """Fillers should fill the batch to the end."""
         least = {"min_tokens": n_tokens} if "min_tokens" in self.accepted else {}
         return {**self.accepted.get("ignore_eos", {}), **least}
+
+    def confirmed_by(self, answers: Sequence[tuple[int, Answer]]) -> Capabilities:
+        """What still holds of longer answers, each with its limit.
+
+        An estimate may be right for a few tokens, and some give log-probabilities of the first
+        tokens alone. A server with a limit of its own counts as many whatever is asked for.
+        """
+        seen = {self.compared} | {_find_compared(a, n) for n, a in answers if a.text or a.token_ids}
+        compared = max(seen, key=BEST_FIRST.index)
+        grows = len({len(a.text) for _, a in answers}) > 1
+        counts = self.counts_tokens and not (
+            grows and any(not _counts_tokens(a, n) for n, a in answers)
+        )
+        return replace(self, compared=compared, counts_tokens=counts)
 
 
 async def probe(dialect: Dialect, ask: Ask, plain: Answer, n_tokens: int) -> Capabilities:

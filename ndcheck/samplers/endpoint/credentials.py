@@ -68,7 +68,9 @@ def request_body(endpoint: Endpoint, extra_body: Mapping[str, Any]) -> dict[str,
 
 def _read_key(file: str | None) -> str | None:
     if file is None:
-        return next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
+        # What keeps secrets often ends them with a newline.
+        held = (os.environ.get(name, "").strip() for name in KEY_VARIABLES)
+        return next(filter(None, held), None)
     try:
         key = read_text(Path(file)).strip()
     except (OSError, ValueError) as error:

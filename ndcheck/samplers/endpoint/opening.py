@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from ndcheck.errors import BackendError, UsageError, doing
 from ndcheck.plan.fillers import filler_text
@@ -16,13 +17,19 @@ from ndcheck.samplers.endpoint import prefix_cache
 from ndcheck.samplers.endpoint.answers.answer import Answer
 from ndcheck.samplers.endpoint.answers.dialects import Body, Chat, Completions, Dialect, Generate
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
-from ndcheck.samplers.endpoint.answers.events import as_count, as_dict, as_fact, as_list
+from ndcheck.samplers.endpoint.answers.events import as_dict, as_fact, as_list
 from ndcheck.samplers.endpoint.answers.responses import Responses
 from ndcheck.samplers.endpoint.capabilities import BUSY, Capabilities, probe
-from ndcheck.samplers.endpoint.client import Client
+from ndcheck.samplers.endpoint.client import Client, check_whole
+from ndcheck.samplers.endpoint.identity import Identity, get_models, identify
 from ndcheck.samplers.endpoint.prefix_cache import PrefixCache
 from ndcheck.samplers.endpoint.transport import Transport
-from ndcheck.samplers.endpoint.witness import CLIENT_OVERLAP, MetricsWitness, find_gauge
+from ndcheck.samplers.endpoint.witness import (
+    CLIENT_OVERLAP,
+    N_STREAMED,
+    MetricsWitness,
+    find_gauge,
+)
 from ndcheck.storage.reading import parse_json
 
 N_PROBING_TOKENS = 4
@@ -33,51 +40,9 @@ N_TIMINGS = 3
 MAX_OFFERED = 8
 SMALL_TEMPERATURE = 0.001
 NOT_THERE = (404, 405)
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who answers: what of it changes in mid-run makes two completions incomparable."""
-
-    server: str
-    version: str | None = None
-    model: str | None = None
-    context: int | None = None
-
-    def digest(self, *more: object) -> str:
-        """16 hexadecimal digits over these facts."""
-        facts = "/".join(map(str, (self.server, self.version, self.model, *more)))
-        return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
-
-
-async def identify(transport: Transport, model: str) -> Identity:
-    """Ask the server what it is, at the addresses where each kind says so.
-
-    A gateway may answer at any address, so a kind is known by fields that only it has.
-    """
-    root = transport.root
-    entries = [as_dict(e) for e in as_list((await _get_models(transport)).get("data"))]
-    entry = next((entry for entry in entries if entry.get("id") == model), {})
-    name = as_fact(entry.get("root")) or as_fact(entry.get("id")) or model
-    context = as_count(entry.get("max_model_len")) or None
-    props = await transport.get_object(f"{root}/props")
-    settings = as_dict(props.get("default_generation_settings"))
-    if settings and ("total_slots" in props or "build_info" in props):
-        file = as_fact(props.get("model_path")) or name
-        length = as_count(settings.get("n_ctx")) or None
-        return Identity("llama.cpp", as_fact(props.get("build_info")) or None, file, length)
-    for path in ("/server_info", "/get_server_info"):
-        info = await transport.get_object(f"{root}{path}")
-        if file := as_fact(info.get("model_path")):
-            limit = context or as_count(info.get("max_total_num_tokens")) or None
-            return Identity("SGLang", as_fact(info.get("version")) or None, file, limit)
-    version = as_fact((await transport.get_object(f"{root}/version")).get("version")) or None
-    kind = "vLLM" if entry.get("owned_by") == "vllm" else "OpenAI-compatible server"
-    return Identity(kind, version, name, context)
-
-
-async def _get_models(transport: Transport) -> dict[str, object]:
-    return await transport.get_object(f"{transport.base}/models")
+LARGEST_STEP = 20
+"""Between the numbers of a server that counts its answers, which others may ask too."""
+_SHORT_NUMBER = re.compile(r"(.*?)(\d{1,6})")
 
 
 async def _explain(
@@ -87,7 +52,7 @@ async def _explain(
     words = str(failure).lower()
     names = [
         as_fact(as_dict(entry).get("id"))
-        for entry in as_list((await _get_models(transport)).get("data"))
+        for entry in as_list((await get_models(transport)).get("data"))
     ]
     names = [name for name in names if name]
     hints = []
@@ -166,10 +131,55 @@ class Server:
     cache: PrefixCache | None
     n_other_beginnings: int
     """Of completions that differ in their limit alone: how many begin unlike the first."""
+    n_streamed: int = 0
+    """Rows of a trial that are asked for streams: all of them have to be where that alone shows
+    the batch, or where a completion in one piece is another."""
 
     @property
     def witness_name(self) -> str:
         return self.metrics.name if self.metrics else CLIENT_OVERLAP
+
+    def body(self, prompt: Prompt, *, streamed: bool) -> Body:
+        """The request for a completion that is measured."""
+        decoding, stop = self.spec.decoding, self.spec.endpoint and self.spec.endpoint.stop
+        body = self.dialect.body(
+            self.spec.model, prompt, decoding.max_tokens, decoding, streamed=streamed
+        )
+        body |= self.capabilities.probe_fields
+        if stop:
+            body["stop"] = list(stop)
+        if not body["stream"]:
+            body.pop("stream_options", None)
+        if "seed" in self.capabilities.accepted:
+            body["seed"] = decoding.seed
+        return body
+
+    @property
+    def check(self) -> Callable[[Answer], None]:
+        """What an answer to it has to be. Raises RequestFailure for another."""
+        seen = self.capabilities
+        # The tokens that a stop is made of may be counted without being sent.
+        stops = self.spec.endpoint is not None and bool(self.spec.endpoint.stop)
+        return check_whole(
+            self.spec.decoding.max_tokens,
+            seen.compared,
+            counts_tokens=seen.counts_tokens and not stops,
+        )
+
+    async def gives_the_same_whole(self) -> bool:
+        """Is a completion in one piece what it is as a stream? Some are stripped, or hold less."""
+        compared, said = self.capabilities.compared, set()
+        for streamed in (True, False):
+            body = self.body(self.spec.probes[0].content, streamed=streamed)
+            try:
+                answer = await self.client.ask(body, self.spec.decoding.max_tokens, self.check)
+            except RequestFailure as failure:
+                if failure.is_unreachable or failure.status in BUSY:
+                    raise
+                return False
+            ended = answer.finish_reason, answer.names_digest, answer.beside_digest
+            said.add((answer.stream(compared), answer.logprobs, ended))
+        return len(said) == 1
 
     async def ask_briefly(self, prompt: Prompt, max_tokens: int, fields: Body) -> Answer:
         """A short request outside any trial, with the usual retries."""
@@ -248,7 +258,16 @@ async def open_server(
             ),
         )
         with doing("asking for completions of other lengths"):
-            n_others = await _vary_limit(spec, dialect, client, capabilities)
+            answers = await _vary_limit(spec, dialect, client, capabilities)
+        capabilities = capabilities.confirmed_by(answers)
+        n_others = _count_other_beginnings([a for _, a in answers], capabilities)
+        metrics = MetricsWitness(transport, gauge) if gauge else None
+        server = Server(spec, identity, dialect, client, capabilities, metrics, cache, n_others)
+        n_rows = max(spec.batch_sizes, default=1)
+        if metrics and n_rows > N_STREAMED:
+            with doing("asking for a completion in one piece"):
+                n_rows = N_STREAMED if await server.gives_the_same_whole() else n_rows
+        return replace(server, n_streamed=n_rows)
     except RequestFailure as failure:
         if (
             failure.status is not None
@@ -257,8 +276,6 @@ async def open_server(
         ):
             raise await _explain(failure, spec, endpoint, transport) from failure
         raise BackendError(f"--endpoint {transport.base}: {failure}") from failure
-    metrics = MetricsWitness(transport, gauge) if gauge else None
-    return Server(spec, identity, dialect, client, capabilities, metrics, cache, n_others)
 
 
 async def _find_capabilities(
@@ -307,19 +324,23 @@ async def _find_capabilities(
 
 async def _vary_limit(
     spec: RunSpec, dialect: Dialect, client: Client, capabilities: Capabilities
-) -> int:
-    """How many completions of smaller limits do not begin like the first.
+) -> list[tuple[int, Answer]]:
+    """Completions of the first probe at its limit and below, each with its limit."""
+    n_tokens = min(spec.decoding.max_tokens, LONGEST_LIMIT)
+    prompt, fields = spec.probes[0].content, capabilities.probe_fields
+    return [
+        (n, await _ask_briefly(spec, dialect, client, prompt, n, fields))
+        for n in range(n_tokens, max(0, n_tokens - N_LIMITS), -1)
+    ]
+
+
+def _count_other_beginnings(answers: Sequence[Answer], capabilities: Capabilities) -> int:
+    """How many completions that differ in their limit alone do not begin like the first.
 
     What repeats whole answers, or chooses a replica by the request, gives equal requests equal
     answers whatever the model does; requests for a token less are others to it.
     """
-    n_tokens = min(spec.decoding.max_tokens, LONGEST_LIMIT)
-    streams = []
-    for n in range(n_tokens, max(0, n_tokens - N_LIMITS), -1):
-        answer = await _ask_briefly(
-            spec, dialect, client, spec.probes[0].content, n, capabilities.probe_fields
-        )
-        streams.append(answer.stream(capabilities.compared)[0])
+    streams = [answer.stream(capabilities.compared)[0] for answer in answers]
     # The end of a text may be part of a character.
     n_loose = 0 if capabilities.compared == "token ids" else 2
     n_shared = max(0, min(map(len, streams)) - n_loose)
@@ -335,12 +356,22 @@ async def _time_first_token(
 
     ``ask_fresh`` asks for one token after a prompt; ``known`` answered another prompt.
     """
-    quickest_s, ids = float("inf"), {known.response_id}
+    quickest_s, ids = float("inf"), [known.response_id]
     for n in range(N_TIMINGS):
         started_s = time.perf_counter()
         answer = await ask_fresh(f"{uuid.uuid4().hex} {filler_text(n, 8)}")
         first_s = answer.first_s
         quickest_s = min(quickest_s, (first_s or time.perf_counter()) - started_s)
-        ids.add(answer.response_id)
-    has_ids = "" not in ids and len(ids) == N_TIMINGS + 1
-    return replace(capabilities, first_token_s=quickest_s, has_ids=has_ids)
+        ids.append(answer.response_id)
+    return replace(capabilities, first_token_s=quickest_s, has_ids=_are_own(ids))
+
+
+def _are_own(ids: Sequence[str]) -> bool:
+    """Has each answer an id that no other has? Ollama draws one of 999, and so repeats itself."""
+    if "" in ids or len(set(ids)) < len(ids):
+        return False
+    short = [_SHORT_NUMBER.fullmatch(name) for name in ids]
+    if len({match and match[1] for match in short}) > 1 or short[0] is None:
+        return True
+    numbers = [int(match[2]) for match in short if match]
+    return all(0 < b - a <= LARGEST_STEP for a, b in pairwise(numbers))  # It counts.

@@ -32,13 +32,13 @@ from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.arrivals import run_trial
 from ndcheck.samplers.endpoint.capabilities import FP32_DIGITS
 from ndcheck.samplers.endpoint.changes import Changes
-from ndcheck.samplers.endpoint.client import Outcome, check_whole
+from ndcheck.samplers.endpoint.client import Outcome
 from ndcheck.samplers.endpoint.credentials import request_body, request_headers, request_query
-from ndcheck.samplers.endpoint.opening import Identity, identify, open_server
+from ndcheck.samplers.endpoint.identity import Identity, identify
+from ndcheck.samplers.endpoint.opening import open_server
 from ndcheck.samplers.endpoint.private import Private, query_secrets, secrets_of
 from ndcheck.samplers.endpoint.transport import Transport
 from ndcheck.samplers.endpoint.witness import (
-    N_STREAMED,
     Stream,
     batch_sizes_read,
     batch_sizes_seen,
@@ -207,7 +207,7 @@ class EndpointSampler:
 
     def _streams(self, nth: int) -> bool:
         """Is the ``nth`` row of a trial asked for a stream?"""
-        return self._server.metrics is None or nth < N_STREAMED
+        return nth < self._server.n_streamed
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)
@@ -226,28 +226,14 @@ class EndpointSampler:
         rng = random.Random(f"{load.filler_seed}/{load.batch_size}/fillers")
         rows = [row for row in range(load.batch_size) if row not in load.slots]
         lengths = dict(zip(rows, load.filler_lengths, strict=True))
-        # The tokens that a stop is made of may be counted without being sent.
-        counts_tokens = seen.counts_tokens and not self._endpoint.stop
-        check = check_whole(decoding.max_tokens, seen.compared, counts_tokens=counts_tokens)
 
         async def send_probe(index: int) -> None:
-            body = self._server.dialect.body(
-                self._spec.model,
-                probe.content,
-                decoding.max_tokens,
-                decoding,
-                streamed=self._streams(index),
-            )
-            body |= seen.probe_fields
-            if self._endpoint.stop:
-                body["stop"] = list(self._endpoint.stop)
-            if not body["stream"]:
-                body.pop("stream_options", None)
-            if "seed" in seen.accepted:
-                body["seed"] = decoding.seed
+            body = self._server.body(probe.content, streamed=self._streams(index))
             if self._server.cache:
                 body |= self._server.cache.fields(load.cache_state, trial.trial_id, index)
-            await self._server.client.record(body, decoding.max_tokens, check, outcomes[index])
+            await self._server.client.record(
+                body, decoding.max_tokens, self._server.check, outcomes[index]
+            )
 
         async def send_filler(row: int, number: int) -> bool:
             length = lengths.get(row, as_text(probe.content).count(" ") + 1)
@@ -299,8 +285,10 @@ class EndpointSampler:
             if len(outcome.answer.arrivals) == 1:
                 times_s = even_steps(n_units, outcome.sent_s, outcome.answer.last_s, streams)
             sizes = batch_sizes_read(times_s, self._server.metrics.readings)
-            if self._arrivals.kind == "together":  # Else a row's requests follow each other.
-                sizes = held_to_streams(sizes, times_s, streams, load.batch_size)
+            are_together = self._arrivals.kind == "together"
+            sizes = held_to_streams(
+                sizes, times_s, streams, load.batch_size, are_together=are_together
+            )
             if sizes or load.batch_size > 1:
                 return sizes
         if load.batch_size == 1:

@@ -277,7 +277,11 @@ def _is_cached(headers: Mapping[str, str]) -> bool:
 
 
 _OF_PROMPTS = re.compile("prompt|prefix|token|kv")
-_HIT = re.compile(r"=(?:[^=]*[\s;,])?hit\b|hit=(?:true|1|yes)\b", re.IGNORECASE)
+_HIT = re.compile(
+    r"=(?:[^=]*[\s;,_]|refresh)?hit\b|^[^=]+=(?:stale|revalidated|updating)\b|"
+    r"hits?=(?:true|yes|(?:0, *)*[1-9])",
+    re.IGNORECASE,
+)
 
 
 def _proxy(url: str) -> str:

@@ -167,20 +167,29 @@ def batch_sizes_seen(times_s: Sequence[float], streams: Sequence[Stream]) -> lis
 
 
 def held_to_streams(
-    sizes: list[int], times_s: Sequence[float], streams: Sequence[Stream], n_rows: int
+    sizes: list[int],
+    times_s: Sequence[float],
+    streams: Sequence[Stream],
+    n_rows: int,
+    *,
+    are_together: bool,
 ) -> list[int]:
     """``sizes`` that a gauge gave of ``n_rows``, no more than the streams of some of them allow.
 
     A server may count all that it has taken in, be it that it waits. Rows that were not seen
     together for most of the tokens were in no batch together; those that were not streamed are
-    taken to be as these.
+    taken to be as these. Unless all were sent together, a row pauses between its requests: there,
+    half of what the gauge says is enough.
     """
     n_seen = min(n_rows, N_STREAMED, len(streams))
     seen = batch_sizes_seen(times_s, streams)
-    if not seen or (most_of_the_time(seen) or 0) >= n_seen:
+    there = most_of_the_time(seen) or 0
+    said = n_rows if are_together else min(n_rows, most_of_the_time(sizes) or 0)
+    if not seen or there * n_rows >= said * n_seen * (1 if are_together else 0.5):
         return sizes
     return [
-        min(size, max(1, n_rows * there // n_seen)) for size, there in zip(sizes, seen, strict=True)
+        min(size, max(1, n_rows * n_there // n_seen))
+        for size, n_there in zip(sizes, seen, strict=True)
     ]
 
 

@@ -163,6 +163,17 @@ def test_two_outputs_in_one_file_are_refused(ndcheck_here):
     assert_one_line(done, 2, "x.out: two outputs would be written to it")
 
 
+@pytest.mark.parametrize("name", ["run.json", "samples.jsonl"])
+def test_an_output_never_takes_the_place_of_evidence(ndcheck_here, tmp_path, name):
+    assert ndcheck_here("run", *SCRIPTED, "--out", "run", "-q").returncode == 0
+    held = (tmp_path / "run" / name).read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path / "run" / name)
+    for path in (f"run/{name}", "link"):
+        done = ndcheck_here("gate", "run", "--junit", path)
+        assert_one_line(done, 2, f"{path}: it holds what was measured")
+    assert (tmp_path / "run" / name).read_bytes() == held
+
+
 def test_a_file_of_prompts_that_is_a_stream_is_told_of_standard_input(ndcheck_here):
     done = ndcheck_here("run", *SCRIPTED, "--prompts-file", "/dev/null")
     assert_one_line(done, 2, "it is a device, not a file: give it on standard input, as -")

@@ -284,6 +284,8 @@ def test_objects_on_lines_and_one_object_on_many(chunk):
         b'data: {"a": 1}\n\n{"error": {"error": {"message": "out of blocks"}}}\n',
         b"data: out of blocks\n\n",
         b'data: {"type": "error", "reason": "out of blocks"}\n\n',
+        b'{"success": false, "code": 1301, "msg": "out of blocks"}',
+        b'{"error_code": 336501, "error_msg": "out of blocks"}',
     ],
 )
 def test_an_error_in_the_stream_keeps_its_words(content):

@@ -31,6 +31,13 @@ class EstimatedUsage:
         return {"prompt_tokens": 0, "completion_tokens": max(1, n * 3 // 4)}
 
 
+class EstimateThatFitsAtFirst:
+    """As characters by four do."""
+
+    def usage(self, body, n):
+        return {"prompt_tokens": 3, "completion_tokens": n if n < 8 else n - 2}
+
+
 class NoUsage:
     def usage(self, body, n):
         return {"prompt_tokens": None, "completion_tokens": 0}
@@ -68,6 +75,27 @@ class FewLogprobs:
     def fields(self, t, token, body):
         entry = {"token": token, "logprob": -0.5, "top_logprobs": []}
         return {"logprobs": {"content": [entry]} if body.get("logprobs") and t < 2 else None}
+
+
+class MoreLogprobs(FewLogprobs):
+    """Of more tokens than it takes to try it, and not of all."""
+
+    def fields(self, t, token, body):
+        return super().fields(t // 5, token, body)
+
+
+class MoreIds:
+    def fields(self, t, token, body):
+        return {"token_ids": [t]} if t < 10 and body.get("return_token_ids") else {}
+
+
+class IdsAtTheEnd:
+    def events(self, body):
+        for event in super().events(body):
+            for choice in event["choices"]:
+                if choice.get("finish_reason") and body.get("return_token_ids"):
+                    choice["token_ids"] = [*range(self.limit(body))]
+            yield event
 
 
 class OddFacts:
@@ -111,7 +139,8 @@ class HoldsConnections:
 @pytest.mark.parametrize(
     "handler",
     [EmptyReason, EosToken, NoReason, EstimatedUsage, NoUsage, PlainText, Lines, Parts,
-     LowestAlternative, FewLogprobs, OddFacts, OwnFingerprints, OneId, HoldsConnections],
+     EstimateThatFitsAtFirst, LowestAlternative, FewLogprobs, MoreLogprobs, MoreIds, IdsAtTheEnd,
+     OddFacts, OwnFingerprints, OneId, HoldsConnections],
 )  # fmt: skip
 def test_a_server_that_answers_well_passes(odd, measure, handler):
     judgement, summary, samples = measure(odd(handler))
@@ -160,6 +189,44 @@ def test_text_is_compared_besides_the_names_of_tokens(odd, measure):
     assert probe.serving.names_differ == 0
     assert probe.serving.texts_differ > 0
     assert len({sample.witness.names_digest for sample in samples}) == 1
+
+
+class BytesAlone(WithoutNames):
+    """The completion ends within a character: only bytes tell its tokens apart."""
+
+    def text(self, t, token):
+        return token if t < 11 else ""
+
+    def fields(self, t, token, body):
+        name = token if t < 11 else "\ufffd"
+        content = token.encode() if t < 11 else b"\xf0" if self.running < 2 else b"\xf1"
+        entry = {"token": name, "logprob": -0.0260832, "bytes": list(content), "top_logprobs": []}
+        return {"logprobs": {"content": [entry]} if body.get("logprobs") else None}
+
+
+def test_bytes_are_compared_where_a_name_has_none_of_its_own(odd, measure):
+    judgement, *_ = measure(odd(BytesAlone))
+    assert judgement.verdict.outcome == "FAIL"
+
+
+class StripsWholes:
+    """As vLLM's chat does: a completion in one piece has no space at its ends."""
+
+    gauge = True
+
+    def stream(self, body):
+        if body["stream"]:
+            return super().stream(body)
+        words = "".join(token for token in self.tokens(body) if self.pause() is None)
+        choice = {"message": {"content": words.strip()}, "finish_reason": "length"}
+        usage = self.usage(body, self.limit(body))
+        return self.send(200, json.dumps({"choices": [choice], "usage": usage}).encode())
+
+
+def test_a_completion_in_one_piece_is_held_to_no_other_kind(odd, measure):
+    _, summary, samples = measure(odd(StripsWholes), batch_sizes=(1, 10), n_samples=40)
+    assert max(len(sample.load.slots) for sample in samples) == 10
+    assert summary.probes[0].n_unique == 1
 
 
 class HiddenText:

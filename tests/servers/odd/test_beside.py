@@ -137,6 +137,28 @@ class ThinksLonger(Stops):
         return {"prompt_tokens": 3, "completion_tokens": n, "completion_tokens_details": hidden}
 
 
+class ThinksOn(Planted):
+    """Equal text, of which a token more is reasoning; what ends it is in no text."""
+
+    def fields(self, t, token, body):
+        is_thought = t < (7 if self.planted(6, "") else 6)
+        return {"delta": {"reasoning_content" if is_thought else "content": token}}
+
+
+class ThinksOnInResponses(ResponsesCall):
+    """The same, of the Responses API."""
+
+    def events(self, body):
+        *_, ended = super().events({**body, "max_output_tokens": 0})
+        for t, token in enumerate(WORDS[: self.limit(body)]):
+            self.pause()
+            is_thought = t < (7 if self.planted(6, "") else 6)
+            kind = "reasoning_text" if is_thought else "output_text"
+            yield {"type": f"response.{kind}.delta", "delta": token}
+        ended["response"]["usage"]["output_tokens"] = self.limit(body)
+        yield ended
+
+
 class TwoChoices(Planted):
     def events(self, body):
         for event in super().events(body):
@@ -153,6 +175,8 @@ FIELDS = {
     CallsInstead: "finish_reason",
     ThinksLonger: "reasoning_tokens",
     TwoChoices: "choice.text",
+    ThinksOn: "reasoning",
+    ThinksOnInResponses: "reasoning",
 }
 
 
@@ -160,7 +184,7 @@ FIELDS = {
 @pytest.mark.parametrize("base", FIELDS)
 def test_what_differs_beside_equal_text_lets_nothing_pass(odd, measure, base, forks):
     handler = type("Handler", (base,), {"forks": forks})
-    judgement, summary, _ = measure(odd(handler))
+    judgement, summary, _ = measure(odd(handler), decoding=Decoding(16))
     (probe,) = summary.probes
     assert probe.serving.other_fields == ((FIELDS[base],) if forks else ())
     assert judgement.verdict.outcome == ("INCONCLUSIVE" if forks else "PASS")

@@ -40,6 +40,22 @@ class CachesWithoutIds(Caches):
     ids = False
 
 
+class FewIds:
+    """As Ollama: each answer's id is one of 999, drawn at random; here, of the first few."""
+
+    names = (12, 700, 3, 45)
+
+    def events(self, body):
+        number = self.names[next(type(self).numbers) % 4]
+        for event in super().events(body):
+            yield {**event, "id": f"chatcmpl-{number}"}
+
+
+def test_ids_that_are_drawn_from_few_tell_of_no_cache(odd, measure):
+    judgement, *_ = measure(odd(FewIds))
+    assert judgement.verdict.outcome == "PASS", judgement.verdict.reasons
+
+
 def test_whole_answers_from_a_cache_are_no_evidence(odd, measure):
     judgement, summary, _ = measure(odd(Caches))
     assert judgement.verdict.outcome == "INCONCLUSIVE"
@@ -93,6 +109,12 @@ class NamesItsCache:
         ({"x-semantic-cache-hit": "true"}, True),
         ({"cache-status": "ExampleCache; hit; ttl=30"}, True),
         ({"age": "12"}, True),
+        ({"x-cache": "TCP_MEM_HIT from a23-4-5-6 (AkamaiGHost)"}, True),
+        ({"x-cache": "RefreshHit from cloudfront"}, True),
+        ({"x-cache-hits": "0, 1"}, True),
+        ({"x-cache-status": "STALE"}, True),
+        ({"x-cache": "TCP_MISS", "x-cache-hits": "0, 0", "x-cache-status": "BYPASS"}, False),
+        ({"cache-status": "ExampleCache; fwd=stale; fwd-status=200"}, False),
         ({"x-cache": "MISS", "age": "0", "cache-control": "no-cache"}, False),
         ({"cache-status": "ExampleCache; fwd=uri-miss", "x-cache-hit": "false"}, False),
         ({"x-prompt-cache": "hit", "x-cached-prompt-tokens": "12"}, False),
@@ -265,6 +287,15 @@ def test_a_gauge_is_held_to_the_streams(odd, measure, mode):
     (reached,) = summary.probes[0].serving.reached
     assert reached.asked == 4
     assert 2 * reached.n_alone > reached.n_tokens
+
+
+@pytest.mark.parametrize("arrival", ["closed", "poisson:200"])
+def test_a_gauge_is_held_to_the_streams_of_loops(odd, measure, arrival):
+    loop = {**MIXED, "batch_sizes": (4,), "arrival": arrival}
+    judgement, summary, _ = measure(odd(CountsWhatWaits), **loop)
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    (reached,) = summary.probes[0].serving.reached
+    assert reached.n_alone == reached.n_tokens
 
 
 class CutsPromptUnderLoad:

@@ -201,12 +201,17 @@ class Answer(Said):
         return ids, tuple(map(plain, texts))
 
     def unit_times_s(self, compared: Compared, n_units: int) -> list[float]:
-        """When each of the units that are compared arrived."""
+        """When each of the units that are compared arrived.
+
+        Some give ids and log-probabilities with the last event: then as the text did.
+        """
         counted = {
             "token ids": [a.n_token_ids for a in self.arrivals],
             "logprob tokens": [a.n_tokens for a in self.arrivals],
             "text": [a.n_characters for a in self.arrivals],
         }[compared]
+        if len(counted) > 1 and not any(counted[:-1]) and self.n_characters:
+            counted = [n_units * a.n_characters // self.n_characters for a in self.arrivals]
         times: list[float] = []
         for arrival, n in zip(self.arrivals, counted, strict=True):
             times += [arrival.at_s] * (min(n, n_units) - len(times))

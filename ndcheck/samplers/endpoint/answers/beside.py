@@ -66,10 +66,11 @@ def _name(key: str) -> str:
 
 
 def add(beside: Beside, more: Beside) -> None:
-    """Take in what the next event says: a text goes on, unless it is said once more."""
+    """Take in what the next event says: a text goes on, and an end may be said once more."""
     for field, text in more.items():
         before = beside.get(field, "")
-        beside[field] = before if before == text else before + text
+        is_said = before == text and (field in _ENDS or field == "matched")
+        beside[field] = before if is_said else before + text
 
 
 def fields_of(beside: Beside) -> str:

@@ -20,6 +20,7 @@ _FIELDS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":")
 _WORDS = (
     "message",
     "msg",
+    "error_msg",
     "detail",
     "details",
     "error",
@@ -214,7 +215,8 @@ def _is_error(event: Event) -> bool:
     if event.get("choices") or "meta_info" in event:
         return False
     is_named = "error" in (event.get("object"), event.get("type"), event.get("status"))
-    return is_named or bool(event.get("detail")) or bool(event.get("message") and "id" not in event)
+    says = any(event.get(name) for name in _WORDS[:3]) and "id" not in event
+    return is_named or says or bool(event.get("detail"))
 
 
 def find_code(event: Event) -> int | None:

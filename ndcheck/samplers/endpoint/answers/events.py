@@ -122,6 +122,8 @@ def _read_choice(choice: Event, frame: Frame) -> None:
     held = (reasoning, part.get("content"), part.get("text"), part.get("refusal"))
     frame.text = "".join(map(as_text, held)) + "".join(_read_calls(part))
     frame.beside = beside.ends_of(choice) | (beside.unread(part) if part is not choice else {})
+    if reasoning:  # Where it ends is no part of the text that it and the answer make up.
+        frame.beside["reasoning"] = as_text(reasoning)
     frame.token_ids = as_token_ids(choice.get("token_ids"))
     frame.prompt_token_ids = frame.prompt_token_ids or as_token_ids(choice.get("prompt_token_ids"))
     logprobs = as_dict(choice.get("logprobs"))
@@ -156,11 +158,19 @@ def read_entries(entries: list[Any], frame: Frame) -> None:
         logprob = entry.get("logprob")
         if logprob == 0 and entry.get("top_logprobs") == []:
             logprob = None  # llama.cpp knows none of a token that a draft model proposed.
-        frame.tokens.append(make_token(entry.get("token"), logprob, top))
+        frame.tokens.append(make_token(_name(entry), logprob, top))
         if "id" in entry:  # llama.cpp
             ids.append(entry["id"])
     if not frame.token_ids and len(ids) == len(entries):
         frame.token_ids = as_token_ids(ids)
+
+
+def _name(entry: Event) -> str:
+    """The token's name, or its bytes where the name has a replacement for some of them."""
+    name, content = as_text(entry.get("token")), as_list(entry.get("bytes"))
+    if "\ufffd" in name and content and all(type(b) is int and 0 <= b < 256 for b in content):
+        return bytes(content).decode("utf-8", "surrogateescape")
+    return name
 
 
 def _read_completion_logprobs(logprobs: Event, frame: Frame) -> None:

@@ -63,6 +63,8 @@ class Responses:
         kind = str(event.get("type"))
         if kind.startswith("response.") and kind.endswith(".delta"):  # Of text, reasoning, calls.
             frame.text = as_text(event.get("delta"))
+            if "reasoning" in kind:
+                frame.beside["reasoning"] = frame.text
             read_entries(as_list(event.get("logprobs")), frame)
         elif kind == "response.output_item.added":
             frame.text = as_text(as_dict(event.get("item")).get("name"))
@@ -93,5 +95,7 @@ def _read_item(item: Event, frame: Frame) -> None:
     frame.text += as_text(item.get("name"))
     for part in map(as_dict, (*as_list(item.get("summary")), *as_list(item.get("content")))):
         frame.text += as_text(part)
+        if item.get("type") == "reasoning":
+            beside.add(frame.beside, {"reasoning": as_text(part)})
         read_entries(as_list(part.get("logprobs")), frame)
     frame.text += "".join(as_text(item.get(name)) for name in ("arguments", "input", "code"))
