@@ -102,7 +102,9 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory):
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         if interpret:
             environment["TRITON_INTERPRET"] = "1"
-        names = ("OMP_", "MKL_", "HF_", "TRANSFORMERS_", "TRITON_", "PYTHONHASH", "PYTHONWARN")
+        # Triton reads its other variables when it uses them.
+        names = ("OMP_", "MKL_", "HF_", "TRANSFORMERS_", "TRITON_INTERPRET")
+        names += ("PYTHONHASH", "PYTHONWARN")
         known = {
             "python": sys.executable,
             "socket": str(folder / "socket"),
