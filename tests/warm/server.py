@@ -22,9 +22,12 @@ from typing import NoReturn
 
 PRELOADED = (
     *("ndcheck.cli.run_session", "ndcheck.cli.gate_session", "ndcheck.samplers.local.sampler"),
-    *("ndcheck.reports.exports.tables", "pandas", "pydantic", "scipy.special", "torch._dynamo"),
+    *("ndcheck.samplers.local.beside.compiling", "ndcheck_kernels.models.direct_layers"),
+    *("ndcheck_kernels.cpu", "pydantic.type_adapter", "pydantic.types", "pydantic.fields"),
+    *("ndcheck.reports.exports.tables", "pandas", "scipy.special", "torch._dynamo"),
     *("transformers.models.llama.modeling_llama", "transformers.quantizers.auto"),
-    "transformers.convert_slow_tokenizer",
+    *("transformers.convert_slow_tokenizer", "transformers.models.auto.tokenization_auto"),
+    "transformers.models.qwen3.modeling_qwen3",
 )
 """With all that these import it is what a run imports."""
 
