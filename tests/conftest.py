@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import gc
 import json
@@ -110,16 +111,16 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory):
     all that they are spared. No GPU can be used after a fork: where there is one, it is the real
     interpreter. ``interpret`` says whether Triton interprets kernels there.
     """
-    servers = {}
+    root, main = tmp_path_factory.getbasetemp(), os.getpid()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root, main = root.parent, os.getppid()  # One for all processes of the suite.
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # Triton reads its other variables when it uses them.
+    names = ("OMP_", "MKL_", "HF_", "TRANSFORMERS_", "TRITON_INTERPRET")
+    names += ("PYTHONHASH", "PYTHONWARN")
 
-    def start(interpret):
-        folder = tmp_path_factory.mktemp("warm")
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        if interpret:
-            environment["TRITON_INTERPRET"] = "1"
-        # Triton reads its other variables when it uses them.
-        names = ("OMP_", "MKL_", "HF_", "TRANSFORMERS_", "TRITON_INTERPRET")
-        names += ("PYTHONHASH", "PYTHONWARN")
+    def start(folder, environment):
+        folder.mkdir()
         known = {
             "python": sys.executable,
             "socket": str(folder / "socket"),
@@ -130,27 +131,21 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory):
         python = folder / "python"
         python.write_text(f"#!{sys.executable} -IS\n{(WARM / 'client.py').read_text()}")
         python.chmod(0o755)
-        server = subprocess.Popen(
-            [sys.executable, WARM / "server.py", known["socket"]],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert server.stdout.readline() == b"listening\n"
-        return server, str(python)
+        command = [sys.executable, WARM / "server.py", known["socket"], str(main)]
+        nowhere = subprocess.DEVNULL
+        subprocess.run(command, env=environment, stdin=nowhere, stdout=nowhere, check=True)
 
     def get(interpret=False):
         if torch.cuda.is_available():
             return sys.executable
-        if interpret not in servers:
-            servers[interpret] = start(interpret)
-        return servers[interpret][1]
+        folder = root / ("warm-interpreting" if interpret else "warm")
+        with (root / "warm.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                start(folder, variables | ({"TRITON_INTERPRET": "1"} if interpret else {}))
+        return str(folder / "python")
 
-    yield get
-    for server, _ in servers.values():
-        server.stdin.close()
-        server.wait()
-        server.stdout.close()  # What outlives the tests, as multiprocessing's tracker, holds it.
+    return get
 
 
 def _tiny_config(family: str, vocabulary: int):

@@ -1,6 +1,7 @@
-"""Forks a process for each `client.py`; see there. Argument: the socket to listen on.
+"""Forks a process for each `client.py`; see there.
 
-It says on its output that it listens, and ends with its input.
+Arguments: the socket to listen on, and the process that it ends with. Once it listens, it goes to
+the background.
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ PRELOADED = (
 """With all that these import it is what a run imports."""
 
 
-def serve(address: str) -> tuple[dict, list[int]]:
+def serve(address: str, main: int) -> tuple[dict, list[int]]:
     """Return in each process that is to run something, with its request and its files."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(address)
     listener.listen(64)
-    os.write(1, b"listening\n")
+    ended = os.pidfd_open(main)
+    if os.fork():
+        os._exit(0)
     n_keepers = 0
     while True:
-        ready, *_ = select.select([listener, sys.stdin], [], [])
-        if sys.stdin in ready:
+        ready, *_ = select.select([listener, ended], [], [])
+        if ended in ready:
             os._exit(0)
         client, _ = listener.accept()
         while n_keepers and os.waitpid(-1, os.WNOHANG)[0]:
@@ -49,6 +52,7 @@ def serve(address: str) -> tuple[dict, list[int]]:
         n_keepers += 1
         if os.fork() == 0:
             listener.close()
+            os.close(ended)
             content, files, *_ = socket.recv_fds(client, 2**20, 253)
             if process := os.fork():
                 for fd in files:
@@ -136,7 +140,7 @@ if __name__ == "__main__":
     for module in PRELOADED:
         importlib.import_module(module)
     gc.freeze()  # Or each process would copy what its collector looks at.
-    request, files = serve(sys.argv[1])
+    request, files = serve(sys.argv[1], int(sys.argv[2]))
     take_over(request, files)
     try:
         run(request["arguments"])
