@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -33,13 +36,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 WARM = Path(__file__).parent / "warm"
 FAMILIES = ("qwen3", "llama", "gemma3")
 
-LONGEST = (
-    *("triton/test_compile.py", "models/test_families.py", "local/test_tensor_parallel.py"),
-    *("servers/test_planted_faults.py", "cli/test_explain.py", "fed/test_speculation.py"),
-    *("cli/test_console.py", "tests/test_action.py", "run/test_side_by_side.py"),
-    "local/test_faithful.py",
+FIRST = (
+    *("odd/test_evidence.py", "models/test_families.py", "local/test_tensor_parallel.py"),
+    *("odd/test_beside.py", "cli/test_explain.py", "cli/test_console.py"),
+    *("run/test_side_by_side.py", "ahead/test_compiling.py", "triton/test_compile.py"),
+    *("triton/test_decoder.py", "fed/test_speculation.py"),
+    *("servers/test_planted_faults.py", "tests/test_action.py", "local/test_faithful.py"),
+    *("triton/test_fp8_decoder.py", "local/test_transformers.py", "ranks/test_ranks.py"),
+    *("cli/test_bisect.py", "builtin/test_model.py"),
+    *("odd/test_answers.py", "recurrent/test_gated_delta.py", "run/test_engine.py"),
+    *("run/test_resume.py", "run/test_endpoint.py", "tests/test_api.py"),
+    *("triton/test_grouped_matmul.py", "models/test_models.py", "order/test_order.py"),
+    *("odd/test_requests.py", "explain/test_tracing.py", "local/test_continuous.py"),
+    *("explain/test_planted_modules.py", "tests/test_no_false_pass.py"),
+    *("servers/test_against.py", "tests/test_reliability.py", "rows/test_rows.py"),
+    *("servers/test_everywhere.py", "cli/test_explain_faults.py", "run/test_run.py"),
+    *("odd/test_refusals.py", "checkpoint/test_packed.py", "triton/test_attention.py"),
+    *("servers/test_transformers_serve.py", "fp8/test_row_fp8.py", "fp8/test_block_fp8.py"),
+    *("servers/test_mutations.py", "untrusted/test_untrusted_directory.py"),
+    *("odd/test_secrets.py", "untrusted/test_damaged_evidence.py"),
 )
-"""Files that take twenty seconds or more of one core, those that take most first."""
+"""The files that take longest, so that none is left alone at the end.
+
+Those of servers mostly wait: one at a time, beside what takes two cores as long.
+"""
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -54,12 +74,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {
-        path: next(
-            (n for n, end in enumerate(LONGEST) if path.as_posix().endswith(end)), len(LONGEST)
-        )
+        path: next((n for n, end in enumerate(FIRST) if path.as_posix().endswith(end)), len(FIRST))
         for path in {item.path for item in items}
     }
     items.sort(key=lambda item: places[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Next to nothing of what is imported is ever garbage: neither look there now nor in tests."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,14 +111,16 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory):
     all that they are spared. No GPU can be used after a fork: where there is one, it is the real
     interpreter. ``interpret`` says whether Triton interprets kernels there.
     """
-    servers = {}
+    root, main = tmp_path_factory.getbasetemp(), os.getpid()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root, main = root.parent, os.getppid()  # One for all processes of the suite.
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # Triton reads its other variables when it uses them.
+    names = ("OMP_", "MKL_", "HF_", "TRANSFORMERS_", "TRITON_INTERPRET")
+    names += ("PYTHONHASH", "PYTHONWARN")
 
-    def start(interpret):
-        folder = tmp_path_factory.mktemp("warm")
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        if interpret:
-            environment["TRITON_INTERPRET"] = "1"
-        names = ("OMP_", "MKL_", "HF_", "TRANSFORMERS_", "TRITON_", "PYTHONHASH", "PYTHONWARN")
+    def start(folder, environment):
+        folder.mkdir()
         known = {
             "python": sys.executable,
             "socket": str(folder / "socket"),
@@ -96,27 +131,21 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory):
         python = folder / "python"
         python.write_text(f"#!{sys.executable} -IS\n{(WARM / 'client.py').read_text()}")
         python.chmod(0o755)
-        server = subprocess.Popen(
-            [sys.executable, WARM / "server.py", known["socket"]],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert server.stdout.readline() == b"listening\n"
-        return server, str(python)
+        command = [sys.executable, WARM / "server.py", known["socket"], str(main)]
+        nowhere = subprocess.DEVNULL
+        subprocess.run(command, env=environment, stdin=nowhere, stdout=nowhere, check=True)
 
     def get(interpret=False):
         if torch.cuda.is_available():
             return sys.executable
-        if interpret not in servers:
-            servers[interpret] = start(interpret)
-        return servers[interpret][1]
+        folder = root / ("warm-interpreting" if interpret else "warm")
+        with (root / "warm.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                start(folder, variables | ({"TRITON_INTERPRET": "1"} if interpret else {}))
+        return str(folder / "python")
 
-    yield get
-    for server, _ in servers.values():
-        server.stdin.close()
-        server.wait()
-        server.stdout.close()  # What outlives the tests, as multiprocessing's tracker, holds it.
+    return get
 
 
 def _tiny_config(family: str, vocabulary: int):

@@ -8,6 +8,7 @@ import ast
 import hashlib
 import tokenize
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,12 +104,25 @@ def parse(path: Path) -> tuple[ast.Module, str]:
         raise UsageError(f"{path} cannot be read by this Python: {error}") from error
 
 
+def walk_statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """As `ast.walk`, but for expressions: they are most of a tree, and hold no statement."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        waiting.extend(
+            child
+            for child in ast.iter_child_nodes(node)
+            if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case)
+        )
+
+
 def drop_tables(tree: ast.Module, source: str) -> str:
     """The source without its long literal tables: names and numbers that teach no language."""
     lines = source.splitlines(keepends=True)
     tables = {
         (node.lineno, node.end_lineno)
-        for node in ast.walk(tree)
+        for node in walk_statements(tree)
         if isinstance(node, ast.Assign | ast.AnnAssign)
         and isinstance(node.value, ast.Dict | ast.List | ast.Set | ast.Tuple)
         and (node.end_lineno or 0) - node.lineno >= TABLE_LINES
@@ -123,7 +137,7 @@ def join_docstrings(tree: ast.Module) -> str:
     """A module's docstrings in source order, each once, under the name of what it describes."""
     described = [
         node
-        for node in ast.walk(tree)
+        for node in walk_statements(tree)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
     ]
     paragraphs: dict[str, str] = {}

@@ -1,6 +1,7 @@
-"""Forks a process for each `client.py`; see there. Argument: the socket to listen on.
+"""Forks a process for each `client.py`; see there.
 
-It says on its output that it listens, and ends with its input.
+Arguments: the socket to listen on, and the process that it ends with. Once it listens, it goes to
+the background.
 """
 
 from __future__ import annotations
@@ -22,23 +23,28 @@ from typing import NoReturn
 
 PRELOADED = (
     *("ndcheck.cli.run_session", "ndcheck.cli.gate_session", "ndcheck.samplers.local.sampler"),
-    *("ndcheck.reports.exports.tables", "pandas", "pydantic", "scipy.special", "torch._dynamo"),
+    *("ndcheck.samplers.local.beside.compiling", "ndcheck_kernels.models.direct_layers"),
+    *("ndcheck_kernels.cpu", "pydantic.type_adapter", "pydantic.types", "pydantic.fields"),
+    *("ndcheck.reports.exports.tables", "pandas", "scipy.special", "torch._dynamo"),
     *("transformers.models.llama.modeling_llama", "transformers.quantizers.auto"),
-    "transformers.convert_slow_tokenizer",
+    *("transformers.convert_slow_tokenizer", "transformers.models.auto.tokenization_auto"),
+    "transformers.models.qwen3.modeling_qwen3",
 )
 """With all that these import it is what a run imports."""
 
 
-def serve(address: str) -> tuple[dict, list[int]]:
+def serve(address: str, main: int) -> tuple[dict, list[int]]:
     """Return in each process that is to run something, with its request and its files."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(address)
     listener.listen(64)
-    os.write(1, b"listening\n")
+    ended = os.pidfd_open(main)
+    if os.fork():
+        os._exit(0)
     n_keepers = 0
     while True:
-        ready, *_ = select.select([listener, sys.stdin], [], [])
-        if sys.stdin in ready:
+        ready, *_ = select.select([listener, ended], [], [])
+        if ended in ready:
             os._exit(0)
         client, _ = listener.accept()
         while n_keepers and os.waitpid(-1, os.WNOHANG)[0]:
@@ -46,6 +52,7 @@ def serve(address: str) -> tuple[dict, list[int]]:
         n_keepers += 1
         if os.fork() == 0:
             listener.close()
+            os.close(ended)
             content, files, *_ = socket.recv_fds(client, 2**20, 253)
             if process := os.fork():
                 for fd in files:
@@ -133,7 +140,7 @@ if __name__ == "__main__":
     for module in PRELOADED:
         importlib.import_module(module)
     gc.freeze()  # Or each process would copy what its collector looks at.
-    request, files = serve(sys.argv[1])
+    request, files = serve(sys.argv[1], int(sys.argv[2]))
     take_over(request, files)
     try:
         run(request["arguments"])

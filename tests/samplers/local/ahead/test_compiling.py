@@ -68,13 +68,13 @@ compiling.main()
 
 
 @pytest.fixture
-def alone():
+def alone(warm_python):
     """Runs Python in a process that compiles: this one may have set up the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
     def run(*arguments, **variables):
         done = subprocess.run(
-            [sys.executable, *arguments], env={**environment, **variables},
+            [warm_python(), *arguments], env={**environment, **variables},
             capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
