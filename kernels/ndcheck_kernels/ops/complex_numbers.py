@@ -26,6 +26,8 @@ def register_complex(device: str, cos: Function, sin: Function) -> None:
     @implements(aten.polar.default, device=device)
     def polar(magnitude: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
         """Complex numbers of a magnitude and an angle in radians."""
+        if magnitude.dtype != angle.dtype:
+            raise RuntimeError(f"polar coordinates of {magnitude.dtype} and {angle.dtype}")
         return torch.complex(magnitude * cos(angle), magnitude * sin(angle))
 
     @implements(aten.mul.Tensor, device=device)
