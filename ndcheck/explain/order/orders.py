@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.explain.order.readers import MOST_TERMS_BY_ROW, ColumnReader, Reader, RowReader
+from ndcheck.explain.order.readers import (
+    MOST_TERMS_BY_ROW,
+    ColumnReader,
+    Reader,
+    RowReader,
+    are_equal,
+)
 from ndcheck.explain.order.reductions import Reduction, Shape
 from ndcheck.explain.order.sumtree import NotASumError, SumTree, UnsteadyError, read_tree
 from ndcheck.records import Arm
@@ -241,7 +247,8 @@ def confirm(
         return "not checked", f"hardware fuses additions of {tree.largest_fan_in} terms", ""
     terms, results = trials
     seen = results[:, element]
-    equal = {manner: _are_equal(sums, seen) for manner, sums in _manners(tree, terms, seen, reader)}
+    manners = _manners(tree, terms, seen, reader)
+    equal = {manner: are_equal(sums, seen).numpy() for manner, sums in manners}
     manner, matches = max(equal.items(), key=lambda item: item[1].sum())
     if not matches.all():
         reason = (
@@ -252,7 +259,7 @@ def confirm(
     if manner == "float64":
         return "unconfirmed", "it adds in float64, where the order hardly shows in the result", ""
     mirrored = dict(_manners(tree.mirrored(), terms, seen, reader))
-    n_told_apart = int((~_are_equal(mirrored[manner], seen)).sum())
+    n_told_apart = int((~are_equal(mirrored[manner], seen)).sum())
     if tree.mirrored().digest != tree.digest and not n_told_apart:
         return (
             "not checked",
@@ -289,13 +296,10 @@ def _manners(
     yield "float64", torch.from_numpy(tree.evaluate(terms.astype(np.float64))).to(like.dtype)
 
 
-def _are_equal(a: Tensor, b: Tensor) -> NDArray[np.bool_]:
-    """[trials]; NaN equals itself."""
-    return ((a == b) | (a.isnan() & b.isnan())).numpy()
-
-
 def _digest(values: Tensor) -> str:
-    return hashlib.blake2b(values.double().numpy().tobytes(), digest_size=8).hexdigest()
+    # The sign and the payload of NaN are no order's.
+    wide = torch.where(values.isnan(), torch.nan, values.double())
+    return hashlib.blake2b(wide.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def depends_on_rows(points: Sequence[OrderPoint]) -> bool:

@@ -47,6 +47,13 @@ def test_results_that_change_from_call_to_call_are_no_order(period):
     assert next(order_lines("planted", "rows", [point], 80)).startswith("VARIES  the result")
 
 
+def test_no_number_is_no_change_from_call_to_call():
+    """In float16 large terms are infinite, and two of them of both signs no number."""
+    points = read(lambda x: sequential(x.half()).float(), [1, 3, 8, 33])
+    assert all(point.is_repeatable and not point.is_known for point in points)
+    assert not depends_on_rows(points)
+
+
 def test_a_row_of_as_many_sums_as_there_are_rows_is_refused():
     with pytest.raises(UsageError, match="a row has 1 sums at one number of rows, and 2 at 2"):
         read(lambda x: in_order(x, range(x.shape[1])).expand(-1, len(x)), [1, 2])
