@@ -269,6 +269,9 @@ def native_layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """LayerNorm in two passes, with the mean and the reciprocal deviation in the weight's dtype."""
     _check_dtype(x)
+    given = {t.dtype for t in (weight, bias) if t is not None} or {x.dtype}
+    if given != {x.dtype} and (given != {torch.float32} or x.dtype == torch.float64):
+        raise RuntimeError(f"layer_norm of {x.dtype} with parameters of {given}")
     rows = normalised_rows(x, normalized_shape, weight, bias)
     wide = rows if rows.dtype == torch.float64 else rows.float()
     mean = sum_rows(wide).div_(wide.shape[-1])
@@ -278,8 +281,8 @@ def native_layer_norm(
     out = out if weight is None else out * weight
     out = out if bias is None else out + bias
     stats = (*x.shape[: x.dim() - len(normalized_shape)], *[1] * len(normalized_shape))
-    given = next((t.dtype for t in (weight, bias) if t is not None), x.dtype)
-    return out.to(x.dtype), mean.view(stats).to(given), rstd.view(stats).to(given)
+    (kept,) = given
+    return out.to(x.dtype), mean.view(stats).to(kept), rstd.view(stats).to(kept)
 
 
 @implements(aten.layer_norm.default, device="cpu")

@@ -116,7 +116,7 @@ def register_sdpa(device: str, attention: Callable[..., torch.Tensor]) -> None:
             raise UnsupportedCallError("dropout, or tensors that are not 4-dimensional")
         if is_causal and attn_mask is not None:
             raise UnsupportedCallError("is_causal beside a mask")
-        _check_shapes(query, key, value, enable_gqa=enable_gqa)
+        _check_operands(query, key, value, enable_gqa=enable_gqa)
         if not key.numel() or not query.numel():
             return query.new_zeros(*query.shape[:-1], value.shape[-1])
         spans = spans_from_any(attn_mask, is_causal, query, key)
@@ -124,9 +124,11 @@ def register_sdpa(device: str, attention: Callable[..., torch.Tensor]) -> None:
         return attention(query, key, value, spans, factor)
 
 
-def _check_shapes(
+def _check_operands(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_gqa: bool
 ) -> None:
+    if not query.dtype == key.dtype == value.dtype:
+        raise UnsupportedCallError(f"query, key, value: {query.dtype}, {key.dtype}, {value.dtype}")
     (batch, heads, _, width), (_, kv_heads, keys, _) = query.shape, key.shape
     groups = kv_heads and heads % kv_heads == 0 if enable_gqa else heads == kv_heads
     shapes = (batch, kv_heads, keys, width), (batch, kv_heads, keys)
@@ -149,6 +151,8 @@ def spans_from_any(
             raise refuse_attention(query, "every head has a mask of its own")
         mask = mask[:, 0]
     if mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            raise refuse_attention(query, f"a mask of {mask.dtype}")
         lowest = torch.finfo(mask.dtype).min
         if not is_capturing() and not bool(((mask == 0) | (mask <= lowest)).all()):
             raise refuse_attention(query, "a bias is added to the scores")

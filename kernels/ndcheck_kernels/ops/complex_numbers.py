@@ -26,6 +26,8 @@ def register_complex(device: str, cos: Function, sin: Function) -> None:
     @implements(aten.polar.default, device=device)
     def polar(magnitude: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
         """Complex numbers of a magnitude and an angle in radians."""
+        if magnitude.dtype != angle.dtype:
+            raise RuntimeError(f"polar coordinates of {magnitude.dtype} and {angle.dtype}")
         return torch.complex(magnitude * cos(angle), magnitude * sin(angle))
 
     @implements(aten.mul.Tensor, device=device)
@@ -38,6 +40,6 @@ def register_complex(device: str, cos: Function, sin: Function) -> None:
             return torch.view_as_complex(torch.view_as_real(x) * y)
         if not (isinstance(y, torch.Tensor) and x.is_complex() and y.is_complex()):
             raise UnsupportedCallError("no product of a complex and a real tensor")
-        a, b = torch.view_as_real(x).unbind(-1)
-        c, d = torch.view_as_real(y).unbind(-1)
+        a, b = torch.view_as_real(x.resolve_conj()).unbind(-1)
+        c, d = torch.view_as_real(y.resolve_conj()).unbind(-1)
         return torch.complex(a * c - b * d, a * d + b * c)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import wraps
 
 import torch
+from torch._ops import OpOverload
 
 from ndcheck_kernels.ops.library import declare
 from ndcheck_kernels.ops.shapes import check_product
@@ -39,7 +40,9 @@ def register_products(
     baddbmm: Callable[..., torch.Tensor],
 ) -> None:
     """Register every form for a device, from what it has under these names in torch.ops.aten."""
-    mm, bmm, addmm, baddbmm = map(_checked, (mm, bmm, addmm, baddbmm))
+    mm, addmm = _checked(aten.mm.default, mm, 2), _checked(aten.addmm.default, addmm, 2)
+    bmm = _checked(aten.bmm.default, bmm, 3)
+    baddbmm = _checked(aten.baddbmm.default, baddbmm, 3)
     for op, implementation in (
         (aten.mm.default, mm),
         (aten.bmm.default, bmm),
@@ -54,6 +57,8 @@ def register_products(
     ) -> torch.Tensor:
         """[..., K] x [N, K]^T + [N]."""
         if weight.dim() != 2:
+            if bias is not None and (bias.dim() or x.dim() == 2):
+                raise RuntimeError(f"a bias {list(bias.shape)} beside a {weight.dim()}-D weight")
             return matmul(x, weight.t()) if bias is None else matmul(x, weight.t()) + bias
         rows = _as_rows(x)
         out = mm(rows, weight.t()) if bias is None else addmm(bias, rows, weight.t())
@@ -62,6 +67,8 @@ def register_products(
     @implements(aten.matmul.default, device=device)
     def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """The product of torch.matmul; a vector on the left is one row."""
+        if not (a.dim() and b.dim()):
+            raise RuntimeError(f"matmul of {a.dim()} and {b.dim()} dims: it takes 1 at least")
         if a.dim() == 1:
             return matmul(a[None], b).squeeze(-2 if b.dim() > 1 else 0)
         if b.dim() == 1:
@@ -84,15 +91,24 @@ def register_products(
         return mm(a[None], b[:, None]).view(())
 
 
-def _checked(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Of operands that torch would multiply: the last two that are given."""
+def _checked(
+    op: OpOverload, product: Callable[..., torch.Tensor], dims: int
+) -> Callable[..., torch.Tensor]:
+    """Of operands that torch would multiply, with ``dims`` dims: the last two that are given."""
 
     @wraps(product)
     def checked(*operands: torch.Tensor, **factors: float) -> torch.Tensor:
         a, b = operands[-2:]
-        check_product(a, b)
-        if a.dtype != b.dtype:
+        if a.dtype != b.dtype or a.is_complex():
             raise UnsupportedCallError(f"no product of {a.dtype} and {b.dtype}")
+        if (
+            (a.dim(), b.dim()) != (dims, dims)
+            or operands[0].dtype != a.dtype
+            or any(isinstance(factor, complex) for factor in factors.values())
+        ):
+            op(*operands, **factors)  # Torch says what it refuses.
+            raise UnsupportedCallError("operands that torch alone takes")
+        check_product(a, b)
         return product(*operands, **factors)
 
     return checked

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ndcheck.errors import BackendError, UsageError
-from ndcheck.explain.order.readers import MOST_TERMS_BY_ROW, ColumnReader, Reader, RowReader
+from ndcheck.explain.order.readers import (
+    MOST_TERMS_BY_ROW,
+    ColumnReader,
+    Reader,
+    RowReader,
+    are_equal,
+)
 from ndcheck.explain.order.reductions import Reduction, Shape
 from ndcheck.explain.order.sumtree import NotASumError, SumTree, UnsteadyError, read_tree
 from ndcheck.records import Arm
@@ -235,13 +241,15 @@ def confirm(
 ) -> tuple[Evidence, str, str]:
     """Whether ``tree`` computes the op's bits on random terms, why, and how it rounds to do so.
 
-    The mirrored tree is the control: if it does so too, the terms could not tell orders apart.
+    Another tree is the control: if it does so too, the terms could not tell orders apart. It is the
+    mirrored one, or where that is the same order, as of pairs, that of the terms one by one.
     """
     if tree.largest_fan_in > 2:
         return "not checked", f"hardware fuses additions of {tree.largest_fan_in} terms", ""
     terms, results = trials
     seen = results[:, element]
-    equal = {manner: _are_equal(sums, seen) for manner, sums in _manners(tree, terms, seen, reader)}
+    manners = _manners(tree, terms, seen, reader)
+    equal = {manner: are_equal(sums, seen).numpy() for manner, sums in manners}
     manner, matches = max(equal.items(), key=lambda item: item[1].sum())
     if not matches.all():
         reason = (
@@ -251,19 +259,15 @@ def confirm(
         return "unconfirmed", reason, ""
     if manner == "float64":
         return "unconfirmed", "it adds in float64, where the order hardly shows in the result", ""
-    mirrored = dict(_manners(tree.mirrored(), terms, seen, reader))
-    n_told_apart = int((~_are_equal(mirrored[manner], seen)).sum())
-    if tree.mirrored().digest != tree.digest and not n_told_apart:
-        return (
-            "not checked",
-            f"the mirrored order gives the same bits in {N_TRIES} random trials",
-            manner,
-        )
+    other, name = tree.mirrored(), "the mirrored tree"
+    if other.digest == tree.digest:
+        other, name = SumTree.in_order(tree.n_leaves), "adding one by one"
+    control = dict(_manners(other, terms, seen, reader))
+    n_told_apart = int((~are_equal(control[manner], seen)).sum())
+    if other.digest != tree.digest and not n_told_apart:
+        return "not checked", f"{name} gives the same bits in {N_TRIES} random trials", manner
     how = f", {manner}" * bool(manner)
-    reason = (
-        f"bit for bit in {N_TRIES} random trials{how}; the mirrored tree failed "
-        f"{n_told_apart} of them"
-    )
+    reason = f"bit for bit in {N_TRIES} random trials{how}; {name} failed {n_told_apart} of them"
     return "confirmed", reason, manner
 
 
@@ -289,13 +293,10 @@ def _manners(
     yield "float64", torch.from_numpy(tree.evaluate(terms.astype(np.float64))).to(like.dtype)
 
 
-def _are_equal(a: Tensor, b: Tensor) -> NDArray[np.bool_]:
-    """[trials]; NaN equals itself."""
-    return ((a == b) | (a.isnan() & b.isnan())).numpy()
-
-
 def _digest(values: Tensor) -> str:
-    return hashlib.blake2b(values.double().numpy().tobytes(), digest_size=8).hexdigest()
+    # The sign and the payload of NaN are no order's.
+    wide = torch.where(values.isnan(), torch.nan, values.double())
+    return hashlib.blake2b(wide.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def depends_on_rows(points: Sequence[OrderPoint]) -> bool:

@@ -33,6 +33,11 @@ MOST_TERMS_BY_ROW = 512
 """More are read by columns, where an op allows that."""
 
 
+def are_equal(a: Tensor, b: Tensor) -> Tensor:
+    """Of elements; NaN equals itself."""
+    return (a == b) | (a.isnan() & b.isnan())
+
+
 class Reader(ABC):
     """Probes one op at one number of rows; every row gets the same terms.
 
@@ -218,10 +223,10 @@ class RowReader(Reader):
             for row, element in {row: i for i, (row, _) in enumerate(self.elements)}.items():
                 terms = rows[row].to(self._shape.device)
                 among_equals = self._sums(terms)
-                if among_others[element] != among_equals[element]:
-                    is_steady = torch.equal(self._sums(terms), among_equals)
+                if not are_equal(among_others[element], among_equals[element]).item():
+                    is_steady = are_equal(self._sums(terms), among_equals).all()
                     self._x[:] = others
-                    if not is_steady or not torch.equal(self._call(), among_others):
+                    if not is_steady or not are_equal(self._call(), among_others).all():
                         raise UnsteadyError
                     raise NotASumError(
                         f"not a plain sum of its terms: that of row {row} follows the other rows"
@@ -310,7 +315,7 @@ class ColumnReader(Reader):
                 self._terms[chunk[:, 0], columns] = self._mask
                 self._terms[chunk[:, 1], columns] = -self._mask
                 both.append(self._call()[:, columns].T)
-            if not torch.equal(*both):
+            if not are_equal(*both).all():
                 raise NotASumError(
                     "columns of this product are summed in orders of their own: read them one by "
                     f"one, with up to {MOST_TERMS_BY_ROW} --terms"

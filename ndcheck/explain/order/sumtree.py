@@ -105,6 +105,12 @@ class SumTree:
             values.append(values[a] + values[b])
         return values[-1]
 
+    @classmethod
+    def in_order(cls, n_leaves: int) -> SumTree:
+        """The leaves from the first to the last, one by one."""
+        nodes = ((n_leaves + i - 1 if i else 0, i + 1) for i in range(n_leaves - 1))
+        return cls(n_leaves, tuple(nodes))
+
     def mirrored(self) -> SumTree:
         """The same shape on reversed leaves: another order, unless it is symmetric."""
         n = self.n_leaves

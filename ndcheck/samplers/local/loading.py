@@ -24,7 +24,14 @@ from ndcheck.records import RunSpec
 from ndcheck.samplers import options
 from ndcheck.samplers.local.checkpoint.adapters import merge_adapter
 from ndcheck.samplers.local.checkpoint.bounds import bounded
-from ndcheck.samplers.local.checkpoint.files import ACCEPTED, CONFIG, check_config, count_elements
+from ndcheck.samplers.local.checkpoint.files import (
+    ACCEPTED,
+    CONFIG,
+    can_hold,
+    check_config,
+    count_elements,
+    read_dtypes,
+)
 from ndcheck.samplers.local.checkpoint.fp8_layouts import FP8, kept_fp8
 from ndcheck.samplers.local.checkpoint.gguf_file import SUFFIX, read_gguf_head
 from ndcheck.samplers.local.checkpoint.packed import make_layers, stored_layers
@@ -52,9 +59,10 @@ CONFIG_S, GGUF_S, BUILD_S, ADAPTER_S = 20, 300, 60, 3600
 """Most of CPU time to read a config, one inside a GGUF file with all of its vocabulary, to build
 the empty model that it describes, and to merge an adapter."""
 FOREIGN = re.compile(
-    r"(^|\.)((layers|h|blocks)\.\d+\..*(weight|_proj\.bias)|(score|classifier|qa_outputs|v_head)\..*)$"
+    r"(^|\.)((layers|h|blocks)\.\d+\..*(weight\w*|_proj\.bias)|(score|classifier|qa_outputs|v_head)\..*)$"
 )
-"""Names of stored tensors that a model cannot do without: those of its layers, or of another head.
+"""Names of stored tensors that a model cannot do without: those of its layers and their scales
+(`weight_scale`), or of another head.
 
 Where the model has no place for one, the config describes another model. Anything else without a
 place, such as a buffer that older versions of transformers stored, does no harm.
@@ -320,7 +328,13 @@ def _check_loaded(source: str, model: Any, found: dict[str, Any]) -> None:
             f"--model {source}: {name} has no place for {len(foreign)} tensors of the checkpoint "
             f"({foreign[0]}), so it would not be the stored model: {CONFIG} describes another"
         )
+    dtypes = {} if source.endswith(SUFFIX) else read_dtypes(source)
     for key, parameter in model.named_parameters():
+        if key in dtypes and not can_hold(str(parameter.dtype), dtypes[key]):
+            raise UsageError(
+                f"--model {source}: {key} is stored as {dtypes[key]}, and {CONFIG} makes it "
+                f"{parameter.dtype}: it would not be the stored model"
+            )
         if type(parameter.data) is not torch.Tensor and not hasattr(parameter, "device_mesh"):
             raise UsageError(
                 f"--model {source}: {key} is a {type(parameter.data).__name__}: quantised tensors "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,30 @@ def test_results_that_change_from_call_to_call_are_no_order(period):
     assert not point.is_known
     assert not point.is_repeatable
     assert next(order_lines("planted", "rows", [point], 80)).startswith("VARIES  the result")
+
+
+def in_halves(x):
+    """Its own mirror image, and unchanged where leaves move on by one, as of lanes in a warp."""
+    while x.shape[1] > 1:
+        x = x[:, : x.shape[1] // 2] + x[:, x.shape[1] // 2 :]
+    return x[:, 0]
+
+
+def test_an_order_that_is_its_own_mirror_image_has_a_control():
+    (point,) = read(in_halves, [3], Shape(32, 1, torch.float32, CPU))
+    (order,) = point.orders
+    assert order.evidence == "confirmed"
+    terms = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+    assert (sequential(terms) != in_halves(terms)).float().mean() > 0.5
+    n_failed = int(re.search(r"adding one by one failed (\d+) of them", order.reason)[1])
+    assert n_failed > 32
+
+
+def test_no_number_is_no_change_from_call_to_call():
+    """In float16 large terms are infinite, and two of them of both signs no number."""
+    points = read(lambda x: sequential(x.half()).float(), [1, 3, 8, 33])
+    assert all(point.is_repeatable and not point.is_known for point in points)
+    assert not depends_on_rows(points)
 
 
 def test_a_row_of_as_many_sums_as_there_are_rows_is_refused():

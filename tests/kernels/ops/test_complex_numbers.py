@@ -33,3 +33,10 @@ def test_a_rotation_is_accurate(noise_rows):
 def test_other_complex_arithmetic_is_refused(op):
     with invariant_kernels(), pytest.raises(UncoveredOpError):
         op(torch.complex(torch.ones(3), torch.ones(3)))
+
+
+def test_an_op_that_conjugates_by_itself_is_refused_by_name():
+    """Taken apart, vecdot multiplies a tensor that is only marked as conjugate."""
+    x = torch.complex(torch.arange(6.0).view(2, 3), torch.ones(2, 3))
+    with pytest.raises(UncoveredOpError, match="sum"), invariant_kernels():
+        torch.linalg.vecdot(x, x)

@@ -25,6 +25,27 @@ REFUSED = {
     "addmm with a larger bias": lambda: torch.addmm(
         torch.ones(2, 3, 4), torch.ones(3, 2), torch.ones(2, 4)
     ),
+    "linear with a bias of another dtype": lambda: F.linear(
+        X.bfloat16(), torch.ones(5, 4).bfloat16(), torch.ones(5)
+    ),
+    "linear with an integer bias": lambda: F.linear(X[None], torch.ones(5, 4), torch.arange(5)),
+    "linear of a vector with a bias": lambda: F.linear(X, torch.ones(4), torch.ones(1)),
+    "addmm with a bias of another dtype": lambda: torch.addmm(
+        torch.ones(3, 2).double(), X, torch.ones(4, 2)
+    ),
+    "addmm with a complex factor": lambda: torch.addmm(
+        torch.ones(2), X, torch.ones(4, 2), alpha=1j
+    ),
+    "baddbmm with an integer bias": lambda: torch.baddbmm(
+        torch.ones(1).int(), X[None], torch.ones(1, 4, 2)
+    ),
+    "baddbmm with a complex factor": lambda: torch.baddbmm(
+        torch.ones(1), X[None], torch.ones(1, 4, 2), beta=1j
+    ),
+    "matmul of a number": lambda: X @ torch.tensor(2.0),
+    "mm of a vector": lambda: torch.mm(torch.ones(0), torch.ones(0, 5)),
+    "polar coordinates of two dtypes": lambda: torch.polar(X, X.double()),
+    "an angle that is a boolean": lambda: torch.polar(X, X > 1),
     "baddbmm of two dtypes": lambda: torch.baddbmm(
         torch.ones(1), X[None].half(), torch.ones(1, 4, 2)
     ),
@@ -42,6 +63,12 @@ REFUSED = {
     "softmax of complex numbers": lambda: X.to(torch.complex64).softmax(0),
     "layer_norm of complex numbers": lambda: F.layer_norm(X.to(torch.complex64), [4]),
     "layer_norm of other dims": lambda: F.layer_norm(X, [2]),
+    "layer_norm with an integer bias": lambda: F.layer_norm(X, [4], X[0], X[0].long()),
+    "layer_norm with a wider weight": lambda: F.layer_norm(X, [4], X[0].double()),
+    "layer_norm with parameters of two dtypes": lambda: F.layer_norm(
+        X.bfloat16(), [4], X[0], X[0].bfloat16()
+    ),
+    "layer_norm in float64 with a float32 weight": lambda: F.layer_norm(X.double(), [4], X[0]),
     "layer_norm with one weight": lambda: F.layer_norm(X, [4], torch.ones(1)),
     "rms_norm of other dims": lambda: F.rms_norm(X, [6]),
     "rms_norm with a weight a row": lambda: F.rms_norm(X, [4], torch.ones(3, 4)),
@@ -51,6 +78,12 @@ REFUSED = {
     ),
     "attention of three heads and two": lambda: F.scaled_dot_product_attention(
         HEADS[:, :3], HEADS[:, :2], HEADS[:, :2]
+    ),
+    "attention of two dtypes": lambda: F.scaled_dot_product_attention(
+        HEADS, HEADS.bfloat16(), HEADS
+    ),
+    "attention with an integer mask": lambda: F.scaled_dot_product_attention(
+        HEADS, HEADS, HEADS, torch.ones(3, 3).long()
     ),
     "attention of other widths": lambda: F.scaled_dot_product_attention(
         HEADS, HEADS[..., :1], HEADS
@@ -66,7 +99,31 @@ def test_what_torch_refuses_gives_no_numbers(name):
         REFUSED[name]()
 
 
+COMPLEX = torch.complex(X, X.flip(0))
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda: torch.addmm(COMPLEX[:, :2], COMPLEX, COMPLEX.t()[:, :2]),
+        lambda: torch.addmm(COMPLEX[0, :3], COMPLEX, COMPLEX.t(), alpha=2),
+        lambda: torch.baddbmm(COMPLEX[:1, None, :3], COMPLEX[None], COMPLEX.t()[None]),
+        lambda: COMPLEX[:, :1] @ COMPLEX[:1],
+    ],
+)
+def test_complex_products_are_refused_and_not_those_of_the_real_parts(product):
+    assert bool(product().imag.any())
+    with (
+        pytest.raises(UncoveredOpError, match="no product of torch"),
+        invariant_kernels(),
+    ):
+        product()
+
+
 SAME = {
+    "layer_norm in 16 bits with a float32 weight": lambda: F.layer_norm(
+        X.half(), [4], X[1]
+    ).float(),
     "rsqrt of integers": lambda: torch.tensor([4, 16]).rsqrt(),
     "a square of integers as floats": lambda: torch.arange(4) ** 2.0,
     "a square of integers": lambda: torch.arange(4) ** 2,

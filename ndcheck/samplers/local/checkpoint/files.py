@@ -24,6 +24,7 @@ JSON_FILES = (
     *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     "special_tokens_map.json",
 )
+_FP8_NAMES = {"torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e8m0fnu": "F8_E8M0"}
 MOST_JSON_BYTES = 64 << 20
 MOST_LAYERS = 1024
 MOST_OF_A_SIZE = 1 << 20
@@ -75,6 +76,33 @@ def count_elements(source: str) -> int | None:
             )
         n_elements += sum(shapes.values())
     return n_elements
+
+
+def read_dtypes(source: str) -> dict[str, str]:
+    """The dtype of every tensor in a directory's safetensors files, as these name it ("F8_E4M3").
+
+    None of a hub id. Raises UsageError as `count_elements` does.
+    """
+    from safetensors import safe_open
+
+    option = f"--model {source}"
+    dtypes: dict[str, str] = {}
+    if (directory := find_directory(source, option)) is None:
+        return {}
+    for name in _shards(option, directory):
+        with safe_open(directory / name, framework="numpy") as weights:
+            dtypes |= {n: weights.get_slice(n).get_dtype() for n in weights.keys()}  # noqa: SIM118
+    return dtypes
+
+
+def can_hold(dtype: str, stored: str) -> bool:
+    """Whether what safetensors calls ``stored`` are numbers of torch's ``dtype``, once rounded.
+
+    Integers are codes, which mean nothing without scales; FP8 codes are rounded numbers already.
+    """
+    if "float8" in dtype:
+        return stored == _FP8_NAMES.get(dtype)
+    return "float" not in dtype or stored.startswith(("F", "BF"))
 
 
 def find_directory(source: str, option: str) -> Path | None:

@@ -57,6 +57,8 @@ def _layout(
 
 
 def _compressed_tensors(said: dict[str, Any]) -> dict[str, Any] | None:
+    if said.get("transform_config") or is_sparse(said):
+        return None
     groups = said.get("config_groups")
     group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
     if not isinstance(group, dict) or group.get("targets") != ["Linear"]:
@@ -77,6 +79,12 @@ def _compressed_tensors(said: dict[str, Any]) -> dict[str, Any] | None:
     if by[0] in ("tensor", "channel") and by[1] == ("token" if is_dynamic else "tensor"):
         return _layout(str(by[0]), "dynamic" if is_dynamic else "static", ignored)
     return None
+
+
+def is_sparse(said: dict[str, Any]) -> bool:
+    """Does compressed-tensors leave out zeros of what it stores?"""
+    sparse = said.get("sparsity_config") or {}
+    return not isinstance(sparse, dict) or sparse.get("format", "dense") != "dense"
 
 
 def _fp8(said: Any) -> dict[str, Any] | None:

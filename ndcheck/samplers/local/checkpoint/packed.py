@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from ndcheck.samplers.local.checkpoint.fp8_layouts import is_sparse
+
 COMPRESSED, GPTQ, AWQ, MXFP4 = "compressed-tensors", "gptq", "awq", "mxfp4"
 METHODS = (COMPRESSED, GPTQ, AWQ, MXFP4)
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -106,12 +108,12 @@ def _read_compressed(said: dict[str, Any]) -> PackedLayout | str:
     schemes = []
     groups = said.get("config_groups") or {}
     formats = {said.get("format"), *(g.get("format") for g in groups.values())} - {None}
+    if said.get("transform_config") or is_sparse(said):
+        return f"{COMPRESSED} with transforms or sparse weights"
     if formats != {"pack-quantized"} or not groups:
         return f"{COMPRESSED} as {', '.join(sorted(map(str, formats))) or 'an unknown format'}"
-    sparse = said.get("sparsity_config") or {}
-    is_sparse = sparse.get("format", "dense") != "dense"
-    if said.get("kv_cache_scheme") or said.get("transform_config") or is_sparse:
-        return f"{COMPRESSED} with a quantised cache, transforms or sparse weights"
+    if said.get("kv_cache_scheme"):
+        return f"{COMPRESSED} with a quantised cache"
     for group in groups.values():
         weights = group["weights"]
         if group.get("input_activations") or group.get("output_activations"):

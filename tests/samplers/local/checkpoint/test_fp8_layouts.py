@@ -227,13 +227,38 @@ def nonsense(said):
     said["config_groups"] = 7
 
 
+def rotated(said):
+    apply = [{"targets": ["re:.*down_proj$"], "location": "input"}]
+    said["transform_config"] = {"config_groups": {"u": {"type": "hadamard", "apply": apply}}}
+
+
+def without_zeros(said):
+    said["sparsity_config"] = {"format": "sparse-24-bitmask"}
+
+
 @pytest.mark.parametrize(
-    "change", [dynamic_tensor, weights_alone, int8, other_targets, packed, nonsense]
+    "change",
+    [
+        *(dynamic_tensor, weights_alone, int8, other_targets, packed, nonsense),
+        *(rotated, without_zeros),
+    ],
 )
 def test_others_of_the_same_tool_are_refused_by_name(change, publish):
     """A scale of the whole batch, as dynamic quantisation per tensor has, cannot be invariant."""
     directory, _ = publish("FP8 dynamic", change=change)
     with pytest.raises(UsageError, match="no batch-invariant kernel reads compressed-tensors"):
+        open_sampler(replace(SPEC, model=str(directory)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.bfloat16])
+@pytest.mark.parametrize("tool", ["FP8 dynamic", "FP8 block"])
+def test_other_numbers_are_not_rounded_to_codes(tool, dtype, publish):
+    """transformers casts what is stored to e4m3, where 1000 is no number and 2**-12 is 0."""
+    directory, expected = publish(tool)
+    stored, name = load_file(directory / "model.safetensors"), min(expected)
+    stored[name] = stored[name].to(dtype)
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=rf"{name} is stored as (F8_E5M2|BF16)"):
         open_sampler(replace(SPEC, model=str(directory)))
 
 

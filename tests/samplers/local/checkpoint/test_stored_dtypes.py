@@ -1,0 +1,53 @@
+"""What a checkpoint stores are the numbers that are computed with, or it is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ndcheck.errors import UsageError
+from ndcheck.samplers.base import open_sampler
+
+from .test_quantised import SPEC, copy_of
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+CODES = {
+    "codes without their config": lambda w: {
+        NAME: (w * 4).to(torch.float8_e4m3fn), f"{NAME}_scale": torch.tensor(0.25),
+    },
+    "integers": lambda w: {NAME: (w * 64).to(torch.int8)},
+    "complex numbers": lambda w: {NAME: w.to(torch.complex64)},
+}  # fmt: skip
+
+
+@pytest.fixture
+def store(tiny_models, tmp_path):
+    """`store(change)`: a spec of a model with another tensor, and that tensor."""
+
+    def make(change):
+        directory = copy_of(tiny_models["qwen3"], tmp_path / "model", None)
+        tensors = load_file(directory / "model.safetensors")
+        tensors |= change(tensors[NAME])
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        return replace(SPEC, model=str(directory), arms=("stock",)), tensors[NAME]
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex")
+@pytest.mark.parametrize("name", CODES)
+def test_codes_are_not_taken_for_weights(name, store):
+    """ModelOpt, for one, says in another file than config.json that weights are quantised."""
+    spec, _ = store(CODES[name])
+    with pytest.raises(UsageError, match=f"{NAME}.* not be the stored model"):
+        open_sampler(spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e4m3fn])
+def test_numbers_are_rounded_to_the_dtype_of_the_model(dtype, store):
+    spec, stored = store(lambda w: {NAME: w.to(dtype)})
+    loaded = open_sampler(spec).model.get_parameter(NAME)
+    assert torch.equal(loaded, stored.to(loaded.dtype))
