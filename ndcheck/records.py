@@ -376,9 +376,9 @@ class Run:
     stands in every line of its samples, so that none of another run is taken for its own. The three
     are empty in earlier files. ``prompt_token_ids`` are the ids of each probe's prompt, in the
     order of the probes, with spaces between; a text is empty where the backend does not give them,
-    and all are left out where they would swell the file. ``flaws``
-    says what is wrong with the samples, a sentence each; it is filled when samples are read and
-    never written.
+    and all are left out where they would swell the file. ``stop_reason`` of a failed run is what
+    refused to go on. ``flaws`` says what is wrong with the samples, a sentence each; it is filled
+    when samples are read and never written.
     """
 
     run_id: str

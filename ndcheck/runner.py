@@ -13,7 +13,7 @@ from pathlib import Path
 from ndcheck import __version__, environment
 from ndcheck.analysis.divergence import first_divergence
 from ndcheck.analysis.statistics import trials_needed
-from ndcheck.errors import TrialError, UsageError, doing
+from ndcheck.errors import TrialError, UsageError, doing, first_line
 from ndcheck.plan.confirmations import plan_confirmations
 from ndcheck.plan.faults import plant_fault
 from ndcheck.plan.grid import batch_sizes_up_to
@@ -308,6 +308,9 @@ def run_trials(
             execute(again)
     except KeyboardInterrupt:
         close("interrupted")
+        raise
+    except UsageError as error:
+        close("failed", first_line(error))
         raise
     except BaseException:
         close("failed")

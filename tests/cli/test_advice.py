@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import contextmanager
 
 import pytest
 
@@ -82,3 +83,32 @@ def test_the_samples_that_try_all_are_the_fewest(loads, mode):
         few = make_spec(model="scripted:clean", loads=loads, mode=mode, samples=n_samples)
         trials = plan_trials(few, {"p1": 9}, 4096)
         assert (untried_axes(few, trials) == []) is is_enough
+
+
+@pytest.mark.parametrize("n_first", [0, 2])
+def test_what_refused_a_run_is_not_met_again(ndcheck_here, monkeypatch, n_first):
+    """An op that the kernels do not cover ends a run for good, whatever was measured before."""
+    import ndcheck_kernels
+
+    entered = ndcheck_kernels.invariant_kernels
+    n_entered = 0
+
+    @contextmanager
+    def refuse_later():
+        nonlocal n_entered
+        n_entered += 1
+        if n_entered > n_first:
+            raise ndcheck_kernels.UncoveredOpError("aten.foo", None, "cpu", None, "no kernel")
+        with entered() as scope:
+            yield scope
+
+    monkeypatch.setattr(ndcheck_kernels, "invariant_kernels", refuse_later)
+    run = ("run", "--kernels", "invariant", "--loads", "1", "--axes", "run-to-run", "-n", "4")
+    done = ndcheck_here(*run, "--max-tokens", "2", "--out", "r")
+    assert done.returncode == 2
+    assert "resume" not in done.stdout + done.stderr
+    assert "Without this arm: --kernels stock" in done.stderr.splitlines()[-1]
+    assert "INCONCLUSIVE" in done.stdout
+    again = ndcheck_here("report", "r")
+    assert "resume" not in again.stdout
+    assert "aten.foo" in " ".join(again.stdout.split())

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ndcheck.errors import BackendError, TrialError, doing, first_line
+from ndcheck.errors import BackendError, TrialError, UsageError, doing, first_line
 from ndcheck.plan.arrivals import parse_arrivals
 from ndcheck.plan.grid import CACHE_STATES
 from ndcheck.plan.queue import Request, queue_requests
@@ -321,7 +321,7 @@ class TransformersSampler:
 
         ``fuse`` False keeps the ops of decoder layers apart, to be seen one by one or to read
         another cache than a static one.
-        Raises BackendError for an op the invariant arm does not cover, or if nothing fired.
+        Raises UsageError for an op the invariant arm does not cover, or if nothing fired.
         """
         if arm == "stock":
             yield lambda: None
@@ -341,11 +341,11 @@ class TransformersSampler:
                 if self._ranks is not None:
                     missing += scope.missing(("rank_sum",))
         except kernels.UncoveredOpError as error:
-            raise BackendError(
+            raise UsageError(
                 f"invariant arm: {first_line(error)} Without this arm: --kernels stock"
             ) from error
         if missing:
-            raise BackendError(
+            raise UsageError(
                 f"invariant arm: no {' or '.join(missing)} ran in a batch-invariant kernel, so it "
                 "would have measured stock: use --kernels stock"
             )
