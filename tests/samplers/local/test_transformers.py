@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from ndcheck.errors import BackendError, TrialError, UsageError
+from ndcheck.errors import TrialError, UsageError
 from ndcheck.plan.trials import plan_trials
 from ndcheck.records import AXES, Decoding, Fault, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
@@ -310,7 +310,7 @@ def test_an_override_that_does_not_fire_is_an_error(samplers, monkeypatch):
 
     monkeypatch.setattr(ndcheck_kernels.Scope, "missing", lambda self: ("attention",))
     trial = Trial(0, "invariant", "p1", "slot", Load(1), 0)
-    with pytest.raises(BackendError, match="no attention ran in a batch-invariant kernel"):
+    with pytest.raises(UsageError, match="no attention ran in a batch-invariant kernel"):
         samplers["qwen3"].sample(trial, PROBE, GREEDY)
     assert samplers["qwen3"]._model.config._attn_implementation == "sdpa"
 
