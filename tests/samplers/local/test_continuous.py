@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ndcheck.analysis.summarising import summarise
-from ndcheck.errors import BackendError, TrialError, UsageError
+from ndcheck.errors import TrialError, UsageError
 from ndcheck.judging.verdict import judge
 from ndcheck.plan.faults import plant_fault
 from ndcheck.plan.trials import plan_trials
@@ -189,7 +189,7 @@ def test_requests_that_never_meet_prove_nothing(open_sampler):
 
 
 def test_what_the_invariant_arm_does_not_cover_is_refused(open_sampler):
-    with pytest.raises(BackendError, match=r"attention .*layers\.0\.self_attn .*sliding window"):
+    with pytest.raises(UsageError, match=r"attention .*layers\.0\.self_attn .*sliding window"):
         sample(open_sampler("gemma3"), Load(2, (0, 1)), arm="invariant")
 
 
