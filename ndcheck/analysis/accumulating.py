@@ -308,7 +308,8 @@ class Group:
         if sample.error is not None or trial.is_control:
             if sample.error is None:
                 self._controls[sample.trial_id].append((sample, read_stream(sample)))
-            self.first_error = self.first_error or ("" if trial.is_control else sample.error or "")
+            elif not trial.is_control:
+                self.first_error = self.first_error or sample.error
             return (*own, *trial.columns, -1, -1, np.nan, 0, 0, *wide)
         content = self._read_content(sample)
         if not sample.load.is_decoded and sample.load.batch_size == 1:
@@ -363,8 +364,8 @@ class Group:
                 latent = latent_divergence(self.reference.stream, stream, n_shared)
                 deviation = self.logprob_sums.compare(stream.logprobs, n_shared)
             bits = _fingerprint(stream.logprobs), _fingerprint(stream.row_digests)
-            at = -1 if latent is None else latent
-            content = _Content(parts, stream, number, bits, at, deviation)
+            latent_at = -1 if latent is None else latent
+            content = _Content(parts, stream, number, bits, latent_at, deviation)
             if len(self._contents) == CONTENTS_KEPT:
                 self._contents.clear()
             self._contents[key] = content
@@ -377,9 +378,8 @@ class Group:
             baseline = self._wide_streams.get(-1 if sample.baseline is None else sample.baseline)
         elif sample.baseline in self._alone_trials and self.reference is not None:
             baseline = self.reference.stream
-        if sample.fault is None or baseline is None:
-            return False
-        return is_caught(sample.fault, baseline, stream)
+        fault = sample.fault
+        return fault is not None and baseline is not None and is_caught(fault, baseline, stream)
 
 
 def _wide_columns(sample: Sample) -> tuple[int, ...]:

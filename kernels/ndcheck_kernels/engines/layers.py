@@ -50,7 +50,7 @@ weights_seen: set[int] = set()
 output_sizes: list[int] = []
 """Numbers of rows, ascending, that the output layer was made ready for."""
 vllms_own: dict[str, Any] = {}
-"""vLLM's function, for a layer that is not `COVERED`."""
+"""vLLM's functions, for what ours leave to them, and its class of sums over two ranks."""
 
 
 def _fire(op: str, weight: torch.Tensor) -> None:
@@ -153,9 +153,7 @@ def communicator(self: Any, *given: Any, **named: Any) -> None:
     """
     vllms_own["communicator"](self, *given, **named)
     if self.world_size == 2 and self.ca_comm is None and "tp" in self.unique_name:
-        from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
-
-        self.ca_comm = CustomAllreduce(group=self.cpu_group, device=self.device)
+        self.ca_comm = vllms_own["pair"](group=self.cpu_group, device=self.device)
 
 
 def all_reduce(self: Any, input_: torch.Tensor) -> torch.Tensor:

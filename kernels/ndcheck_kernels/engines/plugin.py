@@ -146,8 +146,9 @@ class Plugin:
             self._confirm()
             return times
 
-        for use in ("pair_fits", "pair_sum"):
-            self._places[use].find()  # Called, and not replaced.
+        # Called, and not replaced.
+        layers.vllms_own["pair"], *_ = self._places["pair_fits"].find()
+        self._places["pair_sum"].find()
         for use in ("fp8_linear", "communicator", "all_reduce"):
             layers.vllms_own[use] = self._places[use].find()[2]
         self._own.put(

@@ -56,9 +56,8 @@ def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) 
     if run.status == "failed" and not any(probe.n_samples for probe in summary.probes):
         # To go on would meet the same refusal again.
         found.append(Remedy("Nothing was measured: remove the cause and start anew", ()))
-    elif run.status == "failed" and run.stop_reason:
-        pass  # What was refused once is refused again; the refusal names what would run.
-    elif run.status != "finished" and directory:
+    # What refused a run would do so again.
+    elif run.status != "finished" and not run.stop_reason and directory:
         found.append(Remedy("Go on", (resume_command(spec, directory),)))
     if any(probe.n_errors for probe in summary.probes):
         found.append(Remedy("Why samples failed is in the error column of samples.csv", ()))

@@ -17,10 +17,9 @@ TEMPORARY = frozenset({408, 429, 500, 502, 503, 504, 529})
 _SPACE = b"\xef\xbb\xbf \t\r\n"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _FIELDS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":")
+_MESSAGES = ("message", "msg", "error_msg")
 _WORDS = (
-    "message",
-    "msg",
-    "error_msg",
+    *_MESSAGES,
     "detail",
     "details",
     "error",
@@ -215,7 +214,7 @@ def _is_error(event: Event) -> bool:
     if event.get("choices") or "meta_info" in event:
         return False
     is_named = "error" in (event.get("object"), event.get("type"), event.get("status"))
-    says = any(event.get(name) for name in _WORDS[:3]) and "id" not in event
+    says = any(event.get(name) for name in _MESSAGES) and "id" not in event
     return is_named or says or bool(event.get("detail"))
 
 
