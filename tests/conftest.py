@@ -36,30 +36,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 WARM = Path(__file__).parent / "warm"
 FAMILIES = ("qwen3", "llama", "gemma3")
 
-FIRST = (
-    *("odd/test_evidence.py", "models/test_families.py", "local/test_tensor_parallel.py"),
-    *("odd/test_beside.py", "cli/test_explain.py", "cli/test_console.py"),
-    *("run/test_side_by_side.py", "ahead/test_compiling.py", "triton/test_compile.py"),
-    *("triton/test_decoder.py", "fed/test_speculation.py"),
-    *("servers/test_planted_faults.py", "tests/test_action.py", "local/test_faithful.py"),
-    *("triton/test_fp8_decoder.py", "local/test_transformers.py", "ranks/test_ranks.py"),
-    *("cli/test_bisect.py", "builtin/test_model.py"),
-    *("odd/test_answers.py", "recurrent/test_gated_delta.py", "run/test_engine.py"),
-    *("run/test_resume.py", "run/test_endpoint.py", "tests/test_api.py"),
-    *("triton/test_grouped_matmul.py", "models/test_models.py", "order/test_order.py"),
-    *("odd/test_requests.py", "explain/test_tracing.py", "local/test_continuous.py"),
-    *("explain/test_planted_modules.py", "tests/test_no_false_pass.py"),
-    *("servers/test_against.py", "tests/test_reliability.py", "rows/test_rows.py"),
-    *("servers/test_everywhere.py", "cli/test_explain_faults.py", "run/test_run.py"),
-    *("odd/test_refusals.py", "checkpoint/test_packed.py", "triton/test_attention.py"),
-    *("servers/test_transformers_serve.py", "fp8/test_row_fp8.py", "fp8/test_block_fp8.py"),
-    *("servers/test_mutations.py", "untrusted/test_untrusted_directory.py"),
-    *("odd/test_secrets.py", "untrusted/test_damaged_evidence.py"),
+LONGEST = (
+    *("triton/test_compile.py", "models/test_families.py", "local/test_tensor_parallel.py"),
+    *("servers/test_planted_faults.py", "cli/test_explain.py", "fed/test_speculation.py"),
+    *("cli/test_console.py", "tests/test_action.py", "run/test_side_by_side.py"),
+    "local/test_faithful.py",
 )
-"""The files that take longest, so that none is left alone at the end.
-
-Those of servers mostly wait: one at a time, beside what takes two cores as long.
-"""
+"""Files that take twenty seconds or more of one core, those that take most first."""
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -74,7 +57,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {
-        path: next((n for n, end in enumerate(FIRST) if path.as_posix().endswith(end)), len(FIRST))
+        path: next(
+            (n for n, end in enumerate(LONGEST) if path.as_posix().endswith(end)), len(LONGEST)
+        )
         for path in {item.path for item in items}
     }
     items.sort(key=lambda item: places[item.path])

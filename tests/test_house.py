@@ -47,5 +47,5 @@ def test_the_longest_files_of_tests_are_there(request):
         for plugin in request.config.pluginmanager.get_plugins()
         if getattr(plugin, "__file__", "") == str(ROOT / "tests" / "conftest.py")
     )
-    for name in conftest.FIRST:
+    for name in conftest.LONGEST:
         assert len(list((ROOT / "tests").rglob(name.removeprefix("tests/")))) == 1, name
