@@ -61,14 +61,14 @@ def test_the_ops_of_a_server_are_not_traced(mock, tmp_path, capsys):
 def test_gate(mock, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     config = f"""
-        endpoint = "{mock()}"
+        endpoint = "{mock(step_s=0.02)}"
         model = "mock"
         loads = [1, 3]
         samples = 22
         max_tokens = 8
         [checks.served]
         [checks.faulty]
-        endpoint = "{mock(fault="concurrency")}"
+        endpoint = "{mock(fault="concurrency", step_s=0.02)}"
         [checks.gone]
         endpoint = "http://127.0.0.1:9/v1"
         [checks.vacuous]
