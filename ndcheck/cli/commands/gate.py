@@ -121,7 +121,8 @@ def gate(
         ),
     ] = None,
     junit: Annotated[
-        Path | None, typer.Option("--junit", help="Write JUnit XML.", metavar="FILE")
+        Path | None,
+        typer.Option("--junit", help="Write JUnit XML.", metavar="FILE", dir_okay=False),
     ] = None,
     out: Annotated[
         Path | None,

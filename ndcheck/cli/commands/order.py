@@ -69,10 +69,10 @@ def order(
     ] = "stock",
     dot: Annotated[
         Path | None,
-        typer.Option("--dot", help="Write the trees for Graphviz.", metavar="FILE"),
+        typer.Option("--dot", help="Write the trees for Graphviz.", metavar="FILE", dir_okay=False),
     ] = None,
     svg: Annotated[
-        Path | None, typer.Option("--svg", help="Write a drawing.", metavar="FILE")
+        Path | None, typer.Option("--svg", help="Write a drawing.", metavar="FILE", dir_okay=False)
     ] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,

@@ -85,7 +85,8 @@ def score(
         ),
     ] = None,
     csv: Annotated[
-        Path | None, typer.Option("--csv", help="Write a row for each token.", metavar="FILE")
+        Path | None,
+        typer.Option("--csv", help="Write a row for each token.", metavar="FILE", dir_okay=False),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -93,6 +94,7 @@ def score(
             "--plot",
             help="Draw the difference by position, as .png or .svg; needs ndcheck[plots].",
             metavar="FILE",
+            dir_okay=False,
         ),
     ] = None,
     json: o.Json = False,

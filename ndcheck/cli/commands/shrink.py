@@ -34,7 +34,10 @@ def shrink(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Where the script goes [default: DIR/repro.py].", metavar="FILE"
+            "--out",
+            help="Where the script goes [default: DIR/repro.py].",
+            metavar="FILE",
+            dir_okay=False,
         ),
     ] = None,
     attn: o.Attention = DEFAULTS.attention,

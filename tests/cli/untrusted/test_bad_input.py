@@ -158,6 +158,24 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured
     assert not (tmp_path / "ndcheck-runs").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("order", "sum", "--svg"),
+        ("order", "sum", "--dot"),
+        ("kernels", "check", "--csv"),
+        ("kernels", "prove", "--export"),
+        ("gate", "--junit"),
+        ("score", "run", "--csv"),
+        ("score", "run", "--plot"),
+        ("shrink", "--run", "run", "--out"),
+    ],
+)
+def test_a_directory_is_no_output(ndcheck_here, tmp_path, command):
+    (tmp_path / "folder").mkdir()
+    assert_one_line(ndcheck_here(*command, "folder"), 2, command[-1], "'folder' is a directory")
+
+
 def test_two_outputs_in_one_file_are_refused(ndcheck_here):
     done = ndcheck_here("order", "sum", "--svg", "x.out", "--dot", "./x.out")
     assert_one_line(done, 2, "x.out: two outputs would be written to it")

@@ -19,7 +19,10 @@ Rows = Annotated[
 Csv = Annotated[
     Path | None,
     typer.Option(
-        "--csv", help="Write each op, dtype and number of rows there as it is done.", metavar="FILE"
+        "--csv",
+        help="Write each op, dtype and number of rows there as it is done.",
+        metavar="FILE",
+        dir_okay=False,
     ),
 ]
 

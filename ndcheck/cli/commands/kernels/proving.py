@@ -29,7 +29,9 @@ def prove(
     device: o.Device = "auto",
     export: Annotated[
         Path | None,
-        typer.Option("--export", help="Write what is proven on this machine.", metavar="FILE"),
+        typer.Option(
+            "--export", help="Write what is proven on this machine.", metavar="FILE", dir_okay=False
+        ),
     ] = None,
     import_: Annotated[
         Path | None,
