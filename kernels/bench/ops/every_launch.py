@@ -172,6 +172,7 @@ def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[
         (torch.float8_e4m3fn, False, "in chunks"),
     }
     dims = {"kinds": ((128, 128),), "figures": ((64, 64), (128, 128)), "all": HEAD_DIMS}[extent]
+    turn = itertools.cycle(("with padding", "with a window", "in chunks"))
     for dim, dim_v in dims:
         config = configs.attention_config(max(dim, dim_v), dtype.itemsize, capability)
         most = config.max_rows // 4
@@ -195,8 +196,11 @@ def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[
                     "bias_dtype": torch.bfloat16,
                 },
             }  # fmt: skip
+            in_turn = next(turn)  # Options change what fits by little: each shape meets one.
             for kind, options in kinds.items():
                 if extent == "kinds" and (cache_dtype, queries > most, kind) not in pairs:
+                    continue
+                if extent == "all" and kind != in_turn:
                     continue
                 shapes = f"{tuple(q.shape)} over {tuple(k.shape)}, {dim_v} {cache_dtype}"
                 yield (
@@ -323,10 +327,10 @@ def compile_all(
         compiled = list(kernels)
     read: dict[object, frozenset[str]] = {}
     for kernel in compiled:
-        # To disassemble one takes as long as to compile it: with `kinds` one kernel stands for
-        # those of its name whose PTX asks for the same.
+        # To disassemble one takes as long as to compile it: beyond the figures' shapes one kernel
+        # stands for those of its name whose PTX asks for the same.
         kind = kernel.metadata.name, resources.matrix_instructions(kernel)
-        is_known = extent == "kinds" and kind in read
+        is_known = extent != "figures" and kind in read
         used_by_it = resources.resources(
             kernel, resources.multiplies_matrices(kernel) and not is_known
         )
