@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 
-from ndcheck_kernels.engines.layers import COVERED, experts_refusal, fp8_refusal
+from ndcheck_kernels.engines.layers import (
+    COVERED,
+    attention_step,
+    experts_refusal,
+    fp8_refusal,
+    has_kernels_by_window,
+)
 
 MODELS = (
     "LlamaForCausalLM",
@@ -121,7 +127,12 @@ def _attention(name: str, module: Any) -> Layer:
         return Layer(name, kind, f"vLLM's {backend}", covered=False)
     if module.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
         return Layer(name, kind, f"a cache in {module.kv_cache_dtype}", covered=False)
-    return Layer(name, kind, f"vLLM's {backend} in one split")
+    if module.attn_backend.get_builder_cls().build is not attention_step:
+        return Layer(name, kind, f"vLLM's {backend}, its kernel chosen by the step", covered=False)
+    if module.sliding_window is not None and has_kernels_by_window(module.head_size):
+        by = f"vLLM's {backend}, its kernel chosen by windows of {module.head_size} dimensions"
+        return Layer(name, kind, by, covered=False)
+    return Layer(name, kind, f"vLLM's {backend} in one split, by one kernel")
 
 
 def _experts(name: str, module: Any) -> Layer:

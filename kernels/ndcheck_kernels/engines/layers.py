@@ -2,7 +2,8 @@
 
 Computes: x @ weight.T + bias, of FP8 weights in blocks of 128 x 128 as `ops.block_fp8` says; the
     same for the output layer; a token's experts, weighted and added; log-softmax over the last
-    dimension; the sum of what all ranks have, rounded by each of them before.
+    dimension; the sum of what all ranks have, rounded by each of them before. Attention stays
+    vLLM's: `attention_step` chooses its kernel.
 Reduction order: that of `cuda.products`, `cuda.experts`, `cuda.rows.softmax` and
     `cuda.rows.add_parts`; a bias is added before the one rounding. FP8 experts take their rows as
     vLLM has quantised them, each by itself.
@@ -49,6 +50,8 @@ weights_seen: set[int] = set()
 """Where the weights lie that were multiplied by."""
 output_sizes: list[int] = []
 """Numbers of rows, ascending, that the output layer was made ready for."""
+LONGEST_QUERY = 256
+"""Beyond the 192 rows of FlashAttention 3's largest tile, also with one head to a key head."""
 vllms_own: dict[str, Any] = {}
 """vLLM's functions, for what ours leave to them, and its class of sums over two ranks."""
 
@@ -181,6 +184,31 @@ def reduce_scatter(self: Any, input_: torch.Tensor, dim: int = -1) -> torch.Tens
         "ndcheck: sums that are scattered over ranks have no fixed order: turn sequence and expert "
         "parallelism off, or set NDCHECK_VLLM=partial"
     )
+
+
+def attention_step(
+    self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+) -> Any:
+    """`FlashAttentionMetadataBuilder.build`, with the same kernel in every step.
+
+    FlashAttention 3 chooses one by the longest query of a step, and that one's blocks of keys
+    (vllm-project/vllm#51902). It is told of one that is longer than what it tells apart; which keys
+    a query meets it reads off each request.
+    """
+    step = vllms_own["attention_step"](self, common_prefix_len, common_attn_metadata, fast_build)
+    if has_kernels_by_query(self.headdim):
+        step.max_query_len = max(step.max_query_len, LONGEST_QUERY)
+    return step
+
+
+def has_kernels_by_query(head_size: int) -> bool:
+    """Whether FlashAttention 3 would choose; between 64 and 128 all its blocks have 128 keys."""
+    return not 64 < head_size <= 128
+
+
+def has_kernels_by_window(head_size: int) -> bool:
+    """Whether a window that no request of a step fills makes it choose other blocks of keys."""
+    return not 64 < head_size <= 192
 
 
 def log_softmax(input: torch.Tensor, dim: int, _half_to_float: bool) -> torch.Tensor:

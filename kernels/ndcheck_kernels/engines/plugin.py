@@ -149,7 +149,7 @@ class Plugin:
         # Called, and not replaced.
         layers.vllms_own["pair"], *_ = self._places["pair_fits"].find()
         self._places["pair_sum"].find()
-        for use in ("fp8_linear", "communicator", "all_reduce"):
+        for use in ("fp8_linear", "communicator", "all_reduce", "attention_step"):
             layers.vllms_own[use] = self._places[use].find()[2]
         self._own.put(
             self._places,
@@ -161,6 +161,7 @@ class Plugin:
                 "fp8_linear": layers.fp8_linear,
                 "communicator": layers.communicator,
                 "all_reduce": layers.all_reduce,
+                "attention_step": layers.attention_step,
                 "load": load,
                 "warm_up": warm_up,
             },

@@ -107,6 +107,11 @@ def seams(release: str) -> dict[str, Seam]:
         "pair_sum": Seam(pair, "CustomAllreduce.custom_all_reduce", ("self", "input")),
         "all_reduce": Seam(ranks, "CudaCommunicator.all_reduce", ("self", "input_")),
         "reduce_scatter": Seam(ranks, "CudaCommunicator.reduce_scatter", ("self", "input_", "dim")),
+        "attention_step": Seam(
+            "vllm.v1.attention.backends.flash_attn",
+            "FlashAttentionMetadataBuilder.build",
+            ("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
+        ),
         "load": Seam(worker, "Worker.load_model", ("self", "load_dummy_weights")),
         "warm_up": Seam(worker, "Worker.compile_or_warm_up_model", ("self",)),
     }

@@ -62,10 +62,13 @@ class RMSNorm(torch.nn.Module):
 
 class Attention(torch.nn.Module):
     kv_cache_dtype = "auto"
+    sliding_window, head_size = None, 64
 
-    def __init__(self, backend="FLASH_ATTN"):
+    def __init__(self, builder, backend="FLASH_ATTN"):
         super().__init__()
-        self.attn_backend = SimpleNamespace(get_name=lambda: backend)
+        self.attn_backend = SimpleNamespace(
+            get_name=lambda: backend, get_builder_cls=lambda: builder
+        )
 
     def forward(self, x):
         return x
@@ -223,6 +226,14 @@ class Vllm:
                 calls.append("pair_sum")
                 return (input.float() + self.other.float()).to(input.dtype)
 
+        class FlashAttentionMetadataBuilder:
+            def __init__(self, headdim):
+                self.headdim = headdim
+
+            def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+                calls.append("attention_step")
+                return SimpleNamespace(max_query_len=common_attn_metadata.max_query_len)
+
         class VllmConfig:
             def _set_cudagraph_sizes(self):
                 calls.append("graph_sizes")
@@ -251,7 +262,7 @@ class Vllm:
             setattr(self.modules[seam.module], name, own[name])
         self.Worker, self.TritonExperts = Worker, TritonExperts
         self.Fp8LinearMethod, self.CudaCommunicator = Fp8LinearMethod, CudaCommunicator
-        self.VllmConfig = VllmConfig
+        self.VllmConfig, self.Builder = VllmConfig, FlashAttentionMetadataBuilder
 
     def start(self):
         """What every worker calls first, by the name that its module has then."""
@@ -270,7 +281,7 @@ class Vllm:
         for layer, (kind, n, k) in kinds.items():
             own = method("UnquantizedLinearMethod", linear)
             block.add_module(layer, named(kind)(own, n, k))
-        block.add_module("attn", Attention())
+        block.add_module("attn", Attention(self.Builder))
         block.add_module("norm", RMSNorm())
         block.add_module("experts", RoutedExperts(self.TritonExperts))
         for layer, module in extra.items():
