@@ -162,8 +162,8 @@ def test_a_recorded_divergence_is_traced_shrunk_and_shown(here, warm_python, mon
     monkeypatch.setattr(sys, "executable", warm_python())  # The script's.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     options = ("--loads", "16", "--mode", "mixed", "--axes", "neighbours", "--kernels", "stock")
-    length = ("--max-tokens", "48", "-n", "24", "--stop-on-divergence")
-    probe = ("--prompt", "def read_file(path):")
+    length = ("--max-tokens", "24", "-n", "24", "--stop-on-divergence")
+    probe = ("--prompt", "class Stack:")
     run = here("run", *probe, *options, *length, "--out", "run", "-q", "--json")
     document = json.loads(run.stdout)
     if not document["probes"][0]["diverged_trials"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -18,6 +20,8 @@ PROPERTIES = (
     *("run-to-run", "batch-size", "slot", "neighbours", "cache"),
     *("width", "scoring"),
 )
+# The prompt, and a step after a step.
+GRID = replace(support.QUICK, max_tokens=3)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ CELLS = [
 @pytest.mark.parametrize(("family", "dtype"), CELLS)
 def test_the_table_is_current(family, dtype, on_cpu):
     expected = on_cpu[family, dtype]["invariant"]
-    measured = support.measure(family, dtype, "cpu", "invariant", support.QUICK)
+    measured = support.measure(family, dtype, "cpu", "invariant", GRID)
     assert measured.get("refused") == expected.get("refused")
     if "refused" not in expected:
         assert measured["outcome"] == expected["outcome"] == "PASS", measured
@@ -78,7 +82,7 @@ def test_a_neighbour_dependent_router_is_caught(monkeypatch):
         return sampler
 
     monkeypatch.setattr(support, "TransformersSampler", load_then_plant)
-    outcome = support.measure("Mixtral", "fp32", "cpu", "invariant", support.QUICK)
+    outcome = support.measure("Mixtral", "fp32", "cpu", "invariant", GRID)
     assert outcome["outcome"] == "FAIL"
     assert outcome["axes"]["slot"]["outcome"] == "FAIL"
     assert outcome["axes"]["neighbours"]["outcome"] == "FAIL"
@@ -95,7 +99,7 @@ def test_a_window_that_follows_the_padding_is_caught(monkeypatch):
         return torch.stack([spans[..., 0], begin, spans[..., 2]], -1)
 
     monkeypatch.setattr(attention, "spans_from_mask", rounded)
-    outcome = support.measure("OLMo 3", "fp32", "cpu", "invariant", support.QUICK)
+    outcome = support.measure("OLMo 3", "fp32", "cpu", "invariant", GRID)
     assert outcome["axes"]["neighbours"]["outcome"] == "FAIL"
     assert outcome["axes"]["run-to-run"]["outcome"] == "PASS"
 

@@ -281,7 +281,8 @@ def test_four_ranks_have_the_bits_of_one(models, measure, tmp_path):
 
 def test_a_killed_rank_ends_the_run_and_resume_completes_it(models, command, launch, tmp_path):
     out = tmp_path / "run"
-    arguments = ("--model", models / "dense", *LOADS, "--max-tokens", "24")
+    loads = (*LOADS, "--kernels", "invariant", "--max-tokens", "24")
+    arguments = ("--model", models / "dense", *loads)
     process = subprocess.Popen(
         command(2, "-m", "ndcheck", "run", "--tp", "2", *arguments, "--out", out),
         env=environment(),
