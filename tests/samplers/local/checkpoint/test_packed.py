@@ -37,13 +37,13 @@ def words(numbers, bits, order=None):
     return torch.where(made >= 2**31, made - 2**32, made).to(torch.int32)
 
 
-def drawn(n, k, bits, group, *, has_zeros, lowest=0):
+def drawn(n, k, bits, group, *, has_zeros):
     """Codes [N, K], zeros and scales [N, K / group]; zeros at both ends, small scales."""
     codes = torch.randint(0, 2**bits, (n, k))
     zeros = torch.full((n, k // group), 2 ** (bits - 1))
     if has_zeros:
-        zeros = torch.randint(lowest, 2**bits, zeros.shape)
-        zeros[0], zeros[1] = lowest, 2**bits - 1
+        zeros = torch.randint(0, 2**bits, zeros.shape)
+        zeros[0], zeros[1] = 0, 2**bits - 1
     scales = (torch.rand(zeros.shape) + 0.5) * 2 ** (2.0 - bits) * 0.2
     scales[2, 0], scales[3, 0] = 0, 2.0**-24
     return codes, zeros, scales
@@ -68,13 +68,16 @@ def compressed(name, n, k, bits, group, *, has_zeros=False, has_order=False):
 
 def gptq(name, n, k, bits, group, *, has_zeros=True, has_order=False, offset=1):
     size = k if group == -1 else group
-    codes, zeros, scales = drawn(n, k, bits, size, has_zeros=has_zeros, lowest=offset)
+    codes, zeros, scales = drawn(n, k, bits, size, has_zeros=has_zeros)
     scales, index = scales.half(), torch.arange(k) // size
     index = index[torch.randperm(k)] if has_order else index
     name = name.removesuffix("weight")
+    # As GPTQModel stores them, in convert_gptq_v2_to_v1_format_module: 1 less in each half byte or
+    # byte of a word, by one subtraction of words.
+    ones = offset * {4: 0x11111111, 8: 0x01010101}[bits]
     stored = {
         f"{name}qweight": words(codes, bits).t().contiguous(),
-        f"{name}qzeros": words((zeros - offset).t(), bits),
+        f"{name}qzeros": words(zeros.t(), bits) - ones,
         f"{name}scales": scales.t().contiguous(),
         f"{name}g_idx": index.to(torch.int32),
     }
@@ -254,6 +257,27 @@ def test_other_forms_are_refused_by_name(name, tiny_models, tmp_path):
     directory = copy_of(tiny_models["qwen3"], tmp_path / "model", REFUSED[name])
     with pytest.raises(UsageError, match=f"no batch-invariant kernel reads {name}"):
         open_sampler(spec_of(directory))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_layer_has_the_scheme_of_the_most_specific_target(order):
+    """As `match_targets` of compressed-tensors sorts them: names, expressions, classes."""
+    groups = {
+        size: {**compressed_config(4, size)["config_groups"]["group_0"], "targets": [target]}
+        for target, size in (("Linear", 32), ("re:.*down_proj$", 64), ("1.down_proj", 128))
+    }
+    said = compressed_config(4, 32) | {"config_groups": dict([*groups.items()][::order])}
+    layout, linear = read_packed(said), torch.nn.Linear(128, 128)
+    found = [layout.scheme_of(name, linear) for name in ("1.up_proj", "0.down_proj", "1.down_proj")]
+    assert [scheme.group_size for scheme in found] == [32, 64, 128]
+
+
+@pytest.mark.parametrize("said", ["group", "dynamic", True])
+def test_columns_in_order_of_activations_have_several_names(said):
+    config = compressed_config(4, 32)
+    config["config_groups"]["group_0"]["weights"]["actorder"] = said
+    (scheme,) = read_packed(config).schemes
+    assert scheme.has_order
 
 
 SAID = st.recursive(
