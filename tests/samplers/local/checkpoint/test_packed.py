@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -332,6 +333,23 @@ def test_tensors_that_do_not_fit_are_named(stored, tmp_path):
     refused("another shape", {name: torch.zeros(63, dtype=torch.int32)})
     refused("groups of 48 do not divide the 64 columns", config=gptq_config(4, 48))
     refused("missing from the checkpoint", config=compressed_config(4, 32))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_bias_of_zeros_may_be_left_over(value, stored, tmp_path):
+    """As tools for GPTQ store them for layers without; vLLM's loaders skip them."""
+    packed = stored("gptq of 4 bits in groups of 32 with zero points")[0]
+    directory = tmp_path / "model"
+    shutil.copytree(packed, directory)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.bias"] = torch.full((64,), value).half()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    if value:
+        with pytest.raises(UsageError, match="no place for 1 tensors"):
+            open_sampler(spec_of(directory))
+    else:
+        found = sampled(open_sampler(spec_of(directory)), "invariant", 1)
+        assert found == sampled(open_sampler(spec_of(packed)), "invariant", 1)
 
 
 def test_experts_of_integers_are_refused(tmp_path):
