@@ -159,11 +159,10 @@ def _leaf(value: Any) -> _Leaf:
     if isinstance(value, int):
         return _Leaf(kind, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
     if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
-        import torch
+        from ndcheck.explain.alignment import as_bytes
 
-        plain = value.detach().resolve_conj().resolve_neg()
-        flat = plain.cpu().contiguous().reshape(-1).view(torch.uint8)
-        return _Leaf(f"{value.dtype} {list(value.shape)}", flat.numpy().tobytes())
+        plain = value.detach().resolve_conj().resolve_neg().cpu()
+        return _Leaf(f"{value.dtype} {list(value.shape)}", as_bytes(plain).numpy().tobytes())
     if hasattr(value, "dtype") and hasattr(value, "tobytes"):
         return _Leaf(f"{value.dtype} {list(value.shape)}", value.tobytes())
     raise TypeError(f"cannot compare the bits of a {kind}: return tensors, arrays, numbers or text")
@@ -232,10 +231,10 @@ def _check_tensor(demand: str, value: Any) -> None:
 
 
 def _flip_one_bit(result: torch.Tensor) -> torch.Tensor:
-    import torch
+    from ndcheck.explain.alignment import as_bytes
 
     faulty = result.detach().resolve_conj().resolve_neg().clone().contiguous()
-    faulty.reshape(-1).view(torch.uint8)[:1] ^= 1
+    as_bytes(faulty)[:1] ^= 1
     return faulty
 
 

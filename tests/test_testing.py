@@ -39,6 +39,14 @@ def test_equal_calls_pass(result):
     assert_deterministic(lambda: {"a": [result, result], "b": (None, "c")})
 
 
+@pytest.mark.parametrize("number", [ROWS[:1, 0], ROWS.t()[:1, :1], ROWS[:1, 1:2]])
+def test_a_single_number_has_any_stride(number):
+    assert_deterministic(lambda: number)
+    calls = iter([number, number + 1])
+    with pytest.raises(AssertionError, match="call 2"):
+        assert_deterministic(lambda: next(calls), n=2)
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [

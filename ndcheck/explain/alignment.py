@@ -86,11 +86,18 @@ def write_exactly(target: Tensor, place: Place, values: Tensor) -> bool:
     return True
 
 
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bits of a dense tensor, uint8 [bytes]; of a contiguous one the same memory."""
+    dense = tensor.contiguous()
+    # A single element is contiguous whatever its stride, which no view as bytes may have.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+
+
 def equal_bits(a: Tensor, b: Tensor) -> bool:
     """Equality of bit patterns: NaN equals itself, and +0 is not -0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+    return torch.equal(as_bytes(a), as_bytes(b))
 
 
 def max_ulp(a: Tensor, b: Tensor) -> int:

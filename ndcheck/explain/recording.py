@@ -16,10 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
-from ndcheck.explain.alignment import (
-    clone_exactly,
-    equal_bits,
-)
+from ndcheck.explain.alignment import as_bytes, clone_exactly, equal_bits
 from ndcheck.explain.modules import ModulePath
 
 
@@ -58,6 +55,13 @@ class Record:
     location: str = ""
 
 
+UNWRITTEN = {
+    *("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty"),
+    *("new_empty_strided", "resize_"),
+}
+"""What these give holds whatever was in the memory before."""
+
+
 class Watch(TorchDispatchMode):
     """Sees every op whole, and has it run as if nobody looked; sees modules come and go.
 
@@ -92,7 +96,8 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.is_view:  # It adds nothing up, and torch 2.11 lets no view be made of itself twice.
+        # A view adds nothing up, and torch 2.11 lets none be made of itself twice.
+        if func.is_view or op_name(func) in UNWRITTEN:
             return func(*args, **kwargs)
         key = self._key(self._path.path, op_name(func))
         with unseen():
@@ -204,7 +209,7 @@ def digest_rows(rows: Iterable[Tensor]) -> str:
     """16 hexadecimal digits over the bits of ``rows``."""
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
-        digest.update(row.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+        digest.update(as_bytes(row).cpu().numpy().data)
     return digest.hexdigest()
 
 

@@ -16,6 +16,9 @@ from ndcheck.records import ALONE, CacheState, Load
 from ndcheck.samplers.local.sampler import TransformersSampler
 from ndcheck.samplers.local.selection import lowest_argmax
 
+MOST_FIRST = 8
+"""Rows beside the probe's that are tried from the first on, one more each time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -236,15 +239,18 @@ def _plainer_prefill(batch: Batch) -> Iterator[Batch]:
 
 
 def _fewer_rows(batch: Batch) -> Iterator[Batch]:
-    """Delta debugging (Zeller and Hildebrandt 2002): leave out halves, then quarters, ..."""
+    """None of the others, or the first few: a failure may come at odd numbers of rows alone. Then
+    delta debugging (Zeller and Hildebrandt 2002): leave out halves, then quarters, ...
+    """
     others = [row for row in range(len(batch.rows)) if row != batch.slot]
-    part = len(others)
+    part = len(others) // 2
+    dropped = [others[n:] for n in range(min(len(others), MOST_FIRST + 1))]
     while part:
-        for start in range(0, len(others), part):
-            dropped = set(others[start : start + part])
-            rows = tuple(r for i, r in enumerate(batch.rows) if i not in dropped)
-            yield replace(batch, rows=rows, slot=batch.slot - sum(d < batch.slot for d in dropped))
+        dropped += [others[start : start + part] for start in range(0, len(others), part)]
         part //= 2
+    for some in dropped:
+        rows = tuple(r for i, r in enumerate(batch.rows) if i not in some)
+        yield replace(batch, rows=rows, slot=batch.slot - sum(d < batch.slot for d in some))
 
 
 def _shorter_rows(batch: Batch) -> Iterator[Batch]:

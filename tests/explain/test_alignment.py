@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ndcheck.explain.alignment import Geometry, clone_exactly, equal_bits, max_ulp, write_exactly
+from ndcheck.explain.recording import digest_rows
 
 PREFILL = Geometry(3, 2, (5, 7), (9, 11))
 DECODE = Geometry(3, 2, (1, 1), (9, 11))
@@ -71,3 +72,11 @@ def test_ulp_crosses_zero_and_bits_do_not():
     assert (
         max_ulp(torch.tensor([1.0, 2.0]).bfloat16(), torch.tensor([1.0, 2.03125]).bfloat16()) == 2
     )
+
+
+def test_the_bits_of_a_single_element_are_read_at_any_stride():
+    base = torch.arange(64.0).view(1, 64)
+    for one in (base[:, 3], base[..., 3:4], base.t()[3:4]):
+        assert equal_bits(one, torch.full(one.shape, 3.0))
+        assert not equal_bits(one, torch.full(one.shape, 4.0))
+        assert digest_rows([one]) == digest_rows([torch.tensor(3.0)])

@@ -181,6 +181,29 @@ def test_a_model_that_iterates_over_its_rows_is_not_accused(sampler, load, step)
     assert traces[0].n_not_compared == 0
 
 
+def test_memory_that_nothing_has_written_is_no_result(sampler):
+    def copied(module, x):
+        y = exact(module, x)
+        return torch.empty_like(y).copy_(y)
+
+    with forwards(sampler.model, {"model.layers.1.mlp.down_proj": copied}):
+        traces = trace(sampler, [load_of(sampler, 3, "copies", 0, 0)], 1)
+    assert not any("empty" in finding.op for finding in traces[0].findings)
+    assert explain(traces)[0].exit_code == 0
+
+
+def test_a_single_number_of_any_stride_is_compared(sampler):
+    def first_alone(module, x):
+        y = exact(module, x)
+        y[..., 0] *= 1.001 if len(x) > 1 else 1
+        return y
+
+    with forwards(sampler.model, {"model.layers.1.mlp.down_proj": first_alone}):
+        (found,) = traces = trace(sampler, [load_of(sampler, 3, "copies", 0, 0)], 1)
+    assert {finding.module for finding in found.introducers} == {"model.layers.1.mlp.down_proj"}
+    assert explain(traces)[0].exit_code == 1
+
+
 @pytest.mark.parametrize("step", [0, 1])
 def test_what_no_logit_follows_is_not_found(sampler, step):
     load = load_of(sampler, 3, "copies", 0, 0)

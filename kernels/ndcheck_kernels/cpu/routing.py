@@ -53,6 +53,8 @@ def index_add(
     """x with rows of `source` added at `index`, each to a row of its own."""
     if alpha != 1:
         raise UnsupportedCallError("only alpha = 1")
+    if source.dtype != x.dtype:
+        raise RuntimeError(f"rows of {source.dtype} are added to {x.dtype}")
     if source.shape != (*x.shape[:dim], index.numel(), *x.shape[dim:][1:]):
         raise RuntimeError(f"{list(source.shape)} are no {index.numel()} rows of dim {dim}")
     if index.unique().numel() != index.numel():

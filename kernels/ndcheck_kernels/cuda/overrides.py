@@ -227,7 +227,9 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> torch.Tensor:
-    """LayerNorm over the last dims."""
+    """LayerNorm over the last dims, as torch's on CUDA with parameters of the rows' dtype alone."""
+    if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
+        raise UnsupportedCallError(f"parameters of another dtype than the rows' {x.dtype}")
     rows = normalised_rows(x, normalized_shape, weight, bias)
     flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
     return layer_norm_kernels.layer_norm(rows, flat[0], flat[1], eps).view(x.shape)

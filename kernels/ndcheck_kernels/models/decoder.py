@@ -38,7 +38,7 @@ from ndcheck_kernels.cuda.rows.quantise import (
 from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.models.caches.argument import given_cache
-from ndcheck_kernels.models.interface import here
+from ndcheck_kernels.models.interface import here, is_as_published
 from ndcheck_kernels.models.mixture import is_mixture, mixture, mixture_fires, mixture_part
 from ndcheck_kernels.models.projections import Projection, add_over_ranks, can_join
 from ndcheck_kernels.models.quantised import is_fp8
@@ -126,7 +126,9 @@ def join_weights(model: torch.nn.Module) -> list[Any]:
     place, so join them before the first capture.
     """
     layers: list[Any] = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
-    if not all(map(_fits, layers)) or (is_shared(model) and not _is_cut_as_here(model, layers)):
+    if not all(map(_fits, layers)):
+        return []
+    if not (_is_cut_as_here(model, layers) if is_shared(model) else _has_own_forwards(layers)):
         return []
     for layer in layers:
         if not hasattr(layer, "_joined_qkv"):
@@ -139,8 +141,17 @@ def join_weights(model: torch.nn.Module) -> list[Any]:
     return layers
 
 
+def _has_own_forwards(layers: list[Any]) -> bool:
+    """Whether all modules compute by their classes' code, but for FP8 layers: they are replaced."""
+    return not any(
+        "forward" in vars(module) and not is_fp8(module)
+        for layer in layers
+        for module in layer.modules()
+    )
+
+
 def _fits(layer: Any) -> bool:
-    if type(layer).__name__ not in LAYERS:
+    if type(layer).__name__ not in LAYERS or not is_as_published(layer):
         return False
     own, mlp = layer.self_attn, layer.mlp
     return (

@@ -25,7 +25,7 @@ from ndcheck_kernels.cpu.products import addmm, mm
 from ndcheck_kernels.cpu.reductions import sum_rows
 from ndcheck_kernels.models.attention import Spans
 from ndcheck_kernels.models.caches.argument import cache_argument, given_cache
-from ndcheck_kernels.models.interface import is_seen_by_the_mode_alone
+from ndcheck_kernels.models.interface import is_as_published, is_seen_by_the_mode_alone
 from ndcheck_kernels.scope.mode import invariant_kernels
 from ndcheck_kernels.scope.refusal import UnsupportedCallError
 from ndcheck_kernels.scope.state import Scope, active_scope
@@ -71,13 +71,12 @@ def direct_layers(model: Any) -> Iterator[int]:
 
 
 def _fits(layer: Any) -> bool:
-    if type(layer).__name__ not in LAYERS:
+    if type(layer).__name__ not in LAYERS or _is_changed(layer):
         return False
     own, products = layer.self_attn, _products(layer)
     return (
         all(type(p) is torch.nn.Linear and type(p.weight.data) is torch.Tensor for p in products)
         and type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
-        and not any(map(_is_changed, layer.modules()))
         and (
             not hasattr(own, "q_norm") or own.q_norm.variance_epsilon == own.k_norm.variance_epsilon
         )
@@ -91,7 +90,7 @@ def _products(layer: Any) -> tuple[Any, ...]:
 
 
 def _is_changed(module: Any) -> bool:
-    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+    return not is_as_published(module) or any("forward" in vars(m) for m in module.modules())
 
 
 def _other_norms(model: Any, layers: list[Any]) -> list[Any]:

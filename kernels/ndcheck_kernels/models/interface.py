@@ -31,6 +31,21 @@ def past_the_mode() -> AbstractContextManager[object]:
     return torch._C._DisableTorchDispatch() if is_seen_by_the_mode_alone() else nullcontext()
 
 
+def is_of_transformers(module: torch.nn.Module) -> bool:
+    """Whether its class's name says what it computes: a model's own code has others of the name."""
+    return type(module).__module__.startswith("transformers.models.")
+
+
+def is_as_published(module: torch.nn.Module) -> bool:
+    """Whether it and all modules in it are transformers' or torch's own, without hooks."""
+    return not any(
+        not type(each).__module__.startswith(("transformers.", "torch.", "ndcheck_kernels."))
+        or each._forward_hooks
+        or each._forward_pre_hooks
+        for each in module.modules()
+    )
+
+
 def here(parameter: torch.Tensor) -> torch.Tensor:
     """This rank's shard."""
     to_local = getattr(parameter, "to_local", None)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ndcheck_kernels.models.caches.argument import given_cache
+from ndcheck_kernels.models.interface import is_of_transformers
 from ndcheck_kernels.ops.attention import attention_op, causal_spans, spans_from_any
 from ndcheck_kernels.scope.refusal import refusal
 from ndcheck_kernels.scope.state import active_scope
@@ -29,7 +30,7 @@ Function = Callable[..., Any]
 def is_covered(module: torch.nn.Module) -> bool:
     """Whether a module's own attention is one of those that are replaced."""
     name, _ = _REPLACED.get(type(module).__name__, ("", None))
-    return hasattr(module, name) and _is_of_transformers(module)
+    return hasattr(module, name) and is_of_transformers(module)
 
 
 def replace_attention(model: torch.nn.Module) -> None:
@@ -53,10 +54,6 @@ def _choose(own: Function, invariant: Function) -> Function:
 
     forward.invariant = invariant  # type: ignore[attr-defined]
     return forward
-
-
-def _is_of_transformers(module: torch.nn.Module) -> bool:
-    return type(module).__module__.startswith("transformers.models.")
 
 
 def _spans(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ndcheck_kernels.models.caches.argument import given_cache
+from ndcheck_kernels.models.interface import is_of_transformers
 from ndcheck_kernels.ops.selective_scan import scan_op
 from ndcheck_kernels.ops.short_convolution import short_convolution_op, short_convolution_step_op
 from ndcheck_kernels.scope.refusal import refusal
@@ -32,7 +33,8 @@ _PACKED = ("seq_idx", "cu_seqlens", "cu_seq_lens_q")
 
 def is_covered(layer: torch.nn.Module) -> bool:
     """Whether a layer is a mixer that `replace_mixers` knows."""
-    return type(layer).__name__ in _FORWARDS and _states_are_numbered()
+    is_known = type(layer).__name__ in _FORWARDS and is_of_transformers(layer)
+    return is_known and _states_are_numbered()
 
 
 @functools.cache

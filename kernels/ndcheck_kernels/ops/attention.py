@@ -116,6 +116,8 @@ def register_sdpa(device: str, attention: Callable[..., torch.Tensor]) -> None:
             raise UnsupportedCallError("dropout, or tensors that are not 4-dimensional")
         if is_causal and attn_mask is not None:
             raise UnsupportedCallError("is_causal beside a mask")
+        if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float, query.dtype):
+            raise UnsupportedCallError(f"a mask of {attn_mask.dtype} over {query.dtype}")
         _check_operands(query, key, value, enable_gqa=enable_gqa)
         if not key.numel() or not query.numel():
             return query.new_zeros(*query.shape[:-1], value.shape[-1])
@@ -146,10 +148,12 @@ def spans_from_any(
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
     if mask is None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-    if mask.dim() == 4:
-        if mask.shape[1] != 1:
+    if mask.dim() < 2:
+        raise refuse_attention(query, f"a mask of {mask.dim()} dims")
+    if mask.dim() > 2:
+        if mask.shape[-3] != 1:
             raise refuse_attention(query, "every head has a mask of its own")
-        mask = mask[:, 0]
+        mask = mask.squeeze(-3)
     if mask.dtype != torch.bool:
         if not mask.is_floating_point():
             raise refuse_attention(query, f"a mask of {mask.dtype}")

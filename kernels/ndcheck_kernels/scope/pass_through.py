@@ -12,17 +12,18 @@ import torch
 from torch._ops import OpOverload
 
 _MOVES = """
-cat stack hstack vstack clone contiguous copy copy_ _to_copy lift lift_fresh lift_fresh_copy
-detach_ type_as empty empty_like empty_strided empty_permuted zeros zeros_like ones ones_like full
-full_like new_empty new_empty_strided new_zeros new_ones new_full arange linspace scalar_tensor
-eye tril_indices triu_indices fill fill_ zero_ resize_ embedding index index_select gather
+cat stack hstack vstack clone contiguous copy copy_ _to_copy lift type_as empty empty_like
+empty_strided empty_permuted zeros zeros_like ones ones_like full full_like new_empty
+new_empty_strided new_zeros new_ones new_full arange linspace scalar_tensor eye tril_indices
+triu_indices fill fill_ fill_diagonal_ zero_ embedding index index_select gather take
 take_along_dim index_copy index_copy_ masked_scatter masked_scatter_ masked_select index_fill
-index_fill_ slice_scatter select_scatter constant_pad_nd pad repeat repeat_interleave roll flip
-tril tril_ triu triu_ nonzero nonzero_static one_hot _unsafe_view _reshape_alias view_copy
-slice_copy select_copy expand_copy _local_scalar_dense item is_nonzero equal allclose isclose isin
-searchsorted bucketize unbind_copy unfold_copy rand rand_like randint randn uniform_ exponential_
-normal_ bernoulli_ random_ randperm _assert_async _assert_scalar sym_size sym_numel sym_stride
-size numel dim is_same_size complex
+index_fill_ slice_scatter select_scatter diagonal_scatter as_strided_scatter constant_pad_nd pad
+repeat repeat_interleave roll flip rot90 tril tril_ triu triu_ diag_embed block_diag nonzero
+nonzero_static count_nonzero one_hot unsafe_split _unsafe_view _reshape_alias _unsafe_index
+_local_scalar_dense item is_nonzero equal allclose isclose isin searchsorted bucketize rand
+rand_like randint randint_like randn randn_like uniform_ exponential_ normal normal_ bernoulli
+bernoulli_ random_ randperm _assert_async _assert_scalar sym_size sym_numel sym_stride size numel
+dim is_same_size complex
 """
 
 # Not `pow`, `exp`, `rsqrt`, ...: libm, vector libraries and their loop tails round differently.
@@ -35,6 +36,8 @@ bitwise_right_shift __and__ __or__ __xor__ __iand__ __ior__ __ixor__ __lshift__ 
 threshold hardtanh nan_to_num
 """
 
+# Views that a tensor becomes itself, or of which a copy is made.
+_VIEWS = frozenset({torch.Tag.inplace_view, torch.Tag.view_copy})
 _EXACT = frozenset(_MOVES.split()) | {
     name + suffix for name in _ROUNDS_ONCE.split() for suffix in ("", "_")
 }
@@ -72,7 +75,8 @@ def _is_complex(value: Any) -> bool:
 
 def _is_exact(op: OpOverload) -> bool | None:
     name = op._schema.name.removeprefix("aten::")
-    if op.namespace not in ("aten", "prim") or not (op.is_view or name in _EXACT):
+    is_view = op.is_view or not _VIEWS.isdisjoint(op.tags)
+    if op.namespace not in ("aten", "prim") or not (is_view or name in _EXACT):
         return False
     return None if name in _REAL_ONLY else True
 

@@ -129,7 +129,8 @@ def _write_result(op: OpOverload, implementation: Implementation, *args: Any, **
     names = [argument.name for argument in op._schema.arguments if argument.is_out]
     targets = [kwargs.pop(name) for name in names] if names else [args[0]]
     results = _tuple(implementation(*args, **kwargs))
-    if any(t.dtype != r.dtype for t, r in zip(targets, results, strict=True)):
+    pairs = zip(targets, results, strict=True)
+    if any((t.dtype, t.device) != (r.dtype, r.device) for t, r in pairs):
         _let_torch_refuse(op, args, kwargs | dict(zip(names, targets, strict=False)))
         results = _tuple(_in_dtype_of(op, implementation, targets, results, args, kwargs))
     for target, result in zip(targets, results, strict=True):

@@ -30,6 +30,7 @@ from ndcheck.samplers.local.checkpoint.files import (
     can_hold,
     check_config,
     count_elements,
+    is_zero,
     read_dtypes,
 )
 from ndcheck.samplers.local.checkpoint.fp8_layouts import FP8, kept_fp8
@@ -59,13 +60,15 @@ CONFIG_S, GGUF_S, BUILD_S, ADAPTER_S = 20, 300, 60, 3600
 """Most of CPU time to read a config, one inside a GGUF file with all of its vocabulary, to build
 the empty model that it describes, and to merge an adapter."""
 FOREIGN = re.compile(
-    r"(^|\.)((layers|h|blocks)\.\d+\..*(weight\w*|_proj\.bias)|(score|classifier|qa_outputs|v_head)\..*)$"
+    r"(^|\.)((layers|h|blocks)\.\d+\.(?!(.*\.)?(attn|attention)\.(masked_)?bias$).*(weight\w*|bias|sinks)"
+    r"|(score|classifier|qa_outputs|v_head)\..*)$"
 )
 """Names of stored tensors that a model cannot do without: those of its layers and their scales
 (`weight_scale`), or of another head.
 
 Where the model has no place for one, the config describes another model. Anything else without a
-place, such as a buffer that older versions of transformers stored, does no harm.
+place does no harm: a buffer that older versions of transformers stored (`attn.bias`, a mask), or
+biases of zeros, which tools for GPTQ give to layers without.
 """
 DTYPES = {short: getattr(torch, name) for short, name in options.DTYPES.items()}
 
@@ -322,7 +325,8 @@ def _check_loaded(source: str, model: Any, found: dict[str, Any]) -> None:
                 f"--model {source}: {len(keys)} of {name}'s tensors {said} ({keys[0]}): "
                 "--random-weights SEED measures its shape without weights"
             )
-    foreign = [key for key in _names(found.get("unexpected_keys")) if FOREIGN.search(key)]
+    left_over = filter(FOREIGN.search, _names(found.get("unexpected_keys")))
+    foreign = [k for k in left_over if not (k.endswith(".bias") and is_zero(source, k))]
     if foreign:
         raise UsageError(
             f"--model {source}: {name} has no place for {len(foreign)} tensors of the checkpoint "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import transformers
@@ -103,6 +105,26 @@ def test_layers_that_compute_other_bits_are_left_alone(fault, make_model, monkey
         direct_layers(model) as n_layers,
     ):
         assert n_layers == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_models_own_layers_of_the_same_name_are_left_alone(family, make_model):
+    model = make_model(family)
+    layer = model.model.layers[1]  # The first one's bits are those of transformers' own.
+    usual = type(layer)
+
+    @functools.wraps(usual.forward)
+    def forward(self, hidden_states, *args, **kwargs):
+        out = usual.forward(self, hidden_states, *args, **kwargs)
+        return hidden_states + (out - hidden_states) * self.self_attn.layer_idx / 4
+
+    kind = type(usual.__name__, (usual,), {"forward": forward})
+    for each in model.model.layers:
+        each.__class__ = kind
+    with invariant_model(model), invariant_kernels():
+        own = logits_of(model)
+    with invariant_model(model), direct_layers(model), invariant_kernels():
+        assert torch.equal(logits_of(model), own)
 
 
 def test_hooks_and_other_modules_keep_the_layers_as_they_are(make_model):

@@ -56,6 +56,14 @@ def test_padding_of_any_content_changes_no_bit(model_type):
                 assert torch.equal(got[:1, PADS:], alone), (filler, starts)
 
 
+def test_a_models_own_mixer_of_the_same_name_is_another():
+    mixer, _ = make_mixer("mamba2")
+    kind = type(mixer)
+    assert state_space.is_covered(mixer)
+    mixer.__class__ = type(kind.__name__, (kind,), {})
+    assert not state_space.is_covered(mixer)
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
 def test_a_cache_that_is_used_again_begins_anew(model_type):
     mixer, open_cache = make_mixer(model_type)

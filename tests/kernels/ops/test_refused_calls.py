@@ -69,6 +69,15 @@ REFUSED = {
         X.bfloat16(), [4], X[0], X[0].bfloat16()
     ),
     "layer_norm in float64 with a float32 weight": lambda: F.layer_norm(X.double(), [4], X[0]),
+    "exp into another device": lambda: torch.exp(X, out=torch.empty(3, 4, device="meta")),
+    "mm into another device": lambda: torch.mm(X, X.t(), out=torch.empty(3, 3, device="meta")),
+    "index_add of a narrower dtype": lambda: X.index_add(0, torch.tensor([0]), X[:1].half()),
+    "attention with a mask of another dtype": lambda: F.scaled_dot_product_attention(
+        HEADS, HEADS, HEADS, torch.zeros(3, 3).half()
+    ),
+    "attention with a mask of one dim": lambda: F.scaled_dot_product_attention(
+        HEADS, HEADS, HEADS, torch.zeros(3) == 0
+    ),
     "layer_norm with one weight": lambda: F.layer_norm(X, [4], torch.ones(1)),
     "rms_norm of other dims": lambda: F.rms_norm(X, [6]),
     "rms_norm with a weight a row": lambda: F.rms_norm(X, [4], torch.ones(3, 4)),
@@ -142,6 +151,20 @@ def test_what_torch_gives_at_the_ends(name):
     with invariant_kernels():
         found = SAME[name]()
     torch.testing.assert_close(found, SAME[name](), rtol=0, atol=0)
+
+
+def test_a_mask_of_three_dims_is_one_of_heads():
+    """It broadcasts from the right as in torch, whatever the number of rows."""
+    torch.manual_seed(0)
+    heads = torch.randn(2, 2, 3, 8)
+    masks = torch.ones(2, 3, 3, dtype=torch.bool).tril()
+    masks[1, :, 1:] = False
+    with pytest.raises(UncoveredOpError, match="every head has a mask"), invariant_kernels():
+        F.scaled_dot_product_attention(heads, heads, heads, masks)
+    with invariant_kernels():
+        found = F.scaled_dot_product_attention(heads, heads, heads, masks[1:])
+    expected = F.scaled_dot_product_attention(heads, heads, heads, masks[1:])
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_mask_beside_is_causal_is_not_left_out():

@@ -159,6 +159,31 @@ def test_sums_in_scatters_are_refused_and_overwriting_passes():
                 refused()
 
 
+MOVES = {
+    "views in place": lambda x: x.squeeze_().unsqueeze_(0).transpose_(1, 2).as_strided_((3,), (2,)),
+    "another view in place": lambda x: x[0].clone().t_(),
+    "another size in place": lambda x: x.resize_as_(x[0].clone()),
+    "copies of views": lambda x: torch.permute_copy(torch.squeeze_copy(x), (1, 0)),
+    "diagonals": lambda x: torch.block_diag(*torch.diag_embed(x[0])).fill_diagonal_(7),
+    "places": lambda x: torch.take(torch.rot90(x, 1, (1, 2)), torch.tensor([5, 0])),
+    "draws": lambda x: torch.randn_like(x) + torch.normal(x, 1.0) + torch.bernoulli(x.clamp(0, 1)),
+    "counts": lambda x: x.count_nonzero(-1),
+    "parts": lambda x: torch.unsafe_chunk(x, 2, -1)[1],
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_what_moves_and_draws_passes(name):
+    def make():
+        torch.manual_seed(0)
+        return MOVES[name](torch.randn(1, 3, 4))
+
+    with invariant_kernels() as scope:
+        found = make()
+    assert torch.equal(found, make())
+    assert not scope.refused
+
+
 def test_what_sampling_needs_runs():
     logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
     with invariant_kernels() as scope:

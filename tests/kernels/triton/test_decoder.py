@@ -105,6 +105,27 @@ def test_fused_layers_compute_what_transformers_does(family, make_model, dtype) 
     torch.testing.assert_close(fused, plain, rtol=tolerance, atol=tolerance)
 
 
+def _by_its_own_name(layer) -> None:
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, (kind,), {})
+
+
+OWN = {
+    "class of the layer": _by_its_own_name,
+    "class of a norm": lambda layer: _by_its_own_name(layer.post_attention_layernorm),
+    "hook": lambda layer: layer.mlp.register_forward_hook(lambda module, args, out: out / 2),
+    "forward": lambda layer: setattr(layer.mlp, "forward", lambda x: x),
+}
+
+
+@pytest.mark.parametrize("change", OWN)
+def test_layers_with_code_of_the_models_own_are_not_fused(change, make_model) -> None:
+    model = make_model("qwen3")
+    OWN[change](model.model.layers[1])
+    with invariant_kernels(), fused_layers(model) as n_layers:
+        assert n_layers == 0
+
+
 @pytest.mark.parametrize(("family", "dtype"), COMPANY, ids=str)
 def test_a_row_has_the_same_bits_in_any_company(family, dtype, make_model) -> None:
     # From one layer to the next the dense families go, and a mixture where that takes no minute.

@@ -37,6 +37,15 @@ ROW_OPS = {
 pytestmark = pytest.mark.usefixtures("cuda_registrations")
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_layer_norm_takes_no_parameters_of_another_dtype(name, device) -> None:
+    """torch on CUDA reads them as the rows' dtype: expected scalar type Half but found Float."""
+    x, own = torch.ones(2, K, device=device).half(), torch.ones(K, device=device)
+    given = {"weight": own.half(), "bias": own.half()} | {name: own}
+    with pytest.raises(UncoveredOpError, match="another dtype"), invariant_kernels():
+        F.layer_norm(x, (K,), **given)
+
+
 @pytest.mark.parametrize("name", ROW_OPS)
 def test_a_row_op_is_accurate_counted_and_batch_invariant(
     name, dtype, device, wide, batch_sizes, assert_accurate, assert_batch_invariant

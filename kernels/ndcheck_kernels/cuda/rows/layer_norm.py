@@ -5,7 +5,7 @@ Computes: y = (x - mean(x)) * rsqrt(mean((x - mean(x))**2) + eps) * weight + bia
 Reduction order: one program holds the whole row in a tile of `row_tile(N)`; the mean and then the
     centred sum of squares are one `tl.sum` each over that tile.
 Depends on: N, dtype, architecture, Triton version.
-Dtypes: bfloat16, float16, float32; weight and bias may have another of them. N up to 65536.
+Dtypes: bfloat16, float16, float32. N up to 65536.
 Not claimed: gradients.
 """
 

@@ -1,4 +1,4 @@
-"""Check a model's directory without torch: the numbers in config.json, the headers of its shards.
+"""Check a model's directory: the numbers in config.json, and the headers of its shards.
 
 A hub id passes unchecked: its files are not here yet.
 """
@@ -93,6 +93,19 @@ def read_dtypes(source: str) -> dict[str, str]:
         with safe_open(directory / name, framework="numpy") as weights:
             dtypes |= {n: weights.get_slice(n).get_dtype() for n in weights.keys()}  # noqa: SIM118
     return dtypes
+
+
+def is_zero(source: str, name: str) -> bool:
+    """Whether a tensor of a directory's safetensors files is all zeros; False if there is none."""
+    from safetensors import safe_open
+
+    option = f"--model {source}"
+    directory = find_directory(source, option)
+    for file in _shards(option, directory) if directory else ():
+        with safe_open(Path(source) / file, framework="pt") as weights:
+            if name in weights.keys():  # noqa: SIM118
+                return not bool(weights.get_tensor(name).any())
+    return False
 
 
 def can_hold(dtype: str, stored: str) -> bool:

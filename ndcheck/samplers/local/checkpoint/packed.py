@@ -74,8 +74,11 @@ class PackedLayout:
         if self.method == COMPRESSED:
             if any(_matches(path, module, each) for each in self.left_out):
                 return None
-            found = (s for s in self.schemes if any(_matches(path, module, t) for t in s.targets))
-            return next(found, None)
+            kind = type(module).__name__
+            found = {t: s for s in self.schemes for t in s.targets if _matches(path, module, t)}
+            # A layer's name goes before an expression, and that before a class.
+            first = min(found, key=lambda t: (t == kind, t.startswith("re:"), t), default="")
+            return found.get(first)
         if self.method == MXFP4:
             return None
         (scheme,) = self.schemes
@@ -122,7 +125,7 @@ def _read_compressed(said: dict[str, Any]) -> PackedLayout | str:
         if weights.get("type", "int") != "int" or weights.get("dynamic") or size is None:
             return f"{COMPRESSED} with weights of another kind than integers in groups or rows"
         is_symmetric, targets = weights.get("symmetric", True), tuple(map(str, group["targets"]))
-        has_order = str(weights.get("actorder")).lower() == "group"
+        has_order = str(weights.get("actorder")).lower() in ("group", "dynamic", "true")
         schemes.append(_scheme(weights.get("num_bits"), size, is_symmetric, targets, has_order))
     left_out = tuple(map(str, said.get("ignore") or ()))
     for pattern in (*left_out, *(t for s in schemes for t in s.targets)):
@@ -295,7 +298,9 @@ class StoredLinear(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         bits = self.scheme.bits
         codes = unpack_words(stored["qweight"], bits, int(self.layout.method == AWQ))
-        zeros = unpack_words(stored["qzeros"], bits, 1).to(torch.int16) + self.layout.zero_offset
+        # Added to whole words, from which it was taken: a 0 borrowed from the number above it.
+        offset = self.layout.zero_offset * (0xFFFFFFFF // (2**bits - 1))
+        zeros = unpack_words(stored["qzeros"] + offset, bits, 1).to(torch.int16)
         if self.layout.method == AWQ:
             codes, zeros = (
                 t.view(len(t), -1, 8)[..., _AWQ_ORDER].flatten(1) for t in (codes, zeros)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_NAMES = re.compile("window|chunk|top_?k|block|local|sparse|segment|stride")
+_NAMES = re.compile("window|chunk|top_?k|block|local|sparse|segment|stride|floor|distance|extent")
 """Of settings whose number may be one of tokens: others cost a longer look, and no more."""
 
 

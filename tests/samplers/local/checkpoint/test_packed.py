@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -37,13 +38,13 @@ def words(numbers, bits, order=None):
     return torch.where(made >= 2**31, made - 2**32, made).to(torch.int32)
 
 
-def drawn(n, k, bits, group, *, has_zeros, lowest=0):
+def drawn(n, k, bits, group, *, has_zeros):
     """Codes [N, K], zeros and scales [N, K / group]; zeros at both ends, small scales."""
     codes = torch.randint(0, 2**bits, (n, k))
     zeros = torch.full((n, k // group), 2 ** (bits - 1))
     if has_zeros:
-        zeros = torch.randint(lowest, 2**bits, zeros.shape)
-        zeros[0], zeros[1] = lowest, 2**bits - 1
+        zeros = torch.randint(0, 2**bits, zeros.shape)
+        zeros[0], zeros[1] = 0, 2**bits - 1
     scales = (torch.rand(zeros.shape) + 0.5) * 2 ** (2.0 - bits) * 0.2
     scales[2, 0], scales[3, 0] = 0, 2.0**-24
     return codes, zeros, scales
@@ -68,13 +69,16 @@ def compressed(name, n, k, bits, group, *, has_zeros=False, has_order=False):
 
 def gptq(name, n, k, bits, group, *, has_zeros=True, has_order=False, offset=1):
     size = k if group == -1 else group
-    codes, zeros, scales = drawn(n, k, bits, size, has_zeros=has_zeros, lowest=offset)
+    codes, zeros, scales = drawn(n, k, bits, size, has_zeros=has_zeros)
     scales, index = scales.half(), torch.arange(k) // size
     index = index[torch.randperm(k)] if has_order else index
     name = name.removesuffix("weight")
+    # As GPTQModel stores them, in convert_gptq_v2_to_v1_format_module: 1 less in each half byte or
+    # byte of a word, by one subtraction of words.
+    ones = offset * {4: 0x11111111, 8: 0x01010101}[bits]
     stored = {
         f"{name}qweight": words(codes, bits).t().contiguous(),
-        f"{name}qzeros": words((zeros - offset).t(), bits),
+        f"{name}qzeros": words(zeros.t(), bits) - ones,
         f"{name}scales": scales.t().contiguous(),
         f"{name}g_idx": index.to(torch.int32),
     }
@@ -256,6 +260,27 @@ def test_other_forms_are_refused_by_name(name, tiny_models, tmp_path):
         open_sampler(spec_of(directory))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_layer_has_the_scheme_of_the_most_specific_target(order):
+    """As `match_targets` of compressed-tensors sorts them: names, expressions, classes."""
+    groups = {
+        size: {**compressed_config(4, size)["config_groups"]["group_0"], "targets": [target]}
+        for target, size in (("Linear", 32), ("re:.*down_proj$", 64), ("1.down_proj", 128))
+    }
+    said = compressed_config(4, 32) | {"config_groups": dict([*groups.items()][::order])}
+    layout, linear = read_packed(said), torch.nn.Linear(128, 128)
+    found = [layout.scheme_of(name, linear) for name in ("1.up_proj", "0.down_proj", "1.down_proj")]
+    assert [scheme.group_size for scheme in found] == [32, 64, 128]
+
+
+@pytest.mark.parametrize("said", ["group", "dynamic", True])
+def test_columns_in_order_of_activations_have_several_names(said):
+    config = compressed_config(4, 32)
+    config["config_groups"]["group_0"]["weights"]["actorder"] = said
+    (scheme,) = read_packed(config).schemes
+    assert scheme.has_order
+
+
 SAID = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 300) | st.sampled_from(
         ["Linear", "re:(", "group", "channel", "int", "pack-quantized", "gptq_v2", "gemm", ""]
@@ -308,6 +333,23 @@ def test_tensors_that_do_not_fit_are_named(stored, tmp_path):
     refused("another shape", {name: torch.zeros(63, dtype=torch.int32)})
     refused("groups of 48 do not divide the 64 columns", config=gptq_config(4, 48))
     refused("missing from the checkpoint", config=compressed_config(4, 32))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_bias_of_zeros_may_be_left_over(value, stored, tmp_path):
+    """As tools for GPTQ store them for layers without; vLLM's loaders skip them."""
+    packed = stored("gptq of 4 bits in groups of 32 with zero points")[0]
+    directory = tmp_path / "model"
+    shutil.copytree(packed, directory)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.bias"] = torch.full((64,), value).half()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    if value:
+        with pytest.raises(UsageError, match="no place for 1 tensors"):
+            open_sampler(spec_of(directory))
+    else:
+        found = sampled(open_sampler(spec_of(directory)), "invariant", 1)
+        assert found == sampled(open_sampler(spec_of(packed)), "invariant", 1)
 
 
 def test_experts_of_integers_are_refused(tmp_path):

@@ -51,3 +51,24 @@ def test_numbers_are_rounded_to_the_dtype_of_the_model(dtype, store):
     spec, stored = store(lambda w: {NAME: w.to(dtype)})
     loaded = open_sampler(spec).model.get_parameter(NAME)
     assert torch.equal(loaded, stored.to(loaded.dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_foreign"),
+    [
+        ("model.layers.1.mlp.dense.bias", True),
+        ("model.layers.0.input_layernorm.bias", True),
+        ("model.layers.0.self_attn.sinks", True),
+        ("h.0.attn.bias", False),  # GPT-2's masks, which were stored once
+        ("transformer.h.0.attn.attention.masked_bias", False),
+        ("gpt_neox.layers.0.attention.bias", False),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", False),
+    ],
+)
+def test_a_tensor_of_a_layer_without_a_place_is_another_model_s(name, is_foreign, store):
+    spec, _ = store(lambda _: {name: torch.ones(64)})
+    if is_foreign:
+        with pytest.raises(UsageError, match=f"no place for 1 tensors .*{name}"):
+            open_sampler(spec)
+    else:
+        open_sampler(spec)

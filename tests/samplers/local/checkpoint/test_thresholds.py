@@ -91,3 +91,20 @@ def test_a_run_of_rows_beyond_a_window_is_refused(tmp_path):
     TransformersSampler(replace(spec, decoding=Decoding(4)))
     with pytest.raises(UsageError, match=r"GPTNeo.* no rounding \(in \d+ tokens: try fewer\)"):
         TransformersSampler(replace(spec, decoding=Decoding(200)))
+
+
+@pytest.mark.parametrize(("lengths", "is_beyond"), [((9, 15), False), ((30, 50), True)])
+def test_attention_that_is_scaled_by_the_column_is_seen(lengths, is_beyond):
+    """Llama 4 counts its temperature's steps from the first column, padded or not."""
+    settings = {**COMMON, "head_dim": 16, "num_local_experts": 2, "no_rope_layers": [0, 0]}
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(**settings, floor_scale=40, attn_scale=2.0)
+    model = transformers.Llama4ForCausalLM(config).eval()
+    batch = ExactBatch(model, torch.device("cpu"), 2, max(lengths) + 4)
+    batch.reset([torch.randint(3, 90, (n,)).tolist() for n in lengths])
+    with torch.inference_mode():
+        if is_beyond:
+            with pytest.raises(UsageError, match="of a padded row differ by"):
+                batch.prefill("whole")
+        else:
+            batch.prefill("whole")
