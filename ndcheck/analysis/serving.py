@@ -205,7 +205,7 @@ class Serving:
             n_counted -= self._counts.setdefault(ids, n_counted)
         is_other_end = self._ends.setdefault(ids, end) != end or bool(n_counted)
         self._n_other_ends += is_other_end
-        beside = {*witness.beside.split()}
+        beside = {*witness.beside.split(), f"names of tokens={witness.names_digest}"}
         if not is_other_end:  # Its reason has other words then.
             differing = self._beside.setdefault(ids, beside) ^ beside
             self._other_fields |= dict.fromkeys(x.partition("=")[0] for x in sorted(differing))

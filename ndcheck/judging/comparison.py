@@ -125,13 +125,18 @@ def compare(a: Measured, b: Measured) -> Comparison:
         partners_b = {(arm_a, *key[1:]): v for key, v in partners_b.items() if key[0] == arm_b}
     by_text = _compared(a.run) != _compared(b.run)
     has_bits = not any(rounds(measured.run) for measured in (a, b))
+    # A server's digests are of the tokens that it shows, others' of all logits.
+    has_rows = (a.run.spec.endpoint is None) == (b.run.spec.endpoint is None)
     shared = [key for key in partners_a if key in partners_b]
     return Comparison(
         changes=tuple(_find_changes(a.run, b.run)),
         drifts=tuple(
             replace(
                 _drift(
-                    key[1], partners_a[key], partners_b[key], by_text=by_text, has_bits=has_bits
+                    *(key[1], partners_a[key], partners_b[key]),
+                    by_text=by_text,
+                    has_bits=has_bits,
+                    has_rows=has_rows,
                 ),
                 doubts=(*probe_doubts(partners_b[key][0], b.run.spec), *run_doubts(b.run)),
             )
@@ -214,9 +219,17 @@ def _plain(value: Any) -> Any:
 
 
 def _drift(
-    prompt: str, partner_a: Partner, partner_b: Partner, *, by_text: bool, has_bits: bool
+    prompt: str,
+    partner_a: Partner,
+    partner_b: Partner,
+    *,
+    by_text: bool,
+    has_bits: bool,
+    has_rows: bool,
 ) -> Drift:
     (a, sample_a), (b, sample_b) = partner_a, partner_b
+    if not has_rows:
+        sample_b = replace(sample_b, row_digests=())
     if by_text:
         sample_a, sample_b = _by_character(sample_a), _by_character(sample_b)
     stream_a, stream_b = read_stream(sample_a), read_stream(sample_b)
