@@ -57,7 +57,7 @@ class MetricsWitness:
             try:
                 content = await self._transport.get(f"{self._transport.root}/metrics")
             except RequestFailure:
-                return
+                content = b""
             now_s = time.perf_counter()
             running = read_gauge(content, self._gauge)
             if running is not None:

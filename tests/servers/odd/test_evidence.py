@@ -89,43 +89,6 @@ def test_answers_sooner_than_a_first_token_are_no_evidence(odd, measure):
     assert any("sooner than a first token can" in r for r in judgement.verdict.reasons)
 
 
-class TakesOneAtATime:
-    """Refuses what comes within so many seconds of the last request that it took."""
-
-    interval_s = 0.9
-
-    def refuse(self, path, body):
-        now_s = time.monotonic()
-        if now_s < self.state.get("free_s", 0):
-            return 429, {"error": {"message": "slow down"}}, {"Retry_After": "1"}
-        self.state["free_s"] = now_s + self.interval_s
-        return None
-
-
-def test_the_wait_before_a_retry_is_no_time_of_a_first_token(odd, measure):
-    judgement, *_ = measure(
-        odd(TakesOneAtATime), axes=("run-to-run",), batch_sizes=(1,), n_samples=3
-    )
-    assert judgement.verdict.outcome == "PASS", judgement.verdict.reasons
-
-
-class SaysNothing:
-    """To one of two prompts: its completion is empty."""
-
-    def tokens(self, body):
-        return [] if "quiet" in json.dumps(body["messages"]) else super().tokens(body)
-
-    def end(self, body):
-        return "stop"
-
-
-def test_an_empty_completion_is_laid_to_no_cache(odd, measure):
-    probes = (Probe("p1", "class Queue:"), Probe("p2", "quiet"))
-    judgement, *_ = measure(odd(SaysNothing), probes=probes, batch_sizes=(1,), axes=("run-to-run",))
-    assert judgement.verdict.outcome == "INCONCLUSIVE"
-    assert not any("cache" in reason for reason in judgement.verdict.reasons)
-
-
 class NamesItsCache:
     """Its headers say whether an answer was computed."""
 
