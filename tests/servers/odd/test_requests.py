@@ -311,6 +311,8 @@ def test_a_check_sends_what_its_configuration_holds_and_records_none_of_it(
         (("--extra-body", '{"stream": false}'), "--extra-body stream: ndcheck needs it as it is"),
         (("--extra-body", '{"a": NaN}'), "--extra-body: it is no JSON"),
         (("--extra-body", '{"a": "\\ud800"}'), "--extra-body: it is no JSON"),
+        (("--header", "content-length: 3"), "--header content-length: ndcheck needs it as it is"),
+        (("--header", "TE: trailers"), "--header TE: ndcheck needs it as it is"),
         (("--query", "sesame"), "--query: give it as KEY=VALUE"),
         (("--query", "a=1", "--query", "a=2"), "--query a: it is given twice"),
         (("--stop", ""), "--stop: give a text"),
