@@ -343,9 +343,21 @@ class StickyReplicas:
         return " other" if self.replica == 3 else token
 
 
-def test_every_trial_is_a_draw_of_a_replica(odd, measure):
+class StickyByCookie(StickyReplicas):
+    """Whoever brings a cookie stays with its replica."""
+
+    def refuse(self, path, body):
+        self.replica = int(self.headers.get("cookie", f"={self.replica}").rpartition("=")[2])
+
+    def end_headers(self):
+        self.send_header("set-cookie", f"replica={self.replica}")
+        super().end_headers()
+
+
+@pytest.mark.parametrize("handler", [StickyReplicas, StickyByCookie])
+def test_every_trial_is_a_draw_of_a_replica(odd, measure, handler):
     alone = {"axes": ("run-to-run",), "batch_sizes": (1,), "n_samples": 20}
-    judgement, _, samples = measure(odd(StickyReplicas), **alone)
+    judgement, _, samples = measure(odd(handler), **alone)
     assert judgement.verdict.outcome == "FAIL"
     assert len({sample.witness.connection for sample in samples}) == len(samples)
 
