@@ -147,3 +147,9 @@ def test_no_runs(ndcheck_here, tmp_path):
         done = ndcheck_here("runs", name)
         assert done.returncode == 2
         assert name in done.stderr
+
+
+def test_a_run_is_no_folder_of_runs(ndcheck_here, folder):
+    done = ndcheck_here("runs", "clean")
+    assert done.returncode == 2
+    assert "clean is a run itself: ndcheck report clean shows it" in done.stderr
