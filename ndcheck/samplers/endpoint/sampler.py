@@ -171,7 +171,9 @@ class EndpointSampler:
 
     def changes(self) -> tuple[str, ...]:
         n_others = self._server.n_other_beginnings
-        found = [*self._changes.sentences(n_others, bits_count=not self._spec.allow_latent)]
+        draws = self._endpoint.omits_temperature or self._spec.decoding.temperature > 0
+        bits_count = not self._spec.allow_latent
+        found = [*self._changes.sentences(n_others, bits_count=bits_count, draws=draws)]
         try:
             now = self._run(self._identify_quickly())
         except (RequestFailure, TimeoutError):
