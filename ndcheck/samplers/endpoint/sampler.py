@@ -43,6 +43,7 @@ from ndcheck.samplers.endpoint.witness import (
     Stream,
     batch_sizes_read,
     batch_sizes_seen,
+    came_at_once,
     even_steps,
     find_streams,
     held_to_streams,
@@ -285,7 +286,7 @@ class EndpointSampler:
         n_units = len(outcome.answer.stream(compared)[0])
         times_s = outcome.answer.unit_times_s(compared, n_units)
         if self._server.metrics is not None:
-            if len(outcome.answer.arrivals) == 1:
+            if came_at_once(times_s):
                 times_s = even_steps(n_units, outcome.answer.sent_s, outcome.answer.last_s, streams)
             sizes = batch_sizes_read(times_s, self._server.metrics.readings)
             are_together = self._arrivals.kind == "together"

@@ -207,6 +207,10 @@ class Transport:
                 is_temporary=True,
                 is_unreachable=True,
             ) from None
+        except self._httpx.DecodingError as error:
+            raise RequestFailure(
+                f"the answer is not encoded as its headers say: {self._why(error)}"
+            ) from None
         except self._httpx.TimeoutException as error:
             raise RequestFailure(
                 f"nothing arrived for {time.perf_counter() - started:.0f} s: {self._why(error)}"

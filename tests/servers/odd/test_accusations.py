@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import time
 
+import pytest
+
+from ndcheck.errors import BackendError
 from ndcheck.records import Decoding, Probe
 
 
@@ -61,3 +64,40 @@ def test_metrics_that_failed_are_asked_again(odd, measure):
         odd(FailsWhileBatchesForm), decoding=Decoding(24), chat=False, mode="mixed", n_samples=7
     )
     assert judgement.verdict.outcome == "PASS", judgement.verdict.reasons
+
+
+class HoldsBack:
+    """A proxy before it sends all events of an answer together."""
+
+    step_s = 0.02
+
+    def stream(self, body):
+        events = list(self.events(body))
+        self.events = lambda body: events
+        super().stream(body)
+
+
+class HoldsBackWithGauge(HoldsBack):
+    gauge = True
+
+
+def test_streams_that_are_held_back_are_not_said_to_have_run_alone(odd, measure):
+    judgement, summary, _ = measure(odd(HoldsBack))
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert "not witnessed" in " ".join(judgement.verdict.reasons)
+    assert not summary.probes[0].serving.reached
+
+
+def test_streams_that_are_held_back_contradict_no_metrics(odd, measure):
+    judgement, *_ = measure(odd(HoldsBackWithGauge), decoding=Decoding(24))
+    assert judgement.verdict.outcome == "PASS", judgement.verdict.reasons
+
+
+class NoGzip:
+    def stream(self, body):
+        self.send(200, b'{"choices": []}', content_encoding="gzip")
+
+
+def test_an_answer_that_is_not_encoded_as_it_says_is_no_broken_connection(odd, measure):
+    with pytest.raises(BackendError, match="not encoded as its headers say"):
+        measure(odd(NoGzip))
