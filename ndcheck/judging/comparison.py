@@ -87,6 +87,8 @@ class Drift:
     fisher_p: float
     unit: Unit = "token"
     """What positions count."""
+    units: tuple[Unit, Unit] = ("token", "token")
+    """What the summaries of A and of B count."""
     doubts: tuple[str, ...] = ()
     """Why little that diverged in B would show less than it seems."""
 
@@ -124,6 +126,7 @@ def compare(a: Measured, b: Measured) -> Comparison:
         (arm_a,), (arm_b,) = arms_a, arms_b
         partners_b = {(arm_a, *key[1:]): v for key, v in partners_b.items() if key[0] == arm_b}
     by_text = _compared(a.run) != _compared(b.run)
+    unit_a, unit_b = (unit(measured.run) for measured in (a, b))
     has_bits = not any(rounds(measured.run) for measured in (a, b))
     # A server's digests are of the tokens that it shows, others' of all logits.
     has_rows = (a.run.spec.endpoint is None) == (b.run.spec.endpoint is None)
@@ -138,6 +141,7 @@ def compare(a: Measured, b: Measured) -> Comparison:
                     has_bits=has_bits,
                     has_rows=has_rows,
                 ),
+                units=(unit_a, unit_b),
                 doubts=(*probe_doubts(partners_b[key][0], b.run.spec), *run_doubts(b.run)),
             )
             for key in shared
@@ -150,6 +154,11 @@ def compare(a: Measured, b: Measured) -> Comparison:
 
 def _compared(run: Run) -> str:
     return str(run.environment.model.get("compared", "token ids"))
+
+
+def unit(run: Run) -> Unit:
+    """What positions in its completions count: characters where a server gave nothing but text."""
+    return "character" if _compared(run) == "text" else "token"
 
 
 def rounds(run: Run) -> bool:
