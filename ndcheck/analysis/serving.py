@@ -120,12 +120,12 @@ class ServingFinding:
             if not self.sets_batch_size:
                 if 2 * batch.n_alone >= batch.n_tokens:
                     found.append(
-                        f"of {batch.n_tokens} tokens with up to {batch.asked} requests by these "
+                        f"of {batch.n_tokens} positions with up to {batch.asked} requests by these "
                         f"arrivals, most ran alone: batches of {batch.distribution}"
                     )
             elif 2 * batch.n_full < batch.n_tokens:
                 found.append(
-                    f"thinner than asked for at most tokens: of {batch.n_tokens} with "
+                    f"thinner than asked for most of the time: of {batch.n_tokens} positions with "
                     f"{batch.asked} in flight, batches of {batch.distribution}"
                 )
             elif batch.n_uncovered > LARGEST_UNCOVERED_SHARE * batch.n_positions:
