@@ -103,6 +103,8 @@ class Comparison:
     only_in_b: tuple[str, ...]
     flaws: tuple[str, ...] = ()
     """What is wrong with the samples of either."""
+    is_of_one_run: bool = False
+    """B is A itself, or a copy of it: nothing could have drifted."""
 
 
 def find_references(samples: Iterable[Sample], summary: Summary) -> dict[tuple[Arm, str], Sample]:
@@ -149,6 +151,7 @@ def compare(a: Measured, b: Measured) -> Comparison:
         only_in_a=tuple(" ".join(key[:2]) for key in partners_a if key not in shared),
         only_in_b=tuple(" ".join(key[:2]) for key in partners_b if key not in shared),
         flaws=(*a.run.flaws, *b.run.flaws),
+        is_of_one_run=a.run.nonce == b.run.nonce != "",
     )
 
 
