@@ -156,7 +156,8 @@ class Sample:
     These have one entry for each generated token: ``token_ids``; ``token_texts``, which joined are
     the completion's text; ``logprobs`` of the chosen tokens, exact fp32 values held as floats;
     ``margins``, the best logit minus the second best; ``row_digests``, 16 hexadecimal digits over
-    the bits of all the step's logits. The last three are empty where the backend does not give
+    the bits of all the step's logits, or of a server's log-probabilities of all tokens that it
+    shows. The last three are empty where the backend does not give
     them. Where it gives no token ids, the pieces of text that are compared get ids of their own,
     the same for equal pieces. A sample with ``error`` has no tokens and counts as no completion.
 

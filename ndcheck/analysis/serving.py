@@ -120,12 +120,12 @@ class ServingFinding:
             if not self.sets_batch_size:
                 if 2 * batch.n_alone >= batch.n_tokens:
                     found.append(
-                        f"of {batch.n_tokens} tokens with up to {batch.asked} requests by these "
+                        f"of {batch.n_tokens} positions with up to {batch.asked} requests by these "
                         f"arrivals, most ran alone: batches of {batch.distribution}"
                     )
             elif 2 * batch.n_full < batch.n_tokens:
                 found.append(
-                    f"thinner than asked for at most tokens: of {batch.n_tokens} with "
+                    f"thinner than asked for most of the time: of {batch.n_tokens} positions with "
                     f"{batch.asked} in flight, batches of {batch.distribution}"
                 )
             elif batch.n_uncovered > LARGEST_UNCOVERED_SHARE * batch.n_positions:
@@ -205,7 +205,7 @@ class Serving:
             n_counted -= self._counts.setdefault(ids, n_counted)
         is_other_end = self._ends.setdefault(ids, end) != end or bool(n_counted)
         self._n_other_ends += is_other_end
-        beside = {*witness.beside.split()}
+        beside = {*witness.beside.split(), f"names of tokens={witness.names_digest}"}
         if not is_other_end:  # Its reason has other words then.
             differing = self._beside.setdefault(ids, beside) ^ beside
             self._other_fields |= dict.fromkeys(x.partition("=")[0] for x in sorted(differing))

@@ -87,6 +87,8 @@ class Drift:
     fisher_p: float
     unit: Unit = "token"
     """What positions count."""
+    units: tuple[Unit, Unit] = ("token", "token")
+    """What the summaries of A and of B count."""
     doubts: tuple[str, ...] = ()
     """Why little that diverged in B would show less than it seems."""
 
@@ -101,6 +103,8 @@ class Comparison:
     only_in_b: tuple[str, ...]
     flaws: tuple[str, ...] = ()
     """What is wrong with the samples of either."""
+    is_of_one_run: bool = False
+    """B is A itself, or a copy of it: nothing could have drifted."""
 
 
 def find_references(samples: Iterable[Sample], summary: Summary) -> dict[tuple[Arm, str], Sample]:
@@ -124,15 +128,22 @@ def compare(a: Measured, b: Measured) -> Comparison:
         (arm_a,), (arm_b,) = arms_a, arms_b
         partners_b = {(arm_a, *key[1:]): v for key, v in partners_b.items() if key[0] == arm_b}
     by_text = _compared(a.run) != _compared(b.run)
+    unit_a, unit_b = (unit(measured.run) for measured in (a, b))
     has_bits = not any(rounds(measured.run) for measured in (a, b))
+    # A server's digests are of the tokens that it shows, others' of all logits.
+    has_rows = (a.run.spec.endpoint is None) == (b.run.spec.endpoint is None)
     shared = [key for key in partners_a if key in partners_b]
     return Comparison(
         changes=tuple(_find_changes(a.run, b.run)),
         drifts=tuple(
             replace(
                 _drift(
-                    key[1], partners_a[key], partners_b[key], by_text=by_text, has_bits=has_bits
+                    *(key[1], partners_a[key], partners_b[key]),
+                    by_text=by_text,
+                    has_bits=has_bits,
+                    has_rows=has_rows,
                 ),
+                units=(unit_a, unit_b),
                 doubts=(*probe_doubts(partners_b[key][0], b.run.spec), *run_doubts(b.run)),
             )
             for key in shared
@@ -140,11 +151,17 @@ def compare(a: Measured, b: Measured) -> Comparison:
         only_in_a=tuple(" ".join(key[:2]) for key in partners_a if key not in shared),
         only_in_b=tuple(" ".join(key[:2]) for key in partners_b if key not in shared),
         flaws=(*a.run.flaws, *b.run.flaws),
+        is_of_one_run=a.run.nonce == b.run.nonce != "",
     )
 
 
 def _compared(run: Run) -> str:
     return str(run.environment.model.get("compared", "token ids"))
+
+
+def unit(run: Run) -> Unit:
+    """What positions in its completions count: characters where a server gave nothing but text."""
+    return "character" if _compared(run) == "text" else "token"
 
 
 def rounds(run: Run) -> bool:
@@ -214,9 +231,17 @@ def _plain(value: Any) -> Any:
 
 
 def _drift(
-    prompt: str, partner_a: Partner, partner_b: Partner, *, by_text: bool, has_bits: bool
+    prompt: str,
+    partner_a: Partner,
+    partner_b: Partner,
+    *,
+    by_text: bool,
+    has_bits: bool,
+    has_rows: bool,
 ) -> Drift:
     (a, sample_a), (b, sample_b) = partner_a, partner_b
+    if not has_rows:
+        sample_b = replace(sample_b, row_digests=())
     if by_text:
         sample_a, sample_b = _by_character(sample_a), _by_character(sample_b)
     stream_a, stream_b = read_stream(sample_a), read_stream(sample_b)

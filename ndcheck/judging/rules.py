@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from ndcheck.analysis.statistics import clopper_pearson, trials_needed
 from ndcheck.analysis.summary import AxisFinding, ProbeSummary, Summary
 from ndcheck.errors import UsageError
-from ndcheck.judging.comparison import Comparison, FailOn, judge_comparison
+from ndcheck.judging.comparison import Comparison, FailOn, judge_comparison, unit
 from ndcheck.judging.verdict import (
     STOCK_DID_NOT_FAIL,
     Outcome,
@@ -194,7 +194,7 @@ def judge_gate(
         stock = next(
             (p for p in summary.probes if p.arm == "stock" and p.probe_id == probe.probe_id), None
         )
-        rulings += _judge_probe(probe, stock, run.spec, rules)
+        rulings += _judge_probe(probe, stock, run, rules)
     for probe in summary.probes:
         if probe.arm not in judged and not (probe.arm == "stock" and "invariant" in judged):
             rulings += _judge_other_arm(probe, run.spec, rules)
@@ -217,6 +217,9 @@ def _judge_run(
     confidence = rules.general.confidence or run.spec.confidence
     if comparison is None:
         raise ValueError("the rules name a baseline, so a comparison with it is needed")
+    if comparison.is_of_one_run:
+        itself = Verdict("INCONCLUSIVE", ("the baseline is this run itself: nothing can drift",))
+        yield Ruling("baseline", None, None, None, itself)
     for name, verdict in judge_comparison(comparison, rules.fail_on, confidence).items():
         yield Ruling(f"baseline-{name}", None, None, None, verdict)
 
@@ -229,9 +232,9 @@ def _judge_other_arm(probe: ProbeSummary, spec: RunSpec, rules: RuleSet) -> Iter
 
 
 def _judge_probe(
-    probe: ProbeSummary, stock: ProbeSummary | None, spec: RunSpec, rules: RuleSet
+    probe: ProbeSummary, stock: ProbeSummary | None, run: Run, rules: RuleSet
 ) -> Iterator[Ruling]:
-    own = rules.of_arm(probe.arm)
+    own, spec, by_text = rules.of_arm(probe.arm), run.spec, unit(run) == "character"
 
     def ruling(rule: str, verdict: Verdict, axis: Axis | None = None) -> Ruling:
         return Ruling(rule, probe.arm, probe.probe_id, axis, verdict)
@@ -240,7 +243,7 @@ def _judge_probe(
     findings = {finding.axis: finding for finding in probe.axes}
     for axis in judged_axes(probe, spec):
         narrow = rules.of_property(probe.arm, axis)
-        verdict = _judge_property(axis, findings.get(axis), spec, own, narrow)
+        verdict = _judge_property(axis, findings.get(axis), spec, own, narrow, by_text=by_text)
         yield ruling("property", verdict, axis)
     yield ruling("divergence", _judge_divergence(probe, spec, own, rules))
     if own.max_unique is not None:
@@ -251,7 +254,8 @@ def _judge_probe(
         yield ruling("max_divergence_rate", verdict)
     if own.min_common_prefix is not None:
         verdict = _judge_prefix(
-            probe.common_prefix_tokens, probe.n_unique > 1, own.min_common_prefix
+            *(probe.common_prefix_tokens, probe.n_unique > 1, own.min_common_prefix),
+            by_text=by_text,
         )
         yield ruling("min_common_prefix", verdict)
     if own.max_slowdown is not None and probe.arm == "invariant":
@@ -289,7 +293,13 @@ def _judge_divergence(probe: ProbeSummary, spec: RunSpec, own: Rules, rules: Rul
 
 
 def _judge_property(
-    axis: Axis, finding: AxisFinding | None, spec: RunSpec, own: Rules, narrow: Rules
+    axis: Axis,
+    finding: AxisFinding | None,
+    spec: RunSpec,
+    own: Rules,
+    narrow: Rules,
+    *,
+    by_text: bool,
 ) -> Verdict:
     """``own`` are the rules of the probe, which a property of many trials need not meet alone."""
     asked = replace(spec, allow_latent=_allows_latent(narrow.over(own), spec))
@@ -301,7 +311,8 @@ def _judge_property(
         verdicts.append(_judge_rate(finding, narrow.max_divergence_rate, confidence))
     if narrow.min_common_prefix is not None:
         at = finding.first_divergence_min
-        verdicts.append(_judge_prefix(at or 0, at is not None, narrow.min_common_prefix))
+        limit = narrow.min_common_prefix
+        verdicts.append(_judge_prefix(at or 0, at is not None, limit, by_text=by_text))
     if not verdicts and finding.diverged_trials and own.tolerates_divergence:
         reason = f"{_seen(finding)}; judged by the rules on all trials"
         verdicts.append(Verdict("PASS", (reason,), accepts_divergence=True))
@@ -363,13 +374,15 @@ def _judge_rate(found: ProbeSummary | AxisFinding, limit: float, confidence: flo
     )
 
 
-def _judge_prefix(n_tokens: int, has_forked: bool, limit: int) -> Verdict:
+def _judge_prefix(n_common: int, has_forked: bool, limit: int, *, by_text: bool) -> Verdict:
+    """``n_common`` characters where the server gave text alone: no more tokens than that."""
     if not has_forked:
         return Verdict("PASS", ("the completions do not part",))
-    reason = (
-        f"the completions part after {count(n_tokens, 'common token')}; at least {limit} asked for"
-    )
-    return Verdict("PASS" if n_tokens >= limit else "FAIL", (reason,), accepts_divergence=True)
+    seen = count(n_common, "common character" if by_text else "common token")
+    reason = f"the completions part after {seen}; at least {limit} {'tokens ' * by_text}asked for"
+    if by_text and n_common >= limit:
+        return Verdict("INCONCLUSIVE", (f"{reason}, which text alone does not tell",))
+    return Verdict("PASS" if n_common >= limit else "FAIL", (reason,), accepts_divergence=True)
 
 
 def _judge_slowdown(slowdown: float | None, limit: float) -> Verdict:

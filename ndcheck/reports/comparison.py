@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ndcheck.analysis.summary import ProbeSummary
 from ndcheck.environment import MUST_MATCH
 from ndcheck.judging.comparison import Change, Comparison, Drift, FailOn
 from ndcheck.judging.verdict import Verdict
@@ -165,7 +164,7 @@ def _value(value: Any, name: str) -> Text:
 
 def _figures(drift: Drift) -> Table:
     table = _table("", "A", "B")
-    for name, *values in _rows(drift.a, drift.b):
+    for name, *values in _rows(drift):
         table.add_row(f"  {name}", *values)
     return table
 
@@ -187,16 +186,19 @@ def _tests(drift: Drift, of_load: Sequence[str]) -> Iterator[str]:
         yield f"logprobs differ by up to {drift.max_abs_dlogprob:.3g} nats; {kl}"
 
 
-def _rows(a: ProbeSummary, b: ProbeSummary) -> Iterator[tuple[str, ...]]:
+def _rows(drift: Drift) -> Iterator[tuple[str, ...]]:
+    a, b = drift.a, drift.b
     yield "unique", *(f"{p.n_unique} of {p.n_samples}" for p in (a, b))
     yield "diverged", *(f"{p.diverged_draws} of {phrases.draws(p)}" for p in (a, b))
     yield "rate", *(phrases.rate(p) for p in (a, b))
-    yield "common prefix", *(phrases.count(p.common_prefix_tokens, "token") for p in (a, b))
+    counted = zip((a, b), drift.units, strict=True)
+    yield "common prefix", *(phrases.count(p.common_prefix_tokens, unit) for p, unit in counted)
     metrics_a, metrics_b = published(a.metrics), published(b.metrics)
     for name in metrics_a:
         if metrics_a[name] is not None or metrics_b[name] is not None:
             yield name, _number(metrics_a[name]), _number(metrics_b[name])
-    yield "tokens/s", *(phrases.speed(p.tokens_per_s) for p in (a, b))
+    if len(set(drift.units)) == 1:
+        yield f"{drift.units[0]}s/s", *(phrases.speed(p.tokens_per_s) for p in (a, b))
     if a.slowdown_vs_stock is not None or b.slowdown_vs_stock is not None:
         yield "time over stock's", *(_number(p.slowdown_vs_stock) for p in (a, b))
 

@@ -147,3 +147,20 @@ def test_no_runs(ndcheck_here, tmp_path):
         done = ndcheck_here("runs", name)
         assert done.returncode == 2
         assert name in done.stderr
+
+
+def test_a_run_is_no_folder_of_runs(ndcheck_here, folder):
+    done = ndcheck_here("runs", "clean")
+    assert done.returncode == 2
+    assert "clean is a run itself: ndcheck report clean shows it" in done.stderr
+
+
+def test_characters_are_not_called_tokens(ndcheck_here, folder):
+    for name in ("clean", "forks"):
+        file = folder / name / "run.json"
+        run = json.loads(file.read_text())
+        run["environment"]["model"]["compared"] = "text"
+        file.write_text(json.dumps(run))
+    done = ndcheck_here("compare", "clean", "forks")
+    assert re.search(r"common prefix +8 characters +3 characters\n", done.stdout)
+    assert "characters/s" in done.stdout

@@ -174,6 +174,15 @@ def test_what_github_shows(gate, tmp_path, forked):
     assert "::error" in with_json.stderr
 
 
+def test_a_run_is_no_baseline_of_itself(gate):
+    ndcheck.measure("scripted:clean", loads=[1, 4], samples=40, max_tokens=8, out="clean")
+    gate("clean", "--save-baseline", "main")
+    for baseline in ("main", "clean"):
+        done = gate("clean", "--baseline", baseline)
+        assert done.returncode == 3
+        assert "the baseline is this run itself" in done.stdout
+
+
 def test_baselines(gate, tmp_path, forked):
     ndcheck.measure("scripted:clean", loads=[1, 4], samples=40, max_tokens=8, out="clean")
     assert "saved ndcheck-baselines/main" in gate("clean", "--save-baseline", "main").stderr

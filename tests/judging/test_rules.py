@@ -10,7 +10,7 @@ from ndcheck.analysis.summarising import summarise
 from ndcheck.errors import UsageError
 from ndcheck.judging.comparison import Measured, compare
 from ndcheck.judging.rules import Rules, RuleSet, judge_gate
-from ndcheck.records import Decoding, Witness
+from ndcheck.records import Decoding, Environment, Witness
 from ndcheck.request import DEFAULTS
 
 SPEC = replace(
@@ -208,3 +208,21 @@ def test_a_rule_on_a_property_that_is_not_measured_is_refused():
     rules.check(SPEC)
     with pytest.raises(UsageError, match="cache: not measured"):
         rules.check(replace(SPEC, axes=("slot",)))
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "limit", "outcome"),
+    [("batch-dependent", 4, "FAIL"), ("batch-dependent", 3, "INCONCLUSIVE"), ("clean", 8, "PASS")],
+)
+@pytest.mark.parametrize("axis", [None, "batch-size"])
+def test_common_characters_are_no_common_tokens(measured, behaviour, limit, outcome, axis):
+    """A token has a character at least: three in common are three tokens or fewer."""
+    found = measured(behaviour)
+    by_text = Environment(model={"compared": "text"})
+    found = replace(found, run=replace(found.run, environment=by_text))
+    limits = Rules(min_common_prefix=limit)
+    rules = RuleSet(by_property={(None, axis): limits}) if axis else RuleSet(limits)
+    verdict = ruling(gate(found, rules), "property" if axis else "min_common_prefix", axis)
+    assert verdict.outcome == outcome
+    if outcome != "PASS":
+        assert "after 3 common characters" in verdict.reasons[0]

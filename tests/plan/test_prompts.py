@@ -146,6 +146,7 @@ REFUSED = {
     "no prompt": ("a.jsonl", '"a"\n{"text": "b"}', "line 2: give a string"),
     "no prompt in an array": ("a.json", '["a", 1]', "entry 2: 1 is no prompt"),
     "broken line": ("a.jsonl", '"a"\n\n{"prompt": }', "line 3: Expecting value at character 12"),
+    "cut line": ("a.jsonl", '{"prompt": "a', "line 1: Unterminated string starting at character"),
     "broken line, no suffix": ("a", '{"prompt": "a"\n{"prompt": "b"}', "line 1: Expecting ','"),
     "broken document without a suffix": ("a", '[\n{"prompt": "a"},\n{]', "line 3: Expecting"),
     "half a line in .txt": ("a.txt", '{"messages": [{"role": "us', r"name it \.jsonl"),

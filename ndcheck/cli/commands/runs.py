@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -24,12 +25,15 @@ def runs(
     from ndcheck.errors import UsageError
     from ndcheck.reports.listing import run_lines
     from ndcheck.storage.reading import exists
+    from ndcheck.storage.run_directory import RUN_FILE
 
     if not exists(folder) or not folder.is_dir():
         raise UsageError(f"{folder} is no directory of runs")
     found = sorted(read_runs(folder), key=lambda run: str(run["started_at"]), reverse=True)
     if json:
         typer.echo(json_module.dumps(found, indent=2))
+    elif (folder / RUN_FILE).is_file():
+        raise UsageError(f"{folder} is a run itself: ndcheck report {quote(str(folder))} shows it")
     elif not found:
         raise UsageError(f"{folder} holds no run")
     else:

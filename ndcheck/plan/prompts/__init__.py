@@ -199,6 +199,7 @@ def _parse(text: str, place: str) -> Any:
         return parse_json(text)
     except json.JSONDecodeError as error:
         place = place or f"line {error.lineno}: "
-        raise ValueError(f"{place}{error.msg} at character {error.colno}") from error
+        what = error.msg.removesuffix(" at")
+        raise ValueError(f"{place}{what} at character {error.colno}") from error
     except ValueError as error:
         raise ValueError(f"{place}{error}") from error

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
 
 from ndcheck.analysis.summary import AxisFinding, LoadFinding, ProbeSummary, Summary
+from ndcheck.judging.comparison import unit as unit
 from ndcheck.judging.verdict import count as count
 from ndcheck.judging.verdict import draft_details, fed_details
 from ndcheck.records import Load, Purpose, Run
@@ -135,11 +136,6 @@ def at_batch_sizes(finding: AxisFinding) -> str:
 def filling(*, copies: bool) -> str:
     """How many rows of a batch hold the probe."""
     return "all rows" if copies else "one row"
-
-
-def unit(run: Run) -> str:
-    """What positions count: characters where a server gave nothing but text."""
-    return "character" if run.environment.model.get("compared") == "text" else "token"
 
 
 def load(finding: LoadFinding) -> str:

@@ -27,12 +27,16 @@ class Changes:
         known, now = self._prompt_ids.get(prompt), answer.prompt_token_ids
         self._n_other_prompts += bool(known and now and now != known)
 
-    def sentences(self, n_other_beginnings: int, *, bits_count: bool) -> Iterator[str]:
-        """A sentence for each kind of change, that among the first requests included."""
+    def sentences(self, n_other_beginnings: int, *, bits_count: bool, draws: bool) -> Iterator[str]:
+        """A sentence for each kind of change, that among the first requests included.
+
+        ``draws``: the server was not asked to be greedy.
+        """
         if n_other_beginnings:
+            seed = "the server draws by more than the seed, " if draws else ""
             yield (
-                "completions that differ in their limit alone began otherwise in "
-                f"{n_other_beginnings} requests: replicas differ, or a cache repeats answers to "
+                "completions that differ in their limit alone began otherwise (requests: "
+                f"{n_other_beginnings}): {seed}replicas differ, or a cache repeats answers to "
                 "equal requests"
             )
         if self.n_without_bits and bits_count:

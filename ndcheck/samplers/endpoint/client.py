@@ -28,7 +28,6 @@ class Outcome:
     answer: Answer | None = None
     error: str | None = None
     is_unreachable: bool = False
-    sent_s: float = 0.0
     elapsed_s: float = 0.0
     n_retries: int = 0
     retried_after: str | None = None
@@ -73,7 +72,6 @@ class Client:
         """
         outcome = outcome or Outcome()
         while True:
-            outcome.sent_s = time.perf_counter()
             try:
                 answer = await self._ask_once(body, max_tokens)
                 check(answer)
@@ -85,7 +83,7 @@ class Client:
                     pause_s = failure.retry_after_s
                 if not pause_s <= self._longest_pause_s:
                     raise RequestFailure(
-                        f"{failure} (the server asks to wait {pause_s:.0f} s, longer than "
+                        f"{failure} (the server asks to wait {pause_s:.6g} s, longer than "
                         f"--timeout {self._longest_pause_s:g})",
                         status=failure.status,
                     ) from failure
@@ -122,7 +120,7 @@ class Client:
             await asyncio.sleep(min(left_s, REPORT_INTERVAL_S))
 
     async def _ask_once(self, body: Body, max_tokens: int) -> Answer:
-        answer = Answer()
+        answer = Answer(sent_s=time.perf_counter())
         body = {**body, **self._extra_body}
 
         def take(event: Event) -> None:

@@ -178,7 +178,7 @@ class Server:
                     raise
                 return False
             ended = answer.finish_reason, answer.names_digest, answer.beside_digest
-            said.add((answer.stream(compared), answer.logprobs, ended))
+            said.add((answer.stream(compared), answer.logprobs, answer.row_digests, ended))
         return len(said) == 1
 
     async def ask_briefly(self, prompt: Prompt, max_tokens: int, fields: Body) -> Answer:
@@ -327,10 +327,11 @@ async def _vary_limit(
 ) -> list[tuple[int, Answer]]:
     """Completions of the first probe at its limit and below, each with its limit."""
     n_tokens = min(spec.decoding.max_tokens, LONGEST_LIMIT)
+    least = max(dialect.least_tokens, n_tokens - N_LIMITS + 1)
     prompt, fields = spec.probes[0].content, capabilities.probe_fields
     return [
         (n, await _ask_briefly(spec, dialect, client, prompt, n, fields))
-        for n in range(n_tokens, max(0, n_tokens - N_LIMITS), -1)
+        for n in range(n_tokens, least - 1, -1)
     ]
 
 
@@ -358,10 +359,9 @@ async def _time_first_token(
     """
     quickest_s, ids = float("inf"), [known.response_id]
     for n in range(N_TIMINGS):
-        started_s = time.perf_counter()
         answer = await ask_fresh(f"{uuid.uuid4().hex} {filler_text(n, 8)}")
-        first_s = answer.first_s
-        quickest_s = min(quickest_s, (first_s or time.perf_counter()) - started_s)
+        first_s = answer.first_s or time.perf_counter()
+        quickest_s = min(quickest_s, first_s - answer.sent_s)
         ids.append(answer.response_id)
     return replace(capabilities, first_token_s=quickest_s, has_ids=_are_own(ids))
 

@@ -23,6 +23,10 @@ SET_ELSEWHERE = {
 """Fields of a request that have options of their own."""
 FIXED = ("stream", "n", "best_of")
 """One streamed completion a request is what ndcheck reads."""
+FRAMING = re.compile(
+    r"(?:content-(?:length|encoding)|transfer-encoding|connection|te|expect)", re.I
+)
+"""Headers that say how a request's own bytes are sent."""
 _SECRET_NAME = re.compile(
     r"(?:(?:key|secret|password|passwd|passphrase|credential|cookie|connection_?string)s?|token)$"
     r"|(?:^|[\W_])(?:authorization|auth|bearer|signature|sig|sas|jwt|pwd|pat|pin)$",
@@ -57,6 +61,8 @@ def parse_headers(headers: Sequence[str]) -> dict[str, str]:
             raise UsageError("--header: give it as 'Name: value'")
         if not value.strip().isascii() or not value.strip().isprintable():
             raise UsageError(f"--header {name.strip()}: the value holds characters HTTP refuses")
+        if FRAMING.fullmatch(name.strip()):
+            raise UsageError(f"--header {name.strip()}: ndcheck needs it as it is")
         parsed[name.strip()] = value.strip()
     return parsed
 

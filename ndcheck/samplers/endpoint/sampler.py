@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import nullcontext
@@ -42,6 +43,7 @@ from ndcheck.samplers.endpoint.witness import (
     Stream,
     batch_sizes_read,
     batch_sizes_seen,
+    came_at_once,
     even_steps,
     find_streams,
     held_to_streams,
@@ -170,7 +172,9 @@ class EndpointSampler:
 
     def changes(self) -> tuple[str, ...]:
         n_others = self._server.n_other_beginnings
-        found = [*self._changes.sentences(n_others, bits_count=not self._spec.allow_latent)]
+        draws = self._endpoint.omits_temperature or self._spec.decoding.temperature > 0
+        bits_count = not self._spec.allow_latent
+        found = [*self._changes.sentences(n_others, bits_count=bits_count, draws=draws)]
         try:
             now = self._run(self._identify_quickly())
         except (RequestFailure, TimeoutError):
@@ -282,8 +286,8 @@ class EndpointSampler:
         n_units = len(outcome.answer.stream(compared)[0])
         times_s = outcome.answer.unit_times_s(compared, n_units)
         if self._server.metrics is not None:
-            if len(outcome.answer.arrivals) == 1:
-                times_s = even_steps(n_units, outcome.sent_s, outcome.answer.last_s, streams)
+            if came_at_once(times_s):
+                times_s = even_steps(n_units, outcome.answer.sent_s, outcome.answer.last_s, streams)
             sizes = batch_sizes_read(times_s, self._server.metrics.readings)
             are_together = self._arrivals.kind == "together"
             sizes = held_to_streams(
@@ -338,22 +342,23 @@ class EndpointSampler:
     def _make_witness(
         self, outcome: Outcome, achieved: int | None, sizes: Sequence[int]
     ) -> Witness:
-        answer = outcome.answer
+        answer, seen = outcome.answer, self._server.capabilities
         if answer is None:
             return Witness(achieved)
-        took_s = answer.last_s - outcome.sent_s
+        took_s = answer.last_s - answer.sent_s if answer.arrivals else math.inf
         return Witness(
             achieved,
             step_batch_sizes=tuple(sizes),
             connection=answer.connection,
-            response_id=answer.response_id if self._server.capabilities.has_ids else "",
+            response_id=answer.response_id if seen.has_ids else "",
             fingerprint=answer.fingerprint,
             n_prompt_tokens=answer.n_prompt_tokens,
-            names_digest=answer.names_digest,
+            # Of some tokens alone they may be those of other tokens each time.
+            names_digest=answer.names_digest if seen.compared != "text" else "",
             beside=answer.beside_digest,
-            n_counted=answer.n_tokens if self._server.capabilities.counts_tokens else None,
+            n_counted=answer.n_tokens if seen.counts_tokens else None,
             # Well below it, since that was measured a few times only.
-            is_replayed=answer.is_cached or took_s < self._server.capabilities.first_token_s / 3,
+            is_replayed=answer.is_cached or took_s < seen.first_token_s / 3,
         )
 
     def _make_sample(self, trial: Trial, nth: int, outcome: Outcome, witness: Witness) -> Sample:
@@ -377,6 +382,7 @@ class EndpointSampler:
             token_texts=token_texts,
             logprobs=logprobs,
             margins=answer.margins if answer is not None and logprobs else (),
+            row_digests=answer.row_digests if answer is not None and logprobs else (),
             error=outcome.error,
             n_retries=outcome.n_retries,
         )

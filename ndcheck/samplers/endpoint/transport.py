@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,7 +62,7 @@ class Transport:
 
     Each is a client of its own, since a pool looks through all its connections at every request.
     Every POST opens a connection and closes it: a balancer may choose the replica for each
-    connection, so that requests over an old one are no new draw.
+    connection, so that requests over an old one are no new draw, or by a cookie: none is kept.
     Redirects are never followed: a key must not travel to another host. Secrets are cut out of
     everything that leaves here. Raises UsageError for settings that no connection can be made with.
     """
@@ -117,6 +118,7 @@ class Transport:
             return self._httpx.AsyncClient(
                 verify=self._tls,
                 headers=self._headers,
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
                 timeout=self._httpx.Timeout(self._timeout_s, connect=CONNECT_TIMEOUT_S),
                 follow_redirects=False,
             )
@@ -204,6 +206,10 @@ class Transport:
                 f"cannot connect to {self.root}{_proxy(self.root)}: {self._why(error)}",
                 is_temporary=True,
                 is_unreachable=True,
+            ) from None
+        except self._httpx.DecodingError as error:
+            raise RequestFailure(
+                f"the answer is not encoded as its headers say: {self._why(error)}"
             ) from None
         except self._httpx.TimeoutException as error:
             raise RequestFailure(

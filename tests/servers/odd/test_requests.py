@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -91,6 +92,17 @@ def test_a_draw_of_the_servers_fails_with_what_it_may_be(odd, measure, omits, ou
     judgement, *_ = measure(odd(Draws), omits_temperature=omits)
     assert judgement.verdict.outcome == outcome
     assert (SERVERS_SAMPLING in judgement.verdict.reasons) == omits
+
+
+class IgnoresTheSeed:
+    def tokens(self, body):
+        return random.choices(WORDS, k=self.limit(body))
+
+
+def test_draws_that_follow_no_seed_are_not_laid_to_a_cache_alone(odd, measure):
+    judgement, *_ = measure(odd(IgnoresTheSeed), decoding=Decoding(12, temperature=0.7))
+    assert judgement.verdict.outcome == "FAIL"
+    assert any("draws by more than the seed" in r for r in judgement.verdict.reasons)
 
 
 class Reasons:
@@ -311,6 +323,8 @@ def test_a_check_sends_what_its_configuration_holds_and_records_none_of_it(
         (("--extra-body", '{"stream": false}'), "--extra-body stream: ndcheck needs it as it is"),
         (("--extra-body", '{"a": NaN}'), "--extra-body: it is no JSON"),
         (("--extra-body", '{"a": "\\ud800"}'), "--extra-body: it is no JSON"),
+        (("--header", "content-length: 3"), "--header content-length: ndcheck needs it as it is"),
+        (("--header", "TE: trailers"), "--header TE: ndcheck needs it as it is"),
         (("--query", "sesame"), "--query: give it as KEY=VALUE"),
         (("--query", "a=1", "--query", "a=2"), "--query a: it is given twice"),
         (("--stop", ""), "--stop: give a text"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -42,7 +42,8 @@ class Answer(Said):
 
     ``pieces`` are the texts that events brought. ``token_ids`` and ``tokens`` go by token and are
     empty where the server does not give them. ``is_whole``: the server said that it sent all.
-    ``is_cached``: the server said that it did not compute it.
+    ``is_cached``: the server said that it did not compute it. ``sent_s`` is when it was asked for,
+    `time.perf_counter` seconds.
     """
 
     pieces: list[str] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Answer(Said):
     is_whole: bool = False
     connection: str = ""
     is_cached: bool = False
+    sent_s: float = 0.0
     n_characters: int = 0
 
     @property
@@ -73,6 +75,12 @@ class Answer(Said):
     @property
     def margins(self) -> tuple[float, ...]:
         return tuple(token.margin for token in self.tokens) if self.logprobs else ()
+
+    @property
+    def row_digests(self) -> tuple[str, ...]:
+        """Those of the tokens; empty unless each has one."""
+        digests = tuple(token.digest for token in self.tokens)
+        return digests if self.logprobs and all(digests) else ()
 
     @property
     def first_s(self) -> float | None:
@@ -120,8 +128,7 @@ class Answer(Said):
         names = redactor.redact_pieces(self.names)
         if names != self.names:
             self.tokens = [
-                Token(name, token.logprob, token.margin)
-                for name, token in zip(names, self.tokens, strict=True)
+                replace(token, name=name) for name, token in zip(names, self.tokens, strict=True)
             ]
         if _repeats_all(self.pieces):
             raise RequestFailure(
@@ -242,7 +249,11 @@ class Answer(Said):
 
 
 def _repeats_all(pieces: list[str]) -> bool:
-    """Does each of several pieces begin with the one before it, as no tokens of a text do?"""
+    """Does each of several pieces begin with the one before it, as no tokens of a text do?
+
+    The last event may bring nothing new, and all of it once more.
+    """
+    pieces = pieces[:-1] if pieces[-1:] == pieces[-2:-1] else pieces
     grows = all(b.startswith(a) and len(b) > len(a) for a, b in pairwise(pieces))
     return grows and len(pieces) >= LEAST_REPEATED and any(map(str.isalpha, pieces[0]))
 

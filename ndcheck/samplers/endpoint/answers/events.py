@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import struct
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +27,16 @@ _BROKEN = (
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token's name and, where usable, its log-probability and margin in nats."""
+    """A generated token's name and, where usable, its log-probability and margin in nats.
+
+    ``digest``: 16 hexadecimal digits over the log-probabilities of all tokens that are shown at its
+    place, as fp32; empty where none is.
+    """
 
     name: str
     logprob: float | None
     margin: float
+    digest: str = ""
 
 
 @dataclass(slots=True)
@@ -232,7 +238,9 @@ def make_token(name: Any, logprob: Any, alternatives: list[Any]) -> Token:
     """Alternatives of no probability (null, minus infinity, the lowest float) are none."""
     best = sorted((x for x in map(_finite, alternatives) if x is not None), reverse=True)
     margin = best[0] - best[1] if len(best) > 1 else math.inf
-    return Token(as_text(name), _finite(logprob), margin)
+    bits = struct.pack(f">{len(best)}f", *best)
+    digest = hashlib.blake2b(bits, digest_size=8).hexdigest() if best else ""
+    return Token(as_text(name), _finite(logprob), margin, digest)
 
 
 def _finite(value: Any) -> float | None:

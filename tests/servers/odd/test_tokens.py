@@ -1,0 +1,121 @@
+"""What a server shows of tokens beside their text: names, log-probabilities, alternatives."""
+
+from __future__ import annotations
+
+import pytest
+
+from ndcheck.errors import NdcheckError
+from ndcheck.records import Decoding
+
+CHOSEN, RUNNER_UP = -0.12345678, -3.2345678
+MOVED = -3.2345681
+"""The next number of fp32 but one."""
+
+
+class MovesTheRunnerUp:
+    """In a batch one token has another runner-up's log-probability, and nothing else is another."""
+
+    def runner_up(self, t):
+        return MOVED if self.running > 1 and t == 7 else RUNNER_UP
+
+    def fields(self, t, token, body):
+        if not body.get("logprobs"):
+            return {}
+        alternatives = {token: CHOSEN, "x": self.runner_up(t)}
+        if "prompt" in body:
+            top, chosen = [alternatives], [CHOSEN]
+            return {"logprobs": {"tokens": [token], "token_logprobs": chosen, "top_logprobs": top}}
+        top = [{"token": name, "logprob": value} for name, value in alternatives.items()]
+        return {"logprobs": {"content": [{**top[0], "top_logprobs": top}]}}
+
+
+class KeepsTheRunnerUp(MovesTheRunnerUp):
+    """Which of two tokens that are alike is shown says nothing."""
+
+    def fields(self, t, token, body):
+        found = super().fields(t, token, body)
+        if found and "prompt" not in body and self.running > 1:
+            found["logprobs"]["content"][0]["top_logprobs"][1]["token"] = "y"
+        return found
+
+    def runner_up(self, t):
+        return RUNNER_UP
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_runner_up_whose_logprob_moves_is_a_latent_divergence(odd, measure, chat):
+    judgement, summary, _ = measure(odd(MovesTheRunnerUp), chat=chat)
+    assert judgement.verdict.outcome == "FAIL"
+    assert summary.probes[0].n_unique == 1
+    assert summary.probes[0].latent_trials > 0
+
+
+def test_it_may_be_allowed(odd, measure):
+    judgement, *_ = measure(odd(MovesTheRunnerUp), allow_latent=True)
+    assert judgement.verdict.outcome == "PASS"
+
+
+def test_runners_up_that_are_alike_pass(odd, measure):
+    judgement, *_ = measure(odd(KeepsTheRunnerUp))
+    assert judgement.verdict.outcome == "PASS"
+
+
+class NamesOtherwise(MovesTheRunnerUp):
+    """Equal token ids and text, but in a batch the tokens have other names."""
+
+    def runner_up(self, t):
+        return RUNNER_UP
+
+    def fields(self, t, token, body):
+        ids = {"token_ids": [t]} if body.get("return_token_ids") else {}
+        return ids | super().fields(t, token if self.running < 2 else token.upper(), body)
+
+
+def test_names_that_differ_let_nothing_pass(odd, measure):
+    judgement, summary, _ = measure(odd(NamesOtherwise))
+    assert summary.probes[0].serving.names_differ > 0
+    assert judgement.verdict.outcome == "INCONCLUSIVE"
+    assert any("names of tokens" in reason for reason in judgement.verdict.reasons)
+
+
+class RespondsWithLogprobs:
+    """Responses alone, whose log-probabilities move in a batch."""
+
+    def refuse(self, path, body):
+        return None if path == "/v1/responses" else (404, {"error": {"message": "none"}}, {})
+
+    def limit(self, body):
+        return body["max_output_tokens"]
+
+    def events(self, body):
+        for t, token in enumerate(self.tokens(body)):
+            self.pause()
+            chosen = CHOSEN - (t == 3 and self.running > 1)
+            entry = {"token": token, "logprob": chosen, "top_logprobs": []}
+            logprobs = {"logprobs": [entry]} if body.get("include") else {}
+            yield {"type": "response.output_text.delta", "delta": token, **logprobs}
+        response = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
+        yield {"type": "response.incomplete", "response": response}
+
+
+def test_the_shortest_responses_are_compared_by_token(odd, measure):
+    judgement, summary, _ = measure(odd(RespondsWithLogprobs), decoding=Decoding(16))
+    assert judgement.verdict.outcome == "FAIL"
+    assert summary.probes[0].latent_trials > 0
+
+
+class RepeatsAll:
+    """Each event has all of the text so far, the last one too, which has nothing new."""
+
+    def events(self, body):
+        text = ""
+        for event in super().events(body):
+            for choice in event["choices"]:
+                text += choice["delta"].get("content", "")
+                choice["delta"] = {"content": text}
+            yield event
+
+
+def test_a_stream_that_repeats_all_is_refused_though_it_ends_with_nothing_new(odd, measure):
+    with pytest.raises(NdcheckError, match="all of the text so far"):
+        measure(odd(RepeatsAll))
