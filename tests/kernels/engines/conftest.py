@@ -16,6 +16,7 @@ import torch
 
 from ndcheck_kernels.cuda.products import borrowed
 from ndcheck_kernels.engines import layers
+from ndcheck_kernels.engines.plugin import register
 from ndcheck_kernels.engines.seams import seams
 from ndcheck_kernels.ops.block_fp8 import dequantise, quantise_rows, quantise_weight
 
@@ -353,5 +354,20 @@ def install(monkeypatch):
         for name, module in found.modules.items():
             monkeypatch.setitem(sys.modules, name, module)
         return found
+
+    return make
+
+
+@pytest.fixture
+def begin(install, monkeypatch):
+    """``begin(mode, release)``: vLLM with the plug-in registered and its worker started."""
+
+    def make(mode="1", release="0.26", alter=lambda vllm: None):
+        vllm = install(release)
+        monkeypatch.setenv("NDCHECK_VLLM", mode)
+        alter(vllm)
+        register()
+        vllm.start()
+        return vllm
 
     return make
