@@ -1,8 +1,8 @@
 """What computes each layer of a model that vLLM has loaded.
 
 A layer is covered if its kind is in the tables here, whose code was read in the sources of
-`seams.RELEASES`; whatever is not is named. Layers are told by the names of their classes, so that
-nothing here imports vLLM.
+`seams.RELEASES`; whatever is not is named. Layers are told by the names of vLLM's classes, so that
+nothing here imports it; a class of a model's own code has its module in its name.
 """
 
 from __future__ import annotations
@@ -57,6 +57,17 @@ ATTENTION = ("FLASH_ATTN",)
 """Backends that were measured with one split, along all axes."""
 
 
+PACKAGES = ("vllm", "torch")
+"""Whose classes are known by their names alone."""
+
+
+def kind_of(found: Any) -> str:
+    """The name of an object's class."""
+    kind = type(found)
+    is_known = kind.__module__.partition(".")[0] in PACKAGES
+    return kind.__name__ if is_known else f"{kind.__module__}.{kind.__name__}"
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One layer, what computes it, and the weight that its op must be seen with."""
@@ -79,7 +90,7 @@ def list_layers(model: Any, config: Any) -> list[Layer]:
 def _layers(model: torch.nn.Module, config: Any) -> Iterator[Layer]:
     head = getattr(model, "lm_head", None)
     for name, module in model.named_modules():
-        kind = type(module).__name__
+        kind = kind_of(module)
         if kind == "ParallelLMHead" or (module is head and kind == "VocabParallelEmbedding"):
             yield _product(name, module, "output")
         elif kind in LINEAR:
@@ -103,7 +114,7 @@ def _has_children(module: torch.nn.Module) -> bool:
 
 
 def _product(name: str, module: Any, op: str) -> Layer:
-    kind, method = type(module).__name__, type(module.quant_method).__name__
+    kind, method = kind_of(module), kind_of(module.quant_method)
     is_fp8 = method == "Fp8LinearMethod"
     if not is_fp8 and method not in ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"):
         return Layer(name, kind, f"vLLM's {method}", covered=False)
@@ -122,7 +133,7 @@ def _product(name: str, module: Any, op: str) -> Layer:
 
 
 def _attention(name: str, module: Any) -> Layer:
-    kind, backend = type(module).__name__, module.attn_backend.get_name()
+    kind, backend = kind_of(module), module.attn_backend.get_name()
     if backend not in ATTENTION:
         return Layer(name, kind, f"vLLM's {backend}", covered=False)
     if module.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
@@ -136,11 +147,11 @@ def _attention(name: str, module: Any) -> Layer:
 
 
 def _experts(name: str, module: Any) -> Layer:
-    kind, method = type(module).__name__, type(module.quant_method).__name__
+    kind, method = kind_of(module), kind_of(module.quant_method)
     own = getattr(getattr(module.quant_method, "moe_kernel", None), "fused_experts", None)
     methods = ("UnquantizedFusedMoEMethod", "Fp8MoEMethod")
-    if method not in methods or type(own).__name__ != "TritonExperts":
-        return Layer(name, kind, f"vLLM's {type(own).__name__} of {method}", covered=False)
+    if method not in methods or kind_of(own) != "TritonExperts":
+        return Layer(name, kind, f"vLLM's {kind_of(own)} of {method}", covered=False)
     refusal = experts_refusal(
         own,
         {

@@ -186,7 +186,7 @@ class Plugin:
         from ndcheck_kernels.engines.warm_up import warm_up
 
         self._layers = coverage.list_layers(model, config)
-        kind = type(model).__name__
+        kind = coverage.kind_of(model)
         if self._mode == "audit":
             if config.parallel_config.rank == 0:
                 sys.stdout.write(f"{kind}\n{coverage.table(self._layers)}\n")

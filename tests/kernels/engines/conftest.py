@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ndcheck_kernels.cuda.products import borrowed
-from ndcheck_kernels.engines import layers
+from ndcheck_kernels.engines import coverage, layers
 from ndcheck_kernels.engines.plugin import register
 from ndcheck_kernels.engines.seams import seams
 from ndcheck_kernels.ops.block_fp8 import dequantise, quantise_rows, quantise_weight
@@ -338,6 +338,7 @@ def clean(monkeypatch):
     monkeypatch.delenv("NDCHECK_VLLM", raising=False)
     monkeypatch.setenv("NCCL_PROTO", "LL128")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(coverage, "PACKAGES", (__name__.partition(".")[0], "torch"))
     yield
     borrowed.settle(False)
     layers.fires.clear()

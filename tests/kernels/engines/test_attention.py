@@ -7,6 +7,8 @@ import torch
 
 from ndcheck_kernels.engines.plugin import CoverageError
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 
 def longest_told(vllm, head_size):
     """The longest query that FlashAttention is told of, by the step's own."""

@@ -288,6 +288,17 @@ def test_a_planted_uncovered_layer_is_refused_by_name(begin):
         vllm.worker(plant_mixer(vllm)).load_model()
 
 
+def test_a_class_of_a_models_own_code_is_not_known_by_its_name(begin, caplog):
+    vllm = begin()
+    norm = type("RMSNorm", (torch.nn.Identity,), {"__module__": "my_model"})
+    with pytest.raises(CoverageError, match=r"own_norm \(my_model\.RMSNorm: nothing\)"):
+        vllm.worker(vllm.model(own_norm=norm())).load_model()
+    model = vllm.model()
+    type(model).__module__ = "my_model"
+    vllm.worker(model).load_model()
+    assert "the forward pass of my_model.Qwen3MoeForCausalLM is not known" in caplog.text
+
+
 def test_partial_leaves_it_to_vllm_and_says_so(begin, caplog):
     vllm = begin("partial")
     worker = vllm.worker(plant_mixer(vllm))

@@ -50,8 +50,13 @@ ATTRIBUTES = {
     f"{LAYERS}/fused_moe/modular_kernel.py": (
         *("def quant_dtype", "def block_shape", "def w1_scale", "def w2_scale"),
     ),
+    f"{LAYERS}/attention/attention.py": ("self.sliding_window = ", "self.head_size = "),
+    "vllm/v1/attention/backends/flash_attn.py": (
+        *("return FlashAttentionMetadataBuilder", "max_query_len: int", "self.headdim = "),
+        "max_seqlen_q = attn_metadata.max_query_len",
+    ),
 }
-"""What FP8 layers are known to hold, where each is written."""
+"""What FP8 layers and attention are known to hold, where each is written."""
 OWN_USES = ("linear_batch_invariant", "init_batch_invariance", "_log_softmax_batch_invariant")
 
 
@@ -141,7 +146,7 @@ def test_every_class_that_the_audit_knows_is_there(record, release):
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_fp8_layers_hold_what_our_products_take(record, release):
+def test_layers_hold_what_the_plugin_reads(record, release):
     expected = {path: list(names) for path, names in ATTRIBUTES.items()}
     assert record[release]["attributes"] == expected
 
