@@ -18,6 +18,13 @@ class Pass:
     waiting: int
     preempted: int
 
+    def has_prompt_beside(self, slots: Sequence[int], n_rows: int) -> bool:
+        """Whether each of ``slots`` had one token, and a row from ``n_rows`` on several."""
+        tokens = self.tokens_of_row
+        return all(tokens.get(slot) == 1 for slot in slots) and any(
+            row >= n_rows and n > 1 for row, n in tokens.items()
+        )
+
 
 def describe_shape(passes: Sequence[Pass]) -> list[Shape]:
     """The passes in order, equal ones next to each other counted together."""

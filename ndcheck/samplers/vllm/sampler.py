@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
+import random
 import struct
 import time
 import weakref
@@ -22,6 +24,7 @@ from ndcheck.records import (
     CacheState,
     Decoding,
     Engine,
+    Load,
     Probe,
     RunSpec,
     Sample,
@@ -44,6 +47,8 @@ from ndcheck.samplers.vllm.process import Worker
 
 SHARED_MEMORY = 0.9
 """Share of the GPU's memory that the engines of all arms may take together."""
+MOST_VISITORS, VISIT_PASSES, FEW_TOKENS = 8, 3, 16
+"""In a trial; from one to the next, at least; and the length up to which every other one is."""
 
 
 class EngineSampler:
@@ -107,6 +112,9 @@ class EngineSampler:
                 "no prompt is taken from the prefix cache, which holds blocks of "
                 f"{self._ready['block_size']} tokens: give longer prompts for that"
             )
+        largest = max(self._spec.batch_sizes)
+        if "neighbours" in self._spec.axes and largest >= self._most_requests:
+            notes.append(f"no request comes and goes beside a batch of {largest}: max_num_seqs")
         return tuple(notes)
 
     @property
@@ -163,6 +171,7 @@ class EngineSampler:
                 "seed": decoding.seed,
                 "chunk": _chunk(probe_ids) if load.cache_state == "chunked" else None,
                 "prefix": self._prefix(probe_ids) if load.cache_state == "prefix" else None,
+                "visitors": self._visitors(load, len(probe_ids), decoding.max_tokens),
             }
         )
         elapsed_s = time.perf_counter() - started
@@ -198,6 +207,32 @@ class EngineSampler:
             logprobs=logprobs,
             margins=tuple(row["margins"][:end]),
         )
+
+    def _visitors(
+        self, load: Load, n_probe_tokens: int, max_tokens: int
+    ) -> list[tuple[int, list[int]]]:
+        """Requests that come and go beside neighbours of other lengths: when, and their prompts.
+
+        A server computes prompts in the pass of others' tokens, by other kernels at times.
+        """
+        is_alike = {*load.filler_lengths} <= {n_probe_tokens}
+        if is_alike or load.cache_state != "whole" or load.batch_size >= self._most_requests:
+            return []
+        rng = random.Random(load.filler_seed)
+        gap = max(VISIT_PASSES, -(-max_tokens // MOST_VISITORS))
+        seeds = itertools.count(load.filler_seed + load.batch_size)
+        longest = max(load.filler_lengths)
+        limits = itertools.cycle((longest, min(longest, FEW_TOKENS)))
+        return [
+            (at, self._prompts.filler(next(seeds), rng.randint(2, max(2, next(limits)))))
+            for at in range(1, max_tokens - VISIT_PASSES, gap)
+        ]
+
+    @property
+    def _most_requests(self) -> int:
+        """That the engine runs at once."""
+        asked = parse_arguments(self._engine.arguments).get("max_num_seqs")
+        return asked if isinstance(asked, int) else max(256, max(self._spec.batch_sizes) + 1)
 
     def _prefix(self, probe_ids: list[int]) -> list[int]:
         """About half of the prompt, in whole blocks of the engine's prefix cache."""
@@ -255,14 +290,14 @@ class EngineSampler:
     def _most_tokens(self) -> int:
         """Tokens that the KV cache holds at the end of the largest batch, at most."""
         row = self._longest_row() + self._spec.decoding.max_tokens
-        return max(self._spec.batch_sizes) * row
+        return (max(self._spec.batch_sizes) + 1) * row
 
     def _arguments(self, **defaults: Any) -> dict[str, Any]:
         """The engine's arguments; what the user gives wins over what the loads need."""
         largest = max(self._spec.batch_sizes)
         return {
             **defaults,
-            "max_num_seqs": max(256, largest),
+            "max_num_seqs": self._most_requests,
             "max_num_batched_tokens": max(8192, largest * self._longest_row()),
             "enable_prefix_caching": True,
             **parse_arguments(self._engine.arguments),

@@ -14,7 +14,8 @@ import os
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 from ndcheck.errors import TrialError, UsageError, did_you_mean
@@ -24,6 +25,8 @@ SWITCH = "VLLM_BATCH_INVARIANT"
 VERSIONS = "0.26 to 0.32"
 REFUSAL = "CoverageError"
 """What the plug-in of ndcheck_kernels raises, by name: the engine's process may not have it."""
+
+VISITOR_TOKENS = 2
 
 Message = dict[str, Any]
 
@@ -138,7 +141,8 @@ class SteppedEngine:
 
         ``rows`` are token ids; those in ``slots`` are the probe's and are answered. ``prefix``
         is put into an emptied prefix cache for them first; with None no row reads that cache.
-        ``chunk`` is the most tokens of a prompt that a forward pass may take, or None.
+        ``chunk`` is the most tokens of a prompt that a forward pass may take, or None. ``visitors``
+        are (pass, prompt): requests beside the batch, for a pass or two from that one on.
         """
         rows, slots, prefix = batch["rows"], batch["slots"], batch["prefix"]
         if prefix is not None:
@@ -151,10 +155,14 @@ class SteppedEngine:
             longest = max(-(-len(row) // batch["chunk"]) for row in rows)
             n_tokens = [n + longest * (i not in slots) for i, n in enumerate(n_tokens)]
         try:
-            outputs = self._run(rows, slots, n_tokens, batch)
+            outputs = self._run(rows, slots, n_tokens, batch, batch["visitors"])
         finally:
             self._set_chunk(None, len(rows))
         passes = [each for each in self._passes if each.tokens_of_row]
+        if batch["visitors"] and not any(
+            each.has_prompt_beside(slots, len(rows)) for each in passes
+        ):
+            raise TrialError("the engine computed no other prompt beside the probe's tokens")
         answers = [_read(outputs[slot], rows[slot], batch, self._vocabulary) for slot in slots]
         cached = [answer["cached"] for answer in answers]
         for slot, n_cached in zip(slots, cached, strict=True):
@@ -224,34 +232,44 @@ class SteppedEngine:
         return int(self._config.model_config.get_vocab_size())
 
     def _run(
-        self, rows: list[list[int]], slots: list[int], n_tokens: list[int], batch: Message
+        self,
+        rows: list[list[int]],
+        slots: list[int],
+        n_tokens: list[int],
+        batch: Message,
+        visitors: Sequence[tuple[int, list[int]]] = (),
     ) -> dict[int, Any]:
         """Step until the probe's rows are done; the output of each by its row."""
         self._n_trials += 1
         self._row_of = {}
         for i, row in enumerate(rows):
-            request_id = f"{self._n_trials}-{i}"
-            parameters = self._parameters(n_tokens[i], batch, reads_cache=i in slots)
-            given = self._engine.add_request(request_id, {"prompt_token_ids": row}, parameters)
-            self._row_of[request_id] = i
-            # Newer versions add to the name; it is by this one that the scheduler knows the row.
-            self._row_of[given or request_id] = i
+            self._add(i, row, self._parameters(n_tokens[i], batch, reads_cache=i in slots))
         self._passes.clear()
         outputs: dict[int, Any] = {}
+        coming = deque(enumerate(visitors, len(rows)))
         while not outputs.keys() >= set(slots):
+            while coming and coming[0][1][0] <= len(self._passes):
+                i, (_, row) = coming.popleft()
+                self._add(i, row, self._parameters(VISITOR_TOKENS, batch, reads_cache=False))
             if not self._engine.has_unfinished_requests():
                 raise TrialError("the engine finished without an answer to every row")
             for output in self._engine.step():
                 if output.finished:
                     outputs[self._row_of[output.request_id]] = output
         n_passes = len(self._passes)
-        self._engine.abort_request(
-            [f"{self._n_trials}-{i}" for i in range(len(rows)) if i not in outputs]
-        )
+        unfinished = {*self._row_of.values()} - outputs.keys()
+        self._engine.abort_request([f"{self._n_trials}-{i}" for i in sorted(unfinished)])
         while self._engine.has_unfinished_requests():
             self._engine.step()
         del self._passes[n_passes:]
         return outputs
+
+    def _add(self, i: int, row: list[int], parameters: Any) -> None:
+        request_id = f"{self._n_trials}-{i}"
+        given = self._engine.add_request(request_id, {"prompt_token_ids": row}, parameters)
+        self._row_of[request_id] = i
+        # Newer versions add to the name; it is by this one that the scheduler knows the row.
+        self._row_of[given or request_id] = i
 
     def _parameters(self, n_tokens: int, batch: Message, *, reads_cache: bool) -> Any:
         """Rows never end early (a row that left would change the batch), and never share work."""

@@ -139,6 +139,43 @@ def test_stock_fails_and_invariant_passes(open_fake, spec, tmp_path):
     assert read_run(tmp_path / "run").spec == spec
 
 
+def test_prompts_are_computed_beside_the_probes_tokens(open_fake, spec, tmp_path):
+    """A fault of those passes alone, as FlashAttention 3 has it."""
+    spec = replace(spec, decoding=Decoding(24), n_samples=100)
+    run = measure(open_fake(spec, "mixed-dependent"), spec, tmp_path / "run")
+    verdict, probes = judgement(run, tmp_path / "run")
+    outcomes = {p.arm: p.verdict.outcome for p in verdict.probes}
+    assert outcomes == {"stock": "FAIL", "invariant": "PASS"}
+    failing = [a.axis for a in probes["stock"].axes if a.diverged_trials or a.latent_trials]
+    assert failing == ["neighbours"]
+    assert probes["stock"].unwitnessed_trials == 0
+
+
+def test_who_comes_and_goes_is_beside_the_batch_asked_for(open_fake, spec):
+    spec = replace(spec, decoding=Decoding(24), arms=("stock",))
+    sampler = open_fake(spec)
+    (alike,) = sample(
+        sampler, spec, Load(4, (0,), (sampler.count_tokens(spec.probes[0].prompt),) * 3)
+    )
+    assert {rows for _, rows, *_ in alike.witness.passes} == {4}
+    (others,) = sample(sampler, spec, Load(4, (0,), (3, 20, 1)))
+    assert {rows for _, rows, *_ in others.witness.passes} == {4, 5}
+    assert others.witness.achieved_batch_size == 4
+    assert others.witness.prefill_calls == 1
+    assert others.token_ids == alike.token_ids
+    mixed = [tokens for _, rows, tokens, *_ in others.witness.passes[1:] if tokens > rows]
+    assert 4 <= len(mixed) <= 8
+    assert len(set(mixed)) > 1
+
+
+def test_a_full_engine_takes_nobody_beside(open_fake, spec):
+    full = replace(spec, arms=("stock",), engine=Engine(arguments=("max_num_seqs=4",)))
+    sampler = open_fake(full)
+    assert sampler.notes[-1] == "no request comes and goes beside a batch of 4: max_num_seqs"
+    (taken,) = sample(sampler, full, Load(4, (0,), (3, 20, 1)))
+    assert {rows for _, rows, *_ in taken.witness.passes} == {4}
+
+
 def test_it_says_of_itself_what_runs_are_compared_by(open_fake, spec):
     described = open_fake(replace(spec, arms=("stock",))).describe()
     fields = {path.removeprefix("model.") for path in MUST_MATCH if path.startswith("model.")}

@@ -173,7 +173,8 @@ class LLMEngine:
             request.n_computed += scheduled.get(request.name, 0)
             if request.name not in scheduled or request.n_computed < len(request.prompt):
                 continue
-            self._add_token(request, len(scheduled))
+            beside = [n for name, n in scheduled.items() if name != request.name]
+            self._add_token(request, len(scheduled), max(beside, default=0))
             for end in range(BLOCK_SIZE, len(request.prompt) + 1, BLOCK_SIZE):
                 self.cached.add(tuple(request.prompt[:end]))
             n_wanted = request.params.max_tokens - (FAULT == "ends-early" and len(scheduled) > 1)
@@ -182,9 +183,13 @@ class LLMEngine:
                 done.append(self._output(request))
         return done
 
-    def _add_token(self, request, n_rows):
+    def _add_token(self, request, n_rows, longest_beside):
         t = len(request.token_ids)
         token_id, logprob = _best_token([*request.prompt, *request.token_ids])
+        # As FlashAttention 3's blocks of keys follow the longest query (vllm-project/vllm#51902).
+        is_mixed = t > 0 and longest_beside > 1
+        if FAULT == "mixed-dependent" and is_mixed and not envs.VLLM_BATCH_INVARIANT:
+            logprob -= 1 / 1024
         if FAULT == "batch-dependent" and n_rows > 1 and t >= 3 and not envs.VLLM_BATCH_INVARIANT:
             token_id += 1
         candidates = {token_id: logprob, token_id + 7: -5.0}
