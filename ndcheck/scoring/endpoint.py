@@ -107,10 +107,13 @@ class EndpointScorer:
                 },
             )
         most_bytes = BYTES_PER_ANSWER + BYTES_PER_TOKEN * len(ids)
+        events: list[Event] = []
         for n_tried in range(self._endpoint.n_retries + 1):
-            events: list[Event] = []
+            events.clear()
             try:
-                await self._transport.stream(url, body, most_bytes, events.append)
+                await self._transport.stream(
+                    url, body, most_bytes, lambda event, _: events.append(event)
+                )
             except RequestFailure as failure:
                 pause_s = FIRST_PAUSE_S * 2**n_tried
                 if failure.retry_after_s is not None:

@@ -123,8 +123,8 @@ class Client:
         answer = Answer(sent_s=time.perf_counter())
         body = {**body, **self._extra_body}
 
-        def take(event: Event) -> None:
-            answer.add(self._dialect.read(event), time.perf_counter())
+        def take(event: Event, at_s: float) -> None:
+            answer.add(self._dialect.read(event), at_s)
 
         max_bytes = BYTES_PER_ANSWER + BYTES_PER_TOKEN * max_tokens
         try:

@@ -43,7 +43,6 @@ from ndcheck.samplers.endpoint.witness import (
     Stream,
     batch_sizes_read,
     batch_sizes_seen,
-    came_at_once,
     even_steps,
     find_streams,
     held_to_streams,
@@ -286,7 +285,7 @@ class EndpointSampler:
         n_units = len(outcome.answer.stream(compared)[0])
         times_s = outcome.answer.unit_times_s(compared, n_units)
         if self._server.metrics is not None:
-            if came_at_once(times_s):
+            if outcome.answer.came_at_once:
                 times_s = even_steps(n_units, outcome.answer.sent_s, outcome.answer.last_s, streams)
             sizes = batch_sizes_read(times_s, self._server.metrics.readings)
             are_together = self._arrivals.kind == "together"
@@ -297,7 +296,7 @@ class EndpointSampler:
                 return sizes
         if load.batch_size == 1:
             return [1] * n_units  # Nothing else was sent; others' requests were not seen.
-        return batch_sizes_seen(times_s, streams)
+        return [] if outcome.answer.came_at_once else batch_sizes_seen(times_s, streams)
 
     async def _judge(self, trial: Trial, outcomes: list[Outcome], fillers: list[Outcome]) -> None:
         """Turn what happened beside a request into its error.

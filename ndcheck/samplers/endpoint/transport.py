@@ -130,18 +130,28 @@ class Transport:
             ) from None
 
     async def stream(
-        self, url: str, body: Mapping[str, Any], max_bytes: int, take: Callable[[Event], None]
+        self,
+        url: str,
+        body: Mapping[str, Any],
+        max_bytes: int,
+        take: Callable[[Event, float], None],
     ) -> Receipt:
-        """POST ``body`` and ``take`` each JSON object of the answer.
+        """POST ``body`` and ``take`` each JSON object of the answer, and when it came.
 
         Raises RequestFailure for everything that is not one of these.
         """
-        received = 0
+        received, at_s = 0, time.perf_counter()
+        loop, has_waited = asyncio.get_running_loop(), asyncio.Event()
+        has_waited.set()
         async with self._sent("POST", url, body, self._timeout_s) as (response, connection):
             reader = EventReader(self.redactor, response.headers.get("content-type", ""))
             try:
                 async with asyncio.timeout(None) as patience:
                     async for chunk in response.aiter_bytes():
+                        if has_waited.is_set():  # Else it lay ready beside the one before.
+                            at_s = time.perf_counter()
+                            has_waited.clear()
+                            loop.call_soon(has_waited.set)
                         received += len(chunk)
                         if received > max_bytes:
                             raise RequestFailure(
@@ -149,14 +159,14 @@ class Transport:
                                 "than its tokens need"
                             )
                         for event in reader.feed(chunk):
-                            take(event)
+                            take(event, at_s)
                         if reader.is_whole:
-                            patience.reschedule(asyncio.get_running_loop().time() + LINGER_S)
+                            patience.reschedule(loop.time() + LINGER_S)
             except TimeoutError:
                 if not reader.is_whole:
                     raise
             for event in reader.finish():
-                take(event)
+                take(event, at_s)
         words = snippet(reader.stray, self.redactor)
         return Receipt(reader.is_whole, words, connection, _is_cached(response.headers))
 

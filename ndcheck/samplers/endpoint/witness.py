@@ -25,8 +25,6 @@ GAUGES = (
 SEARCH_INTERVAL_S = 0.005
 WATCH_INTERVAL_S = 0.1
 CLIENT_OVERLAP = "client-side overlap"
-LEAST_STEP_S = 0.0005
-"""No model takes less for a token, on average, and events that lie ready are read in less."""
 N_STREAMED = 8
 """Rows of a trial, where the server's metrics tell the batch: each event costs both sides."""
 
@@ -93,15 +91,6 @@ def read_gauge(content: bytes, gauge: str) -> int | None:
     return max((value for value in values if value < MAX_COUNT), default=None)
 
 
-def came_at_once(times_s: Sequence[float]) -> bool:
-    """Was there no time for a step between parts that came at these moments, ascending?
-
-    A proxy may hold back a stream and send all of its events together.
-    """
-    n_steps = len(set(times_s)) - 1
-    return n_steps < 1 or times_s[-1] - times_s[0] < LEAST_STEP_S * n_steps
-
-
 def even_steps(n: int, sent_s: float, last_s: float, streams: Sequence[Stream]) -> list[float]:
     """When each of ``n`` tokens of an answer in one piece was made, which came at ``last_s``.
 
@@ -147,9 +136,9 @@ def find_streams(answers: Iterable[Answer]) -> list[Stream]:
     """Of the answers that came in parts."""
     found = []
     for answer in answers:
-        times_s = [arrival.at_s for arrival in answer.arrivals]
-        if came_at_once(times_s):
+        if answer.came_at_once:
             continue
+        times_s = [arrival.at_s for arrival in answer.arrivals]
         longest_s = (times_s[-1] - times_s[0]) / 3
         pauses = tuple((a, b) for a, b in pairwise(times_s) if b - a > longest_s)
         found.append(Stream(times_s[0], times_s[-1], pauses))
@@ -163,7 +152,7 @@ def batch_sizes_seen(times_s: Sequence[float], streams: Sequence[Stream]) -> lis
     whatever it began with. Empty where the answer did not come in parts. A server that interleaves
     requests without batching them looks the same, so this is weaker than its own metrics.
     """
-    if not streams or came_at_once(times_s):
+    if not streams or len(set(times_s)) < 2:
         return []
     firsts, lasts = sorted(s.first_s for s in streams), sorted(s.last_s for s in streams)
     pauses = [pause for stream in streams for pause in stream.pauses]

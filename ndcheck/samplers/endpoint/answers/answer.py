@@ -24,6 +24,8 @@ EMPTY = (
     'with --extra-body \'{{"reasoning_effort": "low"}}\' or '
     '\'{{"chat_template_kwargs": {{"enable_thinking": false}}}}\''
 )
+LEAST_STEP_S = 0.0005
+"""No model takes less for a token, on average; events that lie ready have one time, or few."""
 
 
 @dataclass(slots=True)
@@ -90,6 +92,15 @@ class Answer(Said):
     @property
     def last_s(self) -> float:
         return self.arrivals[-1].at_s if self.arrivals else -math.inf
+
+    @property
+    def came_at_once(self) -> bool:
+        """Was there no time for a step between its events?
+
+        A proxy may hold back a stream, and send all of it together.
+        """
+        n_steps = len(self.arrivals) - 1
+        return n_steps < 1 or self.last_s - self.arrivals[0].at_s < LEAST_STEP_S * n_steps
 
     def add(self, frame: Frame, now_s: float) -> None:
         """Take an event in that came at ``now_s``."""
