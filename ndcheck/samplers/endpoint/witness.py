@@ -26,7 +26,8 @@ SEARCH_INTERVAL_S = 0.005
 WATCH_INTERVAL_S = 0.1
 CLIENT_OVERLAP = "client-side overlap"
 LEAST_STEP_S = 0.0005
-"""No model takes less for a token, on average, and events that lie ready are read in less."""
+"""Few models take less for a token, on average, and events that lie ready are read in less, but
+for many streams at once."""
 N_STREAMED = 8
 """Rows of a trial, where the server's metrics tell the batch: each event costs both sides."""
 
