@@ -173,6 +173,7 @@ class Serving:
         self._counts: dict[int, int] = {}
         self._n_other_ends = 0
         self._beside: dict[int, set[str]] = {}
+        self._names: dict[int, str] = {}
         self._other_fields: dict[str, None] = {}
         self._reference: Sample | None = None
         self._differ = Counter[str]()
@@ -205,10 +206,12 @@ class Serving:
             n_counted -= self._counts.setdefault(ids, n_counted)
         is_other_end = self._ends.setdefault(ids, end) != end or bool(n_counted)
         self._n_other_ends += is_other_end
-        beside = {*witness.beside.split(), f"names of tokens={witness.names_digest}"}
+        beside, names = {*witness.beside.split()}, witness.names_digest
         if not is_other_end:  # Its reason has other words then.
             differing = self._beside.setdefault(ids, beside) ^ beside
             self._other_fields |= dict.fromkeys(x.partition("=")[0] for x in sorted(differing))
+        if names and self._names.setdefault(ids, names) != names:
+            self._other_fields["names of tokens"] = None
         if self._reference is None:
             self._reference = sample
         first = self._reference

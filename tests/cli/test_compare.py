@@ -150,9 +150,12 @@ def test_no_runs(ndcheck_here, tmp_path):
 
 
 def test_a_run_is_no_folder_of_runs(ndcheck_here, folder):
-    done = ndcheck_here("runs", "clean")
-    assert done.returncode == 2
-    assert "clean is a run itself: ndcheck report clean shows it" in done.stderr
+    for options in ((), ("--json",)):
+        done = ndcheck_here("runs", "clean", *options)
+        assert done.returncode == 2
+        assert "clean is a run itself: ndcheck report clean shows it" in done.stderr
+    (folder / "forks").rename(folder / "clean/forks")
+    assert "forks" in ndcheck_here("runs", "clean").stdout
 
 
 def test_characters_are_not_called_tokens(ndcheck_here, folder):

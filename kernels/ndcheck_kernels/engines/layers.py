@@ -191,9 +191,9 @@ def attention_step(
 ) -> Any:
     """`FlashAttentionMetadataBuilder.build`, with the same kernel in every step.
 
-    FlashAttention 3 chooses one by the longest query of a step, and that one's blocks of keys
-    (vllm-project/vllm#51902). It is told of one that is longer than what it tells apart; which keys
-    a query meets it reads off each request.
+    FlashAttention 3 chooses one by the longest query of a step, and with it the blocks of keys that
+    are added up (vllm-project/vllm#51902). So every step is said to have a query beyond its largest
+    tile. Nothing is computed for it: which queries there are, each request says.
     """
     step = vllms_own["attention_step"](self, common_prefix_len, common_attn_metadata, fast_build)
     if has_kernels_by_query(self.headdim):

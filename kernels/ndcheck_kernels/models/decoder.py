@@ -128,7 +128,7 @@ def join_weights(model: torch.nn.Module) -> list[Any]:
     layers: list[Any] = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
     if not all(map(_fits, layers)):
         return []
-    if not (_is_cut_as_here(model, layers) if is_shared(model) else _has_own_forwards(layers)):
+    if not (_is_cut_as_here(model, layers) if is_shared(model) else _have_class_forwards(layers)):
         return []
     for layer in layers:
         if not hasattr(layer, "_joined_qkv"):
@@ -141,8 +141,8 @@ def join_weights(model: torch.nn.Module) -> list[Any]:
     return layers
 
 
-def _has_own_forwards(layers: list[Any]) -> bool:
-    """Whether all modules compute by their classes' code, but for FP8 layers: they are replaced."""
+def _have_class_forwards(layers: list[Any]) -> bool:
+    """Whether no module has a forward of its own, but FP8 layers: these are replaced."""
     return not any(
         "forward" in vars(module) and not is_fp8(module)
         for layer in layers

@@ -30,10 +30,10 @@ def runs(
     if not exists(folder) or not folder.is_dir():
         raise UsageError(f"{folder} is no directory of runs")
     found = sorted(read_runs(folder), key=lambda run: str(run["started_at"]), reverse=True)
+    if not found and (folder / RUN_FILE).is_file():
+        raise UsageError(f"{folder} is a run itself: ndcheck report {quote(str(folder))} shows it")
     if json:
         typer.echo(json_module.dumps(found, indent=2))
-    elif (folder / RUN_FILE).is_file():
-        raise UsageError(f"{folder} is a run itself: ndcheck report {quote(str(folder))} shows it")
     elif not found:
         raise UsageError(f"{folder} holds no run")
     else:

@@ -30,7 +30,7 @@ from ndcheck.samplers.local.checkpoint.files import (
     can_hold,
     check_config,
     count_elements,
-    is_zero,
+    find_zeros,
     read_dtypes,
 )
 from ndcheck.samplers.local.checkpoint.fp8_layouts import FP8, kept_fp8
@@ -325,8 +325,9 @@ def _check_loaded(source: str, model: Any, found: dict[str, Any]) -> None:
                 f"--model {source}: {len(keys)} of {name}'s tensors {said} ({keys[0]}): "
                 "--random-weights SEED measures its shape without weights"
             )
-    left_over = filter(FOREIGN.search, _names(found.get("unexpected_keys")))
-    foreign = [k for k in left_over if not (k.endswith(".bias") and is_zero(source, k))]
+    left_over = [*filter(FOREIGN.search, _names(found.get("unexpected_keys")))]
+    zeros = find_zeros(source, {key for key in left_over if key.endswith(".bias")})
+    foreign = [key for key in left_over if key not in zeros]
     if foreign:
         raise UsageError(
             f"--model {source}: {name} has no place for {len(foreign)} tensors of the checkpoint "

@@ -75,6 +75,15 @@ def test_an_end_without_a_word_is_known_by_its_length(n_tokens, finish):
     assert answer.finish_reason == finish
 
 
+@pytest.mark.parametrize("pieces", [["one two three four five"], "one two three four five"])
+def test_a_text_that_no_tokens_asked_for_make_up_is_a_failure(pieces):
+    """However many events bring it: OpenAI's API says nothing of a token in each."""
+    answer = Answer(pieces=[*pieces], finish_reason="length", is_end=True)
+    answer.check(4, "text", counts_tokens=False)
+    with pytest.raises(RequestFailure, match=r"5 words of 2 tokens.* does not obey --max-tokens"):
+        answer.check(2, "text", counts_tokens=False)
+
+
 def test_usage_that_is_an_estimate_is_not_counted_with():
     whole(n_tokens=1, token_ids=[], tokens=[]).check(2, "text", counts_tokens=False)
     with pytest.raises(RequestFailure, match="1 of 2 tokens"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 
@@ -15,12 +14,12 @@ from ndcheck.records import Decoding, Probe
 class TakesOneAtATime:
     """Refuses what comes within so many seconds of the last request that it took."""
 
-    interval_s = 0.9
+    interval_s = 0.4
 
     def refuse(self, path, body):
         now_s = time.monotonic()
         if now_s < self.state.get("free_s", 0):
-            return 429, {"error": {"message": "slow down"}}, {"Retry_After": "1"}
+            return 429, {"error": {"message": "slow down"}}, {"Retry_After": "0.5"}
         self.state["free_s"] = now_s + self.interval_s
         return None
 
@@ -71,12 +70,10 @@ class HoldsBack:
     """A proxy before it sends all events of an answer together."""
 
     step_s = 0.02
+    wbufsize = -1
 
-    def stream(self, body):
-        wire, self.wfile = self.wfile, io.BytesIO()
-        super().stream(body)
-        wire.write(self.wfile.getvalue())
-        self.wfile = wire
+    def write(self, content):
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
 
 
 class HoldsBackWithGauge(HoldsBack):
@@ -91,8 +88,37 @@ def test_streams_that_are_held_back_are_not_said_to_have_run_alone(odd, measure)
 
 
 def test_streams_that_are_held_back_contradict_no_metrics(odd, measure):
-    judgement, *_ = measure(odd(HoldsBackWithGauge), decoding=Decoding(24))
+    judgement, *_ = measure(odd(HoldsBackWithGauge), decoding=Decoding(40), n_samples=7)
     assert judgement.verdict.outcome == "PASS", judgement.verdict.reasons
+
+
+class TextAlone:
+    def usage(self, body, n):
+        return None
+
+
+class LetterByLetter(TextAlone):
+    def events(self, body):
+        for event in super().events(body):
+            part = event["choices"][0]["delta"]
+            for letter in part.get("content", ""):
+                yield {"choices": [{"index": 0, "delta": {"content": letter}}]}
+        yield event
+
+
+class IgnoresTheLimit(TextAlone):
+    def tokens(self, body):
+        return [" w"] * 3 * self.limit(body)
+
+
+def test_several_events_a_token_are_no_other_length(odd, measure):
+    judgement, *_ = measure(odd(LetterByLetter))
+    assert judgement.verdict.outcome == "PASS", judgement.verdict.reasons
+
+
+def test_a_text_of_three_times_the_tokens_is_named(odd, measure):
+    with pytest.raises(BackendError, match=r"36 words of 12 tokens: .* not obey --max-tokens"):
+        measure(odd(IgnoresTheLimit))
 
 
 class NoGzip:

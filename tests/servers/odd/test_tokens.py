@@ -60,15 +60,23 @@ def test_runners_up_that_are_alike_pass(odd, measure):
     assert judgement.verdict.outcome == "PASS"
 
 
-class NamesOtherwise(MovesTheRunnerUp):
-    """Equal token ids and text, but in a batch the tokens have other names."""
+class ShowsIds(MovesTheRunnerUp):
+    def name(self, token):
+        return token
 
     def runner_up(self, t):
         return RUNNER_UP
 
     def fields(self, t, token, body):
         ids = {"token_ids": [t]} if body.get("return_token_ids") else {}
-        return ids | super().fields(t, token if self.running < 2 else token.upper(), body)
+        return ids | super().fields(t, self.name(token), body)
+
+
+class NamesOtherwise(ShowsIds):
+    """Equal token ids and text, but in a batch the tokens have other names."""
+
+    def name(self, token):
+        return token if self.running < 2 else token.upper()
 
 
 def test_names_that_differ_let_nothing_pass(odd, measure):
@@ -76,6 +84,20 @@ def test_names_that_differ_let_nothing_pass(odd, measure):
     assert summary.probes[0].serving.names_differ > 0
     assert judgement.verdict.outcome == "INCONCLUSIVE"
     assert any("names of tokens" in reason for reason in judgement.verdict.reasons)
+
+
+class NamesSome(ShowsIds):
+    """Names and log-probabilities are not shown to requests that come while others run."""
+
+    def events(self, body):
+        return super().events(body if self.running < 2 else {**body, "logprobs": None})
+
+
+@pytest.mark.parametrize("allow_latent", [False, True])
+def test_names_that_are_not_shown_do_not_differ(odd, measure, allow_latent):
+    judgement, *_ = measure(odd(NamesSome), allow_latent=allow_latent)
+    assert judgement.verdict.outcome == ("PASS" if allow_latent else "INCONCLUSIVE")
+    assert not any("names of tokens" in reason for reason in judgement.verdict.reasons)
 
 
 class RespondsWithLogprobs:

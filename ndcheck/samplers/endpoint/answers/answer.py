@@ -18,6 +18,9 @@ Compared = Literal["token ids", "logprob tokens", "text"]
 The text is compared with each of them."""
 ALIGNMENT_WINDOW = 256
 LEAST_REPEATED = 4
+MOST_WORDS_A_TOKEN = 2
+"""No vocabulary has so many on average; how much of a text an event brings says nothing."""
+DISOBEYS = "the server does not obey --max-tokens"
 EMPTY = (
     "the completion is empty: its {} tokens are reasoning that the server does not show: "
     "raise --max-tokens, or turn the reasoning off in the server, or where it takes such fields "
@@ -25,7 +28,7 @@ EMPTY = (
     '\'{{"chat_template_kwargs": {{"enable_thinking": false}}}}\''
 )
 LEAST_STEP_S = 0.0005
-"""No model takes less for a token, on average; events that lie ready have one time, or few."""
+"""Few models take less for a token, on average; events that lie ready have one time, or few."""
 
 
 @dataclass(slots=True)
@@ -190,13 +193,18 @@ class Answer(Said):
                 f"wrong token count: {len(self.token_ids)} token ids, {len(self.tokens)} logprobs"
             )
         if n is None:
+            n_words = len(self.text.split())
+            if n_words > MOST_WORDS_A_TOKEN * max_tokens:
+                raise RequestFailure(
+                    f"wrong token count: {n_words} words of {max_tokens} tokens: {DISOBEYS}"
+                )
             return
         is_short = self.finish_reason == "length" and n < max_tokens
         if n > max_tokens or is_short:
             cure = (
                 f"the server has a limit of its own: give --max-tokens {n} or less"
                 if is_short
-                else "the server does not obey --max-tokens"
+                else DISOBEYS
             )
             raise RequestFailure(
                 f"wrong token count: {n} of {max_tokens} tokens, "

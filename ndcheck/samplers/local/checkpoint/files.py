@@ -95,17 +95,18 @@ def read_dtypes(source: str) -> dict[str, str]:
     return dtypes
 
 
-def is_zero(source: str, name: str) -> bool:
-    """Whether a tensor of a directory's safetensors files is all zeros; False if there is none."""
+def find_zeros(source: str, names: set[str]) -> set[str]:
+    """Which of these tensors in a directory's safetensors files are all zeros; none of a hub id."""
     from safetensors import safe_open
 
     option = f"--model {source}"
-    directory = find_directory(source, option)
+    directory = find_directory(source, option) if names else None
+    zeros: set[str] = set()
     for file in _shards(option, directory) if directory else ():
         with safe_open(Path(source) / file, framework="pt") as weights:
-            if name in weights.keys():  # noqa: SIM118
-                return not bool(weights.get_tensor(name).any())
-    return False
+            here = names.intersection(weights.keys())
+            zeros |= {name for name in here if not weights.get_tensor(name).any()}
+    return zeros
 
 
 def can_hold(dtype: str, stored: str) -> bool:
