@@ -221,9 +221,10 @@ def measure(
         failure = error
     code = report(directory.path, as_json=as_json, html=html, plots=plots)
     if failure is not None:
-        # What was refused once is refused again.
-        again = "" if isinstance(failure, UsageError) else f"; go on with: {go_on}"
-        note(f"finished trials are kept{again}")
+        if directory.has_samples:
+            # What was refused once is refused again.
+            again = "" if isinstance(failure, UsageError) else f"; go on with: {go_on}"
+            note(f"finished trials are kept{again}")
         raise failure
     return code
 
