@@ -16,22 +16,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.table import Table
-from ndcheck_kernels.engines.layers import (
-    LONGEST_QUERY,
-    has_kernels_by_query,
-    has_kernels_by_window,
-)
+from ndcheck_kernels.engines.layers import has_kernels_by_window, longest_query
 
 HEAD_DIMS, HEADS_A_KEY_HEAD, PAGES = (64, 80, 96, 128, 192, 256), (3, 1), (16, 128)
 LENGTH, QUERIES, LONGEST = 1500, (1, 5, 40, 200), (0, 1, 2, 9, 10, 21, 22, 64, 65, 129, 193, 300)
 """Tokens of the request, its queries, and the longest query beside it; none with 0."""
+STEPS = [
+    [own] if longest == 0 else [own, min(longest, 60), 1, longest]
+    for own, longest in itertools.product(QUERIES, LONGEST)
+]
+"""Queries of each request."""
 NEIGHBOURS, WINDOW = (60, 700, 2500), 2048
 """Tokens of the others; with the last the window counts, which the request alone does not fill."""
 
@@ -74,12 +74,6 @@ class Case:
         return out[asked[0] - 1]
 
 
-def steps() -> Iterator[list[int]]:
-    """Queries of each request."""
-    for own, longest in itertools.product(QUERIES, LONGEST):
-        yield [own] if longest == 0 else [own, min(longest, 60), 1, longest]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
@@ -91,17 +85,17 @@ def main() -> int:
     for head_dim, ratio, page, window in cases:
         case = Case(head_dim, ratio, page, window)
         is_covered = window is None or not has_kernels_by_window(head_dim)
-        found = {}
-        for least in (1, LONGEST_QUERY if has_kernels_by_query(head_dim) else 1):
-            whole = case.last_row([LENGTH], LENGTH)
-            rows = [case.last_row(asked, max(least, *asked)) for asked in steps()]
-            found[least] = sum(not torch.equal(row, whole) for row in rows)
-        vllms, ours = found[1], list(found.values())[-1]
+        whole = case.last_row([LENGTH], LENGTH)
+        vllms = ours = 0
+        for asked in STEPS:
+            told = longest_query(head_dim, max(asked))
+            vllms += not torch.equal(case.last_row(asked, max(asked)), whole)
+            ours += not torch.equal(case.last_row(asked, told), whole)
         control += vllms
         worst += ours if is_covered else 0
         table.add(
             head_dim=head_dim, heads_a_key_head=ratio, page=page, window=window or "",
-            covered=is_covered, steps=len(rows), differ_vllm=vllms, differ_ndcheck=ours,
+            covered=is_covered, steps=len(STEPS), differ_vllm=vllms, differ_ndcheck=ours,
         )  # fmt: skip
     print(f"differ in covered layers: {worst}; without the plug-in, in all: {control}")
     return 1 if worst else 0 if control else 3

@@ -196,14 +196,13 @@ def attention_step(
     tile. Nothing is computed for it: which queries there are, each request says.
     """
     step = vllms_own["attention_step"](self, common_prefix_len, common_attn_metadata, fast_build)
-    if has_kernels_by_query(self.headdim):
-        step.max_query_len = max(step.max_query_len, LONGEST_QUERY)
+    step.max_query_len = longest_query(self.headdim, step.max_query_len)
     return step
 
 
-def has_kernels_by_query(head_size: int) -> bool:
-    """Whether FlashAttention 3 would choose; between 64 and 128 all its blocks have 128 keys."""
-    return not 64 < head_size <= 128
+def longest_query(head_size: int, longest: int) -> int:
+    """What is said in place of a step's own; between 64 and 128 all blocks have 128 keys."""
+    return longest if 64 < head_size <= 128 else max(longest, LONGEST_QUERY)
 
 
 def has_kernels_by_window(head_size: int) -> bool:
