@@ -100,10 +100,11 @@ def find_zeros(source: str, names: set[str]) -> set[str]:
     from safetensors import safe_open
 
     option = f"--model {source}"
-    directory = find_directory(source, option) if names else None
     zeros: set[str] = set()
-    for file in _shards(option, directory) if directory else ():
-        with safe_open(Path(source) / file, framework="pt") as weights:
+    if not names or (directory := find_directory(source, option)) is None:
+        return zeros
+    for file in _shards(option, directory):
+        with safe_open(directory / file, framework="pt") as weights:
             here = names.intersection(weights.keys())
             zeros |= {name for name in here if not weights.get_tensor(name).any()}
     return zeros
