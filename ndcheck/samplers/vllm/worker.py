@@ -8,6 +8,7 @@ output belongs to this protocol alone: what the engine prints goes to standard e
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -246,11 +247,12 @@ class SteppedEngine:
             self._add(i, row, self._parameters(n_tokens[i], batch, reads_cache=i in slots))
         self._passes.clear()
         outputs: dict[int, Any] = {}
-        coming = deque(enumerate(visitors, len(rows)))
+        coming, numbers = deque(visitors), itertools.count(len(rows))
         while not outputs.keys() >= set(slots):
-            while coming and coming[0][1][0] <= len(self._passes):
-                i, (_, row) = coming.popleft()
-                self._add(i, row, self._parameters(VISITOR_TOKENS, batch, reads_cache=False))
+            while coming and coming[0][0] <= len(self._passes):
+                _, prompt = coming.popleft()
+                parameters = self._parameters(VISITOR_TOKENS, batch, reads_cache=False)
+                self._add(next(numbers), prompt, parameters)
             if not self._engine.has_unfinished_requests():
                 raise TrialError("the engine finished without an answer to every row")
             for output in self._engine.step():
