@@ -69,6 +69,7 @@ def compile_and_note(self, *arguments):
         else:
             compiled[self.__name__].append(seconds)
 
+@functools.cache
 def watch_all():
     global compile_
     import torch
@@ -143,6 +144,8 @@ def run(out: Path, caches: dict[str, str], *options: str) -> dict[str, object]:
             command, env={**os.environ, **caches}, stdout=log, stderr=log, check=False
         )
     elapsed = time.monotonic() - began
+    if child.returncode not in (0, 1):
+        sys.exit(f"exit code {child.returncode}, no verdict: see {log.name}")
     parts = json.loads(seen.read_text())
     marks = Path(caches["TRITON_CACHE_DIR"]).glob("ndcheck-*")
     made = sorted(mark.stat().st_mtime - began_at for mark in marks)

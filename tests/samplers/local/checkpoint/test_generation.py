@@ -53,7 +53,7 @@ def test_settings_of_generate_change_no_completion(model, tmp_path, caplog, name
     (reference, *_) = plan(model, sampler)
     (sample,) = sampler.sample(reference, model.probes[0], model.decoding)
     ids = sampler.encode(model.probes[0].content)
-    with torch.inference_mode():
+    with torch.inference_mode(), sampler.model.device:
         for _ in range(8):
             logits = sampler.model(input_ids=torch.tensor([ids]), use_cache=False).logits
             ids = [*ids, int(logits[0, -1].argmax())]
