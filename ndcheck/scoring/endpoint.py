@@ -19,7 +19,7 @@ from ndcheck.samplers.endpoint.capabilities import BUSY
 from ndcheck.samplers.endpoint.credentials import request_headers, request_query
 from ndcheck.samplers.endpoint.identity import identify
 from ndcheck.samplers.endpoint.private import Private, query_secrets
-from ndcheck.samplers.endpoint.transport import Transport
+from ndcheck.samplers.endpoint.transport import EventLoop, Transport
 from ndcheck.scoring.completions import TokenIds
 from ndcheck.scoring.scorers import Score, checked
 
@@ -39,7 +39,7 @@ class EndpointScorer:
     def __init__(self, spec: RunSpec, endpoint: Endpoint, private: Private) -> None:
         self._model = spec.model
         self._endpoint = endpoint
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner(loop_factory=EventLoop)
         query = request_query(endpoint, private.query)
         self._transport = Transport(
             endpoint.url,

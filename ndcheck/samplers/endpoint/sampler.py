@@ -38,7 +38,7 @@ from ndcheck.samplers.endpoint.credentials import request_body, request_headers,
 from ndcheck.samplers.endpoint.identity import Identity, identify
 from ndcheck.samplers.endpoint.opening import open_server
 from ndcheck.samplers.endpoint.private import Private, query_secrets, secrets_of
-from ndcheck.samplers.endpoint.transport import Transport
+from ndcheck.samplers.endpoint.transport import EventLoop, Transport
 from ndcheck.samplers.endpoint.witness import (
     Stream,
     batch_sizes_read,
@@ -80,7 +80,7 @@ class EndpointSampler:
         self._spec = spec
         self._endpoint = endpoint
         self._arrivals = parse_arrivals(endpoint.arrival, "s")
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner(loop_factory=EventLoop)
         query = request_query(endpoint, private.query)
         extra_body = request_body(endpoint, private.extra_body)
         self._transport = Transport(
