@@ -22,27 +22,28 @@ if TYPE_CHECKING:
 def starting_up(device: str | None) -> Iterator[None]:
     """Import torch and transformers, and what the block imports, while ``device`` starts.
 
-    Together they make a million objects, of which none is garbage, and transformers imports
-    scikit-learn where that is installed, for a kind of assisted generation: both take seconds.
+    Together they make a million objects, of which none is garbage, and where they are installed
+    transformers imports scikit-learn, for a kind of assisted generation, and SciPy, for losses of
+    object detection: all this takes seconds.
     """
     if "transformers" in sys.modules:
         yield
         return
-    import torch
+    with uncollected():
+        import torch
 
-    def allocate() -> None:
-        with suppress(Exception):  # It will fail again, where that can be said.
-            torch.zeros(1, device=choose_device(device or "cpu"))
+        def allocate() -> None:
+            with suppress(Exception):  # It will fail again, where that can be said.
+                torch.zeros(1, device=choose_device(device or "cpu"))
 
-    starting = threading.Thread(target=allocate, daemon=True)
-    starting.start()
-    try:
-        with uncollected():
-            with _hidden("sklearn"):
-                from transformers import GenerationMixin  # noqa: F401
+        starting = threading.Thread(target=allocate, daemon=True)
+        starting.start()
+        try:
+            with _hidden("sklearn"), _hidden("scipy"):
+                from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
             yield
-    finally:
-        starting.join()  # A process that ends while torch computes in a thread is aborted.
+        finally:
+            starting.join()  # A process that ends while torch computes in a thread is aborted.
 
 
 @contextmanager
