@@ -45,6 +45,7 @@ from ndcheck.samplers.local.checkpoint.quantised import (
     put_layers,
     read_quantisation,
     stored_by_us,
+    warn_of_cache,
 )
 from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
 from ndcheck.samplers.local.sharding import (
@@ -166,9 +167,7 @@ def load_model(
         raise UsageError(f"--attn {spec.attention}: give {name}, which --batching continuous pages")
     if spec.attention != "auto":
         options["attn_implementation"] = spec.attention
-    stored = None
-    if spec.random_weights is None:
-        stored = _count_elements(source)
+    stored = _count_elements(source) if spec.random_weights is None else None
     found = None if source.endswith(SUFFIX) else read_quantisation(config)
     check_quantisation(source, found, spec)
     options_of_weights = loading_options(config, found, spec)
@@ -201,6 +200,7 @@ def load_model(
             **options,
         )
     _check_loaded(source, model, said)
+    warn_of_cache(config, _names(said.get("unexpected_keys")), spec)
     if packed is not None:
         with _one_line_errors(source, "its weights"):
             make_layers(model, device, is_plain=spec.dequantise)
