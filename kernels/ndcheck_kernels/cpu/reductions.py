@@ -255,7 +255,7 @@ def cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> to
     """Running sum."""
     x = x if dtype is None else x.to(dtype)
     if not (x.is_floating_point() or x.is_complex()):
-        return x.cumsum(dim)  # Exact in any order.
+        return x.cumsum(dim, dtype=dtype)  # Exact in any order.
     return _along(x, dim, "cumsum", lambda r: r.cumsum(-1)).to(x.dtype)
 
 

@@ -59,6 +59,8 @@ ATTENTION = ("FLASH_ATTN",)
 
 PACKAGES = ("vllm", "torch")
 """Whose classes are known by their names alone."""
+WRAPPERS = "vllm.lora."
+"""Where those are that hold a layer of vLLM's and add products of their own."""
 
 
 def kind_of(found: Any) -> str:
@@ -104,6 +106,8 @@ def _layers(model: torch.nn.Module, config: Any) -> Iterator[Layer]:
             yield _attention(name, module)
         elif kind in _OTHERS:
             yield Layer(name, kind, _OTHERS[kind])
+        elif type(module).__module__.startswith(WRAPPERS):
+            yield Layer(name, kind, "vLLM's LoRA kernels", covered=False)
         elif any(True for _ in module.parameters(recurse=False)) or not _has_children(module):
             yield Layer(name, kind, "nothing", covered=False)
 

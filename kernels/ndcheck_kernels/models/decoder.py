@@ -38,7 +38,7 @@ from ndcheck_kernels.cuda.rows.quantise import (
 from ndcheck_kernels.cuda.rows.rms_norm import rms_norm
 from ndcheck_kernels.cuda.rows.silu_mul import silu_mul
 from ndcheck_kernels.models.caches.argument import given_cache
-from ndcheck_kernels.models.interface import here, is_as_published
+from ndcheck_kernels.models.interface import has_own_parts, here, is_as_published
 from ndcheck_kernels.models.mixture import is_mixture, mixture, mixture_fires, mixture_part
 from ndcheck_kernels.models.projections import Projection, add_over_ranks, can_join
 from ndcheck_kernels.models.quantised import is_fp8
@@ -151,7 +151,7 @@ def _have_class_forwards(layers: list[Any]) -> bool:
 
 
 def _fits(layer: Any) -> bool:
-    if type(layer).__name__ not in LAYERS or not is_as_published(layer):
+    if type(layer).__name__ not in LAYERS or not (is_as_published(layer) and has_own_parts(layer)):
         return False
     own, mlp = layer.self_attn, layer.mlp
     return (

@@ -25,7 +25,11 @@ from ndcheck_kernels.cpu.products import addmm, mm
 from ndcheck_kernels.cpu.reductions import sum_rows
 from ndcheck_kernels.models.attention import Spans
 from ndcheck_kernels.models.caches.argument import cache_argument, given_cache
-from ndcheck_kernels.models.interface import is_as_published, is_seen_by_the_mode_alone
+from ndcheck_kernels.models.interface import (
+    has_own_parts,
+    is_as_published,
+    is_seen_by_the_mode_alone,
+)
 from ndcheck_kernels.scope.mode import invariant_kernels
 from ndcheck_kernels.scope.refusal import UnsupportedCallError
 from ndcheck_kernels.scope.state import Scope, active_scope
@@ -71,7 +75,7 @@ def direct_layers(model: Any) -> Iterator[int]:
 
 
 def _fits(layer: Any) -> bool:
-    if type(layer).__name__ not in LAYERS or _is_changed(layer):
+    if type(layer).__name__ not in LAYERS or _is_changed(layer) or not has_own_parts(layer):
         return False
     own, products = layer.self_attn, _products(layer)
     return (

@@ -1,6 +1,7 @@
 """What the models' parts share: the refusal outside of a scope, a rank's part of a parameter."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -44,6 +45,17 @@ def is_as_published(module: torch.nn.Module) -> bool:
         or each._forward_pre_hooks
         for each in module.modules()
     )
+
+
+def has_own_parts(layer: Any) -> bool:
+    """Whether the parts of a decoder layer of the Llama shape are classes of its own file.
+
+    Others in their place compute something else, whoever's they are, or nothing (a pruned layer).
+    """
+    own, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
+    of_heads = [getattr(own, name) for name in ("q_norm", "k_norm") if hasattr(own, name)]
+    parts = (own, layer.mlp, *norms, *of_heads)
+    return all(type(part).__module__ == type(layer).__module__ for part in parts)
 
 
 def here(parameter: torch.Tensor) -> torch.Tensor:

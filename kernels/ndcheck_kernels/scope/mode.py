@@ -99,7 +99,10 @@ def _where_and_what(
     tensors = list(_tensors((*args, *kwargs.values())))
     # Tensors without dimensions may live on the CPU whatever the device of the others.
     device = next((t.device.type for t in sorted(tensors, key=lambda t: -t.dim())), "cpu")
-    return device, next((t.dtype for t in tensors if not _is_integral(t)), kwargs.get("dtype"))
+    named = kwargs.get("dtype")
+    if isinstance(named, torch.dtype) and not (named.is_floating_point or named.is_complex):
+        named = None  # A mask that is counted in int32.
+    return device, next((t.dtype for t in tensors if not _is_integral(t)), named)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:

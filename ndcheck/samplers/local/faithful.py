@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ndcheck.errors import TrialError, UsageError, first_line
-from ndcheck.records import CacheState
+from ndcheck.records import CacheState, Load
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.checkpoint.generation import plain_generation
 from ndcheck.samplers.local.checkpoint.quantised import dequantised_layers
@@ -40,14 +40,15 @@ and up to 0.3 in bf16; wrong masks, positions and states give 0.002 to 5.
 """
 N_REPEATS = 3
 
-Path = tuple[bool, CacheState]
-"""Whether the row is padded, and how its prompt enters the cache."""
+Path = tuple[bool, CacheState | Literal["scored"]]
+"""Whether the row is padded, and how its prompt enters the cache: scored, with the completion."""
 
 ALONE: Path = (False, "whole")
 IN_PASSES: Path = (False, "chunked")
 """Several tokens over what the cache holds: a chunk of a prompt, and of a completion too."""
+SCORED: Path = (False, "scored")
 PATHS: tuple[Path, ...] = (
-    *(ALONE, IN_PASSES, (False, "prefix")),
+    *(ALONE, IN_PASSES, (False, "prefix"), SCORED),
     *((True, "whole"), (True, "chunked"), (True, "prefix")),
 )
 
@@ -166,9 +167,10 @@ def _mend(
         mended = Examination(model.dtype, findings.rows)
         with warnings.catch_warnings(), in_float32(model, device) as mended.dtype:
             warnings.simplefilter("ignore")
-            _Examination(model, device, mended, arm).look(failed)
+            # Decoding alone, too: with it a run compares them.
+            _Examination(model, device, mended, arm).look([ALONE, *failed])
         for path in failed:
-            if path in mended.differences and mended.reasons[path] is None:
+            if path in mended.differences and mended.reason(path) is None:
                 findings.reasons[path] = None
                 findings.differences[path] = mended.differences[path]
     return findings
@@ -302,6 +304,10 @@ class _Examination:
             batch.reset([row[::-1] for row in rows])
             batch.compute_prompt("whole")
             batch.reset(rows)
+            if cache_state == "scored":
+                fed = torch.tensor([forced], device=self._device).expand(len(rows), -1)
+                ((part, n_wanted),) = batch.passes(fed, Load(len(rows), (0,), scores=True))
+                return batch.forward(part, n_wanted)[0].double()
             # A model may give all its logits in one buffer.
             logits = [batch.compute_prompt(cache_state)[0].double().clone()]
             for token in forced:
@@ -338,6 +344,7 @@ class _Examination:
             "whole": "decoded token by token",
             "chunked": "after a prompt in parts",
             "prefix": "after a prefix computed before",
+            "scored": "of prompt and completion in one pass",
         }[cache_state]
         if is_padded:
             how = f"of a padded row{'' if cache_state == 'whole' else f', {how}'}"

@@ -45,6 +45,7 @@ from ndcheck.samplers.local.checkpoint.quantised import (
     put_layers,
     read_quantisation,
     stored_by_us,
+    warn_of_cache,
 )
 from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
 from ndcheck.samplers.local.sharding import (
@@ -166,9 +167,7 @@ def load_model(
         raise UsageError(f"--attn {spec.attention}: give {name}, which --batching continuous pages")
     if spec.attention != "auto":
         options["attn_implementation"] = spec.attention
-    stored = None
-    if spec.random_weights is None:
-        stored = _count_elements(source)
+    stored = _count_elements(source) if spec.random_weights is None else None
     found = None if source.endswith(SUFFIX) else read_quantisation(config)
     check_quantisation(source, found, spec)
     options_of_weights = loading_options(config, found, spec)
@@ -201,6 +200,7 @@ def load_model(
             **options,
         )
     _check_loaded(source, model, said)
+    warn_of_cache(config, _names(said.get("unexpected_keys")), spec)
     if packed is not None:
         with _one_line_errors(source, "its weights"):
             make_layers(model, device, is_plain=spec.dequantise)
@@ -213,9 +213,8 @@ def load_model(
 
 def _count_elements(source: str) -> int | None:
     """The elements of all stored tensors; None for a hub id."""
-    if source.endswith(SUFFIX):
-        return read_gguf_head(Path(source)).n_elements
-    return count_elements(source)
+    is_gguf = source.endswith(SUFFIX)
+    return read_gguf_head(Path(source)).n_elements if is_gguf else count_elements(source)
 
 
 def _make(
@@ -224,10 +223,9 @@ def _make(
     assert spec.random_weights is not None
     found = read_quantisation(config)
     # As if a checkpoint had been stored: in another dtype it is the same model, not other draws.
-    stored = config.dtype or torch.bfloat16
-    dtype = DTYPES.get(spec.dtype, stored)
-    if found:  # Codes are drawn in float32, and their scales stay in it.
-        stored = dtype
+    dtype = DTYPES.get(spec.dtype, config.dtype or torch.bfloat16)
+    # Codes are drawn in float32, and their scales stay in it.
+    stored = dtype if found else config.dtype or torch.bfloat16
     # One process draws as `from_config` does, so that a short script has the same weights. Several
     # draw their shards, so that none ever holds the whole model; quantised ones a matrix at a time.
     is_spread = spec.tensor_parallel > 1 or spec.tp_groups is not None
@@ -248,6 +246,9 @@ def _make(
         for parameter in made.parameters():
             if parameter.dtype == stored:
                 parameter.data = parameter.data.to(dtype)
+        like = build_empty(source, config, spec, options).buffers()
+        for buffer, other in zip(made.buffers(), like, strict=True):
+            buffer.data = buffer.data.to(other.dtype)
     return made.eval()
 
 

@@ -16,6 +16,7 @@ from ndcheck.samplers.local.faithful import (
     ALONE,
     IN_PASSES,
     PATHS,
+    SCORED,
     Examination,
     Path,
 )
@@ -25,12 +26,14 @@ def paths_of(spec: RunSpec) -> list[Path]:
     """What the run will send through the model; continuous batching takes other ways."""
     if spec.batching == "continuous":
         return []
-    has_cache, has_neighbours = "cache" in spec.axes, "neighbours" in spec.axes
+    wanted = {"whole"} | ({*CACHE_STATES} if "cache" in spec.axes else set())
+    fed = {IN_PASSES} if spec.feeds else set()
+    scored = {SCORED} if "scoring" in spec.axes else set()
     return [
-        (is_padded, state)
-        for is_padded, state in PATHS
-        if (has_cache or state == "whole" or (spec.feeds and (is_padded, state) == IN_PASSES))
-        and (has_neighbours or not is_padded)
+        path
+        for path in PATHS
+        if (path[1] in wanted or path in fed | scored)
+        and ("neighbours" in spec.axes or not path[0])
     ]
 
 
@@ -62,7 +65,8 @@ def find_refusals(
         is_padded, cache_state = path
         for prompt, longest in lengths:
             rows = [prompt, longest] if is_padded else [prompt]
-            if reason := rope_reason(config, rows, n_new, cache_state):
+            entry = "whole" if cache_state == "scored" else cache_state
+            if reason := rope_reason(config, rows, n_new, entry):
                 return reason
         return findings.reason(path) if findings is not None else None
 
@@ -78,6 +82,8 @@ def find_refusals(
         refusals.axes["neighbours"] = reason
     if reason := find(IN_PASSES):
         refusals.axes["width"] = reason
+    if reason := find(SCORED):
+        refusals.axes["scoring"] = reason
     if spec.batching == "continuous":
         refusals.axes.update(NOT_FED)
     return refusals

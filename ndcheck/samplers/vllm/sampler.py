@@ -47,6 +47,7 @@ from ndcheck.samplers.vllm.process import Worker
 
 SHARED_MEMORY = 0.9
 """Share of the GPU's memory that the engines of all arms may take together."""
+PYTHON = {"True": True, "False": False, "None": None}
 MOST_VISITORS, VISIT_PASSES, FEW_TOKENS = 8, 3, 16
 """In a trial; from one to the next, at least; and the length up to which every other one is."""
 
@@ -246,8 +247,9 @@ class EngineSampler:
     def _start(self) -> None:
         """Start every arm's engine, or the first alone where they do not fit side by side."""
         arms = self._spec.arms
-        share = self._arguments().get("gpu_memory_utilization")
-        if len(arms) > 1 and (share is None or share * len(arms) <= SHARED_MEMORY):
+        share = self._arguments().get("gpu_memory_utilization") or 0
+        # What is no number the engine refuses, by name.
+        if len(arms) > 1 and isinstance(share, int | float) and share * len(arms) <= SHARED_MEMORY:
             try:
                 for arm in reversed(arms):  # The invariant one says by whom it is computed.
                     self._begin(arm, gpu_memory_utilization=SHARED_MEMORY / len(arms))
@@ -311,14 +313,14 @@ class EngineSampler:
 
 
 def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` as keyword arguments: a value is JSON, or else text."""
-    parsed = {}
+    """``KEY=VALUE`` as keyword arguments: a value is JSON, or a word of Python's, or else text."""
+    parsed: dict[str, Any] = {}
     for argument in arguments:
         name, _, value = argument.partition("=")
         try:
             parsed[name] = json.loads(value)
         except ValueError:
-            parsed[name] = value
+            parsed[name] = PYTHON.get(value, value)  # As text `False` would be true.
     return parsed
 
 

@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ndcheck_kernels.engines import layers
+from ndcheck_kernels.engines import coverage, layers
 from ndcheck_kernels.engines.plugin import CoverageError, register
 from ndcheck_kernels.engines.seams import RELEASES
 from ndcheck_kernels.scope.refusal import UnsupportedCallError
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+IN_LORA = "vllm.lora.layers.column_parallel_linear"
 
 
 def functions(vllm):
@@ -297,6 +300,20 @@ def test_a_class_of_a_models_own_code_is_not_known_by_its_name(begin, caplog):
     type(model).__module__ = "my_model"
     vllm.worker(model).load_model()
     assert "the forward pass of my_model.Qwen3MoeForCausalLM is not known" in caplog.text
+
+
+def test_a_layer_inside_one_of_lora_does_not_cover_it(begin, monkeypatch):
+    """With --enable-lora vLLM wraps each, and the wrapper adds products by its own kernels."""
+    monkeypatch.setattr(coverage, "PACKAGES", (*coverage.PACKAGES, "vllm"))
+    vllm = begin()
+    model = vllm.model()
+    kind = type("QKVParallelLinearWithLoRA", (torch.nn.Module,), {"__module__": IN_LORA})
+    wrapper = kind()
+    wrapper.base_layer = model.layers[0].qkv_proj
+    model.layers[0].qkv_proj = wrapper
+    said = r"qkv_proj \(QKVParallelLinearWithLoRA: vLLM's LoRA kernels\); NDCHECK_VLLM=partial"
+    with pytest.raises(CoverageError, match=said):
+        vllm.worker(model).load_model()
 
 
 def test_partial_leaves_it_to_vllm_and_says_so(begin, caplog):

@@ -35,6 +35,7 @@ CLASSES = {
     f"{LAYERS}/fused_moe/router/gate_linear.py": LINEAR[:1],
     f"{LAYERS}/quantization/fp8.py": ("Fp8LinearMethod", "Fp8MoEMethod"),
     "vllm/model_executor/models/utils.py": ("PPMissingLayer",),
+    "vllm/lora/layers/column_parallel_linear.py": ("QKVParallelLinearWithLoRA",),
     **{
         f"vllm/model_executor/models/{name}.py": (kind,)
         for name, kind in zip(

@@ -144,6 +144,43 @@ def test_hooks_and_other_modules_keep_the_layers_as_they_are(make_model):
         assert n_layers == 2
 
 
+class Nothing(torch.nn.Identity):
+    """In the place of attention, as pruned models have it, which gives weights beside."""
+
+    def forward(self, hidden_states, **_):
+        return torch.zeros_like(hidden_states), None
+
+
+Nothing.__module__ = "torch.nn.modules.linear"
+OTHERS = {
+    "mlp": lambda layer: torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.1)).eval(),
+    "self_attn": lambda layer: Nothing(),
+    "input_layernorm": lambda layer: torch.nn.LayerNorm(48).bfloat16(),
+    "post_attention_layernorm": lambda layer: torch.nn.Identity(),
+}
+
+
+@pytest.mark.parametrize("part", OTHERS)
+def test_a_layer_with_another_part_is_computed_by_its_own_code(part, make_model):
+    """Whoever's class it is: a model's code may put torch's in the place of transformers'."""
+    model = make_model("Llama")
+    for layer in model.model.layers:
+        setattr(layer, part, OTHERS[part](layer))
+    with invariant_model(model), invariant_kernels():
+        own = logits_of(model)
+    with invariant_model(model), direct_layers(model) as n_layers, invariant_kernels():
+        assert n_layers == 0
+        assert torch.equal(logits_of(model), own)
+
+
+def test_heads_with_other_norms_are_left_alone(make_model):
+    model = make_model("Qwen3")
+    for layer in model.model.layers:
+        layer.self_attn.q_norm = torch.nn.LayerNorm(16).bfloat16()
+    with invariant_model(model), direct_layers(model) as n_layers:
+        assert n_layers == 0
+
+
 def test_what_is_not_covered_is_refused_by_the_name_of_its_module(make_model):
     model = make_model("Qwen3", torch.float32)
     with invariant_model(model), direct_layers(model), invariant_kernels():

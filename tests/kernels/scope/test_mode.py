@@ -184,6 +184,28 @@ def test_what_moves_and_draws_passes(name):
     assert not scope.refused
 
 
+COUNTS = {
+    "sum": lambda x, dtype: x.sum(-1, dtype=dtype),
+    "sum of all": lambda x, dtype: x.sum(dtype=dtype),
+    "cumsum": lambda x, dtype: x.cumsum(-1, dtype=dtype),
+    "prod": lambda x, dtype: x.prod(-1, dtype=dtype),
+    "cumprod": lambda x, dtype: x.cumprod(-1, dtype=dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+@pytest.mark.parametrize("name", COUNTS)
+def test_integers_are_counted_in_the_dtype_that_is_named(name, dtype):
+    """Exact in any order, as where none is named."""
+    mask = torch.tensor([[True, False, True, True], [False, True, True, False]])
+    for x in (mask, mask.int() * 3):
+        expected = COUNTS[name](x, dtype)
+        with invariant_kernels():
+            result = COUNTS[name](x, dtype)
+        assert result.dtype == expected.dtype == dtype
+        assert torch.equal(result, expected)
+
+
 def test_what_sampling_needs_runs():
     logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
     with invariant_kernels() as scope:

@@ -110,11 +110,18 @@ def _by_its_own_name(layer) -> None:
     layer.__class__ = type(kind.__name__, (kind,), {})
 
 
+def _norm(width) -> torch.nn.Module:
+    return torch.nn.LayerNorm(width, dtype=torch.float32)
+
+
 OWN = {
     "class of the layer": _by_its_own_name,
     "class of a norm": lambda layer: _by_its_own_name(layer.post_attention_layernorm),
     "hook": lambda layer: layer.mlp.register_forward_hook(lambda module, args, out: out / 2),
     "forward": lambda layer: setattr(layer.mlp, "forward", lambda x: x),
+    "no attention": lambda layer: setattr(layer, "self_attn", torch.nn.Identity()),
+    "norm of torch": lambda layer: setattr(layer, "input_layernorm", _norm(64)),
+    "norm of heads of torch": lambda layer: setattr(layer.self_attn, "q_norm", _norm(32)),
 }
 
 

@@ -14,6 +14,7 @@ from ndcheck.records import AXES, Decoding, Fault, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.device import choose_device
+from ndcheck.samplers.local.loading import DTYPES
 from ndcheck.samplers.local.sampler import TransformersSampler, digest_weights
 from ndcheck.samplers.local.selection import lowest_argmax
 
@@ -341,3 +342,22 @@ def test_random_weights_follow_their_seed_and_need_a_config_only(tmp_path):
     transformers.AutoConfig.from_pretrained(tmp_path, vocab_size=300).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="vocab_size is 300"):
         TransformersSampler(replace(spec, random_weights=1))
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", "fp32"), ("float32", "bf16")])
+def test_buffers_of_random_weights_have_the_dtypes_that_transformers_gives_them(
+    tmp_path, stored, dtype
+):
+    """Those made in the model's dtype follow it; angles are fp32 in every one."""
+    config = transformers.Gemma3TextConfig(
+        vocab_size=5000, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, dtype=stored,
+        architectures=["Gemma3ForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    spec = replace(DEFAULTS, model=str(tmp_path), device="cpu", random_weights=1, dtype=dtype)
+    found = dict(TransformersSampler(spec)._model.named_buffers())
+    like = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    expected = {name: buffer.dtype for name, buffer in like.named_buffers()}
+    assert {name: buffer.dtype for name, buffer in found.items()} == expected
+    assert {torch.float32, DTYPES[dtype]} == set(expected.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from ndcheck.judging.verdict import judge
 from ndcheck.records import Decoding, Engine, Fault, Load, Probe, Run, Trial
 from ndcheck.runner import begin, new_directory, plan, run_trials
 from ndcheck.samplers.vllm.process import Worker
+from ndcheck.samplers.vllm.sampler import parse_arguments
 from ndcheck.storage.run_directory import SampleReader, read_run
 
 ALONE = Load(1)
@@ -222,11 +224,24 @@ def test_the_switch_must_take_effect(open_fake, spec):
     [
         ("enforce_eagr=true", "enforce_eagr: vLLM has no such argument, did you mean enforce_eag"),
         ("max_model_len=-1", "refuses these arguments: 1 validation error .* negative"),
+        ("gpu_memory_utilization=most", "1 validation error for CacheConfig gpu_memory_util"),
     ],
 )
 def test_engine_arguments_are_the_engines_own(open_fake, spec, argument, message):
     with pytest.raises(UsageError, match=message):
         open_fake(replace(spec, engine=Engine(arguments=(argument,))))
+
+
+@pytest.mark.parametrize("value", ["True", "False", "None", "true", "false", "null", "fp8", "0.5"])
+def test_a_value_may_be_a_word_of_python(value):
+    """vLLM takes `enable_lora="False"` for true."""
+    try:
+        expected = ast.literal_eval(value)
+    except ValueError:
+        expected = {"true": True, "false": False, "null": None}.get(value, value)
+    (found,) = parse_arguments([f"key={value}"]).values()
+    assert found == expected
+    assert type(found) is type(expected)
 
 
 def test_a_prompt_shorter_than_a_cache_block_is_chunked_and_never_a_prefix(open_fake, spec):

@@ -115,8 +115,6 @@ def _read_compressed(said: dict[str, Any]) -> PackedLayout | str:
         return f"{COMPRESSED} with transforms or sparse weights"
     if formats != {"pack-quantized"} or not groups:
         return f"{COMPRESSED} as {', '.join(sorted(map(str, formats))) or 'an unknown format'}"
-    if said.get("kv_cache_scheme"):
-        return f"{COMPRESSED} with a quantised cache"
     for group in groups.values():
         weights = group["weights"]
         if group.get("input_activations") or group.get("output_activations"):

@@ -11,6 +11,8 @@ refused where the invariant arm is asked for, and named.
 from __future__ import annotations
 
 import copy
+import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,8 +38,15 @@ _DEQUANTISED_BY = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 """transformers' config whose ``dequantize`` makes plain weights, by the method's name."""
 _LAYERS = ("FP8Linear", "FP8Experts")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_CACHE_SCALE = re.compile(
+    r"\.([qkv]|kv|prob)_(scale|zero_point)$|\.[qkv]_proj\.output_scale$|\.prob_output_scale$"
+)
+"""How tools name the scales of keys, values, queries and weights in attention."""
+_CACHE_SAID = ("kv_cache_scheme", "kv_cache_quant_algo")
 _DRAWN_ROW = 16.0
 """The largest magnitude of a row that a drawn scale, in calibration's place, lets through."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +150,20 @@ def check_quantisation(source: str, found: Quantisation | None, spec: RunSpec) -
         ways.append("--kernels stock runs it as transformers does")
     lacking = "--random-weights draws no" if is_random else "no batch-invariant kernel reads"
     raise UsageError(f"--model {source}: {lacking} {found.layout}: {', '.join(ways)}")
+
+
+def warn_of_cache(config: Any, left_over: list[str], spec: RunSpec) -> None:
+    """Say that a quantised cache is not followed, which a server takes from the checkpoint."""
+    scales = [name for name in left_over if _CACHE_SCALE.search(name)]
+    said = getattr(config, "quantization_config", None)
+    asked = [n for n in _CACHE_SAID if isinstance(said, dict) and said.get(n)]
+    if found := scales or asked:
+        is_fp8 = spec.kv_cache_dtype == "fp8"
+        log.warning(
+            "its quantised cache (%s) is not followed: keys and values are %s",
+            found[0],
+            "e4m3 without scales" if is_fp8 else "of the model's dtype (--kv-cache-dtype)",
+        )
 
 
 def loading_options(config: Any, found: Quantisation | None, spec: RunSpec) -> dict[str, Any]:

@@ -380,3 +380,16 @@ def test_parts_are_refused(change, stored):
     found = read_quantisation(transformers.AutoConfig.from_pretrained(directory))
     with pytest.raises(UsageError, match="is not cut into parts: --dequantise"):
         check_quantisation("m", found, spec_of(directory, **change))
+
+
+def test_a_cache_that_the_config_alone_quantises_is_named(stored, tmp_path, caplog):
+    """Of weights in 4 bits, where such a config was refused."""
+    packed, _ = stored("compressed-tensors of 4 bits in groups of 32")
+    said = json.loads((packed / "config.json").read_text())["quantization_config"]
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": True}
+    directory = copy_of(packed, tmp_path / "model", said | {"kv_cache_scheme": scheme})
+    expected = open_sampler(spec_of(packed))
+    assert "quantised cache" not in caplog.text
+    sampler = open_sampler(spec_of(directory, kv_cache_dtype="fp8"))
+    assert "(kv_cache_scheme) is not followed: keys and values are e4m3 without" in caplog.text
+    assert sampler.describe()["digest"] == expected.describe()["digest"]

@@ -72,3 +72,18 @@ def test_a_tensor_of_a_layer_without_a_place_is_another_model_s(name, is_foreign
             open_sampler(spec)
     else:
         open_sampler(spec)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [  # As vLLM's loader knows them, by the tool that writes them.
+        *("self_attn.k_scale", "self_attn.v_scale", "self_attn.q_scale", "self_attn.kv_scale"),
+        *("self_attn.k_proj.k_scale", "self_attn.v_proj.output_scale", "self_attn.attn.k_scale"),
+        *("self_attn.k_zero_point", "self_attn.prob_output_scale"),
+    ],
+)
+def test_scales_of_a_cache_are_not_left_aside_without_a_word(name, store, caplog):
+    name = f"model.layers.0.{name}"
+    spec, _ = store(lambda _: {name: torch.tensor(0.5)})
+    open_sampler(spec)
+    assert f"its quantised cache ({name}) is not followed: keys and values are of" in caplog.text

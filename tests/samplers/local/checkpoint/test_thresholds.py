@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from ndcheck.errors import UsageError
-from ndcheck.records import Decoding
+from ndcheck.records import AXES, Decoding, Probe
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.local.sampler import TransformersSampler
@@ -91,6 +91,33 @@ def test_a_run_of_rows_beyond_a_window_is_refused(tmp_path):
     TransformersSampler(replace(spec, decoding=Decoding(4)))
     with pytest.raises(UsageError, match=r"GPTNeo.* no rounding \(in \d+ tokens: try fewer\)"):
         TransformersSampler(replace(spec, decoding=Decoding(200)))
+
+
+@pytest.mark.parametrize("arm", ["stock", "invariant"])
+@pytest.mark.parametrize("family", ["Moshi", "Mistral"])
+def test_a_model_that_decodes_otherwise_than_it_prefills_is_not_scored(tmp_path, family, arm):
+    """Moshi's window in a prompt is another than in a step, as `generate()` shows."""
+    settings, window, _ = LONG[family]
+    config = getattr(transformers, f"{family}Config")(
+        **{**settings, "vocab_size": 8000, "max_position_embeddings": 512, window: 16}
+    )
+    config.architectures = [f"{family}ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    probe = Probe("p1", "the order of a sum " * 9)
+    spec = replace(DEFAULTS, model=str(tmp_path), random_weights=0, dtype="fp32", probes=(probe,))
+    sampler = TransformersSampler(replace(spec, axes=AXES, decoding=Decoding(4), arms=(arm,)))
+    prompt = torch.tensor([sampler.encode(probe.content)])
+    assert prompt.shape[1] > 16
+    done = sampler.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False,
+        pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    decoded = torch.cat(done.logits)
+    with torch.inference_mode():
+        scored = sampler.model(done.sequences[:, :-1]).logits[0, -4:]
+    is_other = (scored - decoded).abs().max() > 0.01 * decoded.std()
+    assert is_other == (family == "Moshi")
+    assert ("scoring" in dict(sampler.refused_axes)) == is_other
 
 
 @pytest.mark.parametrize(("lengths", "is_beyond"), [((9, 15), False), ((30, 50), True)])

@@ -39,6 +39,8 @@ class EngineArgs:
     def create_engine_config(self):
         if self.max_model_len < 1:
             raise ValueError("1 validation error for ModelConfig\n  max_model_len is negative")
+        if not isinstance(self.gpu_memory_utilization, float):
+            raise ValueError("1 validation error for CacheConfig\n  gpu_memory_utilization")
 
 
 @dataclass
