@@ -155,6 +155,16 @@ if not torch.cuda.is_available():
 
     interpreter._get_np_dtype = numpy_dtype
 
+    def unwrapped(value, own=tl.core._unwrap_if_constexpr):
+        return own(value) if isinstance(value, (tl.constexpr, tl.tuple, tuple, list)) else value
+
+    tl.core._unwrap_if_constexpr = unwrapped
+
+    def with_element_type(self, element):
+        return self if element is self.element_ty else tl.block_type(element, self.shape)
+
+    tl.block_type.with_element_ty = with_element_type
+
     def same_or_equal(self, other, own=tl.dtype.__eq__):
         return self is other or own(self, other)
 
