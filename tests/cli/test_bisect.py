@@ -86,7 +86,7 @@ def test_lock_files_are_read_as_pip_reads_them(tmp_path):
 
 
 def test_the_password_of_an_address_is_in_nothing_that_is_said(tmp_path):
-    place = "https://me:s3cret@host.example"
+    place = "https://me:half@s3cret@host.example"
     change = Change("a", f"a @ {place}/a-1.whl", None)
     assert str(change) == "a @ https://host.example/a-1.whl -> absent"
     assert change.shown.good == "a @ https://host.example/a-1.whl"
