@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 import sys
 import zipfile
 
@@ -178,7 +179,10 @@ def test_a_package_that_changes_bits_is_named_in_real_environments(ndcheck, tmp_
     assert len(list((tmp_path / "ndcheck-bisect" / "logs").iterdir())) == logs
     other = ndcheck(*options[:-1], "other.py")
     assert (other.returncode, "another command" in other.stderr) == (2, True)
-    # What crashes is neither good nor bad.
+    # What crashes is neither good nor bad. To make an environment takes the longest of all.
+    made, again = tmp_path / "ndcheck-bisect", tmp_path / "broken"
+    shutil.copytree(made / "environment", again / "environment", symlinks=True)
+    shutil.copy(made / "installed.json", again)
     broken = ndcheck(*options[:5], "--out", "broken", "--json", "--", "python", "missing.py")
     assert broken.returncode == 3, broken.stderr
     assert "the good lock is unknown" in json.loads(broken.stdout)["problem"]
