@@ -79,7 +79,8 @@ def test_the_summary_shows_where_an_arm_left_its_reference(tmp_path):
             "diverged_trials": 2, "n_trials": 2, "slowdown_vs_stock": "",
         },
     )  # fmt: skip
-    assert measured_table(tmp_path, ["x"]).splitlines()[-1] == (
+    runs = {"x": {"environment": {"model": {}}}}
+    assert measured_table(tmp_path, runs).splitlines()[-1] == (
         "| [x](x/report.md) | stock | 3 of 9 | 6 | token 5 | 2 of 2 | FAIL | 3.5 |  |"
     )
 

@@ -30,7 +30,7 @@ from ndcheck.reports.plots import MAX_PROBES
 from ndcheck.reports.progress import minutes
 from ndcheck.reports.terminal import print_report
 from ndcheck.reports.untrusted import quoted
-from ndcheck.reports.wording.reproduction import resume_command
+from ndcheck.reports.wording.reproduction import can_go_on, resume_command
 from ndcheck.reports.write import write_reports
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import (
@@ -52,7 +52,7 @@ from ndcheck.samplers.calibration import estimate
 from ndcheck.samplers.endpoint.private import Private
 from ndcheck.storage.evidence import is_continued_by, is_spec_of
 from ndcheck.storage.reading import uncollected
-from ndcheck.storage.run_directory import RunDirectory, read_run
+from ndcheck.storage.run_directory import RunDirectory, SampleReader, read_run
 
 MAX_LINES_SHOWN, MAX_TEXT_SHOWN = 32, 1000
 """Of a prompt, in lines and in characters of each."""
@@ -221,10 +221,9 @@ def measure(
         failure = error
     code = report(directory.path, as_json=as_json, html=html, plots=plots)
     if failure is not None:
-        if directory.has_samples:
-            # What was refused once is refused again.
-            again = "" if isinstance(failure, UsageError) else f"; go on with: {go_on}"
-            note(f"finished trials are kept{again}")
+        if any(sample.error is None for sample in SampleReader(directory.path)):
+            may = can_go_on(directory.run, has_samples=True)
+            note(f"finished trials are kept{f'; go on with: {go_on}' * may}")
         raise failure
     return code
 

@@ -6,13 +6,15 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
@@ -23,7 +25,10 @@ from ndcheck.explain.modules import ModulePath
 @contextmanager
 def unseen() -> Iterator[None]:
     """Look at tensors as they are: no mode sees it, and no tensor guards itself."""
-    with torch._C.DisableTorchFunctionSubclass(), _disable_current_modes():
+    # To disable modes takes longer than a small op, and mostly there is no other.
+    has_modes = _len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch()
+    modes = _disable_current_modes() if has_modes else nullcontext()
+    with torch._C.DisableTorchFunctionSubclass(), modes:
         yield
 
 

@@ -11,6 +11,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from ndcheck.errors import UsageError
+from ndcheck.samplers.endpoint.redaction import without_credentials
 from ndcheck.storage.reading import read_text
 
 EXPORTS = {
@@ -20,7 +21,6 @@ EXPORTS = {
     "pdm.lock": "pdm export",
 }
 OPTIONS = ("-i", "-f", "--index-url", "--extra-index-url", "--find-links", "--no-index", "--pre")
-CREDENTIALS = re.compile(r"//[^/\s@]+@")
 HASH = re.compile(r"\s--hash[= ]\S+")
 
 
@@ -48,11 +48,6 @@ class Change:
 
     def __str__(self) -> str:
         return f"{self.shown.good or 'absent'} -> {self.shown.bad or 'absent'}"
-
-
-def without_credentials(text: str) -> str:
-    """``text`` without the user and the password in its addresses."""
-    return CREDENTIALS.sub("//", text)
 
 
 def read_lock(path: Path) -> Lock:

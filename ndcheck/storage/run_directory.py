@@ -174,10 +174,6 @@ class RunDirectory:
         except OSError as error:
             raise write_failure(self.path, error) from error
 
-    @property
-    def has_samples(self) -> bool:
-        return os.fstat(self._handle.fileno()).st_size > 0
-
     def save(self, run: Run) -> None:
         """Replace run.json as a whole. Raises BackendError if the disk refuses."""
         self.run = run

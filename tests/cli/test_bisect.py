@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 import sys
 import zipfile
 
@@ -86,7 +87,7 @@ def test_lock_files_are_read_as_pip_reads_them(tmp_path):
 
 
 def test_the_password_of_an_address_is_in_nothing_that_is_said(tmp_path):
-    place = "https://me:s3cret@host.example"
+    place = "https://me:half@s3cret@host.example"
     change = Change("a", f"a @ {place}/a-1.whl", None)
     assert str(change) == "a @ https://host.example/a-1.whl -> absent"
     assert change.shown.good == "a @ https://host.example/a-1.whl"
@@ -178,7 +179,10 @@ def test_a_package_that_changes_bits_is_named_in_real_environments(ndcheck, tmp_
     assert len(list((tmp_path / "ndcheck-bisect" / "logs").iterdir())) == logs
     other = ndcheck(*options[:-1], "other.py")
     assert (other.returncode, "another command" in other.stderr) == (2, True)
-    # What crashes is neither good nor bad.
+    # What crashes is neither good nor bad. To make an environment takes the longest of all.
+    made, again = tmp_path / "ndcheck-bisect", tmp_path / "broken"
+    shutil.copytree(made / "environment", again / "environment", symlinks=True)
+    shutil.copy(made / "installed.json", again)
     broken = ndcheck(*options[:5], "--out", "broken", "--json", "--", "python", "missing.py")
     assert broken.returncode == 3, broken.stderr
     assert "the good lock is unknown" in json.loads(broken.stdout)["problem"]

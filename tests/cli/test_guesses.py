@@ -172,3 +172,13 @@ def test_a_shell_is_offered_values(ndcheck_here, two_runs):
     done = ndcheck_here(env={"_NDCHECK_COMPLETE": "complete_bash", **words})
     assert done.stdout.split() == ["slot"]
     assert list(REDUCTIONS) == list(OPS)
+
+
+def test_a_misspelt_variable_is_said_and_another_tools_is_not(ndcheck_here):
+    variables = {"NDCHECK_SAMPLE": "8", "NDCHECK_VLM": "1", "NDCHECK_OF_MY_PIPELINE": "1"}
+    variables |= {"NDCHECK_LOADS": "1,2"}  # The control: it is read.
+    done = ndcheck_here("run", "--model", "scripted:clean", "--dry-run", env=variables)
+    assert [line for line in done.stderr.splitlines() if "did you mean" in line] == [
+        "ndcheck: nothing reads NDCHECK_SAMPLE, did you mean NDCHECK_SAMPLES?",
+        "ndcheck: nothing reads NDCHECK_VLM, did you mean NDCHECK_VLLM?",
+    ]

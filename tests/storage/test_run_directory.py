@@ -51,13 +51,6 @@ def write(path, *trials):
             directory.append(samples)
 
 
-def test_it_says_whether_there_is_anything_to_go_on_from(tmp_path):
-    with closing(RunDirectory.create(tmp_path, RUN)) as directory:
-        assert not directory.has_samples
-        directory.append([make_sample()])
-        assert directory.has_samples
-
-
 fp32 = st.integers(0, 2**32 - 1).map(lambda bits: struct.unpack(">f", struct.pack(">I", bits))[0])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,22 @@ def summarise(out: Path, folders: Sequence[str]) -> None:
     if not (begin and end):
         raise SystemExit(f"{readme} needs the lines {BEGIN.strip()} and {END.strip()}")
     found = [folder for folder in folders if (out / folder / "summary.csv").is_file()]
-    blocks = [measured_table(out, found), "\n".join(run_line(out, folder) for folder in found)]
+    runs = {
+        folder: json.loads((out / folder / "run.json").read_text(encoding="utf-8"))
+        for folder in found
+    }
+    blocks = [measured_table(out, runs), "\n".join(run_line(*each) for each in runs.items())]
     blocks += [training_line(out), decode_table(out), pictures(out, found)]
     body = "\n\n".join(block for block in blocks if block)
     readme.write_text(f"{head}{begin}\n{body}\n\n{end}{tail}", encoding="utf-8")
 
 
-def measured_table(out: Path, folders: Sequence[str]) -> str:
-    """One line for each arm of each run."""
+def measured_table(out: Path, runs: Mapping[str, Any]) -> str:
+    """One line for each arm of each run; ``runs`` are what the run.json of each folder holds."""
     lines = []
-    for folder in folders:
-        path = out / folder / "run.json"
-        run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        model = run.get("environment", {}).get("model", {})
-        unit = "character" if model.get("compared") == "text" else "token"
+    for folder, run in runs.items():
+        is_text = run["environment"]["model"].get("compared") == "text"
+        unit = "character" if is_text else "token"
         loads = rows_of(out / folder / "loads.csv")
         for row in rows_of(out / folder / "summary.csv"):
             own = [load for load in loads if load["arm"] == row["arm"]]
@@ -74,9 +76,8 @@ def measured_table(out: Path, folders: Sequence[str]) -> str:
     return table(MEASURED, lines)
 
 
-def run_line(out: Path, folder: str) -> str:
+def run_line(folder: str, run: Mapping[str, Any]) -> str:
     """How a run ended, and where it ran."""
-    run = json.loads((out / folder / "run.json").read_text(encoding="utf-8"))
     hardware, software = run["environment"]["hardware"], run["environment"]["software"]
     where = [hardware.get("gpu") or hardware.get("cpu") or "a server"]
     where += [f"{n} {software[n]}" for n in ("torch", "triton", "transformers") if software.get(n)]

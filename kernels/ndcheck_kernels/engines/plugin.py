@@ -15,6 +15,7 @@ left to vLLM and named), ``auto`` (then all is left to vLLM), or ``audit`` (prin
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import sys
@@ -42,6 +43,8 @@ def register() -> None:
     """Put the plug-in in place if it is asked for. Raises ValueError for another mode."""
     asked = os.environ.get(SWITCH, "")
     if asked in ("", "0"):
+        for near in difflib.get_close_matches(SWITCH, {*os.environ} - {SWITCH}, cutoff=0.9):
+            log.warning("ndcheck: nothing reads %s, did you mean %s?", near, SWITCH)
         return
     if asked not in MODES:
         raise ValueError(f"{SWITCH}={asked}: choose from {', '.join(MODES)}, or 0")

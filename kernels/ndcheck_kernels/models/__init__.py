@@ -79,14 +79,14 @@ def _refuse_quantised(model: Any) -> None:
 def _refuse_states(model: Any) -> None:
     """Only layers whose state has an invariant implementation, or none but keys and values."""
     for index, layer_type in enumerate(getattr(model.config, "layer_types", None) or ()):
+        if layer_type in _LAYER_TYPES:
+            continue
         layers = [
             (path, module)
             for path, module in model.named_modules()
             if getattr(module, "layer_idx", None) == index
         ]
-        if layer_type in _LAYER_TYPES or any(
-            covers.is_covered(module) for _, module in layers for covers in _STATES
-        ):
+        if any(covers.is_covered(module) for _, module in layers for covers in _STATES):
             continue
         path = layers[-1][0] if layers else ""
         reason = "its chunks would depend on padding, and prefill and decode would differ"

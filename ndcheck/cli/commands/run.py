@@ -85,9 +85,12 @@ def run(
     """
     from ndcheck.cli import run_session, trust
     from ndcheck.cli.console import note
+    from ndcheck.cli.usage.hints import misspelt_variables
 
     if context.args:
         raise UsageError(_stray(context.args[0]))
+    for line in misspelt_variables():
+        note(line, quiet=quiet)
     private = make_private(header or (), query or (), extra_body)
     if resume is not None:
         also_accepted = {*trust.PARAMETERS, "html", "plots", "json", "quiet"}

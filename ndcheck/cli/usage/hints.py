@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ndcheck.cli.console import DEBUG
 from ndcheck.errors import did_you_mean
+from ndcheck.samplers.backends import OPTIONS
+from ndcheck.samplers.endpoint.credentials import KEY_VARIABLES
 
 MEANT = {
     "diff": "compare",
@@ -20,6 +25,7 @@ MEANT = {
     "version": "--version",
 }
 """What other tools call it."""
+VLLM_PLUGIN = "NDCHECK_VLLM"
 MEANT_OPTIONS = {
     **dict.fromkeys(("--url", "--base-url", "--api-base", "--server"), "--endpoint"),
     **dict.fromkeys(("--concurrency", "--batch-size", "--batch-sizes"), "--loads"),
@@ -69,3 +75,12 @@ def _paths(command: Any, path: str) -> Iterator[str]:
     for name, each in getattr(command, "commands", {}).items():
         yield f"{path} {name}"
         yield from _paths(each, f"{path} {name}")
+
+
+def misspelt_variables() -> Iterator[str]:
+    """A line for each NDCHECK_* variable that nothing reads and that is almost one that is read."""
+    read = {*(row.variable or "" for row in OPTIONS.values()), *KEY_VARIABLES, DEBUG, VLLM_PLUGIN}
+    for name in sorted(os.environ):
+        if name.startswith("NDCHECK_") and name not in read:
+            for near in difflib.get_close_matches(name, read, n=1, cutoff=0.85):
+                yield f"nothing reads {name}, did you mean {near}?"

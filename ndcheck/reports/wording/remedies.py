@@ -12,6 +12,7 @@ from ndcheck.records import AXES, Axis, RunSpec
 from ndcheck.reports.wording.phrases import percent
 from ndcheck.reports.wording.reproduction import (
     argument,
+    can_go_on,
     prompts_file,
     resume_command,
     wrapped_command,
@@ -53,11 +54,10 @@ def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) 
     def suggest(reason: str, wanted: RunSpec) -> None:
         found.append(Remedy(reason, tuple(wrapped_command(wanted, defaults, width, directory))))
 
-    if run.status == "failed" and not any(probe.n_samples for probe in summary.probes):
-        # To go on would meet the same refusal again.
+    has_samples = any(probe.n_samples for probe in summary.probes)
+    if run.status == "failed" and not has_samples:
         found.append(Remedy("Nothing was measured: remove the cause and start anew", ()))
-    # What refused a run would do so again.
-    elif run.status != "finished" and not run.stop_reason and directory:
+    elif can_go_on(run, has_samples=has_samples) and directory:
         found.append(Remedy("Go on", (resume_command(spec, directory),)))
     if any(probe.n_errors for probe in summary.probes):
         found.append(Remedy("Why samples failed is in the error column of samples.csv", ()))

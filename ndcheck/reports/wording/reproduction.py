@@ -11,7 +11,7 @@ from typing import Any
 from ndcheck.plan.conversations import as_messages
 from ndcheck.plan.prompts import STANDARD_INPUT
 from ndcheck.ranks import program
-from ndcheck.records import Probe, RunSpec
+from ndcheck.records import Probe, Run, RunSpec
 from ndcheck.samplers.backends import OPTIONS, backend_of
 
 PROMPTS_FILE = "prompts.jsonl"
@@ -79,6 +79,17 @@ def resume_command(spec: RunSpec, directory: str) -> str:
     """The command that goes on with a run, with what only a command line may say."""
     trusted = shell_options(trusted_options(spec))
     return f"{program(spec)} --resume {argument(directory)} {trusted}".rstrip()
+
+
+def can_go_on(run: Run, *, has_samples: bool) -> bool:
+    """Whether a run that is gone on with may end otherwise.
+
+    What refused it would do so again, and so would what let nothing be measured: ``has_samples``
+    is whether any sample has no error.
+    """
+    if run.status == "failed":
+        return has_samples and not run.stop_reason
+    return run.status != "finished"
 
 
 def prompts_file(spec: RunSpec, defaults: RunSpec) -> str | None:

@@ -18,6 +18,14 @@ SHORTEST_UNBOUNDED = 6
 from numbers, which are counts and ids of tokens."""
 
 
+_CREDENTIALS = re.compile(r"//[^/\s]*@")
+
+
+def without_credentials(text: str, instead: str = "") -> str:
+    """``text`` with ``instead`` for the user and the password in its addresses; they may hold @."""
+    return _CREDENTIALS.sub(f"//{instead}", text)
+
+
 class Redactor:
     """Knows the values of the headers that are sent: as they are, in parts, and encoded.
 

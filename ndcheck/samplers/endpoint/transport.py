@@ -32,7 +32,7 @@ from ndcheck.samplers.endpoint.answers.event_stream import (
     parse_object,
     snippet,
 )
-from ndcheck.samplers.endpoint.redaction import Redactor
+from ndcheck.samplers.endpoint.redaction import Redactor, without_credentials
 
 CONNECT_TIMEOUT_S = 10.0
 LOOKUP_TIMEOUT_S = 10.0
@@ -248,7 +248,7 @@ class Transport:
         if 300 <= status < 400:
             # Without its query, which may be signed.
             target = response.headers.get("location", "nowhere").partition("?")[0]
-            target = _CREDENTIALS.sub("//", self.redactor.redact(target))
+            target = without_credentials(self.redactor.redact(target))
             raise RequestFailure(
                 f"HTTP {status}: redirects to {target[:MAX_SNIPPET]!r}, which is not "
                 "followed: give the final address as --endpoint",
@@ -271,14 +271,11 @@ class Transport:
             raise RequestFailure(f"the answer is {encoding!r} encoded, which was not accepted")
 
     def _why(self, error: BaseException) -> str:
-        words = _CREDENTIALS.sub("//[user:password]@", self.redactor.redact(str(error)))
+        words = without_credentials(self.redactor.redact(str(error)), "[user:password]@")
         why = " ".join(words.split())[:MAX_SNIPPET] or type(error).__name__
         if "WRONG_VERSION_NUMBER" in why:  # OpenSSL's words for an answer that is no TLS.
             why += " (where the server speaks plain HTTP, give http://)"
         return why
-
-
-_CREDENTIALS = re.compile(r"//[^/\s]*@")
 
 
 async def _read(response: Any, max_bytes: int) -> bytes:

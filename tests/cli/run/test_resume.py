@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 import signal
 
+import pytest
+
+from ndcheck.errors import BackendError, TrialError, UsageError
+from ndcheck.samplers.scripted.sampler import ScriptedSampler
+
 OPTIONS = ("--model", "scripted:slow", "--max-tokens", "8", "--loads", "1,4", "-n", "40")
 
 
@@ -70,3 +75,32 @@ def test_resume_in_another_environment_is_refused(ndcheck_here, tmp_path):
     done = ndcheck_here("run", "--resume", "run", "--quiet")
     assert done.returncode == 2
     assert "software.torch: 1.0, now" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "is_advised"),
+    [
+        ([None, None, BackendError("gone")], True),
+        ([TrialError("busy"), None, BackendError("gone")], True),
+        ([TrialError("busy"), TrialError("busy"), BackendError("gone")], False),
+        ([BackendError("gone")], False),
+        ([None, None, UsageError("refused")], False),
+    ],
+)
+def test_a_resume_is_advised_where_it_may_end_otherwise(
+    ndcheck_here, monkeypatch, outcomes, is_advised
+):
+    """By the line that ends the run and by its report alike."""
+    sample, left = ScriptedSampler.sample, iter(outcomes)
+
+    def sample_or_fail(*arguments):
+        if (error := next(left)) is not None:
+            raise error
+        return sample(*arguments)
+
+    monkeypatch.setattr(ScriptedSampler, "sample", sample_or_fail)
+    model = ("--model", "scripted:clean", "--loads", "1,2", "-n", "8", "--max-tokens", "4")
+    done = ndcheck_here("run", *model, "--out", "run")
+    assert done.returncode == outcomes[-1].exit_code
+    command = "ndcheck run --resume run"
+    assert (command in done.stderr, command in done.stdout) == (is_advised, is_advised)

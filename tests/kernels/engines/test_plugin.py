@@ -201,6 +201,19 @@ def test_unless_it_is_asked_for_nothing_changes(install, monkeypatch, mode):
     assert functions(vllm) == before
 
 
+def test_a_misspelt_switch_is_said(install, monkeypatch, caplog):
+    vllm = install()
+    before = functions(vllm)
+    monkeypatch.delenv("NDCHECK_VLLM", raising=False)
+    monkeypatch.setenv("NDCHECK_VLLM_SOURCES", "elsewhere")
+    register()
+    assert caplog.text == ""
+    monkeypatch.setenv("NDCHECK_VLM", "1")
+    register()
+    assert functions(vllm) == before
+    assert "nothing reads NDCHECK_VLM, did you mean NDCHECK_VLLM?" in caplog.text
+
+
 def test_without_vllms_own_switch_nothing_changes(install, monkeypatch, caplog):
     vllm = install()
     vllm.modules["vllm.envs"].VLLM_BATCH_INVARIANT = False

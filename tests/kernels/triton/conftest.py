@@ -14,6 +14,7 @@ from ndcheck_kernels.scope import registry
 
 if not torch.cuda.is_available():
     import triton.language as tl
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     def dot_in_order(self, a, b, d, input_precision, max_num_imprecise_acc):
@@ -153,6 +154,36 @@ if not torch.cuda.is_available():
         return known[name]
 
     interpreter._get_np_dtype = numpy_dtype
+
+    def unwrapped(value, own=tl.core._unwrap_if_constexpr):
+        return own(value) if isinstance(value, (tl.constexpr, tl.tuple, tuple, list)) else value
+
+    tl.core._unwrap_if_constexpr = unwrapped
+
+    def with_element_type(self, element):
+        return self if element is self.element_ty else tl.block_type(element, self.shape)
+
+    tl.block_type.with_element_ty = with_element_type
+
+    def same_or_equal(self, other, own=tl.dtype.__eq__):
+        return self is other or own(self, other)
+
+    tl.dtype.__eq__ = same_or_equal
+
+    def cast(self, source, target, *rounding, own=TritonSemantic.cast):
+        return source if source.dtype is target.scalar else own(self, source, target, *rounding)
+
+    TritonSemantic.cast = cast
+
+    def broadcast(self, left, right, own=TritonSemantic.broadcast_impl_value):
+        # Equal shapes are one object, and of scalars both are ().
+        same = left.shape is right.shape
+        return (left, right) if same else own(self, left, right)
+
+    TritonSemantic.broadcast_impl_value = broadcast
+
+    # Of the interpreter's builder each type is its own, and was a copy of itself.
+    tl.block_type.to_ir = lambda self, builder: self
 
 # The interpreter computes bf16 dots and sums wrongly and silently, so bf16 needs the GPU.
 DTYPES = [torch.float16, torch.float32]
