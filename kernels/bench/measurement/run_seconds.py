@@ -125,6 +125,8 @@ def main(folder: Path, *options: str) -> None:
     results = []
     for name in ("cold", "warm", "again"):
         result = {"run": name, **run(folder / name, caches, *options)}
+        if result["exit"] not in (0, 1):
+            sys.exit(f"{name}: exit code {result['exit']}, no verdict: see {folder / name}.txt")
         print(json.dumps(result), flush=True)
         results.append(result)
         (folder / "run_seconds.json").write_text(json.dumps(results, indent=1))
@@ -144,8 +146,6 @@ def run(out: Path, caches: dict[str, str], *options: str) -> dict[str, object]:
             command, env={**os.environ, **caches}, stdout=log, stderr=log, check=False
         )
     elapsed = time.monotonic() - began
-    if child.returncode not in (0, 1):
-        sys.exit(f"exit code {child.returncode}, no verdict: see {log.name}")
     parts = json.loads(seen.read_text())
     marks = Path(caches["TRITON_CACHE_DIR"]).glob("ndcheck-*")
     made = sorted(mark.stat().st_mtime - began_at for mark in marks)
