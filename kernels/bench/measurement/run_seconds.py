@@ -4,7 +4,7 @@
 
 Three runs, each in a process of its own: with nothing in Triton's cache nor in ndcheck's, and twice
 with what the first left there. Before them a short one, not timed, reads torch's and transformers'
-files once and writes their .pyc into FOLDER, as a package's installation does. OPTIONs go to all of
+files once and writes their .pyc into FOLDER. OPTIONs go to all of
 them. Of each run, in seconds:
 
 - `stages`: when each began, and how long it took: those that `ndcheck run` names, which contain
@@ -141,10 +141,10 @@ def run(out: Path, caches: dict[str, str], *options: str) -> dict[str, object]:
         *(sys.executable, "-c", TIMED, str(seen), str(began)),
         *("run", "--out", str(out), *options),
     ]
+    environment = {**os.environ, **caches}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # As a package's installation does.
     with out.with_suffix(".txt").open("w") as log:
-        child = subprocess.run(
-            command, env={**os.environ, **caches}, stdout=log, stderr=log, check=False
-        )
+        child = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
     elapsed = time.monotonic() - began
     parts = json.loads(seen.read_text())
     marks = Path(caches["TRITON_CACHE_DIR"]).glob("ndcheck-*")

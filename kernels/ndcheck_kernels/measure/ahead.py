@@ -86,10 +86,10 @@ def launches(
         rows, squares = empty(2, 32, width), torch.empty(2, 32, width)
         yield partial(reductions.mean, squares, [-1], True)
         yield partial(composed_norm, rows, empty(width), 1e-6, Weighting.ROUNDED)
-    for length in lengths:
+    for batch, length in product((1, 2), lengths):
         # The angles of rotary embeddings are products in transformers up to 5.17 at least.
-        frequencies, positions = torch.empty(1, d.head_dim // 2, 1), torch.empty(1, 1, length)
-        yield partial(matmul.matmul, frequencies, positions)
+        frequencies = torch.empty(1, d.head_dim // 2, 1).expand(batch, -1, -1)
+        yield partial(matmul.matmul, frequencies, torch.empty(batch, 1, length))
 
 
 def _products(
