@@ -68,8 +68,10 @@ def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) 
         if load.n_errors or (load.achieved_batch_size_min or load.batch_size) < load.batch_size
     }
     rest = tuple(size for size in spec.batch_sizes if size not in failed)
-    if 0 < len(rest) < len(spec.batch_sizes):
-        suggest("Leave out the batch sizes that failed", replace(spec, batch_sizes=rest))
+    without = replace(spec, batch_sizes=rest)
+    # Without a batch nothing of what batches change would be tried.
+    if 0 < len(rest) < len(spec.batch_sizes) and not lacks_batches(without, spec.axes):
+        suggest("Leave out the batch sizes that failed", without)
     # By chance a control leaves its baseline before its fault: nothing is wrong with the set-up.
     if any(
         probe.control.n_caught < probe.control.n_trials and not probe.varies_by_chance

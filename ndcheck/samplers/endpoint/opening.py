@@ -40,6 +40,7 @@ N_TIMINGS = 3
 MAX_OFFERED = 8
 SMALL_TEMPERATURE = 0.001
 NOT_THERE = (404, 405)
+INVALID = (400, 422)
 LARGEST_STEP = 20
 """Between the numbers of a server that counts its answers, which others may ask too."""
 _SHORT_NUMBER = re.compile(r"(.*?)(\d{1,6})")
@@ -302,6 +303,10 @@ async def _find_capabilities(
             if dialect.take_hint(str(failure)):
                 say(f"asking the server otherwise, after: {failure}")
                 continue
+            if failure.status in INVALID and n_tokens < spec.decoding.max_tokens:
+                # Reasoning may need more tokens, or --extra-body may ask for as many.
+                n_tokens = dialect.least_tokens = spec.decoding.max_tokens
+                continue
             raise
     if not first.text and not first.token_ids:
         empty = first.why_empty(n_tokens)
@@ -326,7 +331,7 @@ async def _vary_limit(
     spec: RunSpec, dialect: Dialect, client: Client, capabilities: Capabilities
 ) -> list[tuple[int, Answer]]:
     """Completions of the first probe at its limit and below, each with its limit."""
-    n_tokens = min(spec.decoding.max_tokens, LONGEST_LIMIT)
+    n_tokens = max(dialect.least_tokens, min(spec.decoding.max_tokens, LONGEST_LIMIT))
     least = max(dialect.least_tokens, n_tokens - N_LIMITS + 1)
     prompt, fields = spec.probes[0].content, capabilities.probe_fields
     return [

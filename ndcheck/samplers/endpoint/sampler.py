@@ -245,7 +245,8 @@ class EndpointSampler:
             prompt = continued(probe.content, words) if is_shared else words
             n_tokens = outlasting(decoding.max_tokens)
             if number or self._arrivals.kind == "closed":
-                n_tokens = rng.randint(max(1, decoding.max_tokens // 4), decoding.max_tokens)
+                least = max(self._server.dialect.least_tokens, decoding.max_tokens // 4)
+                n_tokens = rng.randint(least, decoding.max_tokens)
             elif 2 * length + n_tokens > self.context:
                 n_tokens = decoding.max_tokens
             streamed = self._streams(len(load.slots) + (*rows, row).index(row))

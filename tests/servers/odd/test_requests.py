@@ -168,6 +168,30 @@ def test_a_field_that_a_server_needs_goes_with_every_request(odd, measure):
     assert judgement.verdict.outcome == "PASS"
 
 
+class NeedsRoom:
+    """Refuses a limit that a model's reasoning, or a field of the request, does not fit in."""
+
+    def refuse(self, path, body):
+        least = body.get("min_tokens", 8)
+        if self.limit(body) >= least:
+            return None
+        words = f"model output limit was reached: try again with {least} or more"
+        return 400, {"error": {"message": words}}, {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"extra_body": '{"min_tokens":12}', "mode": "mixed", "arrival": "closed"}],
+)
+def test_a_short_limit_that_is_refused_ends_no_run_with_a_longer_one(odd, measure, options):
+    with pytest.raises(UsageError, match="try again with"):
+        measure(odd(NeedsRoom), decoding=Decoding(7), **options)
+    judgement, _, samples = measure(odd(NeedsRoom), **options)
+    assert judgement.verdict.outcome == "PASS", judgement
+    originals = [sample for sample in samples if sample.role != "control"]
+    assert {sample.text for sample in originals} == {"".join(WORDS[:12])}
+
+
 class Stops:
     def refuse(self, path, body):
         if len(body.get("stop", ())) > 4:
