@@ -28,6 +28,7 @@ Partner = tuple[ProbeSummary, Sample]
 
 FP32_DIGITS = 9
 """So many significant digits give every fp32 number back."""
+ONE_RUN = "a run is compared with itself, or a copy of it: nothing can drift"
 FAIL_ON: tuple[FailOn, ...] = get_args(FailOn)
 MODEL_FIELDS = (
     "model",
@@ -176,10 +177,18 @@ def judge_comparison(
     """A verdict on each kind of difference that was asked for.
 
     It is INCONCLUSIVE where the runs share no prompt, where bits were not recorded, where
-    samples are missing or damaged, and where a clean B has fewer trials than A, or none that would
-    let it pass by itself, so that a difference had less chance to show.
+    samples are missing or damaged, where both are one run, and where a clean B has fewer trials
+    than A, or none that would let it pass by itself, so that a difference had less chance to show.
     """
-    return {name: _judge(name, comparison, confidence) for name in fail_on}
+    verdicts = {name: _judge(name, comparison, confidence) for name in fail_on}
+    if not comparison.is_of_one_run:
+        return verdicts
+    return {
+        name: replace(verdict, outcome="INCONCLUSIVE", reasons=(f"{name}: {ONE_RUN}",))
+        if verdict.outcome == "PASS"
+        else verdict
+        for name, verdict in verdicts.items()
+    }
 
 
 def _by_prompt(measured: Measured) -> dict[tuple[Arm, str, int], Partner]:

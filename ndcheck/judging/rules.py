@@ -217,9 +217,6 @@ def _judge_run(
     confidence = rules.general.confidence or run.spec.confidence
     if comparison is None:
         raise ValueError("the rules name a baseline, so a comparison with it is needed")
-    if comparison.is_of_one_run:
-        itself = Verdict("INCONCLUSIVE", ("the baseline is this run itself: nothing can drift",))
-        yield Ruling("baseline", None, None, None, itself)
     for name, verdict in judge_comparison(comparison, rules.fail_on, confidence).items():
         yield Ruling(f"baseline-{name}", None, None, None, verdict)
 
