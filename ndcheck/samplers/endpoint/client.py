@@ -137,7 +137,19 @@ class Client:
 
 
 def check_whole(
-    max_tokens: int, compared: Compared, *, counts_tokens: bool
+    max_tokens: int, compared: Compared, *, counts_tokens: bool, says_end: bool
 ) -> Callable[[Answer], None]:
-    """What `Client.ask` checks of an answer that is measured."""
-    return lambda answer: answer.check(max_tokens, compared, counts_tokens=counts_tokens)
+    """What `Client.ask` checks of an answer that is measured.
+
+    ``says_end``: every answer has said how its completion ended.
+    """
+
+    def check(answer: Answer) -> None:
+        # Gateways end a stream in form where the server behind them broke off.
+        if says_end and not answer.is_end and answer.n_tokens is None:
+            raise RequestFailure(
+                "the stream ended without a finish_reason, which it had when probed: it was cut off"
+            )
+        answer.check(max_tokens, compared, counts_tokens=counts_tokens)
+
+    return check

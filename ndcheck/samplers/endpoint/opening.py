@@ -165,6 +165,7 @@ class Server:
             self.spec.decoding.max_tokens,
             seen.compared,
             counts_tokens=seen.counts_tokens and not stops,
+            says_end=seen.says_end,
         )
 
     async def gives_the_same_whole(self) -> bool:
