@@ -20,7 +20,7 @@ from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.answers.events import as_dict, as_fact, as_list
 from ndcheck.samplers.endpoint.answers.responses import Responses
 from ndcheck.samplers.endpoint.capabilities import BUSY, Capabilities, probe
-from ndcheck.samplers.endpoint.client import Client, check_whole
+from ndcheck.samplers.endpoint.client import INVALID, Client, check_whole
 from ndcheck.samplers.endpoint.identity import Identity, get_models, identify
 from ndcheck.samplers.endpoint.prefix_cache import PrefixCache
 from ndcheck.samplers.endpoint.transport import Transport
@@ -40,7 +40,6 @@ N_TIMINGS = 3
 MAX_OFFERED = 8
 SMALL_TEMPERATURE = 0.001
 NOT_THERE = (404, 405)
-INVALID = (400, 422)
 LARGEST_STEP = 20
 """Between the numbers of a server that counts its answers, which others may ask too."""
 _SHORT_NUMBER = re.compile(r"(.*?)(\d{1,6})")

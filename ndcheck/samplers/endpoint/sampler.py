@@ -90,6 +90,7 @@ class EndpointSampler:
             query,
             (*query_secrets(query, endpoint.query), *secrets_of(extra_body)),
         )
+        self._lacks_room = False
         self._prompt_ids: dict[Prompt, list[int]] = {}
         self._changes = Changes(self._prompt_ids)
         try:
@@ -247,15 +248,21 @@ class EndpointSampler:
             if number or self._arrivals.kind == "closed":
                 least = max(self._server.dialect.least_tokens, decoding.max_tokens // 4)
                 n_tokens = rng.randint(least, decoding.max_tokens)
-            elif 2 * length + n_tokens > self.context:
+            elif self._lacks_room or 2 * length + n_tokens > self.context:
                 n_tokens = decoding.max_tokens
             streamed = self._streams(len(load.slots) + (*rows, row).index(row))
             model = self._spec.model
-            body = self._server.dialect.body(model, prompt, n_tokens, decoding, streamed=streamed)
-            body |= seen.filler_fields(n_tokens)
             fillers.append(outcome := Outcome())
-            await self._server.client.record(body, n_tokens, lambda answer: None, outcome)
-            return outcome.error is None
+            while True:
+                make_body = self._server.dialect.body
+                body = make_body(model, prompt, n_tokens, decoding, streamed=streamed)
+                body |= seen.filler_fields(n_tokens)
+                await self._server.client.record(body, n_tokens, lambda answer: None, outcome)
+                if not outcome.is_invalid or n_tokens <= decoding.max_tokens:
+                    return outcome.error is None
+                # There is room for the probe, and for no token after it.
+                self._lacks_room, n_tokens = True, decoding.max_tokens
+                outcome.error, outcome.is_invalid = None, False
 
         if self._server.cache and load.cache_state == "prefix":
             await self._server.cache.warm(

@@ -192,6 +192,21 @@ def test_a_short_limit_that_is_refused_ends_no_run_with_a_longer_one(odd, measur
     assert {sample.text for sample in originals} == {"".join(WORDS[:12])}
 
 
+class HasALongest:
+    """Has room for a probe's tokens and no more, and says so of nothing but a refusal."""
+
+    def refuse(self, path, body):
+        if self.limit(body) <= 12:
+            return None
+        return 400, {"error": {"message": "max_tokens: at most 12 completion tokens"}}, {}
+
+
+def test_a_filler_that_finds_no_room_to_outlast_the_probe_ends_with_it(odd, measure):
+    judgement, _, samples = measure(odd(HasALongest), mode="mixed")
+    assert not [sample.error for sample in samples if sample.error]
+    assert judgement.verdict.outcome == "PASS", judgement
+
+
 class Stops:
     def refuse(self, path, body):
         if len(body.get("stop", ())) > 4:
