@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.plan.arrivals import parse_arrivals
@@ -48,6 +48,7 @@ from ndcheck.samplers.endpoint.witness import (
     held_to_streams,
     most_of_the_time,
 )
+from ndcheck.samplers.event_loop import EventLoop
 
 UNKNOWN_CONTEXT = 1 << 20
 IDENTITY_TIMEOUT_S = 5.0
@@ -56,7 +57,6 @@ COMPARED = {
     "logprob tokens": "token names and text",
     "text": "text",
 }
-T = TypeVar("T")
 
 
 class EndpointSampler:
@@ -80,7 +80,8 @@ class EndpointSampler:
         self._spec = spec
         self._endpoint = endpoint
         self._arrivals = parse_arrivals(endpoint.arrival, "s")
-        self._runner = asyncio.Runner()
+        self._loop = EventLoop()
+        self._run = self._loop.run
         query = request_query(endpoint, private.query)
         extra_body = request_body(endpoint, private.extra_body)
         self._transport = Transport(
@@ -101,7 +102,7 @@ class EndpointSampler:
 
     def close(self) -> None:
         self._run(self._transport.close())
-        self._runner.close()
+        self._loop.close()
 
     @property
     def context(self) -> int:
@@ -212,9 +213,6 @@ class EndpointSampler:
     def _streams(self, nth: int) -> bool:
         """Is the ``nth`` row of a trial asked for a stream?"""
         return nth < self._server.n_streamed
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(work)
 
     async def _identify_quickly(self) -> Identity:
         async with asyncio.timeout(IDENTITY_TIMEOUT_S):
