@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, get_args, get_type_hints
 
 from ndcheck.errors import UsageError, did_you_mean
 from ndcheck.plan.coverage import OF_BATCHES, lacks_batches
@@ -103,7 +105,8 @@ def make_spec(**given: Unpack[Options]) -> RunSpec:
     unknown = next((name for name in given if name not in known), None)
     if unknown is not None:
         raise UsageError(f"there is no option {unknown!r}{did_you_mean(unknown, known)}")
-    typed = {name: row.default for name, row in OPTIONS.items() if name in known} | dict(given)
+    typed = {name: row.default for name, row in OPTIONS.items() if name in known}
+    typed |= {name: _as_annotated(name, value) for name, value in given.items()}
     arrival = typed.pop("arrival", None)
     if arrival is not None:
         if typed["arrivals"] not in (None, arrival):
@@ -124,6 +127,44 @@ def make_spec(**given: Unpack[Options]) -> RunSpec:
     spec = replace(spec, probes=probes, chat=is_chat)
     check(spec)
     return spec
+
+
+_HINTS = get_type_hints(Options)
+
+
+def _as_annotated(name: str, value: Any) -> Any:
+    """A path that is given as text, a number of numpy's, as what the option takes.
+
+    Raises UsageError for what is none of it.
+    """
+    hint = _HINTS[name]
+    kinds = get_args(hint) or (hint,)
+    is_text = isinstance(value, str | os.PathLike)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if value is None or (bool in kinds and isinstance(value, bool)):
+        return value
+    if bool in kinds:
+        words = "True or False"
+    elif int in kinds:
+        if is_number and isinstance(value, numbers.Integral):
+            return int(value)
+        words = "a whole number"
+    elif float in kinds:
+        if is_number:
+            return value if isinstance(value, int | float) else float(value)
+        words = "a number"
+    elif Path in kinds:
+        if is_text:
+            return Path(value)
+        words = "a path"
+    elif is_text:
+        return os.fspath(value)
+    else:
+        has_items = any(map(get_args, kinds))
+        if has_items and isinstance(value, Iterable) and not isinstance(value, bytes):
+            return value if isinstance(value, Mapping | list | tuple) else list(value)
+        words = "text or a list" if has_items else "text"
+    raise UsageError(f"--{name.replace('_', '-')} {value!r:.80}: give {words}")
 
 
 def make_probes(

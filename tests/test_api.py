@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import doctest
 import io
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
@@ -105,6 +107,43 @@ def test_wrong_options(tmp_path, monkeypatch, options, message):
     with pytest.raises(UsageError, match=message):
         ndcheck.measure("scripted:clean", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 1e3}, "--samples 1000.0: give a whole number"),
+        ({"samples": "20"}, "--samples '20': give a whole number"),
+        ({"temperature": "0"}, "--temperature '0': give a number"),
+        ({"chat": 1}, "--chat 1: give True or False"),
+        ({"loads": 4}, "--loads 4: give text or a list"),
+        ({"prompt": b"x"}, "--prompt b'x': give text or a list"),
+        ({"prompts_file": 3}, "--prompts-file 3: give a path"),
+        ({"device": 0}, "--device 0: give text"),
+    ],
+)
+def test_options_of_another_type_are_refused_before_anything_runs(
+    tmp_path, monkeypatch, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        ndcheck.measure("scripted:clean", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_may_be_text_and_numbers_numpys(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one prompt\n")
+    run = ndcheck.measure(
+        "scripted:clean",
+        prompts_file=str(tmp_path / "prompts.txt"),
+        samples=np.int64(24),
+        max_tokens=np.int32(4),
+        confidence=np.float32(0.75),
+        loads=np.array([1, 2]),
+        out=str(tmp_path / "run"),
+    )
+    assert run.verdict == "PASS"
+    assert [probe.prompt for probe in run.record.spec.probes] == ["one prompt"]
 
 
 def test_import_ndcheck_imports_nothing_heavy():

@@ -28,6 +28,7 @@ Partner = tuple[ProbeSummary, Sample]
 
 FP32_DIGITS = 9
 """So many significant digits give every fp32 number back."""
+ONE_RUN = "a run is compared with itself, or a copy of it: nothing can drift"
 FAIL_ON: tuple[FailOn, ...] = get_args(FailOn)
 MODEL_FIELDS = (
     "model",
@@ -128,6 +129,7 @@ def compare(a: Measured, b: Measured) -> Comparison:
         (arm_a,), (arm_b,) = arms_a, arms_b
         partners_b = {(arm_a, *key[1:]): v for key, v in partners_b.items() if key[0] == arm_b}
     by_text = _compared(a.run) != _compared(b.run)
+    has_names = "logprob tokens" == _compared(a.run) == _compared(b.run)
     unit_a, unit_b = (unit(measured.run) for measured in (a, b))
     has_bits = not any(rounds(measured.run) for measured in (a, b))
     # A server's digests are of the tokens that it shows, others' of all logits.
@@ -140,6 +142,7 @@ def compare(a: Measured, b: Measured) -> Comparison:
                 _drift(
                     *(key[1], partners_a[key], partners_b[key]),
                     by_text=by_text,
+                    has_names=has_names,
                     has_bits=has_bits,
                     has_rows=has_rows,
                 ),
@@ -176,10 +179,18 @@ def judge_comparison(
     """A verdict on each kind of difference that was asked for.
 
     It is INCONCLUSIVE where the runs share no prompt, where bits were not recorded, where
-    samples are missing or damaged, and where a clean B has fewer trials than A, or none that would
-    let it pass by itself, so that a difference had less chance to show.
+    samples are missing or damaged, where both are one run, and where a clean B has fewer trials
+    than A, or none that would let it pass by itself, so that a difference had less chance to show.
     """
-    return {name: _judge(name, comparison, confidence) for name in fail_on}
+    verdicts = {name: _judge(name, comparison, confidence) for name in fail_on}
+    if not comparison.is_of_one_run:
+        return verdicts
+    return {
+        name: replace(verdict, outcome="INCONCLUSIVE", reasons=(f"{name}: {ONE_RUN}",))
+        if verdict.outcome == "PASS"
+        else verdict
+        for name, verdict in verdicts.items()
+    }
 
 
 def _by_prompt(measured: Measured) -> dict[tuple[Arm, str, int], Partner]:
@@ -236,10 +247,17 @@ def _drift(
     partner_b: Partner,
     *,
     by_text: bool,
+    has_names: bool,
     has_bits: bool,
     has_rows: bool,
 ) -> Drift:
     (a, sample_a), (b, sample_b) = partner_a, partner_b
+    spells_otherwise = has_names and _spells_otherwise(sample_a, sample_b)
+    if spells_otherwise and sample_a.text == sample_b.text:
+        # Token for token the same, by other names.
+        sample_b = replace(sample_b, token_ids=sample_a.token_ids, token_texts=sample_a.token_texts)
+    elif spells_otherwise:
+        by_text = True
     if not has_rows:
         sample_b = replace(sample_b, row_digests=())
     if by_text:
@@ -265,12 +283,24 @@ def _drift(
         k1_kl=k1_kl(here, there) if n else None,
         k3_kl=k3_kl(here, there) if n else None,
         n_shared_completions=len(
-            {c.text if by_text else c.sha256 for c in a.completions}
-            & {c.text if by_text else c.sha256 for c in b.completions}
+            {c.text if by_text or spells_otherwise else c.sha256 for c in a.completions}
+            & {c.text if by_text or spells_otherwise else c.sha256 for c in b.completions}
         ),
         fisher_p=fisher_exact(a.diverged_draws, a.n_draws, b.diverged_draws, b.n_draws),
         unit="character" if by_text else "token",
     )
+
+
+def _spells_otherwise(a: Sample, b: Sample) -> bool:
+    """Does B have other names for tokens, where its text is that of A's tokens?
+
+    Servers name one token as its text, as their vocabulary does, or by its number.
+    """
+    at = first_divergence(a.token_ids, b.token_ids)
+    if at is None or len(a.token_ids) != len(b.token_ids):
+        return False
+    n_characters = len("".join(a.token_texts[: at + 1]))
+    return a.text[:n_characters] == b.text[:n_characters]
 
 
 def _by_character(sample: Sample) -> Sample:

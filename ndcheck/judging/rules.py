@@ -217,9 +217,6 @@ def _judge_run(
     confidence = rules.general.confidence or run.spec.confidence
     if comparison is None:
         raise ValueError("the rules name a baseline, so a comparison with it is needed")
-    if comparison.is_of_one_run:
-        itself = Verdict("INCONCLUSIVE", ("the baseline is this run itself: nothing can drift",))
-        yield Ruling("baseline", None, None, None, itself)
     for name, verdict in judge_comparison(comparison, rules.fail_on, confidence).items():
         yield Ruling(f"baseline-{name}", None, None, None, verdict)
 
@@ -359,6 +356,7 @@ def _judge_rate(found: ProbeSummary | AxisFinding, limit: float, confidence: flo
         outcome: Outcome = "FAIL" if found.diverged_trials else "PASS"
         return Verdict(outcome, (f"{seen}; none accepted",))
     low, high = clopper_pearson(found.diverged_draws, found.n_draws, confidence)
+    is_property = isinstance(found, AxisFinding)
     reason = (
         f"{seen}: at {100 * confidence:g} % the rate is within {100 * low:.3g}-{100 * high:.3g} %; "
         f"at most {100 * limit:g} % accepted"
@@ -367,11 +365,12 @@ def _judge_rate(found: ProbeSummary | AxisFinding, limit: float, confidence: flo
         return Verdict("PASS", (reason,), accepts_divergence=found.diverged_trials > 0)
     if low > limit:
         return Verdict("FAIL", (reason,))
-    clean = count(trials_needed(limit, confidence), f"clean {found.draw}")
-    return Verdict(
-        "INCONCLUSIVE",
-        (f"{reason}, which takes {clean} to show (target_rate = {limit:g})",),
-    )
+    if not found.diverged_trials:
+        clean = count(trials_needed(limit, confidence), f"clean {found.draw}")
+        # The rate that a plan is made for is that of all its trials.
+        how = "more samples, or loads" if is_property else f"target_rate = {limit:g}"
+        reason += f", which takes {clean} to show ({how})"
+    return Verdict("INCONCLUSIVE", (reason,))
 
 
 def _judge_prefix(n_common: int, has_forked: bool, limit: int, *, by_text: bool) -> Verdict:

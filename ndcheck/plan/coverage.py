@@ -14,6 +14,8 @@ TYPICAL_LENGTH = 32
 """Of a prompt, in tokens: how many trials a round has hardly depends on it."""
 CELLS_OF_A_SIZE = 12
 """More than a round has of one batch size."""
+N_TOLD = 500
+"""A plan of so many draws takes some ten milliseconds."""
 
 
 def lacks_batches(spec: RunSpec, axes: Collection[Axis]) -> bool:
@@ -33,20 +35,30 @@ def samples_to_try_all(spec: RunSpec) -> int | None:
     """The samples that try every axis, of a prompt of usual length; None where none would."""
     # Of prompts of one length each has as many trials as any other.
     spec = replace(spec, probes=spec.probes[:1])
-    lengths = {probe.probe_id: TYPICAL_LENGTH for probe in spec.probes}
-    context = 4 * TYPICAL_LENGTH + spec.decoding.max_tokens
-
-    def plan(n_samples: int) -> list[Trial]:
-        return plan_trials(replace(spec, n_samples=n_samples), lengths, context)
-
     most = CELLS_OF_A_SIZE * (1 + sum(spec.batch_sizes))
-    if not spec.batch_sizes or untried_axes(spec, plan(most)):
+    if not spec.batch_sizes or untried_axes(
+        spec, _plan(replace(spec, n_samples=most), TYPICAL_LENGTH)
+    ):
         return None
     least = 1
     while least < most:
         middle = (least + most) // 2
-        if untried_axes(spec, plan(middle)):
+        if untried_axes(spec, _plan(replace(spec, n_samples=middle), TYPICAL_LENGTH)):
             least = middle + 1
         else:
             most = middle
     return most
+
+
+def has_loads(spec: RunSpec, n_draws: int, length: int) -> bool:
+    """Are there so many draws of a prompt of ``length`` tokens? Of many, as far as is soon told."""
+    n_draws = min(n_draws, N_TOLD)
+    if spec.repeats_are_draws or spec.axes == ("run-to-run",):
+        return True
+    trials = _plan(replace(spec, probes=spec.probes[:1], arms=spec.arms[:1]), length, n_draws)
+    return len({trial.load for trial in trials}) > n_draws
+
+
+def _plan(spec: RunSpec, length: int, n_draws: int | None = None) -> list[Trial]:
+    lengths = {probe.probe_id: length for probe in spec.probes}
+    return plan_trials(spec, lengths, 4 * length + spec.decoding.max_tokens, n_draws)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ndcheck.environment import MUST_MATCH
-from ndcheck.judging.comparison import Change, Comparison, Drift, FailOn
+from ndcheck.judging.comparison import ONE_RUN, Change, Comparison, Drift, FailOn
 from ndcheck.judging.verdict import Verdict
 from ndcheck.reports.document import published
 from ndcheck.reports.terminal import (
@@ -49,6 +49,8 @@ def print_comparison(
         console.print("Made in the same way: environment, model, kernels and load are equal")
     if any(_decides_bits(change) for change in comparison.changes):
         console.print("* decides bits: other bits in B are no fault by themselves")
+    if comparison.is_of_one_run:
+        console.print(f"{ONE_RUN[0].upper()}{ONE_RUN[1:]}")
     for drift in comparison.drifts:
         console.print()
         heading = f"{_arms(drift)} {visible(drift.b.probe_id)}: "
@@ -100,6 +102,7 @@ def comparison_document(
         "drifts": [_drift_document(drift) for drift in comparison.drifts],
         "only_in_a": list(comparison.only_in_a),
         "only_in_b": list(comparison.only_in_b),
+        "is_of_one_run": comparison.is_of_one_run,
     }
 
 

@@ -8,8 +8,7 @@ it (its issues 8942 and 27174), nor have hosted APIs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 from ndcheck.errors import BackendError, UsageError
 from ndcheck.records import Endpoint, RunSpec
@@ -19,7 +18,8 @@ from ndcheck.samplers.endpoint.capabilities import BUSY
 from ndcheck.samplers.endpoint.credentials import request_headers, request_query
 from ndcheck.samplers.endpoint.identity import identify
 from ndcheck.samplers.endpoint.private import Private, query_secrets
-from ndcheck.samplers.endpoint.transport import EventLoop, Transport
+from ndcheck.samplers.endpoint.transport import Transport
+from ndcheck.samplers.event_loop import EventLoop
 from ndcheck.scoring.completions import TokenIds
 from ndcheck.scoring.scorers import Score, checked
 
@@ -30,7 +30,6 @@ GIVES_NONE = (
     "it gives no log-probabilities of a prompt of token ids (vLLM's and SGLang's servers do): "
     "score with --model or --engine vllm instead"
 )
-T = TypeVar("T")
 
 
 class EndpointScorer:
@@ -39,7 +38,8 @@ class EndpointScorer:
     def __init__(self, spec: RunSpec, endpoint: Endpoint, private: Private) -> None:
         self._model = spec.model
         self._endpoint = endpoint
-        self._runner = asyncio.Runner(loop_factory=EventLoop)
+        self._loop = EventLoop()
+        self._run = self._loop.run
         query = request_query(endpoint, private.query)
         self._transport = Transport(
             endpoint.url,
@@ -78,10 +78,7 @@ class EndpointScorer:
 
     def close(self) -> None:
         self._run(self._transport.close())
-        self._runner.close()
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(work)
+        self._loop.close()
 
     async def _ask(self, ids: TokenIds) -> Event:
         """The whole answer, after retries of what may succeed later. Raises RequestFailure."""

@@ -65,6 +65,31 @@ def test_an_inconclusive_run_names_the_command_that_settles_it(ndcheck_here, opt
     assert "untried" not in settled.stdout + settled.stderr
 
 
+@pytest.mark.parametrize(("loads", "advised_loads"), [("1,2", []), ("1,2,8", ["1,2"])])
+def test_no_run_without_batches_is_advised_where_batches_failed(ndcheck_here, loads, advised_loads):
+    options = ("--loads", loads, "-n", "40", "--max-tokens", "8", "-q", "--out", "run")
+    name = "out-of-memory" if advised_loads else "never-batches"
+    done = ndcheck_here("run", "--model", f"scripted:{name}", *options)
+    assert done.returncode == 3
+    runs = [command for command in advised(done.stdout) if command[0] == "run"]
+    assert [run[run.index("--loads") + 1] for run in runs] == advised_loads
+
+
+@pytest.mark.parametrize(
+    ("axes", "excludes"),
+    [("cache", False), ("cache,run-to-run", False), ("run-to-run", True)],
+)
+def test_no_rate_is_advised_where_every_load_has_run(ndcheck_here, axes, excludes):
+    """Alone, a prompt's cache has two states besides the whole one."""
+    options = ("--loads", "1", "-n", "20", "--max-tokens", "8", "-q", "--axes", axes)
+    done = ndcheck_here("run", "--model", "scripted:clean", *options, "--kernels", "stock")
+    assert done.returncode == 0, done.stderr
+    rates = [c for c in advised(done.stdout) if "--target-rate" in c]
+    assert bool(rates) == excludes
+    for command in rates:
+        assert ndcheck_here(*command, "-q").returncode == 0
+
+
 def test_what_can_never_succeed_is_refused(ndcheck_here, tmp_path):
     command = ("run", "--model", "scripted:clean", "--axes", "batch-size,slot", "-q", "--loads")
     done = ndcheck_here(*command, "1")

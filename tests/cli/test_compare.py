@@ -30,12 +30,24 @@ def folder(measured_runs, tmp_path):
     return shutil.copytree(measured_runs, tmp_path, dirs_exist_ok=True)
 
 
-def test_equal_runs(ndcheck):
-    done = ndcheck("compare", "clean", "clean", "--fail-on", "tokens,bits,unique,rate,load")
+def test_equal_runs(ndcheck_here, folder):
+    ndcheck.measure("scripted:clean", out=folder / "again", **SMALL)
+    done = ndcheck_here("compare", "clean", "again", "--fail-on", "tokens,bits,unique,rate,load")
     assert done.returncode == 0, done.stderr
     assert "Made in the same way" in done.stdout
     assert "no drift: 8 tokens equal bit for bit" in done.stdout
     assert done.stdout.count("PASS") == 5
+
+
+def test_a_run_and_itself_are_no_two_runs(ndcheck_here, folder):
+    shutil.copytree(folder / "clean", folder / "copy")
+    done = ndcheck_here("compare", "clean", "copy", "--fail-on", "tokens,load")
+    assert done.returncode == 3, done.stderr
+    assert "PASS" not in done.stdout
+    assert " ".join(done.stdout.split()).count("nothing can drift") == 3
+    shown = ndcheck_here("compare", "clean", "clean", "--json")
+    assert shown.returncode == 0
+    assert json.loads(shown.stdout)["is_of_one_run"] is True
 
 
 @pytest.mark.parametrize(

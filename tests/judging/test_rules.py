@@ -72,7 +72,16 @@ def test_limits(measured, behaviour, limits, outcome):
 
 def test_the_rate_rule_says_what_it_would_take(measured):
     verdict = gate(measured(), max_divergence_rate=0.01)
-    assert "368 clean loads" in verdict.reasons[0]
+    assert "368 clean loads to show (target_rate = 0.01)" in verdict.reasons[0]
+
+
+def test_no_advice_on_a_rate_that_could_not_help(measured):
+    """Clean draws are gone once one diverged; target_rate counts trials of all properties."""
+    (reason,) = gate(measured("batch-dependent"), max_divergence_rate=0.7).reasons
+    assert reason.endswith("at most 70 % accepted")
+    rules = RuleSet(by_property={(None, "slot"): Rules(max_divergence_rate=0.1)})
+    (reason,) = gate(measured(), rules).reasons
+    assert reason.endswith("36 clean loads to show (more samples, or loads)")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 
 import pytest
 
 import ndcheck
 from ndcheck.cli.app import run_command_line
-from ndcheck.errors import UsageError
+from ndcheck.errors import BackendError, UsageError
 from ndcheck.testing import assert_deterministic
 
 SMALL = {"loads": [1, 3], "samples": 22, "max_tokens": 8}
@@ -23,6 +24,18 @@ def test_measure(mock, tmp_path):
     assert run.record.environment.model["server"] == "llama.cpp"
     assert not [f for f in run.path.iterdir() if "hidden" in f.read_text(encoding="utf-8")]
     assert set(run.samples["n_retries"]) == {0}
+
+
+def test_measure_beside_a_loop_that_runs_already(mock, tmp_path):
+    """As a notebook's does, in the thread of its cells."""
+
+    async def cell(**options):
+        return ndcheck.measure(model="mock", **SMALL, **options)
+
+    run = asyncio.run(cell(endpoint=mock(), out=tmp_path / "run"))
+    assert run.verdict == "PASS", run.reasons
+    with pytest.raises(BackendError, match="cannot connect"):
+        asyncio.run(cell(endpoint="http://127.0.0.1:9/v1", out=tmp_path / "none"))
 
 
 @pytest.mark.parametrize("flavour", ["vllm", "text"])

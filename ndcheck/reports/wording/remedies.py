@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ndcheck.analysis.statistics import trials_needed
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.findings import Findings
 from ndcheck.judging.verdict import STOCK_DID_NOT_FAIL
-from ndcheck.plan.coverage import lacks_batches, samples_to_try_all
-from ndcheck.records import AXES, Axis, RunSpec
+from ndcheck.plan.conversations import as_text
+from ndcheck.plan.coverage import has_loads, lacks_batches, samples_to_try_all
+from ndcheck.records import AXES, Axis, Run, RunSpec
 from ndcheck.reports.wording.phrases import percent
 from ndcheck.reports.wording.reproduction import (
     argument,
@@ -68,8 +70,10 @@ def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) 
         if load.n_errors or (load.achieved_batch_size_min or load.batch_size) < load.batch_size
     }
     rest = tuple(size for size in spec.batch_sizes if size not in failed)
-    if 0 < len(rest) < len(spec.batch_sizes):
-        suggest("Leave out the batch sizes that failed", replace(spec, batch_sizes=rest))
+    without = replace(spec, batch_sizes=rest)
+    # Without a batch nothing of what batches change would be tried.
+    if 0 < len(rest) < len(spec.batch_sizes) and not lacks_batches(without, spec.axes):
+        suggest("Leave out the batch sizes that failed", without)
     # By chance a control leaves its baseline before its fault: nothing is wrong with the set-up.
     if any(
         probe.control.n_caught < probe.control.n_trials and not probe.varies_by_chance
@@ -128,7 +132,11 @@ def remedies(findings: Findings, defaults: RunSpec, directory: str, width: int) 
             "Longer completions and larger batches may make stock, the control, fail",
             replace(spec, decoding=decoding, batch_sizes=sizes),
         )
-    elif findings.judgement.verdict.outcome == "PASS" and (rate := _next_rate(summary)) is not None:
+    elif (
+        findings.judgement.verdict.outcome == "PASS"
+        and (rate := _next_rate(summary)) is not None
+        and has_loads(spec, trials_needed(rate, spec.confidence), _shortest_prompt(run))
+    ):
         confidence = f"{percent(spec.confidence)} %"
         reason = f"Exclude a rate of {percent(rate)} % at {confidence}"
         suggest(reason, replace(spec, target_rate=rate))
@@ -217,6 +225,14 @@ def _samples_until(
         if (sample.purpose, sample.load.batch_size) == (axis, batch_size) and divergence >= 0:
             last = sample.trial_id
     return None
+
+
+def _shortest_prompt(run: Run) -> int:
+    """Its tokens; in words where the backend gave none."""
+    texts = [as_text(probe.content) for probe in run.spec.probes]
+    ids = (*run.prompt_token_ids, *[""] * len(texts))
+    lengths = [len((known or text).split()) for known, text in zip(ids, texts, strict=False)]
+    return max(1, min(lengths))
 
 
 def _next_rate(summary: Summary) -> float | None:

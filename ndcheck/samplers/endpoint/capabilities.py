@@ -28,7 +28,8 @@ class Capabilities:
     """The optional fields that work, and what completions are compared by.
 
     ``counts_tokens`` False: the server's usage is an estimate. ``first_token_s``: no first token
-    can come sooner. ``has_ids``: every answer has a response id of its own.
+    can come sooner. ``has_ids``: every answer has a response id of its own. ``says_end``: every
+    answer says how its completion ended.
     """
 
     compared: Compared
@@ -39,6 +40,7 @@ class Capabilities:
     counts_tokens: bool = True
     first_token_s: float = 0.0
     has_ids: bool = False
+    says_end: bool = False
 
     @property
     def probe_fields(self) -> Body:
@@ -73,7 +75,8 @@ class Capabilities:
         counts = self.counts_tokens and not (
             grows and any(not _counts_tokens(a, n) for n, a in answers)
         )
-        return replace(self, compared=compared, counts_tokens=counts)
+        says_end = all(a.is_end for _, a in answers)
+        return replace(self, compared=compared, counts_tokens=counts, says_end=says_end)
 
 
 async def probe(dialect: Dialect, ask: Ask, plain: Answer, n_tokens: int) -> Capabilities:

@@ -13,6 +13,7 @@ from ndcheck.samplers.endpoint.answers.dialects import Body, Dialect, Generate
 from ndcheck.samplers.endpoint.answers.event_stream import Event, RequestFailure
 from ndcheck.samplers.endpoint.transport import Transport
 
+INVALID = (400, 422)
 FIRST_PAUSE_S = 0.5
 REPORTED_PAUSE_S = 2.0
 REPORT_INTERVAL_S = 10.0
@@ -23,11 +24,15 @@ BYTES_PER_ANSWER = 1 << 20
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one request; ``retried_after`` is the failure before the last retry."""
+    """What became of one request; ``retried_after`` is the failure before the last retry.
+
+    ``is_invalid``: the server refused it as one that can never succeed.
+    """
 
     answer: Answer | None = None
     error: str | None = None
     is_unreachable: bool = False
+    is_invalid: bool = False
     elapsed_s: float = 0.0
     n_retries: int = 0
     retried_after: str | None = None
@@ -102,6 +107,7 @@ class Client:
             outcome.answer = await self.ask(body, max_tokens, check, outcome)
         except RequestFailure as failure:
             outcome.is_unreachable = failure.is_unreachable
+            outcome.is_invalid = failure.status in INVALID
             retries = f" (after {outcome.n_retries} retries)" if outcome.n_retries else ""
             outcome.error = f"{failure}{retries}"
         outcome.elapsed_s = time.perf_counter() - started
@@ -137,7 +143,19 @@ class Client:
 
 
 def check_whole(
-    max_tokens: int, compared: Compared, *, counts_tokens: bool
+    max_tokens: int, compared: Compared, *, counts_tokens: bool, says_end: bool
 ) -> Callable[[Answer], None]:
-    """What `Client.ask` checks of an answer that is measured."""
-    return lambda answer: answer.check(max_tokens, compared, counts_tokens=counts_tokens)
+    """What `Client.ask` checks of an answer that is measured.
+
+    ``says_end``: every answer has said how its completion ended.
+    """
+
+    def check(answer: Answer) -> None:
+        # Gateways end a stream in form where the server behind them broke off.
+        if says_end and not answer.is_end and answer.n_tokens is None:
+            raise RequestFailure(
+                "the stream ended without a finish_reason, which it had when probed: it was cut off"
+            )
+        answer.check(max_tokens, compared, counts_tokens=counts_tokens)
+
+    return check

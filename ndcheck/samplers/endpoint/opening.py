@@ -20,7 +20,7 @@ from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.answers.events import as_dict, as_fact, as_list
 from ndcheck.samplers.endpoint.answers.responses import Responses
 from ndcheck.samplers.endpoint.capabilities import BUSY, Capabilities, probe
-from ndcheck.samplers.endpoint.client import Client, check_whole
+from ndcheck.samplers.endpoint.client import INVALID, Client, check_whole
 from ndcheck.samplers.endpoint.identity import Identity, get_models, identify
 from ndcheck.samplers.endpoint.prefix_cache import PrefixCache
 from ndcheck.samplers.endpoint.transport import Transport
@@ -164,6 +164,7 @@ class Server:
             self.spec.decoding.max_tokens,
             seen.compared,
             counts_tokens=seen.counts_tokens and not stops,
+            says_end=seen.says_end,
         )
 
     async def gives_the_same_whole(self) -> bool:
@@ -302,6 +303,10 @@ async def _find_capabilities(
             if dialect.take_hint(str(failure)):
                 say(f"asking the server otherwise, after: {failure}")
                 continue
+            if failure.status in INVALID and n_tokens < spec.decoding.max_tokens:
+                # Reasoning may need more tokens, or --extra-body may ask for as many.
+                n_tokens = dialect.least_tokens = spec.decoding.max_tokens
+                continue
             raise
     if not first.text and not first.token_ids:
         empty = first.why_empty(n_tokens)
@@ -326,7 +331,7 @@ async def _vary_limit(
     spec: RunSpec, dialect: Dialect, client: Client, capabilities: Capabilities
 ) -> list[tuple[int, Answer]]:
     """Completions of the first probe at its limit and below, each with its limit."""
-    n_tokens = min(spec.decoding.max_tokens, LONGEST_LIMIT)
+    n_tokens = max(dialect.least_tokens, min(spec.decoding.max_tokens, LONGEST_LIMIT))
     least = max(dialect.least_tokens, n_tokens - N_LIMITS + 1)
     prompt, fields = spec.probes[0].content, capabilities.probe_fields
     return [

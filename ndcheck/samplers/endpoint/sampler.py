@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from ndcheck.errors import BackendError, TrialError, UsageError
 from ndcheck.plan.arrivals import parse_arrivals
@@ -38,7 +38,7 @@ from ndcheck.samplers.endpoint.credentials import request_body, request_headers,
 from ndcheck.samplers.endpoint.identity import Identity, identify
 from ndcheck.samplers.endpoint.opening import open_server
 from ndcheck.samplers.endpoint.private import Private, query_secrets, secrets_of
-from ndcheck.samplers.endpoint.transport import EventLoop, Transport
+from ndcheck.samplers.endpoint.transport import Transport
 from ndcheck.samplers.endpoint.witness import (
     Stream,
     batch_sizes_read,
@@ -48,6 +48,7 @@ from ndcheck.samplers.endpoint.witness import (
     held_to_streams,
     most_of_the_time,
 )
+from ndcheck.samplers.event_loop import EventLoop
 
 UNKNOWN_CONTEXT = 1 << 20
 IDENTITY_TIMEOUT_S = 5.0
@@ -56,7 +57,6 @@ COMPARED = {
     "logprob tokens": "token names and text",
     "text": "text",
 }
-T = TypeVar("T")
 
 
 class EndpointSampler:
@@ -80,7 +80,8 @@ class EndpointSampler:
         self._spec = spec
         self._endpoint = endpoint
         self._arrivals = parse_arrivals(endpoint.arrival, "s")
-        self._runner = asyncio.Runner(loop_factory=EventLoop)
+        self._loop = EventLoop()
+        self._run = self._loop.run
         query = request_query(endpoint, private.query)
         extra_body = request_body(endpoint, private.extra_body)
         self._transport = Transport(
@@ -90,6 +91,7 @@ class EndpointSampler:
             query,
             (*query_secrets(query, endpoint.query), *secrets_of(extra_body)),
         )
+        self._lacks_room = False
         self._prompt_ids: dict[Prompt, list[int]] = {}
         self._changes = Changes(self._prompt_ids)
         try:
@@ -100,7 +102,7 @@ class EndpointSampler:
 
     def close(self) -> None:
         self._run(self._transport.close())
-        self._runner.close()
+        self._loop.close()
 
     @property
     def context(self) -> int:
@@ -212,9 +214,6 @@ class EndpointSampler:
         """Is the ``nth`` row of a trial asked for a stream?"""
         return nth < self._server.n_streamed
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(work)
-
     async def _identify_quickly(self) -> Identity:
         async with asyncio.timeout(IDENTITY_TIMEOUT_S):
             return await identify(self._transport, self._spec.model)
@@ -245,16 +244,23 @@ class EndpointSampler:
             prompt = continued(probe.content, words) if is_shared else words
             n_tokens = outlasting(decoding.max_tokens)
             if number or self._arrivals.kind == "closed":
-                n_tokens = rng.randint(max(1, decoding.max_tokens // 4), decoding.max_tokens)
-            elif 2 * length + n_tokens > self.context:
+                least = max(self._server.dialect.least_tokens, decoding.max_tokens // 4)
+                n_tokens = rng.randint(least, decoding.max_tokens)
+            elif self._lacks_room or 2 * length + n_tokens > self.context:
                 n_tokens = decoding.max_tokens
             streamed = self._streams(len(load.slots) + (*rows, row).index(row))
             model = self._spec.model
-            body = self._server.dialect.body(model, prompt, n_tokens, decoding, streamed=streamed)
-            body |= seen.filler_fields(n_tokens)
             fillers.append(outcome := Outcome())
-            await self._server.client.record(body, n_tokens, lambda answer: None, outcome)
-            return outcome.error is None
+            while True:
+                make_body = self._server.dialect.body
+                body = make_body(model, prompt, n_tokens, decoding, streamed=streamed)
+                body |= seen.filler_fields(n_tokens)
+                await self._server.client.record(body, n_tokens, lambda answer: None, outcome)
+                if not outcome.is_invalid or n_tokens <= decoding.max_tokens:
+                    return outcome.error is None
+                # There is room for the probe, and for no token after it.
+                self._lacks_room, n_tokens = True, decoding.max_tokens
+                outcome.error, outcome.is_invalid = None, False
 
         if self._server.cache and load.cache_state == "prefix":
             await self._server.cache.warm(

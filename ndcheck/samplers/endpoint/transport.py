@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import random
 import re
 import ssl
 import time
@@ -58,22 +57,13 @@ class Receipt:
     is_cached: bool
 
 
-class EventLoop(asyncio.SelectorEventLoop):
-    """Connects to any of the addresses that a name has, since each may be another replica."""
-
-    async def getaddrinfo(self, *arguments: Any, **options: Any) -> Any:
-        found = await super().getaddrinfo(*arguments, **options)
-        random.shuffle(found)  # Else all connections go to the first, as the resolver sorts them.
-        return found
-
-
 class Transport:
     """Connections to the server at ``url``, an OpenAI base such as ``.../v1``: as many as in use.
 
     Each is a client of its own, since a pool looks through all its connections at every request.
     Every POST opens a connection and closes it: a balancer may choose the replica for each
     connection, so that requests over an old one are no new draw, or by a cookie: none is kept.
-    In an `EventLoop` the name's address is drawn for each connection, too.
+    In an `AnyAddressLoop` the name's address is drawn for each connection, too.
     Redirects are never followed: a key must not travel to another host. Secrets are cut out of
     everything that leaves here. Raises UsageError for settings that no connection can be made with.
     """

@@ -4,7 +4,8 @@ import asyncio
 import socket
 from contextlib import AsyncExitStack
 
-from ndcheck.samplers.endpoint.transport import EventLoop, Transport
+from ndcheck.samplers.endpoint.transport import Transport
+from ndcheck.samplers.event_loop import AnyAddressLoop
 
 REPLICAS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 
@@ -44,7 +45,7 @@ def test_a_name_with_several_addresses_reaches_them_all(monkeypatch):
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in addresses]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    with asyncio.Runner(loop_factory=EventLoop) as runner:
+    with asyncio.Runner(loop_factory=AnyAddressLoop) as runner:
         assert runner.run(ask(40)) == set(REPLICAS)
     with asyncio.Runner() as runner:
         assert runner.run(ask(40)) == {REPLICAS[0]}

@@ -271,3 +271,22 @@ def test_an_end_or_a_count_that_differs_is_seen_behind_equal_text(odd, measure, 
     assert summary.probes[0].n_unique == 1
     assert judgement.verdict.outcome == "INCONCLUSIVE"
     assert any("ended otherwise" in r for r in judgement.verdict.reasons)
+
+
+class CutByAGateway:
+    """The server behind it breaks off in a batch; the gateway ends the stream in form."""
+
+    def events(self, body):
+        for t, event in enumerate(super().events(body)):
+            if t == 5 and self.running > 1:
+                return
+            yield event
+
+
+def test_what_was_cut_off_is_an_error_and_no_divergence(odd, measure):
+    judgement, summary, samples = measure(odd(CutByAGateway))
+    assert judgement.verdict.outcome == "INCONCLUSIVE", judgement
+    assert summary.probes[0].diverged_trials == 0
+    errors = [sample.error for sample in samples if sample.error]
+    assert errors
+    assert all("without a finish_reason" in error for error in errors)

@@ -168,6 +168,45 @@ def test_a_field_that_a_server_needs_goes_with_every_request(odd, measure):
     assert judgement.verdict.outcome == "PASS"
 
 
+class NeedsRoom:
+    """Refuses a limit that a model's reasoning, or a field of the request, does not fit in."""
+
+    def refuse(self, path, body):
+        least = body.get("min_tokens", 8)
+        if self.limit(body) >= least:
+            return None
+        words = f"model output limit was reached: try again with {least} or more"
+        return 400, {"error": {"message": words}}, {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"extra_body": '{"min_tokens":12}', "mode": "mixed", "arrival": "closed"}],
+)
+def test_a_short_limit_that_is_refused_ends_no_run_with_a_longer_one(odd, measure, options):
+    with pytest.raises(UsageError, match="try again with"):
+        measure(odd(NeedsRoom), decoding=Decoding(7), **options)
+    judgement, _, samples = measure(odd(NeedsRoom), **options)
+    assert judgement.verdict.outcome == "PASS", judgement
+    originals = [sample for sample in samples if sample.role != "control"]
+    assert {sample.text for sample in originals} == {"".join(WORDS[:12])}
+
+
+class HasALongest:
+    """Has room for a probe's tokens and no more, and says so of nothing but a refusal."""
+
+    def refuse(self, path, body):
+        if self.limit(body) <= 12:
+            return None
+        return 400, {"error": {"message": "max_tokens: at most 12 completion tokens"}}, {}
+
+
+def test_a_filler_that_finds_no_room_to_outlast_the_probe_ends_with_it(odd, measure):
+    judgement, _, samples = measure(odd(HasALongest), mode="mixed")
+    assert not [sample.error for sample in samples if sample.error]
+    assert judgement.verdict.outcome == "PASS", judgement
+
+
 class Stops:
     def refuse(self, path, body):
         if len(body.get("stop", ())) > 4:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from ndcheck.cli.app import run_command_line
 from ndcheck.errors import NdcheckError
 from ndcheck.records import Decoding
 
@@ -141,3 +144,52 @@ class RepeatsAll:
 def test_a_stream_that_repeats_all_is_refused_though_it_ends_with_nothing_new(odd, measure):
     with pytest.raises(NdcheckError, match="all of the text so far"):
         measure(odd(RepeatsAll))
+
+
+class Names:
+    """Gives each token a name and a log-probability."""
+
+    def name(self, token):
+        return token
+
+    def fields(self, t, token, body):
+        if not body.get("logprobs"):
+            return {}
+        named = {"tokens": [self.name(token)], "token_logprobs": [CHOSEN - t], "top_logprobs": None}
+        return {"logprobs": named}
+
+
+class NamesOfTheVocabulary(Names):
+    def name(self, token):
+        return token.replace(" ", "\u0120")
+
+
+class NamesByNumber(Names):
+    def name(self, token):
+        return f"token_id:{token.removeprefix(' w')}"
+
+
+class OtherFifth(NamesOfTheVocabulary):
+    def tokens(self, body):
+        return [" other" if t == 4 else word for t, word in enumerate(super().tokens(body))]
+
+
+@pytest.mark.parametrize(
+    ("other", "kind", "at"),
+    [
+        (NamesOfTheVocabulary, "none", None),
+        (NamesByNumber, "none", None),
+        (OtherFifth, "tokens", len(" w0 w1 w2 w3 ")),
+    ],
+)
+def test_servers_that_name_the_same_tokens_otherwise_agree(odd, tmp_path, capfd, other, kind, at):
+    servers = ("--endpoint", odd(Names), "--against", odd(other), "--model", "m")
+    small = ("--loads", "1,2", "-n", "12", "--max-tokens", "8", "-q", "--json")
+    run_command_line(["run", *servers, *small, "--out", str(tmp_path / "both")])
+    found = json.loads(capfd.readouterr().out)
+    (drift,) = found["drifts"]
+    assert (drift["kind"], drift["first_divergence"]) == (kind, at)
+    assert drift["n_shared_completions"] == (kind == "none")
+    assert {name: verdict["verdict"] for name, verdict in found["fail_on"].items()} == (
+        {"tokens": "PASS", "bits": "PASS"} if kind == "none" else {"tokens": "FAIL"}
+    )
