@@ -141,7 +141,7 @@ def _as_annotated(name: str, value: Any) -> Any:
     kinds = get_args(hint) or (hint,)
     is_text = isinstance(value, str | os.PathLike)
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if value is None or (bool in kinds and isinstance(value, bool)):
+    if isinstance(value, bool | None) and type(value) in kinds:
         return value
     if bool in kinds:
         words = "True or False"

@@ -120,6 +120,8 @@ def test_wrong_options(tmp_path, monkeypatch, options, message):
         ({"prompt": b"x"}, "--prompt b'x': give text or a list"),
         ({"prompts_file": 3}, "--prompts-file 3: give a path"),
         ({"device": 0}, "--device 0: give text"),
+        ({"axes": None}, "--axes None: give text or a list"),
+        ({"samples": None}, "--samples None: give a whole number"),
     ],
 )
 def test_options_of_another_type_are_refused_before_anything_runs(
