@@ -54,9 +54,12 @@ def doing(what: str) -> Iterator[None]:
         ACTIVITIES.pop()
 
 
-def did_you_mean(name: str, accepted: Iterable[str]) -> str:
-    """``", did you mean NAME?"`` for the nearest accepted name, or nothing if none is near."""
-    near = difflib.get_close_matches(name, list(accepted), n=1)
+def did_you_mean(name: str, accepted: Iterable[str], cutoff: float = 0.6) -> str:
+    """``", did you mean NAME?"`` for the nearest accepted name, or nothing if none is near.
+
+    ``cutoff`` is how much alike they must be, by difflib's ratio.
+    """
+    near = difflib.get_close_matches(name, list(accepted), n=1, cutoff=cutoff)
     return f", did you mean {near[0]}?" if near else ""
 
 

@@ -4,8 +4,7 @@
 
 Three runs, each in a process of its own: with nothing in Triton's cache nor in ndcheck's, and twice
 with what the first left there. Before them a short one, not timed, reads torch's and transformers'
-files once and writes their .pyc into FOLDER. OPTIONs go to all of
-them. Of each run, in seconds:
+files once and writes their .pyc into FOLDER. OPTIONs go to all of them. Of each run, in seconds:
 
 - `stages`: when each began, and how long it took: those that `ndcheck run` names, which contain
   each other, and the first trial of each arm;

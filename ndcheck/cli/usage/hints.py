@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shlex
@@ -80,7 +79,7 @@ def _paths(command: Any, path: str) -> Iterator[str]:
 def misspelt_variables() -> Iterator[str]:
     """A line for each NDCHECK_* variable that nothing reads and that is almost one that is read."""
     read = {*(row.variable or "" for row in OPTIONS.values()), *KEY_VARIABLES, DEBUG, VLLM_PLUGIN}
-    for name in sorted(os.environ):
-        if name.startswith("NDCHECK_") and name not in read:
-            for near in difflib.get_close_matches(name, read, n=1, cutoff=0.85):
-                yield f"nothing reads {name}, did you mean {near}?"
+    for name in sorted({n for n in os.environ if n.startswith("NDCHECK_")} - read):
+        # Other tools may have variables of their own.
+        if near := did_you_mean(name, read, cutoff=0.85):
+            yield f"nothing reads {name}{near}"

@@ -249,10 +249,9 @@ class EndpointSampler:
             elif self._lacks_room or 2 * length + n_tokens > self.context:
                 n_tokens = decoding.max_tokens
             streamed = self._streams(len(load.slots) + (*rows, row).index(row))
-            model = self._spec.model
+            make_body, model = self._server.dialect.body, self._spec.model
             fillers.append(outcome := Outcome())
             while True:
-                make_body = self._server.dialect.body
                 body = make_body(model, prompt, n_tokens, decoding, streamed=streamed)
                 body |= seen.filler_fields(n_tokens)
                 await self._server.client.record(body, n_tokens, lambda answer: None, outcome)
