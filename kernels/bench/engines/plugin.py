@@ -58,7 +58,7 @@ from bench.engines.verdicts import (
 )
 
 ROOT = Path(__file__).parents[3]
-START_S, MEASURE_S, RUN_S, END_S = 300, 150, 330, 20
+START_S, MEASURE_S, RUN_S, END_S = 300, 150, 900, 20
 VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # Functions of these measures go to the ranks' processes.

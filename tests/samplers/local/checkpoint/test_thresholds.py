@@ -106,7 +106,7 @@ def test_a_model_that_decodes_otherwise_than_it_prefills_is_not_scored(tmp_path,
     probe = Probe("p1", "the order of a sum " * 9)
     spec = replace(DEFAULTS, model=str(tmp_path), random_weights=0, dtype="fp32", probes=(probe,))
     sampler = TransformersSampler(replace(spec, axes=AXES, decoding=Decoding(4), arms=(arm,)))
-    prompt = torch.tensor([sampler.encode(probe.content)])
+    prompt = torch.tensor([sampler.encode(probe.content)], device=sampler.model.device)
     assert prompt.shape[1] > 16
     done = sampler.model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False,
