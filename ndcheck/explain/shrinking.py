@@ -13,8 +13,8 @@ from ndcheck.errors import BackendError, UsageError
 from ndcheck.explain.alignment import equal_bits
 from ndcheck.explain.failing import Failure
 from ndcheck.records import ALONE, CacheState, Load
+from ndcheck.samplers.local.decoding.selection import lowest_argmax
 from ndcheck.samplers.local.sampler import TransformersSampler
-from ndcheck.samplers.local.selection import lowest_argmax
 
 MOST_FIRST = 8
 """Rows beside the probe's that are tried from the first on, one more each time."""

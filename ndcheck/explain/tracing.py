@@ -28,8 +28,8 @@ from ndcheck.explain.recording import AlonePass, Cause, Key, Place, Record, unse
 from ndcheck.explain.traced import LoadTrace
 from ndcheck.records import Arm, Decoding, Load, Probe
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.decoding.selection import choose_tokens, digest_row, gumbel_noise
 from ndcheck.samplers.local.sampler import TransformersSampler
-from ndcheck.samplers.local.selection import choose_tokens, digest_row, gumbel_noise
 
 N_REPEATS = 4
 

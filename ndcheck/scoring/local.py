@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ndcheck.errors import BackendError, first_line
 from ndcheck.records import Arm
+from ndcheck.samplers.local.decoding.selection import log_softmax
 from ndcheck.samplers.local.sampler import TransformersSampler
-from ndcheck.samplers.local.selection import log_softmax
 from ndcheck.scoring.completions import TokenIds
 from ndcheck.scoring.scorers import Score, checked
 

@@ -73,11 +73,13 @@ def watch_all():
     global compile_
     import torch
     from ndcheck.cli import run_session
-    from ndcheck.samplers.local import batch, sampler, steps
+    from ndcheck.samplers.local import batch, sampler
+    from ndcheck.samplers.local.decoding import replaying, steps
     name = lambda _, trial, *__: f"{trial.arm} {trial.purpose}"
     watch(sampler.TransformersSampler, "sample", name)
     watch(batch.ExactBatch, "compute_prompt", "prompts")
-    for name, what in (("_capture", "captures"), ("run", "decoding"), ("feed", "feeding")):
+    watch(replaying.Replayed, "_capture", "captures")
+    for name, what in (("run", "decoding"), ("feed", "feeding")):
         watch(steps.DecodeSteps, name, what)
     watch(run_session, "report", "report")
     if torch.cuda.is_available():

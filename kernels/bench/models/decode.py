@@ -28,8 +28,8 @@ from bench.table import Table
 from ndcheck.records import Decoding
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.decoding.steps import DecodeSteps
 from ndcheck.samplers.local.sampler import TransformersSampler
-from ndcheck.samplers.local.steps import DecodeSteps
 from ndcheck_kernels.measure.timing import copy_gb_per_s, elapsed_us, mm_tflop_per_s
 
 PROMPT_TOKENS = 16
@@ -59,7 +59,7 @@ def step_ms(sampler: TransformersSampler, arm: Any, batch_size: int) -> float:
         steps = open_steps(sampler, batch_size)
         steps._step(1)
         # Nothing is captured on a CPU, which only the tiny shapes are for.
-        advance = steps._replay if steps.batch.can_be_captured else partial(steps._step, 1)
+        advance = steps.replay if steps.batch.can_be_captured else partial(steps._step, 1)
         advance()
         if steps.capture_failure is not None:
             raise RuntimeError(f"the {arm} step is not captured: {steps.capture_failure}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,11 @@ class ExactBatch:
         )
 
     @property
+    def can_capture_passes(self) -> bool:
+        """Whether that is so of several tokens too, of which states take columns of the mask."""
+        return self.can_be_captured and not self._has_states
+
+    @property
     def can_be_rewound(self) -> bool:
         """Whether tokens can be taken back: other layers sum them up, or write over older ones."""
         return all(type(x) is StaticLayer for x in self.cache.layers)
@@ -111,16 +117,17 @@ class ExactBatch:
         return logits[:, -1]
 
     def feed(self, token_ids: Tensor, load: Load) -> Iterator[Tensor]:
-        """Logits [rows, positions, vocabulary] of `passes`, which together are of all positions.
-
-        Raises UsageError as `prefill` does.
-        """
-        # A pass of several tokens over a cache is what a prompt's chunk is.
-        self.require_faithful("chunked" if load.width > 1 else load.cache_state)
-        for part, n_wanted in self.passes(token_ids, load):
+        """Logits [rows, positions, vocabulary] of `fed_passes`, which are of all positions."""
+        for part, n_wanted in self.fed_passes(token_ids, load):
             logits = self.forward(part, max(1, n_wanted))
             if n_wanted:
                 yield logits
+
+    def fed_passes(self, token_ids: Tensor, load: Load) -> list[tuple[Tensor, int]]:
+        """`passes`. Raises UsageError as `prefill` does."""
+        # A pass of several tokens over a cache is what a prompt's chunk is.
+        self.require_faithful("chunked" if load.width > 1 else load.cache_state)
+        return self.passes(token_ids, load)
 
     def passes(self, token_ids: Tensor, load: Load) -> list[tuple[Tensor, int]]:
         """What ``load`` sends through the model: token ids [rows, columns] of each pass.
@@ -162,13 +169,40 @@ class ExactBatch:
         begin, n_columns = self._length, token_ids.shape[1]
         columns = torch.arange(begin, begin + n_columns, device=self.device)
         positions = (columns - self._pads).clamp(min=0)
-        return self._forward(token_ids, positions, n_wanted)
+        logits = self._forward(token_ids, positions, n_wanted)
+        self._next_positions.copy_(begin + n_columns - self._pads)
+        return logits
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Logits [rows, vocabulary] after one more token [rows] in every row."""
-        logits = self._forward(token_ids[:, None], self._next_positions)
-        self._next_positions.add_(1)
-        return logits[:, -1]
+        return self.advance(token_ids[:, None])[:, -1]
+
+    def advance(self, token_ids: Tensor) -> Tensor:
+        """Logits [rows, tokens, vocabulary] after token ids [rows, tokens], none of them a pad.
+
+        Where they are in their rows is counted on the device.
+        """
+        positions, n_tokens = self._next_positions, token_ids.shape[1]
+        if n_tokens > 1:
+            positions = positions + torch.arange(n_tokens, device=self.device)
+        logits = self._forward(token_ids, positions, n_tokens)
+        self._next_positions.add_(n_tokens)
+        return logits
+
+    def count_pass(self, n_columns: int) -> None:
+        """Take a pass that a graph replayed for one that was launched."""
+        self._length += n_columns
+        self.row_counts.append(self.n_rows)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave out of the count what is captured in here, not executed."""
+        length, n_passes = self._length, len(self.row_counts)
+        try:
+            yield
+        finally:
+            self._length = length
+            del self.row_counts[n_passes:]
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, n_wanted: int = 1) -> Tensor:
         """Logits [rows, ``n_wanted`` last columns, vocabulary]."""

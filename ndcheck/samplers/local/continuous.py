@@ -27,8 +27,13 @@ from ndcheck.errors import TrialError, UsageError
 from ndcheck.plan.grid import N_PREFILL_CHUNKS, SMALLEST_PAGE_TOKENS
 from ndcheck.plan.queue import Request
 from ndcheck.records import Decoding, Fault, Trial
-from ndcheck.samplers.local.selection import Reading, gumbel_noise, plant_in_logits, read_step
-from ndcheck.samplers.local.steps import Stream
+from ndcheck.samplers.local.decoding.selection import (
+    Reading,
+    gumbel_noise,
+    plant_in_logits,
+    read_step,
+)
+from ndcheck.samplers.local.decoding.steps import Stream
 
 PAGE_TOKENS = 32
 PREFILL_TOKENS = 256

@@ -27,6 +27,9 @@ from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.checkpoint.generation import stop_ids
 from ndcheck.samplers.local.checkpoint.quantised import has_fp8_layers, stock_notes
 from ndcheck.samplers.local.checkpoint.sources import find_source
+from ndcheck.samplers.local.decoding.draft import DraftSource
+from ndcheck.samplers.local.decoding.selection import read_step
+from ndcheck.samplers.local.decoding.steps import Completions, DecodeSteps, Stream, warn_uncaptured
 from ndcheck.samplers.local.device import choose_device, fused_layers, own_device, product_tables
 from ndcheck.samplers.local.faithful import Examination, examine
 from ndcheck.samplers.local.following import Ranks
@@ -34,9 +37,6 @@ from ndcheck.samplers.local.loading import digest_weights, load_config, load_mod
 from ndcheck.samplers.local.memory import is_out_of_memory, largest_batch_size
 from ndcheck.samplers.local.prompts import load_prompts
 from ndcheck.samplers.local.refusals import find_refusals, longest_rows, paths_of
-from ndcheck.samplers.local.selection import read_step
-from ndcheck.samplers.local.speculation.draft import DraftSource
-from ndcheck.samplers.local.steps import Completions, DecodeSteps, Stream, warn_uncaptured
 
 MOST_CAPTURED = 8
 """Batches whose captured step and KV cache are kept for trials of the same shape."""

@@ -18,6 +18,7 @@ from ndcheck.plan.trials import plan_trials
 from ndcheck.records import Decoding, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.decoding.replaying import Replayed
 from ndcheck.samplers.local.sampler import TransformersSampler
 
 pytestmark = [
@@ -71,6 +72,38 @@ def test_captured_and_uncaptured_steps_agree(sampler, monkeypatch, arm, temperat
             for name in ("token_ids", "logprobs", "margins", "row_digests", "witness"):
                 assert getattr(one, name) == getattr(two, name) == getattr(three, name), name
     sampler._captured.clear()
+
+
+FED = [replace(load, width=width) for load in LOADS[:3] for width in (2, 5)]
+FED += [replace(LOADS[2], cache_state="chunked", cut=3, scores=True)]
+
+
+@pytest.mark.parametrize("arm", ["stock", "invariant"])
+def test_captured_and_launched_passes_agree(sampler, monkeypatch, arm):
+    """Of several tokens: states beside the cache take columns of the mask, so there all launch."""
+    n_replayed = 0
+    own = Replayed.replay
+
+    def count(self):
+        nonlocal n_replayed
+        n_replayed += self._n_columns > 1
+        return own(self)
+
+    monkeypatch.setattr(Replayed, "replay", count)
+    decoding = Decoding(41)
+    captured = [run(sampler, arm, load, decoding) for load in FED]
+    has_states = any(steps.batch._has_states for steps in sampler._captured.values())
+    at_least = sum(40 // (load.cut or load.width) - 1 for load in FED)
+    assert n_replayed == 0 if has_states else n_replayed >= at_least
+    monkeypatch.setattr(ExactBatch, "can_capture_passes", False)
+    launched = [run(sampler, arm, load, decoding) for load in FED]
+    for rows in zip(captured, launched, strict=True):
+        for one, two in zip(*rows, strict=True):
+            for name in ("token_ids", "logprobs", "margins", "row_digests", "fed", "witness"):
+                assert getattr(one, name) == getattr(two, name), name
+            assert arm == "stock" or (one.fed.n_other_bits, one.fed.n_other_tokens) == (0, 0)
+    sampler._captured.clear()
+    sampler._completions.clear()
 
 
 def generate(sampler, load, n_tokens):
@@ -149,7 +182,7 @@ def test_an_op_that_cannot_be_captured_runs_uncaptured(qwen3_shape, monkeypatch,
     for load, right in zip(LOADS, expected, strict=True):
         again = run(sampler, "stock", load, decoding)
         assert [s.row_digests for s in again] == [s.row_digests for s in right]
-    assert all(steps._graph is not None for steps in sampler._captured.values())
+    assert all(steps._replayed._graph is not None for steps in sampler._captured.values())
     assert run(sampler, "invariant", Load(1), decoding)
 
 

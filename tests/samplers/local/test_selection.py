@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ndcheck.records import Decoding, Fault
-from ndcheck.samplers.local.selection import (
+from ndcheck.samplers.local.decoding.selection import (
     choose_tokens,
     digest_row,
     gumbel_noise,

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ndcheck.records import Decoding, Load, Probe, Trial
+from ndcheck.records import Decoding, Fault, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
-from ndcheck.samplers.local import steps
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.decoding import replaying, steps
 from ndcheck.samplers.local.sampler import TransformersSampler
 
 PROBE = Probe("p1", "tell me about the order of a sum")
@@ -39,19 +39,24 @@ class PlayedGraph:
 
 @pytest.fixture
 def played(monkeypatch):
-    """CUDA's part in `DecodeSteps`, on a CPU: a capture runs nothing, a replay runs the step."""
+    """CUDA's part in `Replayed`, on a CPU: a capture runs nothing, a replay runs the pass."""
     left = []
 
     @contextmanager
     def capture(graph, pool=None):
-        captured = capture.steps
-        kept = [part.clone() for part in state(captured)]
+        kept = [part.clone() for part in state(capture.steps)]
+        work, batch = capture.replayed._work, capture.steps.batch
         try:
             yield
         finally:
-            for part, value in zip(state(captured), kept, strict=True):
+            for part, value in zip(state(capture.steps), kept, strict=True):
                 part.copy_(value)
-        graph.body = lambda: (captured._step(0), captured.batch.row_counts.pop())
+
+        def body():
+            with batch.uncounted():
+                work()
+
+        graph.body = body
 
     def state(decode_steps):
         batch = decode_steps.batch
@@ -61,13 +66,18 @@ def played(monkeypatch):
         for layer in layers:
             yield from layer
 
-    init = steps.DecodeSteps.__init__
+    def remember(owner, name, method):
+        own = getattr(owner, method)
 
-    def remember(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        capture.steps = self
+        def remembering(self, *args, **kwargs):
+            setattr(capture, name, self)
+            return own(self, *args, **kwargs)
 
-    monkeypatch.setattr(steps.DecodeSteps, "__init__", remember)
+        monkeypatch.setattr(owner, method, remembering)
+
+    for method in ("__init__", "run", "feed"):
+        remember(steps.DecodeSteps, "steps", method)
+    remember(replaying.Replayed, "replayed", "replay")
     monkeypatch.setattr(ExactBatch, "can_be_captured", True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PlayedGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
@@ -98,6 +108,63 @@ def test_replayed_steps_are_the_steps(sampler, played, monkeypatch):
     sampler._captured.clear()
     monkeypatch.setattr(ExactBatch, "can_be_captured", False)
     assert captured == [run(sampler, load) for load in (*LOADS, *LOADS)]
+
+
+FED = [Load(1, width=2), Load(3, (0, 1, 2), width=3), Load(3, (1,), (30, 4), 7, width=2)]
+FED += [Load(3, (1,), (30, 4), 7, "chunked", cut=2, scores=True)]
+
+
+def fed(sampler, load, fault=None):
+    trial = Trial(0, "invariant", "p1", "width", load, 0, fault=fault)
+    samples = sampler.sample(trial, PROBE, Decoding(18))
+    return [(s.token_ids, s.logprobs, s.row_digests, s.fed, replace(s.witness, override_fires=0))
+            for s in samples]  # fmt: skip
+
+
+@pytest.mark.parametrize("load", FED)
+def test_replayed_passes_are_the_passes(sampler, played, monkeypatch, load):
+    """All passes of a size but the first are replayed, and what follows them goes on from there."""
+    sizes = []
+    own = replaying.Replayed.replay
+
+    def note(self):
+        sizes.append(self._n_columns)
+        return own(self)
+
+    monkeypatch.setattr(replaying.Replayed, "replay", note)
+    captured = fed(sampler, load)
+    width = load.cut or load.width
+    assert sizes.count(width) >= 17 // width - 1 > 0
+    assert not any(fed.n_other_bits or fed.n_other_tokens for *_, fed, _ in captured)
+    sampler._captured.clear()
+    sampler._completions.clear()
+    monkeypatch.setattr(ExactBatch, "can_be_captured", False)
+    assert captured == fed(sampler, load)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cannot be captured"), torch.OutOfMemoryError()])
+def test_passes_that_cannot_be_captured_are_launched(sampler, played, monkeypatch, caplog, error):
+    """The steps before them were, so nothing is said of this."""
+    expected = [fed(sampler, load) for load in FED]
+    original = torch.cuda.graph
+
+    @contextmanager
+    def capture(graph, pool=None):
+        with original(graph, pool):
+            yield
+            if original.replayed._n_columns > 1:
+                raise error
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    assert expected == [fed(sampler, load) for load in FED]
+    assert not caplog.records
+
+
+def test_a_fault_in_a_pass_is_planted_uncaptured(sampler, played, monkeypatch):
+    seen = fed(sampler, FED[0], Fault(3, 9))
+    assert seen[0][3].n_other_tokens > 0
+    monkeypatch.setattr(ExactBatch, "can_be_captured", False)
+    assert seen == fed(sampler, FED[0], Fault(3, 9))
 
 
 def test_what_was_captured_draws_for_no_other_decoding(sampler, played, monkeypatch):

@@ -13,10 +13,10 @@ from ndcheck.plan.trials import plan_trials
 from ndcheck.records import AXES, Decoding, Fault, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.samplers.local.batch import ExactBatch
+from ndcheck.samplers.local.decoding.selection import lowest_argmax
 from ndcheck.samplers.local.device import choose_device
 from ndcheck.samplers.local.loading import DTYPES
 from ndcheck.samplers.local.sampler import TransformersSampler, digest_weights
-from ndcheck.samplers.local.selection import lowest_argmax
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 N_TOKENS = 12

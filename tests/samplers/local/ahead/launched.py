@@ -19,9 +19,9 @@ from triton.runtime.jit import JITFunction
 from ndcheck.request import make_spec
 from ndcheck.runner import plan
 from ndcheck.samplers.local import sampler as sampler_module
-from ndcheck.samplers.local import steps
 from ndcheck.samplers.local.beside import compiling
-from ndcheck.samplers.local.selection import Reading
+from ndcheck.samplers.local.decoding import steps
+from ndcheck.samplers.local.decoding.selection import Reading
 from ndcheck_kernels.cuda.rows.logits import read_logits
 from ndcheck_kernels.measure import ahead, resources
 from ndcheck_kernels.models.decoder import fused_layers, join_weights

@@ -10,9 +10,9 @@ import torch
 from ndcheck.records import ALONE, Decoding, Fault, Load, Probe, Trial
 from ndcheck.request import DEFAULTS
 from ndcheck.runner import fit_spec
-from ndcheck.samplers.local import steps
+from ndcheck.samplers.local.decoding import steps
+from ndcheck.samplers.local.decoding.selection import read_pass
 from ndcheck.samplers.local.sampler import TransformersSampler
-from ndcheck.samplers.local.selection import read_pass
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 N_TOKENS = 18

@@ -22,10 +22,9 @@ from ndcheck.reports.document import make_document
 from ndcheck.reports.exports.tables import properties_table, sample_tables
 from ndcheck.request import DEFAULTS, make_spec
 from ndcheck.runner import fit_spec
-from ndcheck.samplers.local import steps
+from ndcheck.samplers.local.decoding import draft, steps
+from ndcheck.samplers.local.decoding.selection import read_pass
 from ndcheck.samplers.local.sampler import TransformersSampler
-from ndcheck.samplers.local.selection import read_pass
-from ndcheck.samplers.local.speculation import draft
 
 PROBE = Probe("p1", "tell me about the order of a sum")
 N_TOKENS = 18

@@ -19,8 +19,8 @@ from ndcheck.errors import UsageError
 from ndcheck.records import RunSpec
 from ndcheck.samplers.local.batch import ExactBatch
 from ndcheck.samplers.local.checkpoint.sources import Source, find_source
+from ndcheck.samplers.local.decoding.selection import lowest_argmax
 from ndcheck.samplers.local.loading import load_config, load_model, load_tokenizer
-from ndcheck.samplers.local.selection import lowest_argmax
 from ndcheck.samplers.options import n_draft_layers
 
 log = logging.getLogger(__name__)

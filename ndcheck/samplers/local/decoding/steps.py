@@ -1,22 +1,19 @@
 """The decode steps of an exact batch, and what each of them gave, kept on the device.
 
-On CUDA the second step is captured as a graph and the others replay it: no launch is made by
-Python and nothing is read back until a block of steps is done. The captured step is the uncaptured
-one, so both give the same bits. A step that cannot be captured as a whole is not replayed at all.
+On CUDA the second step is captured as a graph and the others replay it, and nothing is read back
+until a block of steps is done.
 
-What a batch generated can be fed to it again, in passes that are never captured: each token is then
-compared with the step that had generated it.
+What a batch generated can be fed to it again, in passes of several tokens, of which those that are
+alike are captured too: each token is then compared with the step that had generated it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import traceback
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -24,18 +21,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ndcheck.errors import TrialError, first_line
+from ndcheck.errors import TrialError
 from ndcheck.records import Arm, Decoding, Drafted, Fault, Fed, FinishReason, Load
 from ndcheck.samplers.local.batch import ExactBatch
-from ndcheck.samplers.local.device import no_waiting
+from ndcheck.samplers.local.decoding.draft import Drafter
+from ndcheck.samplers.local.decoding.replaying import Replayed
+from ndcheck.samplers.local.decoding.selection import (
+    gumbel_noise,
+    plant_in_logits,
+    read_pass,
+    read_step,
+)
 from ndcheck.samplers.local.memory import is_out_of_memory
-from ndcheck.samplers.local.selection import gumbel_noise, plant_in_logits, read_pass, read_step
-from ndcheck.samplers.local.speculation.draft import Drafter
 
 log = logging.getLogger(__name__)
 
 STEPS_BETWEEN_CHECKS = 32
 """On CUDA, decode steps between two looks at whether every probe row has finished."""
+FEWEST_ALIKE = 4
+"""Passes of one size that are worth a capture, which takes as long as a pass or two."""
 MOST_DECODED = 32
 """Batches whose completions are kept."""
 Logs = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
@@ -78,12 +82,11 @@ class Completions(dict[Batch, Decoded]):
 class DecodeSteps:
     """Decodes one `ExactBatch`, again and again if it is reset in between.
 
-    ``captures`` False leaves its steps uncaptured; ``capture_failure`` is why one could not be.
+    ``captures`` False leaves its steps uncaptured.
     """
 
     def __init__(self, batch: ExactBatch, decoding: Decoding, *, captures: bool = True) -> None:
         self.batch = batch
-        self.capture_failure: str | None = None
         self._captures = captures and batch.can_be_captured
         # There a launch costs the host more than the reading; a CPU has to keep what it reads.
         self._reads_passes = batch.device.type == "cuda"
@@ -102,8 +105,12 @@ class DecodeSteps:
         self._n_done = 0
         self._begin(())
         self._noise: Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured_fires: Counter[str] = Counter()
+        self._replayed = Replayed(batch, lambda: self._step(0))
+
+    @property
+    def capture_failure(self) -> str | None:
+        """Why a step could not be captured."""
+        return self._replayed.failure
 
     def run(
         self, logits: Tensor, slots: Sequence[int], stop_ids: set[int], fault: Fault | None
@@ -120,11 +127,16 @@ class DecodeSteps:
             self._draw_noise(n_done, logits.shape[-1])
             has_fault = fault is not None and n_done in (fault.latent_at, fault.fork_at)
             # The first step stays uncaptured: it compiles what the capture needs.
-            if has_fault or n_done == 1 or not self._captures or not self._replay():
+            if has_fault or n_done == 1 or not self._captures or not self.replay():
                 self._step(n_done, fault)
             n_done += 1
         self._n_done = n_done
         return self._streams(n_done, slots, stop_ids)
+
+    def replay(self) -> bool:
+        """Replay the captured step; False where it cannot be captured, and nothing was done."""
+        self._captures = self._replayed.replay()
+        return self._captures
 
     def decoded(self, stop_ids: set[int]) -> Decoded:
         """What every row generated in the last `run`, as far as that went.
@@ -152,9 +164,9 @@ class DecodeSteps:
         self._begin(slots)
         n_done = 0
         token_ids = torch.from_numpy(decoded.logs[0]).to(self.batch.device)  # [T, B]
-        for logits in self.batch.feed(token_ids[:-1].T, load):
-            self._record_pass(logits, n_done, fault)
-            n_done += logits.shape[1]
+        passes = self.batch.fed_passes(token_ids[:-1].T, load)
+        for _, alike in groupby(passes, lambda each: (each[0].shape[1], each[1])):
+            n_done = self._feed_alike(list(alike), n_done, fault)
         logs = self._read_logs(n_done)
         return [
             replace(
@@ -237,47 +249,45 @@ class DecodeSteps:
             self._draw_noise(position, logits.shape[-1])
             self._record(self._plant(of_position, position, fault))
 
-    def _replay(self) -> bool:
-        """Replay the captured step; False where it cannot be captured, and nothing was done."""
-        from ndcheck_kernels import active_scope
+    def _feed_alike(
+        self, passes: list[tuple[Tensor, int]], n_done: int, fault: Fault | None
+    ) -> int:
+        """Feed passes of one size; how many tokens the logs hold then."""
+        token_ids, n_wanted = passes[0]
+        is_plain = fault is None and not self._decoding.temperature
+        captures = self._captures and is_plain and self.batch.can_capture_passes
+        captures = captures and token_ids.shape[1] == n_wanted and len(passes) >= FEWEST_ALIKE
+        fed = token_ids.clone()
+        replayed = Replayed(self.batch, lambda: self._feed(fed), n_wanted)
+        for nth, (token_ids, _) in enumerate(passes):
+            # The first pass stays uncaptured: it compiles what the capture needs.
+            if captures and nth > 0:
+                fed.copy_(token_ids)
+                captures = self._replays(replayed)
+            if not captures or nth == 0:
+                logits = self.batch.forward(token_ids, max(1, n_wanted))
+                if n_wanted:
+                    self._record_pass(logits, n_done, fault)
+            n_done += n_wanted
+        return n_done
 
-        scope = active_scope()
-        if self._graph is None:
-            before = Counter() if scope is None else scope.fires.copy()
-            n_passes = len(self.batch.row_counts)
-            graph = self._capture()
-            del self.batch.row_counts[n_passes:]  # Captured, not executed.
-            if scope is not None:
-                self._captured_fires = scope.fires - before
-                scope.fires.subtract(self._captured_fires)
-            if graph is None:
-                self._captures = False
-                return False
-            self._graph = graph
-        self._graph.replay()
-        self.batch.row_counts.append(self.batch.n_rows)
-        if scope is not None:
-            scope.fires.update(self._captured_fires)
-        return True
-
-    def _capture(self) -> torch.cuda.CUDAGraph | None:
-        """The whole step as a graph, or None: torch would replay also what came before an error."""
-        stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+    def _replays(self, replayed: Replayed) -> bool:
+        """A graph has memory of its own: where that is too much, a launched pass may fit."""
         try:
-            with torch.cuda.graph(graph, pool=pool), no_waiting():
-                try:
-                    self._step(0)
-                except Exception as error:
-                    self.capture_failure = _where(error)
-                    raise
-        except Exception as error:
-            _leave_capture(graph, stream, pool)
-            if is_out_of_memory(error):
+            return replayed.replay()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
-            self.capture_failure = self.capture_failure or first_line(error)
-            return None
-        return graph
+            return False
+
+    def _feed(self, token_ids: Tensor) -> None:
+        """One pass over token ids [B, n] that all count, written where the device says."""
+        reading = read_pass(self.batch.advance(token_ids).contiguous(), self._decoding, self._slots)
+        n_tokens = token_ids.shape[1]
+        positions = self._position + torch.arange(n_tokens, device=self.batch.device)
+        for log, values in zip(self._log, reading, strict=True):
+            log.index_copy_(0, positions, values)
+        self._position.add_(n_tokens)
 
     def _draw_noise(self, position: int, n_vocabulary: int) -> None:
         if self._decoding.temperature == 0:
@@ -374,20 +384,3 @@ def _n_kept(decoded: Decoded, token_ids: NDArray[np.int64], slot: int) -> int:
 
 def _digest(digests: NDArray[Any]) -> str:
     return hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest()
-
-
-def _leave_capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
-    """Put back what torch leaves behind of a capture that CUDA ended: its stream and its pool."""
-    try:
-        graph.pool()
-    except RuntimeError:
-        torch.cuda.set_stream(stream)
-        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
-        torch._C._cuda_releasePool(stream.device_index, pool)
-
-
-def _where(error: Exception) -> str:
-    """An error, and the line outside torch that it came from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    at = [f for f in frames if "torch" not in Path(f.filename).parts][-1]
-    return f"{Path(at.filename).name}, line {at.lineno} ({at.line}): {first_line(error)}"

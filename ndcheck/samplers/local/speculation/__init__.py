@@ -1,1 +1,0 @@
-"""Speculative decoding in this process: what proposes the tokens that a pass verifies."""
