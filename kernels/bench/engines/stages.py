@@ -41,7 +41,7 @@ and a small model's products are whole, so that nothing would differ."""
 RUNS = {
     "run": (
         *("--model", "smollm2", "--chat", "--loads", "1,2,4,8,16,32,64,128"),
-        *("-n", "800", "--max-tokens", "120", "--prompt", LONG_PROMPT),
+        *("-n", "800", "--max-tokens", "64", "--prompt", LONG_PROMPT),
         *("--engine-arg", "kv_cache_memory_bytes=8000000000"),
     ),
     "run8b": (
