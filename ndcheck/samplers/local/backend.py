@@ -87,9 +87,14 @@ class LocalBackend(Backend):
 
         find_source(spec)  # Before torch is imported, which takes seconds.
         with _importing(spec):
+            from ndcheck.samplers.local.device import as_loud_as_before
             from ndcheck.samplers.local.sampler import TransformersSampler
 
-        return TransformersSampler(spec, load_weights=load_weights)
+        with ExitStack() as stack:
+            stack.enter_context(as_loud_as_before())
+            sampler = TransformersSampler(spec, load_weights=load_weights)
+            sampler.at_close.push(stack.pop_all())
+        return sampler
 
     def open_for_run(
         self,
@@ -113,13 +118,18 @@ class LocalBackend(Backend):
             return self.open(spec)
         with _importing(spec):
             from ndcheck.samplers.local.beside.sampler import SideBySideSampler
-            from ndcheck.samplers.local.device import choose_threads, computing_with
+            from ndcheck.samplers.local.device import (
+                as_loud_as_before,
+                choose_threads,
+                computing_with,
+            )
 
         with ExitStack() as stack:
+            stack.enter_context(as_loud_as_before())
             n_threads = choose_threads(n_threads, 2 if is_beside else 1)
             stack.enter_context(computing_with(n_threads))
             sampler = SideBySideSampler(spec) if is_beside else self.open(spec)
-            sampler.at_close = stack.pop_all()
+            sampler.at_close.push(stack.pop_all())
         return sampler
 
     def runs_side_by_side(self, spec: RunSpec) -> bool:

@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,8 @@ def starting_up(device: str | None) -> Iterator[None]:
 
     Together they make a million objects, of which none is garbage, and where they are installed
     transformers imports scikit-learn, for a kind of assisted generation, and SciPy, for losses of
-    object detection: all this takes seconds.
+    object detection: all this takes seconds. It would miss both ever after, so only a command goes
+    without them, never the process of a user's own code.
     """
     if "transformers" in sys.modules:
         yield
@@ -39,11 +40,19 @@ def starting_up(device: str | None) -> Iterator[None]:
         starting = threading.Thread(target=allocate, daemon=True)
         starting.start()
         try:
-            with _hidden("sklearn"), _hidden("scipy"):
+            with ExitStack() as hidden:
+                for package in ("sklearn", "scipy") if _is_command() else ():
+                    hidden.enter_context(_hidden(package))
                 from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
             yield
         finally:
             starting.join()  # A process that ends while torch computes in a thread is aborted.
+
+
+def _is_command() -> bool:
+    """Whether this process runs ndcheck's command line, and nothing after it."""
+    main = sys.modules["__main__"]
+    return "ndcheck.__main__" in sys.modules or getattr(main, "__package__", None) == "ndcheck"
 
 
 @contextmanager
@@ -56,6 +65,20 @@ def _hidden(package: str) -> Iterator[None]:
     finally:
         if modules[package] is None:
             del modules[package]
+
+
+@contextmanager
+def as_loud_as_before() -> Iterator[None]:
+    """Let transformers warn and show progress afterwards as before: loading quietens it."""
+    from transformers.utils import logging
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def choose_device(name: str) -> torch.device:
@@ -110,6 +133,16 @@ def choose_threads(begun_with: object, n_processes: int) -> int:
     if n_processes == 1 or os.environ.keys() & {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:
         return here
     return min(here, max(1, len(os.sched_getaffinity(0)) // n_processes))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from ``seed``; afterwards whoever else draws goes on as if nothing had been drawn."""
+    import torch
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -47,6 +47,7 @@ from ndcheck.samplers.local.checkpoint.quantised import (
     stored_by_us,
     warn_of_cache,
 )
+from ndcheck.samplers.local.device import seeded
 from ndcheck.samplers.local.memory import free_bytes, is_out_of_memory
 from ndcheck.samplers.local.sharding import (
     check_heads,
@@ -229,8 +230,7 @@ def _make(
     # One process draws as `from_config` does, so that a short script has the same weights. Several
     # draw their shards, so that none ever holds the whole model; quantised ones a matrix at a time.
     is_spread = spec.tensor_parallel > 1 or spec.tp_groups is not None
-    torch.manual_seed(spec.random_weights)
-    with _one_line_errors(source, CONFIG):
+    with _one_line_errors(source, CONFIG), seeded(spec.random_weights, device):
         with torch.device("meta") if is_spread or found else device:
             made = transformers.AutoModelForCausalLM.from_config(config, dtype=stored, **options)
         shards = {}

@@ -1,4 +1,4 @@
-"""What a first import of transformers leaves out, and leaves as it was."""
+"""What a first import of transformers leaves out, and a measurement leaves as it was."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+
+from ndcheck.builtin import MODEL_DIRECTORY
 
 PLAIN = "from transformers import GenerationMixin, PreTrainedModel"
 OURS = """
@@ -35,7 +37,10 @@ class PreTrainedModel:
 """
 
 
-@pytest.mark.parametrize(("script", "is_imported"), [(PLAIN, True), (OURS, False)])
+@pytest.mark.parametrize(
+    ("script", "is_imported"),
+    [(PLAIN, True), (OURS, True), (f"import ndcheck.__main__\n{OURS}", False)],
+)
 def test_what_models_do_not_need_is_left_out_and_can_be_imported_later(
     script, is_imported, tmp_path
 ):
@@ -49,3 +54,25 @@ def test_what_models_do_not_need_is_left_out_and_can_be_imported_later(
     )  # fmt: skip
     seen = f"{is_imported} {is_imported}"
     assert run.stdout.splitlines() == [f"{seen} True", seen, "a curve an optimum"]
+
+
+MEASURE = """
+import logging, random, sys
+import torch
+torch.manual_seed(3)
+expected = torch.rand(3).tolist()
+torch.manual_seed(3)
+import ndcheck
+ndcheck.measure(sys.argv[1], random_weights=0, samples=12, max_tokens=2, loads=[1, 2], dtype="fp32")
+from transformers.utils import logging as spoken
+print(torch.rand(3).tolist() == expected, spoken.get_verbosity() == logging.WARNING)
+print(spoken.is_progress_bar_enabled())
+"""
+
+
+def test_a_measurement_leaves_the_draws_and_the_warnings_of_its_process(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(MODEL_DIRECTORY)], cwd=tmp_path,
+        capture_output=True, text=True, timeout=600, check=True,
+    )  # fmt: skip
+    assert run.stdout.split() == ["True"] * 3
