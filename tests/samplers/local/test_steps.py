@@ -145,10 +145,19 @@ def test_replayed_passes_are_the_passes(sampler, played, monkeypatch, load):
     assert captured == fed(sampler, load)
 
 
+def count_fires(sampler, load):
+    trial = Trial(0, "invariant", "p1", "width", load, 0)
+    sampler._captured.clear()
+    return {s.witness.override_fires for s in sampler.sample(trial, PROBE, Decoding(18))}
+
+
 @pytest.mark.parametrize("error", [RuntimeError("cannot be captured"), torch.OutOfMemoryError()])
 def test_passes_that_cannot_be_captured_are_launched(sampler, played, monkeypatch, caplog, error):
-    """The steps before them were, so nothing is said of this."""
-    expected = [fed(sampler, load) for load in (*FED, *FED)][len(FED) :]
+    """The steps before them were, so nothing is said of this; what they tried did not fire."""
+    expected = [fed(sampler, load) for load in FED]
+    with monkeypatch.context() as launched:
+        launched.setattr(ExactBatch, "can_be_captured", False)
+        n_fires = [count_fires(sampler, load) for load in FED]
     original = torch.cuda.graph
 
     @contextmanager
@@ -159,8 +168,19 @@ def test_passes_that_cannot_be_captured_are_launched(sampler, played, monkeypatc
                 raise error
 
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    assert n_fires == [count_fires(sampler, load) for load in FED]
     assert expected == [fed(sampler, load) for load in FED]
     assert not caplog.records
+
+
+@pytest.mark.parametrize("folder", ["torch", "venv"])
+def test_a_failed_capture_names_a_line_wherever_the_project_is(tmp_path, folder):
+    file = tmp_path / folder / "model.py"
+    scope = {}
+    exec(compile("def forward():\n    raise ValueError('no')", file, "exec"), scope)
+    with pytest.raises(ValueError, match="no") as raised:
+        scope["forward"]()
+    assert replaying._where(raised.value).startswith("model.py, line 2")
 
 
 def test_a_fault_in_a_pass_is_planted_uncaptured(sampler, played, monkeypatch):

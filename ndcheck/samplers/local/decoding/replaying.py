@@ -39,11 +39,13 @@ class Replayed:
         scope = active_scope()
         if self._graph is None:
             before = Counter() if scope is None else scope.fires.copy()
-            with self._batch.uncounted():
-                self._graph = self._capture()
-            if scope is not None:
-                self._fires = scope.fires - before
-                scope.fires.subtract(self._fires)
+            try:
+                with self._batch.uncounted():
+                    self._graph = self._capture()
+            finally:
+                if scope is not None:
+                    self._fires = scope.fires - before
+                    scope.fires.subtract(self._fires)
             if self._graph is None:
                 return False
         self._graph.replay()
@@ -84,6 +86,7 @@ def _leave_capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool:
 
 def _where(error: Exception) -> str:
     """An error, and the line outside torch that it came from."""
+    own = Path(torch.__file__).parent
     frames = traceback.extract_tb(error.__traceback__)
-    at = [f for f in frames if "torch" not in Path(f.filename).parts][-1]
+    at = [f for f in frames if own not in Path(f.filename).parents][-1]
     return f"{Path(at.filename).name}, line {at.lineno} ({at.line}): {first_line(error)}"
