@@ -7,9 +7,12 @@ fault of one bit that it plants itself, or it fails as vacuous.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import struct
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,8 +30,9 @@ def assert_deterministic(
 
     A model (a name as in `ndcheck run --model`) is measured with ``options``, those of
     `ndcheck.measure`; anything but a PASS fails. A function is called ``n`` times with ``inputs``
-    and ``options``, of tensors and arrays a copy each time, since it may write into them; it
-    returns tensors, arrays, numbers, text, or lists and dictionaries of these.
+    and ``options``, of tensors, arrays and transformers' caches a copy each time, since it may
+    write into them; it returns tensors, arrays, numbers, text, caches, or lists, dictionaries and
+    dataclasses of these. Raises TypeError for anything else, and for tensors that are not dense.
 
     >>> assert_deterministic("scripted:clean", loads=[1, 4], samples=40, max_tokens=8)
     >>> assert_deterministic(sorted, [3, 1, 2])
@@ -114,7 +118,7 @@ class _Leaf(NamedTuple):
 
 def _fresh(value: Any) -> Any:
     """Copies of the tensors and arrays in ``value``, with their strides; all else as it is."""
-    if isinstance(value, dict):
+    if isinstance(value, MutableMapping):
         fresh = copy.copy(value)
         fresh.update((key, _fresh(item)) for key, item in value.items())
         return fresh
@@ -125,7 +129,9 @@ def _fresh(value: Any) -> Any:
     kind = type(value).__module__.partition(".")[0]
     if kind == "numpy" and hasattr(value, "tobytes"):
         return copy.deepcopy(value)
-    if kind == "torch" and hasattr(value, "is_leaf"):
+    if _is_cache(value):
+        return copy.deepcopy(value)
+    if _is_tensor(value):
         own = value if value.is_leaf else value.detach().requires_grad_(value.requires_grad)
         return copy.deepcopy(own)
     return value
@@ -133,11 +139,17 @@ def _fresh(value: Any) -> Any:
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, _Leaf]]:
     """Everything in ``value`` with where it is, such as ``[0]['logits']``."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         yield place, _Leaf(f"{type(value).__name__} of {len(value)}", b"")
         for key, item in value.items():
             yield from _leaves(item, f"{place}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
+    elif _is_cache(value):
+        held = {k: v for k, v in vars(value).items() if _is_state(v)}
+        yield from _leaves(held, place)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        yield from _leaves(fields, place)
+    elif isinstance(value, (list, tuple, deque)):
         yield place, _Leaf(f"{type(value).__name__} of {len(value)}", b"")
         for index, item in enumerate(value):
             yield from _leaves(item, f"{place}[{index}]")
@@ -146,6 +158,21 @@ def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, _Leaf]]:
         yield from _leaves(value.tolist(), place)
     else:
         yield place, _Leaf("None", b"") if value is None else _leaf(value)
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_cache(value: Any) -> bool:
+    """Is it one of transformers' key-value caches, or a layer of one?"""
+    return any(c.__module__ == "transformers.cache_utils" for c in type(value).__mro__)
+
+
+def _is_state(value: Any) -> bool:
+    """Is it what a cache keeps of tokens, not how it was made?"""
+    return isinstance(value, (int, list, dict)) or _is_tensor(value) or _is_cache(value)
 
 
 def _leaf(value: Any) -> _Leaf:
@@ -158,9 +185,12 @@ def _leaf(value: Any) -> _Leaf:
         return _Leaf(kind, struct.pack("<d", value))
     if isinstance(value, int):
         return _Leaf(kind, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
-    if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
+    if _is_tensor(value):
         from ndcheck.explain.alignment import as_bytes
 
+        is_dense = str(value.layout) == "torch.strided" and not value.is_nested
+        if not is_dense or value.is_meta or value.is_quantized:
+            raise TypeError("cannot compare the bits of a sparse, nested, quantised or meta tensor")
         plain = value.detach().resolve_conj().resolve_neg().cpu()
         return _Leaf(f"{value.dtype} {list(value.shape)}", as_bytes(plain).numpy().tobytes())
     if hasattr(value, "dtype") and hasattr(value, "tobytes"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import random
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from ndcheck.testing import assert_batch_invariant, assert_deterministic
 
@@ -202,3 +204,57 @@ def test_batch_sizes_may_be_any_numbers_of_rows_and_no_others():
     assert_batch_invariant(torch.relu, ROWS, batch_sizes=iter([2, 3]))
     with pytest.raises(ValueError, match="1 or more"):
         assert_batch_invariant(torch.relu, ROWS, batch_sizes=(-3, 2))
+
+
+@dataclasses.dataclass
+class Result:
+    logits: torch.Tensor
+
+
+class Kept(torch.Tensor):
+    """A subclass of somebody's own."""
+
+
+def cache_of(value):
+    cache = transformers.DynamicCache()
+    cache.update(torch.full((1, 1, 2, 2), value), torch.zeros(1, 1, 2, 2), 0)
+    return cache
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        cache_of,
+        lambda value: Result(torch.tensor([value])),
+        lambda value: transformers.BatchEncoding({"a": [value]}),
+        lambda value: collections.deque([value]),
+        lambda value: torch.tensor([value]).as_subclass(Kept),
+        lambda value: transformers.modeling_outputs.CausalLMOutputWithPast(
+            logits=torch.zeros(1), past_key_values=cache_of(value)
+        ),
+    ],
+)
+def test_what_models_return_is_compared(make):
+    assert_deterministic(lambda: make(1.0))
+    values = itertools.chain([1.0] * 9, [1.0000001])
+    with pytest.raises(AssertionError, match="call 10"):
+        assert_deterministic(lambda: make(next(values)))
+
+
+def test_a_cache_among_the_inputs_is_copied():
+    """Each call appends to it."""
+
+    def attend(cache):
+        return cache.update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), 0)
+
+    assert_deterministic(attend, cache_of(1.0))
+    assert_deterministic(lambda given: given.pop("a"), transformers.BatchEncoding({"a": 1}))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.eye(3).to_sparse(), torch.empty(3, device="meta")],
+)
+def test_tensors_that_are_not_dense_numbers_are_refused(tensor):
+    with pytest.raises(TypeError, match="sparse, nested, quantised or meta"):
+        assert_deterministic(lambda: tensor)
