@@ -227,8 +227,14 @@ class ExactBatch:
         except Exception as error:  # Whatever a model's own code raises: the next batch may run.
             what = f"{type(error).__name__}: {first_line(error)}"
             raise TrialError(f"the model raises {what}") from error
-        self.row_counts.append(logits.shape[0])
-        return torch.as_tensor(logits[:, -n_wanted:])
+        shape = list(logits.shape) if isinstance(logits, Tensor) else []
+        if len(shape) != 3 or shape[0] != self.n_rows or shape[1] < n_wanted:
+            raise TrialError(
+                f"the model gives logits of {shape or type(logits).__name__} where {self.n_rows} "
+                f"rows of {n_wanted} are due"
+            )
+        self.row_counts.append(self.n_rows)
+        return logits[:, -n_wanted:]
 
     def _load_prefix(self, n_rest: int | None) -> int:
         """Fill the cache with each row's own prefix, computed alone; columns filled.

@@ -320,15 +320,16 @@ class _Examination:
             batch.reset([row[::-1] for row in rows])
             batch.compute_prompt("whole")
             batch.reset(rows)
+            fed = torch.tensor([forced], device=self._device).expand(len(rows), -1)
             if cache_state == "scored":
-                fed = torch.tensor([forced], device=self._device).expand(len(rows), -1)
                 ((part, n_wanted),) = batch.passes(fed, Load(len(rows), (0,), scores=True))
                 return batch.forward(part, n_wanted)[0].double()
             # A model may give all its logits in one buffer.
             logits = [batch.compute_prompt(cache_state)[0].double().clone()]
-            for token in forced:
-                ids = torch.full((len(rows),), token, device=self._device)
-                logits.append(batch.step(ids)[0].double().clone())
+            if path == IN_PASSES:  # The prompt's last part may be a single token.
+                logits += batch.forward(fed, len(forced))[0].double()
+            else:
+                logits += [batch.step(ids)[0].double().clone() for ids in fed.unbind(1)]
         return torch.stack(logits)
 
     @contextmanager
@@ -358,7 +359,7 @@ class _Examination:
         longer = "" if rows == SHORT else f" (in {rows.filler + rows.n_new} tokens: try fewer)"
         how = {
             "whole": "decoded token by token",
-            "chunked": "after a prompt in parts",
+            "chunked": "in passes of several tokens",
             "prefix": "after a prefix computed before",
             "scored": "of prompt and completion in one pass",
         }[cache_state]

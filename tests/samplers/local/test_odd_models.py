@@ -1,11 +1,14 @@
-"""A model whose top-k meets equal numbers is measured, and one of which a part has 16 bits."""
+"""Models that compute oddly: what of them is measured, what is left out, and what is an error."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
 import transformers
 
+from ndcheck.errors import TrialError
 from ndcheck.samplers.batch import ExactBatch
 from ndcheck.samplers.local import faithful
 from ndcheck.samplers.local.ties import TiesByIndex
@@ -49,6 +52,15 @@ def indexed():
     return transformers.AutoModelForCausalLM.from_config(config).float().eval()
 
 
+def llama(n_layers):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=n_layers,
+        num_attention_heads=4, initializer_range=0.2, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def test_ties_that_a_top_k_breaks_by_place_are_for_a_run_to_find(indexed):
     found = faithful.examine(indexed, CPU)
     assert min(found.differences[path] for path in IN_PADDED_ROWS) > 1
@@ -81,12 +93,7 @@ class HeadOf16Bits(torch.nn.Linear):
 
 
 def test_a_head_of_16_bits_in_a_model_of_32_is_measured():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, initializer_range=0.2, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = llama(2)
     model.lm_head = HeadOf16Bits(64, 97, bias=False, dtype=torch.bfloat16)
     with torch.no_grad():
         model.lm_head.weight.normal_(0, 0.2)
@@ -96,3 +103,35 @@ def test_a_head_of_16_bits_in_a_model_of_32_is_measured():
         assert not any(found.reasons.values())
     assert found.dtype == torch.bfloat16
     assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_a_mask_that_is_wrong_in_passes_alone_shows_in_their_logits(monkeypatch, is_wrong):
+    """Nothing else of a single layer, whose keys and values know of no other token."""
+    model = llama(1)
+    attention = model.model.layers[0].self_attn
+    own = attention.forward
+
+    def forward(*args, attention_mask=None, **kwargs):
+        n_tokens = kwargs["hidden_states"].shape[1]
+        if attention_mask is not None and 1 < n_tokens < 5:
+            attention_mask = attention_mask[:, :, -1:].expand_as(attention_mask)
+        return own(*args, attention_mask=attention_mask, **kwargs)
+
+    if is_wrong:
+        monkeypatch.setattr(attention, "forward", forward)
+    found = faithful.examine(model, CPU)
+    assert bool(found.reasons[faithful.IN_PASSES]) == is_wrong
+    assert found.reasons[faithful.ALONE] is None
+
+
+@pytest.mark.parametrize("shown", ["[2, 1, 97]", "[3, 97]", "[3, 0, 97]", "NoneType"])
+def test_logits_of_another_shape_are_an_error_of_the_trial(monkeypatch, shown):
+    logits = None if shown == "NoneType" else torch.zeros(*map(int, shown[1:-1].split(",")))
+    model = llama(1)
+    batch = ExactBatch(model, CPU, 3, 8)
+    batch.reset([[1, 2]] * 3)
+    out = transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)
+    monkeypatch.setattr(type(model), "forward", lambda self, cache=None, **kwargs: out)
+    with pytest.raises(TrialError, match=re.escape(f"logits of {shown} where 3 rows of 1")):
+        batch.compute_prompt("whole")
