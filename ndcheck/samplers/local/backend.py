@@ -87,11 +87,11 @@ class LocalBackend(Backend):
 
         find_source(spec)  # Before torch is imported, which takes seconds.
         with _importing(spec):
-            from ndcheck.samplers.local.device import as_loud_as_before
+            from ndcheck.samplers.local.device import own_settings
             from ndcheck.samplers.local.sampler import TransformersSampler
 
         with ExitStack() as stack:
-            stack.enter_context(as_loud_as_before())
+            stack.enter_context(own_settings())
             sampler = TransformersSampler(spec, load_weights=load_weights)
             sampler.at_close.push(stack.pop_all())
         return sampler
@@ -118,14 +118,10 @@ class LocalBackend(Backend):
             return self.open(spec)
         with _importing(spec):
             from ndcheck.samplers.local.beside.sampler import SideBySideSampler
-            from ndcheck.samplers.local.device import (
-                as_loud_as_before,
-                choose_threads,
-                computing_with,
-            )
+            from ndcheck.samplers.local.device import choose_threads, computing_with, own_settings
 
         with ExitStack() as stack:
-            stack.enter_context(as_loud_as_before())
+            stack.enter_context(own_settings())
             n_threads = choose_threads(n_threads, 2 if is_beside else 1)
             stack.enter_context(computing_with(n_threads))
             sampler = SideBySideSampler(spec) if is_beside else self.open(spec)

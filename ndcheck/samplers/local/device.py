@@ -68,17 +68,29 @@ def _hidden(package: str) -> Iterator[None]:
 
 
 @contextmanager
-def as_loud_as_before() -> Iterator[None]:
-    """Let transformers warn and show progress afterwards as before: loading quietens it."""
+def own_settings() -> Iterator[None]:
+    """Compute as a command does, whatever this process has set, and leave that as it was.
+
+    Loading a model quietens transformers.
+    """
+    import torch
     from transformers.utils import logging
 
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            logging.set_verbosity(verbosity)
+            if has_bars:
+                logging.enable_progress_bar()
 
 
 def choose_device(name: str) -> torch.device:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
+import torch
 
+import ndcheck
 from ndcheck.builtin import MODEL_DIRECTORY
 
 PLAIN = "from transformers import GenerationMixin, PreTrainedModel"
@@ -76,3 +80,40 @@ def test_a_measurement_leaves_the_draws_and_the_warnings_of_its_process(tmp_path
         capture_output=True, text=True, timeout=600, check=True,
     )  # fmt: skip
     assert run.stdout.split() == ["True"] * 3
+
+
+@contextmanager
+def default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def settings():
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    return dtype, device, torch.is_autocast_enabled("cpu")
+
+
+SETTINGS = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float64": default_dtype,
+    "meta": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_measurement_computes_as_a_command_whatever_its_process_has_set(tmp_path, name):
+    def digests(out):
+        options = {"dtype": "fp32", "samples": 12, "loads": [1, 2], "axes": ["run-to-run", "slot"]}
+        run = ndcheck.measure(out=tmp_path / out, max_tokens=3, kernels="stock", **options)
+        lines = (run.path / "samples.jsonl").read_text().splitlines()
+        return [json.loads(line).get("row_digests") for line in lines]
+
+    expected = digests("plain")
+    with SETTINGS[name]():
+        before = settings()
+        assert digests("set") == expected
+        assert settings() == before
+    assert any(expected)
