@@ -98,7 +98,8 @@ def _to_rows(tensor: torch.Tensor, total: int, size: int) -> torch.Tensor:
 
 def _probe(kernel: Any, operands: list[torch.Tensor]) -> Probe:
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(BASE_ROWS, LANES, generator=generator) * 3 for _ in operands]
+    shape = BASE_ROWS, LANES
+    values = [torch.randn(shape, generator=generator, dtype=torch.double) * 3 for _ in operands]
     return Probe(tuple(v.to(t.dtype) for v, t in zip(values, operands, strict=True)), kernel)
 
 
