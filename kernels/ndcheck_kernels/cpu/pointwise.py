@@ -38,9 +38,12 @@ def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> torch.Tensor:
         (x,) = args
         # By what torch made in C++: an overload is hashed, and called, in Python.
         return _map_elements((op._op, x.dtype), op._op, [x], x.shape)
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
     if any(isinstance(v, torch.Tensor) for v in kwargs.values()):
-        raise UnsupportedCallError("tensors as keyword arguments")
+        names = [a.name for a in op._schema.arguments if not a.kwarg_only]
+        args = (*args, *(kwargs.pop(name, None) for name in names[len(args) :]))
+        if any(isinstance(v, torch.Tensor) for v in kwargs.values()):
+            raise UnsupportedCallError("tensors as keyword arguments")
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     # A tensor without dimensions takes no part in type promotion: it must stay one.
     wide = [t for t in tensors if t.dim()] or tensors
@@ -95,7 +98,8 @@ def _to_rows(tensor: torch.Tensor, total: int, size: int) -> torch.Tensor:
 
 def _probe(kernel: Any, operands: list[torch.Tensor]) -> Probe:
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(BASE_ROWS, LANES, generator=generator) * 3 for _ in operands]
+    shape = BASE_ROWS, LANES
+    values = [torch.randn(shape, generator=generator, dtype=torch.double) * 3 for _ in operands]
     return Probe(tuple(v.to(t.dtype) for v, t in zip(values, operands, strict=True)), kernel)
 
 

@@ -3,7 +3,7 @@
 Computes: a row of `a` times `b`, plus a bias where the op has one, rounded once.
 Reduction order: that of torch's GEMM of 16 rows at the same (K, N); where that one gives its rows
     different orders, or lets a row see the next one, at K and N filled up with zeros to multiples
-    of 64.
+    of 64, as K below 32 always is.
 Depends on: K, N, dtype, memory layout of `b`, the CPU and torch's build. Never on M, the batch, the
     row's place or its neighbours. The number of threads only matters if torch's 16-row GEMM
     follows it, which no CPU seen so far does.
@@ -13,7 +13,7 @@ Not claimed: invariance in N or K. A product whose *columns* or reduced dimensio
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
@@ -38,6 +38,8 @@ _IEEE = ("none", "ieee")  # What torch calls not trading float32 products for sp
 _CACHED_ELEMENTS = 2**22
 # The widest step of a CPU's matrix units: beyond it no kernel has a tail.
 _EVEN = 64
+# Fewer terms often have one sum in every order, so that no proof tells their orders apart.
+_FEWEST_TERMS = 32
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -51,6 +53,8 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """[M, K] x [K, N], plus [N] where there is a bias; K at least 2, N at least 1."""
     _check(a, b)
+    if a.shape[-1] < _FEWEST_TERMS:
+        a, b = _add_terms(a, b)
     k, n = b.shape
     b = b.contiguous() if 0 in b.stride() else b  # No proof can write to an expanded operand.
     layout = _layout(b)
@@ -90,6 +94,8 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if k < 2 or n == 0 or batch == 0:
         return _trivial(a, b)
     _check(a, b)
+    if k < _FEWEST_TERMS:
+        return bmm(*_add_terms(a, b))
     if b.stride()[1:] not in ((n, 1), (1, k)):
         b = b.contiguous()  # The proof knows items without gaps only.
     layout = _layout(b)[1:]
@@ -197,6 +203,12 @@ def _is_even(k: int, n: int) -> bool:
     return k % _EVEN == n % _EVEN == 0
 
 
+def _add_terms(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros up to as many as a proof can tell apart."""
+    more = _EVEN - a.shape[-1]
+    return F.pad(a, (0, more)), F.pad(b, (0, 0, 0, more))
+
+
 def _make_even(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Zeros up to full steps: at odd K or small N the rows of a tile may differ in order, and at K
     that is no multiple of 32 a row may read its neighbour (AMX: 0 times NaN).
@@ -228,10 +240,12 @@ def _cached_noise(
     """[BASE_ROWS, K] and [K, N] with product 0: each term comes twice, with opposite signs."""
     *strides, offset = layout
     generator = torch.Generator().manual_seed(0)
+    # Products of float32 numbers are exact in float64, and so are most of their sums.
+    draw = partial(torch.randn, generator=generator, dtype=torch.promote_types(dtype, torch.float))
     half = k // 2
-    magnitudes = torch.exp2(torch.randint(-6, 7, (BASE_ROWS, half), generator=generator).float())
-    term = (torch.randn(BASE_ROWS, half, generator=generator) * magnitudes).to(dtype)
-    factor = torch.randn(half, min(n, _PROBE_COLUMNS), generator=generator).to(dtype)
+    magnitudes = torch.exp2(torch.randint(-6, 7, (BASE_ROWS, half), generator=generator))
+    term = (draw(BASE_ROWS, half) * magnitudes).to(dtype)
+    factor = draw(half, min(n, _PROBE_COLUMNS)).to(dtype)
     place = torch.randperm(k, generator=generator)
     rows = torch.zeros(BASE_ROWS, k, dtype=dtype)
     columns = torch.zeros(k, factor.shape[1], dtype=dtype)

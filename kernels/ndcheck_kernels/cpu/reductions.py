@@ -26,8 +26,8 @@ from ndcheck_kernels.scope.registry import accept, implements
 aten = torch.ops.aten
 
 accept(
-    *(aten.max.default, aten.max.dim, aten.min.default, aten.min.dim, aten.amax.default),
-    *(aten.amin.default, aten.aminmax.default, aten.argmax.default, aten.argmin.default),
+    *(aten.max.default, aten.max.dim, aten.min.default, aten.min.dim),
+    *(aten.aminmax.default, aten.argmax.default, aten.argmin.default),
     *(aten.sort.default, aten.sort.stable, aten.argsort.default),
     *(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims),
     *(aten.cummax.default, aten.cummin.default, aten.histc.default),
@@ -105,6 +105,18 @@ def _along(
     last = x.movedim(dim, -1)
     out = _row_op(name, kernel, last.reshape(last.shape[:-1].numel(), last.shape[-1]))
     return out.view(last.shape).movedim(-1, dim)
+
+
+@implements(aten.amax.default, device="cpu")
+def amax(x: torch.Tensor, dim: tuple[int, ...] = (), keepdim: bool = False) -> torch.Tensor:
+    """The greatest; of 0 and -0, of which torch takes either by their place, always 0."""
+    return x.amax(dim, keepdim) + 0.0
+
+
+@implements(aten.amin.default, device="cpu")
+def amin(x: torch.Tensor, dim: tuple[int, ...] = (), keepdim: bool = False) -> torch.Tensor:
+    """The least; 0 as above."""
+    return x.amin(dim, keepdim) + 0.0
 
 
 @implements(aten.sum.dim_IntList, device="cpu")

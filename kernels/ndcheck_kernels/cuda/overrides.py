@@ -29,12 +29,24 @@ aten = torch.ops.aten
 
 # Comparisons give the same result in every order, and these break ties by the lowest index.
 accept(
-    *(aten.max.default, aten.max.dim, aten.min.default, aten.min.dim, aten.amax.default),
-    *(aten.amin.default, aten.aminmax.default, aten.argmax.default, aten.argmin.default),
+    *(aten.max.default, aten.max.dim, aten.min.default, aten.min.dim),
+    *(aten.aminmax.default, aten.argmax.default, aten.argmin.default),
     *(aten.sort.stable, aten.any.default, aten.any.dim, aten.any.dims),
     *(aten.all.default, aten.all.dim, aten.all.dims),
     device="cuda",
 )
+
+
+@implements(aten.amax.default, device="cuda")
+def amax(x: torch.Tensor, dim: tuple[int, ...] = (), keepdim: bool = False) -> torch.Tensor:
+    """The greatest; of 0 and -0, of which a kernel may take either, always 0."""
+    return x.amax(dim, keepdim) + 0.0
+
+
+@implements(aten.amin.default, device="cuda")
+def amin(x: torch.Tensor, dim: tuple[int, ...] = (), keepdim: bool = False) -> torch.Tensor:
+    """The least; 0 as above."""
+    return x.amin(dim, keepdim) + 0.0
 
 
 def covered(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -53,9 +53,10 @@ _OTHERS = {
     "UnquantizedFusedMoEMethod": "by its experts",
     "PPMissingLayer": "on another rank",
 }
-ATTENTION = ("FLASH_ATTN",)
-"""Backends that were measured with one split, along all axes."""
-
+ATTENTION, VERSION = ("FLASH_ATTN",), 3
+"""Backends that were measured with one split, along all axes, and the version of that one."""
+FUSED_SUMS = ("fuse_allreduce_rms", "enable_sp", "fuse_gemm_comms")
+"""Passes of vLLM's compiler that put other sums over ranks in the place of ours."""
 
 PACKAGES = ("vllm", "torch")
 """Whose classes are known by their names alone."""
@@ -85,8 +86,39 @@ class Layer:
 
 
 def list_layers(model: Any, config: Any) -> list[Layer]:
-    """Every module of a model that computes something, by vLLM's configuration."""
-    return list(_layers(model, config))
+    """Every module of a model that computes something, by vLLM's configuration, and settings by
+    which something else computes."""
+    layers = list(_layers(model, config))
+    has_experts = any(layer.kind == "RoutedExperts" for layer in layers)
+    return [*layers, *_settings(config, has_experts=has_experts)]
+
+
+def _settings(config: Any, *, has_experts: bool) -> Iterator[Layer]:
+    parallel, passes = config.parallel_config, config.compilation_config.pass_config
+    found = {
+        "speculative_config": (
+            config.speculative_config is not None,
+            "drafts, and passes that verify them",
+        ),
+        "data_parallel_size": (
+            parallel.data_parallel_size > 1 and has_experts,
+            "sums of experts, scattered over ranks",
+        ),
+        **{
+            name: (getattr(parallel, name) > 1, "attention in parts, added over ranks")
+            for name in ("decode_context_parallel_size", "prefill_context_parallel_size")
+        },
+        **{
+            f"pass_config.{name}": (
+                parallel.tensor_parallel_size > 1 and getattr(passes, name, False),
+                "vLLM's own sums over ranks",
+            )
+            for name in FUSED_SUMS
+        },
+    }
+    for name, (is_set, by) in found.items():
+        if is_set:
+            yield Layer(name, "setting", by, covered=False)
 
 
 def _layers(model: torch.nn.Module, config: Any) -> Iterator[Layer]:
@@ -142,6 +174,8 @@ def _attention(name: str, module: Any) -> Layer:
         return Layer(name, kind, f"vLLM's {backend}", covered=False)
     if module.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
         return Layer(name, kind, f"a cache in {module.kv_cache_dtype}", covered=False)
+    if (version := module.impl.vllm_flash_attn_version) != VERSION:
+        return Layer(name, kind, f"vLLM's FlashAttention {version}", covered=False)
     if module.attn_backend.get_builder_cls().build is not attention_step:
         return Layer(name, kind, f"vLLM's {backend}, its kernel chosen by the step", covered=False)
     if module.sliding_window is not None and has_kernels_by_window(module.head_size):

@@ -77,6 +77,17 @@ def capture_more(config: Any) -> None:
         graphs.max_cudagraph_capture_size = rows
 
 
+def add_apart(config: Any) -> None:
+    """Have sums over ranks computed apart from norms, as vLLM's mode does itself from 0.29 on.
+
+    The fused kernel is not batch-invariant, and takes the place of ours.
+    """
+    passes = config.compilation_config.pass_config
+    if passes.fuse_allreduce_rms and config.parallel_config.tensor_parallel_size > 1:
+        passes.fuse_allreduce_rms = False
+        log.warning("ndcheck: fuse_allreduce_rms is turned off: its sums follow the batch")
+
+
 class Plugin:
     """One process's: what it replaced, and what it saw."""
 
@@ -93,6 +104,7 @@ class Plugin:
 
         def graph_sizes(config: Any) -> None:
             capture_more(config)
+            add_apart(config)
             self._own["graph_sizes"](config)
 
         self._own.put(self._places, {"start": self._start, "graph_sizes": graph_sizes})

@@ -11,17 +11,18 @@ arrives here after composition (einsum as bmm, `out=` and in-place forms as them
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ndcheck_kernels.scope import registry
 from ndcheck_kernels.scope.pass_through import is_exact
-from ndcheck_kernels.scope.refusal import UnsupportedCallError, refusal
-from ndcheck_kernels.scope.state import Scope, active_scope, entered
+from ndcheck_kernels.scope.refusal import UncoveredOpError, UnsupportedCallError, refusal
+from ndcheck_kernels.scope.state import Scope, active_scope, enter, joined
 
 _COMPOSITE = "CompositeImplicitAutograd"  # How torch calls ops defined by other ops alone.
 
@@ -30,16 +31,18 @@ _COMPOSITE = "CompositeImplicitAutograd"  # How torch calls ops defined by other
 def invariant_kernels() -> Iterator[Scope]:
     """Compute with batch-invariant kernels in this thread; for inference only, no gradients flow.
 
-    An inner block joins the outer one and yields the same scope. Other threads are not affected:
-    each enters a scope of its own.
+    An inner block joins the outer one and yields the same scope. It ends with the last of them,
+    since generators and coroutines leave blocks in any order. Other threads are not affected: each
+    enters a scope of its own.
     """
-    outer = active_scope()
-    if outer is not None:
-        yield outer
-        return
-    scope = Scope()
-    # Below autograd, composite ops arrive whole: no linear or attention splits up unseen.
-    with entered(scope), torch._C._AutoDispatchBelowAutograd(), _InvariantMode(scope):
+    if active_scope() is None:
+        scope = Scope()
+        with ExitStack() as stack:
+            # Below autograd, composite ops arrive whole: no linear or attention splits up unseen.
+            stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+            stack.enter_context(_InvariantMode(scope))
+            enter(scope, stack.pop_all().close)
+    with joined() as scope:
         yield scope
 
 
@@ -62,6 +65,9 @@ class _InvariantMode(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if types and any(_is_subclass(kind) for kind in types):
+            # What a subclass calls for this op comes here; fake tensors hold no numbers.
+            return func(*args, **kwargs) if FakeTensor in types else NotImplemented
         if is_exact(func, args, kwargs):
             return func._op(*args, **kwargs)
         device, floating = _where_and_what(args, kwargs)
@@ -81,6 +87,18 @@ class _InvariantMode(TorchDispatchMode):
             return implementation(*args, **kwargs)
         except UnsupportedCallError as unsupported:
             raise refusal(str(func), floating, device, str(unsupported)) from None
+        except UncoveredOpError:
+            raise
+        except RuntimeError:
+            layouts = [
+                "nested" if t.is_nested else t.layout
+                for t in _tensors((*args, *kwargs.values()))
+                if t.is_nested or t.layout != torch.strided
+            ]
+            if not layouts:
+                raise
+            reason = f"the layout of a tensor is {layouts[0]}"
+            raise refusal(str(func), floating, device, reason) from None
 
     def _decompose(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
@@ -103,6 +121,11 @@ def _where_and_what(
     if isinstance(named, torch.dtype) and not (named.is_floating_point or named.is_complex):
         named = None  # A mask that is counted in int32.
     return device, next((t.dtype for t in tensors if not _is_integral(t)), named)
+
+
+def _is_subclass(kind: type) -> bool:
+    """Whether it takes ops into its own hands."""
+    return getattr(kind, "__torch_dispatch__", None) is not torch.Tensor.__torch_dispatch__
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:

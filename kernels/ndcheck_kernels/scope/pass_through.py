@@ -27,13 +27,13 @@ dim is_same_size complex
 """
 
 # Not `pow`, `exp`, `rsqrt`, ...: libm, vector libraries and their loop tails round differently.
+# Nor `maximum` and `clamp` by a tensor: of 0 and -0 vector lanes and scalar loops take another one.
 _ROUNDS_ONCE = """
-abs neg add sub rsub mul div true_divide floor_divide reciprocal sqrt relu relu6 clamp clamp_min
-clamp_max clip maximum minimum fmax fmin floor ceil trunc sign sgn signbit where masked_fill
-positive copysign isnan isinf isfinite isposinf isneginf eq ne lt le gt ge logical_and logical_or
-logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not bitwise_left_shift
-bitwise_right_shift __and__ __or__ __xor__ __iand__ __ior__ __ixor__ __lshift__ __rshift__
-threshold hardtanh nan_to_num
+abs neg add sub rsub mul div true_divide reciprocal sqrt relu relu6 clamp clamp_min clamp_max clip
+floor ceil trunc sign sgn signbit where masked_fill positive copysign isnan isinf isfinite isposinf
+isneginf eq ne lt le gt ge logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
+bitwise_xor bitwise_not bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __iand__
+__ior__ __ixor__ __lshift__ __rshift__ threshold hardtanh nan_to_num
 """
 
 # Views that a tensor becomes itself, or of which a copy is made.
@@ -47,10 +47,12 @@ _REAL_ONLY = frozenset(
     for name in ("abs", "mul", "div", "true_divide", "reciprocal", "sqrt", "sgn")
     for suffix in ("", "_")
 )
+# add(x, y, alpha=a) is a * y + x: two roundings in a scalar loop, one in a vector lane (FMA).
+_MAY_SCALE = frozenset({"add", "add_", "sub", "sub_", "rsub"})
 _SCATTERS = frozenset({"scatter", "scatter_"})
 _INDEX_PUTS = frozenset({"index_put", "index_put_", "_unsafe_index_put"})
 
-_UNSEEN = object()
+_UNSEEN, _UNSCALED = object(), object()
 # None: only of real numbers.
 _known: dict[Callable[..., Any], Any] = {}
 
@@ -65,19 +67,23 @@ def is_exact(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
         return not any(isinstance(a, complex) or _is_complex(a) for a in args)
     if not known:
         return _writes_once(op, args, kwargs)
-    # add(x, y, alpha=a) is a * y + x: two roundings in a scalar loop, one in a vector lane (FMA).
-    return "alpha" not in kwargs
+    return known is not _UNSCALED or (len(args) < 3 and "alpha" not in kwargs)
 
 
 def _is_complex(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_complex()
 
 
-def _is_exact(op: OpOverload) -> bool | None:
+def _is_exact(op: OpOverload) -> Any:
     name = op._schema.name.removeprefix("aten::")
+    # Quotients that are cut are rounded before that in a scalar loop, and not in a vector lane.
+    if "_mode" in op._overloadname or (name.startswith("cl") and "Tensor" in op._overloadname):
+        return False
     is_view = op.is_view or not _VIEWS.isdisjoint(op.tags)
     if op.namespace not in ("aten", "prim") or not (is_view or name in _EXACT):
         return False
+    if name in _MAY_SCALE:
+        return _UNSCALED
     return None if name in _REAL_ONLY else True
 
 

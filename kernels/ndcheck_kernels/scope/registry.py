@@ -19,6 +19,9 @@ Implementation = Callable[..., Any]
 
 DEVICE_MODULES = {"cpu": "ndcheck_kernels.cpu", "cuda": "ndcheck_kernels.cuda"}
 
+# Pointwise ops that torch does not tag as such.
+_UNTAGGED = ("floor_divide", "rsub")
+
 _implementations: dict[str, dict[OpOverload, Implementation]] = {}
 _pointwise: dict[str, Implementation] = {}
 # By what torch made in C++: an overload is hashed by a call to Python.
@@ -93,12 +96,16 @@ def _resolve(op: OpOverload, device: str) -> Implementation | None:
     functional = _functional(op)
     if functional in table:
         return partial(_write_result, op, table[functional])
-    if torch.Tag.pointwise in op.tags or torch.Tag.pointwise in functional.tags:
+    if _is_pointwise(op) or _is_pointwise(functional):
         if device not in _pointwise:
             return op
         pointwise = partial(_pointwise[device], functional)
         return pointwise if functional is op else partial(_write_result, op, pointwise)
     return None
+
+
+def _is_pointwise(op: OpOverload) -> bool:
+    return torch.Tag.pointwise in op.tags or _name(op).removesuffix("_") in _UNTAGGED
 
 
 def _load(device: str) -> None:
@@ -160,6 +167,6 @@ def _in_dtype_of(
     """What torch writes to targets of another dtype: a reduction to it, or rounded elements."""
     if any(argument.name == "dtype" for argument in op._schema.arguments):
         return implementation(*args, **{**kwargs, "dtype": targets[0].dtype})
-    if torch.Tag.pointwise in op.tags or torch.Tag.pointwise in _functional(op).tags:
+    if _is_pointwise(op) or _is_pointwise(_functional(op)):
         return results
     raise UnsupportedCallError("its result has another dtype than its target")

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -38,11 +38,19 @@ def active_scope() -> Scope | None:
     return getattr(_thread, "scope", None)
 
 
+def enter(scope: Scope, end: Callable[[], None]) -> None:
+    """Make it this thread's scope, until the last block that joins it leaves, which calls `end`."""
+    _thread.scope, _thread.end, _thread.blocks = scope, end, 0
+
+
 @contextmanager
-def entered(scope: Scope) -> Iterator[None]:
-    """Make it this thread's scope, and none again at the end."""
-    _thread.scope = scope
+def joined() -> Iterator[Scope]:
+    """One block in this thread's scope."""
+    _thread.blocks += 1
     try:
-        yield
+        yield _thread.scope
     finally:
-        _thread.scope = None
+        _thread.blocks -= 1
+        if not _thread.blocks:
+            _thread.scope = None
+            _thread.end()

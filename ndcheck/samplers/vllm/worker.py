@@ -23,7 +23,6 @@ from ndcheck.errors import TrialError, UsageError, did_you_mean
 from ndcheck.samplers.vllm.passes import Pass, count_prefills, describe_shape
 
 SWITCH = "VLLM_BATCH_INVARIANT"
-VERSIONS = "0.26 to 0.32"
 REFUSAL = "CoverageError"
 """What the plug-in of ndcheck_kernels raises, by name: the engine's process may not have it."""
 
@@ -93,9 +92,11 @@ class SteppedEngine:
             self._scheduler = self._engine.engine_core.engine_core.scheduler
             self._budget = self._scheduler.max_num_scheduled_tokens
         except AttributeError as error:
+            from ndcheck_kernels.engines.seams import RELEASES
+
             raise RuntimeError(
                 f"the scheduler of vLLM {vllm.__version__} cannot be watched; "
-                f"ndcheck knows vLLM {VERSIONS}"
+                f"ndcheck knows vLLM {RELEASES[0]} to {RELEASES[-1]}"
             ) from error
         self._passes: list[Pass] = []
         self._scheduler.schedule = self._watched(self._scheduler.schedule)

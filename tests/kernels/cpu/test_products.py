@@ -76,6 +76,25 @@ def test_odd_shapes_are_one_bit_class_in_both_layouts(k, n, dtype, noise_operand
         assert find_violations(lambda x: torch.addmm(bias, x, wide), rows) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [1, 33, 130])
+@pytest.mark.parametrize("k", range(2, 18))
+def test_a_sum_of_few_terms_is_one_bit_class(k, n, dtype):
+    """Terms that cancel have 0 for a sum in every order, where they are few: proofs saw nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        x = torch.randn(80, k, generator=generator, dtype=torch.float64)
+        x[:, -1] = -x[:, 0] * (1 + 2**-8 * torch.rand(80, generator=generator))
+        x, weight = x.to(dtype), torch.randn(n, k, generator=generator).to(dtype)
+        for b in (weight.t(), weight.t().contiguous()):
+            with invariant_kernels():
+                together, batched = x @ b, torch.bmm(x[None], b[None])[0]
+                for m in (1, 2, 3, 5, 9, 17, 31, 33):
+                    assert torch.equal(x[7 : 7 + m] @ b, together[7 : 7 + m])
+                    alone = torch.bmm(x[None, 7 : 7 + m], b[None])[0]
+                    assert torch.equal(alone, batched[7 : 7 + m])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_single_column_is_one_bit_class(dtype):
     """One number a row says little in a proof: a place of another order passed it by chance."""

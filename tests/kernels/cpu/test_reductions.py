@@ -226,3 +226,19 @@ def test_a_deviation_in_range_whose_square_is_not():
         assert x.std(-1, correction=0).item() == 300
         assert x.double().std(-1).half() == x.std(-1)
         assert x.var(-1).isinf().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("extreme", [torch.amax, torch.amin])
+def test_an_extreme_of_0_and_minus_0_has_one_sign(extreme, dtype):
+    """Torch takes either, by the number of columns and where they stand."""
+    x = torch.rand(100, 130).round().sub(0.5).mul(0.0).to(dtype)
+    assert x.signbit().any()
+    with invariant_kernels():
+        for width in (1, 3, 8, 31, 130):
+            assert not extreme(x[:, :width], 0).signbit().any()
+            assert not extreme(x[:, -width:].contiguous(), 0).signbit().any()
+        assert not extreme(x.t(), -1, keepdim=True).signbit().any()
+        assert extreme(x + torch.arange(130), 1).tolist() == [129 * (extreme is torch.amax)] * 100
+        integers = torch.arange(6).view(2, 3)
+        assert extreme(integers, 1).dtype == torch.int64

@@ -21,6 +21,10 @@ from ndcheck_kernels.engines.seams import seams
 from ndcheck_kernels.ops.block_fp8 import dequantise, quantise_rows, quantise_weight
 
 HIDDEN, INTER, VOCABULARY, EXPERTS, TOP_K = 32, 48, 64, 4, 2
+PARALLEL = (
+    *("tensor_parallel_size", "data_parallel_size"),
+    *("decode_context_parallel_size", "prefill_context_parallel_size"),
+)
 FP8_INTER = 128  # Gates and values have blocks of their own.
 
 
@@ -67,6 +71,7 @@ class Attention(torch.nn.Module):
 
     def __init__(self, builder, backend="FLASH_ATTN"):
         super().__init__()
+        self.impl = SimpleNamespace(vllm_flash_attn_version=3)
         self.attn_backend = SimpleNamespace(
             get_name=lambda: backend, get_builder_cls=lambda: builder
         )
@@ -313,6 +318,7 @@ class Vllm:
 
 def make(**compilation):
     found = {
+        "pass_config": SimpleNamespace(fuse_allreduce_rms=False),
         "mode": SimpleNamespace(name="VLLM_COMPILE"),
         "backend": "inductor",
         "compile_sizes": [],
@@ -323,7 +329,8 @@ def make(**compilation):
         compilation_config=SimpleNamespace(**found | compilation),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=4, max_num_seqs=4),
         kernel_config=SimpleNamespace(ir_op_priority=SimpleNamespace(rms_norm=["native"])),
-        parallel_config=SimpleNamespace(rank=0),
+        parallel_config=SimpleNamespace(rank=0, **dict.fromkeys(PARALLEL, 1)),
+        speculative_config=None,
     )
 
 

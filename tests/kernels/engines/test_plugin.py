@@ -54,6 +54,8 @@ def largest_graph(vllm, requests, **asked):
     config.compilation_config = SimpleNamespace(**graphs)
     config.scheduler_config = SimpleNamespace(max_num_seqs=requests)
     config.speculative_config = None
+    config.parallel_config = SimpleNamespace(tensor_parallel_size=1)
+    config.compilation_config.pass_config = SimpleNamespace(fuse_allreduce_rms=True)
     config._set_cudagraph_sizes()
     assert vllm.calls[-1] == "graph_sizes"
     return config.compilation_config.max_cudagraph_capture_size

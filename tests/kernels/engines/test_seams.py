@@ -51,13 +51,30 @@ ATTRIBUTES = {
     f"{LAYERS}/fused_moe/modular_kernel.py": (
         *("def quant_dtype", "def block_shape", "def w1_scale", "def w2_scale"),
     ),
-    f"{LAYERS}/attention/attention.py": ("self.sliding_window = ", "self.head_size = "),
+    f"{LAYERS}/attention/attention.py": (
+        *("self.sliding_window = ", "self.head_size = ", "self.impl = "),
+    ),
+    "vllm/config/parallel.py": (
+        *("tensor_parallel_size: int = ", "data_parallel_size: int = "),
+        *("decode_context_parallel_size: int = ", "prefill_context_parallel_size: int = "),
+    ),
+    "vllm/v1/core/sched/scheduler.py": (
+        *("self.max_num_scheduled_tokens = ", "def get_request_counts(self)"),
+        "long_prefill_token_threshold",
+    ),
+    "vllm/v1/core/sched/output.py": ("num_scheduled_tokens: dict[str, int]", "preempted_req_ids"),
+    "vllm/v1/engine/core.py": ("self.scheduler: SchedulerInterface = ",),
+    "vllm/sampling_params.py": ("skip_reading_prefix_cache", "prompt_logprobs"),
+    "vllm/config/vllm.py": ("speculative_config: SpeculativeConfig | None = ",),
+    "vllm/config/compilation.py": ("pass_config: PassConfig = ", "fuse_allreduce_rms: bool = "),
     "vllm/v1/attention/backends/flash_attn.py": (
+        "self.vllm_flash_attn_version = ",
         *("return FlashAttentionMetadataBuilder", "max_query_len: int", "self.headdim = "),
         "max_seqlen_q = attn_metadata.max_query_len",
     ),
 }
-"""What FP8 layers and attention are known to hold, where each is written."""
+"""What FP8 layers, attention, settings and the scheduler that `ndcheck run` watches are known to
+hold, where each is written."""
 OWN_USES = ("linear_batch_invariant", "init_batch_invariance", "_log_softmax_batch_invariant")
 
 

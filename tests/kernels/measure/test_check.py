@@ -29,14 +29,14 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LINEAR = products(48, 96)[0]
 
 # Routing is of integers; what mixes experts, parts of sums over ranks, products of FP8 and of
-# integers, and recurrences have their own proofs: test_experts.py, test_partial_products.py,
-# samplers/test_tensor_parallel.py, test_block_fp8.py, test_weight_only.py, test_gated_delta.py,
-# test_selective_scan.py.
+# integers, recurrences and extremes have their own proofs: test_experts.py,
+# test_partial_products.py, samplers/test_tensor_parallel.py, test_block_fp8.py,
+# test_weight_only.py, test_gated_delta.py, test_selective_scan.py, cpu/test_reductions.py.
 OWN_PROOFS = {
     *("route_experts", "combine_experts", "index_add", "topk"),
     *("partial_linear", "partial_grouped", "rank_sum", "rank_gather"),
     *("block_fp8_linear", "block_fp8_grouped", "row_fp8_linear", "row_fp8_grouped"),
-    *("weight_only_linear", "mxfp4_grouped"),
+    *("weight_only_linear", "mxfp4_grouped", "amax", "amin"),
     *("partial_block_fp8_linear", "partial_block_fp8_grouped"),
     *("gated_delta_rule", "selective_scan", "short_convolution", "short_convolution_step"),
 }

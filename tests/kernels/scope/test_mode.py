@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -80,6 +81,27 @@ def test_nesting_joins_the_outer_scope_and_leaves_it_running():
         F.silu(torch.rand(3))
     assert outer.fires["silu"] == 1
     assert active_scope() is None
+
+
+def test_a_block_that_outlives_the_outer_one_is_still_in_the_scope():
+    """Coroutines of one thread leave their blocks in the order in which they end."""
+    fired = []
+
+    async def compute(n_steps):
+        with invariant_kernels() as scope:
+            for _ in range(n_steps):
+                before = scope.fires["silu"]
+                F.silu(torch.rand(3))
+                fired.append(scope.fires["silu"] - before)
+                await asyncio.sleep(0)
+
+    async def both():
+        await asyncio.gather(compute(1), compute(3))
+
+    asyncio.run(both())
+    assert fired == [1] * 4
+    assert active_scope() is None
+    assert torch._C._len_torch_dispatch_stack() == 0
 
 
 def test_an_exception_ends_the_scope():

@@ -20,6 +20,7 @@ from ndcheck.runner import begin, new_directory, plan, run_trials
 from ndcheck.samplers.vllm.process import Worker
 from ndcheck.samplers.vllm.sampler import parse_arguments
 from ndcheck.storage.run_directory import SampleReader, read_run
+from ndcheck_kernels.engines.seams import RELEASES
 
 ALONE = Load(1)
 
@@ -217,6 +218,12 @@ def test_the_switch_must_take_effect(open_fake, spec):
     with pytest.raises(BackendError, match="does not follow VLLM_BATCH_INVARIANT"):
         open_fake(replace(spec, arms=("invariant",)), "ignores-the-switch")
     assert sample(open_fake(replace(spec, arms=("stock",)), "ignores-the-switch"), spec)
+
+
+def test_an_engine_that_cannot_be_watched_is_told_what_can(open_fake, spec):
+    known = f"ndcheck knows vLLM {RELEASES[0]} to {RELEASES[-1]}"
+    with pytest.raises(BackendError, match=rf"vLLM 0.26.0\+fake cannot be watched; {known}"):
+        open_fake(replace(spec, arms=("stock",)), "hides-its-scheduler")
 
 
 @pytest.mark.parametrize(

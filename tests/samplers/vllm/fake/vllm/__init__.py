@@ -105,7 +105,8 @@ class LLMEngine:
 
     def __init__(self, args):
         self.scheduler = Scheduler(args)
-        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=self.scheduler))
+        core = {} if FAULT == "hides-its-scheduler" else {"scheduler": self.scheduler}
+        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(**core))
         n_tokens = int(
             (2000 if FAULT == "small-cache" else 1_000_000) * args.gpu_memory_utilization
         )
