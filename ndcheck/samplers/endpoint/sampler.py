@@ -30,6 +30,7 @@ from ndcheck.records import (
 from ndcheck.samplers.base import NOT_FED
 from ndcheck.samplers.endpoint.answers.dialects import outlasting
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
+from ndcheck.samplers.endpoint.answers.renaming import FirstNames
 from ndcheck.samplers.endpoint.arrivals import run_trial
 from ndcheck.samplers.endpoint.capabilities import FP32_DIGITS
 from ndcheck.samplers.endpoint.changes import Changes
@@ -94,6 +95,7 @@ class EndpointSampler:
         self._lacks_room = False
         self._prompt_ids: dict[Prompt, list[int]] = {}
         self._changes = Changes(self._prompt_ids)
+        self._first_names = FirstNames()
         try:
             self._server = self._run(open_server(spec, endpoint, self._transport, extra_body, say))
         except BaseException:
@@ -372,7 +374,7 @@ class EndpointSampler:
         logprobs: tuple[float, ...] = ()
         if answer is not None:
             seen = self._server.capabilities
-            token_ids, token_texts = answer.stream(seen.compared)
+            token_ids, token_texts = self._first_names.stream(answer, seen.compared)
             # Where text is compared, some tokens alone have one, if any: they have no place in it.
             has_bits = "logprobs" in seen.accepted and seen.compared != "text"
             if has_bits and len(answer.logprobs) == len(token_ids):
