@@ -318,9 +318,9 @@ def _judge_stack(file: Path) -> Verdict:
 def _judge(name: str, run: Run, rules: RuleSet, folder: Path) -> CheckResult:
     comparison = None
     if rules.baseline is not None:
-        comparison = compare(
-            read_findings(find_run(rules.baseline, folder)).measured, run.findings.measured
-        )
+        baseline = read_findings(find_run(rules.baseline, folder))
+        note_bad_lines(baseline.bad_lines)
+        comparison = compare(baseline.measured, run.findings.measured)
     stack = None if rules.manifest is None else _judge_stack(Path(rules.manifest))
     verdict = judge_gate(run.record, run.summary, rules, comparison, stack)
     try:

@@ -28,6 +28,7 @@ Partner = tuple[ProbeSummary, Sample]
 
 FP32_DIGITS = 9
 """So many significant digits give every fp32 number back."""
+NOTHING_SHARED = "the runs share no prompt and arm"
 ONE_RUN = "a run is compared with itself, or a copy of it: nothing can drift"
 FAIL_ON: tuple[FailOn, ...] = get_args(FailOn)
 MODEL_FIELDS = (
@@ -326,7 +327,8 @@ def _judge(name: FailOn, comparison: Comparison, confidence: float) -> Verdict:
             return Verdict("FAIL", (f"{name}: {', '.join(changed)} changed",))
         return Verdict("PASS", (f"{name}: unchanged",))
     if not comparison.drifts:
-        return Verdict("INCONCLUSIVE", (f"{name}: the runs share no prompt and arm",))
+        why = comparison.flaws or (NOTHING_SHARED,)
+        return Verdict("INCONCLUSIVE", tuple(f"{name}: {reason}" for reason in why))
     verdicts = [_judge_drift(name, drift, confidence) for drift in comparison.drifts]
     for outcome in ("FAIL", "INCONCLUSIVE"):
         reasons = [r for v in verdicts if v.outcome == outcome for r in v.reasons]

@@ -27,6 +27,7 @@ EMPTY = (
     'with --extra-body \'{{"reasoning_effort": "low"}}\' or '
     '\'{{"chat_template_kwargs": {{"enable_thinking": false}}}}\''
 )
+UNREAD = ": what the server sent is in fields that ndcheck does not read: "
 LEAST_STEP_S = 0.0005
 """Few models take less for a token, on average; events that lie ready have one time, or few."""
 
@@ -132,9 +133,10 @@ class Answer(Said):
             if (value := getattr(frame, name)) is not None:
                 setattr(self, name, value)
 
-    def close(self, redactor: Redactor, *, is_whole: bool, stray: str = "") -> None:
+    def close(self, redactor: Redactor, *, is_whole: bool, stray: str = "", said: str = "") -> None:
         """All has arrived: secrets that several events held in parts are cut out.
 
+        ``stray`` are words beside the events, ``said`` those of an event without a completion.
         Raises RequestFailure unless the completion, or the server, said that it ended.
         """
         self.is_whole = is_whole
@@ -152,7 +154,10 @@ class Answer(Said):
         if not (self.is_end or is_whole):
             raise RequestFailure(f"the stream ended before the completion did{stray}")
         if not (self.pieces or self.token_ids or self.is_end):
-            raise RequestFailure(f"the answer holds no completion{stray}")
+            fields = beside.fields_of(self.beside)
+            raise RequestFailure(
+                f"the answer holds no completion{fields and UNREAD + fields}{said}"
+            )
 
     def n_sent(self, compared: Compared) -> int | None:
         """Tokens that arrived, None where these cannot be told."""
@@ -246,10 +251,7 @@ class Answer(Said):
     def why_empty(self, n_tokens: int) -> str:
         """Why there is no completion to be seen, of ``n_tokens`` unless the server counts them."""
         if fields := beside.fields_of(self.beside):
-            return (
-                "the completion is empty: what the server sent is in fields that ndcheck does not "
-                f"read: {fields}"
-            )
+            return f"the completion is empty{UNREAD}{fields}"
         return EMPTY.format(self.n_reasoning_tokens or self.n_tokens or n_tokens)
 
     @property
