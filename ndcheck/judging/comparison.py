@@ -11,7 +11,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ndcheck.analysis.divergence import first_divergence, latent_divergence, read_stream
+from ndcheck.analysis.divergence import (
+    are_cut_otherwise,
+    first_divergence,
+    latent_divergence,
+    read_stream,
+)
 from ndcheck.analysis.statistics import fisher_exact, k1_kl, k3_kl
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.judging.verdict import Verdict, count, probe_doubts, run_doubts
@@ -301,7 +306,8 @@ def _spells_otherwise(a: Sample, b: Sample) -> bool:
     if at is None or len(a.token_ids) != len(b.token_ids):
         return False
     n_characters = len("".join(a.token_texts[: at + 1]))
-    return a.text[:n_characters] == b.text[:n_characters]
+    is_same_text = a.text[:n_characters] == b.text[:n_characters]
+    return is_same_text and not are_cut_otherwise(a, b)
 
 
 def _by_character(sample: Sample) -> Sample:

@@ -174,12 +174,20 @@ class OtherFifth(NamesOfTheVocabulary):
         return [" other" if t == 4 else word for t, word in enumerate(super().tokens(body))]
 
 
+class CutOtherwise(Names):
+    """The same text as that of as many other tokens."""
+
+    def tokens(self, body):
+        return [" w0 w", "1", *(f" w{i}" for i in range(2, 40))][: self.limit(body)]
+
+
 @pytest.mark.parametrize(
     ("other", "kind", "at"),
     [
         (NamesOfTheVocabulary, "none", None),
         (NamesByNumber, "none", None),
         (OtherFifth, "tokens", len(" w0 w1 w2 w3 ")),
+        (CutOtherwise, "tokens", 0),
     ],
 )
 def test_servers_that_name_the_same_tokens_otherwise_agree(odd, tmp_path, capfd, other, kind, at):

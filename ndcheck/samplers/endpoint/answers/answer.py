@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
+from ndcheck.analysis.divergence import id_of_name
 from ndcheck.samplers.endpoint.answers import beside
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure, paired, plain
 from ndcheck.samplers.endpoint.answers.events import Frame, Said, Token
@@ -228,7 +229,7 @@ class Answer(Said):
             texts = _spread(text, self.names, len(self.token_ids))
             return tuple(self.token_ids), tuple(map(plain, texts))
         texts = align(text, self.names)
-        ids = tuple(map(_stable_id, self.names, texts))
+        ids = tuple(map(id_of_name, self.names, texts))
         return ids, tuple(map(plain, texts))
 
     def unit_times_s(self, compared: Compared, n_units: int) -> list[float]:
@@ -309,10 +310,3 @@ def _spread(text: str, names: list[str], n_tokens: int) -> tuple[str, ...]:
     if len(names) == n_tokens:
         return align(text, names)
     return (text, *[""] * (n_tokens - 1)) if n_tokens else ()
-
-
-def _stable_id(name: str, text: str) -> int:
-    """31 bits that stand for a token's name and text in every process."""
-    piece = name if name == text else f"{name}\0{text}"
-    digest = hashlib.blake2b(piece.encode("utf-8", "surrogatepass"), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1
