@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -281,6 +280,7 @@ class EndpointSampler:
             await run_trial(load, self._arrivals, senders, send_filler)
         await self._judge(trial, outcomes, fillers)
         answers = [o.answer for o in (*outcomes, *fillers) if o.answer is not None]
+        self._server = await self._server.timed_again(answers)
         streams = find_streams(answers)
         return outcomes, [self._find_sizes(load, outcome, streams) for outcome in outcomes]
 
@@ -351,7 +351,6 @@ class EndpointSampler:
         answer, seen = outcome.answer, self._server.capabilities
         if answer is None:
             return Witness(achieved)
-        took_s = answer.last_s - answer.sent_s if answer.arrivals else math.inf
         return Witness(
             achieved,
             step_batch_sizes=tuple(sizes),
@@ -363,8 +362,7 @@ class EndpointSampler:
             names_digest=answer.names_digest if seen.compared != "text" else "",
             beside=answer.beside_digest,
             n_counted=answer.n_tokens if seen.counts_tokens else None,
-            # Well below it, since that was measured a few times only.
-            is_replayed=answer.is_cached or took_s < seen.first_token_s / 3,
+            is_replayed=answer.is_cached or seen.came_too_soon(answer),
         )
 
     def _make_sample(self, trial: Trial, nth: int, outcome: Outcome, witness: Witness) -> Sample:
