@@ -44,6 +44,8 @@ SMALL_TEMPERATURE = 0.001
 NOT_THERE = (404, 405)
 LARGEST_STEP = 20
 """Between the numbers of a server that counts its answers, which others may ask too."""
+_OF_A_MODEL = re.compile(r"\bmodel\b|provider|parameters|polic")
+"""What a refusal as not found speaks of, where the address is right."""
 _SHORT_NUMBER = re.compile(r"(.*?)(\d{1,6})")
 
 
@@ -65,7 +67,7 @@ async def _explain(
         hints.append(f"it offers {offered}{more}")
     elif _lacks_version(words, endpoint, transport):
         hints.append("give its version with --query, such as --query api-version=2024-10-21")
-    elif failure.status in NOT_THERE:
+    elif failure.status in NOT_THERE and not _OF_A_MODEL.search(words):
         hints.append(await _find_address(spec, transport, has_models=bool(names)))
     elif failure.status in (401, 403):
         hints.append(
