@@ -80,9 +80,13 @@ def note(line: str, *, quiet: bool = False) -> None:
     """One line on stderr, whatever it holds."""
     if quiet:
         return
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        from ndcheck.reports.untrusted import without_workflow_commands
+
+        shown = without_workflow_commands(shown)
     clear = CLEAR if sys.stderr.isatty() else ""
-    print(f"{clear}ndcheck: {''.join(shown)}", file=sys.stderr)  # noqa: T201
+    print(f"{clear}ndcheck: {shown}", file=sys.stderr)  # noqa: T201
 
 
 def note_bad_lines(lines: Sequence[str]) -> None:

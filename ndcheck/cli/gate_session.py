@@ -42,6 +42,7 @@ from ndcheck.reports.gate import (
     print_gate,
 )
 from ndcheck.reports.junit import junit_xml
+from ndcheck.reports.untrusted import without_workflow_commands
 from ndcheck.reports.wording.reproduction import argument, reproduce_command, resume_command
 from ndcheck.request import DEFAULTS, parse_names
 from ndcheck.runner import fit_spec, new_directory, plan
@@ -243,11 +244,18 @@ def publish(
     from rich.console import Console
 
     code = exit_code(results, inconclusive)
+    on_github = os.environ.get("GITHUB_ACTIONS") == "true"
     if as_json:
-        typer.echo(json.dumps(gate_document(results, code), indent=2, allow_nan=False))
+        document = json.dumps(gate_document(results, code), indent=2, allow_nan=False)
+        typer.echo(document.replace("##[", "##\\u005b") if on_github else document)
+    elif on_github:
+        console = Console(highlight=False)
+        with console.capture() as screen:
+            print_gate(console, results)
+        typer.echo(without_workflow_commands(screen.get()), nl=False)
     else:
         print_gate(Console(highlight=False), results)
-    if os.environ.get("GITHUB_ACTIONS") == "true":
+    if on_github:
         for line in github_annotations(results):
             typer.echo(line, err=as_json)  # GitHub reads both streams
     if junit is not None:
@@ -318,9 +326,9 @@ def _judge_stack(file: Path) -> Verdict:
 def _judge(name: str, run: Run, rules: RuleSet, folder: Path) -> CheckResult:
     comparison = None
     if rules.baseline is not None:
-        comparison = compare(
-            read_findings(find_run(rules.baseline, folder)).measured, run.findings.measured
-        )
+        baseline = read_findings(find_run(rules.baseline, folder))
+        note_bad_lines(baseline.bad_lines)
+        comparison = compare(baseline.measured, run.findings.measured)
     stack = None if rules.manifest is None else _judge_stack(Path(rules.manifest))
     verdict = judge_gate(run.record, run.summary, rules, comparison, stack)
     try:

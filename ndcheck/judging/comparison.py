@@ -11,7 +11,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ndcheck.analysis.divergence import first_divergence, latent_divergence, read_stream
+from ndcheck.analysis.divergence import (
+    are_cut_otherwise,
+    first_divergence,
+    latent_divergence,
+    read_stream,
+)
 from ndcheck.analysis.statistics import fisher_exact, k1_kl, k3_kl
 from ndcheck.analysis.summary import ProbeSummary, Summary
 from ndcheck.judging.verdict import Verdict, count, probe_doubts, run_doubts
@@ -28,6 +33,7 @@ Partner = tuple[ProbeSummary, Sample]
 
 FP32_DIGITS = 9
 """So many significant digits give every fp32 number back."""
+NOTHING_SHARED = "the runs share no prompt and arm"
 ONE_RUN = "a run is compared with itself, or a copy of it: nothing can drift"
 FAIL_ON: tuple[FailOn, ...] = get_args(FailOn)
 MODEL_FIELDS = (
@@ -300,7 +306,8 @@ def _spells_otherwise(a: Sample, b: Sample) -> bool:
     if at is None or len(a.token_ids) != len(b.token_ids):
         return False
     n_characters = len("".join(a.token_texts[: at + 1]))
-    return a.text[:n_characters] == b.text[:n_characters]
+    is_same_text = a.text[:n_characters] == b.text[:n_characters]
+    return is_same_text and not are_cut_otherwise(a, b)
 
 
 def _by_character(sample: Sample) -> Sample:
@@ -326,7 +333,8 @@ def _judge(name: FailOn, comparison: Comparison, confidence: float) -> Verdict:
             return Verdict("FAIL", (f"{name}: {', '.join(changed)} changed",))
         return Verdict("PASS", (f"{name}: unchanged",))
     if not comparison.drifts:
-        return Verdict("INCONCLUSIVE", (f"{name}: the runs share no prompt and arm",))
+        why = comparison.flaws or (NOTHING_SHARED,)
+        return Verdict("INCONCLUSIVE", tuple(f"{name}: {reason}" for reason in why))
     verdicts = [_judge_drift(name, drift, confidence) for drift in comparison.drifts]
     for outcome in ("FAIL", "INCONCLUSIVE"):
         reasons = [r for v in verdicts if v.outcome == outcome for r in v.reasons]

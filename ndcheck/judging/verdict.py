@@ -157,7 +157,9 @@ def judge_divergence(
         return Verdict("FAIL", (f"{seen}; {unique}" if n else unique,))
     if probe.has_latent and not allow_latent:
         return Verdict("FAIL", ("the bits of equal completions differed",))
-    return Verdict("PASS", (seen,), accepts_divergence=probe.has_diverged)
+    is_seen = n or any(finding.n_trials for finding in probe.axes)
+    outcome: Outcome = "PASS" if is_seen else "INCONCLUSIVE"
+    return Verdict(outcome, (seen,), accepts_divergence=probe.has_diverged)
 
 
 def judge_axis(axis: Axis, finding: AxisFinding | None, spec: RunSpec) -> Verdict:

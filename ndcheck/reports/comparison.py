@@ -12,7 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ndcheck.environment import MUST_MATCH
-from ndcheck.judging.comparison import ONE_RUN, Change, Comparison, Drift, FailOn
+from ndcheck.judging.comparison import (
+    NOTHING_SHARED,
+    ONE_RUN,
+    Change,
+    Comparison,
+    Drift,
+    FailOn,
+)
 from ndcheck.judging.verdict import Verdict
 from ndcheck.reports.document import published
 from ndcheck.reports.terminal import (
@@ -62,7 +69,9 @@ def print_comparison(
         for line in _tests(drift, _changes_of_load(comparison.changes)):
             console.print(f"  {line}")
     if not comparison.drifts:
-        console.print("\nThe runs share no prompt and arm: outputs cannot be compared")
+        console.print(
+            f"\n{NOTHING_SHARED[0].upper()}{NOTHING_SHARED[1:]}: outputs cannot be compared"
+        )
     for letter, alone in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
         for name in alone:
             console.print(Text(f"only in {letter}: {visible(name)}"))

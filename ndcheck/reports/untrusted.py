@@ -18,6 +18,8 @@ _CONTROLS = re.compile(
 _FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\r]")
 _NOT_XML = re.compile("[\ufffe\uffff]")
 _PIPE = re.compile(r"(\\*)\|")
+# GitHub's runner obeys a line that begins with ::, after white space, and ##[ wherever it stands.
+_WORKFLOW_COMMAND = re.compile(r"^\s*:(?=:)|##(?=\[)", re.MULTILINE)
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&#!$])")
 
 
@@ -108,6 +110,11 @@ def csv_text(text: str) -> str:
     """A cell of a text column: an apostrophe in front keeps a spreadsheet from running it."""
     shown = without_controls(text)
     return f"'{shown}" if _FORMULA.match(shown) else shown
+
+
+def without_workflow_commands(text: str) -> str:
+    """Lines that GitHub's runner shows as they are, but for a space within what it would obey."""
+    return _WORKFLOW_COMMAND.sub(r"\g<0> ", text)
 
 
 def xml_text(text: str) -> str:

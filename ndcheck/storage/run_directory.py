@@ -249,7 +249,8 @@ def read_run(path: Path) -> Run:
         document = parse_json(read_text(file))
         version = document.get("schema_version") if isinstance(document, dict) else None
         if type(version) is not int or version < 1:
-            raise ValueError(f"{version!r:.40} is no schema version")
+            said = "it has no" if version is None else f"{version!r:.40} is no"
+            raise ValueError(f"{said} schema_version, which a run of ndcheck's has")
         if version > SCHEMA_VERSION:
             raise UsageError(
                 f"{file} has schema version {version:.40g}; this ndcheck reads up to "
@@ -273,6 +274,8 @@ def read_run(path: Path) -> Run:
         if (path / SAMPLES_FILE).exists() and all(map(_is_leftover, path.iterdir())):
             begin = f" (it was ended before its first trial: begin it again with --out {path})"
         raise UsageError(f"{path} holds no run: {RUN_FILE} is missing{begin}") from None
+    except NotADirectoryError:
+        raise UsageError(f"{path} is a file: give the run's directory") from None
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -43,7 +43,7 @@ def compare(
     from rich.console import Console
 
     from ndcheck.api import find_run
-    from ndcheck.cli.console import EXIT_CODES
+    from ndcheck.cli.console import EXIT_CODES, note_bad_lines
     from ndcheck.cli.latest import latest
     from ndcheck.errors import UsageError
     from ndcheck.findings import read_findings
@@ -56,9 +56,10 @@ def compare(
     if not 0 < confidence < 1:
         raise UsageError(f"--confidence {confidence}: give a level between 0 and 1, such as 0.95")
     kinds = parse_names("--fail-on", fail_on, FAIL_ON) if fail_on is not None else ()
-    comparison = compare_runs(
-        *(read_findings(find_run(str(latest(Path(name))))).measured for name in (a, b))
-    )
+    both = [read_findings(find_run(str(latest(Path(name))))) for name in (a, b)]
+    for findings in both:
+        note_bad_lines(findings.bad_lines)
+    comparison = compare_runs(*(findings.measured for findings in both))
     verdicts = judge_comparison(comparison, kinds, confidence)
     code = EXIT_CODES[worst([v.outcome for v in verdicts.values()])] if verdicts else 0
     if json:

@@ -162,7 +162,7 @@ def _check_address(url: str) -> None:
             "in NDCHECK_API_KEY or with --api-key-file, other secrets with --header, a query with "
             "--query"
         )
-    if not is_address or not url.isprintable():
+    if not is_address or not url.isprintable() or " " in url:
         # Not repeated: an address that cannot be read may hold a password anywhere.
         raise UsageError(
             "--endpoint: give the address of an OpenAI API, such as http://127.0.0.1:8000/v1"

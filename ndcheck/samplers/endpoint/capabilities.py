@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -57,6 +58,11 @@ class Capabilities:
             f"works: {', '.join(working) or 'none'}; accepted: {', '.join(taken) or 'none'}"
             f"{estimate}"
         )
+
+    def came_too_soon(self, answer: Answer) -> bool:
+        """Was it all there well before a first token can be, which was timed a few times only?"""
+        took_s = answer.last_s - answer.sent_s if answer.arrivals else math.inf
+        return took_s < self.first_token_s / 3
 
     def filler_fields(self, n_tokens: int) -> Body:
         """Fillers should fill the batch to the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from ndcheck.samplers.endpoint.answers.answer import Answer, Compared
 from ndcheck.samplers.endpoint.answers.dialects import Body, Dialect, Generate
-from ndcheck.samplers.endpoint.answers.event_stream import Event, RequestFailure
+from ndcheck.samplers.endpoint.answers.event_stream import Event, RequestFailure, snippet
 from ndcheck.samplers.endpoint.transport import Transport
 
 INVALID = (400, 422)
@@ -128,8 +129,11 @@ class Client:
     async def _ask_once(self, body: Body, max_tokens: int) -> Answer:
         answer = Answer(sent_s=time.perf_counter())
         body = {**body, **self._extra_body}
+        first: Event = {}
 
         def take(event: Event, at_s: float) -> None:
+            nonlocal first
+            first = first or event
             answer.add(self._dialect.read(event), at_s)
 
         max_bytes = BYTES_PER_ANSWER + BYTES_PER_TOKEN * max_tokens
@@ -138,7 +142,9 @@ class Client:
         except RecursionError:
             raise RequestFailure("an event of another shape: it is nested too deeply") from None
         answer.connection, answer.is_cached = receipt.connection, receipt.is_cached
-        answer.close(self._transport.redactor, is_whole=receipt.is_whole, stray=receipt.stray)
+        redactor = self._transport.redactor
+        said = receipt.stray or snippet(json.dumps(first).encode(), redactor)
+        answer.close(redactor, is_whole=receipt.is_whole, stray=receipt.stray, said=said)
         return answer
 
 

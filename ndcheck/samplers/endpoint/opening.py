@@ -6,6 +6,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -37,11 +38,14 @@ N_LIMITS = 5
 LONGEST_LIMIT = 64
 """Tokens of the requests that differ in their limit only."""
 N_TIMINGS = 3
+MAX_TIMED_AGAIN = 3
 MAX_OFFERED = 8
 SMALL_TEMPERATURE = 0.001
 NOT_THERE = (404, 405)
 LARGEST_STEP = 20
 """Between the numbers of a server that counts its answers, which others may ask too."""
+_OF_A_MODEL = re.compile(r"\bmodel\b|provider|parameters|polic")
+"""What a refusal as not found speaks of, where the address is right."""
 _SHORT_NUMBER = re.compile(r"(.*?)(\d{1,6})")
 
 
@@ -63,7 +67,7 @@ async def _explain(
         hints.append(f"it offers {offered}{more}")
     elif _lacks_version(words, endpoint, transport):
         hints.append("give its version with --query, such as --query api-version=2024-10-21")
-    elif failure.status in NOT_THERE:
+    elif failure.status in NOT_THERE and not _OF_A_MODEL.search(words):
         hints.append(await _find_address(spec, transport, has_models=bool(names)))
     elif failure.status in (401, 403):
         hints.append(
@@ -134,6 +138,7 @@ class Server:
     n_streamed: int = 0
     """Rows of a trial that are asked for streams: all of them have to be where that alone shows
     the batch, or where a completion in one piece is another."""
+    n_timed_again: int = 0
 
     @property
     def witness_name(self) -> str:
@@ -181,6 +186,19 @@ class Server:
             ended = answer.finish_reason, answer.names_digest, answer.beside_digest
             said.add((answer.stream(compared), answer.logprobs, answer.row_digests, ended))
         return len(said) == 1
+
+    async def timed_again(self, answers: Sequence[Answer]) -> Server:
+        """With first tokens as quick as they are now, where an answer came before one could.
+
+        They may have been slow at first: others' load, a server that warmed up.
+        """
+        seen = self.capabilities
+        if self.n_timed_again >= MAX_TIMED_AGAIN or not any(map(seen.came_too_soon, answers)):
+            return self
+        with suppress(RequestFailure):  # The next trial meets it too.
+            now = await _time_first_token(seen, lambda p: self.ask_briefly(p, 1, {}), Answer())
+            seen = replace(seen, first_token_s=min(seen.first_token_s, now.first_token_s))
+        return replace(self, capabilities=seen, n_timed_again=self.n_timed_again + 1)
 
     async def ask_briefly(self, prompt: Prompt, max_tokens: int, fields: Body) -> Answer:
         """A short request outside any trial, with the usual retries."""

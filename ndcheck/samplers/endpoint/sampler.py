@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -30,6 +29,7 @@ from ndcheck.records import (
 from ndcheck.samplers.base import NOT_FED
 from ndcheck.samplers.endpoint.answers.dialects import outlasting
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
+from ndcheck.samplers.endpoint.answers.renaming import FirstNames
 from ndcheck.samplers.endpoint.arrivals import run_trial
 from ndcheck.samplers.endpoint.capabilities import FP32_DIGITS
 from ndcheck.samplers.endpoint.changes import Changes
@@ -94,6 +94,7 @@ class EndpointSampler:
         self._lacks_room = False
         self._prompt_ids: dict[Prompt, list[int]] = {}
         self._changes = Changes(self._prompt_ids)
+        self._first_names = FirstNames()
         try:
             self._server = self._run(open_server(spec, endpoint, self._transport, extra_body, say))
         except BaseException:
@@ -279,6 +280,7 @@ class EndpointSampler:
             await run_trial(load, self._arrivals, senders, send_filler)
         await self._judge(trial, outcomes, fillers)
         answers = [o.answer for o in (*outcomes, *fillers) if o.answer is not None]
+        self._server = await self._server.timed_again(answers)
         streams = find_streams(answers)
         return outcomes, [self._find_sizes(load, outcome, streams) for outcome in outcomes]
 
@@ -349,7 +351,6 @@ class EndpointSampler:
         answer, seen = outcome.answer, self._server.capabilities
         if answer is None:
             return Witness(achieved)
-        took_s = answer.last_s - answer.sent_s if answer.arrivals else math.inf
         return Witness(
             achieved,
             step_batch_sizes=tuple(sizes),
@@ -361,8 +362,7 @@ class EndpointSampler:
             names_digest=answer.names_digest if seen.compared != "text" else "",
             beside=answer.beside_digest,
             n_counted=answer.n_tokens if seen.counts_tokens else None,
-            # Well below it, since that was measured a few times only.
-            is_replayed=answer.is_cached or took_s < seen.first_token_s / 3,
+            is_replayed=answer.is_cached or seen.came_too_soon(answer),
         )
 
     def _make_sample(self, trial: Trial, nth: int, outcome: Outcome, witness: Witness) -> Sample:
@@ -372,7 +372,7 @@ class EndpointSampler:
         logprobs: tuple[float, ...] = ()
         if answer is not None:
             seen = self._server.capabilities
-            token_ids, token_texts = answer.stream(seen.compared)
+            token_ids, token_texts = self._first_names.stream(answer, seen.compared)
             # Where text is compared, some tokens alone have one, if any: they have no place in it.
             has_bits = "logprobs" in seen.accepted and seen.compared != "text"
             if has_bits and len(answer.logprobs) == len(token_ids):

@@ -265,6 +265,8 @@ class Transport:
         why = " ".join(words.split())[:MAX_SNIPPET] or type(error).__name__
         if "WRONG_VERSION_NUMBER" in why:  # OpenSSL's words for an answer that is no TLS.
             why += " (where the server speaks plain HTTP, give http://)"
+        elif "CERTIFICATE_VERIFY_FAILED" in why:
+            why += " (where you trust its authority, give SSL_CERT_FILE=AUTHORITY.pem)"
         return why
 
 

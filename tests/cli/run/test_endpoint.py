@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+import ssl
+import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -70,6 +73,25 @@ def test_tls_asked_of_a_server_that_speaks_plain_http(started):
         server.shutdown()
     assert code == 4
     assert stderr.endswith("(where the server speaks plain HTTP, give http://)\n")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
+def test_a_certificate_that_is_not_trusted_is_said_with_what_trusts_it(started, tmp_path):
+    made = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1")
+    files = ("-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem")
+    subprocess.run(["openssl", *made, *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.handle_error = lambda *arguments: None
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"https://127.0.0.1:{server.server_port}/v1"
+        code, _, stderr = finish(started("run", "--endpoint", url, *MODEL, "-q"))
+        server.shutdown()
+    assert code == 4
+    assert "self-signed certificate" in stderr
+    assert stderr.endswith("give SSL_CERT_FILE=AUTHORITY.pem)\n")
 
 
 def test_secrets_are_in_no_artifact(started, tmp_path):

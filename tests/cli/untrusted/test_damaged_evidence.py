@@ -350,3 +350,50 @@ def test_half_a_character_is_text_like_any_other(ndcheck_here, damaged):
         done = ndcheck_here(*command)
         assert done.returncode == 1
         assert "ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change", [lambda s: [], lambda s: ['{"doc_id": 0, "target": "a"}'], lambda s: ["\0" * 99]]
+)
+def test_nothing_passes_where_nothing_could_be_read(ndcheck_here, damaged, runs, change):
+    run = damaged("clean", change)
+    gate = json.loads(ndcheck_here("gate", run, "--json").stdout)
+    assert gate["exit_code"] == 3
+    assert {rule["verdict"] for rule in gate["checks"][0]["rules"]} == {"INCONCLUSIVE"}
+    done = ndcheck_here("compare", runs / "latent", run, "--fail-on", "tokens")
+    assert done.returncode == 3
+    assert "trials that are missing" in " ".join(done.stdout.split())
+    assert ("line 1 is ignored" in done.stderr) == bool(change([]))
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        (None, "samples.jsonl cannot be read: No such file"),
+        ({"accuracy": 0.5, "args": {}}, "it has no schema_version, which a run of ndcheck's has"),
+        ([1, 2], "it has no schema_version"),
+        ({"schema_version": "2.1.0", "runs": []}, "'2.1.0' is no schema_version"),
+        ({"schema_version": 1, "runs": []}, "no field 'run_id'"),
+        ({"schema_version": 2}, "upgrade ndcheck"),
+    ],
+)
+@pytest.mark.parametrize("command", [("report",), ("gate",), ("compare", "."), ("trace", "--run")])
+def test_what_is_no_run_is_bad_input(ndcheck_here, damaged, command, document, words):
+    """Without samples, or another tool's, or of a version to come."""
+    run = damaged("clean", list)
+    if document is None:
+        (run / "samples.jsonl").unlink()
+    else:
+        (run / "run.json").write_text(json.dumps(document))
+    command = [run if part == "." else part for part in command]
+    done = ndcheck_here(*command, run)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert words in line
+    assert not done.stdout
+
+
+def test_a_file_of_a_run_is_no_run(ndcheck_here, runs):
+    done = ndcheck_here("report", runs / "clean" / "run.json")
+    assert done.returncode == 2
+    assert "run.json is a file: give the run's directory" in done.stderr

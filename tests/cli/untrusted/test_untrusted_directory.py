@@ -261,3 +261,25 @@ def test_outputs_that_are_no_files_stay(ndcheck_here, tmp_path):
         assert f"{name} is no file" in done.stderr
     assert (tmp_path / "pipe").is_fifo()
     assert (tmp_path / "device").is_symlink()
+
+
+@pytest.mark.parametrize("width", range(38, 80, 3))
+def test_nothing_in_a_run_is_a_command_to_githubs_runner(ndcheck_here, hostile, width):
+    """It obeys ``::`` at the start of a line, after white space, and ``##[`` anywhere."""
+    run = hostile(n_lines=3)
+    key = f"##[error]a {' ::stop-commands::pause' * 9}"
+    samples = (run / "samples.jsonl").read_text()
+    (run / "samples.jsonl").write_text(json.dumps({key: 1}) + "\n" + samples)
+    document = json.loads((run / "run.json").read_text()) | {"changes": [key]}
+    (run / "run.json").write_text(json.dumps(document))
+    github = {"GITHUB_ACTIONS": "true", "COLUMNS": str(width)}
+    done = ndcheck_here("gate", run, env=github)
+    lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    own = [line for line in lines if line.startswith(("::error title=", "::warning title="))]
+    assert len(own) == 1
+    assert "stop-commands" in "".join(done.stdout.split())
+    assert not [x for x in lines if x.strip().startswith("::") and x not in own]
+    assert not [line for line in lines if "##[" in line and line not in own]
+    as_json = ndcheck_here("gate", run, "--json", env=github)
+    assert "##[" not in as_json.stdout
+    assert key in json.loads(as_json.stdout)["checks"][0]["reasons"]

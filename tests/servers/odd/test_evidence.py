@@ -374,3 +374,26 @@ def test_an_open_loop_is_judged_by_what_it_reached(odd, measure):
     assert any("most ran alone: batches of 1 (" in r for r in judgement.verdict.reasons)
     (reached,) = summary.probes[0].serving.reached
     assert reached.tokens_by_size == ((1, reached.n_tokens),)
+
+
+class SlowFirst:
+    """Under others' load while it is timed, by prompts that no cache holds; idle afterwards."""
+
+    n_slow = 3
+
+    def stream(self, body):
+        known = self.state.setdefault("prompt", body["messages"])
+        if body["messages"] != known and next(type(self).numbers) < self.n_slow:
+            time.sleep(0.5)
+        return super().stream(body)
+
+
+class SlowCache(SlowFirst):
+    n_slow = 10**6
+
+
+@pytest.mark.parametrize(("server", "outcome"), [(SlowFirst, "PASS"), (SlowCache, "INCONCLUSIVE")])
+def test_a_server_that_was_slow_while_it_was_timed_is_timed_again(odd, measure, server, outcome):
+    judgement, summary, _ = measure(odd(server))
+    assert judgement.verdict.outcome == outcome, judgement.verdict
+    assert bool(summary.probes[0].serving.n_replayed) == (outcome != "PASS")

@@ -109,6 +109,24 @@ class Names(Validates):
         return (400, {"error": error}, {}) if body["temperature"] == 0 else None
 
 
+class NoProvider:
+    """As OpenRouter says that nobody serves the model as it is asked for."""
+
+    words = "No endpoints found that support the requested parameters"
+
+    def refuse(self, path, body):
+        return 404, {"error": {"message": self.words, "code": 404}}, {}
+
+
+class NoSuchModel(NoProvider):
+    """And has no list of models."""
+
+    words = "The model `m` does not exist"
+
+    def pages(self):
+        return {}
+
+
 @pytest.mark.parametrize(
     ("handler", "chat", "kind", "words", "other"),
     [
@@ -134,6 +152,8 @@ class Names(Validates):
         (NoChat, True, UsageError, "takes prompts as they are: leave out --chat", "/v1)"),
         (Validates, True, UsageError, "temperature: Input should be greater than 0 (--no-", "/v1)"),
         (Names, True, UsageError, "temperature: Invalid value (--no-temperature", "/v1)"),
+        (NoProvider, True, UsageError, "No endpoints found that support", "leave out --chat"),
+        (NoSuchModel, True, UsageError, "The model `m` does not exist", "under /v1"),
         (Gateway, True, UsageError, "temperature 0 is not for you", "llama.cpp"),
     ],
 )

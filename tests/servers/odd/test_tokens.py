@@ -174,12 +174,20 @@ class OtherFifth(NamesOfTheVocabulary):
         return [" other" if t == 4 else word for t, word in enumerate(super().tokens(body))]
 
 
+class CutOtherwise(Names):
+    """The same text as that of as many other tokens."""
+
+    def tokens(self, body):
+        return [" w0 w", "1", *(f" w{i}" for i in range(2, 40))][: self.limit(body)]
+
+
 @pytest.mark.parametrize(
     ("other", "kind", "at"),
     [
         (NamesOfTheVocabulary, "none", None),
         (NamesByNumber, "none", None),
         (OtherFifth, "tokens", len(" w0 w1 w2 w3 ")),
+        (CutOtherwise, "tokens", 0),
     ],
 )
 def test_servers_that_name_the_same_tokens_otherwise_agree(odd, tmp_path, capfd, other, kind, at):
@@ -193,3 +201,65 @@ def test_servers_that_name_the_same_tokens_otherwise_agree(odd, tmp_path, capfd,
     assert {name: verdict["verdict"] for name, verdict in found["fail_on"].items()} == (
         {"tokens": "PASS", "bits": "PASS"} if kind == "none" else {"tokens": "FAIL"}
     )
+
+
+class Upgrades(Names):
+    """After some requests another version names tokens by its own lights."""
+
+    after = 30
+
+    def stream(self, body):
+        self.is_new = next(type(self).numbers) >= self.after
+        return super().stream(body)
+
+    def name(self, token):
+        return self.new_name(token) if self.is_new else token
+
+
+class ToTheVocabulary(Upgrades):
+    def new_name(self, token):
+        return token.replace(" ", "\u0120")
+
+
+class ToNumbers(Upgrades):
+    def new_name(self, token):
+        return f"token_id:{token.removeprefix(' w')}"
+
+
+class ToOtherCuts(Upgrades):
+    """The same text in as many other tokens."""
+
+    def tokens(self, body):
+        return ["ab", "c", *super().tokens(body)[2:]]
+
+    def new_name(self, token):
+        return {"ab": "a", "c": "bc"}.get(token, token)
+
+
+class ToAnUnseenToken(Upgrades):
+    """A token without text is another one."""
+
+    def text(self, t, token):
+        return "" if t == 5 else token
+
+    def name(self, token):
+        unseen = "<b>" if self.is_new else "<a>"
+        return unseen if token == " w5" else token
+
+
+@pytest.mark.parametrize(
+    ("upgrade", "outcome"),
+    [
+        (ToTheVocabulary, "INCONCLUSIVE"),
+        (ToNumbers, "INCONCLUSIVE"),
+        (ToOtherCuts, "FAIL"),
+        (ToAnUnseenToken, "FAIL"),
+    ],
+)
+def test_a_server_that_names_tokens_otherwise_in_mid_run_is_not_accused(
+    odd, measure, upgrade, outcome
+):
+    judgement, summary, _ = measure(odd(upgrade))
+    assert judgement.verdict.outcome == outcome
+    assert any("names of tokens" in r for r in judgement.verdict.reasons) == (outcome != "FAIL")
+    assert (summary.probes[0].n_unique > 1) == (outcome == "FAIL")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
+from ndcheck.analysis.divergence import id_of_name
 from ndcheck.samplers.endpoint.answers import beside
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure, paired, plain
 from ndcheck.samplers.endpoint.answers.events import Frame, Said, Token
@@ -27,6 +28,7 @@ EMPTY = (
     'with --extra-body \'{{"reasoning_effort": "low"}}\' or '
     '\'{{"chat_template_kwargs": {{"enable_thinking": false}}}}\''
 )
+UNREAD = ": what the server sent is in fields that ndcheck does not read: "
 LEAST_STEP_S = 0.0005
 """Few models take less for a token, on average; events that lie ready have one time, or few."""
 
@@ -132,9 +134,10 @@ class Answer(Said):
             if (value := getattr(frame, name)) is not None:
                 setattr(self, name, value)
 
-    def close(self, redactor: Redactor, *, is_whole: bool, stray: str = "") -> None:
+    def close(self, redactor: Redactor, *, is_whole: bool, stray: str = "", said: str = "") -> None:
         """All has arrived: secrets that several events held in parts are cut out.
 
+        ``stray`` are words beside the events, ``said`` those of an event without a completion.
         Raises RequestFailure unless the completion, or the server, said that it ended.
         """
         self.is_whole = is_whole
@@ -152,7 +155,10 @@ class Answer(Said):
         if not (self.is_end or is_whole):
             raise RequestFailure(f"the stream ended before the completion did{stray}")
         if not (self.pieces or self.token_ids or self.is_end):
-            raise RequestFailure(f"the answer holds no completion{stray}")
+            fields = beside.fields_of(self.beside)
+            raise RequestFailure(
+                f"the answer holds no completion{fields and UNREAD + fields}{said}"
+            )
 
     def n_sent(self, compared: Compared) -> int | None:
         """Tokens that arrived, None where these cannot be told."""
@@ -223,7 +229,7 @@ class Answer(Said):
             texts = _spread(text, self.names, len(self.token_ids))
             return tuple(self.token_ids), tuple(map(plain, texts))
         texts = align(text, self.names)
-        ids = tuple(map(_stable_id, self.names, texts))
+        ids = tuple(map(id_of_name, self.names, texts))
         return ids, tuple(map(plain, texts))
 
     def unit_times_s(self, compared: Compared, n_units: int) -> list[float]:
@@ -246,10 +252,7 @@ class Answer(Said):
     def why_empty(self, n_tokens: int) -> str:
         """Why there is no completion to be seen, of ``n_tokens`` unless the server counts them."""
         if fields := beside.fields_of(self.beside):
-            return (
-                "the completion is empty: what the server sent is in fields that ndcheck does not "
-                f"read: {fields}"
-            )
+            return f"the completion is empty{UNREAD}{fields}"
         return EMPTY.format(self.n_reasoning_tokens or self.n_tokens or n_tokens)
 
     @property
@@ -307,10 +310,3 @@ def _spread(text: str, names: list[str], n_tokens: int) -> tuple[str, ...]:
     if len(names) == n_tokens:
         return align(text, names)
     return (text, *[""] * (n_tokens - 1)) if n_tokens else ()
-
-
-def _stable_id(name: str, text: str) -> int:
-    """31 bits that stand for a token's name and text in every process."""
-    piece = name if name == text else f"{name}\0{text}"
-    digest = hashlib.blake2b(piece.encode("utf-8", "surrogatepass"), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1

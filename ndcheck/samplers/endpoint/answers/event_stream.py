@@ -84,7 +84,8 @@ class EventReader:
         has_line = b"\n" in chunk or b"\r" in chunk
         self._rest += chunk
         if self._frames is None:
-            self._frames = _find_frames(bytes(self._rest[:64]).lstrip(_SPACE))
+            self._rest = self._rest.lstrip(_SPACE)  # Lines that keep a connection alive.
+            self._frames = _find_frames(bytes(self._rest[:64]))
         if self._frames == "text" and len(self._rest) > MAX_STRAY_BYTES:
             raise self._no_answer()
         if self._frames in (None, "text", "object") or not has_line:

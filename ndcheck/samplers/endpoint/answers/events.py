@@ -92,7 +92,7 @@ def read_openai(event: Event) -> Frame:
         raise RequestFailure(f"an event of another shape: choices is a {type(choices).__name__}")
     is_read = False
     for choice in map(as_dict, choices or ()):
-        if choice.get("index") in (None, 0) and not is_read:
+        if choice.get("index") in (None, 0, "0") and not is_read:
             _read_choice(choice, frame)
             is_read = True
         elif choice:  # Nobody asked for more than one, unless by --extra-body.
