@@ -16,7 +16,9 @@ from ndcheck_kernels.cpu import selective_scan as selective_scan
 from ndcheck_kernels.cpu import short_convolution as short_convolution
 from ndcheck_kernels.cpu import weight_only as weight_only
 from ndcheck_kernels.ops.complex_numbers import register_complex
+from ndcheck_kernels.scope.extremes import register_extremes
 
+register_extremes("cpu")
 register_complex(
     "cpu",
     partial(pointwise.pointwise, torch.ops.aten.cos.default),

@@ -107,18 +107,6 @@ def _along(
     return out.view(last.shape).movedim(-1, dim)
 
 
-@implements(aten.amax.default, device="cpu")
-def amax(x: torch.Tensor, dim: tuple[int, ...] = (), keepdim: bool = False) -> torch.Tensor:
-    """The greatest; of 0 and -0, of which torch takes either by their place, always 0."""
-    return x.amax(dim, keepdim) + 0.0
-
-
-@implements(aten.amin.default, device="cpu")
-def amin(x: torch.Tensor, dim: tuple[int, ...] = (), keepdim: bool = False) -> torch.Tensor:
-    """The least; 0 as above."""
-    return x.amin(dim, keepdim) + 0.0
-
-
 @implements(aten.sum.dim_IntList, device="cpu")
 def sum_dims(
     x: torch.Tensor, dim: Dims, keepdim: bool = False, *, dtype: torch.dtype | None = None

@@ -22,6 +22,7 @@ from ndcheck_kernels.ops.attention import as_causal, attention_op, register_sdpa
 from ndcheck_kernels.ops.complex_numbers import register_complex
 from ndcheck_kernels.ops.products import register_products
 from ndcheck_kernels.ops.shapes import normalised_rows
+from ndcheck_kernels.scope.extremes import register_extremes
 from ndcheck_kernels.scope.refusal import UnsupportedCallError
 from ndcheck_kernels.scope.registry import accept, implements
 
@@ -35,18 +36,6 @@ accept(
     *(aten.all.default, aten.all.dim, aten.all.dims),
     device="cuda",
 )
-
-
-@implements(aten.amax.default, device="cuda")
-def amax(x: torch.Tensor, dim: tuple[int, ...] = (), keepdim: bool = False) -> torch.Tensor:
-    """The greatest; of 0 and -0, of which a kernel may take either, always 0."""
-    return x.amax(dim, keepdim) + 0.0
-
-
-@implements(aten.amin.default, device="cuda")
-def amin(x: torch.Tensor, dim: tuple[int, ...] = (), keepdim: bool = False) -> torch.Tensor:
-    """The least; 0 as above."""
-    return x.amin(dim, keepdim) + 0.0
 
 
 def covered(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,6 +67,7 @@ def _addmm(
 
 
 register_products("cuda", _matmul, _matmul, _addmm, _addmm)
+register_extremes("cuda")
 register_complex("cuda", torch.cos, torch.sin)
 
 
