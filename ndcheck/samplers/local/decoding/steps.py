@@ -235,15 +235,12 @@ class DecodeSteps:
         self._position.add_(1)
 
     def _record_pass(self, logits: Tensor, first: int, fault: Fault | None) -> None:
-        """Every position of a pass, [B, n, vocabulary], from the ``first`` on."""
+        """Every position of a pass, [B, n, vocabulary], from the ``first`` on, which is next."""
         end = first + logits.shape[1]
         faults = set() if fault is None else {fault.latent_at, fault.fork_at}
         is_plain = faults.isdisjoint(range(first, end)) and not self._decoding.temperature
         if self._reads_passes and is_plain and logits.is_contiguous():
-            reading = read_pass(logits, self._decoding, self._slots)
-            for log, values in zip(self._log, reading, strict=True):
-                log[first:end] = values
-            self._position.fill_(end)
+            self._read_pass(logits)
             return
         for position, of_position in enumerate(logits.unbind(1), first):
             self._draw_noise(position, logits.shape[-1])
@@ -282,8 +279,10 @@ class DecodeSteps:
 
     def _feed(self, token_ids: Tensor) -> None:
         """One pass over token ids [B, n] that all count, written where the device says."""
-        reading = read_pass(self.batch.advance(token_ids).contiguous(), self._decoding, self._slots)
-        n_tokens = token_ids.shape[1]
+        self._read_pass(self.batch.advance(token_ids).contiguous())
+
+    def _read_pass(self, logits: Tensor) -> None:
+        reading, n_tokens = read_pass(logits, self._decoding, self._slots), logits.shape[1]
         positions = self._position + torch.arange(n_tokens, device=self.batch.device)
         for log, values in zip(self._log, reading, strict=True):
             log.index_copy_(0, positions, values)
