@@ -143,7 +143,9 @@ class Client:
             raise RequestFailure("an event of another shape: it is nested too deeply") from None
         answer.connection, answer.is_cached = receipt.connection, receipt.is_cached
         redactor = self._transport.redactor
-        said = receipt.stray or snippet(json.dumps(first).encode(), redactor)
+        said = receipt.stray
+        if answer.is_blank and not said:
+            said = snippet(json.dumps(first).encode(), redactor)
         answer.close(redactor, is_whole=receipt.is_whole, stray=receipt.stray, said=said)
         return answer
 

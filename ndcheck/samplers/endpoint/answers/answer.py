@@ -134,6 +134,11 @@ class Answer(Said):
             if (value := getattr(frame, name)) is not None:
                 setattr(self, name, value)
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing of a completion has come, not even its end."""
+        return not (self.pieces or self.token_ids or self.is_end)
+
     def close(self, redactor: Redactor, *, is_whole: bool, stray: str = "", said: str = "") -> None:
         """All has arrived: secrets that several events held in parts are cut out.
 
@@ -154,7 +159,7 @@ class Answer(Said):
             )
         if not (self.is_end or is_whole):
             raise RequestFailure(f"the stream ended before the completion did{stray}")
-        if not (self.pieces or self.token_ids or self.is_end):
+        if self.is_blank:
             fields = beside.fields_of(self.beside)
             raise RequestFailure(
                 f"the answer holds no completion{fields and UNREAD + fields}{said}"
