@@ -22,7 +22,7 @@ from ndcheck_kernels.ops.attention import as_causal, attention_op, register_sdpa
 from ndcheck_kernels.ops.complex_numbers import register_complex
 from ndcheck_kernels.ops.products import register_products
 from ndcheck_kernels.ops.shapes import normalised_rows
-from ndcheck_kernels.scope.extremes import register_extremes
+from ndcheck_kernels.scope.extremes import register_extremes, topk
 from ndcheck_kernels.scope.refusal import UnsupportedCallError
 from ndcheck_kernels.scope.registry import accept, implements
 
@@ -162,15 +162,7 @@ def cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> to
     return reductions.cumsum(x, dim, dtype)
 
 
-@implements(aten.topk.default, device="cuda")
-def topk(
-    x: torch.Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch.topk, with ties by the lowest index: its own choice follows the number of rows."""
-    if x.dim() == 0:
-        return torch.topk(x, k, dim, largest, sorted)
-    values, indices = x.sort(dim=dim, descending=largest, stable=True)
-    return values.narrow(dim, 0, k), indices.narrow(dim, 0, k)
+implements(aten.topk.default, device="cuda")(topk)
 
 
 @implements(aten.sort.default, device="cuda")
