@@ -85,6 +85,7 @@ def test_replicas_of_a_model_without_experts_are_covered(begin):
     worker = vllm.worker(model)
     parallel(data_parallel_size=2)(worker)
     worker.load_model()
+    assert worker.compile_or_warm_up_model() == "times"
 
 
 @pytest.mark.parametrize(("ranks", "is_on"), [(1, True), (2, False)])
