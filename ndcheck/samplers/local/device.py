@@ -17,36 +17,53 @@ from ndcheck.storage.reading import uncollected
 if TYPE_CHECKING:
     import torch
 
+NEVER_NEEDED = ("sklearn", "scipy", "torchvision", "torchaudio")
+"""By a model that reads and writes text; transformers imports them where they are installed."""
+
 
 @contextmanager
 def starting_up(device: str | None) -> Iterator[None]:
     """Import torch and transformers, and what the block imports, while ``device`` starts.
 
     Together they make a million objects, of which none is garbage, and where they are installed
-    transformers imports scikit-learn, for a kind of assisted generation, and SciPy, for losses of
-    object detection: all this takes seconds. It would miss both ever after, so only a command goes
-    without them, never the process of a user's own code.
+    transformers imports scikit-learn, for a kind of assisted generation, SciPy, for losses of
+    object detection, torchvision and torchaudio, for images and sounds: all this takes seconds. It
+    would miss them ever after, so only a command goes without them, never the process of a user's
+    own code.
     """
     if "transformers" in sys.modules:
         yield
         return
     with uncollected():
-        import torch
+        import torch  # noqa: F401 - here, so that the thread finds it whole
 
-        def allocate() -> None:
+        def start() -> None:
             with suppress(Exception):  # It will fail again, where that can be said.
-                torch.zeros(1, device=choose_device(device or "cpu"))
+                _start(choose_device(device or "cpu"))
 
-        starting = threading.Thread(target=allocate, daemon=True)
+        starting = threading.Thread(target=start, daemon=True)
         starting.start()
         try:
             with ExitStack() as hidden:
-                for package in ("sklearn", "scipy") if _is_command() else ():
+                for package in NEVER_NEEDED if _is_command() else ():
                     hidden.enter_context(_hidden(package))
                 from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
             yield
         finally:
             starting.join()  # A process that ends while torch computes in a thread is aborted.
+
+
+def _start(device: torch.device) -> None:
+    """Have ready what the first pass on a device waits for, and nothing else in this process."""
+    import torch
+
+    values = torch.zeros(1, 1, 64, 64, device=device)
+    if device.type == "cuda":
+        from triton.runtime.cache import triton_key
+
+        heads = values.bfloat16()
+        torch.nn.functional.scaled_dot_product_attention(heads, heads @ heads, heads)
+        triton_key()  # A digest of all of Triton's files.
 
 
 def _is_command() -> bool:

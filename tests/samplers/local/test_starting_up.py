@@ -22,10 +22,10 @@ with starting_up("cpu"):
 """
 SHOW = """
 import gc, sys
-print("sklearn" in sys.modules, "scipy" in sys.modules, gc.isenabled())
-print(GenerationMixin.has_curve, PreTrainedModel.has_losses)
-import scipy, sklearn
-print(sklearn.roc_curve, scipy.optimize)
+print(*(name in sys.modules for name in NAMES), gc.isenabled())
+print(GenerationMixin.has_curve, PreTrainedModel.has_losses, *PreTrainedModel.has_media)
+import scipy, sklearn, torchaudio, torchvision
+print(sklearn.roc_curve, scipy.optimize, torchaudio.load, torchvision.io)
 """
 # As `transformers.generation` does it up to 5.17 at least, and `transformers.modeling_utils`.
 TRANSFORMERS = """
@@ -38,7 +38,15 @@ class PreTrainedModel:
     has_losses = importlib.util.find_spec("scipy") is not None
     if has_losses:
         from scipy import optimize
+    media = ("torchvision", "torchaudio")
+    has_media = [importlib.util.find_spec(name) is not None for name in media]
+    if any(has_media):
+        import torchaudio, torchvision
 """
+PACKAGES = {
+    "sklearn": "roc_curve = 'curve'", "scipy": "optimize = 'optimum'",
+    "torchvision": "io = 'images'", "torchaudio": "load = 'sounds'",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -49,15 +57,16 @@ def test_what_models_do_not_need_is_left_out_and_can_be_imported_later(
     script, is_imported, tmp_path
 ):
     (tmp_path / "transformers.py").write_text(TRANSFORMERS)
-    (tmp_path / "sklearn.py").write_text("roc_curve = 'a curve'")
-    (tmp_path / "scipy.py").write_text("optimize = 'an optimum'")
+    for name, source in PACKAGES.items():
+        (tmp_path / f"{name}.py").write_text(source)
     path = os.pathsep.join((str(tmp_path), *filter(None, sys.path)))
     run = subprocess.run(
-        [sys.executable, "-c", f"{script}\n{SHOW}"], env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, "-c", f"{script}\nNAMES = {list(PACKAGES)}\n{SHOW}"],
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True, text=True, timeout=600, check=True,
     )  # fmt: skip
-    seen = f"{is_imported} {is_imported}"
-    assert run.stdout.splitlines() == [f"{seen} True", seen, "a curve an optimum"]
+    seen = " ".join([str(is_imported)] * len(PACKAGES))
+    assert run.stdout.splitlines() == [f"{seen} True", seen, "curve optimum sounds images"]
 
 
 MEASURE = """

@@ -32,6 +32,10 @@ class Replayed:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._fires: Counter[str] = Counter()
 
+    @property
+    def is_captured(self) -> bool:
+        return self._graph is not None
+
     def replay(self) -> bool:
         """False where it cannot be captured, and nothing was done."""
         from ndcheck_kernels import active_scope

@@ -126,8 +126,9 @@ class DecodeSteps:
         while n_done < self._decoding.max_tokens and not self._is_over(n_done, stop_ids):
             self._draw_noise(n_done, logits.shape[-1])
             has_fault = fault is not None and n_done in (fault.latent_at, fault.fork_at)
-            # The first step stays uncaptured: it compiles what the capture needs.
-            if has_fault or n_done == 1 or not self._captures or not self.replay():
+            # The first step ever stays uncaptured: it compiles what the capture needs.
+            is_first = n_done == 1 and not self._replayed.is_captured
+            if has_fault or is_first or not self._captures or not self.replay():
                 self._step(n_done, fault)
             n_done += 1
         self._n_done = n_done
