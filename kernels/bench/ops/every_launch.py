@@ -165,6 +165,7 @@ def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[
     pairs = {  # Any two of these three are met; and so is the one that spills most.
         (dtype, True, "with padding"),
         (dtype, True, "in chunks"),
+        (dtype, False, "with padding"),
         (dtype, False, "with a window"),
         (torch.float8_e4m3fn, True, "with a window"),
         (torch.float8_e4m3fn, True, "in chunks"),
@@ -177,8 +178,11 @@ def attentions(capability: int, dtype: torch.dtype, extent: Extent) -> Iterator[
         config = configs.attention_config(max(dim, dim_v), dtype.itemsize, capability)
         most = config.max_rows // 4
         sizes = {  # batch, queries, context
-            "kinds": ((1, 8192, 512), (1, most, 512)),
-            "figures": ((1, 512, 512), (1, 8192, 512), (1, 1, 512), (1, most, 512)),
+            "kinds": ((1, 8192, 512), (1, most, 512), (100, 4, 512)),
+            "figures": (
+                *((1, 512, 512), (1, 8192, 512), (1, 1, 512), (1, most, 512)),
+                *((100, 1, 512), (100, 4, 512)),
+            ),
             "all": (
                 *((1, 512, 512), (1, 8192, 512)),
                 *itertools.product((1, 100), {1, most // 2, most}, (128, 512)),

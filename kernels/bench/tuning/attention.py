@@ -32,8 +32,8 @@ CLASSES = {
 }
 """How long splits are, and after how many they are four times as long."""
 TILES = (
-    DecodeTile(8, 3),
-    DecodeTile(8, 2),
+    DecodeTile(4, 2, by_hand=True),
+    DecodeTile(4, 3),
     DecodeTile(4, 2),
     DecodeTile(4, 2, 4),
     DecodeTile(4, 2, 8),

@@ -304,6 +304,8 @@ class DecodeTile:
     per_sm: int = 1 << 30
     """As long as so many programs per multiprocessor remain, one takes several splits; twice as
     many remain where splits are long."""
+    by_hand: bool = False
+    """By `decode_hopper` where that can read the operands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,5 +353,5 @@ def attention_config(head_dim: int, itemsize: int, capability: int) -> Attention
         return AttentionConfig(256, 32, small, small, few, few, max_rows=16)
     return AttentionConfig(
         256, 128, PrefillTile(64, 8, 2), PrefillTile(128, 8, 2), DecodeTile(4, 3),
-        DecodeTile(4, 2, 8), max_rows=64,
+        DecodeTile(4, 2, 8, by_hand=True), max_rows=64,
     )  # fmt: skip

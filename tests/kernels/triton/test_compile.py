@@ -29,6 +29,7 @@ TENSOR_CORES = {
 SPILLED = {("_prefill_kernel", c): n for c, n in ((90, 304), (89, 16), (120, 16))}
 SPILLED["_decode_kernel", 90] = 88  # 64 rows over an FP8 cache, in 3.6; in chunks with ALiBi 24
 SPILLED["_prefill_hopper_kernel", 90] = 280
+SPILLED["_decode_hopper_kernel", 90] = 104  # while it merges parts
 DOTS = ("_matmul", "_grouped", "_fp8", "_block_fp8", "_weight_only", "_prefill", "_decode")
 
 

@@ -101,6 +101,23 @@ _TRITON = {
 }
 
 
+def can_copy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Can Hopper's copy engine read these? It wants strides and addresses in 16 bytes."""
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and k.dtype == q.dtype
+        and q.shape[3] in (64, 128)
+        and v.shape[3] in (64, 128)
+        and all(
+            t.data_ptr() % 16 == 0
+            and all(
+                s > 0 and s % 8 == 0 for s, n in zip(t.stride()[:3], t.shape, strict=False) if n > 1
+            )
+            for t in (q, k, v)
+        )
+    )
+
+
 def _launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None,
     lengths: torch.Tensor | None, kind: Kind, config: AttentionConfig, *, parallel: bool,
@@ -147,14 +164,13 @@ def _launch(
         "BIAS": None if kind.slopes is None else _TRITON[kind.bias_dtype],
     }  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    is_plain = not window and not kind.softcap and kind.slopes is None
     if not parallel:
-        is_plain = not window and not kind.softcap and kind.slopes is None
-        if is_plain and device.has_hopper_kernels(q.device):
-            from ndcheck_kernels.cuda.attention.prefill_hopper import can_prefill, prefill
+        if is_plain and device.has_hopper_kernels(q.device) and can_copy(q, k, v):
+            from ndcheck_kernels.cuda.attention.prefill_hopper import prefill
 
-            if can_prefill(q, k, v):
-                prefill(q, k, v, o, limits[0], limits[1], kind.sinks, scale, config)
-                return o
+            prefill(q, k, v, o, limits[0], limits[1], kind.sinks, scale, config)
+            return o
         tile = config.prefill(q_length)
         _prefill_kernel[(heads, triton.cdiv(q_length, tile.block_q), batch)](
             q, k, v, o, *given, sinks, slopes, scale, cap, window, q_length, kv_length, *strides,
@@ -174,10 +190,19 @@ def _launch(
         m, den = torch.empty((2, batch, kv_heads, splits, rows), device=q.device)
         acc = torch.empty((*m.shape, block_v), device=q.device)
         counter = device.counters(pairs, q.device)
+    by_hand = run < splits and decode.by_hand and rows <= 16
+    by_hand = by_hand and is_plain and codes is None and dim == dim_v
+    if by_hand and device.has_hopper_kernels(q.device) and can_copy(q, k, v):
+        from ndcheck_kernels.cuda.attention.decode_hopper import decode as decode_by_hand
+
+        decode_by_hand(
+            q, k, v, o, (m, den, acc), counter, limits[0], limits[1], kind.sinks, scale, config
+        )
+        return o
     padded = triton.next_power_of_2(rows)
     # Only what is left in parts is cut to the rows in use: else one kernel serves all of them.
     block, kept = max(16, padded), padded if run < splits else max(16, padded)
-    _decode_kernel[(triton.cdiv(splits, run), kv_heads, batch)](
+    _decode_kernel[(kv_heads, batch, triton.cdiv(splits, run))](
         q, k, v, m, den, acc, counter, o, o if scales is None else scales, *given, sinks, slopes,
         scale, cap, window, q_length, kv_length, splits, run, *strides, *o.stride()[:3],
         WHOLE=run >= splits, ROWS=block, KEPT=kept, BLOCK_KV=config.block_kv,

@@ -23,31 +23,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ndcheck_kernels.cuda import device
+from ndcheck_kernels.cuda.attention.hopper_blocks import (
+    LOG2_E,
+    descriptor,
+    forget_unused,
+    own_tokens,
+    softmax,
+)
 from ndcheck_kernels.cuda.attention.hopper_tiles import BLOCK_Q, tile_at, tile_count
 from ndcheck_kernels.cuda.configs import AttentionConfig
 from ndcheck_kernels.cuda.gluon_names import async_load
 
-_LOG2_E = gl.constexpr(1.4426950408889634)
 _HALF = gl.constexpr(64)  # the queries of one warpgroup
 _STAGED_KEYS = 256
 """Keys, and values, that have a place in shared memory."""
-
-
-@gluon.jit
-def _own_tokens(
-    starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS: gl.constexpr, HAS_LENGTHS: gl.constexpr
-):
-    """The row's own tokens: [start, end) of the keys."""
-    start = 0
-    end = kv_length
-    if HAS_STARTS:
-        start = gl.load(starts_ptr + batch)
-    if HAS_LENGTHS:
-        end = gl.load(lengths_ptr + batch)
-    return start, end
 
 
 @gluon.jit
@@ -55,33 +46,6 @@ def _opens_split(offset, SPLIT: gl.constexpr, SHORT: gl.constexpr):
     """Does a split start here, so many tokens from the row's first?"""
     short: gl.constexpr = SHORT * SPLIT
     return gl.where(offset < short, offset % SPLIT, (offset - short) % (4 * SPLIT)) == 0
-
-
-@gluon.jit
-def _scaled_up(top, scale):
-    """top * scale, rounded up, as in `attention`."""
-    m = top * scale
-    bits = m.to(gl.int32, bitcast=True)
-    above = (bits + gl.where(m < 0.0, -1, 1)).to(gl.float32, bitcast=True)
-    return gl.where(gl.fma(top, gl.full_like(top, 0.0) + scale, -m) > 0.0, above, m)
-
-
-@gluon.jit
-def _softmax(scores, first, positions, m, den, scale, MASKED: gl.constexpr, layout: gl.constexpr):
-    """One block of scores [Q, KV]: probabilities, and what its softmax makes of m and den [Q]."""
-    if MASKED:
-        columns = first + gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout))
-        scores = gl.where(columns[None, :] <= positions[:, None], scores, float("-inf"))
-    new_m = gl.maximum(m, _scaled_up(gl.max(scores, axis=1), scale))
-    safe_m = gl.where(new_m == float("-inf"), 0.0, new_m)
-    zeros = gl.full_like(scores, 0.0)
-    p = gl.exp2(gl.fma(scores, zeros + scale, zeros - safe_m[:, None]))
-    # As in `attention`: 1 + p counts p in units of 2**-23, and integers add in any order.
-    ones: gl.constexpr = 0x3F800000 * scores.shape[1] % 2**32
-    units = gl.sum((p + 1.0).to(gl.uint32, bitcast=True), axis=1) - ones
-    fade = gl.exp2(m - safe_m)
-    units = units.to(gl.int32, bitcast=True).to(gl.float32) * 1.1920928955078125e-07  # 2**-23
-    return p, new_m, gl.fma(den, fade, units), fade
 
 
 @gluon.jit
@@ -122,7 +86,7 @@ def _load(
     block = 0
     for tile in range(tile_count(batches * heads * q_blocks)):
         head, batch, first_q = tile_at(tile, batches, heads, q_blocks)
-        start, end = _own_tokens(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
+        start, end = own_tokens(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
         stop = gl.minimum(end, end - q_length + first_q + BLOCK_Q)
         mbarrier.wait(q_empty, (tile & 1) ^ 1)
         mbarrier.expect(q_full, q_desc.block_type.nbytes)
@@ -138,15 +102,6 @@ def _load(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             async_load(v_desc, at, v_full.index(stage), v_smem.index(stage))
             block += 1
-
-
-@gluon.jit
-def _forget_unused(v, first, end, layout: gl.constexpr):
-    """Zero the values behind the row's end: what lies there may be NaN, which no weight hides."""
-    values = v.load(layout)
-    columns = first + gl.arange(0, values.shape[0], gl.SliceLayout(1, layout))
-    v.store(gl.where((columns < end)[:, None], values, gl.full_like(values, 0.0)))
-    fence_async_shared()
 
 
 @gluon.jit
@@ -176,7 +131,7 @@ def _attend(
     turn = 0
     for tile in range(tile_count(batches * heads * q_blocks)):
         head, batch, first_q = tile_at(tile, batches, heads, q_blocks)
-        start, end = _own_tokens(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
+        start, end = own_tokens(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
         stop = gl.minimum(end, end - q_length + first_q + BLOCK_Q)
         first_q += half * _HALF
         first_position = end - q_length + first_q
@@ -190,7 +145,7 @@ def _attend(
         tot_den = den
         tot_smem.store(acc)
         if HAS_SINKS:
-            sink = gl.load(sinks_ptr + head).to(gl.float32) * _LOG2_E
+            sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2_E
             tot_m = gl.zeros([_HALF], gl.float32, s_rows) + sink
             tot_den += 1.0
         mbarrier.wait(q_full, tile & 1)
@@ -204,7 +159,7 @@ def _attend(
             turn += 1
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(stage), count=1)
-            p, m, den, fade = _softmax(scores, start, positions, m, den, scale, True, s_layout)
+            p, m, den, fade = softmax(scores, start, positions, m, den, scale, True, 1, s_layout)
             p = gl.convert_layout(p.to(dtype), p_layout)
             for masked in gl.static_range(2):
                 low = 1 if masked == 0 else gl.maximum(n_clear, 1)
@@ -231,8 +186,8 @@ def _attend(
                     split_den = den
                     m = gl.where(opens, float("-inf"), m)
                     den = gl.where(opens, 0.0, den)
-                    new_p, m, den, fade = _softmax(
-                        scores, n, positions, m, den, scale, masked == 1, s_layout
+                    new_p, m, den, fade = softmax(
+                        scores, n, positions, m, den, scale, masked == 1, 1, s_layout
                     )
                     new_p = gl.convert_layout(new_p.to(dtype), p_layout)
                     den = _finished(den)
@@ -254,7 +209,7 @@ def _attend(
                 # Only a tile's last block can reach behind the row's end.
                 last_first = start + (n_blocks - 1) * BLOCK_KV
                 if last_first + BLOCK_KV > end:
-                    _forget_unused(v, last_first, end, v_layout)
+                    forget_unused(v, last_first, end, v_layout)
             acc = warpgroup_mma(p, v, acc, is_async=True)
             acc, _ = warpgroup_mma_wait(0, deps=[acc, p])
             mbarrier.arrive(v_empty.index(stage), count=1)
@@ -332,23 +287,6 @@ def _prefill_hopper_kernel(
     )  # fmt: skip
 
 
-def can_prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Can this kernel read these? The copy engine wants strides and addresses in 16 bytes."""
-    return (
-        q.dtype in (torch.bfloat16, torch.float16)
-        and k.dtype == q.dtype
-        and q.shape[3] in (64, 128)
-        and v.shape[3] in (64, 128)
-        and all(
-            t.data_ptr() % 16 == 0
-            and all(
-                s > 0 and s % 8 == 0 for s, n in zip(t.stride()[:3], t.shape, strict=False) if n > 1
-            )
-            for t in (q, k, v)
-        )
-    )
-
-
 def prefill(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, starts: torch.Tensor | None,
     lengths: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, config: AttentionConfig,
@@ -362,8 +300,8 @@ def prefill(
     q_blocks = triton.cdiv(q_length, BLOCK_Q.value)
     programs = min(device.sm_count(q.device), batch * heads * q_blocks)
     _prefill_hopper_kernel[(programs,)](
-        _descriptor(q, BLOCK_Q.value), _descriptor(k, config.block_kv),
-        _descriptor(v, config.block_kv), o, q if sinks is None else sinks.contiguous(),
+        descriptor(q, BLOCK_Q.value), descriptor(k, config.block_kv),
+        descriptor(v, config.block_kv), o, q if sinks is None else sinks.contiguous(),
         q if starts is None else starts, q if lengths is None else lengths, scale, batch, heads,
         q_blocks, q_length, kv_length, *o.stride()[:3], HAS_STARTS=starts is not None,
         HAS_LENGTHS=lengths is not None, HAS_SINKS=sinks is not None, GROUP=heads // kv_heads,
@@ -380,13 +318,3 @@ def _own_places(columns: int) -> gl.SharedLinearLayout:
     far = [[0, 1 << bit] for bit in range(3, columns.bit_length() - 1)]
     lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
     return gl.SharedLinearLayout([[0, 1], [8, 0], *lanes, [16, 0], [32, 0], *far])
-
-
-def _descriptor(t: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Of blocks [rows, D] of one head of a [B, H, T, D] tensor."""
-    block = [1, 1, rows, t.shape[3]]
-    element = gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, element)
-    # The stride of an axis of length 1 is never used, and may be anything.
-    strides = [s if n > 1 else t.shape[3] for s, n in zip(t.stride(), t.shape, strict=True)]
-    return TensorDescriptor(t, list(t.shape), [*strides[:3], 1], block, layout)
