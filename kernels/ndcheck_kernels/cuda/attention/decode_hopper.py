@@ -15,7 +15,7 @@ Dtypes: bfloat16, float16; head_dim 64 or 128.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -287,7 +287,7 @@ def _decode_hopper_kernel(
     )  # fmt: skip
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _runs_per_row(pairs: int, splits: int, blocks: int, longest: int, sms: int) -> int:
     """Into how many runs to cut the splits of each of `pairs` of rows and key heads.
 
