@@ -46,13 +46,24 @@ def equal(a, b):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(("heads", "kv_heads", "queries"), [(32, 8, 1), (32, 8, 4), (6, 6, 5)])
-@pytest.mark.parametrize("length", [257, 385, 512, 1000, 5500])
-def test_bits(dtype, dim, heads, kv_heads, queries, length):
-    q = draw(70, heads, queries, dim, dtype=dtype)
-    k, v = (draw(70, kv_heads, length, dim, dtype=dtype) for _ in range(2))
+@pytest.mark.parametrize(("batch", "length"), [(70, 257), (70, 1000), (16, 512), (4, 5500)])
+def test_bits(dtype, dim, heads, kv_heads, queries, batch, length):
+    q = draw(batch, heads, queries, dim, dtype=dtype)
+    k, v = (draw(batch, kv_heads, length, dim, dtype=dtype) for _ in range(2))
     new, old = both(q, k, v)
     assert equal(new, old)
     assert new.isfinite().all()
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3, 5, 7, 18, 64])
+def test_no_cut_into_runs_changes_bits(runs, monkeypatch):
+    monkeypatch.setattr(hopper, "_runs_per_row", lambda *_: runs)
+    q = draw(5, 32, 2, 128, dtype=torch.bfloat16)
+    k, v = (draw(5, 8, 5500, 128, dtype=torch.bfloat16) for _ in range(2))
+    # Of 18 splits, of one, of a few tokens, of none.
+    starts = torch.tensor([0, 17, 5300, 4000, 900], device=DEVICE)
+    lengths = torch.tensor([5500, 2700, 5500, 4003, 900], device=DEVICE)
+    assert equal(*both(q, k, v, starts=starts, lengths=lengths))
 
 
 @pytest.mark.parametrize("queries", [1, 3])
