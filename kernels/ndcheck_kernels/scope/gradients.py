@@ -1,6 +1,6 @@
 """`torch.autograd.functional`, to which a result without a graph is one that nothing changes.
 
-Below autograd no result has a graph, so that it would give zeros. `torch.func` brings its own.
+Below autograd no result has a graph, so that it would give zeros.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def _refusing(preprocess: Callable[..., Any]) -> Callable[..., Any]:
     def checked(inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if active_scope() is not None:
             x = inputs[0]
-            reason = "no gradients flow in here, and it takes that for zeros; torch.func has them"
+            reason = "no gradients flow in here, and it would give zeros"
             raise refusal("torch.autograd.functional", x.dtype, x.device.type, reason)
         return preprocess(inputs, *args, **kwargs)
 

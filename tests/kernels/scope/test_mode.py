@@ -266,19 +266,6 @@ def test_autograd_functional_is_refused_where_it_would_give_zeros(name, create_g
     assert (results[1] if isinstance(results, tuple) else results).abs().sum() > 0
 
 
-def test_torch_func_has_gradients():
-    x, weight = torch.rand(3, 8), torch.rand(4, 8)
-
-    def loss(x, weight):
-        return F.silu(F.linear(x, weight)).square().mean()
-
-    with invariant_kernels():
-        found = torch.func.grad(loss)(x, weight)
-    wide = x.double().requires_grad_()
-    (right,) = torch.autograd.grad(loss(wide, weight.double()), wide)
-    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-6)
-
-
 def test_a_device_without_implementations_is_refused(monkeypatch):
     monkeypatch.setattr(registry, "DEVICE_MODULES", {})
     x = torch.ones(2, 3, device="meta")
