@@ -57,6 +57,8 @@ ATTENTION, VERSION = ("FLASH_ATTN",), 3
 """Backends that were measured with one split, along all axes, and the version of that one."""
 FUSED_SUMS = ("fuse_allreduce_rms", "enable_sp", "fuse_gemm_comms")
 """Passes of vLLM's compiler that put other sums over ranks in the place of ours."""
+FUSED_NORM = "enable_qk_norm_rope_fusion"
+"""The one that puts another norm in the place of those listed."""
 
 PACKAGES = ("vllm", "torch")
 """Whose classes are known by their names alone."""
@@ -115,6 +117,14 @@ def _settings(config: Any, *, has_experts: bool) -> Iterator[Layer]:
             )
             for name in FUSED_SUMS
         },
+        f"pass_config.{FUSED_NORM}": (
+            getattr(passes, FUSED_NORM, False),
+            "vLLM's norms of queries and keys, fused with their rotation",
+        ),
+        "kv_transfer_config": (
+            config.kv_transfer_config is not None,
+            "keys and values that a connector brings, whoever computed them",
+        ),
     }
     for name, (is_set, by) in found.items():
         if is_set:
@@ -126,7 +136,7 @@ def _layers(model: torch.nn.Module, config: Any) -> Iterator[Layer]:
     for name, module in model.named_modules():
         kind = kind_of(module)
         if kind == "ParallelLMHead" or (module is head and kind == "VocabParallelEmbedding"):
-            yield _product(name, module, "output")
+            yield _output(name, module, config.model_config.head_dtype)
         elif kind in LINEAR:
             yield _product(name, module, "linear")
         elif kind == "RoutedExperts":
@@ -166,6 +176,13 @@ def _product(name: str, module: Any, op: str) -> Layer:
     if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return Layer(name, kind, f"nothing: {weight.dtype}", covered=False)
     return Layer(name, kind, f"ndcheck {op}", op, weight=weight)
+
+
+def _output(name: str, module: Any, head_dtype: torch.dtype) -> Layer:
+    layer = _product(name, module, "output")
+    if layer.weight is None or head_dtype == layer.weight.dtype:
+        return layer
+    return Layer(name, layer.kind, f"torch's product in {head_dtype} (head_dtype)", covered=False)
 
 
 def _attention(name: str, module: Any) -> Layer:
@@ -211,13 +228,13 @@ def _norm(module: Any, config: Any) -> tuple[str, bool]:
     forward = module._forward_method.__name__
     if forward == "forward_cuda":
         return "vLLM's rms_norm_batch_invariant", True
-    compilation = config.compilation_config
+    compilation, own = config.compilation_config, config.kernel_config.ir_op_priority
     one_for_all = (
         getattr(compilation.mode, "name", "") == "VLLM_COMPILE"
         and compilation.backend == "inductor"
         and not compilation.compile_sizes
         and len(compilation.get_compile_ranges()) == 1
-        and list(config.kernel_config.ir_op_priority.rms_norm)[:1] == ["native"]
+        and all([*ops][:1] == ["native"] for ops in (own.rms_norm, own.fused_add_rms_norm))
     )
     if forward == "forward_native" and one_for_all:
         return "Inductor, one kernel for every number of tokens", True

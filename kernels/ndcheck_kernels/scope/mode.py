@@ -19,10 +19,12 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ndcheck_kernels.scope import registry
+from ndcheck_kernels.scope import gradients, registry
 from ndcheck_kernels.scope.pass_through import is_exact
 from ndcheck_kernels.scope.refusal import UncoveredOpError, UnsupportedCallError, refusal
 from ndcheck_kernels.scope.state import Scope, active_scope, enter, joined
+
+gradients.refuse_within_scopes()
 
 _COMPOSITE = "CompositeImplicitAutograd"  # How torch calls ops defined by other ops alone.
 

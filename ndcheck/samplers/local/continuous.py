@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
-from ndcheck.errors import TrialError, UsageError
+from ndcheck.errors import NdcheckError, TrialError, UsageError, first_line
 from ndcheck.plan.grid import N_PREFILL_CHUNKS, SMALLEST_PAGE_TOKENS
 from ndcheck.plan.queue import Request
 from ndcheck.records import Decoding, Fault, Trial
@@ -183,7 +183,13 @@ class ContinuousBatch:
         with torch.cuda.stream(processor.inputs_and_outputs.compute_stream):
             if not processor.prepare_next_batch():
                 raise TrialError("continuous batching scheduled nothing: its cache is too small")
-            processor._generation_step(self._model)
+            try:
+                processor._generation_step(self._model)
+            except (RuntimeError, MemoryError, NdcheckError):
+                raise
+            except Exception as error:  # Whatever a model's own code raises, as in exact batches.
+                what = f"{type(error).__name__}: {first_line(error)}"
+                raise TrialError(f"the model raises {what}") from error
             processor.update_batch()
         there = scheduler.active_requests.keys() | scheduler.waiting_requests.keys()
         self._in_flight &= there

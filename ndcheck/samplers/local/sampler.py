@@ -88,6 +88,11 @@ class TransformersSampler:
                     arm = own if spec.arms == ("invariant",) else None
                     paths, rows = paths_of(spec), longest_rows(beside, spec.decoding)
                     self._findings = examine(self._model, self._device, paths, arm, rows)
+                    if self._arrivals is not None:
+                        from ndcheck.samplers.local.serving import require_served
+
+                        served = partial(self.arm, self._arms[0], fuse=False)
+                        require_served(self._model, self._device, rows, served)
             if "invariant" in spec.arms and self._device.type == "cuda":
                 from ndcheck_kernels.models.decoder import join_weights
 

@@ -328,9 +328,13 @@ def make(**compilation):
     return SimpleNamespace(
         compilation_config=SimpleNamespace(**found | compilation),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=4, max_num_seqs=4),
-        kernel_config=SimpleNamespace(ir_op_priority=SimpleNamespace(rms_norm=["native"])),
+        kernel_config=SimpleNamespace(
+            ir_op_priority=SimpleNamespace(rms_norm=["native"], fused_add_rms_norm=["native"])
+        ),
+        model_config=SimpleNamespace(head_dtype=torch.float16),
         parallel_config=SimpleNamespace(rank=0, **dict.fromkeys(PARALLEL, 1)),
         speculative_config=None,
+        kv_transfer_config=None,
     )
 
 

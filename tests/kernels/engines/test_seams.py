@@ -65,8 +65,16 @@ ATTRIBUTES = {
     "vllm/v1/core/sched/output.py": ("num_scheduled_tokens: dict[str, int]", "preempted_req_ids"),
     "vllm/v1/engine/core.py": ("self.scheduler: SchedulerInterface = ",),
     "vllm/sampling_params.py": ("skip_reading_prefix_cache", "prompt_logprobs"),
-    "vllm/config/vllm.py": ("speculative_config: SpeculativeConfig | None = ",),
-    "vllm/config/compilation.py": ("pass_config: PassConfig = ", "fuse_allreduce_rms: bool = "),
+    "vllm/config/vllm.py": (
+        "speculative_config: SpeculativeConfig | None = ",
+        "kv_transfer_config: KVTransferConfig | None = ",
+    ),
+    "vllm/config/compilation.py": (
+        *("pass_config: PassConfig = ", "fuse_allreduce_rms: bool = "),
+        "enable_qk_norm_rope_fusion: bool = ",
+    ),
+    "vllm/config/kernel.py": ("rms_norm: list[str] = ", "fused_add_rms_norm: list[str] = "),
+    "vllm/config/model.py": ("def head_dtype(self) -> torch.dtype:",),
     "vllm/v1/attention/backends/flash_attn.py": (
         "self.vllm_flash_attn_version = ",
         *("return FlashAttentionMetadataBuilder", "max_query_len: int", "self.headdim = "),

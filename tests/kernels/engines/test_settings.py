@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ndcheck_kernels.engines.plugin import CoverageError
 
@@ -27,6 +28,21 @@ def speculative(worker):
     worker.vllm_config.speculative_config = SimpleNamespace(method="ngram")
 
 
+def connector(worker):
+    worker.vllm_config.kv_transfer_config = SimpleNamespace(kv_connector="NixlConnector")
+
+
+def norms_by(op):
+    def alter(worker):
+        setattr(worker.vllm_config.kernel_config.ir_op_priority, op, ["vllm_c", "native"])
+
+    return alter
+
+
+def head_in_float32(worker):
+    worker.vllm_config.model_config.head_dtype = torch.float32
+
+
 def flash_attention(version):
     def alter(worker):
         worker.model.layers[0].attn.impl.vllm_flash_attn_version = version
@@ -42,6 +58,11 @@ REFUSED = [
     (fused("fuse_allreduce_rms", 2), r"pass_config\.fuse_allreduce_rms"),
     (fused("enable_sp", 2), r"pass_config\.enable_sp"),
     (fused("fuse_gemm_comms", 4), r"pass_config\.fuse_gemm_comms"),
+    (fused("enable_qk_norm_rope_fusion", 1), r"enable_qk_norm_rope_fusion \(setting: vLLM's norms"),
+    (connector, r"kv_transfer_config \(setting: keys and values that a connector brings"),
+    (norms_by("rms_norm"), "forward_native, which may follow the number of tokens"),
+    (norms_by("fused_add_rms_norm"), "forward_native, which may follow the number of tokens"),
+    (head_in_float32, r"lm_head \(ParallelLMHead: torch's product in torch.float32"),
     (flash_attention(2), r"attn \(Attention: vLLM's FlashAttention 2\)"),
     (flash_attention(4), "FlashAttention 4"),
     (flash_attention(None), "FlashAttention None"),

@@ -248,6 +248,24 @@ def test_no_gradient_flows():
         assert not F.linear(torch.rand(3, 8), weight).requires_grad
 
 
+@pytest.mark.parametrize("name", ["vjp", "jvp", "jacobian", "hessian", "vhp", "hvp"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_autograd_functional_is_refused_where_it_would_give_zeros(name, create_graph):
+    x = torch.rand(8, requires_grad=create_graph)
+    given = {"v": torch.ones(8)} if name in ("jvp", "vhp", "hvp") else {}
+    call = getattr(torch.autograd.functional, name)
+
+    def compute():
+        return call(lambda x: F.silu(x).square().sum(), x, create_graph=create_graph, **given)
+
+    with invariant_kernels() as scope:
+        with pytest.raises(UncoveredOpError, match=r"torch\.autograd\.functional"):
+            compute()
+        assert scope.refused["torch.autograd.functional"] == 1
+    results = compute()
+    assert (results[1] if isinstance(results, tuple) else results).abs().sum() > 0
+
+
 def test_a_device_without_implementations_is_refused(monkeypatch):
     monkeypatch.setattr(registry, "DEVICE_MODULES", {})
     x = torch.ones(2, 3, device="meta")
