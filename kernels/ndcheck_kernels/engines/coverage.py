@@ -64,6 +64,10 @@ WRAPPERS = "vllm.lora."
 """Where those are that hold a layer of vLLM's and add products of their own."""
 
 
+OWN_KEYS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+"""Connectors that give an engine back what it computed itself."""
+
+
 def kind_of(found: Any) -> str:
     """The name of an object's class."""
     kind = type(found)
@@ -95,7 +99,12 @@ def list_layers(model: Any, config: Any) -> list[Layer]:
 
 def _settings(config: Any, *, has_experts: bool) -> Iterator[Layer]:
     parallel, passes = config.parallel_config, config.compilation_config.pass_config
+    connector = getattr(config.kv_transfer_config, "kv_connector", None)
     found = {
+        "kv_transfer_config": (
+            connector not in (None, *OWN_KEYS),
+            f"keys and values that {connector} brings from elsewhere",
+        ),
         "speculative_config": (
             config.speculative_config is not None,
             "drafts, and passes that verify them",

@@ -331,6 +331,7 @@ def make(**compilation):
         kernel_config=SimpleNamespace(ir_op_priority=SimpleNamespace(rms_norm=["native"])),
         parallel_config=SimpleNamespace(rank=0, **dict.fromkeys(PARALLEL, 1)),
         speculative_config=None,
+        kv_transfer_config=None,
     )
 
 

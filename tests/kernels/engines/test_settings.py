@@ -27,6 +27,13 @@ def speculative(worker):
     worker.vllm_config.speculative_config = SimpleNamespace(method="ngram")
 
 
+def transfer(connector):
+    def alter(worker):
+        worker.vllm_config.kv_transfer_config = SimpleNamespace(kv_connector=connector)
+
+    return alter
+
+
 def flash_attention(version):
     def alter(worker):
         worker.model.layers[0].attn.impl.vllm_flash_attn_version = version
@@ -39,6 +46,8 @@ REFUSED = [
     (parallel(data_parallel_size=2), r"data_parallel_size \(setting: sums of experts"),
     (parallel(decode_context_parallel_size=2), "decode_context_parallel_size"),
     (parallel(prefill_context_parallel_size=2), "prefill_context_parallel_size"),
+    (transfer("NixlConnector"), "NixlConnector brings from elsewhere"),
+    (transfer("MultiConnector"), "MultiConnector brings from elsewhere"),
     (fused("fuse_allreduce_rms", 2), r"pass_config\.fuse_allreduce_rms"),
     (fused("enable_sp", 2), r"pass_config\.enable_sp"),
     (fused("fuse_gemm_comms", 4), r"pass_config\.fuse_gemm_comms"),
@@ -68,7 +77,14 @@ def test_the_audit_has_it(begin, capsys, alter):
 
 
 @pytest.mark.parametrize(
-    "alter", [parallel(tensor_parallel_size=2), fused("fuse_allreduce_rms", 1)]
+    "alter",
+    [
+        parallel(tensor_parallel_size=2),
+        fused("fuse_allreduce_rms", 1),
+        # What --kv-offloading-size sets, and a config that names no connector.
+        transfer("OffloadingConnector"),
+        transfer(None),
+    ],
 )
 def test_what_changes_no_sum_is_covered(begin, alter):
     vllm = begin()
