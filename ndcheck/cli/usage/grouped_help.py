@@ -29,10 +29,10 @@ class WholeGroup(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write all of that sentence: a line of 80 columns has room for half of most."""
-        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl(
-                [(name, each.get_short_help_str(limit=1000)) for name, each in commands if each]
+                [(name, each.get_short_help_str(limit=1000)) for name, each in commands]
             )
 
 
