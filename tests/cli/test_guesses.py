@@ -197,3 +197,20 @@ def test_the_list_of_commands_is_of_whole_sentences(ndcheck_here, group):
         own = ndcheck_here(*command, name, "--help", env={"COLUMNS": "80"}).stdout
         whole = " ".join(own.partition("\n\n")[2].partition("\n\n")[0].split())
         assert f"{name} {whole.partition('. ')[0]}" in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "-n", "1e3"), "--samples 1e3: give a whole number"),
+        (("run", "-n", "8", "-n1k"), "--samples 1k: give a whole number"),
+        (("run", "--max-tokens=1,000", "-n", "8"), "--max-tokens 1,000: give a whole number"),
+        (("gate", "R", "--max-divergence-rate", "5%"), "--max-divergence-rate 5%: give a number"),
+        (("run", "--temperature", "zero"), "--temperature zero: give a number"),
+        (("run",), "NDCHECK_SEED=0x10: give a whole number"),
+    ],
+)
+def test_what_is_no_number_is_repeated_with_what_is_one(ndcheck_here, arguments, said):
+    done = ndcheck_here(*arguments, env={} if len(arguments) > 1 else {"NDCHECK_SEED": "0x10"})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"ndcheck: {said}")
