@@ -46,7 +46,7 @@ class Options(TypedDict, total=False):
 
     model: str
     adapter: Path | None
-    prompt: str | Sequence[str]
+    prompt: str | Sequence[str] | None
     prompts_file: Path | None
     prompt_column: str | None
     system: str | None
@@ -119,8 +119,12 @@ def make_spec(**given: Unpack[Options]) -> RunSpec:
     for option in backend.options:
         if option.name in typed:
             spec = option.put(spec, option.parse(typed[option.name]))
-    prompts = [typed["prompt"]] if isinstance(typed["prompt"], str) else typed["prompt"]
-    probes = make_probes(prompts, typed["prompts_file"], typed["prompt_column"])
+    prompts, file = typed["prompt"], typed["prompts_file"]
+    if prompts is not None and not prompts and file is None and not isinstance(prompts, str):
+        # As what is left of a list that was filtered: another prompt in its place would pass.
+        raise UsageError("--prompt: the list is empty; without --prompt there is a default one")
+    prompts = [prompts] if isinstance(prompts, str) else prompts or ()
+    probes = make_probes(prompts, file, typed["prompt_column"])
     if typed["system"] is not None:
         probes = tuple(_with_system(probe, typed["system"]) for probe in probes)
     is_chat = typed["chat"] or all(probe.messages for probe in probes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import random
 import struct
 import sys
 import tempfile
@@ -30,9 +31,10 @@ def assert_deterministic(
 
     A model (a name as in `ndcheck run --model`) is measured with ``options``, those of
     `ndcheck.measure`; anything but a PASS fails. A function is called ``n`` times with ``inputs``
-    and ``options``, of tensors, arrays and transformers' caches a copy each time, since it may
-    write into them; it returns tensors, arrays, numbers, text, caches, or lists, dictionaries and
-    dataclasses of these. Raises TypeError for anything else, and for tensors that are not dense.
+    and ``options``, of tensors, arrays, generators of random numbers and transformers' caches a
+    copy each time, since it may change them; it returns tensors, arrays, numbers, text, caches, or
+    lists, dictionaries and dataclasses of these. Raises TypeError for anything else, for tensors
+    that are not dense, and for iterators as inputs.
 
     >>> assert_deterministic("scripted:clean", loads=[1, 4], samples=40, max_tokens=8)
     >>> assert_deterministic(sorted, [3, 1, 2])
@@ -117,7 +119,8 @@ class _Leaf(NamedTuple):
 
 
 def _fresh(value: Any) -> Any:
-    """Copies of the tensors and arrays in ``value``, with their strides; all else as it is."""
+    """Copies of what a call may change in ``value``: tensors and arrays, with their strides, and
+    generators of random numbers; all else as it is."""
     if isinstance(value, MutableMapping):
         fresh = copy.copy(value)
         fresh.update((key, _fresh(item)) for key, item in value.items())
@@ -126,10 +129,19 @@ def _fresh(value: Any) -> Any:
         return type(value)(*map(_fresh, value))
     if type(value) in (list, tuple):
         return type(value)(map(_fresh, value))
+    if isinstance(value, Iterator):
+        raise TypeError(
+            f"an input that is read once ({type(value).__name__}) is used up by the first call: "
+            "give a list of its items"
+        )
+    if _is_torchs(value, "Generator"):
+        own = type(value)(value.device)
+        own.set_state(value.get_state())
+        return own
     kind = type(value).__module__.partition(".")[0]
-    if kind == "numpy" and hasattr(value, "tobytes"):
-        return copy.deepcopy(value)
-    if _is_cache(value):
+    # Arrays and single numbers; generators.
+    is_numpys = kind == "numpy" and (hasattr(value, "tobytes") or hasattr(value, "normal"))
+    if is_numpys or isinstance(value, random.Random) or _is_cache(value):
         return copy.deepcopy(value)
     if _is_tensor(value):
         own = value if value.is_leaf else value.detach().requires_grad_(value.requires_grad)
@@ -161,8 +173,12 @@ def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, _Leaf]]:
 
 
 def _is_tensor(value: Any) -> bool:
+    return _is_torchs(value, "Tensor")
+
+
+def _is_torchs(value: Any, name: str) -> bool:
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+    return torch is not None and isinstance(value, getattr(torch, name))
 
 
 def _is_cache(value: Any) -> bool:
@@ -181,8 +197,8 @@ def _leaf(value: Any) -> _Leaf:
         return _Leaf(kind, value.encode("utf-8", "surrogatepass"))
     if isinstance(value, bytes):
         return _Leaf(kind, value)
-    if isinstance(value, float):
-        return _Leaf(kind, struct.pack("<d", value))
+    if isinstance(value, (float, complex)):
+        return _Leaf(kind, struct.pack("<dd", value.real, value.imag))
     if isinstance(value, int):
         return _Leaf(kind, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
     if _is_tensor(value):

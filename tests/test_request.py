@@ -127,6 +127,17 @@ def test_bad_prompts(prompts, message):
         request.make_probes(prompts, None)
 
 
+@pytest.mark.parametrize("empty", [[], (), iter(()), {}])
+def test_no_other_prompt_takes_the_place_of_none(tmp_path, empty):
+    """A list that a filter emptied would pass as the default prompt does."""
+    with pytest.raises(UsageError, match="--prompt: the list is empty"):
+        request.make_spec(model="scripted:clean", prompt=empty)
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n")
+    (probe,) = request.make_spec(model="scripted:clean", prompt=[], prompts_file=file).probes
+    assert probe.prompt == "one"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -105,10 +105,32 @@ def gradient(x):
         # New texts, equal ones: at other places in memory.
         (lambda x, one: np.array([str(x) * 50], dtype=object), 7),
         (lambda x, one: torch.fft.fft(x).conj(), ROWS),
+        # What draws moves on with each draw.
+        (lambda x, one: torch.rand(one + 1, generator=x), torch.Generator().manual_seed(3)),
+        (lambda x, one: x["rng"].normal(size=2), {"rng": np.random.default_rng(3)}),
+        (lambda x, one: x.rand(2), np.random.RandomState(3)),
+        (lambda x, one: [x[0].random()], [random.Random(3)]),
+        (lambda x, one: x + one * 1j, 0.5),
     ],
 )
 def test_a_function_that_writes_into_its_input_may_be_deterministic(function, value):
     assert_deterministic(function, value, 1)
+
+
+def test_what_a_function_is_given_to_draw_by_stays_as_it_was():
+    ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
+    assert_deterministic(lambda x: torch.rand(2, generator=x), ours)
+    assert torch.equal(torch.rand(2, generator=ours), torch.rand(2, generator=theirs))
+    with pytest.raises(AssertionError, match="differs"):  # A draw by another seed is another.
+        assert_deterministic(lambda x: torch.rand(2, generator=x.manual_seed(x.seed())), ours)
+
+
+def test_an_input_that_the_first_call_uses_up_is_no_nondeterminism():
+    with pytest.raises(TypeError, match=r"list_iterator.*give a list"):
+        assert_deterministic(list, iter([1, 2]))
+    with pytest.raises(TypeError, match=r"generator.*give a list"):
+        assert_deterministic(lambda x: list(x["rows"]), {"rows": (x for x in ROWS)})
+    assert_deterministic(list, [1, 2])
 
 
 def test_an_op_may_write_into_its_batch():

@@ -25,13 +25,14 @@ from ndcheck.cli.commands.score import score
 from ndcheck.cli.commands.shrink import shrink
 from ndcheck.cli.commands.trace import trace
 from ndcheck.cli.console import FAILED, run_guarded
-from ndcheck.cli.usage.grouped_help import GroupedCommand
+from ndcheck.cli.usage.grouped_help import GroupedCommand, WholeGroup
 from ndcheck.cli.usage.hints import with_hint
 from ndcheck.errors import NdcheckError, UsageError, doing
 from ndcheck.ranks import may_speak
 
 app = typer.Typer(
     name="ndcheck",
+    cls=WholeGroup,
     help="Measures, explains, fixes and gates nondeterminism in LLM inference.",
     epilog="Exit codes: 0 pass, 1 nondeterminism found, 2 usage error, 3 inconclusive, "
     "4 environment or backend failure, 130 interrupted.",

@@ -278,7 +278,7 @@ def show_loads(sizes: Sequence[int]) -> str:
     return join(sizes) or "auto"
 
 
-PROMPT = Option("prompt", (), (), short="-p")
+PROMPT = Option("prompt", (), None, short="-p")
 PROMPTS_FILE = Option("prompts_file", (), None)
 PROMPT_COLUMN = Option("prompt_column", (), None)
 SYSTEM = Option("system", (), None)

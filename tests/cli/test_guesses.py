@@ -182,3 +182,35 @@ def test_a_misspelt_variable_is_said_and_another_tools_is_not(ndcheck_here):
         "ndcheck: nothing reads NDCHECK_SAMPLE, did you mean NDCHECK_SAMPLES?",
         "ndcheck: nothing reads NDCHECK_VLM, did you mean NDCHECK_VLLM?",
     ]
+
+
+@pytest.mark.parametrize("group", ["ndcheck", "ndcheck kernels"])
+def test_the_list_of_commands_is_of_whole_sentences(ndcheck_here, group):
+    """As each command's own help has it; typer cuts them to a line of the terminal."""
+    command = [*group.split()[1:]]
+    listed = ndcheck_here(*command, "--help", env={"COLUMNS": "80"}).stdout.partition("Commands:")[
+        2
+    ]
+    assert "..." not in listed
+    words = " ".join(listed.split())
+    for name in re.findall(r"^  ([a-z-]+) ", listed, re.MULTILINE):
+        own = ndcheck_here(*command, name, "--help", env={"COLUMNS": "80"}).stdout
+        whole = " ".join(own.partition("\n\n")[2].partition("\n\n")[0].split())
+        assert f"{name} {whole.partition('. ')[0]}" in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "-n", "1e3"), "--samples 1e3: give a whole number"),
+        (("run", "-n", "8", "-n1k"), "--samples 1k: give a whole number"),
+        (("run", "--max-tokens=1,000", "-n", "8"), "--max-tokens 1,000: give a whole number"),
+        (("gate", "R", "--max-divergence-rate", "5%"), "--max-divergence-rate 5%: give a number"),
+        (("run", "--temperature", "zero"), "--temperature zero: give a number"),
+        (("run",), "NDCHECK_SEED=0x10: give a whole number"),
+    ],
+)
+def test_what_is_no_number_is_repeated_with_what_is_one(ndcheck_here, arguments, said):
+    done = ndcheck_here(*arguments, env={} if len(arguments) > 1 else {"NDCHECK_SEED": "0x10"})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"ndcheck: {said}")

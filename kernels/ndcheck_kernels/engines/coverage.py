@@ -97,6 +97,7 @@ def list_layers(model: Any, config: Any) -> list[Layer]:
 
 def _settings(config: Any, *, has_experts: bool) -> Iterator[Layer]:
     parallel, passes = config.parallel_config, config.compilation_config.pass_config
+    connector = getattr(config.kv_transfer_config, "kv_connector", None)
     found = {
         "speculative_config": (
             config.speculative_config is not None,
@@ -122,8 +123,8 @@ def _settings(config: Any, *, has_experts: bool) -> Iterator[Layer]:
             "vLLM's norms of queries and keys, fused with their rotation",
         ),
         "kv_transfer_config": (
-            config.kv_transfer_config is not None,
-            "keys and values that a connector brings, whoever computed them",
+            connector is not None,
+            f"keys and values that {connector} brings, whoever computed them",
         ),
     }
     for name, (is_set, by) in found.items():

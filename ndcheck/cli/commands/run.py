@@ -105,7 +105,7 @@ def run(
     spec = make_spec(
         model=model,
         adapter=adapter,
-        prompt=typed_prompts(prompt or (), prompts_file),
+        prompt=typed_prompts(prompt or (), prompts_file) or None,
         prompts_file=prompts_file,
         prompt_column=prompt_column,
         system=system,

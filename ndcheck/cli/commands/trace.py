@@ -116,7 +116,7 @@ def trace(
     fed = () if widths is None else parse_widths(widths)
     spec = make_spec(
         model=model,
-        prompt=() if prompt is None else prompt,
+        prompt=prompt,
         chat=chat,
         loads=parse_batch_sizes(loads),
         mode=mode,

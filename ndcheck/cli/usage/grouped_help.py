@@ -1,10 +1,10 @@
-"""`--help` with the options of some backends under headings of their own."""
+"""`--help`: options of some backends under headings of their own, commands in whole sentences."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from ndcheck.samplers.backends import BACKENDS, OPTIONS, owners
 
@@ -22,6 +22,18 @@ class GroupedCommand(TyperCommand):
         for title, rows in sections.items():
             with formatter.section(title):
                 formatter.write_dl(rows)
+
+
+class WholeGroup(TyperGroup):
+    """Commands, each with the first sentence of its help."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write all of that sentence: a line of 80 columns has room for half of most."""
+        commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, each.get_short_help_str(limit=1000)) for name, each in commands]
+            )
 
 
 def heading(name: str) -> str:

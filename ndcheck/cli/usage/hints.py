@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from ndcheck.cli.console import DEBUG
@@ -45,6 +46,10 @@ def with_hint(message: str, error: Any, arguments: Sequence[str]) -> str:
     unknown = re.match(r"No such option: (\S+)", message)
     if unknown is not None and (meant := MEANT_OPTIONS.get(unknown[1])) in known:
         return f"{unknown[0]}, did you mean {meant}?"
+    number = re.search(r"\bvalid (integer|number|float)\b", message)
+    if number is not None and parameter is not None:
+        words = "a whole number" if number[1] == "integer" else "a number, such as 0.5"
+        return f"{_typed(parameter, arguments)}: give {words}"
     after = [*arguments, ""][list(arguments).index(context.info_name) + 1 :][0]
     if "--run" in known and after[:1] not in ("", "-") and (is_extra or parameter is not None):
         return f"{message.rstrip('.')}: give --run {shlex.quote(after)}"
@@ -54,6 +59,21 @@ def with_hint(message: str, error: Any, arguments: Sequence[str]) -> str:
     if parameter is not None and message.startswith("Missing") and parameter.help:
         return f"{message.rstrip('.')}: {parameter.help}"
     return message
+
+
+def _typed(parameter: Any, arguments: Sequence[str]) -> str:
+    """The option with what was given for it; the variable, where that gave it."""
+    given = []
+    for argument, following in pairwise((*arguments, "")):
+        for name in parameter.opts:
+            if argument == name:
+                given.append(following)
+            elif argument.startswith(f"{name}=" if name.startswith("--") else name):
+                given.append(argument.removeprefix(name).removeprefix("="))
+    if given:
+        return f"{parameter.opts[0]} {given[-1]}"
+    variable = str(parameter.envvar)
+    return f"{variable}={os.environ.get(variable, '')}"
 
 
 def _other_command(name: str, context: Any) -> str:

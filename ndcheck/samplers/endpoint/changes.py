@@ -15,7 +15,7 @@ class Changes:
     """
 
     def __init__(self, prompt_ids: Mapping[Prompt, Sequence[int]]) -> None:
-        self.n_without_bits = 0
+        self.n_without_bits = self.n_rounded = 0
         self._prompt_ids = prompt_ids
         self._n_other_prompts = 0
         self._served: dict[bool, dict[str, None]] = {True: {}, False: {}}
@@ -43,6 +43,11 @@ class Changes:
             yield (
                 f"answers whose log-probabilities were no numbers: {self.n_without_bits}; their "
                 "bits were not compared"
+            )
+        if self.n_rounded and bits_count:
+            yield (
+                "answers whose log-probabilities were rounded otherwise than before: "
+                f"{self.n_rounded}; their bits were not compared"
             )
         for served in self._served.values():
             if len(served) > 1:

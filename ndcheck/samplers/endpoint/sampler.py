@@ -30,6 +30,7 @@ from ndcheck.samplers.base import NOT_FED
 from ndcheck.samplers.endpoint.answers.dialects import outlasting
 from ndcheck.samplers.endpoint.answers.event_stream import RequestFailure
 from ndcheck.samplers.endpoint.answers.renaming import FirstNames
+from ndcheck.samplers.endpoint.answers.rounding import FirstDigits
 from ndcheck.samplers.endpoint.arrivals import run_trial
 from ndcheck.samplers.endpoint.capabilities import FP32_DIGITS
 from ndcheck.samplers.endpoint.changes import Changes
@@ -94,7 +95,7 @@ class EndpointSampler:
         self._lacks_room = False
         self._prompt_ids: dict[Prompt, list[int]] = {}
         self._changes = Changes(self._prompt_ids)
-        self._first_names = FirstNames()
+        self._first_names, self._first_digits = FirstNames(), FirstDigits()
         try:
             self._server = self._run(open_server(spec, endpoint, self._transport, extra_body, say))
         except BaseException:
@@ -378,6 +379,8 @@ class EndpointSampler:
             if has_bits and len(answer.logprobs) == len(token_ids):
                 logprobs = answer.logprobs
             self._changes.n_without_bits += has_bits and not logprobs
+            if logprobs and self._first_digits.are_other(trial.probe_id, token_ids, logprobs):
+                self._changes.n_rounded, logprobs = self._changes.n_rounded + 1, ()
             token_ids, logprobs = plant_in_stream(token_ids, logprobs, trial.fault)
         finish_reason = (answer and answer.finish_reason) or "error"
         return replace(

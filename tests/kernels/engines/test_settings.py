@@ -28,8 +28,11 @@ def speculative(worker):
     worker.vllm_config.speculative_config = SimpleNamespace(method="ngram")
 
 
-def connector(worker):
-    worker.vllm_config.kv_transfer_config = SimpleNamespace(kv_connector="NixlConnector")
+def transfer(connector):
+    def alter(worker):
+        worker.vllm_config.kv_transfer_config = SimpleNamespace(kv_connector=connector)
+
+    return alter
 
 
 def norms_by(op):
@@ -55,11 +58,13 @@ REFUSED = [
     (parallel(data_parallel_size=2), r"data_parallel_size \(setting: sums of experts"),
     (parallel(decode_context_parallel_size=2), "decode_context_parallel_size"),
     (parallel(prefill_context_parallel_size=2), "prefill_context_parallel_size"),
+    (transfer("NixlConnector"), r"kv_transfer_config \(setting: keys and values that NixlC"),
+    # What --kv-offloading-size sets: such a tier may outlive the engine that filled it.
+    (transfer("OffloadingConnector"), "OffloadingConnector brings, whoever computed them"),
     (fused("fuse_allreduce_rms", 2), r"pass_config\.fuse_allreduce_rms"),
     (fused("enable_sp", 2), r"pass_config\.enable_sp"),
     (fused("fuse_gemm_comms", 4), r"pass_config\.fuse_gemm_comms"),
     (fused("enable_qk_norm_rope_fusion", 1), r"enable_qk_norm_rope_fusion \(setting: vLLM's norms"),
-    (connector, r"kv_transfer_config \(setting: keys and values that a connector brings"),
     (norms_by("rms_norm"), "forward_native, which may follow the number of tokens"),
     (norms_by("fused_add_rms_norm"), "forward_native, which may follow the number of tokens"),
     (head_in_float32, r"lm_head \(ParallelLMHead: torch's product in torch.float32"),
@@ -89,7 +94,12 @@ def test_the_audit_has_it(begin, capsys, alter):
 
 
 @pytest.mark.parametrize(
-    "alter", [parallel(tensor_parallel_size=2), fused("fuse_allreduce_rms", 1)]
+    "alter",
+    [
+        parallel(tensor_parallel_size=2),
+        fused("fuse_allreduce_rms", 1),
+        transfer(None),
+    ],
 )
 def test_what_changes_no_sum_is_covered(begin, alter):
     vllm = begin()

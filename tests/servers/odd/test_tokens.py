@@ -9,6 +9,7 @@ import pytest
 from ndcheck.cli.app import run_command_line
 from ndcheck.errors import NdcheckError
 from ndcheck.records import Decoding
+from ndcheck.samplers.endpoint.answers.rounding import is_rounded
 
 CHOSEN, RUNNER_UP = -0.12345678, -3.2345678
 MOVED = -3.2345681
@@ -263,3 +264,62 @@ def test_a_server_that_names_tokens_otherwise_in_mid_run_is_not_accused(
     assert judgement.verdict.outcome == outcome
     assert any("names of tokens" in r for r in judgement.verdict.reasons) == (outcome != "FAIL")
     assert (summary.probes[0].n_unique > 1) == (outcome == "FAIL")
+
+
+class Rounds(Upgrades):
+    """After some requests another version writes log-probabilities otherwise."""
+
+    def name(self, token):
+        return token
+
+    def fields(self, t, token, body):
+        write = self.new if self.is_new else self.old
+        found = super().fields(t, token, body)
+        if found:
+            found["logprobs"]["token_logprobs"] = [write(EXACT - t)]
+        return found
+
+    old = new = staticmethod(lambda logprob: logprob)
+
+
+def to_digits(n):
+    return staticmethod(lambda logprob: float(f"{logprob:.{n}g}"))
+
+
+def to_decimals(n):
+    return staticmethod(lambda logprob: round(logprob, n))
+
+
+EXACT = -0.10234567
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "n_latent"),
+    [
+        (Rounds.old, to_decimals(4), 0),
+        (Rounds.old, to_digits(4), 0),
+        (to_decimals(4), Rounds.new, 0),
+        (Rounds.old, to_decimals(6), 0),
+        (to_decimals(5), to_decimals(3), 0),
+        (Rounds.old, lambda logprob: logprob - 1e-6, 1),
+        # As many digits of other numbers, and numbers that rounding does not give.
+        (to_decimals(4), lambda logprob: round(logprob + 1e-4, 4), 1),
+        (Rounds.old, lambda logprob: round(logprob, 4) + 1e-3, 1),
+    ],
+)
+def test_a_server_that_rounds_otherwise_in_mid_run_is_not_accused(odd, measure, old, new, n_latent):
+    members = {"old": staticmethod(old), "new": staticmethod(new)}
+    judgement, summary, _ = measure(odd(type("Odd", (Rounds,), members)))
+    verdict = judgement.verdict
+    assert verdict.outcome == ("FAIL" if n_latent else "INCONCLUSIVE")
+    assert any("rounded otherwise" in reason for reason in verdict.reasons) != n_latent
+    assert summary.probes[0].has_latent == n_latent
+
+
+def test_peaked_completions_are_not_taken_for_rounded_ones():
+    """Zeros are all that fp32 has for a token that is certain: other bits beside them count."""
+    certain, nearly = (0.0,) * 8, (0.0, -1.1920929e-07, -2.3841858e-07, *(0.0,) * 5)
+    assert not is_rounded(nearly, certain)
+    assert not is_rounded(certain, nearly)
+    assert not is_rounded((-0.12345678, 0.0), (-0.1235, 0.0))
+    assert is_rounded((-0.12345678, -2.3456789), (-0.1235, -2.3457))

@@ -7,9 +7,11 @@ import typer
 from ndcheck.cli.commands.kernels.manifests import compare, manifest
 from ndcheck.cli.commands.kernels.measuring import bench, check
 from ndcheck.cli.commands.kernels.proving import prove
+from ndcheck.cli.usage.grouped_help import WholeGroup
 
 kernels = typer.Typer(
     name="kernels",
+    cls=WholeGroup,
     help="Check, time and prove the batch-invariant kernels beside stock.",
 )
 
