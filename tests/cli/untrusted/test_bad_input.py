@@ -32,7 +32,7 @@ def assert_one_line(done, code, *parts):
         (("--mode", "both"), ("--mode", "copies, mixed")),
         (("--kernels", "fast"), ("--kernels", "stock")),
         (("-n", "0"), ("--samples 0",)),
-        (("-n", "many"), ("-n", "integer")),
+        (("-n", "many"), ("--samples many", "a whole number")),
         (("--max-tokens", "200000"), ("context of 100000",)),
         (("--max-tokens", "0"), ("--max-tokens 0",)),
         (("--temperature", "-1"), ("--temperature",)),
