@@ -181,7 +181,8 @@ def _product(name: str, module: Any, op: str) -> Layer:
 
 def _output(name: str, module: Any, head_dtype: torch.dtype) -> Layer:
     layer = _product(name, module, "output")
-    if layer.weight is None or head_dtype == layer.weight.dtype:
+    # Of other weights than plain ones vLLM takes no other dtype.
+    if layer.op != "output" or head_dtype == module.weight.dtype:
         return layer
     return Layer(name, layer.kind, f"torch's product in {head_dtype} (head_dtype)", covered=False)
 

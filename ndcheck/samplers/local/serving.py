@@ -87,7 +87,8 @@ def _difference(model: Any, rows: Rows, kernels: Kernels, seen: Examination) -> 
     )
     token_ids, _, logprobs, _ = zip(*served.readings, strict=True)
     ids = torch.tensor([[*prompt, *token_ids[:-1]]], device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, -n_tokens:]
+    kept = {} if rows == SHORT else {"logits_to_keep": n_tokens}  # All may be too much memory.
+    logits = model(input_ids=ids, use_cache=False, **kept).logits[0, -n_tokens:]
     # Some give logits of fewer bits than they compute in.
     seen.dtype = min(seen.dtype, logits.dtype, key=lambda dtype: dtype.itemsize)
     right = logits.double().cpu()
