@@ -41,7 +41,7 @@ class Runner:
                 continue
             outcome, outputs = self._run_step(step, context)
             context["steps"][step.get("id")] = {"outputs": outputs}
-            succeeded = succeeded and outcome
+            succeeded = succeeded and (outcome or step.get("continue-on-error", False))
         return succeeded, context
 
     def _holds(self, condition, context):
@@ -54,7 +54,10 @@ class Runner:
         if uses.startswith("ndcheck/ndcheck@"):
             return self._run_action(given)
         if uses.startswith("actions/upload-artifact@"):
+            # As version 4 does, over all jobs of a workflow's run.
+            is_free = given["name"] not in dict(self.uploads)
             self.uploads.append((given["name"], self.workspace / given["path"]))
+            return is_free, {}
         if uses:
             return True, {}
         return self._run_script(step, context)
@@ -112,8 +115,9 @@ def repository(tmp_path):
 
 @pytest.fixture
 def run_workflow(repository, warm_python):
-    def run(**matrix):
+    def run(uploads=(), **matrix):
         runner = Runner(repository, warm_python())
+        runner.uploads += uploads
         (job,) = yaml.safe_load((repository / WORKFLOW).read_text())["jobs"].values()
         succeeded = runner.run_job(job, matrix)
         return SimpleNamespace(
@@ -188,6 +192,17 @@ def test_inputs(repository, run_workflow, given, succeeded, verdict):
     assert (job.succeeded, job.verdict) == (succeeded, verdict), job.log
     assert not (repository / "injected").exists()
     assert bool(job.uploads) == (given.get("artifact") != "none")
+
+
+def test_an_artifact_that_cannot_be_kept_is_no_verdict(repository, run_workflow):
+    """Another job of the matrix has its name already."""
+    (repository / "ndcheck.toml").write_text(SCRIPTED)
+    taken = [("ndcheck-good", None)]
+    job = run_workflow(uploads=taken, check="good")
+    assert len(job.uploads) == 2
+    assert (job.succeeded, job.verdict) == (True, "pass"), job.log
+    job = run_workflow(uploads=[("ndcheck-bad", None)], check="bad")
+    assert (job.succeeded, job.verdict) == (False, "fail"), job.log
 
 
 def block(name):

@@ -19,6 +19,7 @@ from ndcheck.cli.console import (
     DEBUG,
     EXIT_CODES,
     FAILED,
+    INTERRUPTED,
     describe,
     note,
     note_bad_lines,
@@ -54,6 +55,7 @@ from ndcheck.storage.reading import exists
 from ndcheck.storage.run_directory import RUN_FILE, replacing, write_failure
 from ndcheck.storage.scores import holds_score, read_score
 
+STOPPED = "the gate was interrupted"
 SURVIVED = (Exception, SystemExit)
 """What ends one check and not the gate: a library may end the process too."""
 
@@ -180,7 +182,10 @@ def run_checks(
     *,
     quiet: bool,
 ) -> list[CheckResult]:
-    """Make the run of every check and judge it; a mistake in any is found before the first."""
+    """Make the run of every check and judge it; a mistake in any is found before the first.
+
+    What ends one, be it Ctrl-C, takes the findings of the others away from no output.
+    """
     checks = _select(config, names)
     of_runs = [check for check in checks if isinstance(check, Check)]
     demands.check_kinds(any_run=bool(of_runs), any_score=len(of_runs) < len(checks))
@@ -206,12 +211,26 @@ def run_checks(
                 run = measure_spec(check.spec, new, progress.show, check.private)
             results.append(_judge(check.name, run, rules[check.name], check.file.parent))
         except KeyboardInterrupt:
+            command = reproduce_command(check.spec, DEFAULTS)
             if (path / RUN_FILE).exists():
-                go_on = resume_command(check.spec, str(path))
-                note(f"interrupted; go on with: {go_on}")
-            raise
+                command = resume_command(check.spec, str(path))
+            results.append(CheckResult(check.name, command, error=STOPPED, error_code=INTERRUPTED))
+            results += [
+                CheckResult(
+                    later.name,
+                    f"ndcheck gate --check {argument(later.name)}",
+                    error=f"not begun: {STOPPED}",
+                    error_code=INTERRUPTED,
+                )
+                for later in checks[number:]
+            ]
+            break
         except UsageError as error:
-            raise check.locate(error) from error
+            command = reproduce_command(check.spec, DEFAULTS)
+            refusal = check.locate(error)
+            results.append(
+                CheckResult(check.name, command, error=str(refusal), error_code=refusal.exit_code)
+            )
         except SURVIVED as error:
             results.append(_failed(check.name, reproduce_command(check.spec, DEFAULTS), error))
     return results
@@ -225,12 +244,13 @@ def _failed(name: str, command: str, error: BaseException) -> CheckResult:
 
 
 def exit_code(results: Sequence[CheckResult], inconclusive: Inconclusive = "exit-3") -> int:
-    """1 where a check failed, else 4 where a run did, else 3 where one was inconclusive, else 0."""
+    """130 where it was interrupted, else 1 where a check failed, else 4 where a run did, else 2
+    where one was refused, else 3 where one was inconclusive, else 0."""
     codes = dict(EXIT_CODES)
     if inconclusive != "exit-3":
         codes["INCONCLUSIVE"] = EXIT_CODES["PASS" if inconclusive == "pass" else "FAIL"]
-    found = {FAILED if r.verdict is None else codes[r.verdict.outcome] for r in results}
-    return next(code for code in (1, FAILED, 3, 0) if code in found)
+    found = {r.error_code if r.verdict is None else codes[r.verdict.outcome] for r in results}
+    return next(code for code in (INTERRUPTED, 1, FAILED, 2, 3, 0) if code in found)
 
 
 def publish(
@@ -278,7 +298,7 @@ def publish(
 def _unpublished(code: int, path: Path, error: OSError) -> int:
     """The exit code where a report cannot be written: what was found is found all the same."""
     note(str(write_failure(path, error)))
-    return code if code == 1 else FAILED
+    return code if code in (1, INTERRUPTED) else FAILED
 
 
 def _select(config: Path | None, names: Sequence[str] | None) -> list[Check | ScoreCheck]:

@@ -29,7 +29,7 @@ Inconclusive = Literal["exit-3", "pass", "fail"]
 class CheckResult:
     """One check; ``verdict`` is None where its run failed, and ``error`` says why.
 
-    ``directory`` is the run's, ``command`` repeats it.
+    ``directory`` is the run's, ``command`` repeats it, ``error_code`` is the exit code of an error.
     """
 
     name: str
@@ -39,6 +39,7 @@ class CheckResult:
     elapsed_s: float = 0.0
     verdict: GateVerdict | None = None
     error: str | None = None
+    error_code: int = 4
 
     @property
     def label(self) -> str:

@@ -12,6 +12,8 @@ import pytest
 import xmlschema
 
 import ndcheck
+from ndcheck.errors import UsageError
+from ndcheck.samplers.scripted.sampler import ScriptedSampler
 
 SCHEMA = Path(__file__).parents[1] / "reports" / "junit.xsd"
 CONFIG = """
@@ -260,3 +262,50 @@ def test_what_was_found_is_found_where_a_summary_cannot_be_written(gate, tmp_pat
 def test_a_screen_without_columns_still_shows_the_verdict(gate, forked, columns):
     shown = gate(forked, env={"COLUMNS": columns}).stdout
     assert "4 of them repeated, alike each time" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("ends_it", "code", "errors"),
+    [
+        (KeyboardInterrupt(), 130, {"slow": "interrupted", "later": "not begun"}),
+        (UsageError("op x: nothing covers it"), 1, {"slow": "checks.slow: op x: nothing covers"}),
+    ],
+)
+def test_what_ends_a_check_takes_nothing_of_the_others_away(
+    gate, tmp_path, monkeypatch, ends_it, code, errors
+):
+    """Ctrl-C, a job's time limit, or what a model refuses in its first trial."""
+    sample = ScriptedSampler.sample
+
+    def stop_slow(self, trial, probe, decoding):
+        if self.describe()["digest"] == "slow" and trial.trial_id == 2:
+            raise ends_it
+        return sample(self, trial, probe, decoding)
+
+    monkeypatch.setattr(ScriptedSampler, "sample", stop_slow)
+    names = {"forks": "batch-dependent", "slow": "slow", "later": "clean"}
+    tables = [f'[checks.{name}]\nmodel = "scripted:{model}"\n' for name, model in names.items()]
+    (tmp_path / "ndcheck.toml").write_text("".join(("samples = 40\nloads = [1, 4]\n", *tables)))
+    done = gate("-q", "--junit", "junit.xml")
+    assert done.returncode == code
+    suites = {suite.get("name"): suite for suite in ET.parse("junit.xml").getroot()}
+    assert list(suites) == ["forks", "slow", "later"]
+    assert any(case.find("failure") is not None for case in suites["forks"])
+    assert "FAIL  forks" in done.stdout
+    for name, words in errors.items():
+        (error,) = suites[name].iter("error")
+        assert words in error.get("message")
+    assert ("PASS  later" in done.stdout) == (code == 1)
+    if code == 130:
+        assert "ndcheck run --resume" in done.stdout
+
+
+def test_a_check_that_is_refused_alone_is_a_usage_error(gate, tmp_path, monkeypatch):
+    def refuse(self, trial, probe, decoding):
+        raise UsageError("op x: nothing covers it")
+
+    monkeypatch.setattr(ScriptedSampler, "sample", refuse)
+    (tmp_path / "ndcheck.toml").write_text('[checks.a]\nmodel = "scripted:clean"\n')
+    done = gate("-q")
+    assert done.returncode == 2
+    assert "checks.a: op x: nothing covers it" in done.stdout

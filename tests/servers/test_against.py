@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from ndcheck.cli.app import run_command_line
+from ndcheck.errors import BackendError
 from ndcheck.mock_server.engine import ScriptedEngine
+from ndcheck.samplers.endpoint.sampler import EndpointSampler
 from ndcheck.storage.run_directory import SampleReader, read_run
 
 SMALL = ("--model", "mock", "--loads", "1,3", "-n", "22", "--max-tokens", "8", "-q")
@@ -96,6 +100,28 @@ def test_a_server_that_fails_by_itself_fails_both(mock, run_both):
     assert code == 1
     assert any(line.startswith("FAIL  B  ") for line in out.splitlines())
     assert "FAIL  A  " not in out
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), BackendError("the server is gone")])
+def test_where_the_second_ends_early_it_is_said_how_to_go_on(
+    mock, run_both, monkeypatch, tmp_path, capsys, ending
+):
+    second, sample = mock(), EndpointSampler.sample
+
+    def end(self, trial, probe, decoding):
+        if second in self.describe()["endpoint"] and trial.trial_id == 3:
+            raise ending
+        return sample(self, trial, probe, decoding)
+
+    monkeypatch.setattr(EndpointSampler, "sample", end)
+    code, _, err = run_both(mock(), second, "--out", "both")
+    assert code == (130 if isinstance(ending, KeyboardInterrupt) else 4)
+    commands = re.findall(r"with: ndcheck (.*)", err)
+    assert [command.split()[0] for command in commands] == ["run", "compare"]
+    monkeypatch.setattr(EndpointSampler, "sample", sample)
+    codes = [run_command_line(shlex.split(command)) for command in commands]
+    assert codes[0] in (0, 3)  # A busy machine may leave a batch thin.
+    assert codes[1] == 0, capsys.readouterr()
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,11 @@ WRAPPERS = "vllm.lora."
 """Where those are that hold a layer of vLLM's and add products of their own."""
 
 
+OWN_STORE = "CPUOffloadingSpec"
+OWN_KEYS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+"""Connectors that give an engine back what it computed itself."""
+
+
 def kind_of(found: Any) -> str:
     """The name of an object's class."""
     kind = type(found)
@@ -97,8 +102,15 @@ def list_layers(model: Any, config: Any) -> list[Layer]:
 
 def _settings(config: Any, *, has_experts: bool) -> Iterator[Layer]:
     parallel, passes = config.parallel_config, config.compilation_config.pass_config
-    connector = getattr(config.kv_transfer_config, "kv_connector", None)
+    transfer = config.kv_transfer_config
+    connector = transfer and transfer.kv_connector
+    # By default main memory; tiers behind it may hold another engine's.
+    store = transfer and transfer.kv_connector_extra_config.get("spec_name", OWN_STORE)
     found = {
+        "kv_transfer_config": (
+            connector not in (None, *OWN_KEYS) or store not in (None, OWN_STORE),
+            f"keys and values that {connector} brings from elsewhere",
+        ),
         "speculative_config": (
             config.speculative_config is not None,
             "drafts, and passes that verify them",
@@ -121,10 +133,6 @@ def _settings(config: Any, *, has_experts: bool) -> Iterator[Layer]:
         f"pass_config.{FUSED_NORM}": (
             getattr(passes, FUSED_NORM, False),
             "vLLM's norms of queries and keys, fused with their rotation",
-        ),
-        "kv_transfer_config": (
-            connector is not None,
-            f"keys and values that {connector} brings, whoever computed them",
         ),
     }
     for name, (is_set, by) in found.items():

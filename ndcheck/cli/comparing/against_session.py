@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,18 @@ import typer
 from ndcheck.api import Run, measure_spec
 from ndcheck.cli.console import EXIT_CODES, note
 from ndcheck.cli.progress import ProgressLine
-from ndcheck.errors import UsageError
+from ndcheck.errors import BackendError, UsageError
 from ndcheck.judging.comparison import FailOn, compare, judge_comparison
 from ndcheck.judging.verdict import worst
 from ndcheck.records import RunSpec
 from ndcheck.reports.comparison import comparison_document, print_comparison
 from ndcheck.reports.terminal import print_verdict
+from ndcheck.reports.wording.reproduction import argument, resume_command
 from ndcheck.request import check
 from ndcheck.runner import new_directory, slug
 from ndcheck.samplers.endpoint.private import Private
+from ndcheck.storage.reading import exists
+from ndcheck.storage.run_directory import RUN_FILE
 
 
 def start(
@@ -51,8 +55,12 @@ def start(
         }
         for name, side in sides.items():
             note(f"{name.upper()}: {side.endpoint.url if side.endpoint else ''}", quiet=quiet)
-            with ProgressLine(quiet=quiet) as progress:
-                runs[name] = measure_spec(side, places[name], progress.show, private)
+            try:
+                with ProgressLine(quiet=quiet) as progress:
+                    runs[name] = measure_spec(side, places[name], progress.show, private)
+            except (KeyboardInterrupt, BackendError):
+                _say_how_to_go_on(side, places[name].path, runs)
+                raise
     comparison = compare(*(run.findings.measured for run in runs.values()))
     has_bits = any(d.bits_recorded or d.kind == "latent" for d in comparison.drifts)
     kinds: tuple[FailOn, ...] = ("tokens",)
@@ -77,3 +85,13 @@ def start(
         print_verdict(console, run.judgement.verdict, name.upper())
     print_comparison(console, names, comparison, verdicts)
     return code
+
+
+def _say_how_to_go_on(side: RunSpec, path: Path, runs: Mapping[str, Run]) -> None:
+    """With the run at ``path``, which ended early, and to the comparison with what is there."""
+    if not exists(path / RUN_FILE):
+        return
+    note(f"it ended early; go on with: {resume_command(side, str(path))}")
+    for run in runs.values():
+        names = f"{argument(str(run.path))} {argument(str(path))}"
+        note(f"and then with: ndcheck compare {names} --fail-on tokens,bits")

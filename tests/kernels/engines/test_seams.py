@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ndcheck_kernels.engines.coverage import ATTENTION, LINEAR, MODELS
+from ndcheck_kernels.engines.coverage import ATTENTION, LINEAR, MODELS, OWN_KEYS, OWN_STORE
 from ndcheck_kernels.engines.seams import RELEASES, release_of, seams
 
 RECORD = Path(__file__).with_name("seams.json")
@@ -66,9 +66,14 @@ ATTRIBUTES = {
     "vllm/v1/engine/core.py": ("self.scheduler: SchedulerInterface = ",),
     "vllm/sampling_params.py": ("skip_reading_prefix_cache", "prompt_logprobs"),
     "vllm/config/vllm.py": (
-        "speculative_config: SpeculativeConfig | None = ",
-        "kv_transfer_config: KVTransferConfig | None = ",
+        *(
+            "speculative_config: SpeculativeConfig | None = ",
+            "kv_transfer_config: KVTransferConfig",
+        ),
+        *(f'"{connector}"' for connector in OWN_KEYS),
     ),
+    "vllm/config/kv_transfer.py": ("kv_connector: str | None", "kv_connector_extra_config: dict"),
+    "vllm/v1/kv_offload/factory.py": (f'extra_config.get("spec_name", "{OWN_STORE}")',),
     "vllm/config/compilation.py": (
         *("pass_config: PassConfig = ", "fuse_allreduce_rms: bool = "),
         "enable_qk_norm_rope_fusion: bool = ",

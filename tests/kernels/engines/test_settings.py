@@ -28,9 +28,11 @@ def speculative(worker):
     worker.vllm_config.speculative_config = SimpleNamespace(method="ngram")
 
 
-def transfer(connector):
+def transfer(connector, **extra):
     def alter(worker):
-        worker.vllm_config.kv_transfer_config = SimpleNamespace(kv_connector=connector)
+        worker.vllm_config.kv_transfer_config = SimpleNamespace(
+            kv_connector=connector, kv_connector_extra_config=extra
+        )
 
     return alter
 
@@ -58,9 +60,9 @@ REFUSED = [
     (parallel(data_parallel_size=2), r"data_parallel_size \(setting: sums of experts"),
     (parallel(decode_context_parallel_size=2), "decode_context_parallel_size"),
     (parallel(prefill_context_parallel_size=2), "prefill_context_parallel_size"),
-    (transfer("NixlConnector"), r"kv_transfer_config \(setting: keys and values that NixlC"),
-    # What --kv-offloading-size sets: such a tier may outlive the engine that filled it.
-    (transfer("OffloadingConnector"), "OffloadingConnector brings, whoever computed them"),
+    (transfer("NixlConnector"), "NixlConnector brings from elsewhere"),
+    (transfer("OffloadingConnector", spec_name="TieringOffloadingSpec"), "kv_transfer_config"),
+    (transfer("MultiConnector"), "MultiConnector brings from elsewhere"),
     (fused("fuse_allreduce_rms", 2), r"pass_config\.fuse_allreduce_rms"),
     (fused("enable_sp", 2), r"pass_config\.enable_sp"),
     (fused("fuse_gemm_comms", 4), r"pass_config\.fuse_gemm_comms"),
@@ -98,6 +100,8 @@ def test_the_audit_has_it(begin, capsys, alter):
     [
         parallel(tensor_parallel_size=2),
         fused("fuse_allreduce_rms", 1),
+        # What --kv-offloading-size sets, and a config that names no connector.
+        transfer("OffloadingConnector", cpu_bytes_to_use=1 << 30),
         transfer(None),
     ],
 )
