@@ -38,12 +38,13 @@ WARM = Path(__file__).parent / "warm"
 FAMILIES = ("qwen3", "llama", "gemma3")
 
 LONGEST = (
-    *("triton/test_compile.py", "models/test_families.py", "local/test_tensor_parallel.py"),
-    *("servers/test_planted_faults.py", "cli/test_explain.py", "fed/test_speculation.py"),
-    *("cli/test_console.py", "tests/test_action.py", "run/test_side_by_side.py"),
-    "local/test_faithful.py",
+    *("triton/test_compile.py", "odd/test_evidence.py", "models/test_families.py"),
+    *("servers/test_planted_faults.py", "local/test_tensor_parallel.py", "odd/test_answers.py"),
+    *("cli/test_explain.py", "odd/test_beside.py", "fed/test_speculation.py"),
+    *("odd/test_tokens.py", "cli/test_explain_faults.py", "tests/test_action.py"),
+    *("odd/test_requests.py", "local/test_faithful.py", "run/test_side_by_side.py"),
 )
-"""Files that take twenty seconds or more of one core, those that take most first."""
+"""Files that take half a minute or more, those that wait in turns with those that compute."""
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -57,13 +58,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first; then those that wait for servers, evenly among those that compute."""
+    paths = dict.fromkeys(item.path for item in items)
+    waiting = [path for path in paths if "servers" in path.parts]
+    computing = [path for path in paths if path not in waiting]
+    shares = {path: n / len(kind) for kind in (waiting, computing) for n, path in enumerate(kind)}
     places = {
         path: next(
             (n for n, end in enumerate(LONGEST) if path.as_posix().endswith(end)), len(LONGEST)
         )
-        for path in {item.path for item in items}
+        for path in paths
     }
-    items.sort(key=lambda item: places[item.path])
+    items.sort(key=lambda item: (places[item.path], shares[item.path]))
 
 
 @pytest.hookimpl(wrapper=True)
