@@ -30,10 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.attention.hopper_blocks import (
-    LOG2_E,
     descriptor,
     forget_unused,
-    own_tokens,
     shared_layout,
     softmax,
 )
@@ -43,23 +41,13 @@ from ndcheck_kernels.cuda.attention.hopper_merging import (
     store_part,
     stored_layout,
 )
+from ndcheck_kernels.cuda.attention.splits import LOG2_E, row_bounds, split_count, split_start
 from ndcheck_kernels.cuda.configs import AttentionConfig
-from ndcheck_kernels.cuda.dependent_launch import pdl
+from ndcheck_kernels.cuda.dependent_launch import follow, pdl
 from ndcheck_kernels.cuda.gluon_names import async_load, thread_barrier
 
 _STAGED = 2 << 14
 """Numbers of keys and values that have a place in shared memory."""
-
-
-@gluon.jit
-def _split_start(split, SPLIT: gl.constexpr, SHORT: gl.constexpr):
-    return split * SPLIT + gl.maximum(split - SHORT, 0) * (3 * SPLIT)
-
-
-@gluon.jit
-def _split_count(tokens, SPLIT: gl.constexpr, SHORT: gl.constexpr):
-    long = gl.cdiv(gl.maximum(tokens - SHORT * SPLIT, 0), 4 * SPLIT)
-    return gl.cdiv(gl.minimum(tokens, SHORT * SPLIT), SPLIT) + long
 
 
 @gluon.jit
@@ -69,24 +57,12 @@ def _run_at(
 ):  # fmt: skip
     """Its row's own tokens, its own splits, and how many splits the row's first run has."""
     batch = item % pairs // kv_heads
-    start, end = own_tokens(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
+    start, end = row_bounds(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
     tokens = end - start
     nth = item // pairs
-    low = _split_count(tokens * nth // runs, SPLIT, SHORT)
-    high = _split_count(tokens * (nth + 1) // runs, SPLIT, SHORT)
-    return start, end, low, high, _split_count(tokens // runs, SPLIT, SHORT)
-
-
-@gluon.jit
-def _follow(PDL: gl.constexpr):
-    if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-        gl.inline_asm_elementwise(
-            "griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
+    low = split_count(tokens * nth // runs, SPLIT, SHORT)
+    high = split_count(tokens * (nth + 1) // runs, SPLIT, SHORT)
+    return start, end, low, high, split_count(tokens // runs, SPLIT, SHORT)
 
 
 @gluon.jit
@@ -102,8 +78,8 @@ def _load(
             item, pairs, kv_heads, runs, starts_ptr, lengths_ptr, kv_length, HAS_STARTS,
             HAS_LENGTHS, SPLIT, SHORT,
         )  # fmt: skip
-        first = start + _split_start(low, SPLIT, SHORT)
-        last = gl.minimum(start + _split_start(high, SPLIT, SHORT), end)
+        first = start + split_start(low, SPLIT, SHORT)
+        last = gl.minimum(start + split_start(high, SPLIT, SHORT), end)
         pair = item % pairs
         for n in range(first, last, BLOCK_KV):
             at = [pair // kv_heads, pair % kv_heads, n, 0]
@@ -165,7 +141,7 @@ def _attend(
         if (low < high) | ((item < pairs) & (end == start)):
             pair = item % pairs
             batch, kv_head = (pair // kv_heads).to(gl.int64), pair % kv_heads
-            parts = _split_count(end - start, SPLIT, SHORT)
+            parts = split_count(end - start, SPLIT, SHORT)
             q_smem.store(q)
             fence_async_shared()
             positions = end - q_length + rows % q_length
@@ -180,8 +156,8 @@ def _attend(
             m_ptrs, den_ptrs, acc_ptrs = m_ptr + offs, den_ptr + offs, acc_ptr + offs * D
             o_ptrs = o_ptr + batch * stride_ob + kv_head * GROUP * stride_oh
             for split in range(low, high):
-                begin = start + _split_start(split, SPLIT, SHORT)
-                last = gl.minimum(start + _split_start(split + 1, SPLIT, SHORT), end)
+                begin = start + split_start(split, SPLIT, SHORT)
+                last = gl.minimum(start + split_start(split + 1, SPLIT, SHORT), end)
                 m = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
                 den = gl.zeros([ROWS], gl.float32, row_layout)
                 acc = gl.zeros([D, ROWS], gl.float32, layout)
@@ -267,7 +243,7 @@ def _decode_hopper_kernel(
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=1)
     fence_async_shared()
-    _follow(PDL)
+    follow(PDL)
     gl.warp_specialize(
         [
             (_attend, (

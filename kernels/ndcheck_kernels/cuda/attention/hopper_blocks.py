@@ -8,22 +8,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-
-
-@gluon.jit
-def own_tokens(
-    starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS: gl.constexpr, HAS_LENGTHS: gl.constexpr
-):
-    """The row's own tokens: [start, end) of the keys."""
-    start = 0
-    end = kv_length
-    if HAS_STARTS:
-        start = gl.load(starts_ptr + batch)
-    if HAS_LENGTHS:
-        end = gl.load(lengths_ptr + batch)
-    return start, end
-
 
 @gluon.jit
 def _scaled_up(top, scale):

@@ -26,13 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ndcheck_kernels.cuda import device
 from ndcheck_kernels.cuda.attention.hopper_blocks import (
-    LOG2_E,
     descriptor,
     forget_unused,
-    own_tokens,
     softmax,
 )
 from ndcheck_kernels.cuda.attention.hopper_tiles import BLOCK_Q, tile_at, tile_count
+from ndcheck_kernels.cuda.attention.splits import LOG2_E, row_bounds
 from ndcheck_kernels.cuda.configs import AttentionConfig
 from ndcheck_kernels.cuda.gluon_names import async_load
 
@@ -86,7 +85,7 @@ def _load(
     block = 0
     for tile in range(tile_count(batches * heads * q_blocks)):
         head, batch, first_q = tile_at(tile, batches, heads, q_blocks)
-        start, end = own_tokens(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
+        start, end = row_bounds(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
         stop = gl.minimum(end, end - q_length + first_q + BLOCK_Q)
         mbarrier.wait(q_empty, (tile & 1) ^ 1)
         mbarrier.expect(q_full, q_desc.block_type.nbytes)
@@ -131,7 +130,7 @@ def _attend(
     turn = 0
     for tile in range(tile_count(batches * heads * q_blocks)):
         head, batch, first_q = tile_at(tile, batches, heads, q_blocks)
-        start, end = own_tokens(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
+        start, end = row_bounds(starts_ptr, lengths_ptr, batch, kv_length, HAS_STARTS, HAS_LENGTHS)
         stop = gl.minimum(end, end - q_length + first_q + BLOCK_Q)
         first_q += half * _HALF
         first_position = end - q_length + first_q
