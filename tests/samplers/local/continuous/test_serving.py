@@ -134,11 +134,11 @@ def test_wrong_positions_are_seen(monkeypatch, dtype):
 
 def test_chance_is_left_to_the_run(monkeypatch):
     """Of four tries the last is right."""
-    stock_load, tries = serving.serve_load, iter([1.0, 2.0, 3.0])
+    stock_load, tries = serving.serve_load, iter([1.0, 2.0, 3.0, 0.0])
 
     def serve(*args, **kwargs):
         (served,), n_fires = stock_load(*args, **kwargs)
-        off = next(tries, 0.0)
+        off = next(tries)
         served.readings = [
             (token, margin, logprob - off, digest)
             for token, margin, logprob, digest in served.readings
@@ -147,6 +147,7 @@ def test_chance_is_left_to_the_run(monkeypatch):
 
     monkeypatch.setattr(serving, "serve_load", serve)
     require(make("Llama"))
+    assert next(tries, None) is None
 
 
 def test_a_run_is_refused_before_its_first_trial(tmp_path):
